@@ -1,0 +1,45 @@
+# Every target makes .venv, or reuses the one that is there. PYTHON=python3.12 asks for an
+# interpreter; a .venv of another Python version is then made anew.
+PYTHON ?= $(or $(wildcard .venv/bin/python),python3)
+# pytest's -m expression; `make test MARK=` runs the slow tests too
+MARK ?= not slow
+WORKERS ?= 2
+
+BIN := .venv/bin
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+STAMP := .venv/.installed-$(VERSION)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+
+demo: $(STAMP)  ## real data end to end: figures and a netCDF file in demo/
+	$(BIN)/python -m benchmarks demo
+
+test: $(STAMP)  ## tests and doctests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m '$(MARK)'
+
+lint: $(STAMP)  ## ruff: rules and layout
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## pyright
+	$(BIN)/pyright
+
+format: $(STAMP)  ## rewrite the layout, mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove environments, caches and builds
+	rm -rf .venv .venv-newest .cache .hypothesis .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# the stamp names the Python version: another PYTHON finds none and installs
+$(STAMP): pyproject.toml
+	@test -n '$(VERSION)' || { echo "no working Python at '$(PYTHON)'" >&2; exit 1; }
+	@test "$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = '$(VERSION)' \
+		|| $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev,test]'
+	@touch $@

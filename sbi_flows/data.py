@@ -1,0 +1,213 @@
+"""Simulations as one frozen pytree, and `simulate`, which makes them.
+
+Public names: `Simulations`, `simulate`, `observation_shape`, `valid_rows`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from tqdm.auto import tqdm
+
+from sbi_flows.errors import SbiFlowsWarning, SimulationFailed
+from sbi_flows.prior import Prior, PriorLike, as_prior
+from sbi_flows.typing import Key, Obs, Simulator
+
+CHUNK = 16_384
+"""Simulations in one compiled call; the same shape for every chunk."""
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["theta", "x", "valid", "round"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
+class Simulations:
+    """Pairs of parameters and simulated observations.
+
+    Failed rows stay, marked invalid: they are counted and reported, never silently lost.
+
+    Attributes:
+        theta: Parameters, shape (N, D).
+        x: Observations, shape (N, *event), or a dict of such arrays.
+        valid: Whether a row's observation is finite throughout, shape (N,).
+        round: Round that a row was simulated in, shape (N,); zero unless sequential.
+
+    Raises:
+        ValueError: Row counts differ, theta is not a finite (N, D) array, or a leaf of x is not
+            numeric.
+
+    Example:
+        >>> import numpy as np
+        >>> sims = Simulations(np.zeros((3, 2)), np.array([[1.0], [np.nan], [2.0]]))
+        >>> sims
+        Simulations(N=3, D=2, x=float32[1], invalid=1)
+    """
+
+    theta: Array
+    x: Obs
+    valid: Array
+    round: Array
+
+    def __init__(
+        self, theta: Any, x: Obs, *, valid: Any | None = None, round: Any | None = None
+    ) -> None:
+        """Validate arrays that the user already has; `valid` defaults to the finite rows."""
+        theta = np.asarray(theta)
+        if theta.ndim != 2 or not np.issubdtype(theta.dtype, np.number):
+            raise ValueError(
+                f"theta: expected a numeric array (N, D), got {theta.dtype}{theta.shape}"
+            )
+        if not len(theta):
+            raise ValueError("theta: expected at least one row, got none")
+        if not np.all(np.isfinite(theta)):
+            bad = int(np.sum(~np.isfinite(theta).all(axis=-1)))
+            raise ValueError(f"theta: expected finite values, got {bad} rows with NaN or inf")
+        x = jax.tree.map(_numeric, x)
+        for leaf in jax.tree.leaves(x):
+            if leaf.ndim < 1 or len(leaf) != len(theta):
+                raise ValueError(
+                    f"x: expected {len(theta)} rows as in theta, got shape {leaf.shape}"
+                )
+        valid = valid_rows(x) if valid is None else jnp.asarray(valid, bool)
+        rounds = jnp.zeros(len(theta), jnp.int32) if round is None else jnp.asarray(round, int)
+        if valid.shape != (len(theta),) or rounds.shape != (len(theta),):
+            raise ValueError(f"valid and round: expected shape ({len(theta)},)")
+        theta = jnp.asarray(theta, jnp.result_type(float))
+        for name, value in {"theta": theta, "x": x, "valid": valid, "round": rounds}.items():
+            object.__setattr__(self, name, value)
+
+    def __len__(self) -> int:
+        """Number of rows N, failed ones included."""
+        return len(self.theta)
+
+    def __getitem__(self, rows: Any) -> Simulations:
+        """The given rows (a slice or an index array) of every field."""
+        return jax.tree.map(lambda leaf: leaf[rows], self)
+
+    def __repr__(self) -> str:
+        """Sizes, the observation's shape and the number of failed rows."""
+        leaves = [f"{a.dtype}{list(a.shape[1:])}" for a in jax.tree.leaves(self.x)]
+        n, d = self.theta.shape
+        invalid = n - self.num_valid
+        return f"Simulations(N={n}, D={d}, x={', '.join(leaves)}, invalid={invalid})"
+
+    @property
+    def num_valid(self) -> int:
+        """Number of rows with a finite observation."""
+        return int(jnp.sum(self.valid))
+
+    def only_valid(self) -> Simulations:
+        """The rows with a finite observation."""
+        return self if self.num_valid == len(self) else self[np.flatnonzero(self.valid)]
+
+
+def simulate(
+    key: Key, prior: PriorLike, simulator: Simulator, n: int, *, progress: bool = True
+) -> Simulations:
+    """Draw n parameter vectors from the prior and simulate each, in compiled chunks.
+
+    Args:
+        key: Random key; the result does not depend on how the rows are chunked.
+        prior: What `as_prior` takes.
+        simulator: `(key, theta) -> x` on one parameter vector (or the named dict where the prior
+            is a dict or a model), traceable by JAX; x is an array or a dict of arrays.
+        n: Number of simulations.
+        progress: Show a progress bar when there is more than one chunk.
+
+    Returns:
+        Simulations with n rows; rows with NaN or infinity in x are marked invalid.
+
+    Raises:
+        ValueError: n is not positive, or the simulator cannot be traced or returns no numbers.
+        SimulationFailed: Every row is invalid.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> noisy = lambda key, theta: theta + jax.random.normal(key)
+        >>> simulate(jax.random.key(0), dist.Normal(0, 1), noisy, 100)
+        Simulations(N=100, D=1, x=float32[], invalid=0)
+    """
+    if n < 1:
+        raise ValueError(f"n: expected at least one simulation, got {n}")
+    prior = as_prior(prior)
+    _check_simulator(prior, simulator)
+    prior_key, noise_key = jax.random.split(key)
+    theta = prior.sample(prior_key, n)
+    keys = jax.random.split(noise_key, n)
+    chunks = []
+    starts = range(0, n, CHUNK)
+    for start in tqdm(starts, desc="simulate", disable=not progress or len(starts) < 2):
+        rows = np.arange(start, start + (CHUNK if len(starts) > 1 else n)) % n
+        chunk = _simulate_chunk(prior, simulator, keys[rows], theta[rows])
+        chunks.append(jax.tree.map(lambda leaf, m=min(n - start, len(rows)): leaf[:m], chunk))
+    x = jax.tree.map(lambda *parts: jnp.concatenate(parts), *chunks)
+    sims = Simulations(theta, x)
+    _report_failures(sims)
+    return sims
+
+
+def valid_rows(x: Obs) -> Array:
+    """Whether each row (first axis) of every leaf of x is finite; bool of shape (N,)."""
+    rows = [jnp.all(jnp.isfinite(a), axis=tuple(range(1, a.ndim))) for a in jax.tree.leaves(x)]
+    return jnp.all(jnp.stack(rows), axis=0)
+
+
+def observation_shape(x: Obs) -> Obs:
+    """Shape and dtype of one row of x: the same tree, of `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), x)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _simulate_chunk(prior: Prior, simulator: Simulator, keys: Key, theta: Array) -> Obs:
+    return jax.vmap(simulator)(keys, prior.structured(theta))
+
+
+def _check_simulator(prior: Prior, simulator: Simulator) -> None:
+    """Trace the simulator on one parameter vector; nothing is computed."""
+    try:
+        hash(simulator)
+    except TypeError:
+        raise ValueError("simulator: expected a hashable callable, got one with __eq__") from None
+    theta = prior.structured(prior.sample(jax.random.key(0), 1)[0])
+    try:
+        out = jax.eval_shape(simulator, jax.random.key(0), theta)
+    except (jax.errors.JAXTypeError, jax.errors.NonConcreteBooleanIndexError) as error:
+        raise ValueError(
+            "simulator: expected a function that JAX can trace (jax.numpy, no branches on values "
+            f"in Python), got {type(error).__name__}: {error}"
+        ) from error
+    leaves = jax.tree.leaves(out)
+    numeric = (np.number, np.bool_)
+    if not leaves or not all(any(np.issubdtype(a.dtype, t) for t in numeric) for a in leaves):
+        raise ValueError(f"simulator: expected numeric arrays, got {out}")
+
+
+def _report_failures(sims: Simulations) -> None:
+    failed = len(sims) - sims.num_valid
+    if failed == len(sims):
+        raise SimulationFailed(f"all {failed} simulations gave NaN or infinity")
+    if failed:
+        warnings.warn(
+            f"{failed} of {len(sims)} simulations gave NaN or infinity; they are kept, marked "
+            "invalid, and left out of training",
+            SbiFlowsWarning,
+            stacklevel=3,
+        )
+
+
+def _numeric(leaf: Any) -> Array:
+    array = np.asarray(leaf)
+    if array.dtype == object or not (
+        np.issubdtype(array.dtype, np.number) or array.dtype == np.bool_
+    ):
+        raise ValueError(f"x: expected numeric arrays, got dtype {array.dtype}")
+    return jnp.asarray(leaf)

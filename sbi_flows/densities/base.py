@@ -1,0 +1,32 @@
+"""What every conditional density is: a flax module that maps a context to a distribution."""
+
+from __future__ import annotations
+
+import abc
+from typing import Protocol
+
+import distrax
+from flax import nnx
+from jax import Array
+
+from sbi_flows.typing import Key
+
+
+class Density(nnx.Module):
+    """Abstract p(z | context) over R^d."""
+
+    @abc.abstractmethod
+    def __call__(self, context: Array, *, key: Key | None = None) -> distrax.Distribution:
+        """The distribution given contexts (*, C); a key turns dropout on."""
+
+    def loss(self, key: Key | None, z: Array, context: Array) -> Array:
+        """Training loss of each row: z (B, d), context (B, C) to (B,), in nats."""
+        return -self(context, key=key).log_prob(z)
+
+
+class DensitySettings(Protocol):
+    """A frozen, hashable description that builds a `Density` once the sizes are known."""
+
+    def build(self, key: Key, dim: int, context_dim: int) -> Density:
+        """Make the module for z in R^dim and contexts in R^context_dim."""
+        ...

@@ -1,0 +1,142 @@
+"""p(theta in standard coordinates | x): embedding, linear start and density as one module."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import distrax
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sbi_flows.densities.base import Density, DensitySettings
+from sbi_flows.densities.start import LinearStart
+from sbi_flows.standardise import Shapes, unflatten_rows
+from sbi_flows.typing import Key
+
+Embedding = nnx.Module | Callable[[nnx.Rngs], nnx.Module]
+"""A flax module, or a function `rngs -> module`, that maps observations (B, *event) to (B, F)."""
+
+
+class Conditional(nnx.Module):
+    """The whole trained model; `features` are standardised and flat, shape (B, C)."""
+
+    def __init__(
+        self, start: LinearStart, density: Density, embedding: nnx.Module | None, sizes: Sizes
+    ) -> None:
+        """Hold the parts; the start is no trainable parameter."""
+        self.start = nnx.Variable(start)
+        self.density = density
+        self.embedding = nnx.data(embedding)
+        self.sizes = sizes
+
+    def __call__(self, features: Array, *, key: Key | None = None) -> distrax.Distribution:
+        """Distribution over standard coordinates given features (B, C)."""
+        first, second = (None, None) if key is None else jax.random.split(key)
+        context = features
+        if self.embedding is not None:
+            x = unflatten_rows(features, self.sizes.tree, self.sizes.shapes)
+            context = _embed(self.embedding, x, first)
+        density = self.density(context, key=second)
+        start = self.start.get_value().bijector(features, self.sizes.bounded)
+        return distrax.Transformed(density, start)
+
+    def loss(self, key: Key | None, y: Array, features: Array) -> Array:
+        """Training loss of each row: y (B, d), features (B, C) to (B,), in nats."""
+        return -self(features, key=key).log_prob(y)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Static facts about the data that shape a model.
+
+    Attributes:
+        bounded: Which of the d standard coordinates are bounded.
+        tree: Structure of one observation.
+        shapes: Shape of each of its leaves.
+    """
+
+    bounded: tuple[bool, ...]
+    tree: jax.tree_util.PyTreeDef
+    shapes: Shapes
+
+    @property
+    def dim(self) -> int:
+        """d, the number of standard coordinates."""
+        return len(self.bounded)
+
+    @property
+    def features(self) -> int:
+        """C, the length of the flat feature vector."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+    """Everything static that a model is built from; hashable, so that programs can be reused."""
+
+    density: DensitySettings
+    embedding: Embedding | None
+    sizes: Sizes
+
+    def build(self, key: Key) -> Conditional:
+        """Make the module with its initial weights and a start that ignores the observation."""
+        first, second = jax.random.split(key)
+        d, features = self.sizes.dim, self.sizes.features
+        embedding, context_dim = self._embedding(first), features
+        if embedding is not None:
+            x = unflatten_rows(jnp.zeros((2, features)), self.sizes.tree, self.sizes.shapes)
+            out = nnx.eval_shape(lambda m: _embed(m, x, None), embedding)
+            if out.ndim != 2 or out.shape[0] != 2:
+                raise ValueError(f"embedding: expected output (B, F), got {out.shape} for B = 2")
+            context_dim = out.shape[1]
+        zeros = jnp.zeros(d)
+        start = LinearStart(
+            jnp.zeros((features, d)), jnp.ones(d), zeros, jnp.zeros((d, d)), zeros
+        )
+        density = self.density.build(second, d, context_dim)
+        return Conditional(start, density, embedding, self.sizes)
+
+    def _embedding(self, key: Key) -> nnx.Module | None:
+        if self.embedding is None:
+            return None
+        if isinstance(self.embedding, nnx.Module):
+            return nnx.clone(self.embedding)
+        module = self.embedding(nnx.Rngs(key))
+        if not isinstance(module, nnx.Module):
+            raise ValueError(
+                f"embedding: expected a flax nnx.Module, got {type(module).__name__}"
+            )
+        return module
+
+
+class Weights(NamedTuple):
+    """Arrays of all members of an ensemble, stacked on a leading axis M: trainable and other."""
+
+    params: Any
+    rest: Any
+
+
+@functools.lru_cache(maxsize=64)
+def graph_of(blueprint: Blueprint) -> nnx.GraphDef:
+    """The static half of a model, without computing any weights."""
+    model = nnx.eval_shape(lambda: blueprint.build(jax.random.key(0)))
+    return nnx.split(model, nnx.Param, ...)[0]
+
+
+def initial_weights(blueprint: Blueprint, key: Key) -> tuple[Any, Any]:
+    """Trainable weights and the other arrays of a new model."""
+    _, params, rest = nnx.split(blueprint.build(key), nnx.Param, ...)
+    return nnx.as_pure(params), nnx.as_pure(rest)
+
+
+def _embed(embedding: nnx.Module, x: Any, key: Key | None) -> Array:
+    """Call the embedding, with a key for its dropout where it takes one."""
+    parameters = inspect.signature(type(embedding).__call__).parameters
+    return embedding(x, key=key) if "key" in parameters else embedding(x)  # type: ignore[operator]

@@ -1,0 +1,12 @@
+"""Checks of a posterior: classifier two-sample test, ranks, coverage, and the verdict."""
+
+from sbi_flows.diagnostics.c2st import c2st as c2st
+from sbi_flows.diagnostics.check import Report as Report
+from sbi_flows.diagnostics.check import check as check
+from sbi_flows.diagnostics.coverage import Coverage as Coverage
+from sbi_flows.diagnostics.coverage import coverage as coverage
+from sbi_flows.diagnostics.sbc import SBC as SBC
+from sbi_flows.diagnostics.sbc import sbc as sbc
+from sbi_flows.diagnostics.sharpness import Sharpness as Sharpness
+from sbi_flows.diagnostics.tarp import TARP as TARP
+from sbi_flows.diagnostics.tarp import tarp as tarp

@@ -1,0 +1,204 @@
+"""One pass of posterior draws over many data sets, reduced to ranks as it goes.
+
+Every calibration check needs the same draws: `draw_pass` takes them once, a chunk of data sets at
+a time in one compiled shape, and keeps only numbers per data set. Public names: `draw_pass`,
+`Ranks`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from tqdm.auto import tqdm
+
+from sbi_flows.data import Simulations
+from sbi_flows.diagnostics.uniformity import continuous_ranks
+from sbi_flows.errors import SbiFlowsError
+from sbi_flows.typing import Key
+
+PosteriorLike = Any
+"""What has `prior`, `sample`, `log_prob` and `sample_and_log_prob` of a `Posterior`."""
+
+CHUNK = 4_000_000
+"""Numbers (data sets x draws x D) held at once; 16 MB in single precision."""
+
+MIN_DATASETS = 50
+MIN_DRAWS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """What is left of a draw pass over N data sets; N counts only simulations that succeeded.
+
+    All of `uniform`, `density` and `distance` are uniform on (0, 1) for a correct posterior.
+
+    Attributes:
+        theta: True parameters, shape (N, D).
+        uniform: Continuous rank of each true parameter among its draws, shape (N, D).
+        density: Continuous share of draws denser under the posterior than the truth, shape (N,);
+            None where no density was asked for.
+        distance: Continuous share of draws nearer to the reference point than the truth, shape
+            (N,); None without reference points.
+        log_prob: Posterior log density of the truth, shape (N,), nats; None as for `density`.
+        mean: Posterior means, shape (N, D).
+        sd: Posterior standard deviations, shape (N, D).
+        draws: Number of draws from each posterior.
+        labels: Names of the D parameters.
+        num_failed: Simulations left out because they failed.
+    """
+
+    theta: np.ndarray
+    uniform: np.ndarray
+    density: np.ndarray | None
+    distance: np.ndarray | None
+    log_prob: np.ndarray | None
+    mean: np.ndarray
+    sd: np.ndarray
+    draws: int
+    labels: tuple[str, ...]
+    num_failed: int
+
+
+def usable(posterior: PosteriorLike, simulations: Simulations, draws: int) -> Simulations:
+    """The simulations that succeeded, after the checks that come before any work.
+
+    Raises:
+        ValueError: Too few data sets succeeded, too few draws, or parameters of another width.
+    """
+    if draws < MIN_DRAWS:
+        raise ValueError(f"draws: expected at least {MIN_DRAWS}, got {draws}")
+    dim = simulations.theta.shape[1]
+    if dim != posterior.prior.dim:
+        raise ValueError(
+            f"simulations: expected {posterior.prior.dim} parameters "
+            f"{posterior.prior.labels} as the posterior has, got {dim}"
+        )
+    valid = simulations.only_valid()
+    if len(valid) < MIN_DATASETS:
+        raise ValueError(
+            f"simulations: expected at least {MIN_DATASETS} that succeeded, "
+            f"got {len(valid)} of {len(simulations)}"
+        )
+    return valid
+
+
+def draw_pass(
+    key: Key,
+    posterior: PosteriorLike,
+    simulations: Simulations,
+    *,
+    draws: int = 1_000,
+    references: Any | None = None,
+    scale: Any | None = None,
+    density: bool = True,
+    progress: bool = False,
+) -> Ranks:
+    """Rank the true parameters of N data sets among draws from the posterior of each.
+
+    Args:
+        key: Random key.
+        posterior: The posterior to check.
+        simulations: Pairs (theta, x) from the prior and the simulator; failed rows are left out.
+        draws: Draws from each posterior; they must be independent (thin Markov chains).
+        references: Reference points for the distances of TARP, shape (N, D) over the rows that
+            succeeded; none leaves the distances out.
+        scale: Unit of each parameter in those distances, shape (D,); ones by default.
+        density: Whether to evaluate the posterior's density too.
+        progress: Show a progress bar over chunks of data sets.
+
+    Returns:
+        The ranks, on the host.
+
+    Raises:
+        ValueError: As `usable` says, or references of another shape.
+        SbiFlowsError: The posterior gave NaN, or draws that are not finite.
+    """
+    valid = usable(posterior, simulations, draws)
+    n, dim = valid.theta.shape
+    if references is not None and np.shape(references) != (n, dim):
+        raise ValueError(f"references: expected shape {(n, dim)}, got {np.shape(references)}")
+    points = jnp.zeros((n, dim)) if references is None else jnp.asarray(references)
+    units = jnp.ones(dim) if scale is None else jnp.asarray(scale)
+    draw_key, tie_key = jax.random.split(key)
+    parts = []
+    chunks = _chunks(n, draws * dim)
+    keys = jax.random.split(draw_key, len(chunks))
+    bar = tqdm(chunks, desc="draw", disable=not progress or len(chunks) < 2)
+    for chunk_key, (rows, kept) in zip(keys, bar, strict=True):
+        part = valid[rows]
+        sampled = _sample(chunk_key, posterior, part, draws, density)
+        reduced = _reduce(*sampled, part.theta, points[rows], units)
+        parts.append(jax.tree.map(lambda leaf, m=kept: np.asarray(leaf)[:m], reduced))
+    joined = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+    _require_finite(joined["finite"])
+    uniform = {
+        name: continuous_ranks(k, joined[name], joined[f"{name}_equal"], draws)
+        for name, k in zip(("below", "denser", "nearer"), jax.random.split(tie_key, 3), strict=True)
+    }
+    return Ranks(
+        theta=np.asarray(valid.theta),
+        uniform=uniform["below"],
+        density=uniform["denser"] if density else None,
+        distance=None if references is None else uniform["nearer"],
+        log_prob=joined["log_prob"] if density else None,
+        mean=joined["mean"],
+        sd=joined["sd"],
+        draws=draws,
+        labels=tuple(posterior.prior.labels),
+        num_failed=len(simulations) - n,
+    )
+
+
+def _chunks(n: int, numbers: int) -> list[tuple[np.ndarray, int]]:
+    """Row indices of equally long chunks (the last one wraps round), and how many to keep."""
+    count = -(-n // max(1, CHUNK // numbers))
+    size = -(-n // count)
+    return [(np.arange(s, s + size) % n, min(size, n - s)) for s in range(0, n, size)]
+
+
+def _sample(
+    key: Key, posterior: PosteriorLike, part: Simulations, draws: int, density: bool
+) -> tuple[Array, Array, Array]:
+    """Draws (B, L, D), their log densities (B, L), and that of the truth (B,)."""
+    if not density:
+        sample = posterior.sample(key, part.x, draws)
+        return sample, jnp.zeros(sample.shape[:2]), jnp.zeros(len(part))
+    sample, log_prob = posterior.sample_and_log_prob(key, part.x, draws)
+    return sample, log_prob, posterior.log_prob(part.theta, part.x)
+
+
+@jax.jit
+def _reduce(
+    sample: Array, log_prob: Array, log_truth: Array, theta: Array, points: Array, units: Array
+) -> dict[str, Array]:
+    """Counts and moments of each data set's draws; the draws themselves are not kept."""
+    truth, point = theta[:, None], points[:, None]
+    unit = units[None, None]
+    away = jnp.sum(((sample - point) / unit) ** 2, axis=-1)
+    truth_away = jnp.sum(((truth - point) / unit) ** 2, axis=-1)
+    finite = jnp.all(jnp.isfinite(sample), axis=(1, 2)) & ~jnp.any(jnp.isnan(log_prob), axis=1)
+    return {
+        "below": jnp.sum(sample < truth, axis=1),
+        "below_equal": jnp.sum(sample == truth, axis=1),
+        "denser": jnp.sum(log_prob > log_truth[:, None], axis=1),
+        "denser_equal": jnp.sum(log_prob == log_truth[:, None], axis=1),
+        "nearer": jnp.sum(away < truth_away, axis=1),
+        "nearer_equal": jnp.sum(away == truth_away, axis=1),
+        "mean": jnp.mean(sample, axis=1),
+        "sd": jnp.std(sample, axis=1),
+        "log_prob": log_truth,
+        "finite": finite & ~jnp.isnan(log_truth),
+    }
+
+
+def _require_finite(finite: np.ndarray) -> None:
+    if not np.all(finite):
+        raise SbiFlowsError(
+            f"the posterior of {int(np.sum(~finite))} of {len(finite)} data sets gave NaN, or "
+            "draws that are not finite"
+        )

@@ -1,0 +1,36 @@
+"""Errors and warnings of the library.
+
+What is known before any work starts is a `ValueError`; what only a run shows is a subclass of
+`SbiFlowsError`, so that one `except` clause catches them all.
+"""
+
+
+class SbiFlowsError(Exception):
+    """Base of every error that only a run can show."""
+
+
+class TrainingDiverged(SbiFlowsError):
+    """The training or validation loss stopped being finite.
+
+    Attributes:
+        epoch: The first epoch (counted from 1) whose loss was not finite.
+        state: The last finite weights, as the posterior that they make.
+    """
+
+    def __init__(self, message: str, *, epoch: int, state: object = None) -> None:
+        """Keep the epoch and the last finite state beside the message."""
+        super().__init__(message)
+        self.epoch = epoch
+        self.state = state
+
+
+class SimulationFailed(SbiFlowsError):
+    """No simulation, or too few of them, gave a finite observation."""
+
+
+class ArtefactError(SbiFlowsError):
+    """A saved file cannot be trusted or read."""
+
+
+class SbiFlowsWarning(UserWarning):
+    """Category of every warning that the library gives."""

@@ -1,0 +1,3 @@
+"""Estimators: frozen descriptions that turn simulations into a posterior."""
+
+from sbi_flows.estimators.npe import NPE as NPE

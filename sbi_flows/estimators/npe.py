@@ -1,0 +1,161 @@
+"""Neural posterior estimation: a conditional density fitted to simulations.
+
+Source: Papamakarios & Murray 2016, "Fast epsilon-free Inference of Simulation Models with Bayesian
+Conditional Density Estimation" (arXiv:1605.06376); Greenberg et al. 2019 (arXiv:1905.07488).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbi_flows.data import Simulations, observation_shape
+from sbi_flows.densities.base import DensitySettings
+from sbi_flows.densities.conditional import Blueprint, Embedding, Sizes, Weights
+from sbi_flows.densities.flow import NSF
+from sbi_flows.errors import SimulationFailed, TrainingDiverged
+from sbi_flows.posteriors import Posterior
+from sbi_flows.prior import Prior, PriorLike, as_prior
+from sbi_flows.standardise import fit_standardiser
+from sbi_flows.training import History, Training, fit
+from sbi_flows.typing import Key
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class NPE:
+    """A frozen description of an amortised posterior estimator.
+
+    Attributes:
+        prior: The prior.
+        density: The conditional density to fit.
+        training: Settings of the fit.
+        members: Size of the ensemble; members are trained side by side and mixed.
+        embedding: A flax module that maps standardised observations (B, *event) to (B, F), or a
+            function `rngs -> module`, with which each member starts from weights of its own.
+
+    References:
+        Fast epsilon-free Inference of Simulation Models, arXiv:1605.06376.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist, sbi_flows as sf
+        >>> prior = dist.Normal(0, 1).expand([2])
+        >>> noisy = lambda key, theta: theta + 0.5 * jax.random.normal(key, (2,))
+        >>> sims = sf.simulate(jax.random.key(0), prior, noisy, 500)
+        >>> quick = sf.Training(max_epochs=2)
+        >>> posterior, history = sf.NPE(prior, training=quick).fit(jax.random.key(1), sims)
+        >>> posterior.sample(jax.random.key(2), jax.numpy.zeros(2), 10).shape
+        (10, 2)
+    """
+
+    prior: Prior
+    density: DensitySettings
+    training: Training
+    members: int
+    embedding: Embedding | None
+
+    def __init__(
+        self,
+        prior: PriorLike,
+        density: DensitySettings | None = None,
+        *,
+        training: Training | None = None,
+        members: int = 4,
+        embedding: Embedding | None = None,
+    ) -> None:
+        """Validate what is known before any data.
+
+        Raises:
+            ValueError: `members` is not positive, or the density is not a density.
+        """
+        if members < 1:
+            raise ValueError(f"members: expected at least 1, got {members}")
+        density = NSF() if density is None else density
+        if not hasattr(density, "build"):
+            raise ValueError(
+                f"density: expected a density such as sf.NSF(), got {type(density).__name__}"
+            )
+        fields = {
+            "prior": as_prior(prior),
+            "density": density,
+            "training": Training() if training is None else training,
+            "members": members,
+            "embedding": embedding,
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def fit(
+        self, key: Key, simulations: Simulations, *, progress: bool = True
+    ) -> tuple[Posterior, History]:
+        """Fit to the valid rows of the simulations; changes nothing in place.
+
+        Args:
+            key: Random key; the same key and data give the same posterior.
+            simulations: Parameters (N, D) inside the prior's support, and observations.
+            progress: Show a progress bar.
+
+        Returns:
+            The posterior and the history of the fit.
+
+        Raises:
+            ValueError: theta does not fit the prior.
+            SimulationFailed: Fewer than 10 rows are valid.
+            TrainingDiverged: A loss was not finite; `.state` is the last finite posterior.
+        """
+        theta, x = self._checked(simulations)
+        y = self.prior.to_standard(theta)
+        standardiser = fit_standardiser(x)
+        features = standardiser(x)
+        like = observation_shape(x)
+        sizes = Sizes(
+            self.prior.bounded,
+            jax.tree.structure(like),
+            tuple(leaf.shape for leaf in jax.tree.leaves(like)),
+        )
+        blueprint = Blueprint(self.density, self.embedding, sizes)
+        offset = float(jnp.mean(self.prior.standard_log_det(y)))
+
+        def posterior(weights: Weights) -> Posterior:
+            return Posterior(self.prior, blueprint, weights, standardiser, like)
+
+        try:
+            weights, history = fit(
+                key,
+                blueprint,
+                self.training,
+                y,
+                features,
+                members=self.members,
+                offset=offset,
+                progress=progress,
+            )
+        except TrainingDiverged as error:
+            error.state = posterior(error.state)  # type: ignore[arg-type]
+            raise
+        return posterior(weights), history
+
+    def _checked(self, simulations: Simulations) -> tuple[jax.Array, object]:
+        if not isinstance(simulations, Simulations):
+            raise ValueError(
+                f"simulations: expected sf.Simulations, got {type(simulations).__name__}"
+            )
+        dim = simulations.theta.shape[1]
+        if dim != self.prior.dim:
+            raise ValueError(
+                f"theta: expected {self.prior.dim} columns for {self.prior.labels}, got {dim}"
+            )
+        outside = int(np.sum(~np.asarray(self.prior.contains(simulations.theta))))
+        if outside:
+            raise ValueError(
+                f"theta: expected values inside the prior's support, got {outside} rows outside"
+            )
+        valid = simulations.only_valid()
+        if len(valid) < 10:
+            raise SimulationFailed(
+                f"expected at least 10 finite simulations to train on, got {len(valid)} of "
+                f"{len(simulations)}"
+            )
+        return valid.theta, valid.x

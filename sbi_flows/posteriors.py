@@ -1,0 +1,341 @@
+"""The posterior: draws, densities and modes for one observation or a batch of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import distrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+
+from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
+from sbi_flows.prior import Prior
+from sbi_flows.prior_maps import HALF_WIDTH
+from sbi_flows.standardise import Standardiser
+from sbi_flows.typing import Key, Obs
+
+ENTRIES = 2**18
+"""Parameter entries (draws times d) in one compiled call, which bounds the memory."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Posterior:
+    """An amortised posterior: the equal mixture of an ensemble's members.
+
+    One observation has the shape of a training row; a batch has one more axis in front. Batches
+    are computed in compiled chunks of bounded memory; a result does not depend on the chunks.
+
+    Attributes:
+        prior: The prior, which names the parameters.
+        blueprint: What the members are built from.
+        weights: Their arrays, stacked on a leading axis.
+        standardiser: Observation to features.
+        observation: Shape and dtype of one observation (`jax.ShapeDtypeStruct` leaves).
+    """
+
+    prior: Prior
+    blueprint: Blueprint
+    weights: Weights
+    standardiser: Standardiser
+    observation: Obs
+
+    @property
+    def members(self) -> int:
+        """Size of the ensemble."""
+        return len(jax.tree.leaves(self.weights)[0])
+
+    def __repr__(self) -> str:
+        """Prior, density and ensemble size."""
+        return f"Posterior({self.prior}, {self.blueprint.density}, members={self.members})"
+
+    def sample(self, key: Key, x: Obs, n: int) -> Array:
+        """Draw from the posterior; no draw is outside the prior's support.
+
+        Args:
+            key: Random key.
+            x: One observation (*event) or a batch (B, *event).
+            n: Number of draws an observation.
+
+        Returns:
+            Shape (n, D), or (B, n, D) for a batch.
+
+        Raises:
+            ValueError: x has another shape than the training rows, is not numeric, or holds NaN
+                or infinity; or n is not positive.
+        """
+        return self._draw(key, x, n, with_log_prob=False)[0]
+
+    def sample_and_log_prob(self, key: Key, x: Obs, n: int) -> tuple[Array, Array]:
+        """Draw as `sample` does, with the log density (n,) or (B, n) of each draw."""
+        return self._draw(key, x, n, with_log_prob=True)
+
+    def log_prob(self, theta: Any, x: Obs) -> Array:
+        """Log density in the parameters' own units; -inf outside the prior's support.
+
+        Args:
+            theta: For one observation: shape (*, D). For a batch: (B, D) or (B, n, D), the rows
+                of theta belonging to the observations in turn.
+            x: One observation (*event) or a batch (B, *event).
+
+        Returns:
+            Shape of theta without its last axis.
+
+        Raises:
+            ValueError: A shape does not fit, or x holds NaN or infinity.
+        """
+        features, single = self._features(x)
+        theta = jnp.asarray(theta, features.dtype)
+        if theta.ndim == 0 or theta.shape[-1] != self.prior.dim:
+            raise ValueError(
+                f"theta: expected shape (*, {self.prior.dim}) for {self.prior.labels}, "
+                f"got {theta.shape}"
+            )
+        if not single and (theta.ndim not in (2, 3) or len(theta) != len(features)):
+            raise ValueError(
+                f"theta: expected ({len(features)}, {self.prior.dim}) or ({len(features)}, n, "
+                f"{self.prior.dim}) for a batch of {len(features)} observations, got {theta.shape}"
+            )
+        rows = theta.reshape(len(features), -1, self.prior.dim)
+        evaluate = partial(_log_prob, self.blueprint, self.prior, self.weights)
+        if single:  # many theta at one observation: split them up as if there were many
+            pieces = _pieces(rows.shape[1], self.prior.dim)
+            padded = _pad(rows[0], pieces[0] * pieces[1]).reshape(*pieces, self.prior.dim)
+            repeated = jnp.repeat(features, pieces[0], axis=0)
+            out = self._in_chunks(evaluate, pieces[1], repeated, padded)[0]
+            return out.reshape(-1)[: rows.shape[1]].reshape(theta.shape[:-1])
+        out = self._in_chunks(evaluate, rows.shape[1], features, rows)[0]
+        return out.reshape(theta.shape[:-1])
+
+    def map(self, x: Obs, *, key: Key | None = None, starts: int = 1000, steps: int = 200) -> Array:
+        """Mode of the posterior: the best of many draws, refined by gradient ascent.
+
+        Args:
+            x: One observation or a batch.
+            key: Random key of the draws; a fixed one by default, so that the result is
+                deterministic.
+            starts: Number of draws.
+            steps: Steps of Adam.
+
+        Returns:
+            Shape (D,), or (B, D) for a batch.
+        """
+        key = jax.random.key(0) if key is None else key
+        draws, log_prob = self.sample_and_log_prob(key, x, starts)
+        features, single = self._features(x)
+        draws = draws.reshape(-1, starts, self.prior.dim)
+        best = jnp.argmax(log_prob.reshape(-1, starts), axis=1)
+        first = draws[jnp.arange(len(draws)), best]
+        refine = partial(_ascend, self.blueprint, self.prior, steps, self.weights)
+        modes = self._in_chunks(refine, 1, features, first)[0]
+        return modes[0] if single else modes
+
+    def to_arviz(self, key: Key, x: Obs, *, n: int = 4000, prior_draws: int = 1000) -> Any:
+        """Draws as ArviZ data with named variables.
+
+        Args:
+            key: Random key.
+            x: One observation.
+            n: Number of posterior draws (one chain: they are independent).
+            prior_draws: Number of prior draws.
+
+        Returns:
+            `arviz.InferenceData` (ArviZ 0.x) or `xarray.DataTree` (ArviZ 1.x) with the groups
+            posterior, sample_stats (`lp`), prior and observed_data.
+
+        Raises:
+            ValueError: x is a batch.
+        """
+        from sbi_flows.arviz_groups import arviz_groups
+
+        if not self._features(x)[1]:
+            raise ValueError("x: expected one observation, got a batch")
+        posterior_key, prior_key = jax.random.split(key)
+        draws, log_prob = self.sample_and_log_prob(posterior_key, x, n)
+        prior = self.prior.sample(prior_key, prior_draws)
+        return arviz_groups(self.prior, draws, log_prob, prior, x)
+
+    def _draw(self, key: Key, x: Obs, n: int, *, with_log_prob: bool) -> tuple[Array, Array]:
+        if n < 1:
+            raise ValueError(f"n: expected at least one draw, got {n}")
+        features, single = self._features(x)
+        # many draws for one observation: split them up as if there were many observations
+        pieces, each = _pieces(n, self.prior.dim) if single else (1, n)
+        repeated = jnp.repeat(features, pieces, axis=0)
+        keys = jax.random.split(key, len(repeated))
+        evaluate = partial(
+            _sample, self.blueprint, self.prior, each, with_log_prob, self.weights
+        )
+        draws, log_prob = self._in_chunks(evaluate, each, repeated, keys)
+        if single:
+            return draws.reshape(-1, self.prior.dim)[:n], log_prob.reshape(-1)[:n]
+        return draws, log_prob
+
+    def _in_chunks(self, evaluate: Any, each: int, features: Array, other: Array) -> tuple:
+        """Run over chunks of observations of one padded shape and join the results."""
+        total = len(features)
+        size = min(total, max(1, ENTRIES // (each * self.prior.dim)))
+        outputs = []
+        for start in range(0, total, size):
+            rows = np.arange(start, start + size) % total
+            outputs.append(evaluate(features[rows], other[rows]))
+        return tuple(jnp.concatenate(parts)[:total] for parts in zip(*outputs, strict=True))
+
+    def _features(self, x: Obs) -> tuple[Array, bool]:
+        """Validate x; features (B, C), and whether x was a single observation."""
+        batch, single = as_batch(x, self.observation)
+        return self.standardiser(batch), single
+
+
+def as_batch(x: Obs, like: Obs) -> tuple[Obs, bool]:
+    """Bring one observation or a batch to (B, *event).
+
+    Args:
+        x: What the user gave.
+        like: Shape and dtype of one observation.
+
+    Returns:
+        The batch, and whether x was a single observation.
+
+    Raises:
+        ValueError: x does not fit, is not numeric, or is not finite.
+    """
+    expected = [tuple(leaf.shape) for leaf in jax.tree.leaves(like)]
+    if jax.tree.structure(x) != jax.tree.structure(like):
+        raise ValueError(f"x: expected the structure {like}, got {jax.tree.structure(x)}")
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(x)]
+    for leaf in leaves:
+        if not (np.issubdtype(leaf.dtype, np.number) or leaf.dtype == bool):
+            raise ValueError(f"x: expected numbers, got dtype {leaf.dtype}")
+        if not np.all(np.isfinite(leaf)):
+            raise ValueError("x: expected finite values, got NaN or infinity")
+    shapes = [leaf.shape for leaf in leaves]
+    single = shapes == expected
+    lengths = {s[:1] for s in shapes}
+    if not single and ([s[1:] for s in shapes] != expected or len(lengths) != 1):
+        wanted = expected[0] if len(expected) == 1 else expected
+        got = shapes[0] if len(shapes) == 1 else shapes
+        raise ValueError(f"x: expected shape {wanted}, or a batch of it, got {got}")
+    if not single and () not in lengths and lengths == {(0,)}:
+        raise ValueError("x: expected at least one observation, got an empty batch")
+    batch = [jnp.asarray(leaf[None] if single else leaf) for leaf in leaves]
+    return jax.tree.unflatten(jax.tree.structure(like), batch), single
+
+
+def _pieces(n: int, dim: int) -> tuple[int, int]:
+    """Split n draws into pieces of equal size, each small enough for one call."""
+    each = max(1, ENTRIES // dim)
+    count = math.ceil(n / each)
+    return count, math.ceil(n / count)
+
+
+def _pad(rows: Array, n: int) -> Array:
+    return jnp.concatenate([rows, jnp.broadcast_to(rows[:1], (n - len(rows), rows.shape[1]))])
+
+
+def _member(blueprint: Blueprint, weights: Weights, features: Array) -> distrax.Distribution:
+    """One member's distribution over standard coordinates for features (C,), batch shape (1,)."""
+    return nnx.merge(graph_of(blueprint), *weights)(features[None])
+
+
+def _mixture_log_prob(
+    blueprint: Blueprint, weights: Weights, y: Array, features: Array
+) -> Array:
+    """Log density of the mixture at y (B, n, d) given features (B, C); shape (B, n)."""
+
+    def one(member: Weights) -> Array:
+        def at(y: Array, f: Array) -> Array:
+            return _member(blueprint, member, f).log_prob(y[:, None])[:, 0]
+
+        return jax.vmap(at)(y, features)
+
+    members = jax.lax.map(one, weights)
+    return jax.nn.logsumexp(members, axis=0) - math.log(len(members))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _sample(
+    blueprint: Blueprint,
+    prior: Prior,
+    n: int,
+    with_log_prob: bool,
+    weights: Weights,
+    features: Array,
+    keys: Key,
+) -> tuple[Array, Array]:
+    """Draws (B, n, D) and log densities (B, n): each member gives its share, interleaved."""
+    members = len(jax.tree.leaves(weights)[0])
+    share = math.ceil(n / members)
+
+    def one(member: Weights, key: Key, f: Array) -> Array:
+        return _member(blueprint, member, f).sample(seed=key, sample_shape=(share,))[:, 0]
+
+    def all_members(key: Key, f: Array) -> Array:
+        y = jax.vmap(one, in_axes=(0, 0, None), out_axes=1)(
+            weights, jax.random.split(key, members), f
+        )
+        return y.reshape(share * members, -1)[:n]
+
+    y = jax.vmap(all_members)(keys, features)
+    theta = prior.from_standard(y)
+    if not with_log_prob:
+        return theta, jnp.zeros(y.shape[:2], y.dtype)
+    log_prob = _mixture_log_prob(blueprint, weights, y, features)
+    return theta, log_prob - prior.standard_log_det(y)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _log_prob(
+    blueprint: Blueprint, prior: Prior, weights: Weights, features: Array, theta: Array
+) -> tuple[Array]:
+    """Log densities (B, n) of theta (B, n, D) given features (B, C)."""
+    inside = prior.contains(theta)
+    safe = jnp.where(inside[..., None], theta, prior.center(theta.shape[:-1]))
+    y = prior.to_standard(safe)
+    log_prob = _mixture_log_prob(blueprint, weights, y, features) - prior.standard_log_det(y)
+    return (jnp.where(inside, log_prob, -jnp.inf),)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _ascend(
+    blueprint: Blueprint,
+    prior: Prior,
+    steps: int,
+    weights: Weights,
+    features: Array,
+    theta: Array,
+) -> tuple[Array]:
+    """Adam on unconstrained coordinates from theta (B, D); keeps the best point seen."""
+    bounded = jnp.asarray(prior.bounded)[None]
+    optimiser = optax.adam(optax.cosine_decay_schedule(0.02, steps))
+
+    def standard(u: Array) -> Array:
+        return jnp.where(bounded, HALF_WIDTH * jnp.tanh(u), u)
+
+    def objective(u: Array) -> Array:
+        y = standard(u)
+        log_prob = _mixture_log_prob(blueprint, weights, y[:, None], features)[:, 0]
+        return log_prob - prior.standard_log_det(y)
+
+    def step(carry: tuple, _: None) -> tuple[tuple, None]:
+        u, state, best, best_value = carry
+        value, pull = jax.vjp(objective, u)
+        better = value > best_value
+        best = jnp.where(better[:, None], u, best)
+        gradient = pull(-jnp.ones_like(value))[0]
+        updates, state = optimiser.update(gradient, state)
+        u = optax.apply_updates(u, updates)
+        return (u, state, best, jnp.maximum(value, best_value)), None
+
+    y = prior.to_standard(theta)
+    edge = 1.0 - 1e-6
+    u = jnp.where(bounded, jnp.arctanh(jnp.clip(y / HALF_WIDTH, -edge, edge)), y)
+    carry = (u, optimiser.init(u), u, jnp.full(len(u), -jnp.inf, u.dtype))
+    (_, _, best, _), _ = jax.lax.scan(step, carry, None, length=steps)
+    return (prior.from_standard(standard(best)),)

@@ -1,0 +1,294 @@
+"""The prior: named parameters, a flat vector, and a bijection to standard coordinates.
+
+Public names: `Prior`, `as_prior`. A prior is given as a numpyro distribution, a dict of them, or a
+numpyro model function with latent sites only; `as_prior` turns any of these into a `Prior` once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jax import Array
+
+from sbi_flows.prior_maps import SiteMap, site_map
+from sbi_flows.typing import Key
+
+PriorLike = Any
+"""A numpyro `Distribution`, a dict `{name: Distribution}`, a numpyro model or a `Prior`."""
+
+
+class Prior:
+    """A prior over D named parameters, held as one flat vector.
+
+    Attributes:
+        names: Name of each site, in the order in which they fill the flat vector.
+        event_shapes: Shape of each site's value.
+        labels: One label for each of the D entries: `alpha`, `beta[0]`, `beta[1]`.
+        dim: D, the length of the flat vector.
+        standard_dim: d, the length of the vector of standard coordinates (D, except where a
+            support has fewer degrees of freedom, as a simplex has).
+        bounded: Which of the d standard coordinates fill the interval (-sqrt 3, sqrt 3) rather
+            than R.
+        is_named: Whether the simulator receives a dict rather than one array.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> prior = as_prior({"rate": dist.LogNormal(0, 1), "p": dist.Uniform(0, 1).expand([2])})
+        >>> prior.labels
+        ('rate', 'p[0]', 'p[1]')
+        >>> prior.sample(jax.random.key(0), 5).shape
+        (5, 3)
+    """
+
+    def __init__(
+        self,
+        sites: Mapping[str, dist.Distribution],
+        *,
+        is_named: bool,
+        model: Callable[[], Any] | None = None,
+        dependent: frozenset[str] = frozenset(),
+    ) -> None:
+        """Validate the sites and build one bijection a site; use `as_prior` instead."""
+        for name, site in sites.items():
+            _require_continuous(name, site)
+        self.names = tuple(sites)
+        self.event_shapes = {n: (*d.batch_shape, *d.event_shape) for n, d in sites.items()}
+        self.is_named = is_named
+        self._sites = dict(sites)
+        self._model = model
+        self._maps: dict[str, SiteMap] = {
+            n: site_map(d, dependent=n in dependent) for n, d in sites.items()
+        }
+        self._sizes = [math.prod(self.event_shapes[n]) for n in self.names]
+        self._standard = [m.standard_shape for m in self._maps.values()]
+        self.dim = sum(self._sizes)
+        self.standard_dim = sum(math.prod(s) for s in self._standard)
+        self.labels = tuple(
+            label for n in self.names for label in _labels(n, self.event_shapes[n])
+        )
+        self.bounded = tuple(
+            m.bounded for m in self._maps.values() for _ in range(math.prod(m.standard_shape))
+        )
+
+    def __repr__(self) -> str:
+        """Name the sites, their distributions and shapes."""
+        sites = ", ".join(
+            f"{n}: {_base(d).__class__.__name__}{list(self.event_shapes[n])}"
+            for n, d in self._sites.items()
+        )
+        return f"Prior({sites})"
+
+    def sample(self, key: Key, n: int) -> Array:
+        """Draw n parameter vectors.
+
+        Returns:
+            Array of shape (n, D).
+        """
+        if self._model is not None:
+            return self.flatten(jax.vmap(self._sample_model)(jax.random.split(key, n)))
+        keys = jax.random.split(key, len(self.names))
+        return self.flatten(
+            {m: self._sites[m].sample(k, (n,)) for m, k in zip(self.names, keys, strict=True)}
+        )
+
+    def log_prob(self, theta: Array) -> Array:
+        """Log density at theta of shape (*, D); -inf outside the support; shape (*)."""
+        theta = self._checked(theta)
+        inside = self.contains(theta)
+        safe = jnp.where(inside[..., None], theta, self.center(theta.shape[:-1]))
+        return jnp.where(inside, self._log_prob_inside(safe), -jnp.inf)
+
+    def contains(self, theta: Array) -> Array:
+        """Whether theta of shape (*, D) is finite and in the support; bool of shape (*)."""
+        theta = self._checked(theta)
+        inside = jnp.all(jnp.isfinite(theta), axis=-1)
+        for name, value in self.unflatten(theta).items():
+            ok = self._sites[name].support(value)
+            inside &= jnp.all(jnp.reshape(ok, (*inside.shape, -1)), axis=-1)
+        return inside
+
+    def flatten(self, values: Mapping[str, Any]) -> Array:
+        """Join named values `{name: (*, *event)}` into flat vectors (*, D)."""
+        missing = set(self.names) ^ set(values)
+        if missing:
+            raise ValueError(f"expected parameters {sorted(self.names)}, got {sorted(values)}")
+        parts = []
+        for name in self.names:
+            value, shape = jnp.asarray(values[name]), self.event_shapes[name]
+            batch = value.shape[: value.ndim - len(shape)]
+            if value.shape != (*batch, *shape):
+                raise ValueError(f"{name}: expected shape (*, *{shape}), got {value.shape}")
+            parts.append(jnp.reshape(value, (*batch, math.prod(shape))))
+        return jnp.concatenate(parts, axis=-1)
+
+    def unflatten(self, theta: Array) -> dict[str, Array]:
+        """Split flat vectors (*, D) into named values `{name: (*, *event)}`."""
+        theta = self._checked(theta)
+        return self._split(theta, self._sizes, list(self.event_shapes.values()))
+
+    def structured(self, theta: Array) -> Array | dict[str, Array]:
+        """What the simulator receives: the named dict, or the array of a single distribution."""
+        values = self.unflatten(theta)
+        return values if self.is_named else values[self.names[0]]
+
+    def from_standard(self, y: Array) -> Array:
+        """Map standard coordinates (*, standard_dim) to parameters (*, D), never outside."""
+        parts = self._split(y, [math.prod(s) for s in self._standard], self._standard)
+        return self.flatten({n: self._maps[n].forward(v) for n, v in parts.items()})
+
+    def to_standard(self, theta: Array) -> Array:
+        """Map parameters (*, D) inside the support to standard coordinates (*, standard_dim).
+
+        There the prior has mean 0 and variance 1 wherever it has a CDF: standard normal on an
+        unbounded support, uniform on (-sqrt 3, sqrt 3) on an interval.
+        """
+        values = self.unflatten(theta)
+        batch = jnp.shape(theta)[:-1]
+        parts = [self._maps[n].inverse(v) for n, v in values.items()]
+        return jnp.concatenate([jnp.reshape(p, (*batch, -1)) for p in parts], axis=-1)
+
+    def standard_log_det(self, y: Array) -> Array:
+        """Log absolute determinant of the Jacobian of `from_standard` at y (*, d); shape (*)."""
+        parts = self._split(y, [math.prod(s) for s in self._standard], self._standard)
+        dets = [self._maps[n].log_det(v) for n, v in parts.items()]
+        batch = jnp.shape(y)[:-1]
+        return sum((jnp.sum(d.reshape((*batch, -1)), axis=-1) for d in dets), jnp.zeros(batch))
+
+    def _checked(self, theta: Array) -> Array:
+        theta = jnp.asarray(theta)
+        if theta.ndim == 0 or theta.shape[-1] != self.dim:
+            raise ValueError(
+                f"theta: expected shape (*, {self.dim}) for {self.labels}, got {theta.shape}"
+            )
+        return theta
+
+    def center(self, batch: tuple[int, ...] = ()) -> Array:
+        """A point inside the support, repeated to (*batch, D)."""
+        return self.from_standard(jnp.zeros((*batch, self.standard_dim)))
+
+    def _split(self, flat: Array, sizes: list[int], shapes: list) -> dict[str, Array]:
+        flat = jnp.asarray(flat)
+        batch, parts, start = flat.shape[:-1], {}, 0
+        for name, size, shape in zip(self.names, sizes, shapes, strict=True):
+            parts[name] = jnp.reshape(flat[..., start : start + size], (*batch, *shape))
+            start += size
+        return parts
+
+    def _log_prob_inside(self, theta: Array) -> Array:
+        if self._model is not None:
+            flat = jnp.reshape(theta, (-1, self.dim))
+            return jnp.reshape(jax.vmap(self._log_density_model)(flat), theta.shape[:-1])
+        total = jnp.zeros(theta.shape[:-1], theta.dtype)
+        for name, value in self.unflatten(theta).items():
+            log_prob = self._sites[name].log_prob(value)
+            total += jnp.sum(jnp.reshape(log_prob, (*total.shape, -1)), axis=-1)
+        return total
+
+    def _sample_model(self, key: Key) -> dict[str, Array]:
+        trace = numpyro.handlers.trace(numpyro.handlers.seed(self._model, key)).get_trace()
+        return {n: trace[n]["value"] for n in self.names}
+
+    def _log_density_model(self, theta: Array) -> Array:
+        values = self.unflatten(theta)
+        log_density, _ = numpyro.infer.util.log_density(self._model, (), {}, values)
+        return log_density
+
+
+def as_prior(prior: PriorLike) -> Prior:
+    """Turn a numpyro distribution, a dict of them or a numpyro model into a `Prior`.
+
+    Args:
+        prior: One continuous distribution; a dict `{name: distribution}`; a numpyro model function
+            without arguments whose sample sites are all latent; or a `Prior`, returned unchanged.
+
+    Returns:
+        The prior, with batch axes of a distribution counted as part of its value.
+
+    Raises:
+        ValueError: A site is discrete, observed, or has a support that depends on another site.
+
+    Example:
+        >>> import numpyro.distributions as dist
+        >>> as_prior(dist.Uniform(-1, 1).expand([2])).labels
+        ('theta[0]', 'theta[1]')
+    """
+    if isinstance(prior, Prior):
+        return prior
+    if isinstance(prior, dist.Distribution):
+        return Prior({"theta": prior}, is_named=False)
+    if isinstance(prior, Mapping):
+        if not prior:
+            raise ValueError("prior: expected at least one parameter, got an empty dict")
+        for name, site in prior.items():
+            if not isinstance(name, str) or not isinstance(site, dist.Distribution):
+                raise ValueError(
+                    f"prior[{name!r}]: expected a str name and a numpyro Distribution, "
+                    f"got {type(site).__name__}"
+                )
+        return Prior(prior, is_named=True)
+    if callable(prior):
+        return _from_model(prior)
+    raise ValueError(
+        "prior: expected a numpyro Distribution, a dict of them or a numpyro model, "
+        f"got {type(prior).__name__}"
+    )
+
+
+def _from_model(model: Callable[[], Any]) -> Prior:
+    """Trace a model twice: sites whose distribution changes depend on other sites."""
+    first, second = (_trace(model, seed) for seed in (0, 1))
+    if set(first) != set(second):
+        raise ValueError("prior model: expected the same sample sites at every call")
+    dependent = frozenset(n for n in first if not _same(first[n], second[n]))
+    for name in dependent:
+        if not _same(first[name].support, second[name].support):
+            raise ValueError(f"prior site {name!r}: its support depends on another parameter")
+    return Prior(first, is_named=True, model=model, dependent=dependent)
+
+
+def _trace(model: Callable[[], Any], seed: int) -> dict[str, dist.Distribution]:
+    key = jax.random.key(seed)
+    trace = numpyro.handlers.trace(numpyro.handlers.seed(model, key)).get_trace()
+    sites = {n: s for n, s in trace.items() if s["type"] == "sample"}
+    observed = [n for n, s in sites.items() if s["is_observed"]]
+    if observed:
+        raise ValueError(f"prior model: expected latent sample sites only, got observed {observed}")
+    if not sites:
+        raise ValueError("prior model: expected at least one sample site, got none")
+    return {n: s["fn"] for n, s in sites.items()}
+
+
+def _same(a: Any, b: Any) -> bool:
+    left, right = jax.tree.leaves(a), jax.tree.leaves(b)
+    return len(left) == len(right) and all(
+        jnp.shape(x) == jnp.shape(y) and bool(jnp.all(jnp.asarray(x) == jnp.asarray(y)))
+        for x, y in zip(left, right, strict=True)
+    )
+
+
+def _require_continuous(name: str, site: dist.Distribution) -> None:
+    if site.support is None or site.support.is_discrete:
+        raise ValueError(
+            f"prior site {name!r}: expected a continuous distribution, got the discrete "
+            f"{_base(site).__class__.__name__}"
+        )
+
+
+def _base(site: dist.Distribution) -> dist.Distribution:
+    while isinstance(site, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        site = site.base_dist
+    return site
+
+
+def _labels(name: str, shape: tuple[int, ...]) -> list[str]:
+    if not shape:
+        return [name]
+    import numpy as np
+
+    return [f"{name}[{','.join(map(str, i))}]" for i in np.ndindex(*shape)]

@@ -1,0 +1,191 @@
+"""One bijection between each site of a prior and standard coordinates.
+
+In standard coordinates the prior has mean 0 and variance 1: an elementwise prior with a CDF becomes
+a standard normal, or, where its support is an interval, a uniform on (-sqrt 3, sqrt 3), which
+leaves a box as it is up to scale. Other sites go through numpyro's `biject_to` their support.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jax import Array
+from jax.scipy.special import ndtri
+from jax.scipy.stats import norm
+from numpyro.distributions import biject_to
+
+HALF_WIDTH = math.sqrt(3.0)
+"""Half the width of an interval in standard coordinates: its uniform has variance 1."""
+
+
+class SiteMap(Protocol):
+    """Maps one site's value `(*, *event)` to standard coordinates `(*, *standard_shape)`."""
+
+    standard_shape: tuple[int, ...]
+    bounded: bool
+
+    def forward(self, y: Array) -> Array:
+        """Standard coordinates to the support."""
+        ...
+
+    def inverse(self, theta: Array) -> Array:
+        """The support to standard coordinates."""
+        ...
+
+    def log_det(self, y: Array) -> Array:
+        """Log absolute Jacobian determinant of `forward`, any shape that sums to (*)."""
+        ...
+
+
+class NormalMap:
+    """Normal, or an invertible elementwise transform of it: exact in the tails."""
+
+    bounded = False
+
+    def __init__(self, base: dist.Normal, transforms: tuple, shape: tuple[int, ...]) -> None:
+        """Hold location and scale of the normal under the transforms."""
+        self.standard_shape = shape
+        self._base, self._transforms = base, transforms
+
+    def forward(self, y: Array) -> Array:
+        """R to the support."""
+        return self._chain(y)[-1]
+
+    def inverse(self, theta: Array) -> Array:
+        """The support to R."""
+        for transform in reversed(self._transforms):
+            theta = transform._inverse(theta)
+        return (theta - self._base.loc) / self._base.scale
+
+    def log_det(self, y: Array) -> Array:
+        """Sum of the transforms' log derivatives."""
+        points = self._chain(y)
+        total = jnp.broadcast_to(jnp.log(self._base.scale), y.shape)
+        for transform, a, b in zip(self._transforms, points[:-1], points[1:], strict=True):
+            total = total + transform.log_abs_det_jacobian(a, b)
+        return total
+
+    def _chain(self, y: Array) -> list[Array]:
+        points = [self._base.loc + self._base.scale * y]
+        for transform in self._transforms:
+            points.append(transform(points[-1]))
+        return points
+
+
+class CdfMap:
+    """Elementwise distribution on an unbounded support, through its CDF to a standard normal."""
+
+    bounded = False
+
+    def __init__(self, base: dist.Distribution, shape: tuple[int, ...]) -> None:
+        """Hold the elementwise distribution."""
+        self.standard_shape, self._base = shape, base
+
+    def forward(self, y: Array) -> Array:
+        """R to the support."""
+        return self._base.icdf(_inside(norm.cdf(y)))
+
+    def inverse(self, theta: Array) -> Array:
+        """The support to R."""
+        return ndtri(_inside(self._base.cdf(theta)))
+
+    def log_det(self, y: Array) -> Array:
+        """Log of the standard normal density, less the prior's log density."""
+        return norm.logpdf(y) - self._base.log_prob(self.forward(y))
+
+
+class IntervalMap:
+    """Elementwise distribution on an interval, through its CDF to a uniform of variance 1."""
+
+    bounded = True
+
+    def __init__(self, base: dist.Distribution, shape: tuple[int, ...]) -> None:
+        """Hold the elementwise distribution."""
+        self.standard_shape, self._base = shape, base
+
+    def forward(self, y: Array) -> Array:
+        """(-sqrt 3, sqrt 3) to the support."""
+        theta = self._base.icdf(_inside(0.5 * (y / HALF_WIDTH + 1.0)))
+        if isinstance(self._base, dist.Uniform):
+            theta = jnp.clip(theta, self._base.low, self._base.high)
+        return theta
+
+    def inverse(self, theta: Array) -> Array:
+        """The support to (-sqrt 3, sqrt 3)."""
+        return HALF_WIDTH * (2.0 * _inside(self._base.cdf(theta)) - 1.0)
+
+    def log_det(self, y: Array) -> Array:
+        """Log density of the uniform, less the prior's log density."""
+        return -math.log(2 * HALF_WIDTH) - self._base.log_prob(self.forward(y))
+
+
+class SupportMap:
+    """Numpyro's `biject_to` the support."""
+
+    bounded = False
+
+    def __init__(self, support: Any, shape: tuple[int, ...]) -> None:
+        """Build the transform for values of this shape."""
+        self._transform = biject_to(support)
+        self.standard_shape = tuple(self._transform.inverse_shape(shape))
+
+    def forward(self, y: Array) -> Array:
+        """R^d to the support."""
+        return self._transform(y)
+
+    def inverse(self, theta: Array) -> Array:
+        """The support to R^d."""
+        return self._transform._inverse(theta)
+
+    def log_det(self, y: Array) -> Array:
+        """The transform's log absolute Jacobian determinant."""
+        return self._transform.log_abs_det_jacobian(y, self._transform(y))
+
+
+def site_map(site: dist.Distribution, *, dependent: bool) -> SiteMap:
+    """The bijection for one site; `dependent` sites use their support alone."""
+    shape = (*site.batch_shape, *site.event_shape)
+    base = elementwise(site)
+    if base is None or dependent:
+        return SupportMap(site.support, shape)
+    peeled, transforms = _peel_transforms(base)
+    if isinstance(peeled, dist.Normal):
+        return NormalMap(peeled, transforms, shape)
+    if not _has_cdf(base):
+        return SupportMap(site.support, shape)
+    return IntervalMap(base, shape) if _is_interval(base.support) else CdfMap(base, shape)
+
+
+def elementwise(site: dist.Distribution) -> dist.Distribution | None:
+    """The distribution of single entries under `Independent` and `expand`, if there is one."""
+    while isinstance(site, dist.Independent | dist.ExpandedDistribution):
+        site = site.base_dist
+    return None if site.event_shape else site
+
+
+def _peel_transforms(base: dist.Distribution) -> tuple[dist.Distribution, tuple]:
+    if isinstance(base, dist.TransformedDistribution):
+        if all(t.domain.event_dim == 0 for t in base.transforms):
+            return base.base_dist, tuple(base.transforms)
+    return base, ()
+
+
+def _has_cdf(base: dist.Distribution) -> bool:
+    try:
+        value = base.icdf(jnp.full(base.batch_shape, 0.3))
+        return bool(jnp.all(jnp.abs(base.cdf(value) - 0.3) < 1e-3))
+    except (NotImplementedError, AttributeError, TypeError):
+        return False
+
+
+def _is_interval(support: Any) -> bool:
+    return hasattr(support, "lower_bound") and hasattr(support, "upper_bound")
+
+
+def _inside(u: Array) -> Array:
+    """Keep a probability off 0 and 1, where quantiles are infinite."""
+    tiny = jnp.finfo(u.dtype).eps / 4
+    return jnp.clip(u, tiny, 1.0 - 2 * tiny)

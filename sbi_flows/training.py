@@ -1,0 +1,338 @@
+"""Training: all members of an ensemble side by side, one compiled program an epoch.
+
+Public names: `Training` (settings), `History` (what happened), `fit` (the loop).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from tqdm.auto import tqdm
+
+from sbi_flows.densities.conditional import Blueprint, Weights, graph_of, initial_weights
+from sbi_flows.densities.start import fit_linear_start
+from sbi_flows.errors import TrainingDiverged
+from sbi_flows.typing import Key
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """Settings of a fit.
+
+    Attributes:
+        batch_size: Rows a step.
+        max_epochs: Passes over the training rows; also the length of the cosine schedule.
+        patience: Epochs without a better validation loss after which a member has stopped; the
+            fit ends when all have.
+        validation_fraction: Fraction of the rows that each member holds out, in turn: the folds of
+            several members do not overlap as long as there are enough rows.
+        optimizer: Any optax optimiser, used as it is; by default AdamW with `learning_rate`, a
+            warm-up over the first hundredth of the steps and a cosine decay.
+        learning_rate: Peak learning rate of the default optimiser.
+        weight_decay: Weight decay of the default optimiser.
+        clip_norm: Largest norm of a gradient.
+        ema_decay: Decay of the exponential moving average of the weights, which is what is
+            validated and kept; None keeps the weights themselves.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    batch_size: int = 256
+    max_epochs: int = 100
+    patience: int = 20
+    validation_fraction: float = 0.1
+    optimizer: optax.GradientTransformation | None = None
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    clip_norm: float = 5.0
+    ema_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot train."""
+        for name in ("batch_size", "max_epochs", "patience", "learning_rate", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if not 0.0 < self.validation_fraction < 1.0:
+            raise ValueError(
+                f"validation_fraction: expected a number in (0, 1), got {self.validation_fraction}"
+            )
+        if self.ema_decay is not None and not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay: expected None or [0, 1), got {self.ema_decay}")
+
+    def transform(self, steps: int) -> optax.GradientTransformation:
+        """The optimiser for a fit of this many steps, gradient clipping included."""
+        optimizer = self.optimizer
+        if optimizer is None:
+            warm_up = max(1, min(100, steps // 100))
+            schedule = optax.warmup_cosine_decay_schedule(
+                0.0, self.learning_rate, warm_up, max(steps, warm_up + 1), 0.01 * self.learning_rate
+            )
+            optimizer = optax.adamw(schedule, weight_decay=self.weight_decay)
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), optimizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """What happened in a fit; losses are negative log densities in nats, in theta's own units.
+
+    Attributes:
+        train_loss: Mean over each epoch's batches, shape (epochs, members).
+        validation_loss: At the end of each epoch, shape (epochs, members).
+        start_loss: Validation loss of the linear-Gaussian start, before epoch 1, shape (members,).
+        best_epoch: Epoch (from 1; 0 is the start) whose weights each member kept.
+        epochs: Number of epochs run.
+        seconds: Wall time of the fit, compilation included.
+        stop_reason: `max_epochs`, `patience` or `interrupted`.
+    """
+
+    train_loss: np.ndarray
+    validation_loss: np.ndarray
+    start_loss: np.ndarray
+    best_epoch: np.ndarray
+    epochs: int
+    seconds: float
+    stop_reason: str
+
+    @property
+    def best_loss(self) -> np.ndarray:
+        """Validation loss of the weights that each member kept, shape (members,)."""
+        return np.minimum(self.start_loss, self.validation_loss.min(axis=0, initial=np.inf))
+
+    def __repr__(self) -> str:
+        """Length, reason of the stop and the losses kept."""
+        best = ", ".join(f"{v:.3f}" for v in self.best_loss)
+        return (
+            f"History({self.epochs} epochs in {self.seconds:.1f} s, stopped by "
+            f"{self.stop_reason}; validation loss [{best}])"
+        )
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the loss curves; see `sbi_flows.plots.loss_curves`."""
+        from sbi_flows.plots import loss_curves
+
+        return loss_curves(self, ax=ax)
+
+
+class _State(NamedTuple):
+    params: Any
+    average: Any
+    optimiser: Any
+    best: Any
+    best_loss: Array
+    since_best: Array
+
+
+def fit(
+    key: Key,
+    blueprint: Blueprint,
+    training: Training,
+    y: Array,
+    features: Array,
+    *,
+    members: int = 1,
+    offset: float = 0.0,
+    progress: bool = True,
+) -> tuple[Weights, History]:
+    """Train `members` models with different initial weights, data orders and validation rows.
+
+    Args:
+        key: Random key.
+        blueprint: What to build.
+        training: Settings.
+        y: Parameters in standard coordinates, shape (N, d).
+        features: Standardised observations, shape (N, C).
+        members: Number of models M.
+        offset: Added to reported losses: the mean log Jacobian from y to theta's units.
+        progress: Show a progress bar.
+
+    Returns:
+        The best weights of each member, and the history.
+
+    Raises:
+        ValueError: Too few rows to hold any out.
+        TrainingDiverged: A loss was not finite; its `state` holds the best `Weights` so far.
+    """
+    held_out = _held_out_rows(len(y), training)
+    began = time.perf_counter()
+    fold_key, weight_key, epoch_key = jax.random.split(key, 3)
+    folds = _folds(fold_key, len(y), held_out, members)
+    keys = jax.random.split(weight_key, members)
+    params, rest = _initialise(blueprint, keys, y, features, *folds)
+    state = _start(blueprint, training, params, rest, y, features, *folds)
+    start_loss = np.asarray(state.best_loss) + offset
+    _require_finite(start_loss, 0, state, rest)
+    losses, reason = [], "max_epochs"
+    bar = tqdm(range(training.max_epochs), desc="fit", unit="epoch", disable=not progress)
+    try:
+        for epoch in bar:
+            epoch_keys = jax.random.split(jax.random.fold_in(epoch_key, epoch), members)
+            state, train, validation = _epoch(
+                blueprint, training, state, rest, epoch_keys, y, features, *folds
+            )
+            losses.append((np.asarray(train) + offset, np.asarray(validation) + offset))
+            _require_finite(np.concatenate(losses[-1]), epoch + 1, state, rest)
+            bar.set_postfix(
+                train=f"{losses[-1][0].mean():.3f}", validation=f"{losses[-1][1].mean():.3f}"
+            )
+            if int(np.min(state.since_best)) >= training.patience:
+                reason = "patience"
+                break
+    except KeyboardInterrupt:
+        reason = "interrupted"
+    bar.close()
+    history = _history(losses, start_loss, time.perf_counter() - began, reason)
+    return Weights(state.best, rest), history
+
+
+def _held_out_rows(n: int, training: Training) -> int:
+    held_out = math.ceil(training.validation_fraction * n)
+    if n < 10 or held_out >= n:
+        raise ValueError(f"simulations: expected at least 10 valid rows to train on, got {n}")
+    return held_out
+
+
+def _folds(key: Key, n: int, held_out: int, members: int) -> tuple[Array, Array]:
+    """Training rows (M, N - V) and validation rows (M, V); member m holds out the m-th fold."""
+    order = jax.random.permutation(key, n)
+    rolled = jnp.stack([jnp.roll(order, -m * held_out) for m in range(members)])
+    return rolled[:, held_out:], rolled[:, :held_out]
+
+
+@partial(jax.jit, static_argnums=0)
+def _initialise(
+    blueprint: Blueprint, keys: Key, y: Array, features: Array, train: Array, held_out: Array
+) -> tuple[Any, Any]:
+    def one(key: Key, train: Array, held_out: Array) -> tuple[Any, Any]:
+        params, rest = initial_weights(blueprint, key)
+        start = fit_linear_start(y, features, train, held_out, blueprint.sizes.bounded)
+        return params, {**rest, "start": start}
+
+    return jax.vmap(one)(keys, train, held_out)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _start(
+    blueprint: Blueprint,
+    training: Training,
+    params: Any,
+    rest: Any,
+    y: Array,
+    features: Array,
+    train: Array,
+    held_out: Array,
+) -> _State:
+    transform = training.transform(1)
+    optimiser = jax.vmap(transform.init)(params)
+    loss = jax.vmap(lambda p, r, v: jnp.mean(_losses(blueprint, p, r, None, y[v], features[v])))
+    best_loss = loss(params, rest, held_out)
+    return _State(params, params, optimiser, params, best_loss, jnp.zeros(len(best_loss), int))
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _epoch(
+    blueprint: Blueprint,
+    training: Training,
+    state: _State,
+    rest: Any,
+    keys: Key,
+    y: Array,
+    features: Array,
+    train: Array,
+    held_out: Array,
+) -> tuple[_State, Array, Array]:
+    """One pass over the training rows and one over the validation rows, for all members."""
+    one = partial(_member_epoch, blueprint, training, y, features)
+    return jax.vmap(one)(state, rest, keys, train, held_out)
+
+
+def _member_epoch(
+    blueprint: Blueprint,
+    training: Training,
+    y: Array,
+    features: Array,
+    state: _State,
+    rest: Any,
+    key: Key,
+    train: Array,
+    held_out: Array,
+) -> tuple[_State, Array, Array]:
+    batch = min(training.batch_size, len(train))
+    steps = len(train) // batch
+    transform = training.transform(steps * training.max_epochs)
+    decay = 0.0 if training.ema_decay is None else training.ema_decay
+    order_key, dropout_key = jax.random.split(key)
+    rows = jax.random.permutation(order_key, train)[: steps * batch].reshape(steps, batch)
+
+    def loss(params: Any, key: Key, rows: Array) -> Array:
+        return jnp.mean(_losses(blueprint, params, rest, key, y[rows], features[rows]))
+
+    def step(carry: tuple, inputs: tuple) -> tuple[tuple, Array]:
+        params, average, optimiser = carry
+        value, gradient = jax.value_and_grad(loss)(params, *inputs)
+        updates, optimiser = transform.update(gradient, optimiser, params)
+        params = optax.apply_updates(params, updates)
+        average = optax.incremental_update(params, average, 1.0 - decay)
+        return (params, average, optimiser), value
+
+    carry = (state.params, state.average, state.optimiser)
+    (params, average, optimiser), values = jax.lax.scan(
+        step, carry, (_fast_keys(dropout_key, steps), rows)
+    )
+    validation = jnp.mean(
+        _losses(blueprint, average, rest, None, y[held_out], features[held_out])
+    )
+    better = validation < state.best_loss
+    best = jax.tree.map(partial(jnp.where, better), average, state.best)
+    best_loss = jnp.where(better, validation, state.best_loss)
+    since_best = jnp.where(better, 0, state.since_best + 1)
+    state = _State(params, average, optimiser, best, best_loss, since_best)
+    return state, jnp.mean(values), validation
+
+
+def _losses(
+    blueprint: Blueprint, params: Any, rest: Any, key: Key | None, y: Array, features: Array
+) -> Array:
+    return nnx.merge(graph_of(blueprint), params, rest).loss(key, y, features)
+
+
+def _fast_keys(key: Key, n: int) -> Key:
+    """Keys of the hardware generator: dropout masks from threefry cost as much as the network."""
+    data = jnp.tile(jax.random.key_data(key), 2)[:4]
+    return jax.random.split(jax.random.wrap_key_data(data, impl="unsafe_rbg"), n)
+
+
+def _require_finite(values: np.ndarray, epoch: int, state: _State, rest: Any) -> None:
+    if not np.all(np.isfinite(values)):
+        raise TrainingDiverged(
+            f"the loss was not finite in epoch {epoch}; the last finite weights are kept in "
+            "`.state`. A smaller learning rate or clip_norm may help",
+            epoch=epoch,
+            state=Weights(state.best, rest),
+        )
+
+
+def _history(losses: list, start_loss: np.ndarray, seconds: float, reason: str) -> History:
+    shape = (0, len(start_loss))
+    train = np.stack([a for a, _ in losses]) if losses else np.zeros(shape)
+    validation = np.stack([b for _, b in losses]) if losses else np.zeros(shape)
+    stacked = np.concatenate([start_loss[None], validation])
+    return History(
+        train_loss=train,
+        validation_loss=validation,
+        start_loss=start_loss,
+        best_epoch=np.argmin(stacked, axis=0),
+        epochs=len(losses),
+        seconds=seconds,
+        stop_reason=reason,
+    )

@@ -1,0 +1,26 @@
+"""Names for the arrays that pass between the layers.
+
+Shapes: theta is `(*, D)`, x is `(*, *event)` or a dict of such arrays; order is always
+`(theta, x)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+Key: TypeAlias = jax.Array
+"""A typed JAX random key, as `jax.random.key(0)` makes it."""
+
+Theta: TypeAlias = Float[Array, "*batch dim"] | Float[np.ndarray, "*batch dim"]
+"""Parameters as flat vectors, last axis of length D."""
+
+Obs: TypeAlias = PyTree
+"""One observation `(*event)` or a batch of them `(B, *event)`, or a dict of such arrays."""
+
+Simulator: TypeAlias = Callable[[Key, Any], Obs]
+"""`(key, theta) -> x` on one parameter vector (or named dict); traceable by JAX."""

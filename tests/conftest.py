@@ -1,0 +1,38 @@
+"""Settings of every test session: strict JAX, few threads, a compilation cache, no display."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# read when JAX, BLAS and matplotlib are imported; one thread each, as the workers fill the cores
+os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen=false {os.environ.get('XLA_FLAGS', '')}"
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the workers share a GPU
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis
+import jax
+import pytest
+
+CACHE = Path(__file__).parents[1] / ".cache" / "jax"
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# compile time dominates the tests: a second run finds most programs compiled
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# no deadline, as the first example of a shape compiles; the same examples in every run
+hypothesis.settings.register_profile(
+    "tests", deadline=None, derandomize=True, max_examples=20, database=None
+)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Allow rank promotion where the mark says so, for the test's fixtures as well."""
+    mode = "allow" if item.get_closest_marker("promotes") else "raise"
+    with jax.numpy_rank_promotion(mode):
+        return (yield)

@@ -1,0 +1,93 @@
+"""House rules of the source tree: no code from data, no network, short files, honest metadata."""
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ("sbi_flows", "simulators")
+FOLDERS = (*SHIPPED, "benchmarks", "tests")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+MAX_LINES = 400
+
+RUNS_CODE = {"dill", "joblib", "marshal", "shelve"}  # and whatever has "pickle" in its name
+NETWORK = {"aiohttp", "ftplib", "http", "httpx", "requests", "smtplib", "socket", "urllib"}
+# name of the import -> name of the distribution, where they differ
+DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+MACHINE_PATH = re.compile(r"(?<![\w.$}])/(?:home|root|Users|work|mnt)/\w")
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def unsafe(source: str) -> list[str]:
+    """Imports and arguments by which loading data could run code, and network clients."""
+    tree = ast.parse(source)
+    tops = {name.split(".")[0] for name in imported(tree)}
+    found = sorted(t for t in tops if "pickle" in t or t in RUNS_CODE | NETWORK)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            if not (isinstance(node.value, ast.Constant) and node.value.value is False):
+                found.append("allow_pickle")
+    return found
+
+
+def declared() -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return {re.split(r"[^\w-]", need)[0].lower() for need in project["dependencies"]}
+
+
+def test_the_tree_is_there():
+    assert Path(__file__) in SOURCES
+    assert any(path.is_relative_to(ROOT / "sbi_flows") for path in SOURCES)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_source_file(path):
+    source = path.read_text()
+    assert len(source.splitlines()) <= MAX_LINES, "look for a seam to split the file at"
+    assert unsafe(source) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *(f"import {name}" for name in ("pickle", "joblib", "urllib.request", "cloud" + "pickle")),
+        "from http import client",
+        "import numpy as np\nnp.load('a.npz', allow_pickle=not False)",
+    ],
+)
+def test_an_unsafe_source_is_found(source):
+    assert len(unsafe(source)) == 1
+
+
+def test_no_path_of_one_machine():
+    texts = [p for pattern in ("*.md", "*.toml", "*.cff", "*.yaml") for p in ROOT.glob(pattern)]
+    texts += [ROOT / "Makefile", ROOT / ".ci" / "run", *SOURCES]
+    found = [str(p.relative_to(ROOT)) for p in texts if MACHINE_PATH.search(p.read_text())]
+    assert found == []
+    assert MACHINE_PATH.search("see " + "/".join(["", "home", "someone"]))
+
+
+@pytest.mark.newest
+def test_every_import_is_a_declared_dependency():
+    shipped = [p for p in SOURCES if p.relative_to(ROOT).parts[0] in SHIPPED]
+    tops = {n.split(".")[0] for p in shipped for n in imported(ast.parse(p.read_text()))}
+    third_party = tops - sys.stdlib_module_names - set(SHIPPED)
+    assert "jax" in third_party
+    assert {DISTRIBUTIONS.get(name, name) for name in third_party} <= declared()
+
+
+def test_citation_and_project_agree_on_the_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
