@@ -6,6 +6,7 @@ from sbi_flows.prior import Prior as Prior
 from sbi_flows.prior import as_prior as as_prior
 from sbi_flows.densities.flow import MAF as MAF
 from sbi_flows.densities.flow import NSF as NSF
+from sbi_flows.densities.mixture import GaussianMixture as GaussianMixture
 from sbi_flows.estimators.npe import NPE as NPE
 from sbi_flows.posteriors import Posterior as Posterior
 from sbi_flows.training import History as History

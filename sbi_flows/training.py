@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from sbi_flows.densities.conditional import Blueprint, Weights, graph_of, initial_weights
 from sbi_flows.densities.start import fit_linear_start
 from sbi_flows.errors import TrainingDiverged
+from sbi_flows.networks.mlp import fast_key
 from sbi_flows.typing import Key
 
 
@@ -168,8 +169,9 @@ def fit(
     fold_key, weight_key, epoch_key = jax.random.split(key, 3)
     folds = _folds(fold_key, len(y), held_out, members)
     keys = jax.random.split(weight_key, members)
-    params, rest = _initialise(blueprint, keys, y, features, *folds)
-    state = _start(blueprint, training, params, rest, y, features, *folds)
+    params, rest, noise, log_det = _initialise(blueprint, keys, y, features, *folds)
+    state, moved = _start(blueprint, training, params, rest, noise, log_det, features, *folds)
+    offset = offset - np.asarray(moved)
     start_loss = np.asarray(state.best_loss) + offset
     _require_finite(start_loss, 0, state, rest)
     losses, reason = [], "max_epochs"
@@ -178,7 +180,7 @@ def fit(
         for epoch in bar:
             epoch_keys = jax.random.split(jax.random.fold_in(epoch_key, epoch), members)
             state, train, validation = _epoch(
-                blueprint, training, state, rest, epoch_keys, y, features, *folds
+                blueprint, training, state, rest, epoch_keys, noise, features, *folds
             )
             losses.append((np.asarray(train) + offset, np.asarray(validation) + offset))
             _require_finite(np.concatenate(losses[-1]), epoch + 1, state, rest)
@@ -212,12 +214,15 @@ def _folds(key: Key, n: int, held_out: int, members: int) -> tuple[Array, Array]
 @partial(jax.jit, static_argnums=0)
 def _initialise(
     blueprint: Blueprint, keys: Key, y: Array, features: Array, train: Array, held_out: Array
-) -> tuple[Any, Any]:
-    def one(key: Key, train: Array, held_out: Array) -> tuple[Any, Any]:
-        params, rest = initial_weights(blueprint, key)
-        start = fit_linear_start(y, features, train, held_out, blueprint.sizes.bounded)
-        return params, {**rest, "start": start}
+) -> tuple[Any, Any, Array, Array]:
+    """Weights of all members, and the parameters as each member's start whitens them."""
 
+    def one(key: Key, train: Array, held_out: Array) -> tuple[Any, Any, Array, Array]:
+        params, rest = initial_weights(blueprint, key)
+        rest = {**rest, "start": fit_linear_start(y, features, train, held_out, bounded)}
+        return params, rest, *nnx.merge(graph_of(blueprint), params, rest).whiten(y, features)
+
+    bounded = blueprint.sizes.bounded
     return jax.vmap(one)(keys, train, held_out)
 
 
@@ -227,16 +232,22 @@ def _start(
     training: Training,
     params: Any,
     rest: Any,
-    y: Array,
+    noise: Array,
+    log_det: Array,
     features: Array,
     train: Array,
     held_out: Array,
-) -> _State:
-    transform = training.transform(1)
-    optimiser = jax.vmap(transform.init)(params)
-    loss = jax.vmap(lambda p, r, v: jnp.mean(_losses(blueprint, p, r, None, y[v], features[v])))
-    best_loss = loss(params, rest, held_out)
-    return _State(params, params, optimiser, params, best_loss, jnp.zeros(len(best_loss), int))
+) -> tuple[_State, Array]:
+    """State before the first epoch, and each member's mean log determinant of whitening."""
+
+    def loss(params: Any, rest: Any, noise: Array, rows: Array) -> Array:
+        return jnp.mean(_losses(blueprint, params, rest, None, noise[rows], features[rows]))
+
+    optimiser = jax.vmap(training.transform(1).init)(params)
+    best_loss = jax.vmap(loss)(params, rest, noise, held_out)
+    since_best = jnp.zeros(len(best_loss), int)
+    moved = jax.vmap(lambda values, rows: jnp.mean(values[rows]))(log_det, held_out)
+    return _State(params, params, optimiser, params, best_loss, since_best), moved
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
@@ -246,24 +257,24 @@ def _epoch(
     state: _State,
     rest: Any,
     keys: Key,
-    y: Array,
+    noise: Array,
     features: Array,
     train: Array,
     held_out: Array,
 ) -> tuple[_State, Array, Array]:
     """One pass over the training rows and one over the validation rows, for all members."""
-    one = partial(_member_epoch, blueprint, training, y, features)
-    return jax.vmap(one)(state, rest, keys, train, held_out)
+    one = partial(_member_epoch, blueprint, training, features)
+    return jax.vmap(one)(state, rest, keys, noise, train, held_out)
 
 
 def _member_epoch(
     blueprint: Blueprint,
     training: Training,
-    y: Array,
     features: Array,
     state: _State,
     rest: Any,
     key: Key,
+    noise: Array,
     train: Array,
     held_out: Array,
 ) -> tuple[_State, Array, Array]:
@@ -275,7 +286,7 @@ def _member_epoch(
     rows = jax.random.permutation(order_key, train)[: steps * batch].reshape(steps, batch)
 
     def loss(params: Any, key: Key, rows: Array) -> Array:
-        return jnp.mean(_losses(blueprint, params, rest, key, y[rows], features[rows]))
+        return jnp.mean(_losses(blueprint, params, rest, key, noise[rows], features[rows]))
 
     def step(carry: tuple, inputs: tuple) -> tuple[tuple, Array]:
         params, average, optimiser = carry
@@ -287,10 +298,10 @@ def _member_epoch(
 
     carry = (state.params, state.average, state.optimiser)
     (params, average, optimiser), values = jax.lax.scan(
-        step, carry, (_fast_keys(dropout_key, steps), rows)
+        step, carry, (jax.random.split(fast_key(dropout_key), steps), rows)
     )
     validation = jnp.mean(
-        _losses(blueprint, average, rest, None, y[held_out], features[held_out])
+        _losses(blueprint, average, rest, None, noise[held_out], features[held_out])
     )
     better = validation < state.best_loss
     best = jax.tree.map(partial(jnp.where, better), average, state.best)
@@ -301,15 +312,9 @@ def _member_epoch(
 
 
 def _losses(
-    blueprint: Blueprint, params: Any, rest: Any, key: Key | None, y: Array, features: Array
+    blueprint: Blueprint, params: Any, rest: Any, key: Key | None, noise: Array, features: Array
 ) -> Array:
-    return nnx.merge(graph_of(blueprint), params, rest).loss(key, y, features)
-
-
-def _fast_keys(key: Key, n: int) -> Key:
-    """Keys of the hardware generator: dropout masks from threefry cost as much as the network."""
-    data = jnp.tile(jax.random.key_data(key), 2)[:4]
-    return jax.random.split(jax.random.wrap_key_data(data, impl="unsafe_rbg"), n)
+    return nnx.merge(graph_of(blueprint), params, rest).loss(key, noise, features)
 
 
 def _require_finite(values: np.ndarray, epoch: int, state: _State, rest: Any) -> None:

@@ -16,13 +16,14 @@ from sbi_flows.typing import Key
 
 
 def rejection(
-    key: Key, propose: Callable[[Key], tuple[Array, Array]], max_rounds: int = 10_000
+    key: Key, propose: Callable[[Key], tuple[Array, Array]], n: int, max_rounds: int = 10_000
 ) -> Array:
-    """Collect the first n accepted draws, n as many as are proposed at a time.
+    """Collect the first n draws that are accepted.
 
     Args:
         key: Random key.
-        propose: `key -> (draws (n, D), accepted (n,))`, the same n in every call.
+        propose: `key -> (draws (m, D), accepted (m,))`, the same m in every call.
+        n: Number of draws to collect.
         max_rounds: Bound on the number of calls of `propose`.
 
     Returns:
@@ -34,11 +35,10 @@ def rejection(
         >>> def propose(key):
         ...     z = jax.random.normal(key, (100, 1))
         ...     return z, z[:, 0] > 1
-        >>> bool((rejection(jax.random.key(0), propose) > 1).all())
+        >>> bool((rejection(jax.random.key(0), propose, 50) > 1).all())
         True
     """
     rows, _ = jax.eval_shape(propose, key)
-    n = rows.shape[0]
 
     def unfinished(state: tuple[Array, Array, Array]) -> Array:
         _, count, rounds = state
@@ -51,7 +51,7 @@ def rejection(
         draws = draws.at[jnp.where(accepted, place, n)].set(proposed, mode="drop")
         return draws, count + jnp.sum(accepted), rounds + 1
 
-    start = (jnp.full(rows.shape, jnp.nan, rows.dtype), jnp.asarray(0), jnp.asarray(0))
+    start = (jnp.full((n, *rows.shape[1:]), jnp.nan, rows.dtype), jnp.asarray(0), jnp.asarray(0))
     return lax.while_loop(unfinished, again, start)[0]
 
 

@@ -21,7 +21,10 @@ POINTS = 4
 """Independent points in the plane that make up one observation."""
 DEGREES = 2.5
 """Degrees of freedom of the inverse-Wishart proposal of the covariance."""
-REFINEMENTS = 200
+VISIBLE = 300.0
+"""The jitter shows in the posterior if a sample variance is below this many times it."""
+REFINEMENTS = 1000
+"""Metropolis steps in that case."""
 
 CITATION = (
     "Papamakarios et al. 2019, Sequential Neural Likelihood, arXiv:1805.07226; as in Lueckmann et "
@@ -102,42 +105,40 @@ def _covariance(theta: Array) -> Covariance:
 
 @partial(jax.jit, static_argnums=2)
 def _sample_reference(key: Key, x: Array, n: int) -> Array:
-    r"""Exact rejection, refined by Metropolis steps where the jitter matters.
+    """Exact rejection for the posterior without the jitter, then Metropolis steps if it matters.
 
-    Given the scatter matrix A of the points, the posterior of the covariance T alone, times the
-    Jacobian of (theta_3, theta_4, theta_5) -> T, is but for the jitter |T|^(-11/4)
-    exp(-tr(A T^-1) / 2) (1 - rho^2)^(1/4): an inverse-Wishart with 2.5 degrees of freedom times an
-    acceptance probability. Given T the mean is N(xbar, T / 4). What leaves the box is rejected.
-    Where a variance is not far above the jitter, this is not the posterior but near it, and the
-    Metropolis steps, which leave the exact posterior invariant, take each draw there.
+    The posterior of the covariance T, in coordinates (theta_3, theta_4, theta_5), the mean
+    integrated out, is without the jitter an inverse-Wishart of 2.5 degrees of freedom times
+    (1 - rho^2)^(1/4), an acceptance probability. Given T the mean is N(xbar, T / 4). What leaves
+    the box is rejected. Where the points scatter so little that the jitter shows, Metropolis
+    steps, each draw by itself, lead from there to the posterior.
     """
     x = jnp.asarray(x, jnp.result_type(float))
     start_key, refine_key, sign_key = jax.random.split(key, 3)
-    theta = rejection(start_key, lambda k: _propose(k, x, n))
-    theta = _refine(refine_key, theta, x)
+    theta = rejection(start_key, lambda k: _propose(k, x, max(n, 1000)), n)
+    scatter = jnp.var(jnp.reshape(x, (POINTS, 2)), axis=0)
+    steps = jnp.where(jnp.min(scatter) < VISIBLE * JITTER, REFINEMENTS, 0)
+    theta = _refine(refine_key, theta, x, steps)
     # |theta_3| and |theta_4| were sampled; the likelihood does not see the signs
     signs = jax.random.rademacher(sign_key, (n, 2), theta.dtype)
     return theta.at[:, 2:4].set(jnp.abs(theta[:, 2:4]) * signs)
 
 
-def _propose(key: Key, x: Array, n: int) -> tuple[Array, Array]:
-    """Draws (n, 5) with theta_3 and theta_4 positive, and which of them to accept."""
+def _propose(key: Key, x: Array, m: int) -> tuple[Array, Array]:
+    """Draws (m, 5) with theta_3 and theta_4 positive, and which of them to accept."""
     covariance_key, mean_key, uniform_key = jax.random.split(key, 3)
     points = jnp.reshape(x, (POINTS, 2))
     centre = jnp.mean(points, axis=0)
-    factor, det = _inverse_wishart(covariance_key, points - centre[None], n)
-    shift = jnp.einsum("nij,nj->ni", factor, jax.random.normal(mean_key, (n, 2)))
-    total = jnp.sum(factor**2, axis=-1)  # both variances with the jitter
-    cross = jnp.sum(factor[:, 0] * factor[:, 1], axis=-1)
-    variances = jnp.prod(total - JITTER, axis=-1)
-    rho = cross / jnp.sqrt(variances)
-    unexplained = (det - JITTER * jnp.sum(total, axis=-1) + JITTER**2) / variances  # 1 - rho^2
-    accept = (det / variances) ** (DEGREES / 2) / unexplained  # (1 - rho^2)^(1/4) without jitter
+    factor, det = _inverse_wishart(covariance_key, points - centre[None], m)
+    shift = jnp.einsum("nij,nj->ni", factor, jax.random.normal(mean_key, (m, 2)))
+    variances = jnp.sum(factor**2, axis=-1)
+    product = jnp.prod(variances, axis=-1)
+    rho = jnp.sum(factor[:, 0] * factor[:, 1], axis=-1) / jnp.sqrt(product)
+    accept = (det / product) ** 0.25  # (1 - rho^2)^(1/4)
     theta = jnp.concatenate(
-        [centre[None] + shift / 2, (total - JITTER) ** 0.25, jnp.arctanh(rho)[:, None]], axis=-1
+        [centre[None] + shift / 2, variances**0.25, jnp.arctanh(rho)[:, None]], axis=-1
     )
-    possible = jnp.all(total > JITTER, axis=-1) & (unexplained > 0) & _in_box(theta)
-    return theta, possible & (jax.random.uniform(uniform_key, (n,)) < accept)
+    return theta, _in_box(theta) & (jax.random.uniform(uniform_key, (m,)) < accept)
 
 
 def _inverse_wishart(key: Key, centred: Array, n: int) -> tuple[Array, Array]:
@@ -158,23 +159,21 @@ def _inverse_wishart(key: Key, centred: Array, n: int) -> tuple[Array, Array]:
     return factor, (length * across / (first * second)) ** 2
 
 
-def _refine(key: Key, theta: Array, x: Array) -> Array:
-    """Random-walk Metropolis steps for each of the draws (n, 5) by itself."""
+def _refine(key: Key, theta: Array, x: Array, steps: Array) -> Array:
+    """Random-walk Metropolis steps of many scales for each of the draws (n, 5) by itself."""
     n, dim = theta.shape
-    spread = jnp.linalg.cholesky(jnp.atleast_2d(jnp.cov(theta, rowvar=False)))
+    spread = jnp.std(theta, axis=0)
 
-    def step(state: tuple[Array, Array], key: Key) -> tuple[tuple[Array, Array], None]:
+    def step(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         theta, logp = state
-        scale_key, move_key, uniform_key = jax.random.split(key, 3)
-        scale = 2.4 / math.sqrt(dim) * 0.03 ** jax.random.uniform(scale_key, (n, 1))
-        moved = theta + scale * (jax.random.normal(move_key, (n, dim)) @ spread.T)
+        scale_key, move_key, uniform_key = jax.random.split(jax.random.fold_in(key, i), 3)
+        scale = 2.0 * 0.01 ** jax.random.uniform(scale_key, (n, 1))
+        moved = theta + scale * spread[None] * jax.random.normal(move_key, (n, dim))
         moved_logp = jnp.where(_in_box(moved), log_likelihood(moved, x), -jnp.inf)
         accept = jnp.log(jax.random.uniform(uniform_key, (n,))) < moved_logp - logp
-        return (jnp.where(accept[:, None], moved, theta), jnp.where(accept, moved_logp, logp)), None
+        return jnp.where(accept[:, None], moved, theta), jnp.where(accept, moved_logp, logp)
 
-    start = (theta, log_likelihood(theta, x))
-    (theta, _), _ = lax.scan(step, start, jax.random.split(key, REFINEMENTS))
-    return theta
+    return lax.fori_loop(0, steps, step, (theta, log_likelihood(theta, x)))[0]
 
 
 def _in_box(theta: Array) -> Array:

@@ -79,4 +79,4 @@ def _sample_reference(key: Key, x: Array, n: int) -> Array:
         # a negative size is no absolute value of anything: such noise is impossible given x
         return theta, (size >= 0) & jnp.all(jnp.abs(theta) <= 1, axis=-1)
 
-    return rejection(key, propose)
+    return rejection(key, propose, n)

@@ -1,4 +1,4 @@
-"""Linear bijectors: LU-factored matrices, permutations, and a conditional affine map."""
+"""Linear bijectors: LU-factored matrices and permutations."""
 
 from __future__ import annotations
 
@@ -69,34 +69,3 @@ class Permutation(distrax.Bijector):
     def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
         """Undo the permutation."""
         return y[..., self._inverse], jnp.zeros(y.shape[:-1], y.dtype)
-
-
-class ConditionalAffine(distrax.Bijector):
-    """y = mean + scale x with a lower triangular scale: noise to data.
-
-    Args:
-        mean: Location, shape (*, D), broadcast against x.
-        scale: Lower triangular, shape (D, D).
-        whitener: Inverse of `scale`, shape (D, D).
-    """
-
-    def __init__(self, mean: Array, scale: Array, whitener: Array) -> None:
-        """Hold the map and its inverse."""
-        super().__init__(event_ndims_in=1, is_constant_jacobian=True)
-        self._mean, self._scale, self._whitener = mean, scale, whitener
-        self._log_det = -jnp.sum(jnp.log(jnp.diagonal(whitener)))
-
-    def forward_and_log_det(self, x: Array) -> tuple[Array, Array]:
-        """Noise (*, D) to data (*, D) with the log determinant (*)."""
-        y = x @ self._scale.T
-        return y + align(self._mean, y), jnp.broadcast_to(self._log_det, x.shape[:-1])
-
-    def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
-        """Data (*, D) to noise (*, D) with the log determinant (*)."""
-        x = (y - align(self._mean, y)) @ self._whitener.T
-        return x, jnp.broadcast_to(-self._log_det, y.shape[:-1])
-
-
-def align(value: Array, like: Array) -> Array:
-    """Add leading axes of length 1 until `value` has as many axes as `like`."""
-    return jnp.reshape(value, (1,) * (like.ndim - value.ndim) + value.shape)

@@ -14,7 +14,7 @@ from jax import Array
 from jax.scipy.special import ndtr, ndtri
 from jax.scipy.stats import norm
 
-from sbi_flows.bijectors.linear import align
+from sbi_flows.networks.shapes import align
 from sbi_flows.prior_maps import HALF_WIDTH
 
 _FAR = 8.0
@@ -59,6 +59,17 @@ class TruncatedAutoregression(distrax.Bijector):
 
         y = jax.lax.fori_loop(0, x.shape[-1], step, jnp.zeros_like(x))
         return y, -self.inverse_and_log_det(y)[1]
+
+    def log_prob(self, y: Array) -> Array:
+        """Log density (*) of data (*, d) whose noise is standard normal; no quantile is needed."""
+        mean = align(self._mean, y) + y @ self._chain
+        scale = align(self._scale, y)
+        affine = norm.logpdf((y - mean) / scale)
+        near, low, high, sign = _faces(mean, scale)
+        mass = ndtr(high) - ndtr(low)
+        truncated = norm.logpdf((y - near) / scale * sign) - jnp.log(mass)
+        bounded = align(jnp.asarray(self._bounded), y)
+        return jnp.sum(jnp.where(bounded, truncated, affine) - jnp.log(scale), axis=-1)
 
     @staticmethod
     def _to_noise(y: Array, mean: Array, scale: Array, bounded: Array) -> tuple[Array, Array]:

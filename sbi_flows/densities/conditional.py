@@ -17,6 +17,7 @@ from jax import Array
 
 from sbi_flows.densities.base import Density, DensitySettings
 from sbi_flows.densities.start import LinearStart
+from sbi_flows.networks.mlp import fast_key, split_key
 from sbi_flows.standardise import Shapes, unflatten_rows
 from sbi_flows.typing import Key
 
@@ -36,20 +37,31 @@ class Conditional(nnx.Module):
         self.embedding = nnx.data(embedding)
         self.sizes = sizes
 
-    def __call__(self, features: Array, *, key: Key | None = None) -> distrax.Distribution:
+    def __call__(self, features: Array) -> distrax.Distribution:
         """Distribution over standard coordinates given features (B, C)."""
-        first, second = (None, None) if key is None else jax.random.split(key)
-        context = features
-        if self.embedding is not None:
-            x = unflatten_rows(features, self.sizes.tree, self.sizes.shapes)
-            context = _embed(self.embedding, x, first)
-        density = self.density(context, key=second)
-        start = self.start.get_value().bijector(features, self.sizes.bounded)
-        return distrax.Transformed(density, start)
+        density = self.density(self._context(features, None))
+        return distrax.Transformed(density, self._whitener(features))
 
-    def loss(self, key: Key | None, y: Array, features: Array) -> Array:
-        """Training loss of each row: y (B, d), features (B, C) to (B,), in nats."""
-        return -self(features, key=key).log_prob(y)
+    def whiten(self, y: Array, features: Array) -> tuple[Array, Array]:
+        """Standard coordinates (B, d) to the noise (B, d) that the density models, and log det.
+
+        The start is no trainable parameter, so a fit does this once and not every step.
+        """
+        return self._whitener(features).inverse_and_log_det(y)
+
+    def loss(self, key: Key | None, noise: Array, features: Array) -> Array:
+        """Training loss of each row: noise (B, d), features (B, C) to (B,), in nats."""
+        first, second = split_key(key, 2)
+        return self.density.loss(second, noise, self._context(features, first))
+
+    def _whitener(self, features: Array) -> distrax.Bijector:
+        return self.start.get_value().bijector(features, self.sizes.bounded)
+
+    def _context(self, features: Array, key: Key | None) -> Array:
+        if self.embedding is None:
+            return features
+        x = unflatten_rows(features, self.sizes.tree, self.sizes.shapes)
+        return _embed(self.embedding, x, key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +144,8 @@ def graph_of(blueprint: Blueprint) -> nnx.GraphDef:
 
 def initial_weights(blueprint: Blueprint, key: Key) -> tuple[Any, Any]:
     """Trainable weights and the other arrays of a new model."""
+    # a third of the time to compile a fit went into threefry for some twenty arrays
+    key = fast_key(key)
     _, params, rest = nnx.split(blueprint.build(key), nnx.Param, ...)
     return nnx.as_pure(params), nnx.as_pure(rest)
 

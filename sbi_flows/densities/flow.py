@@ -7,8 +7,11 @@ Sources: Durkan et al. 2019, "Neural Spline Flows" (arXiv:1906.04032); Papamakar
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import distrax
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -16,10 +19,11 @@ from jax import Array
 from sbi_flows.bijectors.autoregressive import Autoregressive, Transformer
 from sbi_flows.bijectors.coupling import Coupling
 from sbi_flows.bijectors.linear import LULinear, Permutation
+from sbi_flows.bijectors.repeated import Repeated
 from sbi_flows.bijectors.spline import RationalQuadraticSpline
 from sbi_flows.densities.base import Density
 from sbi_flows.networks.conditioner import Conditioner
-from sbi_flows.networks.mlp import split_key
+from sbi_flows.networks.mlp import ResidualMLP, split_key
 from sbi_flows.typing import Key
 
 
@@ -34,6 +38,9 @@ class NSF:
         coupling: Coupling layers in place of masked autoregressive ones: draws cost one pass
             whatever D, at some loss of accuracy.
         bound: The splines act on (-bound, bound) in whitened units and are the identity outside.
+        context_width: Width of the residual network that the context passes before the layers
+            share it; zero leaves the context as it is.
+        context_blocks: Number of its residual blocks.
         dropout: Fraction of hidden units dropped in training.
 
     References:
@@ -51,7 +58,9 @@ class NSF:
     hidden: tuple[int, ...] = (64, 64)
     coupling: bool = False
     bound: float = 5.0
-    dropout: float = 0.0
+    context_width: int = 64
+    context_blocks: int = 2
+    dropout: float = 0.1
 
     def build(self, key: Key, dim: int, context_dim: int) -> Density:
         """Make the flow for z in R^dim; it starts at the identity."""
@@ -67,6 +76,9 @@ class MAF:
         transforms: Number of affine layers.
         hidden: Widths of the conditioner's hidden layers.
         coupling: Coupling layers in place of masked autoregressive ones.
+        context_width: Width of the residual network that the context passes before the layers
+            share it; zero leaves the context as it is.
+        context_blocks: Number of its residual blocks.
         dropout: Fraction of hidden units dropped in training.
 
     References:
@@ -76,7 +88,9 @@ class MAF:
     transforms: int = 5
     hidden: tuple[int, ...] = (64, 64)
     coupling: bool = False
-    dropout: float = 0.0
+    context_width: int = 64
+    context_blocks: int = 2
+    dropout: float = 0.1
 
     def build(self, key: Key, dim: int, context_dim: int) -> Density:
         """Make the flow for z in R^dim; it starts at the identity."""
@@ -106,31 +120,75 @@ class _Affine:
 
 
 class Flow(Density):
-    """A chain of coupling or autoregressive layers, each after a linear map."""
+    """A chain of coupling or autoregressive layers, each before a linear map."""
 
-    def __init__(self, layers: list[FlowLayer], dim: int) -> None:
-        """Hold the layers, data side first."""
-        self.layers = nnx.List(layers)
-        self.dim = dim
+    def __init__(
+        self,
+        make_layer: Callable[[Key], FlowLayer],
+        keys: Key,
+        encoder: ResidualMLP | None,
+        dim: int,
+    ) -> None:
+        """Make one layer a key, their arrays stacked, and hold the context's own network."""
+        template = nnx.eval_shape(lambda: make_layer(keys[0]))
+        stacked = jax.vmap(lambda key: nnx.as_pure(nnx.state(make_layer(key))))(keys)
+        self.layers = nnx.merge(nnx.graphdef(template), stacked)
+        self.depth, self.dim = len(keys), dim
+        self.encoder = nnx.data(encoder)
 
     def __call__(self, context: Array, *, key: Key | None = None) -> distrax.Distribution:
         """The flow given contexts (*, C), a distribution over R^dim."""
+        first, second = split_key(key, 2)
+        if self.encoder is not None:
+            context = jnp.concatenate([context, self.encoder(context, key=first)], axis=-1)
         zeros = jnp.zeros((*context.shape[:-1], self.dim), context.dtype)
         base = distrax.MultivariateNormalDiag(zeros, jnp.ones_like(zeros))
-        keys = split_key(key, len(self.layers))
-        bijectors = [b for f, k in zip(self.layers, keys) for b in f.bijectors(context, k)]
-        return distrax.Transformed(base, distrax.Chain(bijectors))
+        graph, arrays = nnx.split(self.layers)
+        keys = None if second is None else jax.random.split(second, self.depth)
+
+        def layer(inputs: tuple[Any, Key | None]) -> list[distrax.Bijector]:
+            return nnx.merge(graph, inputs[0]).bijectors(context, inputs[1])
+
+        return distrax.Transformed(base, Repeated(layer, (arrays, keys)))
 
 
 class FlowLayer(nnx.Module):
     """One elementwise transformer with its conditioner, and the linear map behind it."""
 
     def __init__(
-        self, conditioner: Conditioner, transformer: Transformer, dim: int, coupling: bool
+        self,
+        settings: NSF | MAF,
+        transformer: _Spline | _Affine,
+        dim: int,
+        context_dim: int,
+        rngs: nnx.Rngs,
     ) -> None:
         """Start the linear map at the reversal of the entries."""
-        self.conditioner = conditioner
-        self.transformer, self.dim, self.coupling = transformer, dim, coupling
+        self.transformer, self.dim = transformer, dim
+        self.coupling = settings.coupling and dim > 1
+        self.split = dim // 2 if self.coupling else 1
+
+        self.first = nnx.data(None)
+        if not self.coupling:
+            # the context's own network is non-linear already; zeros start at the identity
+            self.first = nnx.Linear(
+                context_dim,
+                transformer.params,
+                kernel_init=nnx.initializers.zeros_init(),
+                rngs=rngs,
+            )
+        self.rest = nnx.data(None)
+        if dim > 1:
+            self.rest = Conditioner(
+                self.split if self.coupling else dim - 1,
+                dim - self.split,
+                transformer.params,
+                context_dim=context_dim,
+                hidden=settings.hidden,
+                dropout=settings.dropout,
+                masked=not self.coupling,
+                rngs=rngs,
+            )
         self.lower = nnx.Param(jnp.zeros((dim, dim)))
         self.upper = nnx.Param(jnp.zeros((dim, dim)))
         self.log_diagonal = nnx.Param(jnp.zeros(dim))
@@ -138,13 +196,14 @@ class FlowLayer(nnx.Module):
     def bijectors(self, context: Array, key: Key | None) -> list[distrax.Bijector]:
         """Noise-to-data bijectors, the data side first."""
 
-        def conditioner(x: Array) -> Array:
-            return self.conditioner(x, context, key=key)
+        def rest(x: Array) -> Array:
+            return self.rest(x, context, key=key)
 
         if self.coupling:
-            layer = Coupling(conditioner, self.transformer, self.dim // 2)
+            layer = Coupling(rest, self.transformer, self.split)
         else:
-            layer = Autoregressive(conditioner, self.transformer, self.dim)
+            first = jnp.moveaxis(self.first(context), -1, 0)[..., None]
+            layer = Autoregressive(first, rest if self.dim > 1 else None, self.transformer)
         if self.dim == 1:
             return [layer]
         linear = LULinear(self.lower[...], self.upper[...], self.log_diagonal[...])
@@ -154,20 +213,19 @@ class FlowLayer(nnx.Module):
 def _build(
     settings: NSF | MAF, transformer: _Spline | _Affine, key: Key, dim: int, context_dim: int
 ) -> Flow:
-    coupling = settings.coupling and dim > 1
-    split = dim // 2
-    sizes = (split, dim - split) if coupling else (dim, dim)
-    rngs = nnx.Rngs(key)
-    layers = []
-    for _ in range(settings.transforms):
-        conditioner = Conditioner(
-            *sizes,
-            transformer.params,
-            context_dim=context_dim,
-            hidden=settings.hidden,
+    encoder_key, layer_key = jax.random.split(key)
+    width, encoder = settings.context_width, None
+    if width:
+        encoder = ResidualMLP(
+            context_dim,
+            width,
+            width=width,
+            blocks=settings.context_blocks,
             dropout=settings.dropout,
-            masked=not coupling,
-            rngs=rngs,
+            rngs=nnx.Rngs(encoder_key),
         )
-        layers.append(FlowLayer(conditioner, transformer, dim, coupling))
-    return Flow(layers, dim)
+
+    def make_layer(key: Key) -> FlowLayer:
+        return FlowLayer(settings, transformer, dim, context_dim + width, nnx.Rngs(key))
+
+    return Flow(make_layer, jax.random.split(layer_key, settings.transforms), encoder, dim)

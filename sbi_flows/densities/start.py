@@ -15,14 +15,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import distrax
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
-from sbi_flows.bijectors.linear import align
 from sbi_flows.bijectors.truncated import TruncatedAutoregression
+from sbi_flows.networks.shapes import align
 
 PENALTIES = (1e-6, 1e-3, 1e-2, 1e-1, 1.0, jnp.inf)
 """Ridge penalties tried, as multiples of the number of rows; the last one is no regression."""
@@ -47,11 +46,11 @@ class LinearStart(NamedTuple):
     chain: Array
     log_scale: Array
 
-    def bijector(self, c: Array, bounded: tuple[bool, ...]) -> distrax.Bijector:
+    def bijector(self, c: Array, bounded: tuple[bool, ...]) -> TruncatedAutoregression:
         """Noise to standard coordinates given features c (*, C)."""
         return self.around(c @ self.weight, bounded)
 
-    def around(self, line: Array, bounded: tuple[bool, ...]) -> distrax.Bijector:
+    def around(self, line: Array, bounded: tuple[bool, ...]) -> TruncatedAutoregression:
         """The same, given c @ weight of shape (*, d)."""
         mean = align(self.gain, line) * line + align(self.bias, line)
         return TruncatedAutoregression(mean, self.chain, self.log_scale, bounded)
@@ -135,8 +134,7 @@ def _polish(
 
 
 def _loss(start: LinearStart, y: Array, line: Array, bounded: tuple[bool, ...]) -> Array:
-    noise, log_det = start.around(line, bounded).inverse_and_log_det(y)
-    return 0.5 * jnp.sum(noise**2 + jnp.log(2 * jnp.pi), axis=-1) - log_det
+    return -start.around(line, bounded).log_prob(y)
 
 
 def _argmax(scores: Array) -> Array:

@@ -42,8 +42,8 @@ def c2st(
 
     Example:
         >>> import numpy as np
-        >>> draws = np.random.default_rng(0).normal(size=(400, 1))
-        >>> c2st(draws[:200], draws[200:] + 10.0)
+        >>> draws = np.random.default_rng(0).normal(size=(80, 1))
+        >>> c2st(draws[:40], draws[40:] + 10.0)
         1.0
     """
     reference, samples = _checked("reference", reference), _checked("samples", samples)

@@ -120,9 +120,18 @@ class Report:
 
     def plot(self) -> Any:
         """Ranks, highest-density coverage and TARP beside each other; a matplotlib figure."""
-        from sbi_flows.plots import calibration
+        import matplotlib.pyplot as plt
 
-        return calibration(self)
+        figure = plt.figure(figsize=(11.5, 4.0), layout="constrained")
+        parts = {
+            "ranks (SBC)": self.sbc,
+            "highest-density regions": self.coverage,
+            "regions around points (TARP)": self.tarp,
+        }
+        for ax, (title, part) in zip(figure.subplots(1, 3), parts.items(), strict=True):
+            part.plot(ax).set_title(title, fontsize="medium")
+        figure.suptitle(textwrap.fill(self.verdict, 110), fontsize="medium")
+        return figure
 
 
 def check(

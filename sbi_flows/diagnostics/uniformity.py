@@ -2,7 +2,8 @@
 
 Every check of a posterior ends here: for a correct posterior the ranks, the density ranks and the
 TARP fractions, made continuous by `continuous_ranks`, are independent and exactly uniform.
-Public names: `continuous_ranks`, `log_gamma`, `gamma_quantile`, `ecdf_band`, `ks_p_value`, `normal_p_values`, `holm`.
+Public names: `continuous_ranks`, `ks_p_value`, `normal_p_values`, `log_gamma`, `gamma_quantile`,
+`ecdf_band`, `holm`.
 """
 
 from __future__ import annotations
@@ -56,20 +57,22 @@ def ks_p_value(uniform: Any, *, alternative: str = "two-sided") -> float:
 def normal_p_values(uniform: Any) -> tuple[np.ndarray, np.ndarray]:
     """Exact two-sided tests of location and of spread for uniform values (N, ...), along axis 0.
 
-    v = Phi^-1(u) is standard normal under the null, so that its mean and its sum of squared
-    deviations are independent, normal and chi-squared. A posterior that is shifted moves only the
-    mean of v, one that is too narrow or too wide by a factor moves only its standard deviation
-    (exactly so for a normal posterior); this is what lets the verdict tell them apart.
+    v = Phi^-1(u) is standard normal under the null, so that Student's t of its mean and its sum of
+    squared deviations have their textbook distributions. A posterior that is shifted moves only
+    the mean of v, one that is too narrow or too wide by a factor moves only its standard deviation
+    (exactly so for a normal posterior); this is what lets the verdict tell them apart. The mean is
+    judged by the standard deviation found, or a posterior too narrow would seem biased as well.
 
     Returns:
         P-values of the location and of the spread, each of the shape of one row.
     """
     v = special.ndtri(np.asarray(uniform, np.float64))
     n = len(v)
-    location = 2.0 * special.ndtr(-np.abs(v.mean(axis=0)) * np.sqrt(n))
+    t = v.mean(axis=0) / v.std(axis=0, ddof=1) * np.sqrt(n)
+    location = 2.0 * special.stdtr(n - 1, -np.abs(t))
     squares = np.sum((v - v.mean(axis=0)) ** 2, axis=0)
     spread = 2.0 * np.minimum(special.chdtr(n - 1, squares), special.chdtrc(n - 1, squares))
-    return location, np.minimum(spread, 1.0)
+    return np.asarray(location), np.asarray(np.minimum(spread, 1.0))
 
 
 def log_gamma(uniform: Any, draws: int, *, level: float = 0.05) -> float:
@@ -120,7 +123,9 @@ def gamma_quantile(n: int, cuts: int, level: float = 0.05, repeats: int = 2_000)
     return float(np.quantile(smallest, level))
 
 
-def ecdf_band(n: int, cuts: int = 99, level: float = 0.05) -> tuple[np.ndarray, ...]:
+def ecdf_band(
+    n: int, cuts: int = 99, level: float = 0.05
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Simultaneous band that the ECDF of n uniform values leaves with probability `level`.
 
     Args:

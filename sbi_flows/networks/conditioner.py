@@ -1,15 +1,16 @@
 """Networks that turn earlier entries and a context into a bijector's parameters.
 
-Both give the parameters' axis first, `(P, *, D)`, as the spline wants it, and zeros at the start,
-so that every bijector starts at the identity. The context enters each hidden layer and the output
-through maps of its own: what depends on the context alone is computed once an observation, however
-many draws are made for it.
+They give the parameters' axis first, `(P, *, D)`, as the spline wants it, and zeros at the start,
+so that every bijector starts at the identity. The context enters the first hidden layer and the
+output through maps of its own: what depends on the context alone is computed once an observation,
+however many draws are made for it.
 
 Source: Germain et al. 2015, "MADE" (arXiv:1502.03509), for the masks.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from sbi_flows.bijectors.linear import align
 from sbi_flows.networks.mlp import dropout, split_key
+from sbi_flows.networks.shapes import align
 from sbi_flows.typing import Key
 
 
@@ -32,7 +33,7 @@ class Conditioner(nnx.Module):
         context_dim: Length of the context.
         hidden: Width of each hidden layer; equal widths are joined by residual connections.
         dropout: Fraction of hidden units dropped in training.
-        masked: Parameters of entry i depend on inputs before i alone (needs in_dim == out_dim).
+        masked: Parameters of entry i depend on inputs 0 to i alone (needs in_dim == out_dim).
         rngs: Keys for the initial weights.
     """
 
@@ -51,27 +52,27 @@ class Conditioner(nnx.Module):
         """Create the layers; the output layers are zero."""
         self.params, self.out_dim = params, out_dim
         self.dropout, self.masked, self.dims = dropout, masked, (in_dim, *hidden)
-        self.layers = nnx.List([
-            nnx.Linear(a, b, rngs=rngs, use_bias=False) for a, b in zip(self.dims, hidden)
-        ])
-        self.contexts = nnx.List([nnx.Linear(context_dim, b, rngs=rngs) for b in hidden])
+        self.layers = nnx.List(
+            [
+                nnx.Linear(a, b, rngs=rngs, use_bias=False)
+                for a, b in itertools.pairwise(self.dims)
+            ]
+        )
+        self.context = nnx.Linear(context_dim, hidden[0], rngs=rngs)
         zeros = nnx.initializers.zeros_init()
         outputs = params * out_dim
-        self.leave = nnx.Linear(
-            hidden[-1], outputs, use_bias=False, kernel_init=zeros, rngs=rngs
-        )
+        self.leave = nnx.Linear(hidden[-1], outputs, use_bias=False, kernel_init=zeros, rngs=rngs)
         self.leave_context = nnx.Linear(context_dim, outputs, kernel_init=zeros, rngs=rngs)
 
     def __call__(self, x: Array, context: Array, *, key: Key | None = None) -> Array:
         """Map inputs (*, in_dim) and context (*, context_dim) to parameters (P, *, out_dim)."""
         keys = split_key(key, len(self.layers))
         masks = self._masks()
-        h = x
-        for i, (layer, from_context) in enumerate(zip(self.layers, self.contexts, strict=True)):
-            entering = h if i == 0 else dropout(keys[i], nnx.silu(h), self.dropout)
-            new = entering @ (layer.kernel[...] * masks[i])
-            new += align(from_context(context), new)
-            h = h + new if h.shape == new.shape and i else new
+        h = x @ (self.layers[0].kernel[...] * masks[0])
+        h += align(self.context(context), h)
+        for layer, mask, k in zip(self.layers[1:], masks[1:-1], keys[1:], strict=True):
+            new = dropout(k, nnx.silu(h), self.dropout) @ (layer.kernel[...] * mask)
+            h = h + new if h.shape == new.shape else new
         out = nnx.silu(h) @ (self.leave.kernel[...] * masks[-1])
         out += align(self.leave_context(context), out)
         out = jnp.reshape(out, (*out.shape[:-1], self.params, self.out_dim))
@@ -81,9 +82,9 @@ class Conditioner(nnx.Module):
         """One mask a layer, output last; scaled up to keep the layers' variance."""
         if not self.masked:
             return [1.0] * len(self.dims)
-        degrees = [np.arange(1, self.out_dim + 1)]
+        degrees = [np.arange(self.out_dim)]
         degrees += [np.sort(np.arange(width) % self.out_dim) for width in self.dims[1:]]
-        masks = [a[:, None] <= b[None, :] for a, b in zip(degrees, degrees[1:])]
+        masks = [a[:, None] <= b[None, :] for a, b in itertools.pairwise(degrees)]
         out = degrees[-1][:, None] <= np.arange(self.out_dim)[None, :]
         masks.append(np.tile(out, (1, self.params)))
         return [jnp.asarray(m / math.sqrt(max(m.mean(), 0.25)), jnp.float32) for m in masks]

@@ -82,3 +82,13 @@ def dropout(key: Key | None, x: Array, rate: float) -> Array:
 def split_key(key: Key | None, n: int) -> Sequence[Key | None]:
     """Split a key into n; no key stays no key."""
     return [None] * n if key is None else list(jax.random.split(key, n))
+
+
+def fast_key(key: Key) -> Key:
+    """A key of JAX's `unsafe_rbg` generator, made from any key.
+
+    For initial weights and dropout masks: threefry costs as much as the network itself there, to
+    compile and to run.
+    """
+    data = jnp.ravel(jax.random.key_data(key))
+    return jax.random.wrap_key_data(jnp.resize(data, 4), impl="unsafe_rbg")

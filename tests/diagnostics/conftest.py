@@ -13,13 +13,8 @@ from sbi_flows.prior import Prior, as_prior
 NOISE = 0.5
 
 
-def gaussian_simulator(key: Array, theta: Array) -> Array:
+def add_noise(key: Array, theta: Array) -> Array:
     return theta + NOISE * jax.random.normal(key, theta.shape)
-
-
-def failing_simulator(key: Array, theta: Array) -> Array:
-    """Fails where the first parameter is large: about one simulation in six."""
-    return jnp.where(theta[0] > 1.0, jnp.nan, gaussian_simulator(key, theta))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +59,7 @@ class Gaussian:
         return draws, self.log_prob(draws, x)
 
 
-def gaussian(dim=2, *, scale=1.0, shift=0.0, blind=False, prior=None) -> Gaussian:
+def make_gaussian(dim=2, *, scale=1.0, shift=0.0, blind=False, prior=None) -> Gaussian:
     """The posterior in `dim` dimensions; knobs a number, or one a parameter."""
     prior = as_prior(dist.Normal(0, 1).expand([dim])) if prior is None else prior
     knobs = [
@@ -72,3 +67,13 @@ def gaussian(dim=2, *, scale=1.0, shift=0.0, blind=False, prior=None) -> Gaussia
         for knob in (scale, shift)
     ]
     return Gaussian(prior, *knobs, blind=blind)
+
+
+@pytest.fixture(scope="session")
+def gaussian():
+    return make_gaussian
+
+
+@pytest.fixture(scope="session")
+def simulator():
+    return add_noise

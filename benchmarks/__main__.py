@@ -1,0 +1,121 @@
+"""Command line of the benchmarks: `run`, `demo` and `speed`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from benchmarks.records import BadInput, writable_folder
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage text in front."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Arguments; those of the process by default.
+
+    Returns:
+        The exit status: 0, or 2 after bad input, which is said in one line on stderr.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.command(arguments)
+    except BadInput as error:
+        print(f"benchmarks: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="benchmarks", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = commands.add_parser(
+        "run", help="accuracy, calibration and times on benchmark tasks", prog="benchmarks run"
+    )
+    run.set_defaults(command=_run)
+    run.add_argument("--tasks", nargs="+", required=True, metavar="TASK")
+    run.add_argument("--budgets", nargs="+", type=int, default=[10_000], metavar="N")
+    run.add_argument("--seeds", type=int, default=1, metavar="N", help="number of seeds (1)")
+    run.add_argument("--observations", type=int, default=5, metavar="N", help="how many (5)")
+    run.add_argument(
+        "--observations-from",
+        type=Path,
+        metavar="DIR",
+        help="take x_1, x_2, ... of DIR/<task>.npz instead of the task's own observations",
+    )
+    run.add_argument("--draws", type=int, default=10_000, metavar="N", help="per C2ST (10000)")
+    run.add_argument(
+        "--datasets", type=int, default=1_000, metavar="N", help="of the calibration check (1000)"
+    )
+    run.add_argument(
+        "--check-draws", type=int, default=1_000, metavar="N", help="for each of them (1000)"
+    )
+    _add_folder(run, "--results", "results")
+    demo = commands.add_parser(
+        "demo", help="lynx and hare: real data end to end, beside NUTS", prog="benchmarks demo"
+    )
+    demo.set_defaults(command=_demo)
+    _add_folder(demo, "--folder", "demo")
+    speed = commands.add_parser(
+        "speed", help="training steps, check and a cold process", prog="benchmarks speed"
+    )
+    speed.set_defaults(command=_speed)
+    _add_folder(speed, "--results", "results")
+    return parser
+
+
+def _add_folder(parser: argparse.ArgumentParser, option: str, default: str) -> None:
+    parser.add_argument(
+        option, type=Path, default=Path(default), metavar="DIR", help=f"for the output ({default}/)"
+    )
+
+
+# each command imports what it needs when it is chosen: `--help` should not wait for JAX
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    began = time.perf_counter()
+    from benchmarks import runner
+
+    import_seconds = time.perf_counter() - began
+    settings = runner.Settings(
+        tasks=tuple(arguments.tasks),
+        budgets=tuple(arguments.budgets),
+        seeds=arguments.seeds,
+        observations=arguments.observations,
+        observations_from=arguments.observations_from,
+        draws=arguments.draws,
+        datasets=arguments.datasets,
+        check_draws=arguments.check_draws,
+        results=arguments.results,
+    )
+    runner.run(settings, import_seconds=import_seconds)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    folder = writable_folder(arguments.folder, "--folder")
+    from benchmarks import demo
+
+    demo.run(folder)
+
+
+def _speed(arguments: argparse.Namespace) -> None:
+    folder = writable_folder(arguments.results, "--results")
+    from benchmarks import speed
+
+    speed.run(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

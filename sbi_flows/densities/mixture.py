@@ -1,0 +1,85 @@
+"""Mixture of Gaussians with full covariances (mixture density network).
+
+Source: Bishop 1994, "Mixture Density Networks", NCRG/94/004.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import distrax
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sbi_flows.densities.base import Density
+from sbi_flows.networks.mlp import ResidualMLP
+from sbi_flows.typing import Key
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GaussianMixture:
+    """Mixture of Gaussians whose weights, means and covariances a residual network gives.
+
+    Attributes:
+        components: Number of components.
+        width: Width of the network.
+        blocks: Number of its residual blocks.
+        dropout: Fraction of hidden units dropped in training.
+
+    References:
+        Mixture Density Networks, Bishop 1994.
+
+    Example:
+        >>> import jax
+        >>> density = GaussianMixture(components=3).build(jax.random.key(0), dim=2, context_dim=4)
+        >>> density(jax.numpy.zeros((5, 4))).event_shape
+        (2,)
+    """
+
+    components: int = 8
+    width: int = 64
+    blocks: int = 2
+    dropout: float = 0.1
+
+    def build(self, key: Key, dim: int, context_dim: int) -> Density:
+        """Make the mixture over R^dim; it starts close to a standard normal."""
+        return _Mixture(self, key, dim, context_dim)
+
+
+class _Mixture(Density):
+    def __init__(self, settings: GaussianMixture, key: Key, dim: int, context_dim: int) -> None:
+        weight_key, shift_key = jax.random.split(key)
+        self.components, self.dim = settings.components, dim
+        triangle = dim * (dim + 1) // 2
+        self.network = ResidualMLP(
+            context_dim,
+            settings.components * (1 + dim + triangle),
+            width=settings.width,
+            blocks=settings.blocks,
+            dropout=settings.dropout,
+            rngs=nnx.Rngs(weight_key),
+        )
+        kernel = self.network.leave.kernel
+        kernel[...] = jnp.zeros_like(kernel[...])
+        # small offsets: equal components would share one gradient for ever
+        self.shift = nnx.Param(0.1 * jax.random.normal(shift_key, (settings.components, dim)))
+
+    def __call__(self, context: Array, *, key: Key | None = None) -> distrax.Distribution:
+        """The mixture given contexts (*, C)."""
+        out = self.network(context, key=key)
+        out = jnp.reshape(out, (*out.shape[:-1], self.components, -1))
+        logits, means, entries = jnp.split(out, [1, 1 + self.dim], axis=-1)
+        means += jnp.broadcast_to(self.shift[...], means.shape)
+        rows, columns = jnp.tril_indices(self.dim)
+        scale = jnp.zeros((*entries.shape[:-1], self.dim, self.dim), entries.dtype)
+        diagonal = rows == columns
+        entries = jnp.where(
+            jnp.broadcast_to(diagonal, entries.shape), jnp.exp(3 * jnp.tanh(entries / 3)), entries
+        )
+        scale = scale.at[..., rows, columns].set(entries)
+        return distrax.MixtureSameFamily(
+            distrax.Categorical(logits=logits[..., 0]),
+            distrax.MultivariateNormalTri(means, scale),
+        )

@@ -1,0 +1,11 @@
+"""Explicit broadcasting, since implicit rank promotion hides mistakes."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def align(value: Array, like: Array) -> Array:
+    """Add leading axes of length 1 until `value` has as many axes as `like`."""
+    return jnp.reshape(value, (1,) * (like.ndim - value.ndim) + value.shape)

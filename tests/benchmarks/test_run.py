@@ -1,0 +1,190 @@
+"""`python -m benchmarks run`, tiny: what it refuses, what it writes, what it prints."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+import sbi_flows as sf
+from benchmarks import runner
+from benchmarks.__main__ import main
+
+TINY = ["--draws", "40", "--datasets", "50", "--check-draws", "20", "--observations", "2"]
+NUMBER = (int, float)
+
+# every field of a record, with what it may hold; a tuple is a choice of types
+SCHEMA = {
+    "schema": int,
+    "kind": str,
+    "task": str,
+    "budget": int,
+    "seed": int,
+    "valid": int,
+    "time": str,
+    "revision": (str, type(None)),
+    "machine": {
+        "cores": (int, type(None)),
+        "architecture": str,
+        "memory_gib": (int, type(None)),
+        "device": str,
+    },
+    "versions": dict,
+    "settings": {
+        "tasks": list,
+        "budgets": list,
+        "seeds": int,
+        "observations": int,
+        "observations_from": str,
+        "draws": int,
+        "datasets": int,
+        "check_draws": int,
+        "held_out": int,
+    },
+    "estimator": {"method": str, "density": str, "training": str, "members": int},
+    "c2st": {"mean": float, "values": list},
+    "outside_support": NUMBER,
+    "held_out_loss": float,
+    "check": dict,
+    "history": {"epochs": int, "stop_reason": str, "best_epoch": list, "best_loss": list},
+    "seconds": {
+        phase: NUMBER
+        for phase in (
+            "import",
+            "simulate",
+            "fit",
+            "draw",
+            "draw again",
+            "held-out",
+            "c2st",
+            "check",
+            "total",
+        )
+    },
+}
+
+
+def unlike(value, schema, name="record"):
+    """Places where a value differs from the schema."""
+    if not isinstance(schema, dict):
+        return [] if isinstance(value, schema) else [f"{name}: {value!r}"]
+    if value.keys() != schema.keys():
+        return [f"{name}: {sorted(value.keys() ^ schema.keys())}"]
+    return [found for k, s in schema.items() for found in unlike(value[k], s, f"{name}.{k}")]
+
+
+def quick(task):
+    density = sf.NSF(transforms=1, bins=2, hidden=(8,), context_width=0, dropout=0.0)
+    return sf.NPE(task.prior, density, training=sf.Training(max_epochs=1), members=1)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(runner, "estimator", quick)
+
+
+def test_a_run_writes_one_line_a_seed_and_prints_a_table(few, tmp_path, capsys):
+    options = ["--tasks", "two_moons", "--budgets", "60", "--seeds", "2", *TINY]
+    assert main(["run", *options, "--results", str(tmp_path / "results")]) == 0
+    records = [json.loads(p.read_text()) for p in sorted((tmp_path / "results").glob("*.json"))]
+    assert [(r["task"], r["budget"], r["seed"]) for r in records] == [
+        ("two_moons", 60, 1),
+        ("two_moons", 60, 2),
+    ]
+    for record in records:
+        assert unlike(record, SCHEMA) == []
+        assert record["outside_support"] == 0.0
+        assert record["valid"] == 60
+        assert len(record["c2st"]["values"]) == 2
+        assert record["c2st"]["mean"] == pytest.approx(np.mean(record["c2st"]["values"]))
+        assert record["check"]["num_datasets"] == 50
+        assert record["seconds"]["total"] >= record["seconds"]["fit"] > 0
+    assert records[0]["held_out_loss"] != records[1]["held_out_loss"]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split()[:2] == ["C2ST", "worst"]
+    assert printed[1].startswith("two_moons 60 seed 1")
+    assert f"{records[0]['c2st']['mean']:.3f}" in printed[1]
+
+
+def test_a_schema_violation_is_found():
+    record = {"schema": "1"}
+    assert unlike(record, {"schema": int}) == ["record.schema: '1'"]
+    assert unlike({"a": {}}, {"a": {"b": int}}) == ["record.a: ['b']"]
+
+
+def test_given_observations_replace_the_tasks_own(few, tmp_path):
+    x = np.array([0.5, -0.25], np.float32)
+    np.savez(tmp_path / "two_moons.npz", x_1=x, x_2=x + 1, theta_1=x)
+    settings = runner.Settings(
+        tasks=("two_moons",), budgets=(60,), observations=2, observations_from=tmp_path
+    )
+    found = runner.observations_of(runner.simulators.two_moons(), settings)
+    np.testing.assert_array_equal(np.stack(found), [x, x + 1])
+    assert runner._settings_record(settings)["observations_from"] == "given"
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (None, r"cannot read .*two_moons.npz: No such file"),
+        ({"x_1": np.zeros(2)}, r"two_moons.npz: no 'x_2"),
+        ({"x_1": np.zeros(2), "x_2": np.zeros(3)}, r"expected x_2 of shape \(2,\), got \(3,\)"),
+    ],
+)
+def test_bad_observations_are_refused(tmp_path, capsys, arrays, message):
+    if arrays is not None:
+        np.savez(tmp_path / "two_moons.npz", **arrays)
+    options = ["--tasks", "two_moons", "--observations", "2", "--observations-from", str(tmp_path)]
+    refused(["run", *options, "--results", str(tmp_path)], message, capsys)
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_file_that_is_no_archive_is_refused(tmp_path, capsys):
+    (tmp_path / "two_moons.npz").write_text("not an archive")
+    options = ["--tasks", "two_moons", "--observations-from", str(tmp_path)]
+    refused(
+        ["run", *options, "--results", str(tmp_path)], "two_moons.npz: not an .npz file", capsys
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tasks", "three_moons"], r"--tasks: expected names out of gaussian_linear, .*three_m"),
+        (["--tasks", "slcp", "--budgets", "0"], "--budgets: expected at least 10 .* got 0"),
+        (["--tasks", "slcp", "--budgets", "many"], "argument --budgets: invalid int value: 'many'"),
+        (["--tasks", "slcp", "--seeds", "-1"], "--seeds: expected at least 1, got -1"),
+        (["--tasks", "slcp", "--observations", "0"], "--observations: expected at least 1, got 0"),
+        (["--tasks", "slcp", "--draws", "3"], "--draws: expected at least 10, got 3"),
+        (["--tasks", "slcp", "--check-draws", "1"], "--check-draws: expected at least 20, got 1"),
+        (["--tasks"], "argument --tasks: expected at least one argument"),
+        ([], "the following arguments are required: --tasks"),
+    ],
+)
+def test_bad_options_are_refused(tmp_path, capsys, options, message):
+    refused(["run", *options, "--results", str(tmp_path)], message, capsys)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["run", "--tasks", "slcp", "--results"], ["demo", "--folder"], ["speed", "--results"]],
+)
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, capsys, command):
+    (tmp_path / "file").touch()
+    refused([*command, str(tmp_path / "file" / "x")], "cannot write to .*file/x", capsys)
+
+
+def test_no_command_is_refused(capsys):
+    refused([], "the following arguments are required: COMMAND", capsys)
+
+
+def refused(argv, message, capsys):
+    """Exit status 2 and one line on stderr that matches the message."""
+    try:
+        status = main(argv)
+    except SystemExit as stop:
+        status = stop.code
+    err = capsys.readouterr().err
+    assert status == 2
+    assert err.count("\n") == 1, err
+    assert re.search(message, err), err

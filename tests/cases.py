@@ -1,0 +1,241 @@
+"""Constructors that drive the generic tests: one more entry is one more object under all of them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import distrax
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from flax import nnx
+from jax import Array
+from numpyro.distributions import transforms
+
+import sbi_flows as sf
+from sbi_flows.bijectors import (
+    Autoregressive,
+    Coupling,
+    LULinear,
+    Permutation,
+    RationalQuadraticSpline,
+    Support,
+    TruncatedAutoregression,
+)
+from sbi_flows.networks import Conditioner
+
+
+def perturbed(key: Array, tree: Any, scale: float = 0.3) -> Any:
+    """The tree with normal noise on every array, so that nothing is at its initial value."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves) + 1)
+    noisy = [
+        leaf + scale * jax.random.normal(k, leaf.shape, leaf.dtype)
+        for leaf, k in zip(leaves, keys[1:], strict=True)
+    ]
+    return jax.tree.unflatten(structure, noisy)
+
+
+def hierarchy() -> None:
+    """A numpyro model whose second site is spread around the first."""
+    level = numpyro.sample("level", dist.Normal(1.0, 2.0))
+    with numpyro.plate("group", 2):
+        numpyro.sample("effect", dist.Normal(level, 0.5))
+    numpyro.sample("noise", dist.HalfNormal(1.5))
+
+
+PRIORS: dict[str, Callable[[], Any]] = {
+    "uniform": lambda: dist.Uniform(-2.0, 5.0).expand([2]),
+    "uniform, own faces": lambda: dist.Uniform(jnp.array([0.1, -3.0]), jnp.array([0.3, 7.0])),
+    "normal": lambda: dist.Normal(1.0, 3.0),
+    "lognormal": lambda: dist.LogNormal(0.5, 0.7).expand([2]),
+    "negative lognormal": lambda: dist.TransformedDistribution(
+        dist.Normal(0.0, 1.0),
+        [transforms.ExpTransform(), transforms.AffineTransform(1.0, -2.0)],
+    ),
+    "truncated below": lambda: dist.TruncatedNormal(0.05, 0.05, low=0.0),
+    "truncated on both sides": lambda: dist.TruncatedNormal(1.0, 0.5, low=0.0, high=1.2),
+    "half normal": lambda: dist.HalfNormal(2.0).expand([2]).to_event(1),
+    "half Cauchy": lambda: dist.HalfCauchy(1.0),
+    "exponential": lambda: dist.Exponential(4.0),
+    "beta": lambda: dist.Beta(2.0, 3.0),
+    "gamma": lambda: dist.Gamma(2.0, 3.0),
+    "Student t": lambda: dist.StudentT(3.0, 1.0, 2.0),
+    "Weibull": lambda: dist.Weibull(1.0, 2.0),
+    "correlated normal": lambda: dist.MultivariateNormal(
+        jnp.array([1.0, -1.0]), jnp.array([[2.0, 0.8], [0.8, 1.0]])
+    ),
+    "simplex": lambda: dist.Dirichlet(jnp.array([1.0, 2.0, 3.0])),
+    "Cholesky factor": lambda: dist.LKJCholesky(3, 2.0),
+    "ordered": lambda: dist.TransformedDistribution(
+        dist.Normal(0.0, 1.0).expand([3]).to_event(1), transforms.OrderedTransform()
+    ),
+    "dict": lambda: {
+        "rate": dist.LogNormal(0.0, 1.0),
+        "p": dist.Uniform(0.0, 1.0).expand([2, 2]),
+        "offset": dist.Normal(jnp.array([0.0, 5.0]), 1.0),
+    },
+    "model": lambda: hierarchy,
+}
+
+FREE: dict[str, tuple[int, ...]] = {"simplex": (0, 1), "Cholesky factor": (3, 6, 7)}
+"""Entries that vary freely, where a support has fewer degrees of freedom than entries."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BijectorCase:
+    """A bijector as a function of its arrays.
+
+    Attributes:
+        params: `(key, dim) -> arrays`, the arrays away from their initial values.
+        build: `(arrays, dim) -> bijector` over vectors of length `dim`.
+        dims: Lengths that it works for.
+        width: The forward map is tested on (-width, width).
+        free: Entries of the output that vary freely; None for all.
+        total: Whether the forward map is finite on all of R^d.
+    """
+
+    params: Callable[[Array, int], Any]
+    build: Callable[[Any, int], distrax.Bijector]
+    dims: tuple[int, ...] = (3, 1, 2, 5)
+    width: float = 3.0
+    free: tuple[int, ...] | None = None
+    total: bool = True
+
+
+CONTEXT = (0.3, -0.7)
+
+
+def _spline(params: Array) -> distrax.Bijector:
+    return RationalQuadraticSpline(params, 4.0)
+
+
+class EachEntry(distrax.Bijector):
+    """A spline over vectors, its parameters (P, D) shared by all rows of a batch."""
+
+    def __init__(self, params: Array) -> None:
+        super().__init__(event_ndims_in=1)
+        self._params = params
+
+    def _map(self, x: Array, method: str) -> tuple[Array, Array]:
+        params = jnp.expand_dims(self._params, tuple(range(1, x.ndim)))
+        out, log_det = getattr(_spline(params), method)(x)
+        return out, jnp.sum(log_det, axis=-1)
+
+    def forward_and_log_det(self, x: Array) -> tuple[Array, Array]:
+        return self._map(x, "forward_and_log_det")
+
+    def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
+        return self._map(y, "inverse_and_log_det")
+
+
+def _affine(params: Array) -> distrax.Bijector:
+    return distrax.ScalarAffine(params[0], log_scale=jnp.tanh(params[1]))
+
+
+def _network(key: Array, inputs: int, outputs: int, count: int, *, masked: bool = False) -> Any:
+    module = Conditioner(
+        inputs, outputs, count, context_dim=2, hidden=(8, 8), masked=masked, rngs=nnx.Rngs(key)
+    )
+    return nnx.split(module)
+
+
+def autoregressive(transformer: Callable, count: int) -> BijectorCase:
+    """A masked autoregressive layer with conditioners at one context."""
+
+    def params(key: Array, dim: int) -> Any:
+        rest = _network(key, dim - 1, dim - 1, count, masked=True) if dim > 1 else None
+        return perturbed(key, (_network(key, 0, 1, count), rest))
+
+    def build(params: Any, dim: int) -> distrax.Bijector:
+        first, rest = (None if p is None else nnx.merge(*p) for p in params)
+        context = jnp.asarray(CONTEXT)
+        conditioner = None if rest is None else lambda x: rest(x, context)
+        return Autoregressive(first(None, context), conditioner, transformer)
+
+    return BijectorCase(params, build)
+
+
+def coupling(transformer: Callable, count: int) -> BijectorCase:
+    """A coupling layer with a conditioner at one context."""
+
+    def params(key: Array, dim: int) -> Any:
+        return perturbed(key, _network(key, dim // 2, dim - dim // 2, count))
+
+    def build(params: Any, dim: int) -> distrax.Bijector:
+        network = nnx.merge(*params)
+        return Coupling(lambda x: network(x, jnp.asarray(CONTEXT)), transformer, dim // 2)
+
+    return BijectorCase(params, build, dims=(3, 2, 5))
+
+
+def truncated(*, mean: float, log_scale: float, every: int) -> BijectorCase:
+    """A truncated autoregression of which each `every`-th entry is unbounded (none if zero)."""
+
+    def params(key: Array, dim: int) -> Any:
+        middle = (jnp.full(dim, mean), jnp.zeros((dim, dim)), jnp.full(dim, log_scale))
+        return perturbed(key, middle)
+
+    def build(params: Any, dim: int) -> distrax.Bijector:
+        bounded = tuple(not every or i % every != 1 for i in range(dim))
+        return TruncatedAutoregression(*params, bounded)
+
+    return BijectorCase(params, build)
+
+
+def support(name: str) -> BijectorCase:
+    """The map from standard coordinates to one prior's support."""
+    return BijectorCase(
+        lambda key, dim: (),
+        lambda params, dim: Support(sf.as_prior(PRIORS[name]())),
+        dims=(standard_dim(name),),
+        width=1.7,
+        free=FREE.get(name),
+        total=False,
+    )
+
+
+@functools.cache
+def standard_dim(name: str) -> int:
+    """Number of standard coordinates of one of PRIORS."""
+    with jax.numpy_rank_promotion("allow"):
+        return sf.as_prior(PRIORS[name]()).standard_dim
+
+
+BIJECTORS: dict[str, BijectorCase] = {
+    "spline": BijectorCase(
+        lambda key, dim: jax.random.normal(key, (3 * 6 - 1, dim)),
+        lambda params, dim: EachEntry(params),
+        width=4.5,
+    ),
+    "autoregressive spline": autoregressive(_spline, 3 * 4 - 1),
+    "autoregressive affine": autoregressive(_affine, 2),
+    "coupling spline": coupling(_spline, 3 * 4 - 1),
+    "coupling affine": coupling(_affine, 2),
+    "LU-linear": BijectorCase(
+        lambda key, dim: perturbed(key, (jnp.eye(dim), jnp.eye(dim), jnp.zeros(dim))),
+        lambda params, dim: LULinear(*params),
+    ),
+    "permutation": BijectorCase(
+        lambda key, dim: (), lambda params, dim: Permutation((dim - 1, *range(dim - 1)))
+    ),
+    "truncated normal": truncated(mean=0.5, log_scale=-1.0, every=2),
+    "truncated normal, narrow": truncated(mean=0.0, log_scale=-4.0, every=0),
+    "truncated normal, wide": truncated(mean=0.0, log_scale=4.0, every=0),
+    "truncated normal, mean outside": truncated(mean=-4.0, log_scale=0.0, every=0),
+}
+
+DENSITIES: dict[str, Any] = {
+    "NSF": sf.NSF(transforms=2, bins=4, hidden=(16, 16), context_width=8, context_blocks=1),
+    "coupling NSF": sf.NSF(
+        transforms=2, bins=4, hidden=(16, 16), context_width=8, context_blocks=1, coupling=True
+    ),
+    "NSF without trunk": sf.NSF(transforms=2, bins=4, hidden=(16,), context_width=0),
+    "MAF": sf.MAF(transforms=2, hidden=(16, 16), context_width=8, context_blocks=1),
+    "coupling MAF": sf.MAF(
+        transforms=2, hidden=(16, 16), context_width=8, context_blocks=1, coupling=True
+    ),
+    "mixture": sf.GaussianMixture(components=3, width=16, blocks=1),
+}

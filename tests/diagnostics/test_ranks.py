@@ -1,0 +1,137 @@
+"""The draw pass against numpy, in whole and in chunks."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+from jax import Array
+
+from sbi_flows.data import Simulations
+from sbi_flows.diagnostics import ranks as module
+from sbi_flows.diagnostics.ranks import draw_pass
+from sbi_flows.diagnostics.references import crude_posterior, prior_scale
+from sbi_flows.errors import SbiFlowsError
+from sbi_flows.prior import Prior, as_prior
+
+N, D, DRAWS = 70, 2, 20
+
+
+@dataclasses.dataclass
+class Grid:
+    """Draws that no key changes: fixed offsets around x, density falling with their distance."""
+
+    prior: Prior
+    sizes: list[int] = dataclasses.field(default_factory=list)
+
+    def sample_and_log_prob(self, key: Array, x: Array, n: int) -> tuple[Array, Array]:
+        assert jnp.all(jnp.isfinite(x))
+        self.sizes.append(len(x))
+        draws = x[:, None] + jnp.linspace(-1.0, 1.0, n)[None, :, None] * jnp.array([[[1.0, 2.0]]])
+        return draws, self.log_prob(draws, x)
+
+    def log_prob(self, theta: Array, x: Array) -> Array:
+        x = x[:, None] if theta.ndim > x.ndim else x
+        return -jnp.sum((theta - x) ** 2, axis=-1)
+
+
+@pytest.fixture
+def posterior():
+    return Grid(as_prior(dist.Normal(0, 1).expand([D])))
+
+
+@pytest.fixture(scope="module")
+def simulations():
+    rng = np.random.default_rng(0)
+    theta = rng.normal(size=(N + 5, D))
+    x = theta + 0.5 * rng.normal(size=theta.shape)
+    x[[3, 10, 11, 40, N + 4]] = np.nan
+    return Simulations(theta, x)
+
+
+def test_pass_is_what_numpy_counts(posterior, simulations):
+    points, scale = np.ones((N, D)), np.array([1.0, 3.0])
+    ranks = draw_pass(
+        jax.random.key(0), posterior, simulations, draws=DRAWS, references=points, scale=scale
+    )
+    valid = simulations.only_valid()
+    theta, x = np.asarray(valid.theta)[:, None], np.asarray(valid.x)
+    draws, log_prob = map(np.asarray, posterior.sample_and_log_prob(None, valid.x, DRAWS))
+    log_truth = np.asarray(posterior.log_prob(valid.theta, valid.x))
+    away, truth_away = (np.sum(((a - 1.0) / scale) ** 2, axis=-1) for a in (draws, theta))
+
+    def integer(uniform):
+        return np.floor(uniform * (DRAWS + 1)).astype(int)
+
+    assert len(x) == N and ranks.num_failed == 5
+    assert (integer(ranks.uniform) == np.sum(draws < theta, axis=1)).all()
+    assert (integer(ranks.density) == np.sum(log_prob > log_truth[:, None], axis=1)).all()
+    assert (integer(ranks.distance) == np.sum(away < truth_away, axis=1)).all()
+    np.testing.assert_allclose(ranks.mean, draws.mean(axis=1), atol=1e-5)
+    np.testing.assert_allclose(ranks.sd, draws.std(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(ranks.log_prob, log_truth, rtol=1e-5)
+
+
+def test_chunks_of_one_shape_change_nothing(posterior, simulations, monkeypatch):
+    whole = draw_pass(jax.random.key(0), posterior, simulations, draws=DRAWS)
+    assert posterior.sizes == [N]
+    monkeypatch.setattr(module, "CHUNK", 25 * DRAWS * D)
+    split = draw_pass(jax.random.key(0), posterior, simulations, draws=DRAWS)
+    assert posterior.sizes[1:] == [24, 24, 24]
+    for name in ("uniform", "density", "log_prob", "mean", "sd", "theta"):
+        np.testing.assert_allclose(getattr(split, name), getattr(whole, name), rtol=1e-6)
+
+
+def test_a_posterior_that_gives_nan_is_an_error(posterior, simulations, monkeypatch):
+    monkeypatch.setattr(
+        Grid, "log_prob", lambda self, theta, x: jnp.full(theta.shape[:-1], jnp.nan)
+    )
+    with pytest.raises(SbiFlowsError, match=f"the posterior of {N} of {N} data sets gave NaN"):
+        draw_pass(jax.random.key(0), posterior, simulations, draws=DRAWS)
+
+
+def test_bad_input_is_refused(posterior, simulations):
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match="draws: expected at least 20, got 10"):
+        draw_pass(key, posterior, simulations, draws=10)
+    with pytest.raises(ValueError, match="at least 50 that succeeded, got 37 of 41"):
+        draw_pass(key, posterior, simulations[:41], draws=DRAWS)
+    with pytest.raises(ValueError, match=r"references: expected shape \(70, 2\), got \(75, 2\)"):
+        draw_pass(key, posterior, simulations, draws=DRAWS, references=np.zeros((75, D)))
+    narrow = Simulations(np.zeros((60, 1)), np.zeros((60, 1)))
+    with pytest.raises(ValueError, match=r"expected 2 parameters .*theta\[1\].* got 1"):
+        draw_pass(key, posterior, narrow, draws=DRAWS)
+
+
+def test_crude_posterior_follows_the_data_whatever_its_units():
+    rng = np.random.default_rng(1)
+    theta = np.exp(2 * rng.normal(size=(400, 2)))
+    loud = {"a": 1e6 * theta[:, :1] ** 3, "b": rng.normal(size=(400, 1)), "c": np.ones((400, 2))}
+    points = crude_posterior(jax.random.key(0), Simulations(theta, loud))
+    near, far = stats_correlation(points, theta)
+    assert near > 0.6 and abs(far) < 0.2  # x tells of the first parameter, not of the second
+
+
+def stats_correlation(points, theta):
+    ranks = np.argsort(np.argsort(np.concatenate([points, theta], axis=1), axis=0), axis=0)
+    matrix = np.corrcoef(ranks.T)
+    return matrix[0, 2], matrix[1, 3]
+
+
+def test_a_reference_does_not_depend_on_its_own_truth():
+    rng = np.random.default_rng(2)
+    theta, x = rng.normal(size=(2, 100, 1))
+    base = crude_posterior(jax.random.key(0), Simulations(theta, x))
+    moved = theta.copy()
+    moved[7] += 0.01 * np.sign(moved[7])  # leaves median and quartiles alone
+    other = crude_posterior(jax.random.key(0), Simulations(moved, x))
+    assert other[7] == base[7]
+    assert (other != base).any()
+
+
+def test_prior_scale_of_a_heavy_tail_and_of_a_constant():
+    rng = np.random.default_rng(3)
+    scale = prior_scale(np.c_[rng.normal(0, 3, 4000), rng.standard_cauchy(4000), np.ones(4000)])
+    assert scale == pytest.approx([3.0, 2 / 1.349, 1.0], rel=0.1)

@@ -1,0 +1,237 @@
+"""Every bijector: inverse, Jacobian, extreme inputs, both precisions, jit, vmap, grad, shapes."""
+
+import dataclasses
+from typing import Any
+
+import distrax
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies
+
+from sbi_flows.bijectors import Permutation, RationalQuadraticSpline, TruncatedAutoregression
+from sbi_flows.prior_maps import HALF_WIDTH
+from tests import cases
+
+SUPPORTS = {f"support of {name}": cases.support(name) for name in cases.PRIORS}
+ALL = cases.BIJECTORS | SUPPORTS
+# how far a round trip and a log determinant may be off
+TOLERANCE = {"float32": 3e-3, "float64": 1e-7}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One bijector in one precision, computed once for several tests."""
+
+    case: cases.BijectorCase
+    tolerance: float
+    x: np.ndarray
+    y: np.ndarray
+    log_det: np.ndarray
+    back: np.ndarray
+    back_log_det: np.ndarray
+    jacobian: np.ndarray
+
+
+def _points(case: cases.BijectorCase, dim: int) -> jax.Array:
+    return jax.random.uniform(jax.random.key(1), (16, dim), minval=-case.width, maxval=case.width)
+
+
+# distrax and numpyro promote ranks inside the maps to a support
+SUPPORT_MARK = {name: [pytest.mark.promotes] for name in SUPPORTS}
+NEWEST = {("spline", "float32"): [pytest.mark.newest]}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(
+            (name, dtype),
+            id=f"{name}-{dtype}",
+            marks=SUPPORT_MARK.get(name, []) + NEWEST.get((name, dtype), []),
+        )
+        for name in ALL
+        for dtype in TOLERANCE
+    ],
+)
+def measured(request) -> Measured:
+    name, dtype = request.param
+    case = ALL[name]
+    dim = case.dims[0]
+    with jax.enable_x64(dtype == "float64"):
+        params = case.params(jax.random.key(0), dim)
+        x = _points(case, dim)
+
+        @jax.jit
+        def compute(params: Any, x: jax.Array) -> tuple:
+            bijector = case.build(params, dim)
+            y, log_det = bijector.forward_and_log_det(x)
+            back, back_log_det = bijector.inverse_and_log_det(y)
+            return y, log_det, back, back_log_det, jax.vmap(jax.jacobian(bijector.forward))(x)
+
+        outputs = [np.asarray(a) for a in (x, *compute(params, x))]
+    assert {a.dtype.name for a in outputs} == {dtype}
+    return Measured(case, TOLERANCE[dtype], *outputs)
+
+
+def test_the_inverse_undoes_the_forward_map(measured):
+    np.testing.assert_allclose(measured.back, measured.x, atol=measured.tolerance)
+    np.testing.assert_allclose(measured.back_log_det, -measured.log_det, atol=measured.tolerance)
+    assert measured.log_det.shape == measured.x.shape[:-1]
+
+
+def test_the_log_determinant_is_that_of_the_jacobian(measured):
+    free = measured.case.free
+    jacobian = measured.jacobian if free is None else measured.jacobian[:, list(free)]
+    expected = np.linalg.slogdet(jacobian.astype(np.float64))[1]
+    np.testing.assert_allclose(measured.log_det, expected, atol=measured.tolerance)
+
+
+def test_the_points_are_moved(measured):
+    """Were a bijector the identity, the tests above could not fail."""
+    x, y = measured.x, measured.y
+    assert x.shape != y.shape or np.max(np.abs(x - y)) > 0.05
+
+
+EXTREMES = ((1e6, -1e6, 1e6), (-1e6, 1e6, -1e6), (1e6, 0.3, -1e6), (0.1, -1e6, 0.2))
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", cases.BIJECTORS)
+def test_extreme_inputs_give_finite_values_and_gradients(name, dtype, direction):
+    case = cases.BIJECTORS[name]
+    with jax.enable_x64(dtype == "float64"):
+        params = case.params(jax.random.key(0), 3)
+
+        @jax.jit
+        @jax.vmap
+        def compute(x: jax.Array) -> tuple:
+            def total(params: Any, x: jax.Array) -> tuple:
+                out, log_det = getattr(case.build(params, 3), f"{direction}_and_log_det")(x)
+                return jnp.sum(out) + log_det, (out, log_det)
+
+            gradients, values = jax.grad(total, argnums=(0, 1), has_aux=True)(params, x)
+            return values, gradients
+
+        values, gradients = compute(jnp.asarray(EXTREMES))
+        for leaf in jax.tree.leaves((values, gradients)):
+            assert np.all(np.isfinite(leaf))
+
+
+@pytest.mark.parametrize("name", cases.BIJECTORS)
+@hypothesis.settings(max_examples=3)
+@hypothesis.given(data=strategies.data())
+def test_any_batch_shape(name, data):
+    """A batch is its rows one by one: jit and vmap over them give the same."""
+    case = cases.BIJECTORS[name]
+    dim = data.draw(strategies.sampled_from(case.dims), label="dim")
+    batch = tuple(data.draw(strategies.lists(strategies.integers(1, 4), max_size=2), label="batch"))
+    params = case.params(jax.random.key(0), dim)
+    x = jax.random.normal(jax.random.key(2), (*batch, dim))
+
+    @jax.jit
+    def compute(x: jax.Array) -> tuple:
+        bijector = case.build(params, dim)
+        rows = jax.vmap(bijector.forward_and_log_det)(x.reshape(-1, dim))
+        out = bijector.forward_and_log_det(x)
+        return out, rows, bijector.inverse_and_log_det(out[0])
+
+    (y, log_det), (y_rows, log_det_rows), (back, back_log_det) = compute(x)
+    assert y.shape == back.shape == (*batch, dim)
+    assert log_det.shape == back_log_det.shape == batch
+    np.testing.assert_allclose(y.reshape(-1, dim), y_rows, atol=1e-5)
+    np.testing.assert_allclose(log_det.reshape(-1), log_det_rows, atol=1e-5)
+
+
+def test_without_jit_the_results_are_the_same():
+    case = cases.BIJECTORS["autoregressive spline"]
+    bijector = case.build(case.params(jax.random.key(0), 3), 3)
+    x = _points(case, 3)
+    for direction in (bijector.forward_and_log_det, bijector.inverse_and_log_det):
+        for eager, compiled in zip(direction(x), jax.jit(direction)(x), strict=True):
+            np.testing.assert_allclose(eager, compiled, atol=1e-5)
+
+
+class TestSpline:
+    def test_zero_parameters_are_the_identity(self):
+        x = jnp.linspace(-7.0, 7.0, 50)
+        y, log_det = RationalQuadraticSpline(jnp.zeros((17, 50)), 4.0).forward_and_log_det(x)
+        np.testing.assert_allclose(y, x, atol=1e-5)
+        np.testing.assert_allclose(log_det, 0.0, atol=1e-5)
+
+    def test_increasing_and_the_identity_outside(self):
+        params = 5 * jax.random.normal(jax.random.key(0), (17, 1))
+        spline = RationalQuadraticSpline(jnp.tile(params, (1, 400)), 4.0)
+        x = jnp.linspace(-6.0, 6.0, 400)
+        y = spline.forward(x)
+        assert np.all(np.diff(y) > 0)
+        outside = np.abs(x) >= 4
+        np.testing.assert_array_equal(np.asarray(y)[outside], np.asarray(x)[outside])
+        assert np.max(np.abs(y - x)) > 0.5
+
+    def test_very_large_parameters_stay_finite(self):
+        params = 1e4 * jax.random.normal(jax.random.key(0), (17, 30))
+        x = jnp.linspace(-3.9, 3.9, 30)
+
+        def total(params: jax.Array, x: jax.Array) -> jax.Array:
+            spline = RationalQuadraticSpline(params, 4.0)
+            out = spline.forward_and_log_det(x), spline.inverse_and_log_det(x)
+            return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(out))
+
+        value, gradients = jax.value_and_grad(total, argnums=(0, 1))(params, x)
+        assert all(np.all(np.isfinite(leaf)) for leaf in (value, *gradients))
+
+    @pytest.mark.parametrize("rows", [2, 15, 18])
+    def test_a_first_axis_of_no_spline_is_refused(self, rows):
+        with pytest.raises(ValueError, match=r"first axis of 3 K - 1 with K >= 2"):
+            RationalQuadraticSpline(jnp.zeros((rows, 2)))
+
+
+@pytest.mark.parametrize("order", [(0, 0), (1, 2), (0, 1, 3)])
+def test_no_permutation_is_refused(order):
+    with pytest.raises(ValueError, match="expected a permutation of"):
+        Permutation(order)
+
+
+class TestTruncated:
+    def test_noise_of_any_size_stays_in_the_box(self):
+        case = cases.BIJECTORS["truncated normal, mean outside"]
+        bijector = case.build(case.params(jax.random.key(0), 3), 3)
+        noise = jnp.concatenate(
+            [20 * jax.random.normal(jax.random.key(1), (200, 3)), jnp.asarray(EXTREMES)]
+        )
+        assert np.max(np.abs(bijector.forward(noise))) <= np.float32(HALF_WIDTH)
+
+    def test_a_tiny_scale_is_affine_and_a_large_one_the_uniform_prior(self):
+        noise, zeros = jnp.linspace(-2.0, 2.0, 9)[:, None], jnp.zeros((1, 1))
+        narrow = TruncatedAutoregression(jnp.full(1, 0.4), zeros, jnp.full(1, -4.0), (True,))
+        expected = 0.4 + np.exp(-4.0) * noise
+        np.testing.assert_allclose(narrow.forward(noise), expected, atol=1e-6)
+        wide = TruncatedAutoregression(jnp.zeros(1), zeros, jnp.full(1, 5.0), (True,))
+        uniform = HALF_WIDTH * (2 * jax.scipy.stats.norm.cdf(noise) - 1)
+        np.testing.assert_allclose(wide.forward(noise), uniform, atol=1e-3)
+
+    def test_an_entry_is_normal_around_the_entries_before_it(self):
+        chain = jnp.array([[9.0, 0.5], [9.0, 9.0]])  # only the entry above the diagonal counts
+        mean, log_scale = jnp.array([0.2, 0.1]), jnp.log(jnp.array([0.3, 0.2]))
+        bijector = TruncatedAutoregression(mean, chain, log_scale, (False, False))
+        y = bijector.forward(jnp.array([1.0, -2.0]))
+        np.testing.assert_allclose(y, [0.5, 0.1 + 0.5 * 0.5 - 0.4], rtol=1e-5)
+
+
+@pytest.mark.promotes
+def test_outside_the_support_the_density_is_zero():
+    case = SUPPORTS["support of uniform"]
+    outside = jnp.array([[0.0, 9.0], [-2.5, 0.0], [0.0, jnp.nan]])
+    _, log_det = case.build((), 2).inverse_and_log_det(outside)
+    np.testing.assert_array_equal(log_det, -np.inf)
+
+
+def test_every_bijector_is_one_of_distrax():
+    for case in cases.BIJECTORS.values():
+        bijector = case.build(case.params(jax.random.key(0), 2), 2)
+        assert isinstance(bijector, distrax.Bijector)
+        assert bijector.event_ndims_in == bijector.event_ndims_out == 1
