@@ -148,8 +148,8 @@ def simulate(
     for start in tqdm(starts, desc="simulate", disable=not progress or len(starts) < 2):
         rows = np.arange(start, start + (CHUNK if len(starts) > 1 else n)) % n
         chunk = _simulate_chunk(prior, simulator, keys[rows], theta[rows])
-        chunks.append(jax.tree.map(lambda leaf, m=min(n - start, len(rows)): leaf[:m], chunk))
-    x = jax.tree.map(lambda *parts: jnp.concatenate(parts), *chunks)
+        chunks.append(chunk)
+    x = jax.tree.map(lambda *parts: jnp.concatenate(parts)[:n], *chunks)
     sims = Simulations(theta, x)
     _report_failures(sims)
     return sims

@@ -1,8 +1,7 @@
 """Figures: calibration, posteriors, posterior predictions and losses, with matplotlib.
 
 Every function draws on the axes (or figure) that it is given, or makes its own, and returns it.
-Nothing is shown or saved. Public names: `rank_ecdf`, `coverage_curve`, `corner`, `predictive`,
-`loss_curves`.
+Public names: `rank_ecdf`, `coverage_curve`, `corner`, `predictive`, `loss_curves`.
 """
 
 from __future__ import annotations
@@ -207,8 +206,7 @@ def predictive(
         observed, simulated = np.asarray(transform(observed)), np.asarray(transform(simulated))
     single, observed = observed.ndim == 1, observed.reshape(len(times), -1)
     simulated = simulated.reshape(-1, *observed.shape)
-    labels = _labels(labels, observed.shape[1])
-    axes = _panels(ax, observed.shape[1])
+    labels, axes = _labels(labels, observed.shape[1]), _panels(ax, observed.shape[1])
     for c, panel in enumerate(axes):
         colour, series = COLOURS[c % len(COLOURS)], simulated[..., c]
         for i, level in enumerate(sorted(levels, reverse=True)):

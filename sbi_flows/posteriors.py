@@ -169,9 +169,7 @@ class Posterior:
         pieces, each = _pieces(n, self.prior.dim) if single else (1, n)
         repeated = jnp.repeat(features, pieces, axis=0)
         keys = jax.random.split(key, len(repeated))
-        evaluate = partial(
-            _sample, self.blueprint, self.prior, each, with_log_prob, self.weights
-        )
+        evaluate = partial(_sample, self.blueprint, self.prior, each, with_log_prob, self.weights)
         draws, log_prob = self._in_chunks(evaluate, each, repeated, keys)
         if single:
             return draws.reshape(-1, self.prior.dim)[:n], log_prob.reshape(-1)[:n]
@@ -244,9 +242,7 @@ def _member(blueprint: Blueprint, weights: Weights, features: Array) -> distrax.
     return nnx.merge(graph_of(blueprint), *weights)(features[None])
 
 
-def _mixture_log_prob(
-    blueprint: Blueprint, weights: Weights, y: Array, features: Array
-) -> Array:
+def _mixture_log_prob(blueprint: Blueprint, weights: Weights, y: Array, features: Array) -> Array:
     """Log density of the mixture at y (B, n, d) given features (B, C); shape (B, n)."""
 
     def one(member: Weights) -> Array:

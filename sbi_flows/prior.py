@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from jax import Array
+from jax.typing import ArrayLike
 
 from sbi_flows.prior_maps import SiteMap, site_map
 from sbi_flows.typing import Key
@@ -69,9 +70,7 @@ class Prior:
         self._standard = [m.standard_shape for m in self._maps.values()]
         self.dim = sum(self._sizes)
         self.standard_dim = sum(math.prod(s) for s in self._standard)
-        self.labels = tuple(
-            label for n in self.names for label in _labels(n, self.event_shapes[n])
-        )
+        self.labels = tuple(label for n in self.names for label in _labels(n, self.event_shapes[n]))
         self.bounded = tuple(
             m.bounded for m in self._maps.values() for _ in range(math.prod(m.standard_shape))
         )
@@ -97,14 +96,14 @@ class Prior:
             {m: self._sites[m].sample(k, (n,)) for m, k in zip(self.names, keys, strict=True)}
         )
 
-    def log_prob(self, theta: Array) -> Array:
+    def log_prob(self, theta: ArrayLike) -> Array:
         """Log density at theta of shape (*, D); -inf outside the support; shape (*)."""
         theta = self._checked(theta)
         inside = self.contains(theta)
         safe = jnp.where(inside[..., None], theta, self.center(theta.shape[:-1]))
         return jnp.where(inside, self._log_prob_inside(safe), -jnp.inf)
 
-    def contains(self, theta: Array) -> Array:
+    def contains(self, theta: ArrayLike) -> Array:
         """Whether theta of shape (*, D) is finite and in the support; bool of shape (*)."""
         theta = self._checked(theta)
         inside = jnp.all(jnp.isfinite(theta), axis=-1)
@@ -127,22 +126,22 @@ class Prior:
             parts.append(jnp.reshape(value, (*batch, math.prod(shape))))
         return jnp.concatenate(parts, axis=-1)
 
-    def unflatten(self, theta: Array) -> dict[str, Array]:
+    def unflatten(self, theta: ArrayLike) -> dict[str, Array]:
         """Split flat vectors (*, D) into named values `{name: (*, *event)}`."""
         theta = self._checked(theta)
         return self._split(theta, self._sizes, list(self.event_shapes.values()))
 
-    def structured(self, theta: Array) -> Array | dict[str, Array]:
+    def structured(self, theta: ArrayLike) -> Array | dict[str, Array]:
         """What the simulator receives: the named dict, or the array of a single distribution."""
         values = self.unflatten(theta)
         return values if self.is_named else values[self.names[0]]
 
-    def from_standard(self, y: Array) -> Array:
+    def from_standard(self, y: ArrayLike) -> Array:
         """Map standard coordinates (*, standard_dim) to parameters (*, D), never outside."""
         parts = self._split(y, [math.prod(s) for s in self._standard], self._standard)
         return self.flatten({n: self._maps[n].forward(v) for n, v in parts.items()})
 
-    def to_standard(self, theta: Array) -> Array:
+    def to_standard(self, theta: ArrayLike) -> Array:
         """Map parameters (*, D) inside the support to standard coordinates (*, standard_dim).
 
         There the prior has mean 0 and variance 1 wherever it has a CDF: standard normal on an
@@ -153,14 +152,14 @@ class Prior:
         parts = [self._maps[n].inverse(v) for n, v in values.items()]
         return jnp.concatenate([jnp.reshape(p, (*batch, -1)) for p in parts], axis=-1)
 
-    def standard_log_det(self, y: Array) -> Array:
+    def standard_log_det(self, y: ArrayLike) -> Array:
         """Log absolute determinant of the Jacobian of `from_standard` at y (*, d); shape (*)."""
         parts = self._split(y, [math.prod(s) for s in self._standard], self._standard)
         dets = [self._maps[n].log_det(v) for n, v in parts.items()]
         batch = jnp.shape(y)[:-1]
         return sum((jnp.sum(d.reshape((*batch, -1)), axis=-1) for d in dets), jnp.zeros(batch))
 
-    def _checked(self, theta: Array) -> Array:
+    def _checked(self, theta: ArrayLike) -> Array:
         theta = jnp.asarray(theta)
         if theta.ndim == 0 or theta.shape[-1] != self.dim:
             raise ValueError(
@@ -172,7 +171,7 @@ class Prior:
         """A point inside the support, repeated to (*batch, D)."""
         return self.from_standard(jnp.zeros((*batch, self.standard_dim)))
 
-    def _split(self, flat: Array, sizes: list[int], shapes: list) -> dict[str, Array]:
+    def _split(self, flat: ArrayLike, sizes: list[int], shapes: list) -> dict[str, Array]:
         flat = jnp.asarray(flat)
         batch, parts, start = flat.shape[:-1], {}, 0
         for name, size, shape in zip(self.names, sizes, shapes, strict=True):

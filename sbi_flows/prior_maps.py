@@ -8,7 +8,7 @@ leaves a box as it is up to scale. Other sites go through numpyro's `biject_to` 
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpyro.distributions as dist
@@ -21,6 +21,7 @@ HALF_WIDTH = math.sqrt(3.0)
 """Half the width of an interval in standard coordinates: its uniform has variance 1."""
 
 
+@runtime_checkable
 class SiteMap(Protocol):
     """Maps one site's value `(*, *event)` to standard coordinates `(*, *standard_shape)`."""
 

@@ -6,7 +6,7 @@ Public names: `Standardiser`, `fit_standardiser`, `flatten_rows`, `unflatten_row
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def flatten_rows(x: Obs) -> Array:
     return jnp.concatenate([r.astype(jnp.result_type(float)) for r in rows], axis=-1)
 
 
-def unflatten_rows(rows: Array, tree: jax.tree_util.PyTreeDef, shapes: Shapes) -> Obs:
+def unflatten_rows(rows: Array, tree: Any, shapes: Shapes) -> Obs:
     """Split (B, C) into leaves (B, *shape): the inverse of `flatten_rows`."""
     parts, start = [], 0
     for shape in shapes:

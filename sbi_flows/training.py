@@ -50,14 +50,14 @@ class Training:
     """
 
     batch_size: int = 256
-    max_epochs: int = 100
-    patience: int = 20
+    max_epochs: int = 60
+    patience: int = 15
     validation_fraction: float = 0.1
     optimizer: optax.GradientTransformation | None = None
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 1e-4
     clip_norm: float = 5.0
-    ema_decay: float | None = None
+    ema_decay: float | None = 0.99
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot train."""
@@ -171,8 +171,8 @@ def fit(
     keys = jax.random.split(weight_key, members)
     params, rest, noise, log_det = _initialise(blueprint, keys, y, features, *folds)
     state, moved = _start(blueprint, training, params, rest, noise, log_det, features, *folds)
-    offset = offset - np.asarray(moved)
-    start_loss = np.asarray(state.best_loss) + offset
+    units = offset - np.asarray(moved)
+    start_loss = np.asarray(state.best_loss) + units
     _require_finite(start_loss, 0, state, rest)
     losses, reason = [], "max_epochs"
     bar = tqdm(range(training.max_epochs), desc="fit", unit="epoch", disable=not progress)
@@ -182,7 +182,7 @@ def fit(
             state, train, validation = _epoch(
                 blueprint, training, state, rest, epoch_keys, noise, features, *folds
             )
-            losses.append((np.asarray(train) + offset, np.asarray(validation) + offset))
+            losses.append((np.asarray(train) + units, np.asarray(validation) + units))
             _require_finite(np.concatenate(losses[-1]), epoch + 1, state, rest)
             bar.set_postfix(
                 train=f"{losses[-1][0].mean():.3f}", validation=f"{losses[-1][1].mean():.3f}"

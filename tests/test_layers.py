@@ -26,12 +26,13 @@ MAY_IMPORT = {
     "posteriors": {"densities", "prior", "data"},
     "estimators": {"densities", "networks", "posteriors", "prior", "data", "training"},
     "diagnostics": {"posteriors", "prior", "data"},
+    "arviz_groups": {"prior"},
     "plots": {"posteriors", "prior", "data"},
     "artefact": {"densities", "estimators", "networks", "posteriors", "prior", "data", "training"},
 }
 OPEN = {"typing", "errors"}
 # methods such as `report.plot()` and `posterior.save()` may reach up when they are called
-WITHIN_CALLS = {"plots", "artefact"}
+WITHIN_CALLS = {"plots", "artefact", "arviz_groups"}
 # what a simulator may know of the library
 FOR_SIMULATORS = {"prior", "data", *OPEN}
 

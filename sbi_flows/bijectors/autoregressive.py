@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-
 Transformer = Callable[[Array], distrax.BijectorLike]
 """Makes an elementwise bijector from parameters of shape (P, *, D)."""
 

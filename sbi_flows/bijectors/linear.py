@@ -32,17 +32,15 @@ class LULinear(distrax.Bijector):
         self._log_det = jnp.sum(log_diagonal)
 
     def forward_and_log_det(self, x: Array) -> tuple[Array, Array]:
-        """x (*, D) to y (*, D) with the log determinant (*)."""
+        """X (*, D) to y (*, D) with the log determinant (*)."""
         y = x @ (self._lower @ self._upper).T
         return y, jnp.broadcast_to(self._log_det, x.shape[:-1])
 
     def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
-        """y (*, D) to x (*, D) with the log determinant (*)."""
+        """Y (*, D) to x (*, D) with the log determinant (*)."""
         # one D x D inverse and a matrix product; a triangular solve a row is far slower on a CPU
         eye = jnp.eye(len(self._lower), dtype=self._lower.dtype)
-        half = jax.scipy.linalg.solve_triangular(
-            self._lower, eye, lower=True, unit_diagonal=True
-        )
+        half = jax.scipy.linalg.solve_triangular(self._lower, eye, lower=True, unit_diagonal=True)
         inverse = jax.scipy.linalg.solve_triangular(self._upper, half, lower=False)
         return y @ inverse.T, jnp.broadcast_to(-self._log_det, y.shape[:-1])
 

@@ -25,7 +25,7 @@ _OUTSIDE = 3.0
 
 
 class TruncatedAutoregression(distrax.Bijector):
-    """Forward: noise (*, d) to data (*, d); data_i ~ N(mean_i + data_{<i} @ chain_{<i, i}, scale_i).
+    """Forward: noise (*, d) to data (*, d), data_i ~ N(mean_i + data @ chain_i, scale_i).
 
     Args:
         mean: Shape (*, d), the part of the mean that the context gives.
@@ -98,8 +98,9 @@ def _from_noise(x: Array, mean: Array, scale: Array, bounded: Array) -> Array:
     # each half from its own face, and in the lower tail, so that no digits are lost
     share = mass * ndtr(-jnp.abs(x))
     upper = x > 0
-    p = jnp.where(upper, jnp.where(high > 0, ndtr(-high) + share, ndtr(high) - share),
-                  ndtr(low) + share)
+    p = jnp.where(
+        upper, jnp.where(high > 0, ndtr(-high) + share, ndtr(high) - share), ndtr(low) + share
+    )
     t = ndtri(p) * jnp.where(upper & (high > 0), -1.0, 1.0)
     t = jnp.where(jnp.isfinite(t) & (jnp.abs(t) < _FAR), t, x)
     y = jnp.clip(mean + scale * sign * t, -HALF_WIDTH, HALF_WIDTH)

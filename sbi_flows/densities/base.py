@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import distrax
 from flax import nnx
@@ -24,6 +24,7 @@ class Density(nnx.Module):
         return -self(context, key=key).log_prob(z)
 
 
+@runtime_checkable
 class DensitySettings(Protocol):
     """A frozen, hashable description that builds a `Density` once the sizes are known."""
 

@@ -75,7 +75,7 @@ class Sizes:
     """
 
     bounded: tuple[bool, ...]
-    tree: jax.tree_util.PyTreeDef
+    tree: Any
     shapes: Shapes
 
     @property
@@ -109,9 +109,7 @@ class Blueprint:
                 raise ValueError(f"embedding: expected output (B, F), got {out.shape} for B = 2")
             context_dim = out.shape[1]
         zeros = jnp.zeros(d)
-        start = LinearStart(
-            jnp.zeros((features, d)), jnp.ones(d), zeros, jnp.zeros((d, d)), zeros
-        )
+        start = LinearStart(jnp.zeros((features, d)), jnp.ones(d), zeros, jnp.zeros((d, d)), zeros)
         density = self.density.build(second, d, context_dim)
         return Conditional(start, density, embedding, self.sizes)
 
@@ -122,9 +120,7 @@ class Blueprint:
             return nnx.clone(self.embedding)
         module = self.embedding(nnx.Rngs(key))
         if not isinstance(module, nnx.Module):
-            raise ValueError(
-                f"embedding: expected a flax nnx.Module, got {type(module).__name__}"
-            )
+            raise ValueError(f"embedding: expected a flax nnx.Module, got {type(module).__name__}")
         return module
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import distrax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sbi_flows.bijectors.autoregressive import Autoregressive, Transformer
+from sbi_flows.bijectors.autoregressive import Autoregressive
 from sbi_flows.bijectors.coupling import Coupling
 from sbi_flows.bijectors.linear import LULinear, Permutation
 from sbi_flows.bijectors.repeated import Repeated
@@ -60,7 +61,7 @@ class NSF:
     bound: float = 5.0
     context_width: int = 64
     context_blocks: int = 2
-    dropout: float = 0.1
+    dropout: float = 0.15
 
     def build(self, key: Key, dim: int, context_dim: int) -> Density:
         """Make the flow for z in R^dim; it starts at the identity."""
@@ -90,7 +91,7 @@ class MAF:
     coupling: bool = False
     context_width: int = 64
     context_blocks: int = 2
-    dropout: float = 0.1
+    dropout: float = 0.15
 
     def build(self, key: Key, dim: int, context_dim: int) -> Density:
         """Make the flow for z in R^dim; it starts at the identity."""
@@ -165,11 +166,10 @@ class FlowLayer(nnx.Module):
     ) -> None:
         """Start the linear map at the reversal of the entries."""
         self.transformer, self.dim = transformer, dim
-        self.coupling = settings.coupling and dim > 1
-        self.split = dim // 2 if self.coupling else 1
-
+        coupling = settings.coupling and dim > 1
+        self.split = dim // 2 if coupling else 1
         self.first = nnx.data(None)
-        if not self.coupling:
+        if not coupling:
             # the context's own network is non-linear already; zeros start at the identity
             self.first = nnx.Linear(
                 context_dim,
@@ -180,13 +180,13 @@ class FlowLayer(nnx.Module):
         self.rest = nnx.data(None)
         if dim > 1:
             self.rest = Conditioner(
-                self.split if self.coupling else dim - 1,
+                self.split if coupling else dim - 1,
                 dim - self.split,
                 transformer.params,
                 context_dim=context_dim,
                 hidden=settings.hidden,
                 dropout=settings.dropout,
-                masked=not self.coupling,
+                masked=not coupling,
                 rngs=rngs,
             )
         self.lower = nnx.Param(jnp.zeros((dim, dim)))
@@ -195,15 +195,12 @@ class FlowLayer(nnx.Module):
 
     def bijectors(self, context: Array, key: Key | None) -> list[distrax.Bijector]:
         """Noise-to-data bijectors, the data side first."""
-
-        def rest(x: Array) -> Array:
-            return self.rest(x, context, key=key)
-
-        if self.coupling:
-            layer = Coupling(rest, self.transformer, self.split)
-        else:
+        rest = None if self.rest is None else partial(self.rest, context=context, key=key)
+        if self.first is not None:
             first = jnp.moveaxis(self.first(context), -1, 0)[..., None]
-            layer = Autoregressive(first, rest if self.dim > 1 else None, self.transformer)
+            layer = Autoregressive(first, rest, self.transformer)
+        else:
+            layer = Coupling(rest, self.transformer, self.split)  # type: ignore[arg-type]
         if self.dim == 1:
             return [layer]
         linear = LULinear(self.lower[...], self.upper[...], self.log_diagonal[...])

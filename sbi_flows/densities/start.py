@@ -72,6 +72,7 @@ def fit_linear_start(
         The best fit; where no penalty helps, one that ignores the observation.
     """
     fits = _ridge_path(y[train], c[train])
+
     def score(f: LinearStart) -> Array:
         return -jnp.mean(_loss(f, y[held_out], c[held_out] @ f.weight, bounded))
 
@@ -114,9 +115,7 @@ def _ridge_path(y: Array, c: Array) -> LinearStart:
     return jax.lax.map(fit, jnp.asarray(PENALTIES, y.dtype))
 
 
-def _polish(
-    start: LinearStart, y: Array, line: Array, bounded: tuple[bool, ...]
-) -> LinearStart:
+def _polish(start: LinearStart, y: Array, line: Array, bounded: tuple[bool, ...]) -> LinearStart:
     """Maximum likelihood over all but the weights, by a fixed number of Adam steps."""
     optimiser = optax.adam(optax.cosine_decay_schedule(_RATE, _STEPS))
 

@@ -27,6 +27,10 @@ PosteriorLike = Any
 CHUNK = 4_000_000
 """Numbers (data sets x draws x D) held at once; 16 MB in single precision."""
 
+DENSITY_DRAWS = 200
+"""Draws of each posterior whose density is evaluated: a density costs one network pass for each
+member of an ensemble, and a share out of 200 is fine enough to rank a thousand data sets by."""
+
 MIN_DATASETS = 50
 MIN_DRAWS = 20
 
@@ -136,8 +140,9 @@ def draw_pass(
         parts.append(jax.tree.map(lambda leaf, m=kept: np.asarray(leaf)[:m], reduced))
     joined = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
     _require_finite(joined["finite"])
+    compared = {"below": draws, "denser": min(draws, DENSITY_DRAWS), "nearer": draws}
     uniform = {
-        name: continuous_ranks(k, joined[name], joined[f"{name}_equal"], draws)
+        name: continuous_ranks(k, joined[name], joined[f"{name}_equal"], compared[name])
         for name, k in zip(("below", "denser", "nearer"), jax.random.split(tie_key, 3), strict=True)
     }
     return Ranks(
@@ -164,11 +169,11 @@ def _chunks(n: int, numbers: int) -> list[tuple[np.ndarray, int]]:
 def _sample(
     key: Key, posterior: PosteriorLike, part: Simulations, draws: int, density: bool
 ) -> tuple[Array, Array, Array]:
-    """Draws (B, L, D), their log densities (B, L), and that of the truth (B,)."""
+    """Draws (B, L, D), log densities of the first (B, at most L), and that of the truth (B,)."""
+    sample = posterior.sample(key, part.x, draws)
     if not density:
-        sample = posterior.sample(key, part.x, draws)
-        return sample, jnp.zeros(sample.shape[:2]), jnp.zeros(len(part))
-    sample, log_prob = posterior.sample_and_log_prob(key, part.x, draws)
+        return sample, jnp.zeros((len(part), 1)), jnp.zeros(len(part))
+    log_prob = posterior.log_prob(sample[:, :DENSITY_DRAWS], part.x)
     return sample, log_prob, posterior.log_prob(part.theta, part.x)
 
 

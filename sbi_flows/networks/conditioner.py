@@ -53,10 +53,7 @@ class Conditioner(nnx.Module):
         self.params, self.out_dim = params, out_dim
         self.dropout, self.masked, self.dims = dropout, masked, (in_dim, *hidden)
         self.layers = nnx.List(
-            [
-                nnx.Linear(a, b, rngs=rngs, use_bias=False)
-                for a, b in itertools.pairwise(self.dims)
-            ]
+            [nnx.Linear(a, b, rngs=rngs, use_bias=False) for a, b in itertools.pairwise(self.dims)]
         )
         self.context = nnx.Linear(context_dim, hidden[0], rngs=rngs)
         zeros = nnx.initializers.zeros_init()

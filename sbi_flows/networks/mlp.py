@@ -91,4 +91,4 @@ def fast_key(key: Key) -> Key:
     compile and to run.
     """
     data = jnp.ravel(jax.random.key_data(key))
-    return jax.random.wrap_key_data(jnp.resize(data, 4), impl="unsafe_rbg")
+    return jax.random.wrap_key_data(jnp.resize(data, (4,)), impl="unsafe_rbg")

@@ -83,6 +83,7 @@ def few(monkeypatch):
     monkeypatch.setattr(runner, "estimator", quick)
 
 
+@pytest.mark.promotes
 def test_a_run_writes_one_line_a_seed_and_prints_a_table(few, tmp_path, capsys):
     options = ["--tasks", "two_moons", "--budgets", "60", "--seeds", "2", *TINY]
     assert main(["run", *options, "--results", str(tmp_path / "results")]) == 0

@@ -2,11 +2,13 @@
 
 import subprocess
 
+import numpy as np
 import pytest
 
 from benchmarks import peers, speed
 
 
+@pytest.mark.promotes
 def test_training_speed_without_the_peer(monkeypatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     found = speed.training_speed(simulations=450, epochs=1, repeats=2)
@@ -38,10 +40,9 @@ def test_the_cold_process_starts_without_a_compilation_cache(monkeypatch):
     compile(seen["command"][-1], "cold", "exec")
 
 
+@pytest.mark.promotes
 def test_the_peer_fits():
     pytest.importorskip("flowjax")
-    import numpy as np
-
     rng = np.random.default_rng(0)
     fit = peers.flowjax_peer(
         rng.normal(size=(40, 2)),

@@ -40,9 +40,9 @@ def test_exact_posterior_passes_18_of_20(gaussian, simulator):
 @pytest.mark.parametrize(
     ("knobs", "kind", "size"),
     [
-        ({"scale": 1.5}, "under-confident", r"1\.[3-5]\d to 1\.[3-5]\d times too wide"),
-        ({"scale": 1 / 1.5}, "over-confident", r"1\.[3-5]\d to 1\.[3-5]\d times too narrow"),
-        ({"shift": 0.5}, "biased", r"0\.[45]\d to 0\.[45]\d posterior sd too high"),
+        ({"scale": 1.5}, "under-confident", r"1\.[3-5]\d( to 1\.[3-5]\d)? times too wide"),
+        ({"scale": 1 / 1.5}, "over-confident", r"1\.[3-5]\d( to 1\.[3-5]\d)? times too narrow"),
+        ({"shift": 0.5}, "biased", r"0\.[45]\d( to 0\.[45]\d)? posterior sd too high"),
         ({"shift": (0.5, -0.5)}, "biased", r"posterior sd too high or low"),
     ],
     ids=["wide", "narrow", "shifted", "apart"],

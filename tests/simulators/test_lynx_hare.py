@@ -143,7 +143,7 @@ def test_chains_that_disagree_are_refused():
     model._require_converged(fake_run(draws, 0.0))
     with pytest.raises(ReferenceFailed, match=r"got R-hat 1\.\d+ and 0.0%"):
         model._require_converged(fake_run(draws + np.arange(4)[:, None], 0.0))
-    with pytest.raises(ReferenceFailed, match="at most 1% divergences, got R-hat .* and 5.0%"):
+    with pytest.raises(ReferenceFailed, match=r"at most 1% divergences, got R-hat .* and 5.0%"):
         model._require_converged(fake_run(draws, 0.05))
 
 

@@ -1,0 +1,211 @@
+"""Simulations: validated, sliced, counted; `simulate`: keyed, chunked, honest about failures."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+from tqdm import tqdm
+
+import sbi_flows as sf
+from sbi_flows import data
+from sbi_flows.errors import SbiFlowsError, SbiFlowsWarning, SimulationFailed
+
+PRIOR = sf.as_prior(dist.Normal(0.0, 1.0).expand([2]))
+NAMED = sf.as_prior({"mean": dist.Normal(0.0, 1.0), "noise": dist.HalfNormal(1.0).expand([2])})
+
+
+def noisy(key, theta):
+    return theta + jax.random.normal(key, (2,))
+
+
+def failing(key, theta):
+    """Fails where the first parameter is above one."""
+    return jnp.where(theta[0] > 1.0, jnp.nan, noisy(key, theta))
+
+
+def named(key, theta):
+    """A dict in, a dict out, integers among it."""
+    counts = jax.random.poisson(key, jnp.exp(theta["mean"]), (3,))
+    return {"counts": counts, "total": jnp.sum(theta["noise"])}
+
+
+@pytest.mark.newest
+def test_simulations_follow_the_key():
+    first, same, other = (
+        sf.simulate(jax.random.key(seed), PRIOR, noisy, 50) for seed in (0, 0, 1)
+    )
+    assert first.theta.shape == first.x.shape == (50, 2)
+    np.testing.assert_array_equal(first.theta, same.theta)
+    np.testing.assert_array_equal(first.x, same.x)
+    assert not np.any(first.theta == other.theta)
+    assert not np.any(first.x == other.x)
+
+
+def test_rows_are_independent_and_belong_together():
+    sims = sf.simulate(jax.random.key(0), PRIOR, noisy, 2000)
+    noise = sims.x - sims.theta
+    assert abs(np.std(noise) - 1) < 0.05
+    correlation = np.corrcoef(np.concatenate([sims.theta, noise], axis=1).T)
+    assert np.max(np.abs(correlation - np.eye(4))) < 0.1
+
+
+@pytest.mark.parametrize("chunk", [7, 20, 64])
+def test_the_result_does_not_depend_on_the_chunks(chunk, monkeypatch):
+    whole = sf.simulate(jax.random.key(0), NAMED, named, 40)
+    monkeypatch.setattr(data, "CHUNK", chunk)
+    pieces = sf.simulate(jax.random.key(0), NAMED, named, 40, progress=False)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(pieces), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_progress_is_shown_for_several_chunks_alone(monkeypatch):
+    shown = []
+
+    def spy(*args, disable, **kwargs):
+        shown.append(not disable)
+        return tqdm(*args, disable=True, **kwargs)
+
+    monkeypatch.setattr(data, "tqdm", spy)
+    sf.simulate(jax.random.key(0), PRIOR, noisy, 40)
+    monkeypatch.setattr(data, "CHUNK", 20)
+    sf.simulate(jax.random.key(0), PRIOR, noisy, 40)
+    sf.simulate(jax.random.key(0), PRIOR, noisy, 40, progress=False)
+    assert shown == [False, True, False]
+
+
+def test_named_parameters_and_observations_stay_named():
+    sims = sf.simulate(jax.random.key(0), NAMED, named, 30)
+    assert sims.theta.shape == (30, 3)
+    assert set(sims.x) == {"counts", "total"}
+    assert sims.x["counts"].shape == (30, 3)
+    assert jnp.issubdtype(sims.x["counts"].dtype, jnp.integer)
+    np.testing.assert_allclose(sims.x["total"], np.sum(sims.theta[:, 1:], axis=1), rtol=1e-5)
+    assert repr(sims) == "Simulations(N=30, D=3, x=int32[3], float32[], invalid=0)"
+
+
+def test_failed_rows_are_kept_marked_and_counted():
+    with pytest.warns(SbiFlowsWarning, match=r"^\d+ of 500 simulations gave NaN or inf") as caught:
+        sims = sf.simulate(jax.random.key(0), PRIOR, failing, 500)
+    failed = np.asarray(sims.theta[:, 0] > 1.0)
+    assert 40 < failed.sum() < 130
+    np.testing.assert_array_equal(sims.valid, ~failed)
+    assert (len(sims), sims.num_valid) == (500, 500 - failed.sum())
+    assert str(caught[0].message).startswith(f"{failed.sum()} of 500")
+    assert caught[0].filename == __file__
+    assert len(sims.only_valid()) == sims.num_valid
+    assert np.all(np.isfinite(sims.only_valid().x))
+
+
+def test_infinity_counts_as_failure_and_a_clean_run_is_silent():
+    sims = sf.Simulations(np.zeros((3, 1)), {"a": np.array([1.0, np.inf, 2.0]), "b": np.arange(3)})
+    np.testing.assert_array_equal(sims.valid, [True, False, True])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = sf.simulate(jax.random.key(0), PRIOR, noisy, 20)
+    assert whole.only_valid() is whole
+
+
+def test_no_valid_row_at_all_is_an_error():
+    with pytest.raises(SimulationFailed, match="all 20 simulations gave NaN or infinity") as error:
+        sf.simulate(jax.random.key(0), PRIOR, lambda key, theta: theta * jnp.nan, 20)
+    assert isinstance(error.value, SbiFlowsError)
+
+
+class NoHash:
+    __hash__ = None
+
+    def __call__(self, key, theta):
+        return theta
+
+
+@pytest.mark.parametrize(
+    ("simulator", "message"),
+    [
+        (lambda key, theta: np.asarray(theta), "expected a function that JAX can trace"),
+        (lambda key, theta: theta if theta[0] > 0 else -theta, "that JAX can trace"),
+        (lambda key, theta: theta[theta > 0], "that JAX can trace"),
+        (lambda key, theta: {}, "expected numeric arrays"),
+        (lambda key, theta: (), "expected numeric arrays"),
+        (NoHash(), "expected a hashable callable"),
+    ],
+)
+def test_a_simulator_that_cannot_be_run_is_refused(simulator, message):
+    with pytest.raises(ValueError, match=message):
+        sf.simulate(jax.random.key(0), PRIOR, simulator, 10)
+
+
+@pytest.mark.parametrize("n", [0, -3])
+def test_a_number_of_simulations_below_one_is_refused(n):
+    with pytest.raises(ValueError, match=f"expected at least one simulation, got {n}"):
+        sf.simulate(jax.random.key(0), PRIOR, noisy, n)
+
+
+GOOD = np.zeros((4, 2))
+
+
+@pytest.mark.parametrize(
+    ("theta", "x", "message"),
+    [
+        (np.zeros(4), GOOD, r"theta: expected a numeric array \(N, D\)"),
+        (np.full((4, 2), "a"), GOOD, r"theta: expected a numeric array \(N, D\)"),
+        (np.zeros((0, 2)), np.zeros((0, 2)), "theta: expected at least one row"),
+        (np.array([[0.0], [np.nan], [np.inf]]), np.zeros(3), "finite values, got 2 rows"),
+        (GOOD, np.zeros((3, 2)), r"x: expected 4 rows as in theta, got shape \(3, 2\)"),
+        (GOOD, np.float32(1.0), r"x: expected 4 rows as in theta, got shape \(\)"),
+        (GOOD, {"a": GOOD, "b": np.zeros(5)}, r"x: expected 4 rows as in theta, got shape \(5,\)"),
+        (GOOD, np.full((4, 1), "a"), "x: expected numeric arrays"),
+        (GOOD, np.array([[None]] * 4), "x: expected numeric arrays, got dtype object"),
+        (GOOD, {}, "x: expected"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(theta, x, message):
+    with pytest.raises(ValueError, match=message):
+        sf.Simulations(theta, x)
+
+
+@pytest.mark.parametrize("field", ["valid", "round"])
+def test_a_field_of_the_wrong_length_is_refused(field):
+    with pytest.raises(ValueError, match=r"valid and round: expected shape \(4,\)"):
+        sf.Simulations(GOOD, GOOD, **{field: np.ones(3, int)})
+
+
+def test_lists_and_arrays_of_either_library_are_accepted():
+    for make in (np.asarray, jnp.asarray, lambda rows: rows):
+        sims = sf.Simulations(make([[1, 2], [3, 4]]), make([[0.5], [1.5]]))
+        assert sims.theta.dtype == jnp.float32
+        assert isinstance(sims.theta, jax.Array)
+        assert sims.num_valid == 2
+        np.testing.assert_array_equal(sims.round, [0, 0])
+
+
+def test_rows_are_taken_from_every_field():
+    x = {"a": np.arange(6.0), "b": np.array([[1.0], [2.0], [np.nan], [4.0], [5.0], [6.0]])}
+    sims = sf.Simulations(np.arange(12.0).reshape(6, 2), x, round=np.arange(6))
+    for rows in (slice(1, 4), np.array([1, 2, 3]), np.isin(np.arange(6), [1, 2, 3])):
+        part = sims[rows]
+        assert isinstance(part, sf.Simulations)
+        assert (len(part), part.num_valid) == (3, 2)
+        np.testing.assert_array_equal(part.theta, [[2, 3], [4, 5], [6, 7]])
+        np.testing.assert_array_equal(part.x["a"], [1, 2, 3])
+        np.testing.assert_array_equal(part.round, [1, 2, 3])
+
+
+def test_a_pytree_that_jit_takes_and_returns():
+    sims = sf.Simulations(np.arange(4.0)[:, None], {"a": np.array([1.0, np.nan, 3.0, 4.0])})
+    leaves, structure = jax.tree.flatten(sims)
+    back = jax.tree.unflatten(structure, leaves)
+    doubled = jax.jit(lambda s: jax.tree.map(lambda leaf: leaf, s))(sims)
+    for other in (back, doubled):
+        assert isinstance(other, sf.Simulations)
+        np.testing.assert_array_equal(other.theta, sims.theta)
+        np.testing.assert_array_equal(other.valid, [True, False, True, True])
+
+
+def test_the_fields_are_frozen():
+    sims = sf.Simulations(GOOD, GOOD)
+    with pytest.raises(AttributeError):
+        sims.theta = GOOD

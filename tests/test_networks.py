@@ -1,0 +1,131 @@
+"""Conditioners are autoregressive where masked and start at zero; dropout; explicit broadcasting."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sbi_flows.networks import Conditioner, ResidualMLP
+from sbi_flows.networks.mlp import dropout, fast_key, split_key
+from sbi_flows.networks.shapes import align
+from tests.cases import perturbed
+
+PARAMS, CONTEXT = 3, 2
+
+
+def conditioner(in_dim: int, out_dim: int, *, masked: bool, hidden=(16, 16), rate=0.0):
+    """A conditioner away from its initial zeros."""
+    module = Conditioner(
+        in_dim,
+        out_dim,
+        PARAMS,
+        context_dim=CONTEXT,
+        hidden=hidden,
+        dropout=rate,
+        masked=masked,
+        rngs=nnx.Rngs(0),
+    )
+    graph, state = nnx.split(module)
+    return nnx.merge(graph, perturbed(jax.random.key(0), state, 1.0))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_new_conditioner_gives_zeros(masked):
+    module = Conditioner(
+        3, 3, PARAMS, context_dim=CONTEXT, hidden=(8,), masked=masked, rngs=nnx.Rngs(0)
+    )
+    x, context = jnp.ones((4, 5, 3)), jnp.ones((5, CONTEXT))
+    out = module(x, context)
+    assert out.shape == (PARAMS, 4, 5, 3)
+    np.testing.assert_array_equal(out, 0.0)
+
+
+# hidden widths below, at and off a multiple of the number of entries
+@pytest.mark.parametrize("hidden", [(16, 16), (4,), (7, 5, 7)])
+@pytest.mark.parametrize("dim", [1, 4])
+def test_masked_parameters_see_inputs_up_to_their_own(dim, hidden):
+    module = conditioner(dim, dim, masked=True, hidden=hidden)
+    jacobian = jax.jacobian(lambda x: module(x, jnp.zeros(CONTEXT)))(jnp.full(dim, 0.3))
+    assert jacobian.shape == (PARAMS, dim, dim)
+    strength = np.max(np.abs(jacobian), axis=0)
+    for entry, source in itertools.product(range(dim), repeat=2):
+        if source > entry:
+            assert strength[entry, source] == 0.0
+        else:
+            assert strength[entry, source] > 0.0
+
+
+def test_unmasked_parameters_see_every_input_and_the_context():
+    module = conditioner(2, 3, masked=False)
+    x, context = jnp.full(2, 0.3), jnp.full(CONTEXT, -0.2)
+    for jacobian in jax.jacobian(module, argnums=(0, 1))(x, context):
+        assert jacobian.shape == (PARAMS, 3, 2)
+        assert np.all(np.max(np.abs(jacobian), axis=0) > 0)
+
+
+def test_one_context_serves_many_draws():
+    module = conditioner(2, 2, masked=True)
+    x = jax.random.normal(jax.random.key(1), (5, 4, 2))
+    contexts = jax.random.normal(jax.random.key(2), (4, CONTEXT))
+    together = module(x, contexts)
+    for row in range(4):
+        np.testing.assert_allclose(together[:, :, row], module(x[:, row], contexts[row]), atol=1e-5)
+
+
+NETWORKS = {
+    "conditioner": lambda: (
+        lambda x, key: conditioner(3, 3, masked=True, rate=0.5)(x, jnp.ones(CONTEXT), key=key)
+    ),
+    "residual MLP": lambda: (
+        lambda x, key: ResidualMLP(3, 4, width=16, dropout=0.5, rngs=nnx.Rngs(0))(x, key=key)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_dropout_needs_a_key_and_follows_it(name):
+    network, x = NETWORKS[name](), jnp.ones((6, 3))
+    first, second = jax.random.key(0), jax.random.key(1)
+    np.testing.assert_array_equal(network(x, None), network(x, None))
+    np.testing.assert_array_equal(network(x, first), network(x, first))
+    assert np.max(np.abs(network(x, first) - network(x, None))) > 1e-3
+    assert np.max(np.abs(network(x, first) - network(x, second))) > 1e-3
+
+
+def test_dropout_keeps_the_mean():
+    x = jnp.full((100, 1000), 2.0)
+    dropped = np.asarray(dropout(jax.random.key(0), x, 0.25))
+    np.testing.assert_allclose(np.unique(dropped), [0.0, 2.0 / 0.75], rtol=1e-6)
+    assert abs(np.mean(dropped) - 2.0) < 0.02
+    np.testing.assert_array_equal(dropout(jax.random.key(0), x, 0.0), x)
+    np.testing.assert_array_equal(dropout(None, x, 0.25), x)
+
+
+def test_the_residual_mlp_maps_the_last_axis():
+    network = ResidualMLP(3, 8, width=16, blocks=1, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 5, 3))
+    out = network(x)
+    assert out.shape == (2, 5, 8)
+    np.testing.assert_allclose(out[1, 2], network(x[1, 2]), atol=1e-5)
+
+
+def test_keys_split_only_where_there_is_one():
+    assert list(split_key(None, 3)) == [None, None, None]
+    keys = split_key(jax.random.key(0), 3)
+    assert len({tuple(np.asarray(jax.random.key_data(k))) for k in keys}) == 3
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_a_fast_key_follows_its_source(impl):
+    first, same, other = (fast_key(jax.random.key(seed, impl=impl)) for seed in (0, 0, 1))
+    draw = jax.random.normal(first, (4,))
+    np.testing.assert_array_equal(draw, jax.random.normal(same, (4,)))
+    assert not np.any(draw == jax.random.normal(other, (4,)))
+
+
+def test_align_adds_axes_in_front():
+    assert align(jnp.ones((2,)), jnp.ones((5, 4, 2))).shape == (1, 1, 2)
+    assert align(jnp.ones((4, 2)), jnp.ones((4, 2))).shape == (4, 2)

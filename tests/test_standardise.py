@@ -1,0 +1,104 @@
+"""Features stay finite and ordered whatever the data: constants, counts, heavy tails, huge values."""
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies
+from hypothesis.extra import numpy as arrays
+
+from sbi_flows.standardise import fit_standardiser, flatten_rows, unflatten_rows
+
+RNG = np.random.default_rng(0)
+FEATURES = {
+    "normal": RNG.normal(5.0, 2.0, (500, 1)),
+    "constant": np.full((500, 1), 3.0),
+    "constant zero": np.zeros((500, 1)),
+    "integer": RNG.poisson(4.0, (500, 1)),
+    "sparse counts": (RNG.uniform(size=(500, 1)) < 0.05).astype(int),
+    "boolean": RNG.uniform(size=(500, 1)) < 0.5,
+    "Cauchy": RNG.standard_cauchy((500, 1)),
+    "log-normal": np.exp(10 * RNG.normal(size=(500, 1))),
+    "huge": 1e37 * RNG.normal(size=(500, 1)),
+    "tiny": 1e-25 * RNG.normal(size=(500, 1)),
+    "nearly constant": 1e6 + 1e-3 * RNG.normal(size=(500, 1)),
+    "one outlier": np.append(RNG.normal(size=(499, 1)), [[1e30]], axis=0),
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_are_finite_and_of_moderate_size(name):
+    x = jnp.asarray(FEATURES[name])
+    features = fit_standardiser(x)(x)
+    assert features.shape == (500, 1)
+    assert features.dtype == jnp.float32
+    assert np.all(np.isfinite(features))
+    assert np.max(np.abs(features)) < 100
+
+
+@pytest.mark.parametrize("name", [n for n in FEATURES if "constant" not in n])
+def test_the_order_is_kept(name):
+    """Monotone: nothing is cut off, not even beyond the rows that it was fitted to."""
+    x = np.sort(np.asarray(FEATURES[name], np.float32), axis=0)
+    standardise = fit_standardiser(jnp.asarray(FEATURES[name]))
+    features = np.asarray(standardise(jnp.asarray(x)))
+    assert np.all(np.diff(features[:, 0]) >= 0)
+    assert features[-1, 0] - features[0, 0] > 1
+    beyond = standardise(jnp.asarray([x[-1] + 5 * (x[-1] - x[0]).clip(max=1e36)]))
+    assert beyond[0, 0] > features[-1, 0]
+
+
+def test_normal_features_become_standard():
+    x = jnp.asarray(FEATURES["normal"])
+    features = fit_standardiser(x)(x)
+    assert abs(np.mean(features)) < 0.1
+    assert abs(np.std(features) - 1) < 0.1
+
+
+def test_within_three_scales_the_map_is_linear():
+    standardise = fit_standardiser(jnp.asarray(FEATURES["normal"]))
+    x = standardise.center + standardise.scale * jnp.array([[-2.9], [-1.0], [0.5], [2.9]])
+    np.testing.assert_allclose(standardise(x), [[-2.9], [-1.0], [0.5], [2.9]], rtol=1e-4)
+
+
+def test_a_constant_feature_becomes_zero_and_shows_when_it_differs():
+    standardise = fit_standardiser(jnp.asarray(FEATURES["constant"]))
+    assert float(standardise.scale[0]) == 1.0
+    features = standardise(jnp.array([[3.0], [4.0]]))
+    np.testing.assert_allclose(features, [[0.0], [1.0]])
+
+
+@hypothesis.given(
+    arrays.arrays(
+        np.float32,
+        (7, 2),
+        elements=strategies.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False),
+    )
+)
+def test_any_finite_rows_give_finite_features(x):
+    features = fit_standardiser(jnp.asarray(x))(jnp.asarray(x))
+    assert np.all(np.isfinite(features))
+
+
+def test_gradients_are_finite_far_outside():
+    standardise = fit_standardiser(jnp.asarray(FEATURES["normal"]))
+    gradient = jax.grad(lambda x: jnp.sum(standardise(x)))(jnp.array([[1e6], [-1e6], [5.0]]))
+    assert np.all(np.isfinite(gradient))
+    assert np.all(gradient > 0)
+
+
+def test_leaves_are_joined_and_split_again():
+    x = {
+        "image": jnp.arange(12.0).reshape(2, 2, 3),
+        "count": jnp.array([4, 5]),
+        "flag": jnp.array([[True], [False]]),
+    }
+    rows = flatten_rows(x)
+    assert rows.shape == (2, 8)
+    shapes = tuple(leaf.shape[1:] for leaf in jax.tree.leaves(x))
+    back = unflatten_rows(rows, jax.tree.structure(x), shapes)
+    assert jax.tree.structure(back) == jax.tree.structure(x)
+    for name, leaf in x.items():
+        assert back[name].shape == leaf.shape
+        np.testing.assert_array_equal(back[name], leaf)
