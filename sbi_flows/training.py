@@ -49,9 +49,9 @@ class Training:
         ValueError: A setting is out of range.
     """
 
-    batch_size: int = 256
-    max_epochs: int = 60
-    patience: int = 15
+    batch_size: int = 128
+    max_epochs: int = 50
+    patience: int = 12
     validation_fraction: float = 0.1
     optimizer: optax.GradientTransformation | None = None
     learning_rate: float = 2e-3
