@@ -27,9 +27,9 @@ PosteriorLike = Any
 CHUNK = 4_000_000
 """Numbers (data sets x draws x D) held at once; 16 MB in single precision."""
 
-DENSITY_DRAWS = 200
+DENSITY_DRAWS = 100
 """Draws of each posterior whose density is evaluated: a density costs one network pass for each
-member of an ensemble, and a share out of 200 is fine enough to rank a thousand data sets by."""
+member of an ensemble, and a share out of 100 is fine enough to rank a thousand data sets by."""
 
 MIN_DATASETS = 50
 MIN_DRAWS = 20

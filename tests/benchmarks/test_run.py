@@ -107,6 +107,22 @@ def test_a_run_writes_one_line_a_seed_and_prints_a_table(few, tmp_path, capsys):
     assert f"{records[0]['c2st']['mean']:.3f}" in printed[1]
 
 
+def test_the_table_shows_each_figure_in_its_column():
+    seconds = {"simulate": 1.0, "fit": 2.0, "draw": 3.0, "check": 4.0, "total": 10.0}
+    record = {
+        "task": "slcp",
+        "budget": 1000,
+        "seed": 1,
+        "c2st": {"mean": None, "values": []},
+        "outside_support": 0.25,
+        "held_out_loss": -1.5,
+        "check": {"calibrated": True},
+        "seconds": seconds,
+    }
+    row = runner.results_table([record]).splitlines()[1].split()
+    assert row == "slcp 1,000 seed 1 - - -1.500 25.00% yes 1.0 2.0 3.0 4.0 10.0".split()
+
+
 def test_a_schema_violation_is_found():
     record = {"schema": "1"}
     assert unlike(record, {"schema": int}) == ["record.schema: '1'"]

@@ -1,0 +1,245 @@
+"""Fitting: reproducible, compiled once, stopped in time; what a failed fit leaves behind."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sbi_flows as sf
+from sbi_flows import training
+from sbi_flows.densities.conditional import Blueprint, Sizes, Weights
+from sbi_flows.errors import SbiFlowsError, TrainingDiverged
+
+ROWS, DIM, MEMBERS, BATCH = 300, 2, 2, 64
+STEPS = (ROWS - ROWS // 10) // BATCH
+
+COMPILED = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: COMPILED.append(event) if "backend_compile" in event else None
+)
+
+
+def blueprint() -> Blueprint:
+    """A new description each time, equal to all the others."""
+    density = sf.MAF(transforms=1, hidden=(8,), context_width=0)
+    return Blueprint(density, None, Sizes((False,) * DIM, jax.tree.structure(0), ((DIM,),)))
+
+
+def curved(seed: int) -> tuple[jax.Array, jax.Array]:
+    """Parameters that no linear regression on the features can tell."""
+    features_key, noise_key = jax.random.split(jax.random.key(seed))
+    features = jax.random.normal(features_key, (ROWS, DIM))
+    return features**2 + 0.3 * jax.random.normal(noise_key, (ROWS, DIM)), features
+
+
+def fit(seed=0, *, data=0, progress=False, **settings):
+    settings = {"batch_size": BATCH, "max_epochs": 6, "learning_rate": 1e-2} | settings
+    y, features = curved(data)
+    return training.fit(
+        jax.random.key(seed),
+        blueprint(),
+        sf.Training(**settings),
+        y,
+        features,
+        members=MEMBERS,
+        progress=progress,
+    )
+
+
+def kernels(weights: Weights) -> np.ndarray:
+    """What the context alone adds to the parameters of the last entry: zero before training."""
+    return np.asarray(weights.params["density"]["layers"]["rest"]["leave_context"]["kernel"])
+
+
+@pytest.fixture(scope="module")
+def first():
+    return fit()
+
+
+def test_a_second_fit_of_the_same_shapes_compiles_nothing(first):
+    COMPILED.clear()
+    fit(seed=1, data=1)
+    assert COMPILED == []
+    jax.jit(lambda x: x * 1.2345)(1.0)
+    assert len(COMPILED) == 1
+
+
+def test_the_history_tells_what_happened(first):
+    _, history = first
+    assert history.train_loss.shape == history.validation_loss.shape == (6, MEMBERS)
+    assert history.start_loss.shape == history.best_epoch.shape == (MEMBERS,)
+    assert (history.epochs, history.stop_reason) == (6, "max_epochs")
+    assert history.seconds > 0
+    losses = np.concatenate([history.start_loss[None], history.validation_loss])
+    np.testing.assert_array_equal(history.best_epoch, losses.argmin(axis=0))
+    np.testing.assert_array_equal(history.best_loss, losses.min(axis=0))
+    assert np.all(history.best_loss < history.start_loss - 0.1)
+    expected = r"History(6 epochs in .* s, stopped by max_epochs; validation loss ["
+    assert repr(history).startswith("History(6 epochs in ")
+    assert expected.split(" s, ")[1] in repr(history)
+
+
+def test_the_same_key_gives_the_same_fit_and_another_key_another(first):
+    weights, history = first
+    again, again_history = fit()
+    for a, b in zip(jax.tree.leaves(weights), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(history.train_loss, again_history.train_loss)
+    other, other_history = fit(seed=1)
+    assert np.max(np.abs(kernels(weights) - kernels(other))) > 1e-3
+    assert not np.any(history.train_loss == other_history.train_loss)
+
+
+def test_members_differ_and_hold_out_different_rows(first):
+    weights, history = first
+    one, two = kernels(weights)
+    assert np.max(np.abs(one - two)) > 1e-3
+    assert np.all(history.validation_loss[:, 0] != history.validation_loss[:, 1])
+    # the start is fitted to each member's own training rows
+    assert np.any(weights.rest["start"].weight[0] != weights.rest["start"].weight[1])
+
+
+def test_folds_of_the_members_do_not_overlap():
+    train, held_out = training._folds(jax.random.key(0), 100, 10, 4)
+    assert len(set(np.asarray(held_out).ravel())) == 40
+    for a, b in zip(train, held_out, strict=True):
+        assert sorted([*np.asarray(a), *np.asarray(b)]) == list(range(100))
+
+
+def test_an_offset_moves_the_reported_losses_alone(first):
+    _, history = first
+    y, features = curved(0)
+    settings = sf.Training(batch_size=BATCH, max_epochs=6, learning_rate=1e-2)
+    arguments = (jax.random.key(0), blueprint(), settings, y, features)
+    _, moved = training.fit(*arguments, members=MEMBERS, offset=5.0, progress=False)
+    np.testing.assert_allclose(moved.train_loss, history.train_loss + 5.0, rtol=1e-5)
+    np.testing.assert_allclose(moved.validation_loss, history.validation_loss + 5.0, rtol=1e-5)
+    np.testing.assert_allclose(moved.start_loss, history.start_loss + 5.0, rtol=1e-5)
+    np.testing.assert_array_equal(moved.best_epoch, history.best_epoch)
+
+
+def test_a_fit_that_gets_worse_stops_early_and_keeps_the_start():
+    uphill = optax.scale(0.05)
+    weights, history = fit(optimizer=uphill, patience=2, max_epochs=50)
+    assert (history.epochs, history.stop_reason) == (2, "patience")
+    np.testing.assert_array_equal(history.best_epoch, [0, 0])
+    np.testing.assert_array_equal(history.best_loss, history.start_loss)
+    np.testing.assert_array_equal(kernels(weights), 0.0)
+
+
+def test_the_average_of_the_weights_is_kept():
+    """After one step of an optimiser of one's own, from zero: a known fraction of that step."""
+    one_step = {"batch_size": ROWS, "max_epochs": 1, "optimizer": optax.sgd(1e-2)}
+    plain, history = fit(**one_step)
+    averaged, _ = fit(**one_step, ema_decay=0.75)
+    np.testing.assert_array_equal(history.best_epoch, [1, 1])
+    assert np.max(np.abs(kernels(plain))) > 1e-4
+    np.testing.assert_allclose(kernels(averaged), 0.25 * kernels(plain), rtol=1e-4)
+
+
+def test_gradients_are_clipped():
+    weights, _ = fit(batch_size=ROWS, max_epochs=1, optimizer=optax.sgd(1.0), clip_norm=1e-3)
+    for member in range(MEMBERS):
+        assert 0 < np.linalg.norm(kernels(weights)[member]) <= 1e-3
+
+
+def test_a_fit_that_diverges_names_the_epoch_and_keeps_finite_weights():
+    """Good steps in the first epoch, then one that is no number."""
+    schedule = optax.scale_by_schedule(lambda step: jnp.where(step < STEPS + 2, -1e-2, jnp.nan))
+    with pytest.raises(TrainingDiverged, match="not finite in epoch 2; the last finite") as caught:
+        fit(optimizer=schedule)
+    assert isinstance(caught.value, SbiFlowsError)
+    assert caught.value.epoch == 2
+    assert isinstance(caught.value.state, Weights)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(caught.value.state))
+    assert np.max(np.abs(kernels(caught.value.state))) > 1e-4
+
+
+def test_data_that_are_not_finite_are_found_before_the_first_epoch(first):
+    y, features = curved(0)
+    settings = sf.Training(batch_size=BATCH, max_epochs=6, learning_rate=1e-2)
+    with pytest.raises(TrainingDiverged, match="not finite in epoch 0") as caught:
+        training.fit(
+            jax.random.key(0),
+            blueprint(),
+            settings,
+            y.at[0, 0].set(jnp.nan),
+            features,
+            members=MEMBERS,
+            progress=False,
+        )
+    assert caught.value.epoch == 0
+
+
+@pytest.mark.parametrize("arrives", ["before an epoch", "within an epoch"])
+def test_an_interrupted_fit_keeps_the_best_so_far(first, arrives, monkeypatch):
+    _, whole = first
+    epoch, calls = training._epoch, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3 and arrives == "before an epoch":
+            raise KeyboardInterrupt
+        result = epoch(*args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(training, "_epoch", interrupted)
+    weights, history = fit()
+    assert (history.epochs, history.stop_reason) == (2, "interrupted")
+    np.testing.assert_allclose(history.validation_loss, whole.validation_loss[:2], rtol=1e-6)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(weights))
+    assert np.max(np.abs(kernels(weights))) > 1e-4
+
+
+def test_an_interrupt_before_the_first_epoch_keeps_the_start(first, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_epoch", interrupted)
+    weights, history = fit()
+    assert (history.epochs, history.stop_reason) == (0, "interrupted")
+    assert history.train_loss.shape == (0, MEMBERS)
+    np.testing.assert_array_equal(history.best_loss, history.start_loss)
+    np.testing.assert_array_equal(kernels(weights), 0.0)
+
+
+def test_progress_shows_both_losses_and_can_be_silenced(first, capsys):
+    _, history = fit(progress=True)
+    shown = capsys.readouterr().err
+    assert f"train={history.train_loss[-1].mean():.3f}" in shown
+    assert f"validation={history.validation_loss[-1].mean():.3f}" in shown
+    assert "epoch" in shown
+    fit()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("batch_size", 0, "batch_size: expected a positive number, got 0"),
+        ("max_epochs", -1, "max_epochs: expected a positive number, got -1"),
+        ("patience", 0, "patience: expected a positive number, got 0"),
+        ("learning_rate", 0.0, "learning_rate: expected a positive number, got 0.0"),
+        ("learning_rate", float("nan"), "learning_rate: expected a positive number, got nan"),
+        ("clip_norm", -1.0, "clip_norm: expected a positive number, got -1.0"),
+        ("weight_decay", -1.0, "weight_decay: expected"),
+        ("validation_fraction", 0.0, r"validation_fraction: expected a number in \(0, 1\), got 0"),
+        ("validation_fraction", 1.0, r"validation_fraction: expected a number in \(0, 1\), got 1"),
+        ("ema_decay", 1.0, r"ema_decay: expected None or \[0, 1\), got 1.0"),
+        ("ema_decay", -0.1, r"ema_decay: expected None or \[0, 1\), got -0.1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(setting, value, message):
+    with pytest.raises(ValueError, match=message):
+        sf.Training(**{setting: value})
+
+
+@pytest.mark.parametrize(("rows", "fraction"), [(9, 0.1), (12, 0.95)])
+def test_too_few_rows_are_refused(rows, fraction):
+    y = jnp.zeros((rows, DIM))
+    settings = sf.Training(validation_fraction=fraction)
+    with pytest.raises(ValueError, match=f"expected at least 10 valid rows to train on, got {rows}"):
+        training.fit(jax.random.key(0), blueprint(), settings, y, y)
