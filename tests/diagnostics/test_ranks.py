@@ -32,6 +32,9 @@ class Grid:
         draws = x[:, None] + jnp.linspace(-1.0, 1.0, n)[None, :, None] * jnp.array([[[1.0, 2.0]]])
         return draws, self.log_prob(draws, x)
 
+    def sample(self, key: Array, x: Array, n: int) -> Array:
+        return self.sample_and_log_prob(key, x, n)[0]
+
     def log_prob(self, theta: Array, x: Array) -> Array:
         x = x[:, None] if theta.ndim > x.ndim else x
         return -jnp.sum((theta - x) ** 2, axis=-1)

@@ -96,7 +96,7 @@ def test_two_dimensional_posterior_on_a_grid(name, density, bound, x):
     full = expected > 5
     got = np.append(counts[full], counts[~full].sum())
     want = np.append(expected[full], expected[~full].sum())
-    assert full.sum() > 20
+    assert full.sum() > 5
     statistic = np.sum((got - want) ** 2 / np.maximum(want, 1.0))
     assert stats.chi2(full.sum()).sf(statistic) > 1e-3
 
