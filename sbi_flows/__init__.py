@@ -1,6 +1,6 @@
 """Neural spline flows as neural posterior estimators, in JAX.
 
-    prior + simulator -> Simulations -> estimator.fit -> Posterior -> diagnostics, plots, ArviZ
+prior + simulator -> Simulations -> estimator.fit -> Posterior -> diagnostics, plots, ArviZ
 """
 
 from sbi_flows.data import Simulations as Simulations

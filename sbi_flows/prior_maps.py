@@ -188,5 +188,5 @@ def _is_interval(support: Any) -> bool:
 
 def _inside(u: Array) -> Array:
     """Keep a probability off 0 and 1, where quantiles are infinite."""
-    tiny = jnp.finfo(u.dtype).eps / 4
-    return jnp.clip(u, tiny, 1.0 - 2 * tiny)
+    tiny = jnp.finfo(u.dtype).eps
+    return jnp.clip(u, tiny, 1.0 - tiny)

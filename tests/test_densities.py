@@ -13,6 +13,8 @@ import sbi_flows as sf
 from sbi_flows.densities.base import Density, DensitySettings
 from tests import cases
 
+pytestmark = pytest.mark.promotes
+
 CONTEXT_DIM = 3
 CONTEXT = jnp.array([0.4, -1.0, 0.2])
 EDGES = np.linspace(-12.0, 12.0, 401)

@@ -17,6 +17,8 @@ from sbi_flows.errors import SimulationFailed, TrainingDiverged
 from sbi_flows.networks import ResidualMLP
 from tests import cases
 
+pytestmark = pytest.mark.promotes
+
 MIXING = np.array([[1.0, 0.6], [0.0, 1.0], [0.5, -0.5]])
 NOISE = 0.5
 GAUSSIAN = sf.as_prior(dist.Normal(0.0, 1.0).expand([2]))

@@ -11,6 +11,8 @@ import pytest
 import sbi_flows as sf
 from sbi_flows import posteriors
 
+pytestmark = pytest.mark.promotes
+
 TINY = sf.MAF(transforms=1, hidden=(8,), context_width=0)
 QUICK = sf.Training(max_epochs=2)
 NOISE = 0.5

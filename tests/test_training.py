@@ -11,6 +11,8 @@ from sbi_flows import training
 from sbi_flows.densities.conditional import Blueprint, Sizes, Weights
 from sbi_flows.errors import SbiFlowsError, TrainingDiverged
 
+pytestmark = pytest.mark.promotes
+
 ROWS, DIM, MEMBERS, BATCH = 300, 2, 2, 64
 STEPS = (ROWS - ROWS // 10) // BATCH
 
@@ -26,16 +28,16 @@ def blueprint() -> Blueprint:
     return Blueprint(density, None, Sizes((False,) * DIM, jax.tree.structure(0), ((DIM,),)))
 
 
-def curved(seed: int) -> tuple[jax.Array, jax.Array]:
-    """Parameters that no linear regression on the features can tell."""
+def uneven(seed: int) -> tuple[jax.Array, jax.Array]:
+    """Parameters whose spread depends on the features, which no linear regression can tell."""
     features_key, noise_key = jax.random.split(jax.random.key(seed))
     features = jax.random.normal(features_key, (ROWS, DIM))
-    return features**2 + 0.3 * jax.random.normal(noise_key, (ROWS, DIM)), features
+    return jnp.exp(features) * jax.random.normal(noise_key, (ROWS, DIM)), features
 
 
 def fit(seed=0, *, data=0, progress=False, **settings):
-    settings = {"batch_size": BATCH, "max_epochs": 6, "learning_rate": 1e-2} | settings
-    y, features = curved(data)
+    settings = {"batch_size": BATCH, "max_epochs": 6, "learning_rate": 3e-2} | settings
+    y, features = uneven(data)
     return training.fit(
         jax.random.key(seed),
         blueprint(),
@@ -109,8 +111,8 @@ def test_folds_of_the_members_do_not_overlap():
 
 def test_an_offset_moves_the_reported_losses_alone(first):
     _, history = first
-    y, features = curved(0)
-    settings = sf.Training(batch_size=BATCH, max_epochs=6, learning_rate=1e-2)
+    y, features = uneven(0)
+    settings = sf.Training(batch_size=BATCH, max_epochs=6, learning_rate=3e-2)
     arguments = (jax.random.key(0), blueprint(), settings, y, features)
     _, moved = training.fit(*arguments, members=MEMBERS, offset=5.0, progress=False)
     np.testing.assert_allclose(moved.train_loss, history.train_loss + 5.0, rtol=1e-5)
@@ -120,7 +122,7 @@ def test_an_offset_moves_the_reported_losses_alone(first):
 
 
 def test_a_fit_that_gets_worse_stops_early_and_keeps_the_start():
-    uphill = optax.scale(0.05)
+    uphill = optax.scale(1.0)
     weights, history = fit(optimizer=uphill, patience=2, max_epochs=50)
     assert (history.epochs, history.stop_reason) == (2, "patience")
     np.testing.assert_array_equal(history.best_epoch, [0, 0])
@@ -130,11 +132,11 @@ def test_a_fit_that_gets_worse_stops_early_and_keeps_the_start():
 
 def test_the_average_of_the_weights_is_kept():
     """After one step of an optimiser of one's own, from zero: a known fraction of that step."""
-    one_step = {"batch_size": ROWS, "max_epochs": 1, "optimizer": optax.sgd(1e-2)}
+    one_step = {"batch_size": ROWS, "max_epochs": 1, "optimizer": optax.sgd(1e-1)}
     plain, history = fit(**one_step)
     averaged, _ = fit(**one_step, ema_decay=0.75)
     np.testing.assert_array_equal(history.best_epoch, [1, 1])
-    assert np.max(np.abs(kernels(plain))) > 1e-4
+    assert np.max(np.abs(kernels(plain))) > 1e-3
     np.testing.assert_allclose(kernels(averaged), 0.25 * kernels(plain), rtol=1e-4)
 
 
@@ -157,8 +159,8 @@ def test_a_fit_that_diverges_names_the_epoch_and_keeps_finite_weights():
 
 
 def test_data_that_are_not_finite_are_found_before_the_first_epoch(first):
-    y, features = curved(0)
-    settings = sf.Training(batch_size=BATCH, max_epochs=6, learning_rate=1e-2)
+    y, features = uneven(0)
+    settings = sf.Training(batch_size=BATCH, max_epochs=6, learning_rate=3e-2)
     with pytest.raises(TrainingDiverged, match="not finite in epoch 0") as caught:
         training.fit(
             jax.random.key(0),
