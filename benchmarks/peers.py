@@ -37,11 +37,11 @@ def flowjax_peer(
     """
     if importlib.util.find_spec("flowjax") is None:
         return None
-    from flowjax.bijections import RationalQuadraticSpline
-    from flowjax.distributions import Normal
-    from flowjax.flows import coupling_flow
-    from flowjax.train import fit_to_data
-    from flowjax.train.losses import MaximumLikelihoodLoss
+    from flowjax.bijections import RationalQuadraticSpline  # pyright: ignore[reportMissingImports]
+    from flowjax.distributions import Normal  # pyright: ignore[reportMissingImports]
+    from flowjax.flows import coupling_flow  # pyright: ignore[reportMissingImports]
+    from flowjax.train import fit_to_data  # pyright: ignore[reportMissingImports]
+    from flowjax.train.losses import MaximumLikelihoodLoss  # pyright: ignore[reportMissingImports]
 
     flow: Any = coupling_flow(
         jax.random.key(0),
