@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 from tqdm.auto import tqdm
 
+from sbi_flows.checks import real_array, require_real
 from sbi_flows.errors import SbiFlowsWarning, SimulationFailed
 from sbi_flows.prior import Prior, PriorLike, as_prior
 from sbi_flows.typing import Key, Obs, Simulator
@@ -24,11 +25,6 @@ CHUNK = 16_384
 """Simulations in one compiled call; the same shape for every chunk."""
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["theta", "x", "valid", "round"],
-    meta_fields=[],
-)
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class Simulations:
     """Pairs of parameters and simulated observations.
@@ -38,12 +34,12 @@ class Simulations:
     Attributes:
         theta: Parameters, shape (N, D).
         x: Observations, shape (N, *event), or a dict of such arrays.
-        valid: Whether a row's observation is finite throughout, shape (N,).
+        valid: Whether a row's observation is finite throughout, and good to the user, shape (N,).
         round: Round that a row was simulated in, shape (N,); zero unless sequential.
 
     Raises:
-        ValueError: Row counts differ, theta is not a finite (N, D) array, or a leaf of x is not
-            numeric.
+        ValueError: Row counts differ, theta is not a finite (N, D) array, or x is empty or holds
+            anything but real numbers.
 
     Example:
         >>> import numpy as np
@@ -60,29 +56,16 @@ class Simulations:
     def __init__(
         self, theta: Any, x: Obs, *, valid: Any | None = None, round: Any | None = None
     ) -> None:
-        """Validate arrays that the user already has; `valid` defaults to the finite rows."""
-        theta = np.asarray(theta)
-        if theta.ndim != 2 or not np.issubdtype(theta.dtype, np.number):
-            raise ValueError(
-                f"theta: expected a numeric array (N, D), got {theta.dtype}{theta.shape}"
-            )
-        if not len(theta):
-            raise ValueError("theta: expected at least one row, got none")
-        if not np.all(np.isfinite(theta)):
-            bad = int(np.sum(~np.isfinite(theta).all(axis=-1)))
-            raise ValueError(f"theta: expected finite values, got {bad} rows with NaN or inf")
-        x = jax.tree.map(_numeric, x)
-        for leaf in jax.tree.leaves(x):
-            if leaf.ndim < 1 or len(leaf) != len(theta):
-                raise ValueError(
-                    f"x: expected {len(theta)} rows as in theta, got shape {leaf.shape}"
-                )
-        valid = valid_rows(x) if valid is None else jnp.asarray(valid, bool)
+        """Validate arrays that the user already has; rows that are not finite are never valid."""
+        theta = _parameters(theta)
+        x = jax.tree.map(lambda leaf: jnp.asarray(real_array("x", leaf)), x)
+        _require_rows(x, len(theta))
+        finite = valid_rows(x)
+        valid = finite if valid is None else jnp.asarray(valid, bool)
         rounds = jnp.zeros(len(theta), jnp.int32) if round is None else jnp.asarray(round, int)
         if valid.shape != (len(theta),) or rounds.shape != (len(theta),):
             raise ValueError(f"valid and round: expected shape ({len(theta)},)")
-        theta = jnp.asarray(theta, jnp.result_type(float))
-        for name, value in {"theta": theta, "x": x, "valid": valid, "round": rounds}.items():
+        for name, value in zip(_FIELDS, (theta, x, valid & finite, rounds), strict=True):
             object.__setattr__(self, name, value)
 
     def __len__(self) -> int:
@@ -90,7 +73,13 @@ class Simulations:
         return len(self.theta)
 
     def __getitem__(self, rows: Any) -> Simulations:
-        """The given rows (a slice or an index array) of every field."""
+        """The given rows (a slice or an index array) of every field.
+
+        Raises:
+            ValueError: `rows` is a single number.
+        """
+        if np.ndim(rows) == 0 and not isinstance(rows, slice):
+            raise ValueError(f"rows: expected a slice or an index array, got {rows!r}")
         return jax.tree.map(lambda leaf: leaf[rows], self)
 
     def __repr__(self) -> str:
@@ -108,6 +97,24 @@ class Simulations:
     def only_valid(self) -> Simulations:
         """The rows with a finite observation."""
         return self if self.num_valid == len(self) else self[np.flatnonzero(self.valid)]
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Simulations))
+
+
+def _children(simulations: Simulations) -> tuple[list[tuple[Any, Any]], None]:
+    return [(jax.tree_util.GetAttrKey(n), getattr(simulations, n)) for n in _FIELDS], None
+
+
+def _from_children(_: None, children: Any) -> Simulations:
+    # not through the constructor, which validates: a transformation puts tracers into the fields
+    simulations = object.__new__(Simulations)
+    for name, value in zip(_FIELDS, children, strict=True):
+        object.__setattr__(simulations, name, value)
+    return simulations
+
+
+jax.tree_util.register_pytree_with_keys(Simulations, _children, _from_children)
 
 
 def simulate(
@@ -185,9 +192,9 @@ def _check_simulator(prior: Prior, simulator: Simulator) -> None:
             "simulator: expected a function that JAX can trace (jax.numpy, no branches on values "
             f"in Python), got {type(error).__name__}: {error}"
         ) from error
-    leaves = jax.tree.leaves(out)
-    numeric = (np.number, np.bool_)
-    if not leaves or not all(any(np.issubdtype(a.dtype, t) for t in numeric) for a in leaves):
+    for leaf in jax.tree.leaves(out):
+        require_real("simulator", leaf.dtype)
+    if not any(leaf.size for leaf in jax.tree.leaves(out)):
         raise ValueError(f"simulator: expected numeric arrays, got {out}")
 
 
@@ -204,10 +211,24 @@ def _report_failures(sims: Simulations) -> None:
         )
 
 
-def _numeric(leaf: Any) -> Array:
-    array = np.asarray(leaf)
-    if array.dtype == object or not (
-        np.issubdtype(array.dtype, np.number) or array.dtype == np.bool_
-    ):
-        raise ValueError(f"x: expected numeric arrays, got dtype {array.dtype}")
-    return jnp.asarray(leaf)
+def _parameters(theta: Any) -> Array:
+    """Validate theta; a finite float array (N, D)."""
+    given = np.asarray(theta)
+    if given.ndim != 2 or given.dtype == np.bool_:
+        raise ValueError(f"theta: expected a numeric array (N, D), got {given.dtype}{given.shape}")
+    if not given.size:
+        raise ValueError(f"theta: expected at least one row and column, got shape {given.shape}")
+    held = np.asarray(real_array("theta", given)).astype(jnp.result_type(float), copy=False)
+    bad = int(np.sum(~np.isfinite(held).all(axis=-1)))
+    if bad:
+        raise ValueError(f"theta: expected finite values, got {bad} rows with NaN or inf")
+    return jnp.asarray(held)
+
+
+def _require_rows(x: Obs, n: int) -> None:
+    leaves = jax.tree.leaves(x)
+    for leaf in leaves:
+        if leaf.ndim < 1 or len(leaf) != n:
+            raise ValueError(f"x: expected {n} rows as in theta, got shape {leaf.shape}")
+    if not any(leaf.size for leaf in leaves):
+        raise ValueError("x: expected at least one number in each row, got none")

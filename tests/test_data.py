@@ -127,6 +127,9 @@ class NoHash:
         (lambda key, theta: theta[theta > 0], "that JAX can trace"),
         (lambda key, theta: {}, "expected numeric arrays"),
         (lambda key, theta: (), "expected numeric arrays"),
+        (lambda key, theta: theta[:0], "expected numeric arrays"),
+        (lambda key, theta: theta + 1j, "simulator: expected real numbers, got dtype complex64"),
+        (lambda key, theta: key, r"simulator: expected real numbers, got dtype key<fry>"),
         (NoHash(), "expected a hashable callable"),
     ],
 )
@@ -148,15 +151,22 @@ GOOD = np.zeros((4, 2))
     ("theta", "x", "message"),
     [
         (np.zeros(4), GOOD, r"theta: expected a numeric array \(N, D\)"),
-        (np.full((4, 2), "a"), GOOD, r"theta: expected a numeric array \(N, D\)"),
+        (np.zeros((4, 2), bool), GOOD, r"theta: expected a numeric array \(N, D\)"),
+        (np.full((4, 2), "a"), GOOD, "theta: expected real numbers, got dtype <U1"),
+        (GOOD + 1j, GOOD, "theta: expected real numbers, got dtype complex128"),
+        (np.full((4, 2), 1e300), GOOD, "finite values, got 4 rows"),
         (np.zeros((0, 2)), np.zeros((0, 2)), "theta: expected at least one row"),
+        (np.zeros((4, 0)), GOOD, "theta: expected at least one row and column"),
         (np.array([[0.0], [np.nan], [np.inf]]), np.zeros(3), "finite values, got 2 rows"),
         (GOOD, np.zeros((3, 2)), r"x: expected 4 rows as in theta, got shape \(3, 2\)"),
         (GOOD, np.float32(1.0), r"x: expected 4 rows as in theta, got shape \(\)"),
         (GOOD, {"a": GOOD, "b": np.zeros(5)}, r"x: expected 4 rows as in theta, got shape \(5,\)"),
-        (GOOD, np.full((4, 1), "a"), "x: expected numeric arrays"),
-        (GOOD, np.array([[None]] * 4), "x: expected numeric arrays, got dtype object"),
+        (GOOD, np.full((4, 1), "a"), "x: expected real numbers"),
+        (GOOD, np.array([[None]] * 4), "x: expected real numbers, got dtype object"),
+        (GOOD, {"a": GOOD, "b": GOOD + 1j}, "x: expected real numbers, got dtype complex128"),
+        (GOOD, np.zeros((4, 1), "m8[s]"), r"x: expected real numbers, got dtype timedelta64\[s\]"),
         (GOOD, {}, "x: expected"),
+        (GOOD, np.zeros((4, 0)), "x: expected at least one number in each row, got none"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(theta, x, message):
@@ -179,6 +189,23 @@ def test_arrays_of_either_library_are_accepted():
         np.testing.assert_array_equal(sims.round, [0, 0])
 
 
+def test_numbers_beyond_single_precision_keep_their_size_or_count_as_infinite():
+    """JAX's own conversion would wrap the integers round, to 5 and 0."""
+    sims = sf.Simulations(np.zeros((2, 1)), {"a": np.array([2**40 + 5, 1])})
+    np.testing.assert_allclose(sims.x["a"], [2.0**40, 1.0])
+    sims = sf.Simulations(np.zeros((2, 1)), np.array([2**63, 1], np.uint64))
+    np.testing.assert_allclose(sims.x, [2.0**63, 1.0])
+    sims = sf.Simulations(np.zeros((2, 1)), np.array([1e300, 1.0]))
+    np.testing.assert_array_equal(sims.valid, [False, True])
+    assert sf.Simulations(np.zeros((2, 1)), np.array([7, 1])).x.dtype == jnp.int32
+
+
+def test_no_row_that_is_not_finite_is_valid_whatever_the_user_says():
+    x = np.array([1.0, np.nan, 3.0])
+    sims = sf.Simulations(np.zeros((3, 1)), x, valid=[True, True, False])
+    np.testing.assert_array_equal(sims.valid, [True, False, False])
+
+
 def test_rows_are_taken_from_every_field():
     x = {"a": np.arange(6.0), "b": np.array([[1.0], [2.0], [np.nan], [4.0], [5.0], [6.0]])}
     sims = sf.Simulations(np.arange(12.0).reshape(6, 2), x, round=np.arange(6))
@@ -189,6 +216,9 @@ def test_rows_are_taken_from_every_field():
         np.testing.assert_array_equal(part.theta, [[2, 3], [4, 5], [6, 7]])
         np.testing.assert_array_equal(part.x["a"], [1, 2, 3])
         np.testing.assert_array_equal(part.round, [1, 2, 3])
+    assert len(sims[sims.round > 9]) == 0
+    with pytest.raises(ValueError, match="rows: expected a slice or an index array, got 3"):
+        sims[3]
 
 
 def test_a_pytree_that_jit_takes_and_returns():

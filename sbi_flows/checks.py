@@ -1,0 +1,51 @@
+"""Checks of what the user gives, so that bad input fails before any long work.
+
+Public names: `require_real`, `real_array`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+def require_real(name: str, dtype: Any) -> None:
+    """Refuse what is no real number: text, objects, dates, keys, complex numbers.
+
+    Complex numbers would lose their imaginary part when they become features; which real numbers
+    stand for them (parts, modulus and phase) is the user's choice.
+
+    Raises:
+        ValueError: The dtype is not boolean, integer or real floating-point.
+    """
+    real = any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating))
+    # NumPy counts spans of time among the integers
+    if not real or jnp.issubdtype(dtype, np.timedelta64):
+        raise ValueError(f"{name}: expected real numbers, got dtype {dtype}")
+
+
+def real_array(name: str, value: Any) -> Array | np.ndarray:
+    """The value as an array of real numbers, in a dtype that JAX holds.
+
+    Returns:
+        An array of JAX as it is. Of others, integers beyond the widest integer that JAX holds in
+        its present precision become floats, as they would wrap round; floats beyond the widest
+        float become infinite, so that they are met as such.
+
+    Raises:
+        ValueError: The value holds no real numbers.
+    """
+    if isinstance(value, Array):
+        require_real(name, value.dtype)
+        return value
+    array = np.asarray(value)
+    require_real(name, array.dtype)
+    with np.errstate(over="ignore"):
+        held = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+    if jnp.issubdtype(held.dtype, jnp.integer) and not np.array_equal(held, array):
+        return array.astype(jnp.result_type(float))
+    return held
