@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +15,9 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from jax import Array
+from jax.flatten_util import ravel_pytree
 from numpyro.infer import MCMC, NUTS
+from numpyro.infer.util import potential_energy
 
 from sbi_flows.typing import Key
 from simulators.task import ReferenceFailed
@@ -125,15 +128,16 @@ def numpyro_model(log_counts: Array | None = None) -> None:
 
 
 def nuts(
-    key: Key, log_counts: Array, *, chains: int = CHAINS, warmup: int = 400, draws: int = 1000
+    key: Key, log_counts: Array, *, chains: int = CHAINS, warmup: int = 150, draws: int = 1000
 ) -> MCMC:
     """Run NUTS on the model, all chains in one vectorised program.
 
     Args:
         key: Random key.
         log_counts: Observed log counts, shape (21, 2).
-        chains: Number of chains, each from a different draw of the prior that fits the data.
-        warmup: Steps of adaptation of each chain.
+        chains: Number of chains, each from another draw of a rough posterior; its covariance is
+            the first mass matrix.
+        warmup: Steps of each chain that adapt its step size.
         draws: Draws of each chain.
 
     Returns:
@@ -145,9 +149,15 @@ def nuts(
     """
     log_counts = _checked(log_counts)
     start_key, run_key = jax.random.split(key)
+    starts, covariance = _starts(start_key, log_counts)
     kernel = NUTS(
         numpyro_model,
-        dense_mass=True,  # rates and interactions are correlated up to .95: a sixth of the steps
+        dense_mass=True,  # rates and interactions are correlated up to .95
+        inverse_mass_matrix={tuple(sorted(starts)): covariance},
+        adapt_mass_matrix=False,  # a short warm-up would only blur it
+        # adaptation first tries ten times as much: at 10 posterior sds energies overflow, and a chain
+        # that is caught there does not come back
+        step_size=0.1,
         forward_mode_differentiation=True,
         max_tree_depth=(6, 10),
     )
@@ -162,7 +172,7 @@ def nuts(
     run.run(
         run_key,
         log_counts,
-        init_params=_starts(start_key, log_counts, chains),
+        init_params={name: value[:chains] for name, value in starts.items()},
         extra_fields=("diverging", "num_steps"),
     )
     return run
@@ -196,25 +206,62 @@ def _require_converged(run: MCMC) -> None:
         )
 
 
-def _starts(key: Key, log_counts: Array, chains: int, n: int = 4096) -> dict[str, Any]:
-    """The prior draws that fit best, unconstrained: away from them lie spurious modes."""
+@partial(jax.jit, static_argnames=("n", "rounds"))
+def _starts(
+    key: Key, log_counts: Array, n: int = 2048, rounds: int = 24
+) -> tuple[dict[str, Array], Array]:
+    """Unconstrained draws (n, *event) close to the posterior, and their covariance (8, 8).
+
+    Chains that start at draws of the prior are caught in spurious modes (a large sigma explains any
+    data). A Gaussian is moved from the prior to the posterior instead, by importance sampling in
+    rounds; in each, the weights are tempered until the effective sample size is a tenth of n.
+
+    Source: Cappe et al. 2004, "Population Monte Carlo", J. Comput. Graph. Stat. 13.
+    """
+    prior_key, key = jax.random.split(key)
     sites = prior()
-    keys = jax.random.split(key, len(sites))
-    theta = {m: d.sample(k, (n,)) for (m, d), k in zip(sites.items(), keys, strict=True)}
-    best = jax.lax.top_k(_fit(theta, log_counts), chains)[1]
-    return {m: dist.biject_to(d.support)._inverse(theta[m][best]) for m, d in sites.items()}
+    keys = jax.random.split(prior_key, len(sites))
+    first = {
+        m: dist.biject_to(d.support)._inverse(d.sample(k, (n,)))
+        for (m, d), k in zip(sites.items(), keys, strict=True)
+    }
+    unravel = ravel_pytree({m: v[0] for m, v in first.items()})[1]
+    rows = jax.vmap(lambda u: ravel_pytree(u)[0])(first)
+
+    def log_joint(u: Array) -> Array:
+        return -potential_energy(numpyro_model, (log_counts,), {}, unravel(u))
+
+    def one_round(moments: tuple[Array, Array], key: Key) -> tuple[tuple[Array, Array], Array]:
+        draw_key, choice_key = jax.random.split(key)
+        proposal = dist.MultivariateNormal(moments[0], 1.5 * moments[1])
+        u = proposal.sample(draw_key, (n,))
+        log_weight = jax.vmap(log_joint)(u) - proposal.log_prob(u)
+        weight = _tempered(jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight))
+        mean = weight @ u
+        away = u - mean[None]
+        covariance = (weight[:, None] * away).T @ away + 1e-6 * jnp.eye(len(mean))
+        chosen = jax.random.choice(choice_key, n, (n,), p=weight)
+        return (mean, covariance), u[chosen]
+
+    moments = (jnp.mean(rows, axis=0), jnp.cov(rows.T))
+    (_, covariance), draws = jax.lax.scan(one_round, moments, jax.random.split(key, rounds))
+    return jax.vmap(unravel)(draws[-1]), covariance
 
 
-@jax.jit
-def _fit(theta: dict[str, Array], log_counts: Array) -> Array:
-    """Log likelihood of n parameter sets, shape (n,); -inf where the solve failed."""
+def _tempered(log_weight: Array) -> Array:
+    """Normalised weights, flattened as little as leaves a tenth of them effective."""
 
-    def one(theta: dict[str, Array]) -> Array:
-        noise = dist.Normal(solve(theta), theta["sigma"][None, :])
-        return jnp.sum(noise.log_prob(log_counts))
+    def weights(power: Array) -> Array:
+        return jax.nn.softmax(jnp.where(jnp.isfinite(log_weight), power * log_weight, -jnp.inf))
 
-    log_likelihood = jax.vmap(one)(theta)
-    return jnp.where(jnp.isnan(log_likelihood), -jnp.inf, log_likelihood)
+    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = 0.5 * (low + high)
+        enough = 1.0 / jnp.sum(weights(middle) ** 2) >= 0.1 * len(log_weight)
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    low, high = jax.lax.fori_loop(0, 20, halve, (jnp.zeros(()), jnp.ones(())))
+    return weights(jnp.where(high == 1.0, 1.0, low))
 
 
 def _checked(log_counts: Any) -> Array:

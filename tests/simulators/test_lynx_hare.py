@@ -119,7 +119,6 @@ def test_numpyro_model_is_the_same_model():
     np.testing.assert_allclose(got, expected, rtol=1e-3)
 
 
-@pytest.mark.slow
 def assert_published(draws, *, mean_within: float, sd_factor: float) -> None:
     for name, (mean, sd) in STAN.items():
         error = (np.mean(draws[name], axis=0) - np.array(mean)) / np.array(sd)
