@@ -155,8 +155,8 @@ def nuts(
         dense_mass=True,  # rates and interactions are correlated up to .95
         inverse_mass_matrix={tuple(sorted(starts)): covariance},
         adapt_mass_matrix=False,  # a short warm-up would only blur it
-        # adaptation first tries ten times as much: at 10 posterior sds energies overflow, and a chain
-        # that is caught there does not come back
+        # adaptation first tries ten times as much: at 10 posterior sds energies overflow, and a
+        # chain that is caught there does not come back
         step_size=0.1,
         forward_mode_differentiation=True,
         max_tree_depth=(6, 10),
