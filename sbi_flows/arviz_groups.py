@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 from jax import Array
 
@@ -19,7 +21,7 @@ def arviz_groups(prior: Prior, draws: Array, log_prob: Array, prior_draws: Array
         draws: Posterior draws, shape (n, D).
         log_prob: Their log densities, shape (n,).
         prior_draws: Prior draws, shape (m, D).
-        x: The observation, an array or a dict of arrays.
+        x: The observation, an array or a pytree of arrays.
 
     Returns:
         `arviz.InferenceData` on ArviZ 0.x, `xarray.DataTree` on ArviZ 1.x.
@@ -33,7 +35,11 @@ def arviz_groups(prior: Prior, draws: Array, log_prob: Array, prior_draws: Array
         "observed_data": {k: np.asarray(v) for k, v in _named(x).items()},
     }
     if int(arviz.__version__.split(".")[0]) < 1:
-        return arviz.from_dict(**groups)
+        data = arviz.from_dict(**groups)
+        # it makes vectors of length 1 of scalars, which ArviZ 1.x leaves as they are
+        scalars = [f"{k}_dim_0" for k, v in groups["observed_data"].items() if v.ndim == 0]
+        data.observed_data = data.observed_data.squeeze(scalars, drop=True)
+        return data
     return arviz.from_dict(groups)
 
 
@@ -43,4 +49,7 @@ def _one_chain(values: dict[str, Array]) -> dict[str, np.ndarray]:
 
 
 def _named(x: Obs) -> dict[str, Any]:
-    return x if isinstance(x, dict) else {"x": x}
+    """The leaves of x by name: keys joined by dots, `x` for an array alone."""
+    leaves = jax.tree_util.tree_leaves_with_path(x)
+    name = partial(jax.tree_util.keystr, simple=True, separator=".")
+    return {name(path) or "x": leaf for path, leaf in leaves}

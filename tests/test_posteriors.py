@@ -10,6 +10,7 @@ import pytest
 
 import sbi_flows as sf
 from sbi_flows import posteriors
+from sbi_flows.arviz_groups import arviz_groups
 
 pytestmark = pytest.mark.promotes
 
@@ -202,8 +203,9 @@ def test_the_mode_is_the_exact_one_and_tops_all_draws(gaussian, boxed):
         (jnp.zeros((0, 2)), "x: expected at least one observation, got an empty batch"),
         (jnp.array([0.0, jnp.nan]), "x: expected finite values, got NaN or infinity"),
         (np.array([[0.0, 1.0], [np.inf, 0.0]]), "x: expected finite values, got NaN or infinity"),
-        (np.array(["a", "b"]), "x: expected numbers, got dtype <U1"),
-        (np.array([None, 1.0]), "x: expected numbers, got dtype object"),
+        (np.array([1e300, 1.0]), "x: expected finite values, got NaN or infinity"),
+        (np.array(["a", "b"]), "x: expected real numbers, got dtype <U1"),
+        (np.array([None, 1.0]), "x: expected real numbers, got dtype object"),
         (np.array([1j, 0.0]), "x: expected .*complex"),
         ({"x": jnp.zeros(2)}, "x: expected"),
     ],
@@ -240,6 +242,7 @@ def test_a_number_of_draws_below_one_is_refused(gaussian, n):
         (jnp.float32(0.0), ONE, r"theta: expected shape \(\*, 2\)"),
         (jnp.zeros((4, 2)), BATCH, r"theta: expected \(5, 2\) or \(5, n, 2\) .* got \(4, 2\)"),
         (jnp.zeros(2), BATCH, r"theta: expected \(5, 2\) or \(5, n, 2\) .* got \(2,\)"),
+        (np.array([1j, 0.0]), ONE, "theta: expected real numbers, got dtype complex128"),
     ],
 )
 def test_parameters_that_do_not_fit_are_refused(gaussian, theta, x, message):
@@ -273,6 +276,14 @@ def test_to_arviz_names_variables_and_keeps_the_draws(boxed):
     np.testing.assert_array_equal(data["observed_data"]["seen"].values, x["seen"])
     # the posterior has learnt: it is narrower than the prior
     assert np.all(drawn["p"].values.std(axis=(0, 1)) < data["prior"]["p"].values.std(axis=(0, 1)))
+
+
+def test_every_array_of_an_observation_has_a_name_in_arviz():
+    x = {"a": {"b": np.arange(2.0)}, "c": (np.float32(1.0), np.zeros((2, 3)))}
+    draws = jnp.zeros((4, 3))
+    data = arviz_groups(BOX, draws, draws[:, 0], draws, x)["observed_data"]
+    assert {n: data[n].shape for n in data.data_vars} == {"a.b": (2,), "c.0": (), "c.1": (2, 3)}
+    np.testing.assert_array_equal(data["a.b"].values, [0.0, 1.0])
 
 
 def test_to_arviz_takes_one_array_and_refuses_a_batch(gaussian):
