@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 from jax import Array
 
+from sbi_flows.checks import real_array
 from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
 from sbi_flows.prior import Prior
 from sbi_flows.prior_maps import HALF_WIDTH
@@ -67,8 +68,8 @@ class Posterior:
             Shape (n, D), or (B, n, D) for a batch.
 
         Raises:
-            ValueError: x has another shape than the training rows, is not numeric, or holds NaN
-                or infinity; or n is not positive.
+            ValueError: x has another shape than the training rows, holds no real numbers, or holds
+                NaN or infinity; or n is not positive.
         """
         return self._draw(key, x, n, with_log_prob=False)[0]
 
@@ -88,10 +89,11 @@ class Posterior:
             Shape of theta without its last axis.
 
         Raises:
-            ValueError: A shape does not fit, or x holds NaN or infinity.
+            ValueError: A shape does not fit, there are no real numbers, or x holds NaN or
+                infinity.
         """
         features, single = self._features(x)
-        theta = jnp.asarray(theta, features.dtype)
+        theta = jnp.asarray(real_array("theta", theta), features.dtype)
         if theta.ndim == 0 or theta.shape[-1] != self.prior.dim:
             raise ValueError(
                 f"theta: expected shape (*, {self.prior.dim}) for {self.prior.labels}, "
@@ -202,17 +204,14 @@ def as_batch(x: Obs, like: Obs) -> tuple[Obs, bool]:
         The batch, and whether x was a single observation.
 
     Raises:
-        ValueError: x does not fit, is not numeric, or is not finite.
+        ValueError: x does not fit, holds no real numbers, or is not finite.
     """
     expected = [tuple(leaf.shape) for leaf in jax.tree.leaves(like)]
     if jax.tree.structure(x) != jax.tree.structure(like):
         raise ValueError(f"x: expected the structure {like}, got {jax.tree.structure(x)}")
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(x)]
-    for leaf in leaves:
-        if not (np.issubdtype(leaf.dtype, np.number) or leaf.dtype == bool):
-            raise ValueError(f"x: expected numbers, got dtype {leaf.dtype}")
-        if not np.all(np.isfinite(leaf)):
-            raise ValueError("x: expected finite values, got NaN or infinity")
+    leaves = [np.asarray(real_array("x", leaf)) for leaf in jax.tree.leaves(x)]
+    if not all(np.all(np.isfinite(leaf)) for leaf in leaves):
+        raise ValueError("x: expected finite values, got NaN or infinity")
     shapes = [leaf.shape for leaf in leaves]
     single = shapes == expected
     lengths = {s[:1] for s in shapes}

@@ -17,6 +17,7 @@ import numpyro.distributions as dist
 from jax import Array
 from jax.typing import ArrayLike
 
+from sbi_flows.checks import real_array
 from sbi_flows.prior_maps import SiteMap, site_map
 from sbi_flows.typing import Key
 
@@ -160,7 +161,7 @@ class Prior:
         return sum((jnp.sum(d.reshape((*batch, -1)), axis=-1) for d in dets), jnp.zeros(batch))
 
     def _checked(self, theta: ArrayLike) -> Array:
-        theta = jnp.asarray(theta)
+        theta = jnp.asarray(real_array("theta", theta))
         if theta.ndim == 0 or theta.shape[-1] != self.dim:
             raise ValueError(
                 f"theta: expected shape (*, {self.dim}) for {self.labels}, got {theta.shape}"

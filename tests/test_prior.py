@@ -250,6 +250,22 @@ def test_vectors_of_the_wrong_length_are_refused(method):
             getattr(prior, method)(theta)
 
 
+@pytest.mark.parametrize("method", ["log_prob", "contains", "unflatten", "to_standard"])
+def test_vectors_that_are_not_real_are_refused(method):
+    for theta in (np.array([0.1, 1j]), np.array(["a", "b"]), np.array([None, 1.0])):
+        with pytest.raises(ValueError, match="theta: expected real numbers, got dtype"):
+            getattr(cases.prior("uniform"), method)(theta)
+
+
+def test_whole_numbers_and_double_precision_are_real():
+    prior = cases.prior("dict")
+    theta = np.array([1, 0, 1, 0, 1, 2, 5])
+    for given in (theta, theta.astype(float), jnp.asarray(theta)):
+        np.testing.assert_array_equal(prior.log_prob(given), prior.log_prob(theta / np.float32(1)))
+        assert prior.contains(given)
+        assert prior.to_standard(given).dtype == jnp.float32
+
+
 def test_values_that_do_not_fit_are_refused():
     prior = cases.prior("dict")
     values = prior.unflatten(prior.center())
