@@ -35,11 +35,10 @@ def arviz_groups(prior: Prior, draws: Array, log_prob: Array, prior_draws: Array
         "observed_data": {k: np.asarray(v) for k, v in _named(x).items()},
     }
     if int(arviz.__version__.split(".")[0]) < 1:
-        data = arviz.from_dict(**groups)
         # it makes vectors of length 1 of scalars, which ArviZ 1.x leaves as they are
         scalars = [f"{k}_dim_0" for k, v in groups["observed_data"].items() if v.ndim == 0]
-        data.observed_data = data.observed_data.squeeze(scalars, drop=True)
-        return data
+        data: Any = arviz.from_dict(**groups)
+        return data.map(lambda group: group.squeeze(scalars, drop=True), groups="observed_data")
     return arviz.from_dict(groups)
 
 
