@@ -126,12 +126,19 @@ class History:
 
 
 class _State(NamedTuple):
+    """What an epoch overwrites in place."""
+
     params: Any
     average: Any
     optimiser: Any
-    best: Any
-    best_loss: Array
-    since_best: Array
+
+
+class _Best(NamedTuple):
+    """What a fit that ends at any moment keeps: no epoch may overwrite it."""
+
+    params: Any
+    loss: Array
+    age: Array
 
 
 def fit(
@@ -170,31 +177,33 @@ def fit(
     folds = _folds(fold_key, len(y), held_out, members)
     keys = jax.random.split(weight_key, members)
     params, rest, noise, log_det = _initialise(blueprint, keys, y, features, *folds)
-    state, moved = _start(blueprint, training, params, rest, noise, log_det, features, *folds)
+    state, best, moved = _start(blueprint, training, params, rest, noise, log_det, features, *folds)
     units = offset - np.asarray(moved)
-    start_loss = np.asarray(state.best_loss) + units
-    _require_finite(start_loss, 0, state, rest)
-    losses, reason = [], "max_epochs"
+    start_loss = np.asarray(best.loss) + units
+    _require_finite(start_loss, 0, best, rest)
+    # weights and losses are replaced as one, so that an interrupt never finds them epochs apart
+    done, reason = (best, ()), "max_epochs"
     bar = tqdm(range(training.max_epochs), desc="fit", unit="epoch", disable=not progress)
     try:
         for epoch in bar:
             epoch_keys = jax.random.split(jax.random.fold_in(epoch_key, epoch), members)
-            state, train, validation = _epoch(
-                blueprint, training, state, rest, epoch_keys, noise, features, *folds
+            state, best, *means = _epoch(
+                blueprint, training, state, best, rest, epoch_keys, noise, features, *folds
             )
-            losses.append((np.asarray(train) + units, np.asarray(validation) + units))
-            _require_finite(np.concatenate(losses[-1]), epoch + 1, state, rest)
-            bar.set_postfix(
-                train=f"{losses[-1][0].mean():.3f}", validation=f"{losses[-1][1].mean():.3f}"
-            )
-            if int(np.min(state.since_best)) >= training.patience:
+            train, validation = (np.asarray(mean) + units for mean in means)
+            _require_finite(np.concatenate([train, validation]), epoch + 1, best, rest)
+            done = best, (*done[1], (train, validation))
+            bar.set_postfix(train=f"{train.mean():.3f}", validation=f"{validation.mean():.3f}")
+            if int(np.min(best.age)) >= training.patience:
                 reason = "patience"
                 break
     except KeyboardInterrupt:
         reason = "interrupted"
-    bar.close()
+    finally:
+        bar.close()
+    best, losses = done
     history = _history(losses, start_loss, time.perf_counter() - began, reason)
-    return Weights(state.best, rest), history
+    return Weights(best.params, rest), history
 
 
 def _held_out_rows(n: int, training: Training) -> int:
@@ -237,17 +246,17 @@ def _start(
     features: Array,
     train: Array,
     held_out: Array,
-) -> tuple[_State, Array]:
-    """State before the first epoch, and each member's mean log determinant of whitening."""
+) -> tuple[_State, _Best, Array]:
+    """Where the first epoch begins, and each member's mean log determinant of whitening."""
 
     def loss(params: Any, rest: Any, noise: Array, rows: Array) -> Array:
         return jnp.mean(_losses(blueprint, params, rest, None, noise[rows], features[rows]))
 
     optimiser = jax.vmap(training.transform(1).init)(params)
-    best_loss = jax.vmap(loss)(params, rest, noise, held_out)
-    since_best = jnp.zeros(len(best_loss), int)
+    losses = jax.vmap(loss)(params, rest, noise, held_out)
     moved = jax.vmap(lambda values, rows: jnp.mean(values[rows]))(log_det, held_out)
-    return _State(params, params, optimiser, params, best_loss, since_best), moved
+    best = _Best(params, losses, jnp.zeros(len(losses), int))
+    return _State(params, params, optimiser), best, moved
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
@@ -255,16 +264,17 @@ def _epoch(
     blueprint: Blueprint,
     training: Training,
     state: _State,
+    best: _Best,
     rest: Any,
     keys: Key,
     noise: Array,
     features: Array,
     train: Array,
     held_out: Array,
-) -> tuple[_State, Array, Array]:
+) -> tuple[_State, _Best, Array, Array]:
     """One pass over the training rows and one over the validation rows, for all members."""
     one = partial(_member_epoch, blueprint, training, features)
-    return jax.vmap(one)(state, rest, keys, noise, train, held_out)
+    return jax.vmap(one)(state, best, rest, keys, noise, train, held_out)
 
 
 def _member_epoch(
@@ -272,12 +282,13 @@ def _member_epoch(
     training: Training,
     features: Array,
     state: _State,
+    best: _Best,
     rest: Any,
     key: Key,
     noise: Array,
     train: Array,
     held_out: Array,
-) -> tuple[_State, Array, Array]:
+) -> tuple[_State, _Best, Array, Array]:
     batch = min(training.batch_size, len(train))
     steps = len(train) // batch
     transform = training.transform(steps * training.max_epochs)
@@ -288,27 +299,23 @@ def _member_epoch(
     def loss(params: Any, key: Key, rows: Array) -> Array:
         return jnp.mean(_losses(blueprint, params, rest, key, noise[rows], features[rows]))
 
-    def step(carry: tuple, inputs: tuple) -> tuple[tuple, Array]:
-        params, average, optimiser = carry
-        value, gradient = jax.value_and_grad(loss)(params, *inputs)
-        updates, optimiser = transform.update(gradient, optimiser, params)
-        params = optax.apply_updates(params, updates)
-        average = optax.incremental_update(params, average, 1.0 - decay)
-        return (params, average, optimiser), value
+    def step(state: _State, inputs: tuple) -> tuple[_State, Array]:
+        value, gradient = jax.value_and_grad(loss)(state.params, *inputs)
+        updates, optimiser = transform.update(gradient, state.optimiser, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = optax.incremental_update(params, state.average, 1.0 - decay)
+        return _State(params, average, optimiser), value
 
-    carry = (state.params, state.average, state.optimiser)
-    (params, average, optimiser), values = jax.lax.scan(
-        step, carry, (jax.random.split(fast_key(dropout_key), steps), rows)
+    state, values = jax.lax.scan(
+        step, state, (jax.random.split(fast_key(dropout_key), steps), rows)
     )
     validation = jnp.mean(
-        _losses(blueprint, average, rest, None, noise[held_out], features[held_out])
+        _losses(blueprint, state.average, rest, None, noise[held_out], features[held_out])
     )
-    better = validation < state.best_loss
-    best = jax.tree.map(partial(jnp.where, better), average, state.best)
-    best_loss = jnp.where(better, validation, state.best_loss)
-    since_best = jnp.where(better, 0, state.since_best + 1)
-    state = _State(params, average, optimiser, best, best_loss, since_best)
-    return state, jnp.mean(values), validation
+    better = validation < best.loss
+    new = _Best(state.average, validation, jnp.zeros_like(best.age))
+    old = best._replace(age=best.age + 1)
+    return state, jax.tree.map(partial(jnp.where, better), new, old), jnp.mean(values), validation
 
 
 def _losses(
@@ -317,17 +324,17 @@ def _losses(
     return nnx.merge(graph_of(blueprint), params, rest).loss(key, noise, features)
 
 
-def _require_finite(values: np.ndarray, epoch: int, state: _State, rest: Any) -> None:
+def _require_finite(values: np.ndarray, epoch: int, best: _Best, rest: Any) -> None:
     if not np.all(np.isfinite(values)):
         raise TrainingDiverged(
             f"the loss was not finite in epoch {epoch}; the last finite weights are kept in "
             "`.state`. A smaller learning rate or clip_norm may help",
             epoch=epoch,
-            state=Weights(state.best, rest),
+            state=Weights(best.params, rest),
         )
 
 
-def _history(losses: list, start_loss: np.ndarray, seconds: float, reason: str) -> History:
+def _history(losses: tuple, start_loss: np.ndarray, seconds: float, reason: str) -> History:
     shape = (0, len(start_loss))
     train = np.stack([a for a, _ in losses]) if losses else np.zeros(shape)
     validation = np.stack([b for _, b in losses]) if losses else np.zeros(shape)

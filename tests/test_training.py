@@ -174,26 +174,35 @@ def test_data_that_are_not_finite_are_found_before_the_first_epoch(first):
     assert caught.value.epoch == 0
 
 
-@pytest.mark.parametrize("arrives", ["before an epoch", "within an epoch"])
+@pytest.mark.parametrize("arrives", ["before an epoch", "within an epoch", "after an epoch"])
 def test_an_interrupted_fit_keeps_the_best_so_far(first, arrives, monkeypatch):
+    """Weights and losses of two epochs, even where the third was begun or done."""
     _, whole = first
-    epoch, calls = training._epoch, []
+    epoch, check, best = training._epoch, training._require_finite, []
 
     def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 3 and arrives == "before an epoch":
+        if len(best) == 2 and arrives == "before an epoch":
             raise KeyboardInterrupt
         result = epoch(*args)
-        if len(calls) == 3:
+        if len(best) == 2 and arrives == "within an epoch":
             raise KeyboardInterrupt
+        best.append(kernels(Weights(result[1].params, None)))
         return result
 
+    def interrupted_check(values, epoch, *args):
+        if epoch == 3:
+            raise KeyboardInterrupt
+        check(values, epoch, *args)
+
     monkeypatch.setattr(training, "_epoch", interrupted)
+    monkeypatch.setattr(training, "_require_finite", interrupted_check)
     weights, history = fit()
     assert (history.epochs, history.stop_reason) == (2, "interrupted")
     np.testing.assert_allclose(history.validation_loss, whole.validation_loss[:2], rtol=1e-6)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(weights))
     assert np.max(np.abs(kernels(weights))) > 1e-4
+    np.testing.assert_array_equal(kernels(weights), best[1])
+    assert arrives != "after an epoch" or np.any(best[2] != best[1])
 
 
 def test_an_interrupt_before_the_first_epoch_keeps_the_start(first, monkeypatch):
