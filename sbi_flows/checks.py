@@ -1,6 +1,6 @@
 """Checks of what the user gives, so that bad input fails before any long work.
 
-Public names: `require_real`, `real_array`.
+Public names: `require_real`, `real_array`, `require_count`, `require_positive`, `require_fraction`.
 """
 
 from __future__ import annotations
@@ -49,3 +49,25 @@ def real_array(name: str, value: Any) -> Array | np.ndarray:
     if jnp.issubdtype(held.dtype, jnp.integer) and not np.array_equal(held, array):
         return array.astype(jnp.result_type(float))
     return held
+
+
+def require_count(least: int, **settings: Any) -> None:
+    """Refuse settings that are not whole numbers of at least `least`."""
+    for name, value in settings.items():
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not whole or value < least:
+            raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+
+
+def require_positive(**settings: Any) -> None:
+    """Refuse settings that are not above zero."""
+    for name, value in settings.items():
+        if not value > 0:
+            raise ValueError(f"{name}: expected a positive number, got {value}")
+
+
+def require_fraction(**settings: Any) -> None:
+    """Refuse settings outside [0, 1)."""
+    for name, value in settings.items():
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"{name}: expected a number in [0, 1), got {value}")

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from tqdm.auto import tqdm
 
-from sbi_flows.checks import real_array, require_real
+from sbi_flows.checks import real_array, require_count, require_real
 from sbi_flows.errors import SbiFlowsWarning, SimulationFailed
 from sbi_flows.prior import Prior, PriorLike, as_prior
 from sbi_flows.typing import Key, Obs, Simulator
@@ -143,8 +143,7 @@ def simulate(
         >>> simulate(jax.random.key(0), dist.Normal(0, 1), noisy, 100)
         Simulations(N=100, D=1, x=float32[], invalid=0)
     """
-    if n < 1:
-        raise ValueError(f"n: expected at least one simulation, got {n}")
+    require_count(1, n=n)
     prior = as_prior(prior)
     _check_simulator(prior, simulator)
     prior_key, noise_key = jax.random.split(key)

@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 from jax import Array
 
-from sbi_flows.checks import real_array
+from sbi_flows.checks import real_array, require_count
 from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
 from sbi_flows.prior import Prior
 from sbi_flows.prior_maps import HALF_WIDTH
@@ -152,10 +152,11 @@ class Posterior:
             posterior, sample_stats (`lp`), prior and observed_data.
 
         Raises:
-            ValueError: x is a batch.
+            ValueError: x is a batch or does not fit, or a number of draws is not positive.
         """
         from sbi_flows.arviz_groups import arviz_groups
 
+        require_count(1, n=n, prior_draws=prior_draws)
         if not self._features(x)[1]:
             raise ValueError("x: expected one observation, got a batch")
         posterior_key, prior_key = jax.random.split(key)
@@ -164,8 +165,7 @@ class Posterior:
         return arviz_groups(self.prior, draws, log_prob, prior, x)
 
     def _draw(self, key: Key, x: Obs, n: int, *, with_log_prob: bool) -> tuple[Array, Array]:
-        if n < 1:
-            raise ValueError(f"n: expected at least one draw, got {n}")
+        require_count(1, n=n)
         features, single = self._features(x)
         # many draws for one observation: split them up as if there were many observations
         pieces, each = _pieces(n, self.prior.dim) if single else (1, n)

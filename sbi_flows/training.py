@@ -19,6 +19,7 @@ from flax import nnx
 from jax import Array
 from tqdm.auto import tqdm
 
+from sbi_flows.checks import require_count, require_positive
 from sbi_flows.densities.conditional import Blueprint, Weights, graph_of, initial_weights
 from sbi_flows.densities.start import fit_linear_start
 from sbi_flows.errors import TrainingDiverged
@@ -61,15 +62,24 @@ class Training:
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot train."""
-        for name in ("batch_size", "max_epochs", "patience", "learning_rate", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        require_count(1, batch_size=self.batch_size, max_epochs=self.max_epochs)
+        require_positive(patience=self.patience, clip_norm=self.clip_norm)
+        if not 0.0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ValueError(
+                f"weight_decay: expected zero or a positive number, got {self.weight_decay}"
+            )
         if not 0.0 < self.validation_fraction < 1.0:
             raise ValueError(
                 f"validation_fraction: expected a number in (0, 1), got {self.validation_fraction}"
             )
         if self.ema_decay is not None and not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay: expected None or [0, 1), got {self.ema_decay}")
+        if self.optimizer is not None and not hasattr(self.optimizer, "update"):
+            raise ValueError(
+                f"optimizer: expected one of optax, got {type(self.optimizer).__name__}"
+            )
 
     def transform(self, steps: int) -> optax.GradientTransformation:
         """The optimiser for a fit of this many steps, gradient clipping included."""

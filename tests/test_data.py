@@ -140,7 +140,7 @@ def test_a_simulator_that_cannot_be_run_is_refused(simulator, message):
 
 @pytest.mark.parametrize("n", [0, -3])
 def test_a_number_of_simulations_below_one_is_refused(n):
-    with pytest.raises(ValueError, match=f"expected at least one simulation, got {n}"):
+    with pytest.raises(ValueError, match=f"n: expected a whole number of at least 1, got {n}"):
         sf.simulate(jax.random.key(0), PRIOR, noisy, n)
 
 

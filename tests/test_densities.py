@@ -137,6 +137,31 @@ def test_settings_are_frozen_hashable_descriptions():
     assert hash(sf.MAF()) == hash(sf.MAF())
 
 
+@pytest.mark.parametrize(
+    ("kind", "setting", "value", "message"),
+    [
+        (sf.NSF, "transforms", 0, "transforms: expected a whole number of at least 1, got 0"),
+        (sf.MAF, "transforms", 2.5, "transforms: expected a whole number of at least 1, got 2.5"),
+        (sf.NSF, "bins", 1, "bins: expected a whole number of at least 2, got 1"),
+        (sf.NSF, "bound", 0.0, "bound: expected a positive number, got 0.0"),
+        (sf.NSF, "hidden", (), r"hidden: expected a tuple of at least one width, got \(\)"),
+        (sf.MAF, "hidden", [64, 64], r"hidden: expected a tuple of at least one width, got \[64"),
+        (sf.MAF, "hidden", (64, 0), "hidden: expected a whole number of at least 1, got 0"),
+        (sf.NSF, "context_width", -1, "context_width: expected a whole number of at least 0"),
+        (sf.NSF, "context_blocks", -1, "context_blocks: expected a whole number of at least 0"),
+        (sf.NSF, "dropout", 1.0, r"dropout: expected a number in \[0, 1\), got 1.0"),
+        (sf.MAF, "dropout", float("nan"), r"dropout: expected a number in \[0, 1\), got nan"),
+        (sf.GaussianMixture, "components", 0, "components: expected a whole number of at least 1"),
+        (sf.GaussianMixture, "width", True, "width: expected a whole number of at least 1"),
+        (sf.GaussianMixture, "blocks", -1, "blocks: expected a whole number of at least 0"),
+        (sf.GaussianMixture, "dropout", -0.1, r"dropout: expected a number in \[0, 1\), got -0.1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(kind, setting, value, message):
+    with pytest.raises(ValueError, match=message):
+        cases.unchecked(kind, **{setting: value})
+
+
 def test_depth_adds_layers():
     """More transforms are more weights, whatever the compiled program's size."""
 

@@ -255,16 +255,18 @@ def test_a_fit_that_diverges_leaves_a_posterior_that_works(simulations):
     assert np.all(np.isfinite(log_prob))
 
 
-@pytest.mark.parametrize("members", [0, -2])
+@pytest.mark.parametrize("members", [0, -2, 1.5])
 def test_an_ensemble_without_members_is_refused(members):
-    with pytest.raises(ValueError, match=f"members: expected at least 1, got {members}"):
-        sf.NPE(GAUSSIAN, members=members)
+    with pytest.raises(ValueError, match=f"members: expected .* at least 1, got {members}"):
+        cases.unchecked(sf.NPE, GAUSSIAN, members=members)
 
 
 def test_what_is_no_density_or_no_simulations_is_refused(simulations):
-    # the types are checked in tests alone, before the library's own checks: go round that
     with pytest.raises(ValueError, match=r"density: expected a density such as .*, got str"):
-        inspect.unwrap(sf.NPE.__init__)(object.__new__(sf.NPE), GAUSSIAN, "nsf")
+        cases.unchecked(sf.NPE, GAUSSIAN, "nsf")
+    with pytest.raises(ValueError, match=r"training: expected sf\.Training, got dict"):
+        cases.unchecked(sf.NPE, GAUSSIAN, training={"max_epochs": 3})
+    # the types are checked in tests alone, before the library's own checks: go round that
     with pytest.raises(ValueError, match=r"simulations: expected sf\.Simulations, got tuple"):
         inspect.unwrap(sf.NPE._checked)(sf.NPE(GAUSSIAN), (simulations.theta, simulations.x))
     with pytest.raises(ValueError, match="expected a numpyro Distribution"):

@@ -231,7 +231,7 @@ def test_dicts_that_do_not_fit_are_refused(boxed):
 
 @pytest.mark.parametrize("n", [0, -1])
 def test_a_number_of_draws_below_one_is_refused(gaussian, n):
-    with pytest.raises(ValueError, match=f"n: expected at least one draw, got {n}"):
+    with pytest.raises(ValueError, match=f"n: expected a whole number of at least 1, got {n}"):
         gaussian.sample(jax.random.key(0), ONE, n)
 
 

@@ -22,6 +22,7 @@ from sbi_flows.bijectors.coupling import Coupling
 from sbi_flows.bijectors.linear import LULinear, Permutation
 from sbi_flows.bijectors.repeated import Repeated
 from sbi_flows.bijectors.spline import RationalQuadraticSpline
+from sbi_flows.checks import require_count, require_fraction, require_positive
 from sbi_flows.densities.base import Density
 from sbi_flows.networks.conditioner import Conditioner
 from sbi_flows.networks.mlp import ResidualMLP, split_key
@@ -63,6 +64,12 @@ class NSF:
     context_blocks: int = 2
     dropout: float = 0.15
 
+    def __post_init__(self) -> None:
+        """Refuse settings that make no flow."""
+        _check(self)
+        require_count(2, bins=self.bins)
+        require_positive(bound=self.bound)
+
     def build(self, key: Key, dim: int, context_dim: int) -> Density:
         """Make the flow for z in R^dim; it starts at the identity."""
         spline = _Spline(self.bins, self.bound)
@@ -92,6 +99,10 @@ class MAF:
     context_width: int = 64
     context_blocks: int = 2
     dropout: float = 0.15
+
+    def __post_init__(self) -> None:
+        """Refuse settings that make no flow."""
+        _check(self)
 
     def build(self, key: Key, dim: int, context_dim: int) -> Density:
         """Make the flow for z in R^dim; it starts at the identity."""
@@ -205,6 +216,16 @@ class FlowLayer(nnx.Module):
             return [layer]
         linear = LULinear(self.lower[...], self.upper[...], self.log_diagonal[...])
         return [layer, linear, Permutation(tuple(reversed(range(self.dim))))]
+
+
+def _check(settings: NSF | MAF) -> None:
+    require_count(1, transforms=settings.transforms)
+    require_count(0, context_width=settings.context_width, context_blocks=settings.context_blocks)
+    require_fraction(dropout=settings.dropout)
+    if not isinstance(settings.hidden, tuple) or not settings.hidden:
+        raise ValueError(f"hidden: expected a tuple of at least one width, got {settings.hidden}")
+    for width in settings.hidden:
+        require_count(1, hidden=width)
 
 
 def _build(

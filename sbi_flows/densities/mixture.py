@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from sbi_flows.checks import require_count, require_fraction
 from sbi_flows.densities.base import Density
 from sbi_flows.networks.mlp import ResidualMLP
 from sbi_flows.typing import Key
@@ -42,6 +43,12 @@ class GaussianMixture:
     width: int = 64
     blocks: int = 2
     dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse settings that make no mixture."""
+        require_count(1, components=self.components, width=self.width)
+        require_count(0, blocks=self.blocks)
+        require_fraction(dropout=self.dropout)
 
     def build(self, key: Key, dim: int, context_dim: int) -> Density:
         """Make the mixture over R^dim; it starts close to a standard normal."""

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbi_flows.checks import require_count
 from sbi_flows.data import Simulations, observation_shape
 from sbi_flows.densities.base import DensitySettings
 from sbi_flows.densities.conditional import Blueprint, Embedding, Sizes, Weights
@@ -68,15 +69,16 @@ class NPE:
         """Validate what is known before any data.
 
         Raises:
-            ValueError: `members` is not positive, or the density is not a density.
+            ValueError: `members` is not positive, or the density or the training is not one.
         """
-        if members < 1:
-            raise ValueError(f"members: expected at least 1, got {members}")
+        require_count(1, members=members)
         density = NSF() if density is None else density
         if not hasattr(density, "build"):
             raise ValueError(
                 f"density: expected a density such as sf.NSF(), got {type(density).__name__}"
             )
+        if training is not None and not isinstance(training, Training):
+            raise ValueError(f"training: expected sf.Training, got {type(training).__name__}")
         fields = {
             "prior": as_prior(prior),
             "density": density,
