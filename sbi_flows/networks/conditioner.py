@@ -32,7 +32,8 @@ class Conditioner(nnx.Module):
         params: P, number of parameters an entry.
         context_dim: Length of the context.
         hidden: Width of each hidden layer; equal widths are joined by residual connections.
-        dropout: Fraction of hidden units dropped in training.
+        dropout: Fraction of the units of all hidden layers but the last that are dropped in
+            training; of a single hidden layer's too.
         masked: Parameters of entry i depend on inputs 0 to i alone (needs in_dim == out_dim).
         rngs: Keys for the initial weights.
     """
@@ -70,7 +71,10 @@ class Conditioner(nnx.Module):
         for layer, mask, k in zip(self.layers[1:], masks[1:-1], keys[1:], strict=True):
             new = dropout(k, nnx.silu(h), self.dropout) @ (layer.kernel[...] * mask)
             h = h + new if h.shape == new.shape else new
-        out = nnx.silu(h) @ (self.leave.kernel[...] * masks[-1])
+        last = nnx.silu(h)
+        if len(self.layers) == 1:
+            last = dropout(keys[0], last, self.dropout)
+        out = last @ (self.leave.kernel[...] * masks[-1])
         out += align(self.leave_context(context), out)
         out = jnp.reshape(out, (*out.shape[:-1], self.params, self.out_dim))
         return jnp.moveaxis(out, -2, 0)
