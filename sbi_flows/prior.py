@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -90,12 +91,7 @@ class Prior:
         Returns:
             Array of shape (n, D).
         """
-        if self._model is not None:
-            return self.flatten(jax.vmap(self._sample_model)(jax.random.split(key, n)))
-        keys = jax.random.split(key, len(self.names))
-        return self.flatten(
-            {m: self._sites[m].sample(k, (n,)) for m, k in zip(self.names, keys, strict=True)}
-        )
+        return _sample(self, key, n)
 
     def log_prob(self, theta: ArrayLike) -> Array:
         """Log density at theta of shape (*, D); -inf outside the support; shape (*)."""
@@ -190,6 +186,14 @@ class Prior:
             total += jnp.sum(jnp.reshape(log_prob, (*total.shape, -1)), axis=-1)
         return total
 
+    def _sample_rows(self, key: Key, n: int) -> Array:
+        if self._model is not None:
+            return self.flatten(jax.vmap(self._sample_model)(jax.random.split(key, n)))
+        keys = jax.random.split(key, len(self.names))
+        return self.flatten(
+            {m: self._sites[m].sample(k, (n,)) for m, k in zip(self.names, keys, strict=True)}
+        )
+
     def _sample_model(self, key: Key) -> dict[str, Array]:
         trace = numpyro.handlers.trace(numpyro.handlers.seed(self._model, key)).get_trace()
         return {n: trace[n]["value"] for n in self.names}
@@ -238,6 +242,12 @@ def as_prior(prior: PriorLike) -> Prior:
         "prior: expected a numpyro Distribution, a dict of them or a numpyro model, "
         f"got {type(prior).__name__}"
     )
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def _sample(prior: Prior, key: Key, n: int) -> Array:
+    # one program: op by op, a truncated distribution compiles for seconds
+    return prior._sample_rows(key, n)
 
 
 def _from_model(model: Callable[[], Any]) -> Prior:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
@@ -175,9 +176,12 @@ def _peel_transforms(base: dist.Distribution) -> tuple[dist.Distribution, tuple]
 
 
 def _has_cdf(base: dist.Distribution) -> bool:
-    try:
+    def agrees() -> Array:
         value = base.icdf(jnp.full(base.batch_shape, 0.3))
-        return bool(jnp.all(jnp.abs(base.cdf(value) - 0.3) < 1e-3))
+        return jnp.all(jnp.abs(base.cdf(value) - 0.3) < 1e-3)
+
+    try:
+        return bool(jax.jit(agrees)())
     except (NotImplementedError, AttributeError, TypeError):
         return False
 
