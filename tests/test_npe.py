@@ -135,7 +135,7 @@ def test_losses_are_in_the_units_of_the_parameters(named):
     """Were the Jacobian of the box left out, they would be off by 2 log(100 / sqrt 12)."""
     posterior, history, _ = named
     fresh = sf.simulate(jax.random.key(7), NAMED, survey, 2000)
-    loss = -np.mean(posterior.log_prob(fresh.theta, fresh.x))
+    loss = -float(np.mean(posterior.log_prob(fresh.theta, fresh.x)))
     assert history.best_loss[0] == pytest.approx(loss, abs=0.4)
     assert history.train_loss[-1, 0] == pytest.approx(loss, abs=0.4)
     assert loss < -np.mean(NAMED.log_prob(fresh.theta)) - 3
@@ -244,7 +244,8 @@ def test_what_is_no_embedding_is_refused(embedding, message, simulations):
 
 def test_a_fit_that_diverges_leaves_a_posterior_that_works(simulations):
     optimizer = optax.scale_by_schedule(lambda step: jnp.where(step < 10, -1e-2, jnp.nan))
-    training = sf.Training(max_epochs=3, optimizer=optimizer)
+    # 1800 rows are 7 steps an epoch
+    training = sf.Training(batch_size=256, max_epochs=3, optimizer=optimizer)
     estimator = sf.NPE(GAUSSIAN, TINY, training=training, members=2)
     with pytest.raises(TrainingDiverged, match="not finite in epoch 2") as caught:
         estimator.fit(jax.random.key(1), simulations, progress=False)
