@@ -19,7 +19,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from sbi_flows.checks import real_array
-from sbi_flows.prior_maps import SiteMap, site_map
+from sbi_flows.prior_maps import SiteMap, keep_inside, site_map
 from sbi_flows.typing import Key
 
 PriorLike = Any
@@ -86,7 +86,7 @@ class Prior:
         return f"Prior({sites})"
 
     def sample(self, key: Key, n: int) -> Array:
-        """Draw n parameter vectors.
+        """Draw n parameter vectors, none outside the support.
 
         Returns:
             Array of shape (n, D).
@@ -188,11 +188,13 @@ class Prior:
 
     def _sample_rows(self, key: Key, n: int) -> Array:
         if self._model is not None:
-            return self.flatten(jax.vmap(self._sample_model)(jax.random.split(key, n)))
-        keys = jax.random.split(key, len(self.names))
-        return self.flatten(
-            {m: self._sites[m].sample(k, (n,)) for m, k in zip(self.names, keys, strict=True)}
-        )
+            values = jax.vmap(self._sample_model)(jax.random.split(key, n))
+        else:
+            keys = jax.random.split(key, len(self.names))
+            sites = zip(self._sites.items(), keys, strict=True)
+            values = {name: site.sample(k, (n,)) for (name, site), k in sites}
+        supports = {name: site.support for name, site in self._sites.items()}
+        return self.flatten({name: keep_inside(v, supports[name]) for name, v in values.items()})
 
     def _sample_model(self, key: Key) -> dict[str, Array]:
         trace = numpyro.handlers.trace(numpyro.handlers.seed(self._model, key)).get_trace()

@@ -47,14 +47,16 @@ class NormalMap:
 
     bounded = False
 
-    def __init__(self, base: dist.Normal, transforms: tuple, shape: tuple[int, ...]) -> None:
-        """Hold location and scale of the normal under the transforms."""
-        self.standard_shape = shape
+    def __init__(
+        self, base: dist.Normal, transforms: tuple, support: Any, shape: tuple[int, ...]
+    ) -> None:
+        """Hold location and scale of the normal under the transforms, which lead to the support."""
+        self.standard_shape, self._support = shape, support
         self._base, self._transforms = base, transforms
 
     def forward(self, y: Array) -> Array:
         """R to the support."""
-        return self._chain(y)[-1]
+        return keep_inside(self._chain(y)[-1], self._support)
 
     def inverse(self, theta: Array) -> Array:
         """The support to R."""
@@ -88,7 +90,7 @@ class CdfMap:
 
     def forward(self, y: Array) -> Array:
         """R to the support."""
-        return self._base.icdf(_inside(norm.cdf(y)))
+        return keep_inside(self._base.icdf(_inside(norm.cdf(y))), self._base.support)
 
     def inverse(self, theta: Array) -> Array:
         """The support to R."""
@@ -111,9 +113,7 @@ class IntervalMap:
     def forward(self, y: Array) -> Array:
         """(-sqrt 3, sqrt 3) to the support."""
         theta = self._base.icdf(_inside(0.5 * (y / HALF_WIDTH + 1.0)))
-        if isinstance(self._base, dist.Uniform):
-            theta = jnp.clip(theta, self._base.low, self._base.high)
-        return theta
+        return keep_inside(theta, self._base.support)
 
     def inverse(self, theta: Array) -> Array:
         """The support to (-sqrt 3, sqrt 3)."""
@@ -131,12 +131,12 @@ class SupportMap:
 
     def __init__(self, support: Any, shape: tuple[int, ...]) -> None:
         """Build the transform for values of this shape."""
-        self._transform = biject_to(support)
+        self._support, self._transform = support, biject_to(support)
         self.standard_shape = tuple(self._transform.inverse_shape(shape))
 
     def forward(self, y: Array) -> Array:
         """R^d to the support."""
-        return self._transform(y)
+        return keep_inside(self._transform(y), self._support)
 
     def inverse(self, theta: Array) -> Array:
         """The support to R^d."""
@@ -155,10 +155,34 @@ def site_map(site: dist.Distribution, *, dependent: bool) -> SiteMap:
         return SupportMap(site.support, shape)
     peeled, transforms = _peel_transforms(base)
     if isinstance(peeled, dist.Normal):
-        return NormalMap(peeled, transforms, shape)
+        return NormalMap(peeled, transforms, base.support, shape)
     if not _has_cdf(base):
         return SupportMap(site.support, shape)
     return IntervalMap(base, shape) if _is_interval(base.support) else CdfMap(base, shape)
+
+
+def keep_inside(theta: Array, support: Any) -> Array:
+    """Move what rounding put on or beyond a bound to the next number inside; NaN stays NaN.
+
+    So 1 - exp(-20) stays below 1, and a draw of a gamma distribution above 0. Without bounds, the
+    largest finite numbers take their place. Supports of several dimensions (a simplex) have no
+    bounds of this kind.
+    """
+    while isinstance(support, dist.constraints.independent):
+        support = support.base_constraint
+    low = _beyond(getattr(support, "lower_bound", -jnp.inf), jnp.inf, theta)
+    high = _beyond(getattr(support, "upper_bound", jnp.inf), -jnp.inf, theta)
+    return jnp.clip(theta, low, high)
+
+
+def _beyond(bound: Any, towards: float, like: Array) -> Array:
+    """The next number beyond the bound, of the dtype of `like` and with as many axes."""
+    bound = jnp.asarray(bound, like.dtype)
+    step = jnp.nextafter(bound, jnp.full_like(bound, towards))
+    # compiled programs flush numbers too small for a full mantissa to zero
+    tiny = jnp.finfo(like.dtype).tiny
+    step = jnp.where(jnp.abs(step) < tiny, jnp.copysign(tiny, step), step)
+    return jnp.reshape(step, (1,) * (like.ndim - step.ndim) + step.shape)
 
 
 def elementwise(site: dist.Distribution) -> dist.Distribution | None:

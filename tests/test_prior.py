@@ -105,13 +105,36 @@ def test_no_standard_coordinates_lead_outside(case):
     """Extreme ones stop at the last number inside, of either sign and in every mixture."""
     name, prior, _ = case
     # one that the support alone gives meets numbers of many sizes, which round to their sum
-    size = 6 if name in THROUGH_CDF else 2
-    y = size * jax.random.normal(jax.random.key(1), (149, prior.standard_dim))
-    y = jnp.concatenate([y, jnp.full((1, prior.standard_dim), 2.0 * size)])
+    elementwise = name in [*THROUGH_CDF, "Weibull", "model"]
+    sizes = [6.0, 12.0, 1e3, 1e30] if elementwise else [2.0, 4.0]
+    y = sizes[0] * jax.random.normal(jax.random.key(1), (149, prior.standard_dim))
+    y = jnp.concatenate([y, *(jnp.full((1, prior.standard_dim), size) for size in sizes[1:])])
     y = jnp.concatenate([y, -y])
     edge = np.float32(HALF_WIDTH)
     y = jnp.where(jnp.asarray(prior.bounded)[None], jnp.clip(y, -edge, edge), y)
-    assert np.all(prior.contains(prior.from_standard(y)))
+    theta = prior.from_standard(y)
+    assert np.all(prior.contains(theta))
+    assert not np.any(np.isnan(prior.log_prob(theta)))
+
+
+ROUNDED = {
+    "gamma": lambda: dist.Gamma(0.01, 1.0),
+    "beta": lambda: dist.Beta(jnp.full(2, 0.01), 0.01),
+    "below 1": lambda: dist.TransformedDistribution(
+        dist.Gamma(0.01, 1.0),
+        dist.transforms.AffineTransform(1.0, -1.0, domain=dist.constraints.positive),
+    ),
+    "lognormal": lambda: dist.LogNormal(0.0, 50.0),
+    "dict": lambda: {"a": dist.Gamma(0.01, 1.0).expand([2]).to_event(1), "b": dist.Normal(0, 1)},
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_draws_that_round_to_a_bound_stay_inside(name):
+    prior = sf.as_prior(ROUNDED[name]())
+    theta = prior.sample(jax.random.key(0), 1000)
+    assert np.all(prior.contains(theta))
+    assert np.all(np.isfinite(prior.log_prob(theta)))
 
 
 OUTSIDE = {
