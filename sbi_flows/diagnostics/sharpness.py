@@ -15,12 +15,13 @@ from sbi_flows.diagnostics.ranks import Ranks
 
 @dataclasses.dataclass(frozen=True)
 class Sharpness:
-    """What the posterior learns beyond the prior, on average over data sets; arrays (D,).
+    """What the posterior learns beyond the prior at a typical data set; arrays (D,).
 
     Attributes:
         labels: Names of the D parameters.
-        contraction: 1 - mean posterior variance / prior variance; 0 learns nothing, 1 everything.
-        sd: Root mean square of the posterior standard deviations, in the parameters' units.
+        contraction: 1 - posterior variance / prior variance, the median over data sets; 0 learns
+            nothing, 1 everything.
+        sd: Median of the posterior standard deviations, in the parameters' units.
         movement: Variance of the posterior mean over data sets / prior variance; 0 when the
             posterior does not answer to the data.
     """
@@ -51,14 +52,15 @@ def sharpness_of(ranks: Ranks) -> Sharpness:
     """Sharpness from the moments that a draw pass has kept.
 
     The contraction is that of Schad et al. 2021, Toward a principled Bayesian workflow,
-    arXiv:1904.12765, eq. 7, averaged over data sets.
+    arXiv:1904.12765, eq. 7. The median over data sets, as the variance of a heavy-tailed posterior
+    at one of them can exceed the sum of all others.
     """
     prior = np.var(ranks.theta, axis=0, dtype=np.float64)
     prior = np.where(prior > 0, prior, 1.0)
-    variance = np.mean(ranks.sd.astype(np.float64) ** 2, axis=0)
+    sd = np.median(ranks.sd.astype(np.float64), axis=0)
     return Sharpness(
         labels=ranks.labels,
-        contraction=1.0 - variance / prior,
-        sd=np.sqrt(variance),
+        contraction=1.0 - sd**2 / prior,
+        sd=sd,
         movement=np.var(ranks.mean, axis=0, dtype=np.float64) / prior,
     )

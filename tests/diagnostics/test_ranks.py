@@ -11,8 +11,9 @@ from jax import Array
 
 from sbi_flows.data import Simulations
 from sbi_flows.diagnostics import ranks as module
-from sbi_flows.diagnostics.ranks import draw_pass
+from sbi_flows.diagnostics.ranks import Ranks, draw_pass
 from sbi_flows.diagnostics.references import crude_posterior, prior_scale
+from sbi_flows.diagnostics.sharpness import sharpness_of
 from sbi_flows.errors import SbiFlowsError
 from sbi_flows.prior import Prior, as_prior
 
@@ -138,3 +139,13 @@ def test_prior_scale_of_a_heavy_tail_and_of_a_constant():
     rng = np.random.default_rng(3)
     scale = prior_scale(np.c_[rng.normal(0, 3, 4000), rng.standard_cauchy(4000), np.ones(4000)])
     assert scale == pytest.approx([3.0, 2 / 1.349, 1.0], rel=0.1)
+
+
+def test_one_posterior_without_a_variance_does_not_hide_the_others():
+    rng = np.random.default_rng(0)
+    sd = np.full((100, 1), 0.1, np.float32)
+    sd[7] = 1e6
+    theta = rng.normal(size=(100, 1))
+    none = np.zeros((100, 1))
+    ranks = Ranks(theta, none, None, None, None, theta, sd, 500, ("a",), 0)
+    assert sharpness_of(ranks).contraction[0] == pytest.approx(0.99, abs=0.01)
