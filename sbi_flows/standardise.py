@@ -38,6 +38,9 @@ class Standardiser(NamedTuple):
     def __call__(self, x: Obs) -> Array:
         """A batch of observations (B, *event) to features (B, C)."""
         s = (flatten_rows(x) - self.center[None]) / self.scale[None]
+        # a finite number over a small scale may overflow; its logarithm does not
+        largest = jnp.finfo(s.dtype).max
+        s = jnp.clip(s, -largest, largest)
         beyond = jnp.maximum(jnp.abs(s) - _LINEAR, 0.0)
         return jnp.clip(s, -_LINEAR, _LINEAR) + jnp.sign(s) * jnp.log1p(beyond)
 
