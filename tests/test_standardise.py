@@ -82,6 +82,13 @@ def test_any_finite_rows_give_finite_features(x):
     assert np.all(np.isfinite(features))
 
 
+def test_the_largest_numbers_over_a_small_scale_are_finite():
+    standardise = fit_standardiser(jnp.asarray(FEATURES["tiny"]))
+    features = standardise(jnp.array([[-3e38], [0.0], [3e38]]))
+    assert np.all(np.isfinite(features))
+    assert np.all(np.diff(features[:, 0]) > 0)
+
+
 def test_gradients_are_finite_far_outside():
     standardise = fit_standardiser(jnp.asarray(FEATURES["normal"]))
     gradient = jax.grad(lambda x: jnp.sum(standardise(x)))(jnp.array([[1e6], [-1e6], [5.0]]))
