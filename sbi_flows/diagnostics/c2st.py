@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from sbi_flows.checks import require_real
+
 
 def c2st(
     reference: Any, samples: Any, *, folds: int = 5, seed: int = 1, jobs: int | None = None
@@ -80,7 +82,8 @@ def c2st(
 
 def _checked(name: str, draws: Any) -> np.ndarray:
     draws = np.asarray(draws)
-    if draws.ndim != 2 or 0 in draws.shape or not np.issubdtype(draws.dtype, np.number):
+    require_real(name, draws.dtype)
+    if draws.ndim != 2 or 0 in draws.shape:
         raise ValueError(
             f"{name}: expected numbers of shape (N, D), got {draws.dtype}{draws.shape}"
         )

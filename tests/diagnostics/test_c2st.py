@@ -39,6 +39,7 @@ def test_a_constant_column_says_nothing(draws):
     ("reference", "samples", "message"),
     [
         (np.zeros(5), np.zeros((5, 1)), r"reference: expected numbers of shape \(N, D\), got .*5"),
+        (np.zeros((9, 1)), np.full((9, 1), 1j), "samples: expected real numbers, got .*complex"),
         (np.zeros((9, 2)), np.zeros((9, 3)), "samples: expected 2 columns as in reference, got 3"),
         (np.zeros((9, 1)), np.full((9, 1), np.nan), "samples: expected finite values, got 9 rows"),
         (np.zeros((9, 1)), np.zeros((4, 1)), "folds: expected between 2 and .* got 5 for 9 .* 4"),
