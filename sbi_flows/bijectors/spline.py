@@ -45,7 +45,7 @@ class RationalQuadraticSpline(distrax.Bijector):
     """
 
     def __init__(self, params: Array, bound: float = 5.0) -> None:
-        """Compute the knots once for both directions."""
+        """Split the parameters; each direction computes what it needs of them."""
         super().__init__(event_ndims_in=0)
         bins, extra = divmod(params.shape[0] + 1, 3)
         if extra or bins < 2:
@@ -53,18 +53,16 @@ class RationalQuadraticSpline(distrax.Bijector):
                 f"params: expected a first axis of 3 K - 1 with K >= 2, got {params.shape}"
             )
         self._bound = bound
-        self._widths = _fractions(params[:bins]) * (2 * bound)
-        self._heights = _fractions(params[bins : 2 * bins]) * (2 * bound)
-        inner = jax.nn.softplus(params[2 * bins :] + _SLOPE_OFFSET) + MIN_SLOPE
-        edge = jnp.ones_like(inner[:1])
-        self._slopes = jnp.concatenate([edge, inner, edge])
+        self._widths = _exponentials(params[:bins])
+        self._heights = _exponentials(params[bins : 2 * bins])
+        self._slopes = params[2 * bins :]
 
     def forward_and_log_det(self, x: Array) -> tuple[Array, Array]:
         """The spline and its log derivative, both of x's shape."""
         inside = jnp.abs(x) < self._bound
         # clipped before the arithmetic: a `where` after it would leave NaN gradients outside
         clipped = jnp.clip(x, -self._bound, self._bound)
-        x0, w, y0, h, d0, d1 = self._select(clipped, self._widths)
+        x0, w, y0, h, d0, d1 = self._bin(self._index(clipped, self._widths))
         slope, t = h / w, (clipped - x0) / w
         y, log_det = _rational_quadratic(t, slope, y0, h, d0, d1)
         return jnp.where(inside, y, x), jnp.where(inside, log_det, 0.0)
@@ -73,7 +71,7 @@ class RationalQuadraticSpline(distrax.Bijector):
         """The inverse spline (equations 6-8) and its log derivative."""
         inside = jnp.abs(y) < self._bound
         clipped = jnp.clip(y, -self._bound, self._bound)
-        x0, w, y0, h, d0, d1 = self._select(clipped, self._heights)
+        x0, w, y0, h, d0, d1 = self._bin(self._index(clipped, self._heights))
         slope, rise = h / w, clipped - y0
         bend = d0 + d1 - 2 * slope
         a = h * (slope - d0) + rise * bend
@@ -84,35 +82,52 @@ class RationalQuadraticSpline(distrax.Bijector):
         _, log_det = _rational_quadratic(t, slope, y0, h, d0, d1)
         return jnp.where(inside, x0 + t * w, y), jnp.where(inside, -log_det, 0.0)
 
-    def _select(self, value: Array, steps: Array) -> tuple[Array, ...]:
-        """Left knot, sizes and slopes of the bin that holds each value along `steps`."""
-        lefts = _left_knots(steps, self._bound)
-        above = (value[None] >= lefts).at[0].set(True)
-        beyond = jnp.concatenate([above[1:], jnp.zeros_like(above[:1])])
-        chosen = (above & ~beyond).astype(value.dtype)
+    def _index(self, value: Array, sizes: Array) -> Array:
+        """Number of the bin that holds each value, along `sizes`; no gradient passes."""
+        value, sizes = jax.lax.stop_gradient((value, sizes))
+        bins = len(sizes)
+        # running sums of all but the last bin as one small matrix product: the inner knots
+        lower = jnp.asarray(np.tril(np.ones((bins - 1, bins))), sizes.dtype)
+        sums = jnp.tensordot(lower, sizes, axes=1)
+        number = _along(np.arange(1, bins), sums)
+        knots = self._length(sums, jnp.sum(sizes, axis=0, keepdims=True), number) - self._bound
+        return jnp.sum(value[None] >= knots, axis=0)
 
-        def pick(table: Array) -> Array:
-            return jnp.sum(table * chosen, axis=0)
+    def _bin(self, index: Array) -> tuple[Array, ...]:
+        """Left knot, width, lower knot, height and both slopes of the bins of these numbers."""
+        x0, w = self._edge_and_size(index, self._widths)
+        y0, h = self._edge_and_size(index, self._heights)
+        # a logit of zero is a slope of one, which is what both ends of the box have
+        number = _along(np.arange(len(self._slopes)), self._slopes)
+        left = jnp.sum(jnp.where(number == index[None] - 1, self._slopes, 0.0), axis=0)
+        right = jnp.sum(jnp.where(number == index[None], self._slopes, 0.0), axis=0)
+        return x0, w, y0, h, _slope(left), _slope(right)
 
-        return (
-            pick(_left_knots(self._widths, self._bound)),
-            pick(self._widths),
-            pick(_left_knots(self._heights, self._bound)),
-            pick(self._heights),
-            pick(self._slopes[:-1]),
-            pick(self._slopes[1:]),
-        )
+    def _edge_and_size(self, index: Array, sizes: Array) -> tuple[Array, Array]:
+        number, total = _along(np.arange(len(sizes)), sizes), jnp.sum(sizes, axis=0)
+        before = jnp.sum(jnp.where(number < index[None], sizes, 0.0), axis=0)
+        here = jnp.sum(jnp.where(number == index[None], sizes, 0.0), axis=0)
+        left = self._length(before, total, index.astype(sizes.dtype)) - self._bound
+        return left, self._length(here, total, jnp.ones_like(here))
+
+    def _length(self, part: Array, total: Array, count: Array) -> Array:
+        """Length of `count` bins whose unnormalised sizes add up to `part` of `total`."""
+        free = 1.0 - MIN_BIN * len(self._widths)
+        return 2 * self._bound * (MIN_BIN * count + free * (part / total))
 
 
-def _fractions(logits: Array) -> Array:
-    """Positive fractions of at least MIN_BIN that sum to one over the first axis."""
-    return MIN_BIN + (1.0 - MIN_BIN * logits.shape[0]) * jax.nn.softmax(logits, axis=0)
+def _exponentials(logits: Array) -> Array:
+    """Positive sizes whose shares over the first axis are the softmax of the logits."""
+    return jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=0, keepdims=True)))
 
 
-def _left_knots(steps: Array, bound: float) -> Array:
-    """Exclusive running sum over the first axis, as one small matrix product."""
-    lower = jnp.asarray(np.tril(np.ones((len(steps), len(steps))), -1), steps.dtype)
-    return jnp.tensordot(lower, steps, axes=1) - bound
+def _along(numbers: np.ndarray, like: Array) -> Array:
+    """Numbers of the bins on the first axis, with as many axes as `like`."""
+    return jnp.asarray(numbers, like.dtype).reshape((-1,) + (1,) * (like.ndim - 1))
+
+
+def _slope(logit: Array) -> Array:
+    return jax.nn.softplus(logit + _SLOPE_OFFSET) + MIN_SLOPE
 
 
 def _rational_quadratic(
