@@ -74,10 +74,14 @@ class Conditioner(nnx.Module):
         last = nnx.silu(h)
         if len(self.layers) == 1:
             last = dropout(keys[0], last, self.dropout)
-        out = last @ (self.leave.kernel[...] * masks[-1])
-        out += align(self.leave_context(context), out)
-        out = jnp.reshape(out, (*out.shape[:-1], self.params, self.out_dim))
-        return jnp.moveaxis(out, -2, 0)
+        # outputs first, as the dot product leaves them: the rows of a batch stay contiguous in
+        # memory, and what follows vectorises over them
+        out = _outputs_first(self.leave.kernel[...] * masks[-1], last)
+        shared = _outputs_first(self.leave_context.kernel[...], context)
+        shared += self.leave_context.bias[...].reshape((-1,) + (1,) * (context.ndim - 1))
+        out += jnp.expand_dims(shared, tuple(range(1, 1 + last.ndim - context.ndim)))
+        out = jnp.reshape(out, (self.params, self.out_dim, *out.shape[1:]))
+        return jnp.moveaxis(out, 1, -1)
 
     def _masks(self) -> list[Array | float]:
         """One mask a layer, output last; scaled up to keep the layers' variance."""
@@ -89,3 +93,8 @@ class Conditioner(nnx.Module):
         out = degrees[-1][:, None] <= np.arange(self.out_dim)[None, :]
         masks.append(np.tile(out, (1, self.params)))
         return [jnp.asarray(m / math.sqrt(max(m.mean(), 0.25)), jnp.float32) for m in masks]
+
+
+def _outputs_first(kernel: Array, h: Array) -> Array:
+    """Multiply h (*, H) by a kernel (H, O); shape (O, *)."""
+    return jnp.tensordot(kernel, h, axes=((0,), (h.ndim - 1,)))
