@@ -60,7 +60,10 @@ class Conditioner(nnx.Module):
         zeros = nnx.initializers.zeros_init()
         outputs = params * out_dim
         self.leave = nnx.Linear(hidden[-1], outputs, use_bias=False, kernel_init=zeros, rngs=rngs)
-        self.leave_context = nnx.Linear(context_dim, outputs, kernel_init=zeros, rngs=rngs)
+        self.leave_context = nnx.Linear(
+            context_dim, outputs, use_bias=False, kernel_init=zeros, rngs=rngs
+        )
+        self.bias = nnx.Param(jnp.zeros(outputs))
 
     def __call__(self, x: Array, context: Array, *, key: Key | None = None) -> Array:
         """Map inputs (*, in_dim) and context (*, context_dim) to parameters (P, *, out_dim)."""
@@ -78,7 +81,7 @@ class Conditioner(nnx.Module):
         # memory, and what follows vectorises over them
         out = _outputs_first(self.leave.kernel[...] * masks[-1], last)
         shared = _outputs_first(self.leave_context.kernel[...], context)
-        shared += self.leave_context.bias[...].reshape((-1,) + (1,) * (context.ndim - 1))
+        shared += self.bias[...].reshape((-1,) + (1,) * (context.ndim - 1))
         out += jnp.expand_dims(shared, tuple(range(1, 1 + last.ndim - context.ndim)))
         out = jnp.reshape(out, (self.params, self.out_dim, *out.shape[1:]))
         return jnp.moveaxis(out, 1, -1)
