@@ -25,8 +25,7 @@ from simulators.lynx_hare_model import nuts
 SEED = 1
 SIMULATIONS = 300_000
 MEMBERS = 1
-# One mode and much data: affine layers learn this posterior faster than splines, and what counts is
-# the network that reads the two series.
+# The posterior has one mode: affine layers, and a wide network that reads the two series.
 DENSITY = sf.MAF(context_width=256, dropout=0.0)
 TRAINING = sf.Training(batch_size=256, max_epochs=6, validation_fraction=0.02)
 DRAWS = 10_000
