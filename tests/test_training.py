@@ -10,6 +10,7 @@ import sbi_flows as sf
 from sbi_flows import training
 from sbi_flows.densities.conditional import Blueprint, Sizes, Weights
 from sbi_flows.errors import SbiFlowsError, TrainingDiverged
+from sbi_flows.training import ensemble, fitting
 from tests.cases import unchecked
 
 pytestmark = pytest.mark.promotes
@@ -104,7 +105,7 @@ def test_members_differ_and_hold_out_different_rows(first):
 
 
 def test_folds_of_the_members_do_not_overlap():
-    train, held_out = training._folds(jax.random.key(0), 100, 10, 4)
+    train, held_out = ensemble._folds(jax.random.key(0), 100, 10, 4)
     assert len(set(np.asarray(held_out).ravel())) == 40
     for a, b in zip(train, held_out, strict=True):
         assert sorted([*np.asarray(a), *np.asarray(b)]) == list(range(100))
@@ -129,6 +130,39 @@ def test_a_fit_that_gets_worse_stops_early_and_keeps_the_start():
     np.testing.assert_array_equal(history.best_epoch, [0, 0])
     np.testing.assert_array_equal(history.best_loss, history.start_loss)
     np.testing.assert_array_equal(kernels(weights), 0.0)
+
+
+def test_a_member_that_has_stopped_waits_for_the_others(monkeypatch):
+    """One member gets worse at once and stops, the other learns to the end."""
+    epoch = ensemble._epoch
+
+    def worse(blueprint, settings, features, state, group, keys):
+        state, best, train, validation = epoch(blueprint, settings, features, state, group, keys)
+        if group.train[0, 0] == first_row:
+            best, validation = group.best._replace(age=group.best.age + 1), validation + 100.0
+        return state, best, train, validation
+
+    fold_key = jax.random.split(jax.random.split(jax.random.key(0))[0])[0]
+    first_row = ensemble._folds(fold_key, ROWS, ROWS // 10, MEMBERS)[0][0, 0]
+    monkeypatch.setattr(ensemble, "_epoch", worse)
+    monkeypatch.setattr(ensemble, "_compile", lambda *_: None)
+    _, history = fit(patience=2)
+    assert history.epochs > 2
+    assert history.best_epoch[0] == 0
+    assert history.best_epoch[1] > 2
+    np.testing.assert_array_equal(history.train_loss[2:, 0], history.train_loss[1, 0])
+    assert len(set(history.train_loss[:, 1])) == history.epochs
+
+
+def test_all_members_in_one_program_train_as_well(first, monkeypatch):
+    """As on an accelerator; the generator of dropout masks batches members in its own way."""
+    monkeypatch.setattr(ensemble, "_slices", lambda members: [slice(0, members)])
+    weights, history = fit()
+    _, apart = first
+    np.testing.assert_allclose(history.start_loss, apart.start_loss, rtol=1e-5)
+    np.testing.assert_allclose(history.validation_loss, apart.validation_loss, atol=0.1)
+    assert np.all(history.best_loss < history.start_loss - 0.1)
+    assert kernels(weights).shape == kernels(first[0]).shape
 
 
 def test_the_average_of_the_weights_is_kept():
@@ -180,38 +214,38 @@ def test_data_that_are_not_finite_are_found_before_the_first_epoch(first):
 def test_an_interrupted_fit_keeps_the_best_so_far(first, arrives, monkeypatch):
     """Weights and losses of two epochs, even where the third was begun or done."""
     _, whole = first
-    epoch, check, best = training._epoch, training._require_finite, []
+    epoch, check, best = ensemble.Ensemble.epoch, fitting._require_finite, []
 
-    def interrupted(*args):
+    def interrupted(self, key):
         if len(best) == 2 and arrives == "before an epoch":
             raise KeyboardInterrupt
-        result = epoch(*args)
-        if len(best) == 2 and arrives == "within an epoch":
+        means = epoch(self, key)
+        best.append(kernels(self.weights(self.best)))
+        if len(best) == 3 and arrives == "within an epoch":
             raise KeyboardInterrupt
-        best.append(kernels(Weights(result[1].params, None)))
-        return result
+        return means
 
     def interrupted_check(values, epoch, *args):
         if epoch == 3:
             raise KeyboardInterrupt
         check(values, epoch, *args)
 
-    monkeypatch.setattr(training, "_epoch", interrupted)
-    monkeypatch.setattr(training, "_require_finite", interrupted_check)
+    monkeypatch.setattr(ensemble.Ensemble, "epoch", interrupted)
+    monkeypatch.setattr(fitting, "_require_finite", interrupted_check)
     weights, history = fit()
     assert (history.epochs, history.stop_reason) == (2, "interrupted")
     np.testing.assert_allclose(history.validation_loss, whole.validation_loss[:2], rtol=1e-6)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(weights))
     assert np.max(np.abs(kernels(weights))) > 1e-4
     np.testing.assert_array_equal(kernels(weights), best[1])
-    assert arrives != "after an epoch" or np.any(best[2] != best[1])
+    assert arrives == "before an epoch" or np.any(best[2] != best[1])
 
 
 def test_an_interrupt_before_the_first_epoch_keeps_the_start(first, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "_epoch", interrupted)
+    monkeypatch.setattr(ensemble.Ensemble, "epoch", interrupted)
     weights, history = fit()
     assert (history.epochs, history.stop_reason) == (0, "interrupted")
     assert history.train_loss.shape == (0, MEMBERS)

@@ -1,0 +1,277 @@
+"""What the members of an ensemble do in a fit, compiled.
+
+Public names: `Ensemble`.
+
+The members stand in groups, each of them one vmapped program. On an accelerator there is one group
+of all. On a CPU, where the small products of a vmapped ensemble would stay on one core, each member
+is a group, and threads run as many at once as there are cores: what comes out does not depend on
+how many that is.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+
+from sbi_flows.densities.conditional import Blueprint, Weights, graph_of, initial_weights
+from sbi_flows.densities.start import fit_linear_start
+from sbi_flows.networks.mlp import fast_key
+from sbi_flows.training.settings import Training
+from sbi_flows.typing import Key
+
+
+class Best(NamedTuple):
+    """What a fit that ends at any moment keeps: no epoch may overwrite it."""
+
+    params: Any
+    loss: Array
+    age: Array
+
+
+class _State(NamedTuple):
+    """What an epoch overwrites in place."""
+
+    params: Any
+    average: Any
+    optimiser: Any
+
+
+class _Group(NamedTuple):
+    """All that one group of members trains with; every array has a leading axis of members."""
+
+    state: _State | None
+    best: Best
+    rest: Any
+    noise: Array
+    log_det: Array
+    train: Array
+    held_out: Array
+
+
+class Ensemble:
+    """Members in training: other initial weights, data orders and validation rows each.
+
+    Use as a context manager, which ends its threads.
+
+    Args:
+        key: Random key.
+        blueprint: What to build.
+        training: Settings of the fit.
+        y: Parameters in standard coordinates, shape (N, d).
+        features: Standardised observations, shape (N, C).
+        members: Number of models M.
+
+    Attributes:
+        best: Weights, validation losses and ages of the best epochs so far, one a group; a new
+            tuple after each epoch, whose arrays stay as they are.
+        log_det: Mean log determinant of each member's start over its validation rows, shape (M,).
+
+    Raises:
+        ValueError: Too few rows to hold any out.
+    """
+
+    def __init__(
+        self,
+        key: Key,
+        blueprint: Blueprint,
+        training: Training,
+        y: Array,
+        features: Array,
+        members: int,
+    ) -> None:
+        """Fit the starts and compile an epoch, side by side."""
+        held_out = _held_out_rows(len(y), training.validation_fraction)
+        fold_key, weight_key = jax.random.split(key)
+        folds = _folds(fold_key, len(y), held_out, members)
+        keys = jax.random.split(weight_key, members)
+        self._slices = _slices(members)
+        self._patience, self._members = training.patience, members
+        self._epoch = partial(_epoch, blueprint, training, features)
+        self._pool = ThreadPoolExecutor(min(os.cpu_count() or 1, len(self._slices)))
+        prepare = partial(_prepare, blueprint, training, y, features)
+        first, *others = [(keys[s], *(rows[s] for rows in folds)) for s in self._slices]
+        # a thread each: both are long, and neither keeps more than one core busy
+        compiled = self._pool.submit(_compile, self._epoch, prepare, first)
+        self._groups = [prepare(*first), *self._pool.map(lambda args: prepare(*args), others)]
+        compiled.result()
+        self.best = tuple(group.best for group in self._groups)
+        self.log_det = np.concatenate([group.log_det for group in self._groups])
+        self._losses = (self.best_loss, self.best_loss)
+
+    def __enter__(self) -> Ensemble:
+        """Nothing more to set up."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for what runs, and end the threads."""
+        self._pool.shutdown()
+
+    @property
+    def best_loss(self) -> np.ndarray:
+        """Validation loss of the weights that each member keeps, shape (M,)."""
+        return np.concatenate([best.loss for best in self.best])
+
+    @property
+    def running(self) -> np.ndarray:
+        """Which members have not run out of patience, shape (M,)."""
+        return np.concatenate([best.age for best in self.best]) < self._patience
+
+    def epoch(self, key: Key) -> tuple[np.ndarray, np.ndarray]:
+        """Train the members that still run for one epoch.
+
+        Returns:
+            Mean training loss and validation loss, shape (M,) each, less the log determinants; of
+            a member that has stopped, the last ones.
+        """
+        keys, running = jax.random.split(key, self._members), self.running
+        active = [i for i, s in enumerate(self._slices) if running[s].any()]
+        results = self._pool.map(lambda i: self._advance(i, keys[self._slices[i]]), active)
+        losses = [np.array(values) for values in self._losses]
+        groups = list(self._groups)
+        for i, (group, *means) in zip(active, results, strict=True):
+            groups[i], s = group, self._slices[i]
+            for values, mean in zip(losses, means, strict=True):
+                values[s] = np.where(running[s], mean, values[s])
+        self._groups, self._losses = groups, (losses[0], losses[1])
+        self.best = tuple(group.best for group in groups)
+        return self._losses
+
+    def weights(self, best: tuple[Best, ...]) -> Weights:
+        """Best weights and the arrays that are not trained, stacked over all members."""
+        params = _stack([b.params for b in best])
+        return Weights(params, _stack([group.rest for group in self._groups]))
+
+    def _advance(self, i: int, keys: Key) -> tuple[_Group, np.ndarray, np.ndarray]:
+        group = self._groups[i]
+        rest = group._replace(state=None)
+        state, best, train, validation = self._epoch(group.state, rest, keys)
+        return group._replace(state=state, best=best), np.asarray(train), np.asarray(validation)
+
+
+def _slices(members: int) -> list[slice]:
+    """Members of each group."""
+    if jax.default_backend() == "cpu":
+        return [slice(i, i + 1) for i in range(members)]
+    return [slice(0, members)]
+
+
+def _stack(trees: list[Any]) -> Any:
+    if len(trees) == 1:
+        return trees[0]
+    # by numpy: the arrays are on the host already, and nothing needs to be compiled
+    return jax.tree.map(lambda *leaves: jnp.asarray(np.concatenate(leaves)), *trees)
+
+
+def _held_out_rows(n: int, fraction: float) -> int:
+    held_out = math.ceil(fraction * n)
+    if n < 10 or held_out >= n:
+        raise ValueError(f"simulations: expected at least 10 valid rows to train on, got {n}")
+    return held_out
+
+
+def _folds(key: Key, n: int, held_out: int, members: int) -> tuple[Array, Array]:
+    """Training rows (M, N - V) and validation rows (M, V); member m holds out the m-th fold."""
+    order = jax.random.permutation(key, n)
+    rolled = jnp.stack([jnp.roll(order, -m * held_out) for m in range(members)])
+    return rolled[:, held_out:], rolled[:, :held_out]
+
+
+def _compile(epoch: Callable, prepare: Callable, first: tuple) -> None:
+    """Compile an epoch, which the jitted function then finds done."""
+    group = jax.eval_shape(prepare, *first)
+    epoch.func.lower(*epoch.args, group.state, group._replace(state=None), first[0]).compile()
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _prepare(
+    blueprint: Blueprint,
+    training: Training,
+    y: Array,
+    features: Array,
+    keys: Key,
+    train: Array,
+    held_out: Array,
+) -> _Group:
+    """New members: weights, start, and the parameters as the start whitens them."""
+
+    def one(key: Key, train: Array, held_out: Array) -> _Group:
+        params, rest = initial_weights(blueprint, key)
+        start = fit_linear_start(y, features, train, held_out, blueprint.sizes.bounded)
+        rest = {**rest, "start": start}
+        noise, log_det = nnx.merge(graph_of(blueprint), params, rest).whiten(y, features)
+        loss = jnp.mean(_losses(blueprint, params, rest, None, noise[held_out], features[held_out]))
+        state = _State(params, params, training.transform(1).init(params))
+        best = Best(params, loss, jnp.zeros((), int))
+        return _Group(state, best, rest, noise, jnp.mean(log_det[held_out]), train, held_out)
+
+    return jax.vmap(one)(keys, train, held_out)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _epoch(
+    blueprint: Blueprint,
+    training: Training,
+    features: Array,
+    state: _State,
+    group: _Group,
+    keys: Key,
+) -> tuple[_State, Best, Array, Array]:
+    """One pass over the training rows and one over the validation rows, for a group's members."""
+    one = partial(_member_epoch, blueprint, training, features)
+    return jax.vmap(one)(state, group, keys)
+
+
+def _member_epoch(
+    blueprint: Blueprint,
+    training: Training,
+    features: Array,
+    state: _State,
+    group: _Group,
+    key: Key,
+) -> tuple[_State, Best, Array, Array]:
+    _, best, rest, noise, _, train, held_out = group
+    batch = min(training.batch_size, len(train))
+    steps = len(train) // batch
+    transform = training.transform(steps * training.max_epochs)
+    decay = 0.0 if training.ema_decay is None else training.ema_decay
+    order_key, dropout_key = jax.random.split(key)
+    rows = jax.random.permutation(order_key, train)[: steps * batch].reshape(steps, batch)
+
+    def loss(params: Any, key: Key, rows: Array) -> Array:
+        return jnp.mean(_losses(blueprint, params, rest, key, noise[rows], features[rows]))
+
+    def step(state: _State, inputs: tuple) -> tuple[_State, Array]:
+        value, gradient = jax.value_and_grad(loss)(state.params, *inputs)
+        updates, optimiser = transform.update(gradient, state.optimiser, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = optax.incremental_update(params, state.average, 1.0 - decay)
+        return _State(params, average, optimiser), value
+
+    state, values = jax.lax.scan(
+        step, state, (jax.random.split(fast_key(dropout_key), steps), rows)
+    )
+    validation = jnp.mean(
+        _losses(blueprint, state.average, rest, None, noise[held_out], features[held_out])
+    )
+    # one that has stopped may still be computed, beside others
+    better = (validation < best.loss) & (best.age < training.patience)
+    new = Best(state.average, validation, jnp.zeros_like(best.age))
+    old = best._replace(age=best.age + 1)
+    return state, jax.tree.map(partial(jnp.where, better), new, old), jnp.mean(values), validation
+
+
+def _losses(
+    blueprint: Blueprint, params: Any, rest: Any, key: Key | None, noise: Array, features: Array
+) -> Array:
+    return nnx.merge(graph_of(blueprint), params, rest).loss(key, noise, features)

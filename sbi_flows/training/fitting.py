@@ -1,0 +1,101 @@
+"""The loop over epochs: progress, early stopping, and what is left when it ends otherwise."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import numpy as np
+from jax import Array
+from tqdm.auto import tqdm
+
+from sbi_flows.densities.conditional import Blueprint, Weights
+from sbi_flows.errors import TrainingDiverged
+from sbi_flows.training.ensemble import Ensemble
+from sbi_flows.training.history import History
+from sbi_flows.training.settings import Training
+from sbi_flows.typing import Key
+
+
+def fit(
+    key: Key,
+    blueprint: Blueprint,
+    training: Training,
+    y: Array,
+    features: Array,
+    *,
+    members: int = 1,
+    offset: float = 0.0,
+    progress: bool = True,
+) -> tuple[Weights, History]:
+    """Train `members` models with different initial weights, data orders and validation rows.
+
+    Args:
+        key: Random key.
+        blueprint: What to build.
+        training: Settings.
+        y: Parameters in standard coordinates, shape (N, d).
+        features: Standardised observations, shape (N, C).
+        members: Number of models M.
+        offset: Added to reported losses: the mean log Jacobian from y to theta's units.
+        progress: Show a progress bar.
+
+    Returns:
+        The best weights of each member, and the history.
+
+    Raises:
+        ValueError: Too few rows to hold any out.
+        TrainingDiverged: A loss was not finite; its `state` holds the best `Weights` so far.
+    """
+    began = time.perf_counter()
+    start_key, epoch_key = jax.random.split(key)
+    with Ensemble(start_key, blueprint, training, y, features, members) as ensemble:
+        units = offset - ensemble.log_det
+        start_loss = ensemble.best_loss + units
+        _require_finite(start_loss, 0, ensemble)
+        # weights and losses are replaced as one, so an interrupt never finds them epochs apart
+        done, reason = (ensemble.best, ()), "max_epochs"
+        bar = tqdm(range(training.max_epochs), desc="fit", unit="epoch", disable=not progress)
+        try:
+            for epoch in bar:
+                means = ensemble.epoch(jax.random.fold_in(epoch_key, epoch))
+                train, validation = (mean + units for mean in means)
+                _require_finite(np.concatenate([train, validation]), epoch + 1, ensemble)
+                done = ensemble.best, (*done[1], (train, validation))
+                bar.set_postfix(train=f"{train.mean():.3f}", validation=f"{validation.mean():.3f}")
+                if not ensemble.running.any():
+                    reason = "patience"
+                    break
+        except KeyboardInterrupt:
+            reason = "interrupted"
+        finally:
+            bar.close()
+    best, losses = done
+    history = _history(losses, start_loss, time.perf_counter() - began, reason)
+    return ensemble.weights(best), history
+
+
+def _require_finite(values: np.ndarray, epoch: int, ensemble: Ensemble) -> None:
+    if not np.all(np.isfinite(values)):
+        raise TrainingDiverged(
+            f"the loss was not finite in epoch {epoch}; the last finite weights are kept in "
+            "`.state`. A smaller learning rate or clip_norm may help",
+            epoch=epoch,
+            state=ensemble.weights(ensemble.best),
+        )
+
+
+def _history(losses: tuple, start_loss: np.ndarray, seconds: float, reason: str) -> History:
+    shape = (0, len(start_loss))
+    train = np.stack([a for a, _ in losses]) if losses else np.zeros(shape)
+    validation = np.stack([b for _, b in losses]) if losses else np.zeros(shape)
+    stacked = np.concatenate([start_loss[None], validation])
+    return History(
+        train_loss=train,
+        validation_loss=validation,
+        start_loss=start_loss,
+        best_epoch=np.argmin(stacked, axis=0),
+        epochs=len(losses),
+        seconds=seconds,
+        stop_reason=reason,
+    )

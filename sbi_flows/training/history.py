@@ -1,0 +1,51 @@
+"""What happened in a fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """What happened in a fit; losses are negative log densities in nats, in theta's own units.
+
+    Attributes:
+        train_loss: Mean over each epoch's batches, shape (epochs, members); of a member that has
+            stopped, the last one.
+        validation_loss: At the end of each epoch, shape (epochs, members), likewise.
+        start_loss: Validation loss of the linear-Gaussian start, before epoch 1, shape (members,).
+        best_epoch: Epoch (from 1; 0 is the start) whose weights each member kept.
+        epochs: Number of epochs run.
+        seconds: Wall time of the fit, compilation included.
+        stop_reason: `max_epochs`, `patience` or `interrupted`.
+    """
+
+    train_loss: np.ndarray
+    validation_loss: np.ndarray
+    start_loss: np.ndarray
+    best_epoch: np.ndarray
+    epochs: int
+    seconds: float
+    stop_reason: str
+
+    @property
+    def best_loss(self) -> np.ndarray:
+        """Validation loss of the weights that each member kept, shape (members,)."""
+        return np.minimum(self.start_loss, self.validation_loss.min(axis=0, initial=np.inf))
+
+    def __repr__(self) -> str:
+        """Length, reason of the stop and the losses kept."""
+        best = ", ".join(f"{v:.3f}" for v in self.best_loss)
+        return (
+            f"History({self.epochs} epochs in {self.seconds:.1f} s, stopped by "
+            f"{self.stop_reason}; validation loss [{best}])"
+        )
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the loss curves; see `sbi_flows.plots.loss_curves`."""
+        from sbi_flows.plots import loss_curves
+
+        return loss_curves(self, ax=ax)

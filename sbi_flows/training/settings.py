@@ -1,0 +1,76 @@
+"""Settings of a fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import optax
+
+from sbi_flows.checks import require_count, require_positive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """Settings of a fit.
+
+    Attributes:
+        batch_size: Rows a step.
+        max_epochs: Passes over the training rows; also the length of the cosine schedule.
+        patience: Epochs without a better validation loss after which a member has stopped; the
+            fit ends when all have.
+        validation_fraction: Fraction of the rows that each member holds out, in turn: the folds of
+            several members do not overlap as long as there are enough rows.
+        optimizer: Any optax optimiser, used as it is; by default AdamW with `learning_rate`, a
+            warm-up over the first hundredth of the steps and a cosine decay.
+        learning_rate: Peak learning rate of the default optimiser.
+        weight_decay: Weight decay of the default optimiser.
+        clip_norm: Largest norm of a gradient.
+        ema_decay: Decay of the exponential moving average of the weights, which is what is
+            validated and kept; None keeps the weights themselves.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    batch_size: int = 128
+    max_epochs: int = 20
+    patience: int = 8
+    validation_fraction: float = 0.1
+    optimizer: optax.GradientTransformation | None = None
+    learning_rate: float = 3e-3
+    weight_decay: float = 1e-4
+    clip_norm: float = 5.0
+    ema_decay: float | None = 0.99
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot train."""
+        require_count(1, batch_size=self.batch_size, max_epochs=self.max_epochs)
+        require_positive(patience=self.patience, clip_norm=self.clip_norm)
+        if not 0.0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ValueError(
+                f"weight_decay: expected zero or a positive number, got {self.weight_decay}"
+            )
+        if not 0.0 < self.validation_fraction < 1.0:
+            raise ValueError(
+                f"validation_fraction: expected a number in (0, 1), got {self.validation_fraction}"
+            )
+        if self.ema_decay is not None and not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay: expected None or [0, 1), got {self.ema_decay}")
+        if self.optimizer is not None and not hasattr(self.optimizer, "update"):
+            raise ValueError(
+                f"optimizer: expected one of optax, got {type(self.optimizer).__name__}"
+            )
+
+    def transform(self, steps: int) -> optax.GradientTransformation:
+        """The optimiser for a fit of this many steps, gradient clipping included."""
+        optimizer = self.optimizer
+        if optimizer is None:
+            warm_up = max(1, min(100, steps // 100))
+            schedule = optax.warmup_cosine_decay_schedule(
+                0.0, self.learning_rate, warm_up, max(steps, warm_up + 1), 0.01 * self.learning_rate
+            )
+            optimizer = optax.adamw(schedule, weight_decay=self.weight_decay)
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), optimizer)
