@@ -1,6 +1,6 @@
 """The Lotka-Volterra model of `lynx_hare`: its prior, its ODE, and the numpyro model for NUTS.
 
-Public names: `prior`, `solve`, `numpyro_model`, `nuts`, `sample_reference`.
+Public names: `prior`, `vector_field`, `solve`, `numpyro_model`, `nuts`, `sample_reference`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def solve(
     import diffrax
 
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(_field),
+        diffrax.ODETerm(vector_field),
         diffrax.Tsit5(),
         t0=0.0,
         t1=YEARS - 1.0,
@@ -98,7 +98,7 @@ def solve(
     return jnp.where(ok, jnp.asarray(solution.ys), jnp.nan)
 
 
-def _field(t: Any, y: Array, theta: Mapping[str, Array]) -> Array:
+def vector_field(t: Any, y: Array, theta: Mapping[str, Array]) -> Array:
     """Rates of change of the log populations.
 
     A trial step may overshoot to a log population in the thousands: an infinite rate would make
