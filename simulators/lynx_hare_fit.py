@@ -21,8 +21,8 @@ from jax import Array
 
 from simulators.lynx_hare_model import YEARS, vector_field
 
-STEPS_A_YEAR = 8
-ITERATIONS = 10
+STEPS_A_YEAR = 6
+ITERATIONS = 8
 CENTRE = (-0.1, -3.1, -0.1, -3.1, math.log(10.0), math.log(10.0))
 SPREAD = (0.6, 0.9, 0.6, 0.9, 1.0, 1.0)
 """Rough mean and sd of the prior over log alpha, beta, gamma, delta and z0: the fit's own prior."""
