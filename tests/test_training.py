@@ -154,6 +154,14 @@ def test_a_member_that_has_stopped_waits_for_the_others(monkeypatch):
     assert len(set(history.train_loss[:, 1])) == history.epochs
 
 
+def test_the_number_of_cores_changes_nothing(first, monkeypatch):
+    weights, history = first
+    monkeypatch.setattr(ensemble.os, "cpu_count", lambda: 1)
+    alone, alone_history = fit()
+    jax.tree.map(np.testing.assert_array_equal, weights, alone)
+    np.testing.assert_array_equal(history.train_loss, alone_history.train_loss)
+
+
 def test_all_members_in_one_program_train_as_well(first, monkeypatch):
     """As on an accelerator; the generator of dropout masks batches members in its own way."""
     monkeypatch.setattr(ensemble, "_slices", lambda members: [slice(0, members)])
@@ -214,16 +222,20 @@ def test_data_that_are_not_finite_are_found_before_the_first_epoch(first):
 def test_an_interrupted_fit_keeps_the_best_so_far(first, arrives, monkeypatch):
     """Weights and losses of two epochs, even where the third was begun or done."""
     _, whole = first
-    epoch, check, best = ensemble.Ensemble.epoch, fitting._require_finite, []
+    epoch, advance = ensemble.Ensemble.epoch, ensemble.Ensemble._advance
+    check, best = fitting._require_finite, []
 
     def interrupted(self, key):
         if len(best) == 2 and arrives == "before an epoch":
             raise KeyboardInterrupt
         means = epoch(self, key)
         best.append(kernels(self.weights(self.best)))
-        if len(best) == 3 and arrives == "within an epoch":
-            raise KeyboardInterrupt
         return means
+
+    def interrupted_member(self, i, keys):
+        if len(best) == 2 and i == MEMBERS - 1 and arrives == "within an epoch":
+            raise KeyboardInterrupt
+        return advance(self, i, keys)
 
     def interrupted_check(values, epoch, *args):
         if epoch == 3:
@@ -231,6 +243,7 @@ def test_an_interrupted_fit_keeps_the_best_so_far(first, arrives, monkeypatch):
         check(values, epoch, *args)
 
     monkeypatch.setattr(ensemble.Ensemble, "epoch", interrupted)
+    monkeypatch.setattr(ensemble.Ensemble, "_advance", interrupted_member)
     monkeypatch.setattr(fitting, "_require_finite", interrupted_check)
     weights, history = fit()
     assert (history.epochs, history.stop_reason) == (2, "interrupted")
@@ -238,7 +251,7 @@ def test_an_interrupted_fit_keeps_the_best_so_far(first, arrives, monkeypatch):
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(weights))
     assert np.max(np.abs(kernels(weights))) > 1e-4
     np.testing.assert_array_equal(kernels(weights), best[1])
-    assert arrives == "before an epoch" or np.any(best[2] != best[1])
+    assert arrives != "after an epoch" or np.any(best[2] != best[1])
 
 
 def test_an_interrupt_before_the_first_epoch_keeps_the_start(first, monkeypatch):
