@@ -101,7 +101,8 @@ class Ensemble:
         self._pool = ThreadPoolExecutor(min(os.cpu_count() or 1, len(self._slices)))
         prepare = partial(_prepare, blueprint, training, y, features)
         first, *others = [(keys[s], *(rows[s] for rows in folds)) for s in self._slices]
-        # a thread each: both are long, and neither keeps more than one core busy
+        # each program is compiled before the members share it: threads that met one that nobody
+        # had compiled would each do so
         compiled = self._pool.submit(_compile, self._epoch, prepare, first)
         self._groups = [prepare(*first), *self._pool.map(lambda args: prepare(*args), others)]
         compiled.result()
