@@ -54,6 +54,7 @@ def run(folder: Path) -> dict[str, Any]:
     )
     task = lynx_hare()
     x = task.observation(1)
+    inputs = jax.jit(with_fit)(x)
 
     def simulator(key: jax.Array, theta: Any) -> dict[str, jax.Array]:
         return with_fit(task.simulator(key, theta))
@@ -67,7 +68,7 @@ def run(folder: Path) -> dict[str, Any]:
         posterior, history = npe.fit(fit_key, sims)
     print(f"  {history}")
     with clock("draw"):
-        idata = posterior.to_arviz(draw_key, with_fit(x), n=DRAWS)
+        idata = posterior.to_arviz(draw_key, inputs, n=DRAWS)
     with clock("NUTS"):
         reference = _nuts(nuts_key, x)
     compared = comparison(idata, reference, posterior.prior.labels)
