@@ -97,7 +97,7 @@ class Simulations:
     @property
     def num_valid(self) -> int:
         """Number of rows with a finite observation."""
-        return int(jnp.sum(self.valid))
+        return int(np.sum(self.valid))
 
     def only_valid(self) -> Simulations:
         """The rows with a finite observation."""
@@ -167,6 +167,7 @@ def simulate(
     return sims
 
 
+@jax.jit
 def valid_rows(x: Obs) -> Array:
     """Whether each row (first axis) of every leaf of x is finite; bool of shape (N,)."""
     rows = [jnp.all(jnp.isfinite(a), axis=tuple(range(1, a.ndim))) for a in jax.tree.leaves(x)]

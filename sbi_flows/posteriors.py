@@ -181,6 +181,8 @@ class Posterior:
         """Run over chunks of observations of one padded shape and join the results."""
         total = len(features)
         size = min(total, max(1, ENTRIES // (each * self.prior.dim)))
+        if size == total:
+            return evaluate(features, other)
         outputs = []
         for start in range(0, total, size):
             rows = np.arange(start, start + size) % total
@@ -190,7 +192,12 @@ class Posterior:
     def _features(self, x: Obs) -> tuple[Array, bool]:
         """Validate x; features (B, C), and whether x was a single observation."""
         batch, single = as_batch(x, self.observation)
-        return self.standardiser(batch), single
+        return _standardised(self.standardiser, batch), single
+
+
+@jax.jit
+def _standardised(standardiser: Standardiser, x: Obs) -> Array:
+    return standardiser(x)
 
 
 def as_batch(x: Obs, like: Obs) -> tuple[Obs, bool]:

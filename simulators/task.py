@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import jax
@@ -101,7 +101,7 @@ class Task:
         # random bits differ between float32 and float64: one precision, one set of observations
         with jax.enable_x64(False):
             theta, noise_key = self._draw(i)
-            return self.simulator(noise_key, self._flat_prior.structured(theta))
+            return _simulate(self._flat_prior, self.simulator, noise_key, theta)
 
     def true_parameters(self, i: int) -> Array:
         """The parameters behind observation i as a flat vector, shape (D,).
@@ -152,3 +152,8 @@ class Task:
             raise ValueError(
                 f"observation: expected 1 to {self.num_observations} for {self.name}, got {i}"
             )
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _simulate(prior: Prior, simulator: Simulator, key: Key, theta: Array) -> Obs:
+    return simulator(key, prior.structured(theta))

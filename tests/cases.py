@@ -169,7 +169,8 @@ def autoregressive(transformer: Callable, count: int) -> BijectorCase:
         if params[1] is None:
             return Autoregressive(params[0], None, transformer)
         network = nnx.merge(*params[1])
-        return Autoregressive(params[0], lambda x: network(x, jnp.asarray(CONTEXT)), transformer)
+        rest = functools.partial(network, context=jnp.asarray(CONTEXT))
+        return Autoregressive(params[0], rest, transformer)
 
     return BijectorCase(params, build)
 

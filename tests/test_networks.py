@@ -39,7 +39,7 @@ def test_a_new_conditioner_gives_zeros(masked):
     )
     x, context = jnp.ones((4, 5, 3)), jnp.ones((5, CONTEXT))
     out = module(x, context)
-    assert out.shape == (PARAMS, 4, 5, 3)
+    assert out.shape == (PARAMS, 3, 4, 5)
     np.testing.assert_array_equal(out, 0.0)
 
 
@@ -50,9 +50,9 @@ def test_masked_parameters_see_inputs_up_to_their_own(dim, hidden):
     module = conditioner(dim, dim, masked=True, hidden=hidden)
     x = jnp.full((dim, dim), 0.3)
     # row i with its input i moved, against all of them as they were
-    moved, still = module(jnp.stack([x + jnp.eye(dim), x]), jnp.zeros(CONTEXT)).swapaxes(0, 1)
-    assert moved.shape == (PARAMS, dim, dim)
-    strength = np.max(np.abs(moved - still), axis=0).T
+    out = module(jnp.stack([x + jnp.eye(dim), x]), jnp.zeros(CONTEXT))
+    assert out.shape == (PARAMS, dim, 2, dim)
+    strength = np.max(np.abs(out[:, :, 0] - out[:, :, 1]), axis=0)
     for entry, source in itertools.product(range(dim), repeat=2):
         if source > entry:
             assert strength[entry, source] == 0.0
@@ -74,7 +74,18 @@ def test_one_context_serves_many_draws():
     contexts = jax.random.normal(jax.random.key(2), (4, CONTEXT))
     together = module(x, contexts)
     for row in range(4):
-        np.testing.assert_allclose(together[:, :, row], module(x[:, row], contexts[row]), atol=1e-5)
+        alone = module(x[:, row], contexts[row])
+        np.testing.assert_allclose(together[..., row], alone, atol=1e-5)
+
+
+def test_the_parameters_of_one_entry_are_those_among_all():
+    module = conditioner(4, 4, masked=True)
+    x, context = jax.random.normal(jax.random.key(1), (5, 2, 4)), jnp.ones((2, CONTEXT))
+    together = module(x, context)
+    for i in range(4):
+        alone = module(x, context, entry=jnp.asarray(i))
+        assert alone.shape == (PARAMS, 1, 5, 2)
+        np.testing.assert_allclose(alone[:, 0], together[:, i], atol=1e-5)
 
 
 NETWORKS = {
@@ -98,7 +109,7 @@ def test_dropout_needs_a_key_and_follows_it(name):
 
 
 def test_dropout_keeps_the_mean():
-    x = jnp.full((100, 1000), 2.0)
+    x = jnp.full((101, 999), 2.0)
     dropped = np.asarray(dropout(jax.random.key(0), x, 0.25))
     np.testing.assert_allclose(np.unique(dropped), [0.0, 2.0 / 0.75], rtol=1e-6)
     assert abs(np.mean(dropped) - 2.0) < 0.02

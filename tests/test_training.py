@@ -136,9 +136,9 @@ def test_a_member_that_has_stopped_waits_for_the_others(monkeypatch):
     """One member gets worse at once and stops, the other learns to the end."""
     epoch = ensemble._epoch
 
-    def worse(blueprint, settings, features, state, group, keys):
-        state, best, train, validation = epoch(blueprint, settings, features, state, group, keys)
-        if group.train[0, 0] == first_row:
+    def worse(blueprint, settings, features, group, keys, active):
+        state, best, train, validation = epoch(blueprint, settings, features, group, keys, active)
+        if active and group.train[0, 0] == first_row:
             best, validation = group.best._replace(age=group.best.age + 1), validation + 100.0
         return state, best, train, validation
 
@@ -232,10 +232,10 @@ def test_an_interrupted_fit_keeps_the_best_so_far(first, arrives, monkeypatch):
         best.append(kernels(self.weights(self.best)))
         return means
 
-    def interrupted_member(self, i, keys):
+    def interrupted_member(self, i, keys, active):
         if len(best) == 2 and i == MEMBERS - 1 and arrives == "within an epoch":
             raise KeyboardInterrupt
-        return advance(self, i, keys)
+        return advance(self, i, keys, active)
 
     def interrupted_check(values, epoch, *args):
         if epoch == 3:

@@ -18,7 +18,7 @@ class Coupling(distrax.Bijector):
     """Leaves the first `split` entries and transforms the others given them.
 
     Args:
-        conditioner: Maps the first entries (*, split) to parameters (P, *, D - split).
+        conditioner: Maps the first entries (*, split) to parameters (P, D - split, *).
         transformer: Makes the elementwise bijector from data to noise.
         split: Number of entries left as they are.
     """
@@ -32,12 +32,15 @@ class Coupling(distrax.Bijector):
 
     def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
         """Data (*, D) to noise (*, D) with the log determinant (*)."""
-        kept, changed = y[..., : self._split], y[..., self._split :]
-        out, log_det = self._transformer(self._conditioner(kept)).forward_and_log_det(changed)
-        return jnp.concatenate([kept, out], axis=-1), jnp.sum(log_det, axis=-1)
+        return self._map(y, "forward_and_log_det")
 
     def forward_and_log_det(self, x: Array) -> tuple[Array, Array]:
         """Noise (*, D) to data (*, D) with the log determinant (*)."""
-        kept, changed = x[..., : self._split], x[..., self._split :]
-        out, log_det = self._transformer(self._conditioner(kept)).inverse_and_log_det(changed)
-        return jnp.concatenate([kept, out], axis=-1), jnp.sum(log_det, axis=-1)
+        return self._map(x, "inverse_and_log_det")
+
+    def _map(self, value: Array, method: str) -> tuple[Array, Array]:
+        kept, changed = value[..., : self._split], value[..., self._split :]
+        transformer = self._transformer(self._conditioner(kept))
+        out, log_det = getattr(transformer, method)(jnp.moveaxis(changed, -1, 0))
+        joined = jnp.concatenate([kept, jnp.moveaxis(out, 0, -1)], axis=-1)
+        return joined, jnp.sum(log_det, axis=0)

@@ -208,13 +208,14 @@ class FlowLayer(nnx.Module):
         """Noise-to-data bijectors, the data side first."""
         rest = None if self.rest is None else partial(self.rest, context=context, key=key)
         if self.first is not None:
-            first = jnp.moveaxis(self.first(context), -1, 0)[..., None]
+            first = jnp.moveaxis(self.first(context), -1, 0)[:, None]
             layer = Autoregressive(first, rest, self.transformer)
         else:
             layer = Coupling(rest, self.transformer, self.split)  # type: ignore[arg-type]
         if self.dim == 1:
             return [layer]
-        linear = LULinear(self.lower[...], self.upper[...], self.log_diagonal[...])
+        # the direction that training takes is the product, the other one solves
+        linear = distrax.Inverse(LULinear(self.lower[...], self.upper[...], self.log_diagonal[...]))
         return [layer, linear, Permutation(tuple(reversed(range(self.dim))))]
 
 

@@ -7,10 +7,12 @@ Conditional Density Estimation" (arXiv:1605.06376); Greenberg et al. 2019 (arXiv
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from sbi_flows.checks import require_count
 from sbi_flows.data import Simulations, observation_shape
@@ -20,9 +22,9 @@ from sbi_flows.densities.flow import NSF
 from sbi_flows.errors import SimulationFailed, TrainingDiverged
 from sbi_flows.posteriors import Posterior
 from sbi_flows.prior import Prior, PriorLike, as_prior
-from sbi_flows.standardise import fit_standardiser
+from sbi_flows.standardise import Standardiser, fit_standardiser
 from sbi_flows.training import History, Training, fit
-from sbi_flows.typing import Key
+from sbi_flows.typing import Key, Obs
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -108,9 +110,7 @@ class NPE:
             TrainingDiverged: A loss was not finite; `.state` is the last finite posterior.
         """
         theta, x = self._checked(simulations)
-        y = self.prior.to_standard(theta)
-        standardiser = fit_standardiser(x)
-        features = standardiser(x)
+        y, standardiser, features, offset = _prepared(self.prior, theta, x)
         like = observation_shape(x)
         sizes = Sizes(
             self.prior.bounded,
@@ -118,7 +118,6 @@ class NPE:
             tuple(leaf.shape for leaf in jax.tree.leaves(like)),
         )
         blueprint = Blueprint(self.density, self.embedding, sizes)
-        offset = float(jnp.mean(self.prior.standard_log_det(y)))
 
         def posterior(weights: Weights) -> Posterior:
             return Posterior(self.prior, blueprint, weights, standardiser, like)
@@ -131,7 +130,7 @@ class NPE:
                 y,
                 features,
                 members=self.members,
-                offset=offset,
+                offset=float(offset),
                 progress=progress,
             )
         except TrainingDiverged as error:
@@ -139,7 +138,7 @@ class NPE:
             raise
         return posterior(weights), history
 
-    def _checked(self, simulations: Simulations) -> tuple[jax.Array, object]:
+    def _checked(self, simulations: Simulations) -> tuple[Array, Obs]:
         if not isinstance(simulations, Simulations):
             raise ValueError(
                 f"simulations: expected sf.Simulations, got {type(simulations).__name__}"
@@ -149,7 +148,7 @@ class NPE:
             raise ValueError(
                 f"theta: expected {self.prior.dim} columns for {self.prior.labels}, got {dim}"
             )
-        outside = int(np.sum(~np.asarray(self.prior.contains(simulations.theta))))
+        outside = int(np.sum(~np.asarray(_contains(self.prior, simulations.theta))))
         if outside:
             raise ValueError(
                 f"theta: expected values inside the prior's support, got {outside} rows outside"
@@ -161,3 +160,18 @@ class NPE:
                 f"{len(simulations)}"
             )
         return valid.theta, valid.x
+
+
+# one program each: operation by operation, a new process compiles some thirty
+
+
+@partial(jax.jit, static_argnums=0)
+def _contains(prior: Prior, theta: Array) -> Array:
+    return prior.contains(theta)
+
+
+@partial(jax.jit, static_argnums=0)
+def _prepared(prior: Prior, theta: Array, x: Obs) -> tuple[Array, Standardiser, Array, Array]:
+    """Standard coordinates, what standardises x, features, and the mean log det of theta."""
+    y, standardiser = prior.to_standard(theta), fit_standardiser(x)
+    return y, standardiser, standardiser(x), jnp.mean(prior.standard_log_det(y))

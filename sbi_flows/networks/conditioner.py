@@ -1,9 +1,10 @@
 """Networks that turn earlier entries and a context into a bijector's parameters.
 
-They give the parameters' axis first, `(P, *, D)`, as the spline wants it, and zeros at the start,
-so that every bijector starts at the identity. The context enters the first hidden layer and the
-output through maps of its own: what depends on the context alone is computed once an observation,
-however many draws are made for it.
+They give `(P, D, *)`: the rows of a batch stay contiguous in memory, so that what a spline does
+with the parameters vectorises over them. They give zeros at the start, so that every bijector
+starts at the identity. The context enters the first hidden layer and the output through maps of its
+own: what depends on the context alone is computed once an observation, however many draws are made
+for it.
 
 Source: Germain et al. 2015, "MADE" (arXiv:1502.03509), for the masks.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -65,8 +67,13 @@ class Conditioner(nnx.Module):
         )
         self.bias = nnx.Param(jnp.zeros(outputs))
 
-    def __call__(self, x: Array, context: Array, *, key: Key | None = None) -> Array:
-        """Map inputs (*, in_dim) and context (*, context_dim) to parameters (P, *, out_dim)."""
+    def __call__(
+        self, x: Array, context: Array, *, key: Key | None = None, entry: Array | None = None
+    ) -> Array:
+        """Map inputs (*, in_dim) and context (*, context_dim) to parameters (P, out_dim, *).
+
+        With the number of an `entry`, to those of this one alone, (P, 1, *).
+        """
         keys = split_key(key, len(self.layers))
         masks = self._masks()
         h = x @ (self.layers[0].kernel[...] * masks[0])
@@ -77,14 +84,26 @@ class Conditioner(nnx.Module):
         last = nnx.silu(h)
         if len(self.layers) == 1:
             last = dropout(keys[0], last, self.dropout)
-        # outputs first, as the dot product leaves them: the rows of a batch stay contiguous in
-        # memory, and what follows vectorises over them
-        out = _outputs_first(self.leave.kernel[...] * masks[-1], last)
-        shared = _outputs_first(self.leave_context.kernel[...], context)
-        shared += self.bias[...].reshape((-1,) + (1,) * (context.ndim - 1))
+        kernel, shared_kernel, bias = (
+            self._columns(a, entry)
+            for a in (
+                self.leave.kernel[...] * masks[-1],
+                self.leave_context.kernel[...],
+                self.bias[...][None],
+            )
+        )
+        out = _outputs_first(kernel, last)
+        shared = _outputs_first(shared_kernel, context)
+        shared += bias.reshape((-1,) + (1,) * (context.ndim - 1))
         out += jnp.expand_dims(shared, tuple(range(1, 1 + last.ndim - context.ndim)))
-        out = jnp.reshape(out, (self.params, self.out_dim, *out.shape[1:]))
-        return jnp.moveaxis(out, 1, -1)
+        return jnp.reshape(out, (self.params, -1, *out.shape[1:]))
+
+    def _columns(self, kernel: Array, entry: Array | None) -> Array:
+        """Columns of a kernel (H, P D) that one entry needs, (H, P); all of them for None."""
+        if entry is None:
+            return kernel
+        columns = jnp.reshape(kernel, (-1, self.params, self.out_dim))
+        return jax.lax.dynamic_index_in_dim(columns, entry, axis=2, keepdims=False)
 
     def _masks(self) -> list[Array | float]:
         """One mask a layer, output last; scaled up to keep the layers' variance."""

@@ -32,7 +32,7 @@ from sbi_flows.typing import Key
 
 
 class Best(NamedTuple):
-    """What a fit that ends at any moment keeps: no epoch may overwrite it."""
+    """The weights with the lowest validation loss so far, that loss, and epochs since then."""
 
     params: Any
     loss: Array
@@ -40,7 +40,7 @@ class Best(NamedTuple):
 
 
 class _State(NamedTuple):
-    """What an epoch overwrites in place."""
+    """What a step of the optimiser changes."""
 
     params: Any
     average: Any
@@ -50,7 +50,7 @@ class _State(NamedTuple):
 class _Group(NamedTuple):
     """All that one group of members trains with; every array has a leading axis of members."""
 
-    state: _State | None
+    state: _State
     best: Best
     rest: Any
     noise: Array
@@ -74,7 +74,7 @@ class Ensemble:
 
     Attributes:
         best: Weights, validation losses and ages of the best epochs so far, one a group; a new
-            tuple after each epoch, whose arrays stay as they are.
+            tuple after each epoch.
         log_det: Mean log determinant of each member's start over its validation rows, shape (M,).
 
     Raises:
@@ -100,14 +100,18 @@ class Ensemble:
         self._epoch = partial(_epoch, blueprint, training, features)
         self._pool = ThreadPoolExecutor(min(os.cpu_count() or 1, len(self._slices)))
         prepare = partial(_prepare, blueprint, training, y, features)
+        indices = range(len(self._slices))
         first, *others = [(keys[s], *(rows[s] for rows in folds)) for s in self._slices]
         # each program is compiled before the members share it: threads that met one that nobody
         # had compiled would each do so
         compiled = self._pool.submit(_compile, self._epoch, prepare, first)
         self._groups = [prepare(*first), *self._pool.map(lambda args: prepare(*args), others)]
         compiled.result()
-        self.best = tuple(group.best for group in self._groups)
         self.log_det = np.concatenate([group.log_det for group in self._groups])
+        # an epoch without a step scores the starts, so that no other program has to
+        scored = self._pool.map(lambda i: self._advance(i, keys[self._slices[i]], False), indices)
+        self._groups = [group for group, *_ in scored]
+        self.best = tuple(group.best for group in self._groups)
         self._losses = (self.best_loss, self.best_loss)
 
     def __enter__(self) -> Ensemble:
@@ -137,7 +141,7 @@ class Ensemble:
         """
         keys, running = jax.random.split(key, self._members), self.running
         active = [i for i, s in enumerate(self._slices) if running[s].any()]
-        results = self._pool.map(lambda i: self._advance(i, keys[self._slices[i]]), active)
+        results = self._pool.map(lambda i: self._advance(i, keys[self._slices[i]], True), active)
         losses = [np.array(values) for values in self._losses]
         groups = list(self._groups)
         for i, (group, *means) in zip(active, results, strict=True):
@@ -153,10 +157,9 @@ class Ensemble:
         params = _stack([b.params for b in best])
         return Weights(params, _stack([group.rest for group in self._groups]))
 
-    def _advance(self, i: int, keys: Key) -> tuple[_Group, np.ndarray, np.ndarray]:
+    def _advance(self, i: int, keys: Key, active: bool) -> tuple[_Group, np.ndarray, np.ndarray]:
         group = self._groups[i]
-        rest = group._replace(state=None)
-        state, best, train, validation = self._epoch(group.state, rest, keys)
+        state, best, train, validation = self._epoch(group, keys, active)
         return group._replace(state=state, best=best), np.asarray(train), np.asarray(validation)
 
 
@@ -191,10 +194,9 @@ def _folds(key: Key, n: int, held_out: int, members: int) -> tuple[Array, Array]
 def _compile(epoch: Callable, prepare: Callable, first: tuple) -> None:
     """Compile an epoch, which the jitted function then finds done."""
     group = jax.eval_shape(prepare, *first)
-    epoch.func.lower(*epoch.args, group.state, group._replace(state=None), first[0]).compile()
+    epoch.func.lower(*epoch.args, group, first[0], True).compile()
 
 
-@partial(jax.jit, static_argnums=(0, 1))
 def _prepare(
     blueprint: Blueprint,
     training: Training,
@@ -204,64 +206,81 @@ def _prepare(
     train: Array,
     held_out: Array,
 ) -> _Group:
-    """New members: weights, start, and the parameters as the start whitens them."""
+    """New members; most of the work does not depend on the settings of the training."""
+    params, *others = _start(blueprint, y, features, keys, train, held_out)
+    state = _State(params, params, _optimiser_state(training, params))
+    best = Best(params, jnp.full(len(keys), jnp.inf, y.dtype), jnp.zeros(len(keys), int))
+    return _Group(state, best, *others, train, held_out)
 
-    def one(key: Key, train: Array, held_out: Array) -> _Group:
+
+@partial(jax.jit, static_argnums=0)
+def _optimiser_state(training: Training, params: Any) -> Any:
+    return jax.vmap(training.transform(1).init)(params)
+
+
+@partial(jax.jit, static_argnums=0)
+def _start(
+    blueprint: Blueprint, y: Array, features: Array, keys: Key, train: Array, held_out: Array
+) -> tuple[Any, Any, Array, Array]:
+    """Initial weights, fitted starts, and the parameters as these whiten them, with log det."""
+
+    def one(key: Key, train: Array, held_out: Array) -> tuple[Any, Any, Array, Array]:
         params, rest = initial_weights(blueprint, key)
         start = fit_linear_start(y, features, train, held_out, blueprint.sizes.bounded)
         rest = {**rest, "start": start}
         noise, log_det = nnx.merge(graph_of(blueprint), params, rest).whiten(y, features)
-        loss = jnp.mean(_losses(blueprint, params, rest, None, noise[held_out], features[held_out]))
-        state = _State(params, params, training.transform(1).init(params))
-        best = Best(params, loss, jnp.zeros((), int))
-        return _Group(state, best, rest, noise, jnp.mean(log_det[held_out]), train, held_out)
+        return params, rest, noise, jnp.mean(log_det[held_out])
 
     return jax.vmap(one)(keys, train, held_out)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@partial(jax.jit, static_argnums=(0, 1))
 def _epoch(
     blueprint: Blueprint,
     training: Training,
     features: Array,
-    state: _State,
     group: _Group,
     keys: Key,
+    active: bool | Array,
 ) -> tuple[_State, Best, Array, Array]:
-    """One pass over the training rows and one over the validation rows, for a group's members."""
+    """One pass over the training rows and one over the validation rows, for a group's members.
+
+    Without `active`, which is no constant of the program, the validation rows alone.
+    """
     one = partial(_member_epoch, blueprint, training, features)
-    return jax.vmap(one)(state, group, keys)
+    return jax.vmap(one, in_axes=(0, 0, None))(group, keys, active)
 
 
 def _member_epoch(
     blueprint: Blueprint,
     training: Training,
     features: Array,
-    state: _State,
     group: _Group,
     key: Key,
+    active: Array,
 ) -> tuple[_State, Best, Array, Array]:
-    _, best, rest, noise, _, train, held_out = group
+    state, best, rest, noise, _, train, held_out = group
     batch = min(training.batch_size, len(train))
     steps = len(train) // batch
     transform = training.transform(steps * training.max_epochs)
     decay = 0.0 if training.ema_decay is None else training.ema_decay
     order_key, dropout_key = jax.random.split(key)
     rows = jax.random.permutation(order_key, train)[: steps * batch].reshape(steps, batch)
+    keys = jax.random.split(fast_key(dropout_key), steps)
 
     def loss(params: Any, key: Key, rows: Array) -> Array:
         return jnp.mean(_losses(blueprint, params, rest, key, noise[rows], features[rows]))
 
-    def step(state: _State, inputs: tuple) -> tuple[_State, Array]:
-        value, gradient = jax.value_and_grad(loss)(state.params, *inputs)
+    def step(i: Array, carry: tuple[_State, Array]) -> tuple[_State, Array]:
+        state, total = carry
+        value, gradient = jax.value_and_grad(loss)(state.params, keys[i], rows[i])
         updates, optimiser = transform.update(gradient, state.optimiser, state.params)
         params = optax.apply_updates(state.params, updates)
         average = optax.incremental_update(params, state.average, 1.0 - decay)
-        return _State(params, average, optimiser), value
+        return _State(params, average, optimiser), total + value
 
-    state, values = jax.lax.scan(
-        step, state, (jax.random.split(fast_key(dropout_key), steps), rows)
-    )
+    zero = jnp.zeros((), noise.dtype)
+    state, total = jax.lax.fori_loop(0, jnp.where(active, steps, 0), step, (state, zero))
     validation = jnp.mean(
         _losses(blueprint, state.average, rest, None, noise[held_out], features[held_out])
     )
@@ -269,7 +288,7 @@ def _member_epoch(
     better = (validation < best.loss) & (best.age < training.patience)
     new = Best(state.average, validation, jnp.zeros_like(best.age))
     old = best._replace(age=best.age + 1)
-    return state, jax.tree.map(partial(jnp.where, better), new, old), jnp.mean(values), validation
+    return state, jax.tree.map(partial(jnp.where, better), new, old), total / steps, validation
 
 
 def _losses(

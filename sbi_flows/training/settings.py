@@ -66,11 +66,13 @@ class Training:
 
     def transform(self, steps: int) -> optax.GradientTransformation:
         """The optimiser for a fit of this many steps, gradient clipping included."""
-        optimizer = self.optimizer
+        optimizer, clip = self.optimizer, optax.clip_by_global_norm(self.clip_norm)
         if optimizer is None:
             warm_up = max(1, min(100, steps // 100))
             schedule = optax.warmup_cosine_decay_schedule(
                 0.0, self.learning_rate, warm_up, max(steps, warm_up + 1), 0.01 * self.learning_rate
             )
             optimizer = optax.adamw(schedule, weight_decay=self.weight_decay)
-        return optax.chain(optax.clip_by_global_norm(self.clip_norm), optimizer)
+            # one vector: array by array, this is a quarter of the program to compile
+            return optax.flatten(optax.chain(clip, optimizer))
+        return optax.chain(clip, optimizer)
