@@ -207,10 +207,10 @@ def _prepare(
     held_out: Array,
 ) -> _Group:
     """New members; most of the work does not depend on the settings of the training."""
-    params, *others = _start(blueprint, y, features, keys, train, held_out)
+    params, rest, noise, log_det = _start(blueprint, y, features, keys, train, held_out)
     state = _State(params, params, _optimiser_state(training, params))
     best = Best(params, jnp.full(len(keys), jnp.inf, y.dtype), jnp.zeros(len(keys), int))
-    return _Group(state, best, *others, train, held_out)
+    return _Group(state, best, rest, noise, log_det, train, held_out)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -257,7 +257,7 @@ def _member_epoch(
     features: Array,
     group: _Group,
     key: Key,
-    active: Array,
+    active: bool | Array,
 ) -> tuple[_State, Best, Array, Array]:
     state, best, rest, noise, _, train, held_out = group
     batch = min(training.batch_size, len(train))

@@ -11,6 +11,8 @@ from benchmarks import peers, speed
 @pytest.mark.promotes
 def test_training_speed_without_the_peer(monkeypatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    for name, size in {"TRANSFORMS": 1, "HIDDEN": (8, 8), "BINS": 2}.items():
+        monkeypatch.setattr(speed, name, size)
     found = speed.training_speed(simulations=450, epochs=1, repeats=2)
     assert found["steps"] == 2
     assert set(found["steps_per_second"]) == {"ours", "ours, defaults"}
