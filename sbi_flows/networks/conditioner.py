@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -84,19 +85,13 @@ class Conditioner(nnx.Module):
         last = nnx.silu(h)
         if len(self.layers) == 1:
             last = dropout(keys[0], last, self.dropout)
-        kernel, shared_kernel, bias = (
-            self._columns(a, entry)
-            for a in (
-                self.leave.kernel[...] * masks[-1],
-                self.leave_context.kernel[...],
-                self.bias[...][None],
-            )
-        )
-        out = _outputs_first(kernel, last)
-        shared = _outputs_first(shared_kernel, context)
-        shared += bias.reshape((-1,) + (1,) * (context.ndim - 1))
+        columns = partial(self._columns, entry=entry)
+        out = _outputs_first(columns(self.leave.kernel[...] * masks[-1]), last)
+        shared = _outputs_first(columns(self.leave_context.kernel[...]), context)
+        shared += columns(self.bias[...][None]).reshape((-1,) + (1,) * (context.ndim - 1))
         out += jnp.expand_dims(shared, tuple(range(1, 1 + last.ndim - context.ndim)))
-        return jnp.reshape(out, (self.params, -1, *out.shape[1:]))
+        entries = self.out_dim if entry is None else 1
+        return jnp.reshape(out, (self.params, entries, *out.shape[1:]))
 
     def _columns(self, kernel: Array, entry: Array | None) -> Array:
         """Columns of a kernel (H, P D) that one entry needs, (H, P); all of them for None."""
