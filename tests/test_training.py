@@ -69,6 +69,13 @@ def test_a_second_fit_of_the_same_shapes_compiles_nothing(first):
     assert len(COMPILED) == 1
 
 
+def test_other_settings_of_the_training_do_not_compile_the_start_anew(first):
+    programs = ensemble._start._cache_size(), ensemble._epoch._cache_size()
+    fit(learning_rate=2e-2, max_epochs=1)
+    assert ensemble._start._cache_size() == programs[0] > 0
+    assert ensemble._epoch._cache_size() == programs[1] + 1
+
+
 def test_the_history_tells_what_happened(first):
     _, history = first
     assert history.train_loss.shape == history.validation_loss.shape == (6, MEMBERS)

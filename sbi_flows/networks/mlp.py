@@ -72,7 +72,7 @@ class ResidualBlock(nnx.Module):
 
 
 def dropout(key: Key | None, x: Array, rate: float) -> Array:
-    """Zero a fraction `rate` of x, to within 1/512, and scale up the rest; no key, no change."""
+    """Zero a fraction `rate` of x, to within 1/256, and scale up the rest; no key, no change."""
     if key is None or rate == 0.0:
         return x
     # a byte an entry: on a CPU the random words take as long as the layer that they are made for
