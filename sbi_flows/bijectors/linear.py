@@ -57,18 +57,13 @@ class Permutation(distrax.Bijector):
         super().__init__(event_ndims_in=1, is_constant_jacobian=True)
         if sorted(order) != list(range(len(order))):
             raise ValueError(f"order: expected a permutation of 0..{len(order) - 1}, got {order}")
-        self._order, self._inverse = tuple(order), tuple(np.argsort(order).tolist())
+        self._order = np.asarray(order)
+        self._inverse = np.argsort(self._order)
 
     def forward_and_log_det(self, x: Array) -> tuple[Array, Array]:
         """Permute the last axis."""
-        return _permuted(x, self._order), jnp.zeros(x.shape[:-1], x.dtype)
+        return x[..., self._order], jnp.zeros(x.shape[:-1], x.dtype)
 
     def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
         """Undo the permutation."""
-        return _permuted(y, self._inverse), jnp.zeros(y.shape[:-1], y.dtype)
-
-
-def _permuted(x: Array, order: tuple[int, ...]) -> Array:
-    if order == tuple(reversed(range(len(order)))):
-        return jnp.flip(x, axis=-1)  # whose gradient is no scatter, which a CPU does row by row
-    return x[..., np.asarray(order)]
+        return y[..., self._inverse], jnp.zeros(y.shape[:-1], y.dtype)
