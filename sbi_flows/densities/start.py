@@ -26,7 +26,7 @@ from sbi_flows.networks.shapes import align
 PENALTIES = (1e-6, 1e-3, 1e-2, 1e-1, 1.0, jnp.inf)
 """Ridge penalties tried, as multiples of the number of rows; the last one is no regression."""
 
-_STEPS, _RATE, _ROWS = 60, 0.1, 2048
+_STEPS, _RATE, _ROWS = 100, 0.1, 4096
 
 
 class LinearStart(NamedTuple):
