@@ -5,7 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # read when JAX, BLAS and matplotlib are imported; one thread each, as the workers fill the cores
-os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen=false {os.environ.get('XLA_FLAGS', '')}"
+# and no optimisation by the compiler, which costs more time than it saves in programs this small
+os.environ["XLA_FLAGS"] = (
+    "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0 "
+    f"{os.environ.get('XLA_FLAGS', '')}"
+)
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the workers share a GPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
