@@ -104,16 +104,17 @@ class Posterior:
                 f"theta: expected ({len(features)}, {self.prior.dim}) or ({len(features)}, n, "
                 f"{self.prior.dim}) for a batch of {len(features)} observations, got {theta.shape}"
             )
+        if theta.size == 0:
+            return jnp.zeros(theta.shape[:-1], theta.dtype)
         rows = theta.reshape(len(features), -1, self.prior.dim)
+        n = rows.shape[1]
+        # many theta at an observation: split them up as if there were more observations
+        pieces, each = _pieces(n, self.prior.dim)
+        padded = _pad(rows, pieces * each).reshape(-1, each, self.prior.dim)
+        repeated = jnp.repeat(features, pieces, axis=0)
         evaluate = partial(_log_prob, self.blueprint, self.prior, self.weights)
-        if single:  # many theta at one observation: split them up as if there were many
-            pieces = _pieces(rows.shape[1], self.prior.dim)
-            padded = _pad(rows[0], pieces[0] * pieces[1]).reshape(*pieces, self.prior.dim)
-            repeated = jnp.repeat(features, pieces[0], axis=0)
-            out = self._in_chunks(evaluate, pieces[1], repeated, padded)[0]
-            return out.reshape(-1)[: rows.shape[1]].reshape(theta.shape[:-1])
-        out = self._in_chunks(evaluate, rows.shape[1], features, rows)[0]
-        return out.reshape(theta.shape[:-1])
+        out = self._in_chunks(evaluate, each, repeated, padded)[0]
+        return out.reshape(len(features), -1)[:, :n].reshape(theta.shape[:-1])
 
     def map(self, x: Obs, *, key: Key | None = None, starts: int = 1000, steps: int = 200) -> Array:
         """Mode of the posterior: the best of many draws, refined by gradient ascent.
@@ -128,6 +129,7 @@ class Posterior:
         Returns:
             Shape (D,), or (B, D) for a batch.
         """
+        require_count(1, starts=starts, steps=steps)
         key = jax.random.key(0) if key is None else key
         draws, log_prob = self.sample_and_log_prob(key, x, starts)
         features, single = self._features(x)
@@ -167,15 +169,15 @@ class Posterior:
     def _draw(self, key: Key, x: Obs, n: int, *, with_log_prob: bool) -> tuple[Array, Array]:
         require_count(1, n=n)
         features, single = self._features(x)
-        # many draws for one observation: split them up as if there were many observations
-        pieces, each = _pieces(n, self.prior.dim) if single else (1, n)
+        # many draws for an observation: split them up as if there were more observations
+        pieces, each = _pieces(n, self.prior.dim)
         repeated = jnp.repeat(features, pieces, axis=0)
         keys = jax.random.split(key, len(repeated))
         evaluate = partial(_sample, self.blueprint, self.prior, each, with_log_prob, self.weights)
         draws, log_prob = self._in_chunks(evaluate, each, repeated, keys)
-        if single:
-            return draws.reshape(-1, self.prior.dim)[:n], log_prob.reshape(-1)[:n]
-        return draws, log_prob
+        draws = draws.reshape(len(features), -1, self.prior.dim)[:, :n]
+        log_prob = log_prob.reshape(len(features), -1)[:, :n]
+        return (draws[0], log_prob[0]) if single else (draws, log_prob)
 
     def _in_chunks(self, evaluate: Any, each: int, features: Array, other: Array) -> tuple:
         """Run over chunks of observations of one padded shape and join the results."""
@@ -240,7 +242,9 @@ def _pieces(n: int, dim: int) -> tuple[int, int]:
 
 
 def _pad(rows: Array, n: int) -> Array:
-    return jnp.concatenate([rows, jnp.broadcast_to(rows[:1], (n - len(rows), rows.shape[1]))])
+    """Repeat the last of the rows (B, m, D) until there are n."""
+    missing = n - rows.shape[1]
+    return jnp.pad(rows, ((0, 0), (0, missing), (0, 0)), mode="edge") if missing else rows
 
 
 def _member(blueprint: Blueprint, weights: Weights, features: Array) -> distrax.Distribution:
@@ -271,7 +275,10 @@ def _sample(
     features: Array,
     keys: Key,
 ) -> tuple[Array, Array]:
-    """Draws (B, n, D) and log densities (B, n): each member gives its share, interleaved."""
+    """Draws (B, n, D) and log densities (B, n): each member gives its share, interleaved.
+
+    Their order is random: what is left over by whole shares comes from any of the members alike.
+    """
     members = len(jax.tree.leaves(weights)[0])
     share = math.ceil(n / members)
 
@@ -279,17 +286,17 @@ def _sample(
         return _member(blueprint, member, f).sample(seed=key, sample_shape=(share,))[:, 0]
 
     def all_members(key: Key, f: Array) -> Array:
-        y = jax.vmap(one, in_axes=(0, 0, None), out_axes=1)(
-            weights, jax.random.split(key, members), f
-        )
-        return y.reshape(share * members, -1)[:n]
+        order_key, *member_keys = jax.random.split(key, 1 + members)
+        y = jax.vmap(one, in_axes=(0, 0, None), out_axes=1)(weights, jnp.stack(member_keys), f)
+        order = jax.random.permutation(order_key, members)
+        return y[:, order].reshape(share * members, -1)[:n]
 
     y = jax.vmap(all_members)(keys, features)
     theta = prior.from_standard(y)
     if not with_log_prob:
         return theta, jnp.zeros(y.shape[:2], y.dtype)
     log_prob = _mixture_log_prob(blueprint, weights, y, features)
-    return theta, log_prob - prior.standard_log_det(y)
+    return theta, log_prob - prior.standard_log_det(y, theta)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -300,8 +307,8 @@ def _log_prob(
     inside = prior.contains(theta)
     safe = jnp.where(inside[..., None], theta, prior.center(theta.shape[:-1]))
     y = prior.to_standard(safe)
-    log_prob = _mixture_log_prob(blueprint, weights, y, features) - prior.standard_log_det(y)
-    return (jnp.where(inside, log_prob, -jnp.inf),)
+    log_prob = _mixture_log_prob(blueprint, weights, y, features)
+    return (jnp.where(inside, log_prob - prior.standard_log_det(y, safe), -jnp.inf),)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -323,7 +330,7 @@ def _ascend(
     def objective(u: Array) -> Array:
         y = standard(u)
         log_prob = _mixture_log_prob(blueprint, weights, y[:, None], features)[:, 0]
-        return log_prob - prior.standard_log_det(y)
+        return log_prob - prior.standard_log_det(y, prior.from_standard(y))
 
     def step(carry: tuple, _: None) -> tuple[tuple, None]:
         u, state, best, best_value = carry

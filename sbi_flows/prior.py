@@ -106,7 +106,8 @@ class Prior:
         inside = jnp.all(jnp.isfinite(theta), axis=-1)
         for name, value in self.unflatten(theta).items():
             ok = self._sites[name].support(value)
-            inside &= jnp.all(jnp.reshape(ok, (*inside.shape, -1)), axis=-1)
+            ok = jnp.reshape(ok, (*inside.shape, math.prod(ok.shape[inside.ndim :])))
+            inside &= jnp.all(ok, axis=-1)
         return inside
 
     def flatten(self, values: Mapping[str, Any]) -> Array:
@@ -149,10 +150,19 @@ class Prior:
         parts = [self._maps[n].inverse(v) for n, v in values.items()]
         return jnp.concatenate([jnp.reshape(p, (*batch, -1)) for p in parts], axis=-1)
 
-    def standard_log_det(self, y: ArrayLike) -> Array:
-        """Log absolute determinant of the Jacobian of `from_standard` at y (*, d); shape (*)."""
+    def standard_log_det(self, y: ArrayLike, theta: ArrayLike) -> Array:
+        """Log absolute determinant of the Jacobian of `from_standard`.
+
+        Args:
+            y: Standard coordinates, shape (*, d).
+            theta: The parameters that belong to them, shape (*, D).
+
+        Returns:
+            Shape (*).
+        """
         parts = self._split(y, [math.prod(s) for s in self._standard], self._standard)
-        dets = [self._maps[n].log_det(v) for n, v in parts.items()]
+        values = self.unflatten(theta)
+        dets = [self._maps[n].log_det(v, values[n]) for n, v in parts.items()]
         batch = jnp.shape(y)[:-1]
         return sum((jnp.sum(d.reshape((*batch, -1)), axis=-1) for d in dets), jnp.zeros(batch))
 
@@ -178,12 +188,12 @@ class Prior:
 
     def _log_prob_inside(self, theta: Array) -> Array:
         if self._model is not None:
-            flat = jnp.reshape(theta, (-1, self.dim))
+            flat = jnp.reshape(theta, (math.prod(theta.shape[:-1]), self.dim))
             return jnp.reshape(jax.vmap(self._log_density_model)(flat), theta.shape[:-1])
         total = jnp.zeros(theta.shape[:-1], theta.dtype)
         for name, value in self.unflatten(theta).items():
             log_prob = self._sites[name].log_prob(value)
-            total += jnp.sum(jnp.reshape(log_prob, (*total.shape, -1)), axis=-1)
+            total += jnp.sum(log_prob, axis=tuple(range(total.ndim, log_prob.ndim)))
         return total
 
     def _sample_rows(self, key: Key, n: int) -> Array:

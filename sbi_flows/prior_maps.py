@@ -14,12 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
-from jax.scipy.special import ndtri
+from jax.scipy.special import ndtr, ndtri
 from jax.scipy.stats import norm
-from numpyro.distributions import biject_to
+from numpyro.distributions.transforms import AbsTransform, biject_to
+
+from sbi_flows.prior_tails import tails_of
 
 HALF_WIDTH = math.sqrt(3.0)
 """Half the width of an interval in standard coordinates: its uniform has variance 1."""
+
+_PROBABILITIES = (1e-3, 0.02, 0.3, 0.7, 0.98, 0.999)
+"""At which a distribution's CDF and quantiles are compared."""
 
 
 @runtime_checkable
@@ -37,8 +42,11 @@ class SiteMap(Protocol):
         """The support to standard coordinates."""
         ...
 
-    def log_det(self, y: Array) -> Array:
-        """Log absolute Jacobian determinant of `forward`, any shape that sums to (*)."""
+    def log_det(self, y: Array, theta: Array) -> Array:
+        """Log absolute Jacobian determinant of `forward` at y, where theta = forward(y).
+
+        Any shape that sums to (*).
+        """
         ...
 
 
@@ -64,7 +72,7 @@ class NormalMap:
             theta = transform._inverse(theta)
         return (theta - self._base.loc) / self._base.scale
 
-    def log_det(self, y: Array) -> Array:
+    def log_det(self, y: Array, theta: Array) -> Array:
         """Sum of the transforms' log derivatives."""
         points = self._chain(y)
         total = jnp.broadcast_to(jnp.log(self._base.scale), y.shape)
@@ -80,25 +88,39 @@ class NormalMap:
 
 
 class CdfMap:
-    """Elementwise distribution on an unbounded support, through its CDF to a standard normal."""
+    """Elementwise distribution on an unbounded support, through its CDF to a standard normal.
+
+    Where `tails_of` knows them, both tails keep their digits. Elsewhere the coordinate stops at 5.2
+    (in single precision) while the density goes on, as its Jacobian is taken at theta.
+    """
 
     bounded = False
 
     def __init__(self, base: dist.Distribution, shape: tuple[int, ...]) -> None:
         """Hold the elementwise distribution."""
-        self.standard_shape, self._base = shape, base
+        self.standard_shape, self._base, self._tails = shape, base, tails_of(base)
 
     def forward(self, y: Array) -> Array:
         """R to the support."""
-        return keep_inside(self._base.icdf(_inside(norm.cdf(y))), self._base.support)
+        if self._tails is None:
+            theta = self._base.icdf(_inside(ndtr(y)))
+        else:
+            lower = self._tails.icdf(_positive(ndtr(jnp.minimum(y, 0.0))))
+            upper = self._tails.isf(_positive(ndtr(-jnp.maximum(y, 0.0))))
+            theta = jnp.where(y < 0, lower, upper)
+        return keep_inside(theta, self._base.support)
 
     def inverse(self, theta: Array) -> Array:
         """The support to R."""
-        return ndtri(_inside(self._base.cdf(theta)))
+        if self._tails is None:
+            return ndtri(_inside(self._base.cdf(theta)))
+        below, above = self._tails.cdf(theta), self._tails.sf(theta)
+        near = ndtri(_positive(jnp.minimum(jnp.minimum(below, above), 0.5)))
+        return jnp.where(below < above, near, -near)
 
-    def log_det(self, y: Array) -> Array:
+    def log_det(self, y: Array, theta: Array) -> Array:
         """Log of the standard normal density, less the prior's log density."""
-        return norm.logpdf(y) - self._base.log_prob(self.forward(y))
+        return norm.logpdf(y) - self._base.log_prob(theta)
 
 
 class IntervalMap:
@@ -119,9 +141,9 @@ class IntervalMap:
         """The support to (-sqrt 3, sqrt 3)."""
         return HALF_WIDTH * (2.0 * _inside(self._base.cdf(theta)) - 1.0)
 
-    def log_det(self, y: Array) -> Array:
+    def log_det(self, y: Array, theta: Array) -> Array:
         """Log density of the uniform, less the prior's log density."""
-        return -math.log(2 * HALF_WIDTH) - self._base.log_prob(self.forward(y))
+        return -math.log(2 * HALF_WIDTH) - self._base.log_prob(theta)
 
 
 class SupportMap:
@@ -142,9 +164,9 @@ class SupportMap:
         """The support to R^d."""
         return self._transform._inverse(theta)
 
-    def log_det(self, y: Array) -> Array:
+    def log_det(self, y: Array, theta: Array) -> Array:
         """The transform's log absolute Jacobian determinant."""
-        return self._transform.log_abs_det_jacobian(y, self._transform(y))
+        return self._transform.log_abs_det_jacobian(y, theta)
 
 
 def site_map(site: dist.Distribution, *, dependent: bool) -> SiteMap:
@@ -156,7 +178,7 @@ def site_map(site: dist.Distribution, *, dependent: bool) -> SiteMap:
     peeled, transforms = _peel_transforms(base)
     if isinstance(peeled, dist.Normal):
         return NormalMap(peeled, transforms, base.support, shape)
-    if not _has_cdf(base):
+    if tails_of(base) is None and not _has_cdf(base):
         return SupportMap(site.support, shape)
     return IntervalMap(base, shape) if _is_interval(base.support) else CdfMap(base, shape)
 
@@ -165,14 +187,28 @@ def keep_inside(theta: Array, support: Any) -> Array:
     """Move what rounding put on or beyond a bound to the next number inside; NaN stays NaN.
 
     So 1 - exp(-20) stays below 1, and a draw of a gamma distribution above 0. Without bounds, the
-    largest finite numbers take their place. Supports of several dimensions (a simplex) have no
-    bounds of this kind.
+    largest finite numbers take their place; ordered numbers that became equal are set apart. Other
+    supports of several dimensions (a simplex) have no bounds of this kind.
     """
     while isinstance(support, dist.constraints.independent):
         support = support.base_constraint
+    if support == dist.constraints.ordered_vector:
+        return _set_apart(theta)
     low = _beyond(getattr(support, "lower_bound", -jnp.inf), jnp.inf, theta)
     high = _beyond(getattr(support, "upper_bound", jnp.inf), -jnp.inf, theta)
     return jnp.clip(theta, low, high)
+
+
+def _set_apart(theta: Array) -> Array:
+    """Raise entries that are not above the one before them to the next number."""
+
+    def step(before: Array, entry: Array) -> tuple[Array, Array]:
+        entry = jnp.where(entry <= before, jnp.nextafter(before, jnp.inf), entry)
+        return entry, entry
+
+    entries = jnp.moveaxis(theta, -1, 0)
+    rest = jax.lax.scan(step, entries[0], entries[1:])[1]
+    return jnp.moveaxis(jnp.concatenate([entries[:1], rest]), 0, -1)
 
 
 def _beyond(bound: Any, towards: float, like: Array) -> Array:
@@ -194,15 +230,23 @@ def elementwise(site: dist.Distribution) -> dist.Distribution | None:
 
 def _peel_transforms(base: dist.Distribution) -> tuple[dist.Distribution, tuple]:
     if isinstance(base, dist.TransformedDistribution):
-        if all(t.domain.event_dim == 0 for t in base.transforms):
+        if all(_is_elementwise_bijection(t) for t in base.transforms):
             return base.base_dist, tuple(base.transforms)
     return base, ()
 
 
+def _is_elementwise_bijection(transform: Any) -> bool:
+    return transform.domain.event_dim == 0 and not isinstance(transform, AbsTransform)
+
+
 def _has_cdf(base: dist.Distribution) -> bool:
+    """Whether CDF and quantiles are there and undo each other, in the tails too."""
+
     def agrees() -> Array:
-        value = base.icdf(jnp.full(base.batch_shape, 0.3))
-        return jnp.all(jnp.abs(base.cdf(value) - 0.3) < 1e-3)
+        p = jnp.reshape(jnp.asarray(_PROBABILITIES), (-1,) + (1,) * len(base.batch_shape))
+        p = jnp.broadcast_to(p, (len(_PROBABILITIES), *base.batch_shape))
+        error = jnp.abs(base.cdf(base.icdf(p)) - p)
+        return jnp.all(error < 0.02 * jnp.minimum(p, 1.0 - p))
 
     try:
         return bool(jax.jit(agrees)())
@@ -212,6 +256,11 @@ def _has_cdf(base: dist.Distribution) -> bool:
 
 def _is_interval(support: Any) -> bool:
     return hasattr(support, "lower_bound") and hasattr(support, "upper_bound")
+
+
+def _positive(u: Array) -> Array:
+    """Keep a probability off 0, and off numbers that compiled programs flush to it."""
+    return jnp.maximum(u, 8 * jnp.finfo(u.dtype).tiny)
 
 
 def _inside(u: Array) -> Array:

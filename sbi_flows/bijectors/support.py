@@ -23,11 +23,12 @@ class Support(distrax.Bijector):
 
     def forward_and_log_det(self, x: Array) -> tuple[Array, Array]:
         """Standard coordinates (*, d) to parameters (*, D) with the log determinant (*)."""
-        return self._prior.from_standard(x), self._prior.standard_log_det(x)
+        y = self._prior.from_standard(x)
+        return y, self._prior.standard_log_det(x, y)
 
     def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
         """Parameters (*, D) to (*, d); the log determinant is -inf outside the support."""
         inside = self._prior.contains(y)
         safe = jnp.where(inside[..., None], y, self._prior.center(y.shape[:-1]))
         x = self._prior.to_standard(safe)
-        return x, jnp.where(inside, -self._prior.standard_log_det(x), -jnp.inf)
+        return x, jnp.where(inside, -self._prior.standard_log_det(x, safe), -jnp.inf)
