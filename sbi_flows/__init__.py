@@ -14,7 +14,6 @@ from sbi_flows.diagnostics import check as check
 from sbi_flows.diagnostics import coverage as coverage
 from sbi_flows.diagnostics import sbc as sbc
 from sbi_flows.diagnostics import tarp as tarp
-from sbi_flows.errors import ArtefactError as ArtefactError
 from sbi_flows.errors import SbiFlowsError as SbiFlowsError
 from sbi_flows.errors import SbiFlowsWarning as SbiFlowsWarning
 from sbi_flows.errors import SimulationFailed as SimulationFailed

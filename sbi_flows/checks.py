@@ -1,6 +1,7 @@
 """Checks of what the user gives, so that bad input fails before any long work.
 
-Public names: `require_real`, `real_array`, `require_count`, `require_positive`, `require_fraction`.
+Public names: `require_real`, `real_array`, `real_arrays`, `require_count`, `require_positive`,
+`require_fraction`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,23 @@ def real_array(name: str, value: Any) -> Array | np.ndarray:
     return held
 
 
+def real_arrays(name: str, tree: Any) -> Any:
+    """An array, or a tree of arrays, of real numbers; a list of numbers is an array.
+
+    Raises:
+        ValueError: A leaf holds no real numbers.
+    """
+
+    def leaf(value: Any) -> Array | np.ndarray:
+        return real_array(name, value)
+
+    def holds_numbers(node: Any) -> bool:
+        arrays = (Array, np.ndarray, jax.ShapeDtypeStruct, dict)
+        return isinstance(node, list | tuple) and not any(isinstance(v, arrays) for v in node)
+
+    return jax.tree.map(leaf, tree, is_leaf=holds_numbers)
+
+
 def require_count(least: int, **settings: Any) -> None:
     """Refuse settings that are not whole numbers of at least `least`."""
     for name, value in settings.items():
@@ -62,12 +80,16 @@ def require_count(least: int, **settings: Any) -> None:
 def require_positive(**settings: Any) -> None:
     """Refuse settings that are not above zero."""
     for name, value in settings.items():
-        if not value > 0:
-            raise ValueError(f"{name}: expected a positive number, got {value}")
+        if not _is_number(value) or not value > 0:
+            raise ValueError(f"{name}: expected a positive number, got {value!r}")
 
 
 def require_fraction(**settings: Any) -> None:
     """Refuse settings outside [0, 1)."""
     for name, value in settings.items():
-        if not 0.0 <= value < 1.0:
-            raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
+        if not _is_number(value) or not 0.0 <= value < 1.0:
+            raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import warnings
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import numpy as np
 from jax import Array
 from tqdm.auto import tqdm
 
-from sbi_flows.checks import real_array, require_count, require_real
+from sbi_flows.checks import real_array, real_arrays, require_count, require_real
 from sbi_flows.errors import SbiFlowsWarning, SimulationFailed
 from sbi_flows.prior import Prior, PriorLike, as_prior
 from sbi_flows.typing import Key, Obs, Simulator
@@ -63,7 +64,7 @@ class Simulations:
     ) -> None:
         """Validate arrays that the user already has; rows that are not finite are never valid."""
         theta = _parameters(theta)
-        x = jax.tree.map(lambda leaf: jnp.asarray(real_array("x", leaf)), x)
+        x = jax.tree.map(jnp.asarray, real_arrays("x", x))
         _require_rows(x, len(theta))
         finite = valid_rows(x)
         valid = finite if valid is None else jnp.asarray(valid, bool)
@@ -150,6 +151,7 @@ def simulate(
     """
     require_count(1, n=n)
     prior = as_prior(prior)
+    simulator = _with_present_state(simulator)
     _check_simulator(prior, simulator)
     prior_key, noise_key = jax.random.split(key)
     theta = prior.sample(prior_key, n)
@@ -187,12 +189,19 @@ def _simulate_chunk(prior: Prior, simulator: Simulator, keys: Key, theta: Array)
     return jax.lax.map(lambda one: simulator(*one), inputs, batch_size=LANES)
 
 
+def _with_present_state(simulator: Simulator) -> Simulator:
+    """A simulator that compiled programs do not take for an earlier one.
+
+    A method, or an object that is called, may have other attributes by now; programs that were
+    compiled for it would not see that. Plain functions are known by themselves.
+    """
+    if isinstance(simulator, FunctionType) or hasattr(simulator, "__wrapped__"):
+        return simulator
+    return lambda key, theta: simulator(key, theta)
+
+
 def _check_simulator(prior: Prior, simulator: Simulator) -> None:
     """Trace the simulator on one parameter vector; nothing is computed."""
-    try:
-        hash(simulator)
-    except TypeError:
-        raise ValueError("simulator: expected a hashable callable, got one with __eq__") from None
     theta = jax.eval_shape(lambda: prior.structured(prior.center()))
     try:
         out = jax.eval_shape(simulator, jax.random.key(0), theta)

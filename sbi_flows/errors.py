@@ -28,9 +28,5 @@ class SimulationFailed(SbiFlowsError):
     """No simulation, or too few of them, gave a finite observation."""
 
 
-class ArtefactError(SbiFlowsError):
-    """A saved file cannot be trusted or read."""
-
-
 class SbiFlowsWarning(UserWarning):
     """Category of every warning that the library gives."""

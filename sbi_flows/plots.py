@@ -63,7 +63,7 @@ def rank_ecdf(
     top = 1.25 * max(np.abs(ax.get_ylim()))  # room for the legend
     ax.set(xlim=(0, 1), ylim=(-top, top), xlabel="posterior rank", ylabel="ECDF - uniform")
     beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
-    place = beside if len(labels) > 5 else {"loc": "upper right", "ncols": 3}
+    place = beside if len(labels) > 5 else {"loc": "upper right", "ncols": 2}
     if band is not None or any(labels):
         ax.legend(frameon=False, fontsize="small", **place)
     return ax
@@ -254,6 +254,7 @@ def loss_curves(history: Any, *, ax: Any = None) -> Any:
         marker = {"color": COLOURS[1], "mec": "white", "ms": 7, "ls": "none", "zorder": 3}
         ax.plot(epochs[best], validation[best, m], "o", label=kept, **marker)
     ax.set(xlabel="epoch", ylabel="negative log density (nats)")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     # the first epochs of a poor start would flatten everything that matters
     settled = np.r_[train[len(train) // 5 :], validation[1 + len(train) // 5 :]]
     settled = settled[np.isfinite(settled)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ import optax
 from flax import nnx
 from jax import Array
 
-from sbi_flows.checks import real_array, require_count
+from sbi_flows.checks import real_array, real_arrays, require_count
 from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
 from sbi_flows.prior import Prior
 from sbi_flows.prior_maps import HALF_WIDTH
@@ -128,6 +129,9 @@ class Posterior:
 
         Returns:
             Shape (D,), or (B, D) for a batch.
+
+        Raises:
+            ValueError: x does not fit, or a number is not positive.
         """
         require_count(1, starts=starts, steps=steps)
         key = jax.random.key(0) if key is None else key
@@ -216,9 +220,10 @@ def as_batch(x: Obs, like: Obs) -> tuple[Obs, bool]:
         ValueError: x does not fit, holds no real numbers, or is not finite.
     """
     expected = [tuple(leaf.shape) for leaf in jax.tree.leaves(like)]
+    x = jax.tree.map(np.asarray, real_arrays("x", x))
     if jax.tree.structure(x) != jax.tree.structure(like):
-        raise ValueError(f"x: expected the structure {like}, got {jax.tree.structure(x)}")
-    leaves = [np.asarray(real_array("x", leaf)) for leaf in jax.tree.leaves(x)]
+        raise ValueError(f"x: expected {_in_words(like)}, got {_in_words(x)}")
+    leaves = jax.tree.leaves(x)
     if not all(np.all(np.isfinite(leaf)) for leaf in leaves):
         raise ValueError("x: expected finite values, got NaN or infinity")
     shapes = [leaf.shape for leaf in leaves]
@@ -232,6 +237,12 @@ def as_batch(x: Obs, like: Obs) -> tuple[Obs, bool]:
         raise ValueError("x: expected at least one observation, got an empty batch")
     batch = [jnp.asarray(leaf[None] if single else leaf) for leaf in leaves]
     return jax.tree.unflatten(jax.tree.structure(like), batch), single
+
+
+def _in_words(x: Obs) -> str:
+    if isinstance(x, Mapping):
+        return f"a dict of arrays with the keys {sorted(map(str, x))}"
+    return f"an array of shape {x.shape}" if hasattr(x, "shape") else type(x).__name__
 
 
 def _pieces(n: int, dim: int) -> tuple[int, int]:

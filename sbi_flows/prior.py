@@ -96,6 +96,8 @@ class Prior:
     def log_prob(self, theta: ArrayLike) -> Array:
         """Log density at theta of shape (*, D); -inf outside the support; shape (*)."""
         theta = self._checked(theta)
+        if not theta.size:  # numpyro reshapes with -1, which no rows cannot
+            return jnp.zeros(theta.shape[:-1])
         inside = self.contains(theta)
         safe = jnp.where(inside[..., None], theta, self.center(theta.shape[:-1]))
         return jnp.where(inside, self._log_prob_inside(safe), -jnp.inf)
@@ -106,8 +108,7 @@ class Prior:
         inside = jnp.all(jnp.isfinite(theta), axis=-1)
         for name, value in self.unflatten(theta).items():
             ok = self._sites[name].support(value)
-            ok = jnp.reshape(ok, (*inside.shape, math.prod(ok.shape[inside.ndim :])))
-            inside &= jnp.all(ok, axis=-1)
+            inside &= jnp.all(jnp.reshape(ok, (*inside.shape, -1)), axis=-1)
         return inside
 
     def flatten(self, values: Mapping[str, Any]) -> Array:
@@ -188,12 +189,12 @@ class Prior:
 
     def _log_prob_inside(self, theta: Array) -> Array:
         if self._model is not None:
-            flat = jnp.reshape(theta, (math.prod(theta.shape[:-1]), self.dim))
+            flat = jnp.reshape(theta, (-1, self.dim))
             return jnp.reshape(jax.vmap(self._log_density_model)(flat), theta.shape[:-1])
         total = jnp.zeros(theta.shape[:-1], theta.dtype)
         for name, value in self.unflatten(theta).items():
             log_prob = self._sites[name].log_prob(value)
-            total += jnp.sum(log_prob, axis=tuple(range(total.ndim, log_prob.ndim)))
+            total += jnp.sum(jnp.reshape(log_prob, (*total.shape, -1)), axis=-1)
         return total
 
     def _sample_rows(self, key: Key, n: int) -> Array:

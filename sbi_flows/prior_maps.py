@@ -203,7 +203,9 @@ def _set_apart(theta: Array) -> Array:
     """Raise entries that are not above the one before them to the next number."""
 
     def step(before: Array, entry: Array) -> tuple[Array, Array]:
-        entry = jnp.where(entry <= before, jnp.nextafter(before, jnp.inf), entry)
+        # to the gradient, which no next number has, the two are still one
+        above = jnp.nextafter(jax.lax.stop_gradient(before), jnp.inf)
+        entry = jnp.where(entry <= before, above, entry)
         return entry, entry
 
     entries = jnp.moveaxis(theta, -1, 0)

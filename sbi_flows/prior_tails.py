@@ -32,8 +32,8 @@ def tails_of(base: dist.Distribution) -> Tails | None:
 
     Example:
         >>> import numpyro.distributions as dist
-        >>> float(tails_of(dist.Exponential(2.0)).sf(20.0)) == math.exp(-40.0)
-        True
+        >>> print(f"{float(tails_of(dist.Exponential(2.0)).sf(20.0)):.2e}")
+        4.25e-18
     """
     kind = type(base)
     if kind is dist.Exponential:

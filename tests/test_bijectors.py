@@ -222,6 +222,18 @@ class TestTruncated:
         uniform = HALF_WIDTH * (2 * jax.scipy.stats.norm.cdf(noise) - 1)
         np.testing.assert_allclose(wide.forward(noise), uniform, atol=1e-3)
 
+    @pytest.mark.parametrize("mean", [0.0, 1.9, 3.0])
+    def test_far_tails_come_back_in_order(self, mean):
+        """Where the mean lies outside the box the straight line begins off the diagonal."""
+        narrow = TruncatedAutoregression(
+            jnp.full(1, mean), jnp.zeros((1, 1)), jnp.log(jnp.full(1, 0.1)), (True,)
+        )
+        noise = jnp.linspace(-9.0, 6.0, 61)[:, None]
+        y, back = narrow.forward(noise), narrow.inverse(narrow.forward(noise))
+        assert np.all(np.diff(y[:, 0]) >= 0)
+        inside = np.abs(y) < HALF_WIDTH - 1e-4
+        np.testing.assert_allclose(back[inside], noise[inside], atol=0.02)
+
     def test_its_density_is_that_of_the_noise(self):
         """`log_prob` takes no quantile; both are the same within 3 standard deviations."""
         case = cases.BIJECTORS["truncated normal"]

@@ -112,11 +112,23 @@ def test_no_valid_row_at_all_is_an_error():
     assert isinstance(error.value, SbiFlowsError)
 
 
-class NoHash:
+class Shifted:
+    """An object that is called, with state, and without a hash."""
+
     __hash__ = None
+    shift = 0.0
 
     def __call__(self, key, theta):
-        return theta
+        return theta + self.shift
+
+
+def test_a_simulator_with_state_is_run_as_it_is_now():
+    simulator = Shifted()
+    for run in (simulator, simulator.__call__):
+        for shift in (0.0, 100.0):
+            simulator.shift = shift
+            sims = sf.simulate(jax.random.key(0), PRIOR, run, 10)
+            np.testing.assert_allclose(sims.x, sims.theta + shift, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +142,6 @@ class NoHash:
         (lambda key, theta: theta[:0], "expected numeric arrays"),
         (lambda key, theta: theta + 1j, "simulator: expected real numbers, got dtype complex64"),
         (lambda key, theta: key, r"simulator: expected real numbers, got dtype key<fry>"),
-        (NoHash(), "expected a hashable callable"),
     ],
 )
 def test_a_simulator_that_cannot_be_run_is_refused(simulator, message):
@@ -180,8 +191,8 @@ def test_a_field_of_the_wrong_length_is_refused(field):
         sf.Simulations(GOOD, GOOD, **{field: np.ones(3, int)})
 
 
-def test_arrays_of_either_library_are_accepted():
-    for make in (np.asarray, jnp.asarray):
+def test_arrays_of_either_library_and_lists_are_accepted():
+    for make in (np.asarray, jnp.asarray, list):
         sims = sf.Simulations(make([[1, 2], [3, 4]]), make([[0.5], [1.5]]))
         assert sims.theta.dtype == jnp.float32
         assert isinstance(sims.theta, jax.Array)

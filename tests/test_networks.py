@@ -43,7 +43,7 @@ def test_a_new_conditioner_gives_zeros(masked):
     np.testing.assert_array_equal(out, 0.0)
 
 
-# hidden widths below, at and off a multiple of the number of entries
+# hidden widths at and off a multiple of the number of entries
 @pytest.mark.parametrize("hidden", [(16, 16), (4,), (7, 5, 7)])
 @pytest.mark.parametrize("dim", [1, 4])
 def test_masked_parameters_see_inputs_up_to_their_own(dim, hidden):
@@ -58,6 +58,16 @@ def test_masked_parameters_see_inputs_up_to_their_own(dim, hidden):
             assert strength[entry, source] == 0.0
         else:
             assert strength[entry, source] > 0.0
+
+
+def test_inputs_beyond_the_width_are_seen():
+    """Fewer units than entries cannot tell all inputs apart, but each has some influence."""
+    module = conditioner(6, 6, masked=True, hidden=(3,))
+    x = jnp.full((6, 6), 0.3)
+    out = module(jnp.stack([x + jnp.eye(6), x]), jnp.zeros(CONTEXT))
+    strength = np.max(np.abs(out[:, :, 0] - out[:, :, 1]), axis=0)
+    assert np.all(strength[-1] > 0.0)
+    assert np.all(np.triu(strength, 1) == 0.0)
 
 
 def test_unmasked_parameters_see_every_input_and_the_context():

@@ -59,7 +59,7 @@ SEEN = {
 
 def test_shapes_of_draws_and_densities(gaussian):
     key = jax.random.key(0)
-    for x, batch in ((ONE, ()), (BATCH, (5,)), (BATCH[:1], (1,)), (np.asarray(ONE), ())):
+    for x, batch in ((ONE, ()), (BATCH, (5,)), (BATCH[:1], (1,)), ([0.3, -0.8], ())):
         draws, log_prob = gaussian.sample_and_log_prob(key, x, 7)
         assert (draws.shape, log_prob.shape) == ((*batch, 7, 2), (*batch, 7))
         np.testing.assert_array_equal(gaussian.sample(key, x, 7), draws)
@@ -67,6 +67,7 @@ def test_shapes_of_draws_and_densities(gaussian):
     assert gaussian.log_prob(ONE, ONE).shape == ()
     assert gaussian.log_prob(jnp.zeros((3, 4, 2)), ONE).shape == (3, 4)
     assert gaussian.log_prob(jnp.zeros((5, 2)), BATCH).shape == (5,)
+    assert gaussian.log_prob(jnp.zeros((0, 2)), ONE).shape == (0,)
 
 
 def test_draws_follow_the_key(gaussian):
@@ -106,6 +107,7 @@ def test_the_result_does_not_depend_on_the_chunks(gaussian, monkeypatch):
     np.testing.assert_allclose(chunked_log_prob, log_prob, atol=1e-4)
     np.testing.assert_allclose(gaussian.log_prob(theta, BATCH), many, rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(posteriors, "ENTRIES", 8)  # four of nine theta at one observation
+    np.testing.assert_allclose(gaussian.log_prob(theta, BATCH), many, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(gaussian.log_prob(theta[0], ONE), single, rtol=1e-4, atol=1e-4)
 
 
@@ -143,6 +145,16 @@ def test_both_members_draw(gaussian):
         dataclasses.replace(gaussian, weights=weights).sample(jax.random.key(0), ONE, 101)
     )
     assert np.sum(far[:, 0] > 50) in (50, 51)
+
+
+def test_few_draws_come_from_any_member(gaussian):
+    """One draw for each of many observations, as for a predictive check."""
+    start = gaussian.weights.rest["start"]
+    moved = start._replace(bias=start.bias.at[1].add(100.0))
+    weights = gaussian.weights._replace(rest=gaussian.weights.rest | {"start": moved})
+    posterior = dataclasses.replace(gaussian, weights=weights)
+    far = posterior.sample(jax.random.key(0), jnp.zeros((400, 2)), 1)[:, 0, 0] > 50
+    assert 0.4 < np.mean(far) < 0.6
 
 
 @pytest.mark.promotes
@@ -207,7 +219,11 @@ def test_the_mode_is_the_exact_one_and_tops_all_draws(gaussian, boxed):
         (np.array(["a", "b"]), "x: expected real numbers, got dtype <U1"),
         (np.array([None, 1.0]), "x: expected real numbers, got dtype object"),
         (np.array([1j, 0.0]), "x: expected .*complex"),
-        ({"x": jnp.zeros(2)}, "x: expected"),
+        ([0.5, "a"], "x: expected real numbers"),
+        (
+            {"x": jnp.zeros(2)},
+            r"x: expected an array of shape \(2,\), got a dict of arrays with the keys \['x'\]",
+        ),
     ],
 )
 def test_observations_that_do_not_fit_are_refused(gaussian, x, message):

@@ -91,7 +91,7 @@ def test_standard_coordinates_and_back(case):
 def test_the_prior_is_standard_in_standard_coordinates(case):
     name, prior, theta = case
     y = prior.to_standard(theta)
-    pushed = prior.log_prob(theta) + prior.standard_log_det(y)
+    pushed = prior.log_prob(theta) + prior.standard_log_det(y, theta)
     if name in THROUGH_CDF:
         uniform = jnp.full_like(y, -np.log(2 * HALF_WIDTH))
         expected = jnp.where(jnp.asarray(prior.bounded)[None], uniform, norm.logpdf(y))
@@ -115,6 +115,54 @@ def test_no_standard_coordinates_lead_outside(case):
     theta = prior.from_standard(y)
     assert np.all(prior.contains(theta))
     assert not np.any(np.isnan(prior.log_prob(theta)))
+
+
+TAILS = {  # a prior, and places where 1 - cdf has no digits left in single precision
+    "exponential": (dist.Exponential(1.0), [1e-6, 4.0, 20.0, 80.0]),
+    "half normal": (dist.HalfNormal(2.0), [1e-3, 10.0, 16.0]),
+    "half Cauchy": (dist.HalfCauchy(2.0), [1e-4, 1e3, 1e9]),
+    "truncated below": (dist.TruncatedNormal(1.0, 0.5, low=0.0), [1e-3, 4.0, 6.0]),
+    "a tail of a normal": (dist.TruncatedNormal(0.0, 1.0, low=4.0), [4.0001, 5.0, 8.0]),
+}
+
+
+@pytest.mark.parametrize("name", TAILS)
+def test_both_tails_keep_their_digits(name):
+    given, places = TAILS[name]
+    prior, theta = sf.as_prior(given), jnp.asarray(places)[:, None]
+    y = prior.to_standard(theta)
+    np.testing.assert_allclose(prior.from_standard(y), theta, rtol=2e-3)
+    pushed = prior.log_prob(theta) + prior.standard_log_det(y, theta)
+    np.testing.assert_allclose(pushed, norm.logpdf(y[:, 0]), atol=2e-3)
+    draws = prior.sample(jax.random.key(0), 4000)
+    assert np.std(prior.to_standard(draws)) == pytest.approx(1.0, abs=0.05)
+    back = prior.from_standard(prior.to_standard(draws))
+    np.testing.assert_allclose(back, draws, rtol=2e-3)
+
+
+def test_a_density_without_a_survival_function_still_decays():
+    prior = sf.as_prior(dist.Gamma(2.0, 3.0))
+    theta = jnp.array([[1.0], [10.0], [30.0]])
+    y = prior.to_standard(theta)
+    density = norm.logpdf(y[:, 0]) - prior.standard_log_det(y, theta)
+    np.testing.assert_allclose(density, prior.log_prob(theta), rtol=1e-3)
+
+
+def test_ordered_draws_that_round_to_ties_are_set_apart():
+    wide = dist.Normal(0.0, 3.0).expand([4]).to_event(1)
+    prior = sf.as_prior(dist.TransformedDistribution(wide, dist.transforms.OrderedTransform()))
+    assert np.all(prior.contains(prior.sample(jax.random.key(0), 20_000)))
+
+
+def test_a_folded_distribution_goes_through_its_support():
+    prior = sf.as_prior(dist.FoldedDistribution(dist.Normal(1.0, 1.0)))
+    theta = prior.sample(jax.random.key(0), 50)
+    np.testing.assert_allclose(prior.from_standard(prior.to_standard(theta)), theta, rtol=1e-3)
+
+
+def test_no_rows_have_no_densities():
+    prior = cases.prior("dict")
+    assert prior.log_prob(jnp.zeros((0, prior.dim))).shape == (0,)
 
 
 ROUNDED = {

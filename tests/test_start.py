@@ -44,6 +44,20 @@ def test_a_linear_gaussian_posterior_is_exact():
     assert np.std(exact - log_prob) < 0.2
 
 
+def test_a_long_observation_is_read_through_its_leading_directions():
+    """A picture of 40 x 40 that two numbers light up, beside noise in every pixel."""
+    rng = np.random.default_rng(5)
+    y = rng.normal(size=(1000 + 2000, 2))
+    c = y @ rng.normal(size=(2, 1600)) + 10.0 * rng.normal(size=(len(y), 1600))
+    y, c = jnp.asarray(y, jnp.float32), jnp.asarray(c, jnp.float32)
+    order = jnp.arange(1000)
+    start = fit(y[:1000], c[:1000], order[100:], order[:100], (False, False))
+    assert start.weight.shape == (1600, 2)
+    log_prob = start.bijector(c[1000:], (False, False)).log_prob(y[1000:])
+    # the posterior sd of either number is about 10 / sqrt(1600)
+    assert np.mean(log_prob) > stats.norm.logpdf(y[1000:]).sum(axis=1).mean() + 1.0
+
+
 @pytest.mark.parametrize("noise", [0.1, 0.5, 2.0])
 def test_a_truncated_normal_posterior_is_exact(noise):
     """A box prior and Gaussian noise: from well inside the box to pressed on its faces."""

@@ -78,16 +78,21 @@ class TruncatedAutoregression(distrax.Bijector):
         mean, low, high, sign = _faces(mean, scale)
         t = (y - mean) / scale * sign
         near = jnp.clip(t, jnp.maximum(low, -_FAR), jnp.minimum(high, _FAR))
-        mass = ndtr(high) - ndtr(low)
-        below = (ndtr(near) - ndtr(low)) / mass
-        above = jnp.where(near > 0, ndtr(-near) - ndtr(-high), ndtr(high) - ndtr(near)) / mass
-        # the smaller of the two tails keeps its digits
-        quantile = ndtri(_positive(jnp.minimum(below, above)))
-        noise = jnp.where(below < above, quantile, -quantile)
-        slope = norm.logpdf(near) - norm.logpdf(noise) - jnp.log(mass)
+        noise = _quantile(near, low, high)
+        slope = norm.logpdf(near) - norm.logpdf(noise) - jnp.log(ndtr(high) - ndtr(low))
         bounded = align(bounded, y)
         noise = jnp.where(bounded, sign * (noise + t - near), affine)
         return noise, affine_slope + jnp.where(bounded, slope, 0.0)
+
+
+def _quantile(t: Array, low: Array, high: Array) -> Array:
+    """Normal quantile of the truncated normal's CDF at t, between its faces."""
+    mass = ndtr(high) - ndtr(low)
+    below = (ndtr(t) - ndtr(low)) / mass
+    above = jnp.where(t > 0, ndtr(-t) - ndtr(-high), ndtr(high) - ndtr(t)) / mass
+    # the smaller of the two tails keeps its digits
+    quantile = ndtri(_positive(jnp.minimum(below, above)))
+    return jnp.where(below < above, quantile, -quantile)
 
 
 def _from_noise(x: Array, mean: Array, scale: Array, bounded: Array) -> Array:
@@ -102,7 +107,10 @@ def _from_noise(x: Array, mean: Array, scale: Array, bounded: Array) -> Array:
         upper, jnp.where(high > 0, ndtr(-high) + share, ndtr(high) - share), ndtr(low) + share
     )
     t = ndtri(p) * jnp.where(upper & (high > 0), -1.0, 1.0)
-    t = jnp.where(jnp.isfinite(t) & (jnp.abs(t) < _FAR), t, x)
+    # beyond _FAR a straight line goes on, from where the inverse lets it begin
+    far = jnp.where(upper, _FAR, -_FAR)
+    line = far + x - _quantile(jnp.clip(far, low, high), low, high)
+    t = jnp.where(jnp.isfinite(t) & (jnp.abs(t) < _FAR), t, line)
     y = jnp.clip(mean + scale * sign * t, -HALF_WIDTH, HALF_WIDTH)
     return jnp.where(bounded, y, affine)
 

@@ -118,10 +118,58 @@ class Blueprint:
             return None
         if isinstance(self.embedding, nnx.Module):
             return nnx.clone(self.embedding)
-        module = self.embedding(nnx.Rngs(key))
-        if not isinstance(module, nnx.Module):
-            raise ValueError(f"embedding: expected a flax nnx.Module, got {type(module).__name__}")
-        return module
+        return _trainable(self.embedding(nnx.Rngs(key)))
+
+    def given_weights(self) -> Any:
+        """Weights, as they are now, of an embedding that is given as a module; None otherwise."""
+        if not isinstance(self.embedding, nnx.Module):
+            return None
+        return nnx.as_pure(nnx.state(self.embedding, nnx.Param))
+
+
+def check_embedding(embedding: Any) -> None:
+    """Refuse what is no embedding, as far as that is known before any data.
+
+    Raises:
+        ValueError: A module with state that is no parameter, or what cannot be called with one
+            `nnx.Rngs`.
+    """
+    if isinstance(embedding, nnx.Module):
+        _trainable(embedding)
+        return
+    try:  # the metaclass of modules hides the signature of the class
+        if isinstance(embedding, type):
+            inspect.signature(embedding.__init__).bind(None, None)
+        else:
+            inspect.signature(embedding).bind(None)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"embedding: expected a module or a function of one nnx.Rngs, got {embedding!r}: "
+            f"{error}; other arguments can be set by functools.partial"
+        ) from None
+
+
+def _trainable(module: Any) -> nnx.Module:
+    """The module, if a fit can train all of its state.
+
+    Running statistics and random streams would change with every call, which a posterior that is
+    fitted must not.
+    """
+    if not isinstance(module, nnx.Module):
+        raise ValueError(f"embedding: expected a flax nnx.Module, got {type(module).__name__}")
+    other = nnx.state(module, nnx.Not(nnx.Param))
+    kinds = {type(v).__name__ for v in jax.tree.leaves(other, is_leaf=_is_variable)}
+    if kinds:
+        raise ValueError(
+            f"embedding: expected a module whose state is parameters (nnx.Param) alone, got "
+            f"{', '.join(sorted(kinds))}. Use LayerNorm in place of BatchNorm; for dropout, take a "
+            "`key` in __call__, as sf.ResidualMLP does, which is None outside training"
+        )
+    return module
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
 
 
 class Weights(NamedTuple):
@@ -138,12 +186,17 @@ def graph_of(blueprint: Blueprint) -> nnx.GraphDef:
     return nnx.split(model, nnx.Param, ...)[0]
 
 
-def initial_weights(blueprint: Blueprint, key: Key) -> tuple[Any, Any]:
-    """Trainable weights and the other arrays of a new model."""
+def initial_weights(blueprint: Blueprint, key: Key, given: Any) -> tuple[Any, Any]:
+    """Trainable weights and the other arrays of a new model.
+
+    The weights of an embedding that was given as a module come as an argument: the module itself is
+    a constant of compiled programs, which would not see that its weights have changed.
+    """
     # a third of the time to compile a fit went into threefry for some twenty arrays
     key = fast_key(key)
     _, params, rest = nnx.split(blueprint.build(key), nnx.Param, ...)
-    return nnx.as_pure(params), nnx.as_pure(rest)
+    params = nnx.as_pure(params)
+    return params if given is None else {**params, "embedding": given}, nnx.as_pure(rest)
 
 
 def _embed(embedding: nnx.Module, x: Any, key: Key | None) -> Array:

@@ -26,6 +26,9 @@ from sbi_flows.networks.shapes import align
 PENALTIES = (1e-6, 1e-3, 1e-2, 1e-1, 1.0, jnp.inf)
 """Ridge penalties tried, as multiples of the number of rows; the last one is no regression."""
 
+MAX_FEATURES = 512
+"""Longer observations are projected onto this many directions before the regression."""
+
 _STEPS, _RATE, _ROWS = 100, 0.1, 4096
 
 
@@ -69,8 +72,13 @@ def fit_linear_start(
         bounded: Which of the d coordinates are bounded.
 
     Returns:
-        The best fit; where no penalty helps, one that ignores the observation.
+        The best fit; where no penalty helps, one that ignores the observation. Observations of more
+        than `MAX_FEATURES` numbers enter through their leading principal directions.
     """
+    if c.shape[1] > MAX_FEATURES:
+        directions = _leading_directions(c[train[:_ROWS]])
+        start = fit_linear_start(y, c @ directions, train, held_out, bounded)
+        return start._replace(weight=directions @ start.weight)
     fits = _ridge_path(y[train], c[train])
 
     def score(f: LinearStart) -> Array:
@@ -86,6 +94,21 @@ def fit_linear_start(
     both = jax.tree.map(lambda a, b: jnp.stack([a, b]), start, polished)
     best = _argmax(scores(both))
     return jax.tree.map(lambda a: a[best], both)
+
+
+def _leading_directions(c: Array) -> Array:
+    """Orthonormal directions (C, MAX_FEATURES) that hold most of the variance of rows (N, C).
+
+    Source: Halko, Martinsson & Tropp 2011, "Finding Structure with Randomness" (arXiv:0909.4061),
+    algorithm 4.3 with one power iteration.
+    """
+    count = min(MAX_FEATURES, len(c))
+    c = c - jnp.mean(c, axis=0)[None]
+    sketch = jax.random.normal(jax.random.key(0), (len(c), count), c.dtype)
+    for _ in range(2):
+        directions = jnp.linalg.qr(c.T @ sketch)[0]
+        sketch = c @ directions
+    return directions
 
 
 def _ridge_path(y: Array, c: Array) -> LinearStart:

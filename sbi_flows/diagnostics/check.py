@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from sbi_flows.checks import require_count
 from sbi_flows.data import simulate
 from sbi_flows.diagnostics.coverage import Coverage, coverage_of
 from sbi_flows.diagnostics.ranks import MIN_DATASETS, MIN_DRAWS, PosteriorLike, draw_pass
@@ -213,9 +214,7 @@ def check(
 
 
 def _check_sizes(datasets: int, draws: int, level: float) -> None:
-    if datasets < MIN_DATASETS:
-        raise ValueError(f"datasets: expected at least {MIN_DATASETS}, got {datasets}")
-    if draws < MIN_DRAWS:
-        raise ValueError(f"draws: expected at least {MIN_DRAWS}, got {draws}")
+    require_count(MIN_DATASETS, datasets=datasets)
+    require_count(MIN_DRAWS, draws=draws)
     if not 0 < level < 1:
         raise ValueError(f"level: expected a number between 0 and 1, got {level}")

@@ -34,6 +34,9 @@ class SBC:
         shift: How far the posterior lies too high, in its own standard deviations, shape (D,).
         width: How many times too wide the posterior is, shape (D,); below 1 is too narrow.
         num_failed: Simulations left out because they failed.
+        beyond: Whether significantly many truths lie beyond all draws, shape (D,). How far beyond,
+            ranks do not tell: shift and width are then bounds of what is wrong, and a posterior
+            that only seems too wide because of it is not tested for that (its p-value is 1).
     """
 
     labels: tuple[str, ...]
@@ -46,6 +49,7 @@ class SBC:
     shift: np.ndarray
     width: np.ndarray
     num_failed: int
+    beyond: np.ndarray
 
     @property
     def ranks(self) -> np.ndarray:
@@ -126,16 +130,25 @@ def sbc_of(ranks: Ranks) -> SBC:
     """The tests of SBC on ranks that a draw pass has taken."""
     v = special.ndtri(ranks.uniform)
     location, spread = normal_p_values(ranks.uniform)
-    columns = ranks.uniform.T
+    columns, width = ranks.uniform.T, 1.0 / v.std(axis=0, ddof=1)
+    beyond = _beyond_all_draws(ranks.uniform, ranks.draws)
     return SBC(
         labels=ranks.labels,
         draws=ranks.draws,
         uniform=ranks.uniform,
         ks=np.array([ks_p_value(u) for u in columns]),
         location=location,
-        spread=spread,
+        spread=np.where(beyond & (width > 1), 1.0, spread),
         log_gamma=np.array([log_gamma(u, ranks.draws) for u in columns]),
         shift=-v.mean(axis=0),
-        width=1.0 / v.std(axis=0, ddof=1),
+        width=width,
         num_failed=ranks.num_failed,
+        beyond=beyond,
     )
+
+
+def _beyond_all_draws(uniform: np.ndarray, draws: int) -> np.ndarray:
+    """Whether the two outermost ranks are too frequent, at the level .001; shape (D,)."""
+    share = 1.0 / (draws + 1)
+    outermost = np.sum((uniform < share) | (uniform > 1.0 - share), axis=0)
+    return special.bdtrc(outermost - 1, len(uniform), 2.0 * share) < 1e-3

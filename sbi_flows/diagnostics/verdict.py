@@ -9,13 +9,12 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import special
 
 from sbi_flows.diagnostics.coverage import Coverage
 from sbi_flows.diagnostics.sbc import SBC
 from sbi_flows.diagnostics.tables import p_text
 from sbi_flows.diagnostics.tarp import TARP
-from sbi_flows.diagnostics.uniformity import holm
+from sbi_flows.diagnostics.uniformity import holm, ks_p_value
 
 OVER, UNDER, BIASED, SHAPE = "over-confident", "under-confident", "biased", "mis-shaped"
 JOINT = {"coverage": "HPD coverage", "tarp": "TARP"}
@@ -51,6 +50,7 @@ class Finding:
         effect: Shift in posterior standard deviations (too high is positive) for "biased"; how
             many times too wide (below 1 is too narrow) for a wrong width; None otherwise.
         test: Name of the test that found it.
+        at_least: The effect is a lower bound: too many truths lie beyond all draws.
     """
 
     kind: str
@@ -58,6 +58,7 @@ class Finding:
     p_value: float
     effect: float | None
     test: str
+    at_least: bool = False
 
 
 def tests_of(sbc: SBC, tarp: TARP, coverage: Coverage) -> tuple[Test, ...]:
@@ -85,12 +86,14 @@ def findings_of(
     found: list[Finding] = []
     for i, label in enumerate(sbc.labels):
         shift, width = rejected.get((label, "shift")), rejected.get((label, "width"))
-        ranks = rejected.get((label, "ranks"))
+        ranks, beyond = rejected.get((label, "ranks")), bool(sbc.beyond[i])
         if shift:
-            found.append(Finding(BIASED, label, shift.adjusted, float(sbc.shift[i]), "shift"))
+            effect = float(sbc.shift[i])
+            found.append(Finding(BIASED, label, shift.adjusted, effect, "shift", beyond))
         if width:
             kind = OVER if sbc.width[i] < 1 else UNDER
-            found.append(Finding(kind, label, width.adjusted, float(sbc.width[i]), "width"))
+            effect = float(sbc.width[i])
+            found.append(Finding(kind, label, width.adjusted, effect, "width", beyond))
         if ranks and not (shift or width):
             found.append(Finding(SHAPE, label, ranks.adjusted, None, "ranks"))
     joint = {"coverage": coverage.density_ranks, "tarp": tarp.fractions}
@@ -116,10 +119,9 @@ def verdict_of(
 
 
 def _joint_kind(values: np.ndarray) -> str:
-    """Too large on the whole: the truth lies too far out. Neither way: another shape."""
-    v = special.ndtri(values)
-    z = float(np.mean(v) * np.sqrt(len(v)))
-    return SHAPE if abs(z) < 2.0 else OVER if z > 0 else UNDER
+    """Too large throughout: the truth lies too far out. Some of each, or neither: another shape."""
+    large, small = (ks_p_value(values, alternative=side) < 0.01 for side in ("less", "greater"))
+    return SHAPE if large == small else OVER if large else UNDER
 
 
 def _clause(findings: Sequence[Finding], labels: Sequence[str]) -> str:
@@ -134,6 +136,8 @@ def _clause(findings: Sequence[Finding], labels: Sequence[str]) -> str:
     if len(found) == len(labels) > 1:
         where = "every parameter"
     size = _size(kind, [f.effect for f in findings if f.effect is not None])
+    if size and any(f.at_least for f in findings):
+        size = f"at least {size}"
     return f"{kind} in {where} ({size}{p})"
 
 

@@ -10,14 +10,19 @@ import dataclasses
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from sbi_flows.checks import require_count
 from sbi_flows.data import Simulations, observation_shape
 from sbi_flows.densities.base import DensitySettings
-from sbi_flows.densities.conditional import Blueprint, Embedding, Sizes, Weights
+from sbi_flows.densities.conditional import (
+    Blueprint,
+    Embedding,
+    Sizes,
+    Weights,
+    check_embedding,
+)
 from sbi_flows.densities.flow import NSF
 from sbi_flows.errors import SimulationFailed, TrainingDiverged
 from sbi_flows.posteriors import Posterior
@@ -75,10 +80,15 @@ class NPE:
         """
         require_count(1, members=members)
         density = NSF() if density is None else density
-        if not hasattr(density, "build"):
-            raise ValueError(
-                f"density: expected a density such as sf.NSF(), got {type(density).__name__}"
+        if isinstance(density, type) or not hasattr(density, "build"):
+            kind, article = (
+                (density, "the class ") if isinstance(density, type) else (type(density), "")
             )
+            raise ValueError(
+                f"density: expected a density such as sf.NSF(), got {article}{kind.__name__}"
+            )
+        if embedding is not None:
+            check_embedding(embedding)
         if training is not None and not isinstance(training, Training):
             raise ValueError(f"training: expected sf.Training, got {type(training).__name__}")
         fields = {
@@ -130,7 +140,7 @@ class NPE:
                 y,
                 features,
                 members=self.members,
-                offset=float(offset),
+                offset=offset,
                 progress=progress,
             )
         except TrainingDiverged as error:
@@ -172,6 +182,6 @@ def _contains(prior: Prior, theta: Array) -> Array:
 
 @partial(jax.jit, static_argnums=0)
 def _prepared(prior: Prior, theta: Array, x: Obs) -> tuple[Array, Standardiser, Array, Array]:
-    """Standard coordinates, what standardises x, features, and the mean log det of theta."""
+    """Standard coordinates, what standardises x, features, and the log det of each row."""
     y, standardiser = prior.to_standard(theta), fit_standardiser(x)
-    return y, standardiser, standardiser(x), jnp.mean(prior.standard_log_det(y))
+    return y, standardiser, standardiser(x), prior.standard_log_det(y, theta)

@@ -105,11 +105,16 @@ class Conditioner(nnx.Module):
         if not self.masked:
             return [1.0] * len(self.dims)
         degrees = [np.arange(self.out_dim)]
-        degrees += [np.sort(np.arange(width) % self.out_dim) for width in self.dims[1:]]
+        degrees += [_spread(width, self.out_dim) for width in self.dims[1:]]
         masks = [a[:, None] <= b[None, :] for a, b in itertools.pairwise(degrees)]
         out = degrees[-1][:, None] <= np.arange(self.out_dim)[None, :]
         masks.append(np.tile(out, (1, self.params)))
         return [jnp.asarray(m / math.sqrt(max(m.mean(), 0.25)), jnp.float32) for m in masks]
+
+
+def _spread(width: int, count: int) -> np.ndarray:
+    """Degrees of the units of a layer, from 0 to count - 1 in even shares; always the last one."""
+    return count - 1 - (np.arange(width) * count // width)[::-1]
 
 
 def _outputs_first(kernel: Array, h: Array) -> Array:

@@ -54,7 +54,7 @@ class _Group(NamedTuple):
     best: Best
     rest: Any
     noise: Array
-    log_det: Array
+    units: Array
     train: Array
     held_out: Array
 
@@ -70,12 +70,14 @@ class Ensemble:
         training: Settings of the fit.
         y: Parameters in standard coordinates, shape (N, d).
         features: Standardised observations, shape (N, C).
+        offset: Log Jacobian from y to the parameters' own units, shape (N,).
         members: Number of models M.
 
     Attributes:
         best: Weights, validation losses and ages of the best epochs so far, one a group; a new
             tuple after each epoch.
-        log_det: Mean log determinant of each member's start over its validation rows, shape (M,).
+        units: What is added to mean losses over training rows and over validation rows to make
+            them negative log densities in the parameters' own units, shape (M, 2).
 
     Raises:
         ValueError: Too few rows to hold any out.
@@ -88,6 +90,7 @@ class Ensemble:
         training: Training,
         y: Array,
         features: Array,
+        offset: Array,
         members: int,
     ) -> None:
         """Fit the starts and compile an epoch, side by side."""
@@ -99,7 +102,8 @@ class Ensemble:
         self._patience, self._members = training.patience, members
         self._epoch = partial(_epoch, blueprint, training, features)
         self._pool = ThreadPoolExecutor(min(os.cpu_count() or 1, len(self._slices)))
-        prepare = partial(_prepare, blueprint, training, y, features)
+        given = blueprint.given_weights()
+        prepare = partial(_prepare, blueprint, training, y, features, offset, given)
         indices = range(len(self._slices))
         first, *others = [(keys[s], *(rows[s] for rows in folds)) for s in self._slices]
         # each program is compiled before the members share it: threads that met one that nobody
@@ -107,7 +111,7 @@ class Ensemble:
         compiled = self._pool.submit(_compile, self._epoch, prepare, first)
         self._groups = [prepare(*first), *self._pool.map(lambda args: prepare(*args), others)]
         compiled.result()
-        self.log_det = np.concatenate([group.log_det for group in self._groups])
+        self.units = np.concatenate([group.units for group in self._groups])
         # an epoch without a step scores the starts, so that no other program has to
         scored = self._pool.map(lambda i: self._advance(i, keys[self._slices[i]], False), indices)
         self._groups = [group for group, *_ in scored]
@@ -136,8 +140,8 @@ class Ensemble:
         """Train the members that still run for one epoch.
 
         Returns:
-            Mean training loss and validation loss, shape (M,) each, less the log determinants; of
-            a member that has stopped, the last ones.
+            Mean training loss and validation loss, shape (M,) each, before `units` are added; of a
+            member that has stopped, the last ones.
         """
         keys, running = jax.random.split(key, self._members), self.running
         active = [i for i, s in enumerate(self._slices) if running[s].any()]
@@ -180,7 +184,10 @@ def _stack(trees: list[Any]) -> Any:
 def _held_out_rows(n: int, fraction: float) -> int:
     held_out = math.ceil(fraction * n)
     if n < 10 or held_out >= n:
-        raise ValueError(f"simulations: expected at least 10 valid rows to train on, got {n}")
+        raise ValueError(
+            f"simulations: expected at least 10 valid rows to train on, and some that "
+            f"validation_fraction={fraction:g} leaves, got {n}"
+        )
     return held_out
 
 
@@ -202,15 +209,19 @@ def _prepare(
     training: Training,
     y: Array,
     features: Array,
+    offset: Array,
+    given: Any,
     keys: Key,
     train: Array,
     held_out: Array,
 ) -> _Group:
     """New members; most of the work does not depend on the settings of the training."""
-    params, rest, noise, log_det = _start(blueprint, y, features, keys, train, held_out)
+    params, rest, noise, units = _start(
+        blueprint, y, features, offset, given, keys, train, held_out
+    )
     state = _State(params, params, _optimiser_state(training, params))
     best = Best(params, jnp.full(len(keys), jnp.inf, y.dtype), jnp.zeros(len(keys), int))
-    return _Group(state, best, rest, noise, log_det, train, held_out)
+    return _Group(state, best, rest, noise, units, train, held_out)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -220,16 +231,24 @@ def _optimiser_state(training: Training, params: Any) -> Any:
 
 @partial(jax.jit, static_argnums=0)
 def _start(
-    blueprint: Blueprint, y: Array, features: Array, keys: Key, train: Array, held_out: Array
+    blueprint: Blueprint,
+    y: Array,
+    features: Array,
+    offset: Array,
+    given: Any,
+    keys: Key,
+    train: Array,
+    held_out: Array,
 ) -> tuple[Any, Any, Array, Array]:
-    """Initial weights, fitted starts, and the parameters as these whiten them, with log det."""
+    """Initial weights, fitted starts, the parameters as these whiten them, and `units`."""
 
     def one(key: Key, train: Array, held_out: Array) -> tuple[Any, Any, Array, Array]:
-        params, rest = initial_weights(blueprint, key)
+        params, rest = initial_weights(blueprint, key, given)
         start = fit_linear_start(y, features, train, held_out, blueprint.sizes.bounded)
         rest = {**rest, "start": start}
         noise, log_det = nnx.merge(graph_of(blueprint), params, rest).whiten(y, features)
-        return params, rest, noise, jnp.mean(log_det[held_out])
+        units = offset - log_det
+        return params, rest, noise, jnp.stack([units[train].mean(), units[held_out].mean()])
 
     return jax.vmap(one)(keys, train, held_out)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from tqdm.auto import tqdm
@@ -25,7 +26,7 @@ def fit(
     features: Array,
     *,
     members: int = 1,
-    offset: float = 0.0,
+    offset: Array | None = None,
     progress: bool = True,
 ) -> tuple[Weights, History]:
     """Train `members` models with different initial weights, data orders and validation rows.
@@ -37,7 +38,8 @@ def fit(
         y: Parameters in standard coordinates, shape (N, d).
         features: Standardised observations, shape (N, C).
         members: Number of models M.
-        offset: Added to reported losses: the mean log Jacobian from y to theta's units.
+        offset: Log Jacobian of each row from y to theta's units, shape (N,), for the losses that
+            are reported; none by default.
         progress: Show a progress bar.
 
     Returns:
@@ -49,9 +51,10 @@ def fit(
     """
     began = time.perf_counter()
     start_key, epoch_key = jax.random.split(key)
-    with Ensemble(start_key, blueprint, training, y, features, members) as ensemble:
-        units = offset - ensemble.log_det
-        start_loss = ensemble.best_loss + units
+    offset = jnp.zeros(len(y), y.dtype) if offset is None else offset
+    with Ensemble(start_key, blueprint, training, y, features, offset, members) as ensemble:
+        units = ensemble.units.T
+        start_loss = ensemble.best_loss + units[1]
         _require_finite(start_loss, 0, ensemble)
         # weights and losses are replaced as one, so an interrupt never finds them epochs apart
         done, reason = (ensemble.best, ()), "max_epochs"
@@ -59,7 +62,7 @@ def fit(
         try:
             for epoch in bar:
                 means = ensemble.epoch(jax.random.fold_in(epoch_key, epoch))
-                train, validation = (mean + units for mean in means)
+                train, validation = np.stack(means) + units
                 _require_finite(np.concatenate([train, validation]), epoch + 1, ensemble)
                 done = ensemble.best, (*done[1], (train, validation))
                 bar.set_postfix(train=f"{train.mean():.3f}", validation=f"{validation.mean():.3f}")

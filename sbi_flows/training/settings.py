@@ -47,7 +47,8 @@ class Training:
         """Refuse settings that cannot train."""
         require_count(1, batch_size=self.batch_size, max_epochs=self.max_epochs)
         require_positive(patience=self.patience, clip_norm=self.clip_norm)
-        if not 0.0 < self.learning_rate < math.inf:
+        require_positive(learning_rate=self.learning_rate)
+        if self.learning_rate == math.inf:
             raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
         if not 0.0 <= self.weight_decay < math.inf:
             raise ValueError(

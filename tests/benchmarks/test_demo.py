@@ -23,9 +23,11 @@ def arviz_data(shift=0.0, scale=1.0):
     rng = np.random.default_rng(0)
     b = rng.normal(size=(2, 500, 2))
     b[..., 1] = scale * b[..., 1] + shift
-    return az.from_dict(posterior={"b": b, "a": rng.normal(3.0, 2.0, size=(2, 500))})
+    groups = {"posterior": {"b": b, "a": rng.normal(3.0, 2.0, size=(2, 500))}}
+    return az.from_dict(**groups) if int(az.__version__[0]) < 1 else az.from_dict(groups)
 
 
+@pytest.mark.newest
 def test_equal_posteriors_agree():
     compared = demo.comparison(arviz_data(), arviz_data(), LABELS)
     assert tuple(compared.index) == LABELS

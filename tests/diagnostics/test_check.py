@@ -11,6 +11,7 @@ import numpyro.distributions as dist
 import pytest
 
 from sbi_flows.diagnostics import check
+from sbi_flows.diagnostics.verdict import _joint_kind
 from sbi_flows.errors import SbiFlowsWarning, SimulationFailed
 from sbi_flows.prior import as_prior
 
@@ -44,8 +45,10 @@ def test_exact_posterior_passes_18_of_20(gaussian, simulator):
         ({"scale": 1 / 1.5}, "over-confident", r"1\.[3-5]\d( to 1\.[3-5]\d)? times too narrow"),
         ({"shift": 0.5}, "biased", r"0\.[45]\d( to 0\.[45]\d)? posterior sd too high"),
         ({"shift": (0.5, -0.5)}, "biased", r"posterior sd too high or low"),
+        # so far that ranks say no more how far; the width, which is right, is not blamed
+        ({"shift": 3.0}, "biased", r"at least 2\.\d\d( to 2\.\d\d)? posterior sd too high"),
     ],
-    ids=["wide", "narrow", "shifted", "apart"],
+    ids=["wide", "narrow", "shifted", "apart", "far"],
 )
 def test_a_wrong_posterior_is_named(gaussian, simulator, knobs, kind, size):
     report = check(KEY, gaussian(**knobs), simulator, **SIZES)
@@ -53,6 +56,15 @@ def test_a_wrong_posterior_is_named(gaussian, simulator, knobs, kind, size):
     assert report.conservative == (kind == "under-confident")
     assert {f.kind for f in report.findings} == {kind}
     assert re.match(rf"{kind} in every parameter \(.*{size}; corrected p at most ", report.verdict)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "kind"),
+    [(0.0, 0.8, "under-confident"), (0.2, 1.0, "over-confident"), (0.2, 0.8, "mis-shaped")],
+)
+def test_the_kind_of_a_joint_test_is_that_of_all_levels(low, high, kind):
+    """Few truths in small regions and many in large ones are neither too wide nor too narrow."""
+    assert _joint_kind(np.linspace(low + 1e-3, high - 1e-3, 300)) == kind
 
 
 def test_the_parameters_that_are_off_are_located(gaussian):
@@ -161,8 +173,8 @@ def test_report_draws_its_three_panels(exact_report):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"datasets": 49}, "datasets: expected at least 50, got 49"),
-        ({"draws": 5}, "draws: expected at least 20, got 5"),
+        ({"datasets": 49}, "datasets: expected a whole number of at least 50, got 49"),
+        ({"draws": 5}, "draws: expected a whole number of at least 20, got 5"),
         ({"level": 1.0}, "level: expected a number between 0 and 1, got 1.0"),
     ],
 )
