@@ -1,6 +1,7 @@
 """House rules of the source tree: no code from data, no network, short files, honest metadata."""
 
 import ast
+import json
 import re
 import sys
 import tomllib
@@ -91,3 +92,27 @@ def test_every_import_is_a_declared_dependency():
 def test_citation_and_project_agree_on_the_version():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def result_files(kind: str) -> list[dict]:
+    files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    records = [json.loads(file.read_text()) for file in files]
+    return [record for record in records if record["kind"] == kind]
+
+
+def test_the_figures_of_the_readme_are_those_of_the_result_files():
+    readme = (ROOT / "README.md").read_text()
+    runs = result_files("run")
+    assert len(runs) == 5
+    for run in runs:
+        kind = run["check"]["verdict"].split()[0].rstrip(":")
+        row = rf"^\| {run['task']} \| {run['c2st']['mean']:.3f} \| 0\.\d+ \| {kind} \|$"
+        assert re.search(row, readme, re.MULTILINE), run["task"]
+        assert run["outside_support"] == 0.0
+    (speed,), (demo,) = result_files("speed"), result_files("demo")
+    assert f"| {speed['cold']['seconds']:.0f} s |" in readme
+    assert f"| {speed['training']['ratio']:.2f} times |" in readme
+    assert f"| {speed['check']['seconds']:.1f} s |" in readme
+    assert f"| {demo['seconds']['total']:.0f} s |" in readme
+    for record in (*runs, speed, demo):
+        assert (record["machine"]["cores"], record["machine"]["device"]) == (2, "cpu")
