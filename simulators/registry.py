@@ -7,21 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from simulators.bernoulli_glm import bernoulli_glm, bernoulli_glm_raw
 from simulators.gaussian_linear import gaussian_linear
 from simulators.gaussian_linear_uniform import gaussian_linear_uniform
 from simulators.gaussian_mixture import gaussian_mixture
+from simulators.lotka_volterra import lotka_volterra
 from simulators.lynx_hare import lynx_hare
+from simulators.sir import sir
 from simulators.slcp import slcp
+from simulators.slcp_distractors import slcp_distractors
 from simulators.task import Task
 from simulators.two_moons import two_moons
 
 _CONSTRUCTORS: dict[str, Callable[[], Task]] = {
-    "gaussian_linear": gaussian_linear,
-    "gaussian_linear_uniform": gaussian_linear_uniform,
-    "gaussian_mixture": gaussian_mixture,
-    "lynx_hare": lynx_hare,
-    "slcp": slcp,
-    "two_moons": two_moons,
+    constructor.__name__: constructor
+    for constructor in (
+        bernoulli_glm,
+        bernoulli_glm_raw,
+        gaussian_linear,
+        gaussian_linear_uniform,
+        gaussian_mixture,
+        lotka_volterra,
+        lynx_hare,
+        sir,
+        slcp,
+        slcp_distractors,
+        two_moons,
+    )
 }
 
 
