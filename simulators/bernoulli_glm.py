@@ -90,7 +90,9 @@ def design_matrix() -> np.ndarray:
          [ 1.    -0.138  0.497]]
     """
     stimulus = np.random.RandomState(SEED).randn(BINS).astype(np.float32)
-    lagged = [np.concatenate([np.zeros(j, np.float32), stimulus[: BINS - j]]) for j in range(FILTER)]
+    lagged = [
+        np.concatenate([np.zeros(j, np.float32), stimulus[: BINS - j]]) for j in range(FILTER)
+    ]
     return np.stack([np.ones(BINS, np.float32), *lagged], axis=1)
 
 

@@ -59,6 +59,13 @@ def nuts(
         >>> run.get_samples()["mean"].shape
         (400,)
     """
+    with jax.numpy_rank_promotion("allow"):  # numpyro does so
+        return _nuts(key, model, x, chains, warmup, draws)
+
+
+def _nuts(
+    key: Key, model: Callable[[Array], None], x: Array, chains: int, warmup: int, draws: int
+) -> MCMC:
     start_key, run_key = jax.random.split(key)
     first, covariance = starts(start_key, model, x)
     kernel = NUTS(

@@ -57,6 +57,6 @@ def names() -> tuple[str, ...]:
 
     Example:
         >>> names()[:2]
-        ('gaussian_linear', 'gaussian_linear_uniform')
+        ('bernoulli_glm', 'bernoulli_glm_raw')
     """
     return tuple(sorted(_CONSTRUCTORS))

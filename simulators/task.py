@@ -143,7 +143,8 @@ class Task:
     def _draw(self, i: int) -> tuple[Array, Key]:
         key = jax.random.fold_in(jax.random.key(OBSERVATION_SEED), i)
         prior_key, noise_key = jax.random.split(key)
-        return self._flat_prior.sample(prior_key, 1)[0], noise_key
+        with jax.numpy_rank_promotion("allow"):  # numpyro does so in some distributions
+            return self._flat_prior.sample(prior_key, 1)[0], noise_key
 
     def _check_index(self, i: Any) -> None:
         if isinstance(i, bool) or not isinstance(i, int | np.integer):

@@ -1,7 +1,6 @@
 """Lynx and hare: the data, the ODE, the noise and the numpyro model."""
 
 import re
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from scipy import stats
 from scipy.integrate import solve_ivp
 
 from sbi_flows.prior import as_prior
-from simulators import ReferenceFailed, lynx_hare
+from simulators import lynx_hare, mcmc
 from simulators import lynx_hare_model as model
 
 TABLE = """(30,4) (47.2,6.1) (70.2,9.8) (77.4,35.2) (36.3,59.4) (20.6,41.7) (18.1,19) (21.4,13)
@@ -129,7 +128,8 @@ def assert_published(draws, *, mean_within: float, sd_factor: float) -> None:
 
 @pytest.mark.promotes
 def test_chains_start_near_the_posterior():
-    starts, covariance = model._starts(jax.random.key(0), lynx_hare().observation(1))
+    x = lynx_hare().observation(1)
+    starts, covariance = mcmc.starts(jax.random.key(0), model.numpyro_model, x)
     theta = {m: jnp.exp(v) for m, v in starts.items()}  # every parameter is positive
     assert_published(theta, mean_within=0.5, sd_factor=1.5)
     assert covariance.shape == (8, 8)
@@ -147,23 +147,6 @@ def test_reference():
     prior, rows = as_prior(lynx_hare().prior), lynx_hare().reference(1, n=3000)
     assert rows.shape == (3000, 8)
     assert_published(prior.unflatten(rows), mean_within=0.15, sd_factor=1.15)
-
-
-def fake_run(draws: np.ndarray, diverging: float) -> SimpleNamespace:
-    flags = np.arange(draws.size) < diverging * draws.size
-    return SimpleNamespace(
-        get_samples=lambda group_by_chain: {"alpha": draws},
-        get_extra_fields=lambda: {"diverging": flags},
-    )
-
-
-def test_chains_that_disagree_are_refused():
-    draws = np.random.default_rng(0).normal(size=(4, 500))
-    model._require_converged(fake_run(draws, 0.0))
-    with pytest.raises(ReferenceFailed, match=r"got R-hat 1\.\d+ and 0.0%"):
-        model._require_converged(fake_run(draws + np.arange(4)[:, None], 0.0))
-    with pytest.raises(ReferenceFailed, match=r"at most 1% divergences, got R-hat .* and 5.0%"):
-        model._require_converged(fake_run(draws, 0.05))
 
 
 def test_nuts_checks_the_counts():

@@ -1,8 +1,5 @@
 """Reference samplers against closed forms, grids and the published reference posteriors."""
 
-import os
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +10,8 @@ from scipy.spatial.distance import cdist
 import simulators
 from sbi_flows.diagnostics.c2st import c2st
 from simulators.sampling import log_interval_mass, rejection, truncated_normal
+from tests.simulators.published import published
 
-BESIDE = Path(__file__).parents[3] / "shared" / "reference"
-REFERENCE = Path(os.environ.get("SBI_FLOWS_REFERENCE", BESIDE))
 TASKS = ["two_moons", "gaussian_mixture", "gaussian_linear", "gaussian_linear_uniform", "slcp"]
 N = 10_000
 
@@ -24,14 +20,6 @@ def draws(name: str, x: np.ndarray, n: int = N) -> np.ndarray:
     sample = simulators.get(name).sample_reference
     assert sample is not None
     return np.asarray(sample(jax.random.key(11), jnp.asarray(x, jnp.float32), n), float)
-
-
-def published(name: str) -> tuple[np.ndarray, np.ndarray]:
-    path = REFERENCE / f"{name}.npz"
-    if not path.exists():
-        pytest.skip(f"no published reference posterior at {path}; set SBI_FLOWS_REFERENCE")
-    with np.load(path) as file:
-        return file["x_1"], file["posterior_1"]
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -133,14 +121,14 @@ def test_slcp_covariance_on_a_grid(theta3, theta4):
 
 @pytest.mark.parametrize("name", ["two_moons", "gaussian_mixture"])
 def test_published_reference_c2st(name):
-    x, posterior = published(name)
+    x, posterior = published(name, "x_1"), published(name, "posterior_1")
     assert c2st(posterior, draws(name, x, len(posterior))) <= 0.53
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gaussian_linear", "gaussian_linear_uniform", "slcp"])
 def test_published_reference_c2st_of_more_dimensions(name):
-    x, posterior = published(name)
+    x, posterior = published(name, "x_1"), published(name, "posterior_1")
     assert c2st(posterior, draws(name, x, len(posterior)), jobs=-1) <= 0.53
 
 
@@ -157,7 +145,7 @@ def energy_p_value(a: np.ndarray, b: np.ndarray, permutations: int = 300) -> flo
 
 @pytest.mark.parametrize("name", ["gaussian_linear", "gaussian_linear_uniform", "slcp"])
 def test_published_reference_energy_distance(name):
-    x, posterior = published(name)
+    x, posterior = published(name, "x_1"), published(name, "posterior_1")
     posterior = posterior[:1000]
     theta = draws(name, x, len(posterior))
     assert energy_p_value(posterior, theta) > 0.01
