@@ -10,6 +10,7 @@ from sbi_flows.densities.flow import NSF as NSF
 from sbi_flows.densities.mixture import GaussianMixture as GaussianMixture
 from sbi_flows.diagnostics import Report as Report
 from sbi_flows.diagnostics import c2st as c2st
+from sbi_flows.diagnostics import c2st_jax as c2st_jax
 from sbi_flows.diagnostics import check as check
 from sbi_flows.diagnostics import coverage as coverage
 from sbi_flows.diagnostics import sbc as sbc

@@ -48,17 +48,7 @@ def c2st(
         >>> c2st(draws[:40], draws[40:] + 10.0)
         1.0
     """
-    reference, samples = _checked("reference", reference), _checked("samples", samples)
-    if reference.shape[1] != samples.shape[1]:
-        raise ValueError(
-            f"samples: expected {reference.shape[1]} columns as in reference, "
-            f"got {samples.shape[1]}"
-        )
-    if folds < 2 or min(len(reference), len(samples)) < folds:
-        raise ValueError(
-            f"folds: expected between 2 and the number of rows, got {folds} for "
-            f"{len(reference)} reference and {len(samples)} sample rows"
-        )
+    reference, samples = checked_sets(reference, samples, folds)
     from sklearn.model_selection import KFold, cross_val_score
     from sklearn.neural_network import MLPClassifier
     from threadpoolctl import threadpool_limits
@@ -71,13 +61,29 @@ def c2st(
         max_iter=10_000,
         random_state=seed,
     )
-    rows = _standardised(reference, samples)
+    rows = standardised_rows(reference, samples)
     target = np.repeat([0, 1], [len(reference), len(samples)])
     split = KFold(n_splits=folds, shuffle=True, random_state=seed)
     # Matrices this small run slower on several BLAS threads, and folds would fight over them.
     with threadpool_limits(1):
         scores = cross_val_score(network, rows, target, cv=split, scoring="accuracy", n_jobs=jobs)
     return float(np.mean(scores))
+
+
+def checked_sets(reference: Any, samples: Any, folds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Both sets as finite arrays (N, D) and (M, D), or ValueError."""
+    reference, samples = _checked("reference", reference), _checked("samples", samples)
+    if reference.shape[1] != samples.shape[1]:
+        raise ValueError(
+            f"samples: expected {reference.shape[1]} columns as in reference, "
+            f"got {samples.shape[1]}"
+        )
+    if folds < 2 or min(len(reference), len(samples)) < folds:
+        raise ValueError(
+            f"folds: expected between 2 and the number of rows, got {folds} for "
+            f"{len(reference)} reference and {len(samples)} sample rows"
+        )
+    return reference, samples
 
 
 def _checked(name: str, draws: Any) -> np.ndarray:
@@ -93,7 +99,7 @@ def _checked(name: str, draws: Any) -> np.ndarray:
     return draws.astype(np.float64)  # so that large offsets cancel exactly
 
 
-def _standardised(reference: np.ndarray, samples: np.ndarray) -> np.ndarray:
+def standardised_rows(reference: np.ndarray, samples: np.ndarray) -> np.ndarray:
     """Both sets, stacked, by the reference's mean and sd; a constant column keeps its scale."""
     sd = reference.std(axis=0, ddof=1)
     sd = np.where(sd > 0, sd, 1.0)
