@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(command=_run)
     run.add_argument("--tasks", nargs="+", required=True, metavar="TASK")
+    run.add_argument("--methods", nargs="+", default=["npe"], metavar="METHOD", help="(npe)")
     run.add_argument("--budgets", nargs="+", type=int, default=[10_000], metavar="N")
     run.add_argument("--seeds", type=int, default=1, metavar="N", help="number of seeds (1)")
     run.add_argument("--observations", type=int, default=5, metavar="N", help="how many (5)")
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--check-draws", type=int, default=1_000, metavar="N", help="for each of them (1000)"
     )
+    run.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (1)")
     _add_folder(run, "--results", "results")
     demo = commands.add_parser(
         "demo", help="lynx and hare: real data end to end, beside NUTS", prog="benchmarks demo"
@@ -91,6 +93,8 @@ def _run(arguments: argparse.Namespace) -> None:
     import_seconds = time.perf_counter() - began
     settings = runner.Settings(
         tasks=tuple(arguments.tasks),
+        methods=tuple(arguments.methods),
+        jobs=arguments.jobs,
         budgets=tuple(arguments.budgets),
         seeds=arguments.seeds,
         observations=arguments.observations,

@@ -1,6 +1,6 @@
 """Records of a run: on what machine, with which versions, how long; written whole or not at all.
 
-Public names: `BadInput`, `Clock`, `provenance`, `writable_folder`, `write_json`.
+Public names: `BadInput`, `Clock`, `peak_memory_gib`, `provenance`, `writable_folder`, `write_json`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the records' layout."""
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +87,16 @@ def provenance() -> dict[str, Any]:
         "revision": _revision(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def peak_memory_gib() -> float | None:
+    """The most memory that this process has held so far, in GiB; None where it is not known."""
+    try:
+        import resource
+    except ImportError:  # not a POSIX system
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def writable_folder(path: Path, option: str) -> Path:

@@ -1,27 +1,33 @@
 """One run: simulate, fit, C2ST against the exact posterior, calibration, and the time of each.
 
-Public names: `Settings`, `estimator`, `run`, `run_one`.
+Public names: `Settings`, `run`, `run_one`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import multiprocessing
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from tqdm.auto import tqdm
 
 import sbi_flows as sf
 import simulators
-from benchmarks.records import BadInput, Clock, provenance, writable_folder, write_json
-from sbi_flows.diagnostics import c2st, check
+from benchmarks import methods
+from benchmarks.records import BadInput, Clock, peak_memory_gib, provenance, writable_folder
+from benchmarks.scores import held_out_loss, mmd, normalisation
+from benchmarks.store import Run, Store
+from sbi_flows.diagnostics import c2st_jax, check
 from sbi_flows.diagnostics.tables import table
 from sbi_flows.typing import Key, Obs
 from simulators import Task
@@ -33,6 +39,7 @@ class Settings:
 
     Attributes:
         tasks: Names of the tasks.
+        methods: Names of the methods.
         budgets: Numbers of simulations.
         seeds: Number of seeds; they are 1, 2, ...
         observations: Number of observations to compare at, or as many as the task has.
@@ -43,6 +50,7 @@ class Settings:
         check_draws: Draws of the posterior for each of them.
         held_out: Fresh simulations behind the held-out negative log density.
         results: Folder for the records.
+        jobs: Runs at the same time, each in a process of its own.
 
     Raises:
         BadInput: An unknown task, a number that is not positive, or too few draws or data sets.
@@ -50,6 +58,7 @@ class Settings:
 
     tasks: tuple[str, ...]
     budgets: tuple[int, ...]
+    methods: tuple[str, ...] = (methods.DEFAULT,)
     seeds: int = 1
     observations: int = 5
     observations_from: Path | None = None
@@ -58,6 +67,7 @@ class Settings:
     check_draws: int = 1_000
     held_out: int = 10_000
     results: Path = Path("results")
+    jobs: int = 1
 
     def __post_init__(self) -> None:
         """Refuse what would fail later."""
@@ -65,7 +75,16 @@ class Settings:
         if unknown:
             known = ", ".join(simulators.names())
             raise BadInput(f"--tasks: expected names out of {known}; got {', '.join(unknown)}")
-        lowest = {"seeds": 1, "observations": 1, "draws": 10, "datasets": 50, "check_draws": 20}
+        for name in self.methods:
+            methods.get(name)
+        lowest = {
+            "seeds": 1,
+            "jobs": 1,
+            "observations": 1,
+            "draws": 10,
+            "datasets": 50,
+            "check_draws": 20,
+        }
         for name, least in lowest.items():
             if getattr(self, name) < least:
                 option = name.replace("_", "-")
@@ -74,44 +93,75 @@ class Settings:
         if min(self.budgets) < 10:
             raise BadInput(f"--budgets: expected at least 10 simulations, got {min(self.budgets)}")
 
-
-def estimator(task: Task) -> sf.NPE:
-    """What is measured: the library's defaults, the same for every task."""
-    return sf.NPE(task.prior)
+    def record(self) -> dict[str, Any]:
+        """What a single run depends on; nothing that names the machine."""
+        own = ("observations", "draws", "datasets", "check_draws", "held_out")
+        given = "given" if self.observations_from else "task"
+        return {**{name: getattr(self, name) for name in own}, "observations_from": given}
 
 
 def run(settings: Settings, *, import_seconds: float = 0.0) -> list[dict[str, Any]]:
-    """Every task at every budget with every seed; a file a run, a table at the end.
+    """Every task with every method, budget and seed; a file a run, a table at the end.
+
+    Runs whose file is there already are not repeated.
 
     Args:
         settings: What to run.
         import_seconds: Time that the imports took, to be recorded.
 
     Returns:
-        The records, as they were written.
+        The records, as they were written, those of earlier calls too.
 
     Raises:
-        BadInput: The results folder is not writable, or observations are missing; before any work.
+        BadInput: The results folder is not writable, holds runs with other settings, or
+            observations are missing; before any work.
     """
-    folder = writable_folder(settings.results, "--results")
-    tasks = {name: simulators.get(name) for name in settings.tasks}
-    observed = {name: observations_of(task, settings) for name, task in tasks.items()}
-    estimators = {name: estimator(task) for name, task in tasks.items()}
-    shared = {**provenance(), "settings": _settings_record(settings)}
-    records = []
-    for name, budget, seed in _grid(settings):
-        print(f"{name}, {budget:,} simulations, seed {seed}", file=sys.stderr, flush=True)
-        clock = Clock()
-        clock.seconds["import"] = import_seconds
-        result = run_one(
-            tasks[name], estimators[name], budget, seed, observed[name], settings, clock
-        )
-        record = {**shared, "kind": "run", **result}
-        records.append(record)
-        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-        write_json(folder / f"run-{name}-{budget}-seed{seed}-{stamp}.json", record)
-    print(results_table(records))
-    return records
+    store = Store(writable_folder(settings.results, "--results"), settings.record())
+    for name in settings.tasks:
+        observations_of(simulators.get(name), settings)
+    records = {run: store.find(run) for run in _grid(settings)}
+    pending = [run for run, record in records.items() if record is None]
+    if len(pending) < len(records):
+        print(f"{len(records) - len(pending)} runs are finished already", file=sys.stderr)
+    bar = tqdm(total=len(pending), desc="runs", unit="run", disable=len(pending) < 2)
+    with bar:
+        for run, record in _results(pending, settings, store, import_seconds):
+            records[run] = record
+            bar.update()
+    finished = [record for record in records.values() if record is not None]
+    print(results_table(finished))
+    return finished
+
+
+def _results(
+    pending: list[Run], settings: Settings, store: Store, import_seconds: float
+) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Runs and their records as they are done, in this process or in several."""
+    once = partial(_stored, settings, store, import_seconds)
+    if settings.jobs == 1:
+        yield from ((run, once(run)) for run in pending)
+        return
+    context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
+    with ProcessPoolExecutor(settings.jobs, mp_context=context) as pool:
+        done = {pool.submit(once, run): run for run in pending}
+        yield from ((done[future], future.result()) for future in as_completed(done))
+
+
+def _stored(settings: Settings, store: Store, import_seconds: float, run: Run) -> dict[str, Any]:
+    print(str(run), file=sys.stderr, flush=True)
+    task = simulators.get(run.task)
+    clock = Clock()
+    clock.seconds["import"] = import_seconds
+    observed = observations_of(task, settings)
+    estimator = _estimator(run.method, run.task)
+    result = run_one(task, estimator, run.budget, run.seed, observed, settings, clock)
+    return store.write(run, {**provenance(), **result})
+
+
+@cache
+def _estimator(method: str, task: str) -> sf.NPE:
+    # the same one for later seeds, which then find everything compiled
+    return methods.get(method)(simulators.get(task))
 
 
 def run_one(
@@ -127,7 +177,7 @@ def run_one(
 
     Args:
         task: The task.
-        npe: The estimator; with the same one, later seeds find everything compiled.
+        npe: The estimator.
         budget: Number of simulations, failed ones included.
         seed: Seed of everything random, with the budget.
         observed: Observations to compare at.
@@ -153,8 +203,10 @@ def run_one(
     outside = sum(int(jnp.sum(~posterior.prior.contains(d))) for d in draws)
     with clock("held-out"):
         held_out = held_out_loss(keys["held-out"], posterior, task, settings.held_out)
+    with clock("reference"):
+        references = _references(keys["reference"], task, observed, settings.draws)
     with clock("c2st"):
-        accuracies = _accuracies(keys["reference"], task, observed, draws)
+        accuracies = list(c2st_jax(np.stack(references), np.stack(draws))) if references else []
     with clock("check"):
         report = check(
             keys["check"],
@@ -164,12 +216,11 @@ def run_one(
             draws=settings.check_draws,
         )
     return {
-        "task": task.name,
-        "budget": budget,
-        "seed": seed,
         "valid": sims.num_valid,
         "estimator": describe(npe),
-        "c2st": _c2st_record(accuracies),
+        "c2st": _mean_record(accuracies),
+        "mmd": _mean_record([mmd(r, d) for r, d in zip(references, draws, strict=False)]),
+        "normalisation": normalisation(posterior, observed[0]),
         "outside_support": outside / sum(len(d) for d in draws),
         "held_out_loss": held_out,
         "check": report.to_dict(),
@@ -180,11 +231,9 @@ def run_one(
             "best_loss": history.best_loss,
         },
         "seconds": {**clock.seconds, "total": clock.total},
+        "peak_memory_gib": peak_memory_gib(),
     }
 
-
-_SPREAD = 2_000
-"""Draws from which it pays to start processes for the folds of a C2ST."""
 
 _PHASES = ("simulate", "fit", "draw", "held-out", "reference", "check")
 
@@ -217,12 +266,6 @@ def observations_of(task: Task, settings: Settings) -> list[Obs]:
     return [jnp.asarray(x) for x in given]
 
 
-def held_out_loss(key: Key, posterior: sf.Posterior, task: Task, n: int) -> float:
-    """Mean negative log density, in nats, of n fresh pairs of parameters and observations."""
-    sims = sf.simulate(key, posterior.prior, task.simulator, n, progress=False).only_valid()
-    return -float(jnp.mean(posterior.log_prob(sims.theta, sims.x)))
-
-
 def describe(npe: sf.NPE) -> dict[str, Any]:
     """The estimator's settings in words."""
     return {
@@ -235,7 +278,7 @@ def describe(npe: sf.NPE) -> dict[str, Any]:
 
 def results_table(records: list[dict[str, Any]]) -> str:
     """One row a run: accuracy, calibration and times."""
-    rows = [f"{r['task']} {r['budget']:,} seed {r['seed']}" for r in records]
+    rows = [f"{r['task']} {r['method']} {r['budget']:,} seed {r['seed']}" for r in records]
     columns = {
         "C2ST": (_cell(r["c2st"]["mean"], ".3f") for r in records),
         "worst": (_cell(max(r["c2st"]["values"], default=None), ".3f") for r in records),
@@ -254,32 +297,22 @@ def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _grid(settings: Settings) -> Iterator[tuple[str, int, int]]:
-    for name in settings.tasks:
-        for budget in settings.budgets:
-            for seed in range(1, settings.seeds + 1):
-                yield name, budget, seed
+def _grid(settings: Settings) -> Iterator[Run]:
+    seeds = range(1, settings.seeds + 1)
+    for cell in itertools.product(settings.tasks, settings.methods, settings.budgets, seeds):
+        yield Run(*cell)
 
 
-def _accuracies(key: Key, task: Task, observed: list[Obs], draws: list[Array]) -> list[float]:
-    """C2ST at each observation against exact draws for it; none where there is no exact sampler."""
+def _references(key: Key, task: Task, observed: list[Obs], n: int) -> list[np.ndarray]:
+    """Exact draws for each observation; none where there is no exact sampler."""
     if task.sample_reference is None:
         return []
-    values = []
-    for i, (x, d) in enumerate(zip(observed, draws, strict=True)):
-        reference = task.sample_reference(jax.random.fold_in(key, i), jnp.asarray(x), len(d))
-        values.append(c2st(reference, d, jobs=-1 if len(d) >= _SPREAD else None))
-    return values
+    keys = jax.random.split(key, len(observed))
+    return [
+        np.asarray(task.sample_reference(k, jnp.asarray(x), n))
+        for k, x in zip(keys, observed, strict=True)
+    ]
 
 
-def _c2st_record(values: list[float]) -> Mapping[str, Any]:
-    mean = float(np.mean(values)) if values else None
-    return {"mean": mean, "values": values}
-
-
-def _settings_record(settings: Settings) -> dict[str, Any]:
-    """The settings without the machine's paths."""
-    record = dataclasses.asdict(settings)
-    del record["results"]
-    record["observations_from"] = "given" if settings.observations_from else "task"
-    return record
+def _mean_record(values: list[float]) -> Mapping[str, Any]:
+    return {"mean": float(np.mean(values)) if values else None, "values": values}

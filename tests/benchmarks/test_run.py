@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import sbi_flows as sf
-from benchmarks import runner
+from benchmarks import methods, runner
 from benchmarks.__main__ import main
 
 TINY = ["--draws", "40", "--datasets", "50", "--check-draws", "20", "--observations", "2"]
@@ -18,6 +18,7 @@ SCHEMA = {
     "schema": int,
     "kind": str,
     "task": str,
+    "method": str,
     "budget": int,
     "seed": int,
     "valid": int,
@@ -31,9 +32,6 @@ SCHEMA = {
     },
     "versions": dict,
     "settings": {
-        "tasks": list,
-        "budgets": list,
-        "seeds": int,
         "observations": int,
         "observations_from": str,
         "draws": int,
@@ -43,6 +41,9 @@ SCHEMA = {
     },
     "estimator": {"method": str, "density": str, "training": str, "members": int},
     "c2st": {"mean": float, "values": list},
+    "mmd": {"mean": float, "values": list},
+    "normalisation": float,
+    "peak_memory_gib": NUMBER,
     "outside_support": NUMBER,
     "held_out_loss": float,
     "check": dict,
@@ -56,6 +57,7 @@ SCHEMA = {
             "draw",
             "draw again",
             "held-out",
+            "reference",
             "c2st",
             "check",
             "total",
@@ -80,7 +82,10 @@ def quick(task):
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(runner, "estimator", quick)
+    monkeypatch.setitem(methods.METHODS, methods.DEFAULT, quick)
+    runner._estimator.cache_clear()
+    yield
+    runner._estimator.cache_clear()
 
 
 @pytest.mark.promotes
@@ -103,14 +108,33 @@ def test_a_run_writes_one_line_a_seed_and_prints_a_table(few, tmp_path, capsys):
     assert records[0]["held_out_loss"] != records[1]["held_out_loss"]
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split()[:2] == ["C2ST", "worst"]
-    assert printed[1].startswith("two_moons 60 seed 1")
+    assert printed[1].startswith("two_moons npe 60 seed 1")
     assert f"{records[0]['c2st']['mean']:.3f}" in printed[1]
+    # what is finished is not done again; what cannot be read is set aside and done again
+    spoilt, kept = sorted((tmp_path / "results").glob("*.json"))
+    before = kept.stat().st_mtime_ns
+    spoilt.write_text(spoilt.read_text()[:100])
+    assert main(["run", *options, "--results", str(tmp_path / "results")]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [printed[0], *out.splitlines()[1:]]
+    assert len(out.splitlines()) == len(printed)
+    assert "1 runs are finished already" in err
+    assert f"{spoilt.name}: not a record of this run; set aside as" in err
+    assert kept.stat().st_mtime_ns == before
+    again = json.loads(spoilt.read_text())
+    assert again["c2st"] == records[0]["c2st"]
+    refused(
+        ["run", *options, "--draws", "50", "--results", str(tmp_path / "results")],
+        r"--results: .*seed1.json was made with another draws \(40, now 50\)",
+        capsys,
+    )
 
 
 def test_the_table_shows_each_figure_in_its_column():
     seconds = {"simulate": 1.0, "fit": 2.0, "draw": 3.0, "check": 4.0, "total": 10.0}
     record = {
         "task": "slcp",
+        "method": "npe",
         "budget": 1000,
         "seed": 1,
         "c2st": {"mean": None, "values": []},
@@ -120,7 +144,7 @@ def test_the_table_shows_each_figure_in_its_column():
         "seconds": seconds,
     }
     row = runner.results_table([record]).splitlines()[1].split()
-    assert row == "slcp 1,000 seed 1 - - -1.500 25.00% yes 1.0 2.0 3.0 4.0 10.0".split()
+    assert row == "slcp npe 1,000 seed 1 - - -1.500 25.00% yes 1.0 2.0 3.0 4.0 10.0".split()
 
 
 def test_a_schema_violation_is_found():
@@ -137,7 +161,7 @@ def test_given_observations_replace_the_tasks_own(few, tmp_path):
     )
     found = runner.observations_of(runner.simulators.two_moons(), settings)
     np.testing.assert_array_equal(np.stack(found), [x, x + 1])
-    assert runner._settings_record(settings)["observations_from"] == "given"
+    assert settings.record()["observations_from"] == "given"
 
 
 @pytest.mark.parametrize(
@@ -167,7 +191,12 @@ def test_a_file_that_is_no_archive_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tasks", "three_moons"], r"--tasks: expected names out of gaussian_linear, .*three_m"),
+        (["--tasks", "three_moons"], r"--tasks: expected names out of bernoulli_glm, .*three_m"),
+        (
+            ["--tasks", "slcp", "--methods", "magic"],
+            "--methods: expected names out of npe, .*magic",
+        ),
+        (["--tasks", "slcp", "--jobs", "0"], "--jobs: expected at least 1, got 0"),
         (["--tasks", "slcp", "--budgets", "0"], "--budgets: expected at least 10 .* got 0"),
         (["--tasks", "slcp", "--budgets", "many"], "argument --budgets: invalid int value: 'many'"),
         (["--tasks", "slcp", "--seeds", "-1"], "--seeds: expected at least 1, got -1"),
