@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `run`, `demo` and `speed`."""
+"""Command line of the benchmarks: `run`, `references`, `demo` and `speed`."""
 
 from __future__ import annotations
 
@@ -64,6 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (1)")
     _add_folder(run, "--results", "results")
+    references = commands.add_parser(
+        "references", help="reference posteriors that take long", prog="benchmarks references"
+    )
+    references.set_defaults(command=_references)
+    references.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="(all)")
+    references.add_argument(
+        "--folder", type=Path, metavar="DIR", help="where to keep them ($SBI_FLOWS_CACHE)"
+    )
     demo = commands.add_parser(
         "demo", help="lynx and hare: real data end to end, beside NUTS", prog="benchmarks demo"
     )
@@ -105,6 +113,13 @@ def _run(arguments: argparse.Namespace) -> None:
         results=arguments.results,
     )
     runner.run(settings, import_seconds=import_seconds)
+
+
+def _references(arguments: argparse.Namespace) -> None:
+    from benchmarks import references
+    from simulators import stored
+
+    references.run(arguments.folder or stored.cache_folder(), tuple(arguments.tasks))
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -204,7 +204,8 @@ def run_one(
     with clock("held-out"):
         held_out = held_out_loss(keys["held-out"], posterior, task, settings.held_out)
     with clock("reference"):
-        references = _references(keys["reference"], task, observed, settings.draws)
+        own = settings.observations_from is None
+        references = _references(keys["reference"], task, observed, settings.draws, own=own)
     with clock("c2st"):
         accuracies = list(c2st_jax(np.stack(references), np.stack(draws))) if references else []
     with clock("check"):
@@ -303,10 +304,14 @@ def _grid(settings: Settings) -> Iterator[Run]:
         yield Run(*cell)
 
 
-def _references(key: Key, task: Task, observed: list[Obs], n: int) -> list[np.ndarray]:
-    """Exact draws for each observation; none where there is no exact sampler."""
+def _references(
+    key: Key, task: Task, observed: list[Obs], n: int, *, own: bool
+) -> list[np.ndarray]:
+    """Exact draws for each observation, the task's own or others; none without an exact sampler."""
     if task.sample_reference is None:
         return []
+    if own:
+        return [np.asarray(task.reference(i + 1, n)) for i in range(len(observed))]
     keys = jax.random.split(key, len(observed))
     return [
         np.asarray(task.sample_reference(k, jnp.asarray(x), n))

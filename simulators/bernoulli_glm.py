@@ -52,7 +52,8 @@ def bernoulli_glm() -> Task:
         prior=_prior(),
         simulator=lambda key, theta: _statistics(_spikes(key, theta)),
         citation=CITATION,
-        sample_reference=_sample_reference,
+        stored_as="bernoulli_glm",
+        sample_reference=mcmc.NutsReference(_model, ("theta",)),
     )
 
 
@@ -76,7 +77,8 @@ def bernoulli_glm_raw() -> Task:
         prior=_prior(),
         simulator=_spikes,
         citation=CITATION,
-        sample_reference=lambda key, x, n: _sample_reference(key, _statistics(x), n),
+        stored_as="bernoulli_glm",
+        sample_reference=mcmc.NutsReference(_model, ("theta",), prepare=_statistics),
     )
 
 
@@ -119,7 +121,3 @@ def _model(statistics: Array) -> None:
     theta = numpyro.sample("theta", _prior())
     logits = jnp.asarray(design_matrix()) @ theta
     numpyro.factor("x", statistics @ theta - jnp.sum(jax.nn.softplus(logits)))
-
-
-def _sample_reference(key: Key, x: Array, n: int) -> Array:
-    return mcmc.sample_posterior(key, _model, jnp.asarray(x), n, ["theta"])

@@ -57,7 +57,8 @@ def lotka_volterra() -> Task:
         prior=_prior(),
         simulator=_simulator,
         citation=CITATION,
-        sample_reference=_sample_reference,
+        stored_as="lotka_volterra",
+        sample_reference=mcmc.NutsReference(_model, tuple(_prior())),
     )
 
 
@@ -95,7 +96,3 @@ def _simulator(key: Key, theta: dict[str, Array]) -> Array:
 def _model(x: Array) -> None:
     theta = {name: numpyro.sample(name, site) for name, site in _prior().items()}
     numpyro.sample("x", dist.LogNormal(log_populations(theta), NOISE).to_event(1), obs=x)
-
-
-def _sample_reference(key: Key, x: Array, n: int) -> Array:
-    return mcmc.sample_posterior(key, _model, jnp.asarray(x), n, list(_prior()))

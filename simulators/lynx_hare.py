@@ -10,7 +10,8 @@ import numpy as np
 from jax import Array
 
 from sbi_flows.typing import Key
-from simulators.lynx_hare_model import YEARS, prior, sample_reference, solve
+from simulators import mcmc
+from simulators.lynx_hare_model import YEARS, checked, numpyro_model, prior, solve
 from simulators.task import Task
 
 FIRST_YEAR = 1900
@@ -85,7 +86,8 @@ def lynx_hare() -> Task:
         prior=prior(),
         simulator=_simulator,
         citation=CITATION,
-        sample_reference=sample_reference,
+        stored_as="lynx_hare",
+        sample_reference=mcmc.NutsReference(numpyro_model, tuple(prior()), prepare=checked),
         num_observations=1,
         observed=np.log(PELTS, dtype=np.float32, casting="same_kind")[None],
     )

@@ -1,6 +1,6 @@
 """The Lotka-Volterra model of `lynx_hare`: its prior, its ODE, and the numpyro model for NUTS.
 
-Public names: `prior`, `vector_field`, `solve`, `numpyro_model`, `nuts`, `sample_reference`.
+Public names: `prior`, `vector_field`, `solve`, `numpyro_model`, `nuts`, `checked`.
 """
 
 from __future__ import annotations
@@ -118,19 +118,11 @@ def nuts(key: Key, log_counts: Array, *, warmup: int = 150, draws: int = 1000) -
     Raises:
         ValueError: The counts have another shape than (21, 2) or are not finite.
     """
-    return mcmc.nuts(key, numpyro_model, _checked(log_counts), warmup=warmup, draws=draws)
+    return mcmc.nuts(key, numpyro_model, checked(log_counts), warmup=warmup, draws=draws)
 
 
-def sample_reference(key: Key, x: Array, n: int) -> Array:
-    """Draw from the posterior by NUTS: n rows (n, 8) in the prior's order.
-
-    Raises:
-        ReferenceFailed: The chains disagree or too many of their draws diverged.
-    """
-    return mcmc.sample_posterior(key, numpyro_model, _checked(x), n, list(prior()))
-
-
-def _checked(log_counts: Any) -> Array:
+def checked(log_counts: Any) -> Array:
+    """The log counts as an array, or ValueError where they are not finite (21, 2)."""
     log_counts = jnp.asarray(log_counts, jnp.result_type(float))
     if log_counts.shape != (YEARS, 2):
         raise ValueError(f"log_counts: expected shape ({YEARS}, 2), got {log_counts.shape}")

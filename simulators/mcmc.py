@@ -1,16 +1,18 @@
 """NUTS for the reference posteriors: chains that start near the posterior and must agree.
 
-Public names: `nuts`, `sample_posterior`, `starts`.
+Public names: `nuts`, `NutsReference`, `starts`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jax import Array
 from jax.flatten_util import ravel_pytree
@@ -96,40 +98,56 @@ def _nuts(
     return run
 
 
-def sample_posterior(
-    key: Key, model: Callable[[Array], None], x: Array, n: int, sites: Sequence[str]
-) -> Array:
-    """Draw n rows (n, D) from the posterior by NUTS, from all chains alike.
+@dataclasses.dataclass(frozen=True)
+class NutsReference:
+    """A reference sampler `(key, x, n) -> (n, D)` that runs NUTS.
 
-    Args:
-        key: Random key.
+    Attributes:
         model: As for `nuts`.
-        x: The observation.
-        n: Number of draws.
         sites: Names of the sites, in the order of the columns.
-
-    Raises:
-        ReferenceFailed: The chains disagree (split R-hat above 1.02) or over 1% diverged.
+        prepare: What the model observes, from a task's observation.
     """
-    run = nuts(key, model, x, draws=max(1000, -(-n // CHAINS)))
-    _require_converged(run)
-    chains = run.get_samples(group_by_chain=True)
-    parts = [jnp.reshape(chains[m], (*chains[m].shape[:2], -1)) for m in sites]
-    rows = jnp.concatenate(parts, axis=-1)
-    rows = jnp.reshape(rows, (-1, rows.shape[-1]))
-    return rows[jnp.linspace(0, len(rows) - 1, n).astype(int)]
+
+    model: Callable[[Array], None]
+    sites: tuple[str, ...]
+    prepare: Callable[[Array], Array] = jnp.asarray
+
+    def __call__(self, key: Key, x: Array, n: int) -> Array:
+        """Draw n rows (n, D) from the posterior, from all chains alike.
+
+        Raises:
+            ReferenceFailed: The chains disagree (split R-hat above 1.02) or over 1% diverged.
+        """
+        return self.diagnosed(key, x, n)[0]
+
+    def diagnosed(self, key: Key, x: Array, n: int) -> tuple[Array, dict[str, float]]:
+        """The rows, and beside them the worst R-hat, the least ESS and the share that diverged."""
+        run = nuts(key, self.model, self.prepare(x), draws=max(1000, -(-n // CHAINS)))
+        found = _diagnostics(run)
+        _require_converged(found)
+        chains = run.get_samples(group_by_chain=True)
+        parts = [jnp.reshape(chains[m], (*chains[m].shape[:2], -1)) for m in self.sites]
+        rows = jnp.concatenate(parts, axis=-1)
+        rows = jnp.reshape(rows, (-1, rows.shape[-1]))
+        return rows[jnp.linspace(0, len(rows) - 1, n).astype(int)], found
 
 
-def _require_converged(run: MCMC) -> None:
-    from numpyro.diagnostics import split_gelman_rubin
+def _diagnostics(run: MCMC) -> dict[str, float]:
+    from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 
-    draws = run.get_samples(group_by_chain=True)
-    rhat = max(float(jnp.max(split_gelman_rubin(v))) for v in draws.values())
-    diverged = float(jnp.mean(run.get_extra_fields()["diverging"]))
-    if not rhat <= MAX_RHAT or diverged > 0.01:
+    draws = [np.asarray(v, float) for v in run.get_samples(group_by_chain=True).values()]
+    return {
+        "rhat": max(float(np.max(split_gelman_rubin(v))) for v in draws),
+        "ess": min(float(np.min(effective_sample_size(v))) for v in draws),
+        "diverged": float(np.mean(run.get_extra_fields()["diverging"])),
+    }
+
+
+def _require_converged(found: dict[str, float]) -> None:
+    if not found["rhat"] <= MAX_RHAT or found["diverged"] > 0.01:
         raise ReferenceFailed(
             f"NUTS: expected R-hat <= {MAX_RHAT} and at most 1% divergences, got R-hat "
-            f"{rhat:.3f} and {diverged:.1%}"
+            f"{found['rhat']:.3f} and {found['diverged']:.1%}"
         )
 
 

@@ -58,7 +58,8 @@ def sir() -> Task:
         prior=_prior(),
         simulator=_simulator,
         citation=CITATION,
-        sample_reference=_sample_reference,
+        stored_as="sir",
+        sample_reference=mcmc.NutsReference(_model, tuple(_prior())),
     )
 
 
@@ -103,7 +104,3 @@ def _model(x: Array) -> None:
     log_p = log_infected(theta)
     # the coefficient of the binomial does not depend on theta
     numpyro.factor("x", jnp.sum(x * log_p + (TESTED - x) * jnp.log1p(-jnp.exp(log_p))))
-
-
-def _sample_reference(key: Key, x: Array, n: int) -> Array:
-    return mcmc.sample_posterior(key, _model, jnp.asarray(x), n, list(_prior()))

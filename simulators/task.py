@@ -19,6 +19,7 @@ from jax import Array
 from sbi_flows.errors import SbiFlowsError
 from sbi_flows.prior import Prior, as_prior
 from sbi_flows.typing import Key, Obs, Simulator
+from simulators import stored
 
 SampleReference: TypeAlias = Callable[[Key, Array, int], Array]
 """`(key, x, n) -> (n, D)` draws of the exact posterior given any one observation x."""
@@ -48,6 +49,7 @@ class Task:
             x, NaN where none could be made; None where there is no such sampler.
         num_observations: How many observations there are.
         observed: Real observations, shape (num_observations, *event), instead of simulated ones.
+        stored_as: Name of the files that reference draws are kept in, where a sampler takes long.
 
     Example:
         >>> from simulators import two_moons
@@ -65,6 +67,7 @@ class Task:
     sample_reference: SampleReference | None = None
     num_observations: int = 10
     observed: np.ndarray | None = None
+    stored_as: str | None = None
 
     def __post_init__(self) -> None:
         if self.num_observations < 1:
@@ -127,7 +130,10 @@ class Task:
             raise ValueError(f"{self.name}: expected a task with an exact sampler, got none")
         if n < 1:
             raise ValueError(f"n: expected at least one draw, got {n}")
-        draws = self.sample_reference(jax.random.fold_in(jax.random.key(REFERENCE_SEED), i), x, n)
+        kept = self._stored(i, n)
+        if kept is not None:
+            return kept
+        draws = self.sample_reference(self.reference_key(i), x, n)
         missing = int(jnp.sum(~jnp.all(jnp.isfinite(draws), axis=-1)))
         if missing:
             raise ReferenceFailed(
@@ -135,6 +141,26 @@ class Task:
                 f"observation {i}"
             )
         return draws
+
+    def stored_observation(self, i: int) -> np.ndarray:
+        """Observation i as the reference sampler reads it, which tells its file from others."""
+        return np.asarray(
+            getattr(self.sample_reference, "prepare", jnp.asarray)(self.observation(i))
+        )
+
+    def reference_key(self, i: int) -> Key:
+        """Key of the reference draws given observation i."""
+        return jax.random.fold_in(jax.random.key(REFERENCE_SEED), i)
+
+    def _stored(self, i: int, n: int) -> Array | None:
+        """Draws that were made before, spread over all that are there; None for too few."""
+        if self.stored_as is None:
+            return None
+        folders = (stored.cache_folder(), stored.FOLDER)
+        rows = stored.load(self.stored_as, i, self.stored_observation(i), folders)
+        if rows is None or len(rows) < n:
+            return None
+        return jnp.asarray(rows[np.linspace(0, len(rows) - 1, n).astype(int)])
 
     @cached_property
     def _flat_prior(self) -> Prior:

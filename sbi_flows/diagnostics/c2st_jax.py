@@ -78,7 +78,7 @@ def c2st_jax(reference: Any, samples: Any, *, folds: int = 5, seed: int = 1) -> 
     work = [fold for pair in pairs for fold in _folds(*checked_sets(*pair, folds), folds, seed)]
     width = 10 * work[0].x.shape[1]
     scores = _on_threads(work, width, seed) if _on_cpu() else _side_by_side(work, width, seed)
-    means = np.reshape(scores, (len(pairs), folds)).mean(axis=1)
+    means = np.asarray(scores, float).reshape(len(pairs), folds).mean(axis=1)
     return float(means[0]) if single else means
 
 
@@ -105,7 +105,7 @@ def _folds(reference: np.ndarray, samples: np.ndarray, folds: int, seed: int) ->
     from sklearn.model_selection import KFold
 
     x = standardised_rows(reference, samples)
-    y = np.repeat(np.float32([0, 1]), [len(reference), len(samples)])
+    y = np.repeat(np.array([0, 1], np.float32), [len(reference), len(samples)])
     for train, test in KFold(n_splits=folds, shuffle=True, random_state=seed).split(x):
         yield _Fold(*map(jnp.asarray, (x[train], y[train], x[test], y[test])))
 

@@ -22,7 +22,11 @@ def gaussian(x):
 
 def test_a_conjugate_posterior_is_recovered():
     x = jnp.array([1.0, -2.0])
-    rows = np.asarray(mcmc.sample_posterior(jax.random.key(0), gaussian, x, 3000, ["mean"]))
+    sampler = mcmc.NutsReference(gaussian, ("mean",))
+    rows, found = sampler.diagnosed(jax.random.key(0), x, 3000)
+    rows = np.asarray(rows)
+    assert found["rhat"] < 1.01 and found["diverged"] == 0.0
+    assert 1000 < found["ess"] < 20_000
     variance = 1 / (1 + 1 / np.array([0.25, 0.01]))
     np.testing.assert_allclose(
         rows.mean(axis=0), np.asarray(x) * variance / [0.25, 0.01], atol=0.08 * variance[0] ** 0.5
@@ -38,10 +42,14 @@ def fake_run(draws: np.ndarray, diverging: float) -> SimpleNamespace:
     )
 
 
+def converged(run):
+    mcmc._require_converged(mcmc._diagnostics(run))
+
+
 def test_chains_that_disagree_are_refused():
     draws = np.random.default_rng(0).normal(size=(4, 500))
-    mcmc._require_converged(fake_run(draws, 0.0))
+    converged(fake_run(draws, 0.0))
     with pytest.raises(ReferenceFailed, match=r"got R-hat 1\.\d+ and 0.0%"):
-        mcmc._require_converged(fake_run(draws + np.arange(4)[:, None], 0.0))
+        converged(fake_run(draws + np.arange(4)[:, None], 0.0))
     with pytest.raises(ReferenceFailed, match=r"at most 1% divergences, got R-hat .* and 5.0%"):
-        mcmc._require_converged(fake_run(draws, 0.05))
+        converged(fake_run(draws, 0.05))

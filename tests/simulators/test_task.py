@@ -8,7 +8,7 @@ import pytest
 
 import simulators
 from sbi_flows.prior import as_prior
-from simulators import ReferenceFailed, Task
+from simulators import ReferenceFailed, Task, stored
 
 SHAPES = {  # of theta as a flat vector and of x
     "bernoulli_glm": ((10,), (10,)),
@@ -144,3 +144,34 @@ def test_named_prior_gives_the_simulator_a_dict():
     rate, *shift = task.true_parameters(1)
     assert task.labels == ("rate", "shift[0]", "shift[1]")
     np.testing.assert_allclose(task.observation(1), rate * jnp.stack(shift), rtol=1e-6)
+
+
+def kept_toy(**changes):
+    """A task whose sampler must not be called where a file has the draws."""
+
+    def never(key, x, n):
+        raise AssertionError("sampled")
+
+    return toy(sample_reference=never, stored_as="toy", **changes)
+
+
+def test_references_are_read_where_they_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("SBI_FLOWS_CACHE", str(tmp_path))
+    task, draws = kept_toy(), np.arange(20.0).reshape(10, 2)
+    x = task.stored_observation(1)
+    stored.save(tmp_path, "toy", 1, x, draws, {"rhat": 1.0})
+    np.testing.assert_array_equal(task.reference(1, n=10), draws)
+    np.testing.assert_array_equal(task.reference(1, n=2), draws[[0, 9]])
+    # too few, another observation, or a file that is none
+    stored.save(tmp_path, "toy", 2, x, draws, {})
+    (tmp_path / "toy-3.npz").write_text("nothing")
+    for i, n in ((1, 11), (2, 5), (3, 5)):
+        with pytest.raises(AssertionError, match="sampled"):
+            task.reference(i, n=n)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["toy-1.npz", "toy-2.npz", "toy-3.npz"]
+
+
+def test_both_spike_trains_share_their_references():
+    raw, summed = simulators.bernoulli_glm_raw(), simulators.bernoulli_glm()
+    np.testing.assert_allclose(raw.stored_observation(3), summed.stored_observation(3), atol=1e-5)
+    assert raw.stored_as == summed.stored_as == "bernoulli_glm"
