@@ -44,7 +44,10 @@ def _parser() -> argparse.ArgumentParser:
         "run", help="accuracy, calibration and times on benchmark tasks", prog="benchmarks run"
     )
     run.set_defaults(command=_run)
-    run.add_argument("--tasks", nargs="+", required=True, metavar="TASK")
+    run.add_argument("--tasks", nargs="+", default=[], metavar="TASK")
+    run.add_argument(
+        "--simulator", metavar="MODULE:NAME", help="a simulators.Task of your own, scored alike"
+    )
     run.add_argument("--methods", nargs="+", default=["npe"], metavar="METHOD", help="(npe)")
     run.add_argument("--budgets", nargs="+", type=int, default=[10_000], metavar="N")
     run.add_argument("--seeds", type=int, default=1, metavar="N", help="number of seeds (1)")
@@ -97,10 +100,12 @@ def _add_folder(parser: argparse.ArgumentParser, option: str, default: str) -> N
 def _run(arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
     from benchmarks import runner
+    from benchmarks.settings import Settings
 
     import_seconds = time.perf_counter() - began
-    settings = runner.Settings(
+    settings = Settings(
         tasks=tuple(arguments.tasks),
+        simulator=arguments.simulator,
         methods=tuple(arguments.methods),
         jobs=arguments.jobs,
         budgets=tuple(arguments.budgets),

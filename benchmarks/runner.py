@@ -1,19 +1,18 @@
 """One run: simulate, fit, C2ST against the exact posterior, calibration, and the time of each.
 
-Public names: `Settings`, `run`, `run_one`.
+Public names: `run`, `run_one`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import multiprocessing
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,82 +21,15 @@ import numpy as np
 from tqdm.auto import tqdm
 
 import sbi_flows as sf
-import simulators
 from benchmarks import methods
 from benchmarks.records import BadInput, Clock, peak_memory_gib, provenance, writable_folder
 from benchmarks.scores import held_out_loss, mmd, normalisation
+from benchmarks.settings import Settings
 from benchmarks.store import Run, Store
 from sbi_flows.diagnostics import c2st_jax, check
 from sbi_flows.diagnostics.tables import table
 from sbi_flows.typing import Key, Obs
 from simulators import Task
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What to run, and how large.
-
-    Attributes:
-        tasks: Names of the tasks.
-        methods: Names of the methods.
-        budgets: Numbers of simulations.
-        seeds: Number of seeds; they are 1, 2, ...
-        observations: Number of observations to compare at, or as many as the task has.
-        observations_from: Folder of `<task>.npz` files whose `x_1`, `x_2`, ... replace the task's
-            own observations.
-        draws: Draws on either side of a C2ST.
-        datasets: Data sets of the calibration check.
-        check_draws: Draws of the posterior for each of them.
-        held_out: Fresh simulations behind the held-out negative log density.
-        results: Folder for the records.
-        jobs: Runs at the same time, each in a process of its own.
-
-    Raises:
-        BadInput: An unknown task, a number that is not positive, or too few draws or data sets.
-    """
-
-    tasks: tuple[str, ...]
-    budgets: tuple[int, ...]
-    methods: tuple[str, ...] = (methods.DEFAULT,)
-    seeds: int = 1
-    observations: int = 5
-    observations_from: Path | None = None
-    draws: int = 10_000
-    datasets: int = 1_000
-    check_draws: int = 1_000
-    held_out: int = 10_000
-    results: Path = Path("results")
-    jobs: int = 1
-
-    def __post_init__(self) -> None:
-        """Refuse what would fail later."""
-        unknown = [name for name in self.tasks if name not in simulators.names()]
-        if unknown:
-            known = ", ".join(simulators.names())
-            raise BadInput(f"--tasks: expected names out of {known}; got {', '.join(unknown)}")
-        for name in self.methods:
-            methods.get(name)
-        lowest = {
-            "seeds": 1,
-            "jobs": 1,
-            "observations": 1,
-            "draws": 10,
-            "datasets": 50,
-            "check_draws": 20,
-        }
-        for name, least in lowest.items():
-            if getattr(self, name) < least:
-                option = name.replace("_", "-")
-                got = getattr(self, name)
-                raise BadInput(f"--{option}: expected at least {least}, got {got}")
-        if min(self.budgets) < 10:
-            raise BadInput(f"--budgets: expected at least 10 simulations, got {min(self.budgets)}")
-
-    def record(self) -> dict[str, Any]:
-        """What a single run depends on; nothing that names the machine."""
-        own = ("observations", "draws", "datasets", "check_draws", "held_out")
-        given = "given" if self.observations_from else "task"
-        return {**{name: getattr(self, name) for name in own}, "observations_from": given}
 
 
 def run(settings: Settings, *, import_seconds: float = 0.0) -> list[dict[str, Any]]:
@@ -117,8 +49,8 @@ def run(settings: Settings, *, import_seconds: float = 0.0) -> list[dict[str, An
             observations are missing; before any work.
     """
     store = Store(writable_folder(settings.results, "--results"), settings.record())
-    for name in settings.tasks:
-        observations_of(simulators.get(name), settings)
+    for name in settings.names:
+        observations_of(settings.task(name), settings)
     records = {run: store.find(run) for run in _grid(settings)}
     pending = [run for run, record in records.items() if record is None]
     if len(pending) < len(records):
@@ -149,19 +81,19 @@ def _results(
 
 def _stored(settings: Settings, store: Store, import_seconds: float, run: Run) -> dict[str, Any]:
     print(str(run), file=sys.stderr, flush=True)
-    task = simulators.get(run.task)
+    task = settings.task(run.task)
     clock = Clock()
     clock.seconds["import"] = import_seconds
     observed = observations_of(task, settings)
-    estimator = _estimator(run.method, run.task)
+    estimator = _estimator(run.method, task)
     result = run_one(task, estimator, run.budget, run.seed, observed, settings, clock)
     return store.write(run, {**provenance(), **result})
 
 
 @cache
-def _estimator(method: str, task: str) -> sf.NPE:
+def _estimator(method: str, task: Task) -> sf.NPE:
     # the same one for later seeds, which then find everything compiled
-    return methods.get(method)(simulators.get(task))
+    return methods.get(method)(task)
 
 
 def run_one(
@@ -190,8 +122,7 @@ def run_one(
     root = jax.random.fold_in(jax.random.key(seed), budget)
     keys = dict(zip(_PHASES, jax.random.split(root, len(_PHASES)), strict=True))
     with clock("simulate"):
-        sims = sf.simulate(keys["simulate"], npe.prior, task.simulator, budget)
-        jax.block_until_ready(sims)
+        sims = _simulated(keys["simulate"], task, npe.prior, budget)
     with clock("fit"):
         posterior, history = npe.fit(keys["fit"], sims)
     draw_keys = jax.random.split(keys["draw"], len(observed))
@@ -239,6 +170,21 @@ def run_one(
 _PHASES = ("simulate", "fit", "draw", "held-out", "reference", "check")
 
 
+def _simulated(key: Key, task: Task, prior: sf.Prior, budget: int) -> sf.Simulations:
+    with _blamed_on(task):
+        return jax.block_until_ready(sf.simulate(key, prior, task.simulator, budget))
+
+
+@contextmanager
+def _blamed_on(task: Task) -> Iterator[None]:
+    """What a task's simulator raises, as one line."""
+    try:
+        yield
+    except Exception as error:  # whatever the user's simulator raises
+        first = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise BadInput(f"{task.name}: the simulator cannot be run: {first}") from error
+
+
 def observations_of(task: Task, settings: Settings) -> list[Obs]:
     """The observations to compare at: the task's own, or those of the folder.
 
@@ -246,7 +192,8 @@ def observations_of(task: Task, settings: Settings) -> list[Obs]:
         BadInput: A file or an observation is missing or has another shape; one line.
     """
     count = min(settings.observations, task.num_observations)
-    own = [task.observation(i + 1) for i in range(count)]
+    with _blamed_on(task):
+        own = [task.observation(i + 1) for i in range(count)]
     if settings.observations_from is None:
         return own
     path = settings.observations_from / f"{task.name}.npz"
@@ -300,7 +247,7 @@ def _cell(value: float | None, form: str) -> str:
 
 def _grid(settings: Settings) -> Iterator[Run]:
     seeds = range(1, settings.seeds + 1)
-    for cell in itertools.product(settings.tasks, settings.methods, settings.budgets, seeds):
+    for cell in itertools.product(settings.names, settings.methods, settings.budgets, seeds):
         yield Run(*cell)
 
 

@@ -9,6 +9,7 @@ import pytest
 import sbi_flows as sf
 from benchmarks import methods, runner
 from benchmarks.__main__ import main
+from benchmarks.settings import Settings
 
 TINY = ["--draws", "40", "--datasets", "50", "--check-draws", "20", "--observations", "2"]
 NUMBER = (int, float)
@@ -130,6 +131,55 @@ def test_a_run_writes_one_line_a_seed_and_prints_a_table(few, tmp_path, capsys):
     )
 
 
+OWN = """
+import jax
+import numpyro.distributions as dist
+from simulators import Task
+
+def simulator(key, theta):
+    return SIMULATED
+
+def task():
+    return Task(name="mine", prior=dist.Normal(0.0, 1.0), simulator=simulator, citation="")
+"""
+
+
+@pytest.mark.promotes
+def test_a_simulator_of_ones_own_is_scored_without_a_reference(few, tmp_path, monkeypatch, capsys):
+    (tmp_path / "own_model.py").write_text(
+        OWN.replace("SIMULATED", "theta + jax.random.normal(key)")
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["--simulator", "own_model:task", "--budgets", "60", *TINY]
+    assert main(["run", *options, "--results", str(tmp_path)]) == 0
+    (record,) = [json.loads(p.read_text()) for p in tmp_path.glob("*.json")]
+    assert (record["task"], record["c2st"]) == ("mine", {"mean": None, "values": []})
+    assert record["check"]["num_datasets"] == 50
+    assert record["normalisation"] == pytest.approx(1.0, abs=0.05)
+    assert capsys.readouterr().out.splitlines()[1].split()[5:7] == ["-", "-"]
+
+
+@pytest.mark.parametrize(
+    ("simulated", "message"),
+    [
+        ("theta * float('nan')", "bad_model: .*all 60 simulations gave NaN"),
+        ("{}", "bad_model: .*expected numeric arrays"),
+        ("theta if theta > 0 else -theta", "bad_model: .*TracerBoolConversionError"),
+        ("1 + 'a'", "bad_model: .*unsupported operand"),
+    ],
+)
+def test_a_simulator_that_cannot_be_run_is_refused(
+    few, tmp_path, monkeypatch, capsys, simulated, message
+):
+    name = f"bad_model_{abs(hash(simulated))}"
+    text = OWN.replace("SIMULATED", simulated).replace('"mine"', '"bad_model"')
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["--simulator", f"{name}:task", "--budgets", "60", *TINY]
+    refused(["run", *options, "--results", str(tmp_path)], message, capsys)
+    assert not list(tmp_path.glob("*.json"))
+
+
 def test_the_table_shows_each_figure_in_its_column():
     seconds = {"simulate": 1.0, "fit": 2.0, "draw": 3.0, "check": 4.0, "total": 10.0}
     record = {
@@ -156,10 +206,10 @@ def test_a_schema_violation_is_found():
 def test_given_observations_replace_the_tasks_own(few, tmp_path):
     x = np.array([0.5, -0.25], np.float32)
     np.savez(tmp_path / "two_moons.npz", x_1=x, x_2=x + 1, theta_1=x)
-    settings = runner.Settings(
+    settings = Settings(
         tasks=("two_moons",), budgets=(60,), observations=2, observations_from=tmp_path
     )
-    found = runner.observations_of(runner.simulators.two_moons(), settings)
+    found = runner.observations_of(settings.task("two_moons"), settings)
     np.testing.assert_array_equal(np.stack(found), [x, x + 1])
     assert settings.record()["observations_from"] == "given"
 
@@ -204,7 +254,12 @@ def test_a_file_that_is_no_archive_is_refused(tmp_path, capsys):
         (["--tasks", "slcp", "--draws", "3"], "--draws: expected at least 10, got 3"),
         (["--tasks", "slcp", "--check-draws", "1"], "--check-draws: expected at least 20, got 1"),
         (["--tasks"], "argument --tasks: expected at least one argument"),
-        ([], "the following arguments are required: --tasks"),
+        ([], "--tasks: expected at least one name, or a --simulator"),
+        (["--simulator", "nothing"], "--simulator: expected package.module:name, got 'nothing'"),
+        (["--simulator", "no.such:task"], "--simulator: cannot get no.such:task: ModuleNotFound"),
+        (["--simulator", "simulators:nope"], "--simulator: cannot get simulators:nope: Attribute"),
+        (["--simulator", "simulators:names"], "expected a simulators.Task at .* got tuple"),
+        (["--simulator", "simulators:slcp"], "expected a name of its own, got 'slcp'"),
     ],
 )
 def test_bad_options_are_refused(tmp_path, capsys, options, message):
@@ -232,5 +287,5 @@ def refused(argv, message, capsys):
         status = stop.code
     err = capsys.readouterr().err
     assert status == 2
-    assert err.count("\n") == 1, err
+    assert sum("error: " in line for line in err.splitlines()) == 1, err
     assert re.search(message, err), err
