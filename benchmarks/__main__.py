@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `run`, `references`, `demo` and `speed`."""
+"""Command line of the benchmarks: runs, references, report, demo and speed."""
 
 from __future__ import annotations
 
@@ -75,6 +75,14 @@ def _parser() -> argparse.ArgumentParser:
     references.add_argument(
         "--folder", type=Path, metavar="DIR", help="where to keep them ($SBI_FLOWS_CACHE)"
     )
+    report = commands.add_parser(
+        "report", help="finished runs beside published figures", prog="benchmarks report"
+    )
+    report.set_defaults(command=_report)
+    report.add_argument(
+        "--results", type=Path, default=Path("results"), metavar="DIR", help="(results/)"
+    )
+    report.add_argument("--out", type=Path, metavar="DIR", help="where to write (the same)")
     demo = commands.add_parser(
         "demo", help="lynx and hare: real data end to end, beside NUTS", prog="benchmarks demo"
     )
@@ -125,6 +133,12 @@ def _references(arguments: argparse.Namespace) -> None:
     from simulators import stored
 
     references.run(arguments.folder or stored.cache_folder(), tuple(arguments.tasks))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from benchmarks import report
+
+    report.run(arguments.results, arguments.out)
 
 
 def _demo(arguments: argparse.Namespace) -> None:

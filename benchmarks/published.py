@@ -1,0 +1,74 @@
+"""Published accuracies of other estimators, all with the classifier of `c2st`.
+
+Public names: `Published`, `published`, `best_amortised`, `figure`.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from functools import cache
+from pathlib import Path
+
+FILE = Path(__file__).with_name("published.csv")
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """One figure: mean C2ST over ten observations.
+
+    Attributes:
+        task: Name of the task.
+        budget: Number of simulations; of the sequential methods, for one observation.
+        method: NPE, NLE, NRE and their variants; a leading S for sequential.
+        c2st: The accuracy.
+        source: Where it was published.
+    """
+
+    task: str
+    budget: int
+    method: str
+    c2st: float
+    source: str
+
+    @property
+    def is_amortised(self) -> bool:
+        """One fit for all observations."""
+        return not self.method.startswith("S")
+
+
+@cache
+def published() -> tuple[Published, ...]:
+    """All figures.
+
+    Example:
+        >>> len({figure.task for figure in published()})
+        10
+    """
+    with FILE.open(newline="") as file:
+        return tuple(
+            Published(r["task"], int(r["budget"]), r["method"], float(r["c2st"]), r["source"])
+            for r in csv.DictReader(file)
+        )
+
+
+def best_amortised(task: str, budget: int) -> Published | None:
+    """The lowest figure of a method that is fitted once for all observations.
+
+    Example:
+        >>> best_amortised("two_moons", 10_000).c2st
+        0.592
+    """
+    fits = [p for p in published() if (p.task, p.budget) == (task, budget) and p.is_amortised]
+    return min(fits, key=lambda p: p.c2st, default=None)
+
+
+def figure(task: str, budget: int, method: str) -> float | None:
+    """The figure of one method; None where there is none.
+
+    Example:
+        >>> figure("two_moons", 1_000, "NPE")
+        0.725
+    """
+    found = [p.c2st for p in published() if (p.task, p.budget, p.method) == (task, budget, method)]
+    return found[0] if found else None

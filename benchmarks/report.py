@@ -1,0 +1,285 @@
+"""`python -m benchmarks report`: finished runs beside what is published, as Markdown and HTML.
+
+Public names: `run`, `Cell`, `cells_of`.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import io
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.published import best_amortised, published
+from benchmarks.published import figure as published_figure
+from benchmarks.records import SCHEMA, BadInput, writable_folder
+from benchmarks.scaling import PowerLaw, power_law
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """Runs of one task, method and budget, over their seeds.
+
+    Attributes:
+        task: Name of the task.
+        method: Name of the method.
+        budget: Number of simulations.
+        records: The runs.
+    """
+
+    task: str
+    method: str
+    budget: int
+    records: tuple[dict[str, Any], ...]
+
+    def mean(self, *path: str) -> float | None:
+        """Mean of a number in the records; None where it is missing in any."""
+        values = []
+        for record in self.records:
+            value: Any = record
+            for name in path:
+                value = value[name]
+            values.append(value)
+        return None if None in values else float(np.mean(values))
+
+    @property
+    def verdict(self) -> str:
+        """Of the worst run: "calibrated", "conservative" or what is wrong, and where."""
+        checks = [record["check"] for record in self.records]
+        worst = min(checks, key=lambda check: (check["calibrated"], check["conservative"]))
+        if worst["calibrated"]:
+            return "calibrated"
+        said = worst["verdict"].split(" (")[0]
+        return f"conservative: {said}" if worst["conservative"] else said
+
+    @property
+    def is_fine(self) -> bool:
+        """No run is over-confident, biased or mis-shaped."""
+        return all(record["check"]["conservative"] for record in self.records)
+
+
+def run(results: Path, out: Path | None = None) -> Path:
+    """Write `report.md` and `report.html`, one file each with everything in it.
+
+    Args:
+        results: Folder with the records of `python -m benchmarks run`.
+        out: Folder for the report; that of the results by default.
+
+    Returns:
+        The page.
+
+    Raises:
+        BadInput: There is no finished run, or the folder cannot be written to.
+    """
+    cells = cells_of(_records(results))
+    if not cells:
+        raise BadInput(f"--results: no finished run in {results}")
+    folder = writable_folder(results if out is None else out, "--out")
+    tables = _tables(cells)
+    notes = _notes(cells)
+    (folder / "report.md").write_text(_markdown(tables, notes))
+    page = folder / "report.html"
+    page.write_text(_page(tables, notes, _picture(cells)))
+    print(f"written: {folder / 'report.md'}, {page}")
+    return page
+
+
+def cells_of(records: Sequence[dict[str, Any]]) -> list[Cell]:
+    """Group records by task, method and budget, in this order."""
+    groups = defaultdict(list)
+    for record in records:
+        groups[record["task"], record["method"], record["budget"]].append(record)
+    return [Cell(*key, tuple(groups[key])) for key in sorted(groups)]
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    found = []
+    for path in sorted(folder.glob("run-*.json")):
+        try:
+            record = json.loads(path.read_text())
+            if record["schema"] == SCHEMA and record["kind"] == "run":
+                found.append(record)
+        except (OSError, ValueError, KeyError, TypeError):
+            print(f"{path.name}: not a record, left out", file=sys.stderr)
+    return found
+
+
+def _tables(cells: list[Cell]) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """Heading, columns and rows of each table."""
+    return {
+        "Accuracy (C2ST, 0.5 is perfect)": _accuracy(cells),
+        "Calibration": _calibration(cells),
+        "Times and memory": _times(cells),
+        "Scaling": _scaling(cells),
+    }
+
+
+def _accuracy(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
+    columns = ["task", "method", "simulations", "C2ST", "published NPE", "best published amortised"]
+    rows = []
+    for cell in cells:
+        best = best_amortised(cell.task, cell.budget)
+        npe = published_figure(cell.task, cell.budget, "NPE")
+        rows.append(
+            [
+                cell.task,
+                cell.method,
+                f"{cell.budget:,}",
+                _number(cell.mean("c2st", "mean")),
+                _number(npe),
+                f"{best.c2st:.3f} ({best.method})" if best else "-",
+            ]
+        )
+    return columns, rows
+
+
+def _calibration(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
+    columns = ["task", "method", "simulations", "verdict", "held-out", "outside the support"]
+    return columns, [
+        [
+            cell.task,
+            cell.method,
+            f"{cell.budget:,}",
+            cell.verdict,
+            _number(cell.mean("held_out_loss")),
+            _number(cell.mean("outside_support"), ".2%"),
+        ]
+        for cell in cells
+    ]
+
+
+def _times(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
+    phases = ("simulate", "fit", "draw", "check")
+    columns = ["task", "method", "simulations", *(f"{p} (s)" for p in phases), "memory (GiB)"]
+    rows = []
+    for cell in cells:
+        seconds = [_number(cell.mean("seconds", phase), ".1f") for phase in phases]
+        memory = _number(cell.mean("peak_memory_gib"), ".1f")
+        rows.append([cell.task, cell.method, f"{cell.budget:,}", *seconds, memory])
+    return columns, rows
+
+
+def _scaling(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
+    columns = ["task", "method", "C2ST - 0.5 falls as", "90% interval", "with ten times the most"]
+    rows = []
+    for task, method in sorted({(c.task, c.method) for c in cells}):
+        own = [c for c in cells if (c.task, c.method) == (task, method)]
+        law = _law(own)
+        if law:
+            bought = 0.5 + law.at(10 * max(c.budget for c in own))
+            interval = f"{law.low:.2f} to {law.high:.2f}"
+            rows.append([task, method, f"N^-{law.exponent:.2f}", interval, f"C2ST {bought:.3f}"])
+    return columns, rows
+
+
+def _law(cells: list[Cell]) -> PowerLaw | None:
+    pairs = [(c.budget, r["c2st"]["mean"]) for c in cells for r in c.records]
+    pairs = [(n, accuracy - 0.5) for n, accuracy in pairs if accuracy is not None]
+    return power_law(*zip(*pairs, strict=True)) if pairs else None
+
+
+def _notes(cells: list[Cell]) -> list[str]:
+    records = [record for cell in cells for record in cell.records]
+    machines = {json.dumps(r["machine"], sort_keys=True) for r in records}
+    said = []
+    for machine in map(json.loads, sorted(machines)):
+        memory = f", {machine['memory_gib']} GiB" if machine["memory_gib"] else ""
+        said.append(
+            f"{machine['cores']} cores, {machine['architecture']}{memory}, {machine['device']}"
+        )
+    sources = sorted({p.source for p in published() if p.task in {c.task for c in cells}})
+    return [
+        f"Machine: {'; '.join(said)}.",
+        f"{len(records)} runs; means over seeds, and over the observations of a task.",
+        "Published figures use the same classifier: " + "; ".join(sources) + ".",
+    ]
+
+
+def _markdown(tables: dict[str, tuple[list[str], list[list[str]]]], notes: list[str]) -> str:
+    parts = ["# Benchmark", *notes]
+    for heading, (columns, rows) in tables.items():
+        if rows:
+            lines = [columns, ["---"] * len(columns), *rows]
+            parts.append(f"## {heading}\n\n" + "\n".join(f"| {' | '.join(r)} |" for r in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; }
+table { border-collapse: collapse; } th, td { padding: .25em .8em; text-align: left; }
+th { border-bottom: 2px solid #888; } tr:nth-child(even) { background: #f4f4f4; }
+td.fine { background: #cdebd3; } td.wrong { background: #f5cfcb; } img { max-width: 100%; }
+"""
+
+
+def _page(
+    tables: dict[str, tuple[list[str], list[list[str]]]], notes: list[str], picture: bytes
+) -> str:
+    parts = [f"<p>{html.escape(note)}</p>" for note in notes]
+    for heading, (columns, rows) in tables.items():
+        if rows:
+            parts.append(f"<h2>{html.escape(heading)}</h2>{_html_table(columns, rows)}")
+    source = base64.b64encode(picture).decode()
+    parts.append(
+        "<h2>Accuracy against training time</h2>"
+        f'<img alt="C2ST against seconds of fitting" src="data:image/png;base64,{source}">'
+    )
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Benchmark</title>"
+        f"<style>{STYLE}</style></head><body><h1>Benchmark</h1>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _html_table(columns: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
+    body = []
+    for row in rows:
+        data = (
+            f"<td{_colour(c, v)}>{html.escape(v)}</td>" for c, v in zip(columns, row, strict=True)
+        )
+        body.append(f"<tr>{''.join(data)}</tr>")
+    return f"<table><tr>{head}</tr>{''.join(body)}</table>"
+
+
+def _colour(column: str, value: str) -> str:
+    if column != "verdict":
+        return ""
+    fine = value.startswith(("calibrated", "conservative"))
+    return ' class="fine"' if fine else ' class="wrong"'
+
+
+def _picture(cells: list[Cell]) -> bytes:
+    """C2ST against seconds of fitting, a line a task; PNG."""
+    from matplotlib.figure import Figure
+
+    from sbi_flows.plots import COLOURS, STYLES
+
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for i, (task, method) in enumerate(sorted({(c.task, c.method) for c in cells})):
+        own = [c for c in cells if (c.task, c.method) == (task, method)]
+        points = [(c.mean("seconds", "fit"), c.mean("c2st", "mean")) for c in own]
+        drawn = [p for p in points if None not in p]
+        if drawn:
+            seconds, accuracies = zip(*drawn, strict=True)
+            line = axes.plot(seconds, accuracies, marker="o", ms=4, label=f"{task}, {method}")[0]
+            line.set(color=COLOURS[i % len(COLOURS)], ls=STYLES[i // len(COLOURS) % len(STYLES)])
+    axes.axhline(0.5, color="0.6", lw=0.8)
+    axes.set(xscale="log", xlabel="seconds of fitting, compilation included", ylabel="C2ST")
+    if axes.lines[1:]:
+        axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=130)
+    return file.getvalue()
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,130 @@
+"""The report: the right figures in the right cells, in one file that needs no other."""
+
+import base64
+import doctest
+import json
+import re
+
+import numpy as np
+import pytest
+
+import simulators
+from benchmarks import published, report, scaling
+from benchmarks.__main__ import main
+from benchmarks.records import SCHEMA
+
+
+@pytest.mark.parametrize("module", [published, scaling])
+def test_doctests(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def record(task="two_moons", budget=1000, seed=1, c2st=0.6, verdict="calibrated: fine"):
+    kind = verdict.split()[0].rstrip(":")
+    return {
+        "schema": SCHEMA,
+        "kind": "run",
+        "task": task,
+        "method": "npe",
+        "budget": budget,
+        "seed": seed,
+        "machine": {"cores": 2, "architecture": "x86_64", "memory_gib": 24, "device": "cpu"},
+        "c2st": {"mean": c2st, "values": [c2st]},
+        "held_out_loss": -1.5,
+        "outside_support": 0.0,
+        "check": {
+            "verdict": verdict,
+            "calibrated": kind == "calibrated",
+            "conservative": kind in ("calibrated", "under-confident"),
+        },
+        "seconds": dict.fromkeys(("simulate", "fit", "draw", "check"), 2.0 * seed),
+        "peak_memory_gib": 1.25,
+    }
+
+
+def write(folder, *records):
+    for r in records:
+        name = f"run-{r['task']}-{r['method']}-{r['budget']}-seed{r['seed']}.json"
+        (folder / name).write_text(json.dumps(r))
+
+
+@pytest.fixture
+def results(tmp_path):
+    write(
+        tmp_path,
+        record(seed=1, c2st=0.6),
+        record(seed=2, c2st=0.7, verdict="under-confident in theta[0] (1.2 times too wide)"),
+        record(budget=10_000, c2st=0.55),
+        record("slcp", verdict="biased in theta<1> (0.5 posterior sd too high)"),
+        record("mine", c2st=None),
+    )
+    (tmp_path / "run-spoilt.json").write_text("{")
+    (tmp_path / "run-old.json").write_text(json.dumps({**record(), "schema": SCHEMA - 1}))
+    return tmp_path
+
+
+def rows(text, heading):
+    part = text.split(f"## {heading}")[1].split("## ")[0]
+    return [
+        [c.strip() for c in line.strip("|").split("|")] for line in part.splitlines() if "|" in line
+    ]
+
+
+def test_figures_stand_beside_what_is_published(results, capsys):
+    assert main(["report", "--results", str(results)]) == 0
+    assert "run-spoilt.json: not a record, left out" in capsys.readouterr().err
+    text = (results / "report.md").read_text()
+    accuracy = {tuple(r[:3]): r[3:] for r in rows(text, "Accuracy")[2:]}
+    assert accuracy["two_moons", "npe", "1,000"][:2] == ["0.650", "0.725"]
+    assert accuracy["two_moons", "npe", "10,000"][2] == "0.592 (NRE-C)"
+    assert accuracy["mine", "npe", "1,000"] == ["-", "-", "-"]
+    verdicts = {tuple(r[:3]): r[3] for r in rows(text, "Calibration")[2:]}
+    assert verdicts["two_moons", "npe", "1,000"] == "conservative: under-confident in theta[0]"
+    assert verdicts["two_moons", "npe", "10,000"] == "calibrated"
+    times = {tuple(r[:3]): r[3:] for r in rows(text, "Times")[2:]}
+    assert times["two_moons", "npe", "1,000"] == ["3.0", "3.0", "3.0", "3.0", "1.2"]
+    assert "2 cores, x86_64, 24 GiB, cpu" in text
+    (law,) = rows(text, "Scaling")[2:]
+    slope = np.log(np.sqrt(0.1 * 0.2) / 0.05) / np.log(10)
+    assert law[:3] == ["two_moons", "npe", f"N^-{slope:.2f}"]
+
+
+def test_the_page_stands_alone(results, tmp_path):
+    page = report.run(results, tmp_path / "out")
+    text = page.read_text()
+    assert not re.search(r"(src|href)=.(?!data:)", text)
+    picture = re.search(r"data:image/png;base64,([\w+/=]+)", text)[1]
+    assert base64.b64decode(picture).startswith(b"\x89PNG")
+    assert '<td class="wrong">biased in theta&lt;1&gt;</td>' in text
+    assert '<td class="fine">calibrated</td>' in text
+
+
+def test_nothing_to_report_is_refused(tmp_path, capsys):
+    assert main(["report", "--results", str(tmp_path)]) == 2
+    assert f"--results: no finished run in {tmp_path}" in capsys.readouterr().err
+
+
+def test_every_published_figure_is_of_a_task_and_has_a_source():
+    figures = published.published()
+    assert len({(p.task, p.budget, p.method) for p in figures}) == len(figures)
+    assert {p.task for p in figures} == set(simulators.names()) - {"lynx_hare"}
+    assert all(0.45 < p.c2st <= 1.0 and "arXiv:" in p.source for p in figures)
+    best = published.best_amortised("slcp", 10_000)
+    assert (best.method, best.c2st) == ("NLE", 0.771)
+    assert published.best_amortised("slcp", 7) is None
+
+
+def test_a_power_law_is_recovered_with_an_interval_that_covers_it():
+    rng = np.random.default_rng(0)
+    budgets = np.repeat([1e3, 1e4, 1e5], 4)
+    covered = 0
+    for _ in range(100):
+        law = scaling.power_law(budgets, 3.0 * budgets**-0.4 * np.exp(0.1 * rng.normal(size=12)))
+        covered += law.low <= 0.4 <= law.high
+    assert law.exponent == pytest.approx(0.4, abs=0.1)
+    assert law.factor == pytest.approx(3.0, rel=0.8)
+    assert 82 <= covered <= 98
+    assert scaling.power_law([1e3, 1e4, 1e5], [0.1, 0.0, -0.1]) is None
+    assert scaling.power_law([1e3, 1e3, 1e3], [0.1, 0.2, 0.1]) is None
