@@ -10,13 +10,18 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 STAMP := .venv/.installed-$(VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types format clean
+.PHONY: help demo bench-quick test lint types format clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 demo: $(STAMP)  ## real data end to end: figures and a netCDF file in demo/
 	$(BIN)/python -m benchmarks demo
+
+bench-quick: $(STAMP)  ## a small benchmark and its report, in results/quick/
+	$(BIN)/python -m benchmarks run --tasks two_moons gaussian_mixture --budgets 500 2000 --seeds 2 \
+		--observations 3 --datasets 500 --check-draws 500 --results results/quick
+	$(BIN)/python -m benchmarks report --results results/quick
 
 test: $(STAMP)  ## tests and doctests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m '$(MARK)'

@@ -97,7 +97,8 @@ def cells_of(records: Sequence[dict[str, Any]]) -> list[Cell]:
     groups = defaultdict(list)
     for record in records:
         groups[record["task"], record["method"], record["budget"]].append(record)
-    return [Cell(*key, tuple(groups[key])) for key in sorted(groups)]
+    ordered = sorted(groups.items(), key=lambda item: item[0])
+    return [Cell(task, method, n, tuple(runs)) for (task, method, n), runs in ordered]
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:

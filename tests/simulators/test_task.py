@@ -171,6 +171,22 @@ def test_references_are_read_where_they_are_kept(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["toy-1.npz", "toy-2.npz", "toy-3.npz"]
 
 
+@pytest.mark.parametrize("name", ["sir", "lotka_volterra", "bernoulli_glm"])
+def test_what_ships_belongs_to_the_observations_and_has_converged(name):
+    task = simulators.get(name)
+    for i in range(1, 11):
+        path = stored.FOLDER / f"{name}-{i}.npz"
+        with np.load(path, allow_pickle=False) as file:
+            assert file["rhat"] < 1.01 and file["ess"] > 1000 and file["diverged"] < 0.01
+        x = task.stored_observation(i)
+        draws = stored.load(name, i, x, (stored.FOLDER,))
+        assert draws is not None and draws.shape == (10_000, task.dim)
+        assert np.all(np.isfinite(draws))
+        # the truth is where the posterior is
+        away = (task.true_parameters(i) - draws.mean(axis=0)) / draws.std(axis=0)
+        assert np.max(np.abs(away)) < 4.5
+
+
 def test_both_spike_trains_share_their_references():
     raw, summed = simulators.bernoulli_glm_raw(), simulators.bernoulli_glm()
     np.testing.assert_allclose(raw.stored_observation(3), summed.stored_observation(3), atol=1e-5)
