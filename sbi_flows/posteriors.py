@@ -8,18 +8,15 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 from jax import Array
 
+from sbi_flows import mixtures
 from sbi_flows.checks import real_array, real_arrays, require_count
-from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
+from sbi_flows.densities.conditional import Blueprint, Weights
 from sbi_flows.prior import Prior
-from sbi_flows.prior_maps import HALF_WIDTH
 from sbi_flows.standardise import Standardiser
 from sbi_flows.typing import Key, Obs
 
@@ -29,33 +26,39 @@ ENTRIES = 2**18
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Posterior:
-    """An amortised posterior: the equal mixture of an ensemble's members.
+    """An amortised posterior: a mixture of ensembles, each of them of equal members.
 
     One observation has the shape of a training row; a batch has one more axis in front. Batches
     are computed in compiled chunks of bounded memory; a result does not depend on the chunks.
 
     Attributes:
         prior: The prior, which names the parameters.
-        blueprint: What the members are built from.
-        weights: Their arrays, stacked on a leading axis.
+        blueprints: What the members of each ensemble are built from.
+        weights: Their arrays, stacked on a leading axis, one `Weights` an ensemble.
+        shares: Weight of each ensemble in the mixture; they add up to 1.
         standardiser: Observation to features.
         observation: Shape and dtype of one observation (`jax.ShapeDtypeStruct` leaves).
     """
 
     prior: Prior
-    blueprint: Blueprint
-    weights: Weights
+    blueprints: tuple[Blueprint, ...]
+    weights: tuple[Weights, ...]
+    shares: tuple[float, ...]
     standardiser: Standardiser
     observation: Obs
 
     @property
     def members(self) -> int:
-        """Size of the ensemble."""
-        return len(jax.tree.leaves(self.weights)[0])
+        """Number of models in the mixture."""
+        return sum(mixtures.count(w) for w in self.weights)
 
     def __repr__(self) -> str:
-        """Prior, density and ensemble size."""
-        return f"Posterior({self.prior}, {self.blueprint.density}, members={self.members})"
+        """Prior, densities with their shares, and the number of models."""
+        parts = [
+            f"{b.density}" if share == 1.0 else f"{share:.2f} {b.density}"
+            for b, share in zip(self.blueprints, self.shares, strict=True)
+        ]
+        return f"Posterior({self.prior}, {' + '.join(parts)}, members={self.members})"
 
     def sample(self, key: Key, x: Obs, n: int) -> Array:
         """Draw from the posterior; no draw is outside the prior's support.
@@ -113,7 +116,7 @@ class Posterior:
         pieces, each = _pieces(n, self.prior.dim)
         padded = _pad(rows, pieces * each).reshape(-1, each, self.prior.dim)
         repeated = jnp.repeat(features, pieces, axis=0)
-        evaluate = partial(_log_prob, self.blueprint, self.prior, self.weights)
+        evaluate = partial(mixtures.log_prob, self._parts, self.prior, self.weights)
         out = self._in_chunks(evaluate, each, repeated, padded)[0]
         return out.reshape(len(features), -1)[:, :n].reshape(theta.shape[:-1])
 
@@ -140,7 +143,7 @@ class Posterior:
         draws = draws.reshape(-1, starts, self.prior.dim)
         best = jnp.argmax(log_prob.reshape(-1, starts), axis=1)
         first = draws[jnp.arange(len(draws)), best]
-        refine = partial(_ascend, self.blueprint, self.prior, steps, self.weights)
+        refine = partial(mixtures.ascend, self._parts, self.prior, steps, self.weights)
         modes = self._in_chunks(refine, 1, features, first)[0]
         return modes[0] if single else modes
 
@@ -177,7 +180,9 @@ class Posterior:
         pieces, each = _pieces(n, self.prior.dim)
         repeated = jnp.repeat(features, pieces, axis=0)
         keys = jax.random.split(key, len(repeated))
-        evaluate = partial(_sample, self.blueprint, self.prior, each, with_log_prob, self.weights)
+        evaluate = partial(
+            mixtures.sample, self._parts, self.prior, each, with_log_prob, self.weights
+        )
         draws, log_prob = self._in_chunks(evaluate, each, repeated, keys)
         draws = draws.reshape(len(features), -1, self.prior.dim)[:, :n]
         log_prob = log_prob.reshape(len(features), -1)[:, :n]
@@ -194,6 +199,10 @@ class Posterior:
             rows = np.arange(start, start + size) % total
             outputs.append(evaluate(features[rows], other[rows]))
         return tuple(jnp.concatenate(parts)[:total] for parts in zip(*outputs, strict=True))
+
+    @property
+    def _parts(self) -> mixtures.Parts:
+        return tuple(zip(self.blueprints, self.shares, strict=True))
 
     def _features(self, x: Obs) -> tuple[Array, bool]:
         """Validate x; features (B, C), and whether x was a single observation."""
@@ -256,106 +265,3 @@ def _pad(rows: Array, n: int) -> Array:
     """Repeat the last of the rows (B, m, D) until there are n."""
     missing = n - rows.shape[1]
     return jnp.pad(rows, ((0, 0), (0, missing), (0, 0)), mode="edge") if missing else rows
-
-
-def _member(blueprint: Blueprint, weights: Weights, features: Array) -> distrax.Distribution:
-    """One member's distribution over standard coordinates for features (C,), batch shape (1,)."""
-    return nnx.merge(graph_of(blueprint), *weights)(features[None])
-
-
-def _mixture_log_prob(blueprint: Blueprint, weights: Weights, y: Array, features: Array) -> Array:
-    """Log density of the mixture at y (B, n, d) given features (B, C); shape (B, n)."""
-
-    def one(member: Weights) -> Array:
-        def at(y: Array, f: Array) -> Array:
-            return _member(blueprint, member, f).log_prob(y[:, None])[:, 0]
-
-        return jax.vmap(at)(y, features)
-
-    members = jax.lax.map(one, weights)
-    return jax.nn.logsumexp(members, axis=0) - math.log(len(members))
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _sample(
-    blueprint: Blueprint,
-    prior: Prior,
-    n: int,
-    with_log_prob: bool,
-    weights: Weights,
-    features: Array,
-    keys: Key,
-) -> tuple[Array, Array]:
-    """Draws (B, n, D) and log densities (B, n): each member gives its share, interleaved.
-
-    Their order is random: what is left over by whole shares comes from any of the members alike.
-    """
-    members = len(jax.tree.leaves(weights)[0])
-    share = math.ceil(n / members)
-
-    def one(member: Weights, key: Key, f: Array) -> Array:
-        return _member(blueprint, member, f).sample(seed=key, sample_shape=(share,))[:, 0]
-
-    def all_members(key: Key, f: Array) -> Array:
-        order_key, *member_keys = jax.random.split(key, 1 + members)
-        y = jax.vmap(one, in_axes=(0, 0, None), out_axes=1)(weights, jnp.stack(member_keys), f)
-        order = jax.random.permutation(order_key, members)
-        return y[:, order].reshape(share * members, -1)[:n]
-
-    y = jax.vmap(all_members)(keys, features)
-    theta = prior.from_standard(y)
-    if not with_log_prob:
-        return theta, jnp.zeros(y.shape[:2], y.dtype)
-    log_prob = _mixture_log_prob(blueprint, weights, y, features)
-    return theta, log_prob - prior.standard_log_det(y, theta)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _log_prob(
-    blueprint: Blueprint, prior: Prior, weights: Weights, features: Array, theta: Array
-) -> tuple[Array]:
-    """Log densities (B, n) of theta (B, n, D) given features (B, C)."""
-    inside = prior.contains(theta)
-    safe = jnp.where(inside[..., None], theta, prior.center(theta.shape[:-1]))
-    y = prior.to_standard(safe)
-    log_prob = _mixture_log_prob(blueprint, weights, y, features)
-    return (jnp.where(inside, log_prob - prior.standard_log_det(y, safe), -jnp.inf),)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _ascend(
-    blueprint: Blueprint,
-    prior: Prior,
-    steps: int,
-    weights: Weights,
-    features: Array,
-    theta: Array,
-) -> tuple[Array]:
-    """Adam on unconstrained coordinates from theta (B, D); keeps the best point seen."""
-    bounded = jnp.asarray(prior.bounded)[None]
-    optimiser = optax.adam(optax.cosine_decay_schedule(0.02, steps))
-
-    def standard(u: Array) -> Array:
-        return jnp.where(bounded, HALF_WIDTH * jnp.tanh(u), u)
-
-    def objective(u: Array) -> Array:
-        y = standard(u)
-        log_prob = _mixture_log_prob(blueprint, weights, y[:, None], features)[:, 0]
-        return log_prob - prior.standard_log_det(y, prior.from_standard(y))
-
-    def step(carry: tuple, _: None) -> tuple[tuple, None]:
-        u, state, best, best_value = carry
-        value, pull = jax.vjp(objective, u)
-        better = value > best_value
-        best = jnp.where(better[:, None], u, best)
-        gradient = pull(-jnp.ones_like(value))[0]
-        updates, state = optimiser.update(gradient, state)
-        u = optax.apply_updates(u, updates)
-        return (u, state, best, jnp.maximum(value, best_value)), None
-
-    y = prior.to_standard(theta)
-    edge = 1.0 - 1e-6
-    u = jnp.where(bounded, jnp.arctanh(jnp.clip(y / HALF_WIDTH, -edge, edge)), y)
-    carry = (u, optimiser.init(u), u, jnp.full(len(u), -jnp.inf, u.dtype))
-    (_, _, best, _), _ = jax.lax.scan(step, carry, None, length=steps)
-    return (prior.from_standard(standard(best)),)

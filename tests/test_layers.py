@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "bijectors": {"networks", "prior", "prior_maps"},
     "densities": {"bijectors", "networks", "prior", "data", "standardise"},
     "training": {"densities", "networks", "prior", "data"},
-    "posteriors": {"arviz_groups", "densities", "prior", "prior_maps", "data", "standardise"},
+    "mixtures": {"densities", "prior", "prior_maps"},
+    "posteriors": {"arviz_groups", "densities", "mixtures", "prior", "data", "standardise"},
     "estimators": {
         "densities",
         "networks",

@@ -201,7 +201,7 @@ def test_a_factory_embeds_images_and_each_member_has_its_own(simulations):
     estimator = sf.NPE(GAUSSIAN, TINY, training=QUICK, members=2, embedding=RowMeans)
     sims = sf.Simulations(simulations.theta, images)
     posterior, _ = estimator.fit(jax.random.key(1), sims, progress=False)
-    kernel = np.asarray(posterior.weights.params["embedding"]["linear"]["kernel"])
+    kernel = np.asarray(posterior.weights[0].params["embedding"]["linear"]["kernel"])
     assert kernel.shape == (2, 3, 2)
     assert np.max(np.abs(kernel[0] - kernel[1])) > 0.1
     assert posterior.sample(jax.random.key(2), images[:5], 10).shape == (5, 10, 2)
@@ -218,13 +218,13 @@ def test_a_module_as_embedding_is_trained_and_stays_as_it_was(simulations):
     posterior, history = estimator.fit(jax.random.key(1), simulations, progress=False)
     np.testing.assert_array_equal(module.enter.kernel[...], before)
     assert np.any(history.best_epoch > 0)
-    trained = np.asarray(posterior.weights.params["embedding"]["enter"]["kernel"])
+    trained = np.asarray(posterior.weights[0].params["embedding"]["enter"]["kernel"])
     member = int(np.argmax(history.best_epoch))
     assert 1e-4 < np.max(np.abs(trained[member] - before)) < 1.0
     # weights that were set since then are those that the next fit begins with
     module.enter.kernel[...] = before + 10.0
     posterior, _ = estimator.fit(jax.random.key(1), simulations, progress=False)
-    trained = np.asarray(posterior.weights.params["embedding"]["enter"]["kernel"])
+    trained = np.asarray(posterior.weights[0].params["embedding"]["enter"]["kernel"])
     assert np.max(np.abs(trained - before - 10.0)) < 1.0
     module.enter.kernel[...] = before
     draws = posterior.sample(jax.random.key(2), jnp.zeros(3), 1000)

@@ -138,9 +138,9 @@ def test_the_ensemble_is_the_equal_mixture_of_its_members(gaussian):
 
 def test_both_members_draw(gaussian):
     """A member moved far away takes half of the draws."""
-    start = gaussian.weights.rest["start"]
+    start = gaussian.weights[0].rest["start"]
     moved = start._replace(bias=start.bias.at[1].add(100.0))
-    weights = gaussian.weights._replace(rest=gaussian.weights.rest | {"start": moved})
+    weights = (gaussian.weights[0]._replace(rest=gaussian.weights[0].rest | {"start": moved}),)
     far = np.asarray(
         dataclasses.replace(gaussian, weights=weights).sample(jax.random.key(0), ONE, 101)
     )
@@ -149,9 +149,9 @@ def test_both_members_draw(gaussian):
 
 def test_few_draws_come_from_any_member(gaussian):
     """One draw for each of many observations, as for a predictive check."""
-    start = gaussian.weights.rest["start"]
+    start = gaussian.weights[0].rest["start"]
     moved = start._replace(bias=start.bias.at[1].add(100.0))
-    weights = gaussian.weights._replace(rest=gaussian.weights.rest | {"start": moved})
+    weights = (gaussian.weights[0]._replace(rest=gaussian.weights[0].rest | {"start": moved}),)
     posterior = dataclasses.replace(gaussian, weights=weights)
     far = posterior.sample(jax.random.key(0), jnp.zeros((400, 2)), 1)[:, 0, 0] > 50
     assert 0.4 < np.mean(far) < 0.6

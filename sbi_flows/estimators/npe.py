@@ -130,7 +130,7 @@ class NPE:
         blueprint = Blueprint(self.density, self.embedding, sizes)
 
         def posterior(weights: Weights) -> Posterior:
-            return Posterior(self.prior, blueprint, weights, standardiser, like)
+            return Posterior(self.prior, (blueprint,), (weights,), (1.0,), standardiser, like)
 
         try:
             weights, history = fit(

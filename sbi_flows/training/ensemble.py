@@ -76,6 +76,7 @@ class Ensemble:
     Attributes:
         best: Weights, validation losses and ages of the best epochs so far, one a group; a new
             tuple after each epoch.
+        held_out: Numbers of the rows that each member is validated on, shape (M, V).
         units: What is added to mean losses over training rows and over validation rows to make
             them negative log densities in the parameters' own units, shape (M, 2).
 
@@ -97,6 +98,7 @@ class Ensemble:
         held_out = _held_out_rows(len(y), training.validation_fraction)
         fold_key, weight_key = jax.random.split(key)
         folds = _folds(fold_key, len(y), held_out, members)
+        self.held_out = np.asarray(folds[1])
         keys = jax.random.split(weight_key, members)
         self._slices = _slices(members)
         self._patience, self._members = training.patience, members

@@ -74,7 +74,7 @@ def fit(
         finally:
             bar.close()
     best, losses = done
-    history = _history(losses, start_loss, time.perf_counter() - began, reason)
+    history = _history(losses, start_loss, ensemble.held_out, time.perf_counter() - began, reason)
     return ensemble.weights(best), history
 
 
@@ -88,7 +88,9 @@ def _require_finite(values: np.ndarray, epoch: int, ensemble: Ensemble) -> None:
         )
 
 
-def _history(losses: tuple, start_loss: np.ndarray, seconds: float, reason: str) -> History:
+def _history(
+    losses: tuple, start_loss: np.ndarray, held_out: np.ndarray, seconds: float, reason: str
+) -> History:
     shape = (0, len(start_loss))
     train = np.stack([a for a, _ in losses]) if losses else np.zeros(shape)
     validation = np.stack([b for _, b in losses]) if losses else np.zeros(shape)
@@ -97,6 +99,7 @@ def _history(losses: tuple, start_loss: np.ndarray, seconds: float, reason: str)
         train_loss=train,
         validation_loss=validation,
         start_loss=start_loss,
+        held_out=held_out,
         best_epoch=np.argmin(stacked, axis=0),
         epochs=len(losses),
         seconds=seconds,

@@ -17,6 +17,7 @@ class History:
             stopped, the last one.
         validation_loss: At the end of each epoch, shape (epochs, members), likewise.
         start_loss: Validation loss of the linear-Gaussian start, before epoch 1, shape (members,).
+        held_out: Numbers of the valid rows that each member was validated on, shape (members, V).
         best_epoch: Epoch (from 1; 0 is the start) whose weights each member kept.
         epochs: Number of epochs run.
         seconds: Wall time of the fit, compilation included.
@@ -26,6 +27,7 @@ class History:
     train_loss: np.ndarray
     validation_loss: np.ndarray
     start_loss: np.ndarray
+    held_out: np.ndarray
     best_epoch: np.ndarray
     epochs: int
     seconds: float

@@ -82,6 +82,7 @@ def test_figures_are_written(tmp_path):
         train_loss=np.array([[2.0], [1.0]]),
         validation_loss=np.array([[2.1], [1.1]]),
         start_loss=np.array([3.0]),
+        held_out=np.array([[0, 1]]),
         best_epoch=np.array([2]),
         epochs=2,
         seconds=1.0,
