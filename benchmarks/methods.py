@@ -6,6 +6,7 @@ Public names: `METHODS`, `DEFAULT`, `names`, `get`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import sbi_flows as sf
 from benchmarks.records import BadInput
@@ -13,12 +14,23 @@ from simulators import Task
 
 DEFAULT = "npe"
 
-METHODS: dict[str, Callable[[Task], sf.NPE]] = {
+
+def _stack(task: Task) -> sf.Stack:
+    """Spline and affine flows, autoregressive and coupling, and a mixture of Gaussians."""
+    prior = sf.as_prior(task.prior)
+    kinds = (sf.NSF(), sf.NSF(coupling=True), sf.MAF(), sf.GaussianMixture())
+    return sf.Stack([sf.NPE(prior, kind) for kind in kinds])
+
+
+Method: TypeAlias = Callable[[Task], sf.NPE | sf.Stack]
+
+METHODS: dict[str, Method] = {
     "npe": lambda task: sf.NPE(task.prior),
     "npe-one": lambda task: sf.NPE(task.prior, members=1),
     "npe-coupling": lambda task: sf.NPE(task.prior, sf.NSF(coupling=True)),
     "npe-maf": lambda task: sf.NPE(task.prior, sf.MAF()),
     "npe-mixture": lambda task: sf.NPE(task.prior, sf.GaussianMixture()),
+    "stack": _stack,
 }
 
 
@@ -27,7 +39,7 @@ def names() -> tuple[str, ...]:
     return tuple(METHODS)
 
 
-def get(name: str) -> Callable[[Task], sf.NPE]:
+def get(name: str) -> Method:
     """The constructor of this name, `task -> estimator`.
 
     Raises:

@@ -28,6 +28,7 @@ from benchmarks.settings import Settings
 from benchmarks.store import Run, Store
 from sbi_flows.diagnostics import c2st_jax, check
 from sbi_flows.diagnostics.tables import table
+from sbi_flows.estimators.stack import StackHistory
 from sbi_flows.typing import Key, Obs
 from simulators import Task
 
@@ -91,14 +92,14 @@ def _stored(settings: Settings, store: Store, import_seconds: float, run: Run) -
 
 
 @cache
-def _estimator(method: str, task: Task) -> sf.NPE:
+def _estimator(method: str, task: Task) -> sf.NPE | sf.Stack:
     # the same one for later seeds, which then find everything compiled
     return methods.get(method)(task)
 
 
 def run_one(
     task: Task,
-    npe: sf.NPE,
+    npe: sf.NPE | sf.Stack,
     budget: int,
     seed: int,
     observed: list[Obs],
@@ -156,12 +157,7 @@ def run_one(
         "outside_support": outside / sum(len(d) for d in draws),
         "held_out_loss": held_out,
         "check": report.to_dict(),
-        "history": {
-            "epochs": history.epochs,
-            "stop_reason": history.stop_reason,
-            "best_epoch": history.best_epoch,
-            "best_loss": history.best_loss,
-        },
+        "history": _history_record(history),
         "seconds": {**clock.seconds, "total": clock.total},
         "peak_memory_gib": peak_memory_gib(),
     }
@@ -214,13 +210,31 @@ def observations_of(task: Task, settings: Settings) -> list[Obs]:
     return [jnp.asarray(x) for x in given]
 
 
-def describe(npe: sf.NPE) -> dict[str, Any]:
+def describe(estimator: sf.NPE | sf.Stack) -> dict[str, Any]:
     """The estimator's settings in words."""
+    if isinstance(estimator, sf.Stack):
+        return {"method": "Stack", "estimators": [describe(e) for e in estimator.estimators]}
     return {
-        "method": type(npe).__name__,
-        "density": repr(npe.density),
-        "training": repr(npe.training),
-        "members": npe.members,
+        "method": type(estimator).__name__,
+        "density": repr(estimator.density),
+        "training": repr(estimator.training),
+        "members": estimator.members,
+    }
+
+
+def _history_record(history: sf.History | StackHistory) -> dict[str, Any]:
+    if isinstance(history, StackHistory):
+        return {
+            "shares": history.shares,
+            "held_out_loss": history.held_out_loss,
+            "mixture_loss": history.mixture_loss,
+            "parts": [h and _history_record(h) for h in history.histories],
+        }
+    return {
+        "epochs": history.epochs,
+        "stop_reason": history.stop_reason,
+        "best_epoch": history.best_epoch,
+        "best_loss": history.best_loss,
     }
 
 

@@ -20,6 +20,7 @@ from sbi_flows.errors import SbiFlowsWarning as SbiFlowsWarning
 from sbi_flows.errors import SimulationFailed as SimulationFailed
 from sbi_flows.errors import TrainingDiverged as TrainingDiverged
 from sbi_flows.estimators.npe import NPE as NPE
+from sbi_flows.estimators.stack import Stack as Stack
 from sbi_flows.networks.mlp import ResidualMLP as ResidualMLP
 from sbi_flows.posteriors import Posterior as Posterior
 from sbi_flows.prior import Prior as Prior

@@ -157,6 +157,30 @@ def test_few_draws_come_from_any_member(gaussian):
     assert 0.4 < np.mean(far) < 0.6
 
 
+@pytest.mark.parametrize("n", [1, 10, 101])
+def test_ensembles_draw_by_their_shares(gaussian, n):
+    """Three copies, far apart; counts are as near to the shares as whole numbers can be."""
+    parts = []
+    for i in range(3):
+        start = gaussian.weights[0].rest["start"]
+        moved = start._replace(bias=start.bias + 100.0 * i)
+        rest = gaussian.weights[0].rest | {"start": moved}
+        parts.append(gaussian.weights[0]._replace(rest=rest))
+    shares = (0.2, 0.35, 0.45)
+    posterior = dataclasses.replace(
+        gaussian, blueprints=gaussian.blueprints * 3, weights=tuple(parts), shares=shares
+    )
+    draws, log_prob = posterior.sample_and_log_prob(jax.random.key(0), jnp.zeros((300, 2)), n)
+    which = np.round(np.asarray(draws[..., 0]) / 100).astype(int)
+    counts = np.stack([np.sum(which == i, axis=1) for i in range(3)], axis=1)
+    assert np.all(np.abs(counts - n * np.array(shares)) < 1)
+    np.testing.assert_allclose(counts.mean(axis=0), n * np.array(shares), atol=0.1)
+    # neither the order nor the place says where a draw comes from
+    assert abs(np.mean(which[:, 0]) - np.mean(which)) < 0.15
+    np.testing.assert_allclose(posterior.log_prob(draws, jnp.zeros((300, 2))), log_prob, atol=1e-3)
+    assert "0.35 MAF" in repr(posterior)
+
+
 @pytest.mark.promotes
 def test_no_draw_is_outside_the_support(boxed):
     draws, log_prob = boxed.sample_and_log_prob(jax.random.key(0), SEEN, 3000)

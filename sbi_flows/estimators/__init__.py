@@ -1,3 +1,4 @@
 """Estimators: frozen descriptions that turn simulations into a posterior."""
 
 from sbi_flows.estimators.npe import NPE as NPE
+from sbi_flows.estimators.stack import Stack as Stack

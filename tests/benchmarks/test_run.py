@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 import sbi_flows as sf
+import simulators
 from benchmarks import methods, runner
 from benchmarks.__main__ import main
 from benchmarks.settings import Settings
+from sbi_flows.estimators.stack import StackHistory
 
 TINY = ["--draws", "40", "--datasets", "50", "--check-draws", "20", "--observations", "2"]
 NUMBER = (int, float)
@@ -129,6 +131,25 @@ def test_a_run_writes_one_line_a_seed_and_prints_a_table(few, tmp_path, capsys):
         r"--results: .*seed1.json was made with another draws \(40, now 50\)",
         capsys,
     )
+
+
+def test_a_stack_is_described_part_by_part():
+    stack = methods.get("stack")(simulators.two_moons())
+    parts = runner.describe(stack)["estimators"]
+    assert [part["density"].split("(")[0] for part in parts] == [
+        "NSF",
+        "NSF",
+        "MAF",
+        "GaussianMixture",
+    ]
+    history = sf.History(
+        *(np.zeros((1, 4)),) * 2, np.zeros(4), np.zeros((4, 2)), np.zeros(4), 1, 1.0, "x"
+    )
+    whole = StackHistory((history, None), np.array([1.0, 0.0]), np.array([0.5, np.inf]), 0.5)
+    record = runner._history_record(whole)
+    assert record["parts"][0].keys() == runner._history_record(history).keys()
+    assert record["parts"][1] is None
+    assert record["mixture_loss"] == 0.5
 
 
 OWN = """

@@ -1,0 +1,133 @@
+"""Stacks: the best weights, honest about what was held out, and what does not help is dropped."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import optax
+import pytest
+from scipy import stats
+
+import sbi_flows as sf
+from sbi_flows.errors import SbiFlowsWarning, TrainingDiverged
+from sbi_flows.estimators.stack import stacking_weights
+from tests import cases
+
+pytestmark = pytest.mark.promotes
+
+PRIOR = sf.as_prior(dist.Normal(0.0, 1.0).expand([2]))
+TINY = sf.MAF(transforms=1, hidden=(8,), context_width=0)
+MIXTURE = sf.GaussianMixture(components=2, width=8, blocks=1)
+QUICK = sf.Training(max_epochs=2)
+
+
+def noisy(key, theta):
+    return theta + 0.5 * jax.random.normal(key, (2,))
+
+
+@pytest.fixture(scope="module")
+def simulations():
+    return sf.simulate(jax.random.key(0), PRIOR, noisy, 600)
+
+
+def npe(density=TINY, **settings):
+    return sf.NPE(PRIOR, density, **{"training": QUICK, "members": 2, **settings})
+
+
+@pytest.fixture(scope="module")
+def fitted(simulations):
+    return sf.Stack([npe(), npe(MIXTURE)]).fit(jax.random.key(1), simulations, progress=False)
+
+
+def test_weights_of_a_known_mixture_are_recovered():
+    rng = np.random.default_rng(0)
+    first = rng.random(20_000) < 0.3
+    x = np.where(first, rng.normal(0.0, 1.0, 20_000), rng.normal(3.0, 0.5, 20_000))
+    parts = [stats.norm(0.0, 1.0), stats.norm(3.0, 0.5), stats.norm(0.0, 5.0)]
+    log_density = np.stack([part.logpdf(x) for part in parts], axis=1)
+    weights = stacking_weights(log_density)
+    np.testing.assert_allclose(weights, [0.3, 0.7, 0.0], atol=0.015)
+
+    # no other weights do better
+    def loss(w):
+        return -np.mean(np.logaddexp.reduce(log_density + np.log(w), axis=1))
+
+    for other in rng.dirichlet(np.ones(3), 200):
+        assert loss(np.maximum(weights, 1e-12)) <= loss(other) + 1e-6
+
+
+def test_rows_that_one_model_rules_out_do_no_harm():
+    weights = stacking_weights(np.array([[0.0, -np.inf], [-1.0, 0.0]] * 50))
+    assert np.all(np.isfinite(weights)) and 0.5 < weights[0] < 1.0
+
+
+def test_the_posterior_is_the_mixture_of_the_parts(fitted, simulations):
+    posterior, history = fitted
+    alone = [
+        npe(kind).fit(jax.random.key(1), simulations, progress=False)[0] for kind in (TINY, MIXTURE)
+    ]
+    np.testing.assert_allclose(sum(history.shares), 1.0)
+    theta, x = jax.random.normal(jax.random.key(2), (9, 2)), jnp.array([0.3, -0.8])
+    parts = [np.asarray(p.log_prob(theta, x), float) for p in alone]
+    with np.errstate(divide="ignore"):
+        mixed = np.logaddexp.reduce(np.stack(parts) + np.log(history.shares)[:, None], axis=0)
+    np.testing.assert_allclose(posterior.log_prob(theta, x), mixed, atol=1e-4)
+    assert "StackHistory(shares and held-out losses [" in repr(history)
+
+
+def test_the_mixture_is_no_worse_than_any_part_on_held_out_rows(fitted):
+    _, history = fitted
+    assert history.mixture_loss <= np.min(history.held_out_loss) + 2e-3
+    for own, part in zip(history.held_out_loss, history.histories, strict=True):
+        # the rows that early stopping watched, in the units of theta
+        assert own == pytest.approx(np.mean(part.best_loss), abs=0.02)
+
+
+def test_the_same_rows_are_held_out(fitted):
+    _, history = fitted
+    first, second = (part.held_out for part in history.histories)
+    np.testing.assert_array_equal(first, second)
+    assert len(set(first.ravel())) == first.size == 120
+
+
+def test_what_does_not_help_is_dropped(simulations):
+    """The uphill estimator's best is the start; a component that is all prior adds nothing."""
+    rng = np.random.default_rng(0)
+    x = np.asarray(simulations.x)
+    uneven = sf.Simulations(np.exp(x) * rng.normal(size=x.shape), x)
+    poor = npe(MIXTURE, training=sf.Training(max_epochs=1, optimizer=optax.scale(0.0)))
+    good = npe(TINY, training=sf.Training(max_epochs=20, batch_size=32, learning_rate=1e-2))
+    posterior, history = sf.Stack([poor, good]).fit(jax.random.key(1), uneven, progress=False)
+    assert history.shares[1] > 0.8
+    assert len(posterior.blueprints) == np.sum(history.shares > 0)
+
+
+def test_an_estimator_that_diverges_is_left_out(simulations):
+    broken = npe(training=sf.Training(max_epochs=1, optimizer=optax.scale(jnp.nan)))
+    with pytest.warns(SbiFlowsWarning, match="estimator 0 is left out of the stack: the loss was"):
+        posterior, history = sf.Stack([broken, npe()]).fit(
+            jax.random.key(1), simulations, progress=False
+        )
+    assert posterior.shares == (1.0,)
+    np.testing.assert_array_equal(history.shares, [0.0, 1.0])
+    assert history.histories[0] is None
+    with pytest.warns(SbiFlowsWarning), pytest.raises(TrainingDiverged):
+        sf.Stack([broken]).fit(jax.random.key(1), simulations, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("estimators", "message"),
+    [
+        ([], "expected one or more sf.NPE, got"),
+        ([TINY], "expected one or more sf.NPE, got"),
+        ([npe(), npe(members=3)], r"expected the same members, got \[2, 3\]"),
+        ([npe(), sf.NPE(dist.Normal(0.0, 1.0), members=2)], "expected the same parameters, got"),
+        (
+            [npe(), npe(training=sf.Training(validation_fraction=0.2))],
+            r"expected the same validation_fraction, got \[0.1, 0.2\]",
+        ),
+    ],
+)
+def test_estimators_that_cannot_be_compared_are_refused(estimators, message):
+    with pytest.raises(ValueError, match=message):
+        cases.unchecked(sf.Stack, estimators)
