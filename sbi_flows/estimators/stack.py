@@ -195,7 +195,8 @@ def _held_out_log_prob(posterior: Posterior, history: History, valid: Simulation
         weights = jax.tree.map(lambda leaf, m=m: leaf[m : m + 1], stacked)
         member = dataclasses.replace(posterior, weights=(weights,))
         part = valid[rows]
-        found.append(np.asarray(member.log_prob(part.theta, part.x), np.float64))
+        with jax.numpy_rank_promotion("allow"):  # distrax does so in densities
+            found.append(np.asarray(member.log_prob(part.theta, part.x), np.float64))
     return np.concatenate(found)
 
 
