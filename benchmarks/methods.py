@@ -1,6 +1,6 @@
 """Named estimators: one line each, the same for every task.
 
-Public names: `METHODS`, `DEFAULT`, `names`, `get`.
+Public names: `METHODS`, `DEFAULT`, `get`.
 """
 
 from __future__ import annotations
@@ -34,11 +34,6 @@ METHODS: dict[str, Method] = {
 }
 
 
-def names() -> tuple[str, ...]:
-    """Names of all methods, the default first."""
-    return tuple(METHODS)
-
-
 def get(name: str) -> Method:
     """The constructor of this name, `task -> estimator`.
 
@@ -46,5 +41,5 @@ def get(name: str) -> Method:
         BadInput: There is none; the message lists the names.
     """
     if name not in METHODS:
-        raise BadInput(f"--methods: expected names out of {', '.join(names())}; got {name}")
+        raise BadInput(f"--methods: expected names out of {', '.join(METHODS)}; got {name}")
     return METHODS[name]

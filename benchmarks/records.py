@@ -123,16 +123,11 @@ def write_json(path: Path, record: Mapping[str, Any]) -> Path:
         ...     write_json(Path(folder, "a.json"), {"x": float("nan"), "y": 1}).read_text()
         '{"x": null, "y": 1}\n'
     """
+    from simulators.stored import whole_file  # not before it is needed: it brings JAX
+
     text = json.dumps(plain(record), allow_nan=False) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with whole_file(path) as file:
+        file.write(text.encode())
     return path
 
 

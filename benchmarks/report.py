@@ -60,11 +60,6 @@ class Cell:
         said = worst["verdict"].split(" (")[0]
         return f"conservative: {said}" if worst["conservative"] else said
 
-    @property
-    def is_fine(self) -> bool:
-        """No run is over-confident, biased or mis-shaped."""
-        return all(record["check"]["conservative"] for record in self.records)
-
 
 def run(results: Path, out: Path | None = None) -> Path:
     """Write `report.md` and `report.html`, one file each with everything in it.

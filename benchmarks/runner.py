@@ -123,7 +123,9 @@ def run_one(
     root = jax.random.fold_in(jax.random.key(seed), budget)
     keys = dict(zip(_PHASES, jax.random.split(root, len(_PHASES)), strict=True))
     with clock("simulate"):
-        sims = _simulated(keys["simulate"], task, npe.prior, budget)
+        with _blamed_on(task):
+            sims = sf.simulate(keys["simulate"], npe.prior, task.simulator, budget)
+            jax.block_until_ready(sims)
     with clock("fit"):
         posterior, history = npe.fit(keys["fit"], sims)
     draw_keys = jax.random.split(keys["draw"], len(observed))
@@ -164,11 +166,6 @@ def run_one(
 
 
 _PHASES = ("simulate", "fit", "draw", "held-out", "reference", "check")
-
-
-def _simulated(key: Key, task: Task, prior: sf.Prior, budget: int) -> sf.Simulations:
-    with _blamed_on(task):
-        return jax.block_until_ready(sf.simulate(key, prior, task.simulator, budget))
 
 
 @contextmanager

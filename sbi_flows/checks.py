@@ -63,7 +63,7 @@ def real_arrays(name: str, tree: Any) -> Any:
         return real_array(name, value)
 
     def holds_numbers(node: Any) -> bool:
-        arrays = (Array, np.ndarray, jax.ShapeDtypeStruct, dict)
+        arrays = (Array, np.ndarray, dict)
         return isinstance(node, list | tuple) and not any(isinstance(v, arrays) for v in node)
 
     return jax.tree.map(leaf, tree, is_leaf=holds_numbers)

@@ -105,8 +105,8 @@ class CdfMap:
         if self._tails is None:
             theta = self._base.icdf(_inside(ndtr(y)))
         else:
-            lower = self._tails.icdf(_positive(ndtr(jnp.minimum(y, 0.0))))
-            upper = self._tails.isf(_positive(ndtr(-jnp.maximum(y, 0.0))))
+            lower = self._tails.icdf(positive(ndtr(jnp.minimum(y, 0.0))))
+            upper = self._tails.isf(positive(ndtr(-jnp.maximum(y, 0.0))))
             theta = jnp.where(y < 0, lower, upper)
         return keep_inside(theta, self._base.support)
 
@@ -115,7 +115,7 @@ class CdfMap:
         if self._tails is None:
             return ndtri(_inside(self._base.cdf(theta)))
         below, above = self._tails.cdf(theta), self._tails.sf(theta)
-        near = ndtri(_positive(jnp.minimum(jnp.minimum(below, above), 0.5)))
+        near = ndtri(positive(jnp.minimum(jnp.minimum(below, above), 0.5)))
         return jnp.where(below < above, near, -near)
 
     def log_det(self, y: Array, theta: Array) -> Array:
@@ -260,7 +260,7 @@ def _is_interval(support: Any) -> bool:
     return hasattr(support, "lower_bound") and hasattr(support, "upper_bound")
 
 
-def _positive(u: Array) -> Array:
+def positive(u: Array) -> Array:
     """Keep a probability off 0, and off numbers that compiled programs flush to it."""
     return jnp.maximum(u, 8 * jnp.finfo(u.dtype).tiny)
 

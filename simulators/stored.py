@@ -1,6 +1,6 @@
 """Reference draws that were made before: the few that ship, and those of a folder of the user's.
 
-Public names: `FOLDER`, `cache_folder`, `load`, `save`.
+Public names: `FOLDER`, `cache_folder`, `load`, `save`, `whole_file`.
 
 Only samplers that take a minute are worth a file; the others draw in no time.
 """
@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -64,15 +66,22 @@ def save(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{task}-{i}.npz"
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".part")
+    arrays = {"x": x, "draws": np.asarray(draws, np.float32)}
+    arrays |= {name: np.asarray(value) for name, value in found.items()}
+    with whole_file(path) as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+    return path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into, which takes its place when all is written: no reader sees a part."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            arrays = {"x": x, "draws": np.asarray(draws, np.float32)}
-            arrays |= {name: np.asarray(value) for name, value in found.items()}
-            np.savez_compressed(file, allow_pickle=False, **arrays)
+            yield file
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
-    return path

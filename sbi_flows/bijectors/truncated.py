@@ -15,7 +15,7 @@ from jax.scipy.special import ndtr, ndtri
 from jax.scipy.stats import norm
 
 from sbi_flows.networks.shapes import align
-from sbi_flows.prior_maps import HALF_WIDTH
+from sbi_flows.prior_maps import HALF_WIDTH, positive
 
 _FAR = 8.0
 """Standard deviations from the mean beyond which the map continues as a straight line."""
@@ -91,7 +91,7 @@ def _quantile(t: Array, low: Array, high: Array) -> Array:
     below = (ndtr(t) - ndtr(low)) / mass
     above = jnp.where(t > 0, ndtr(-t) - ndtr(-high), ndtr(high) - ndtr(t)) / mass
     # the smaller of the two tails keeps its digits
-    quantile = ndtri(_positive(jnp.minimum(below, above)))
+    quantile = ndtri(positive(jnp.minimum(below, above)))
     return jnp.where(below < above, quantile, -quantile)
 
 
@@ -127,7 +127,3 @@ def _faces(mean: Array, scale: Array) -> tuple[Array, Array, Array, Array]:
     low = (-HALF_WIDTH - sign * mean) / scale
     high = (HALF_WIDTH - sign * mean) / scale
     return mean, low, high, sign
-
-
-def _positive(p: Array) -> Array:
-    return jnp.maximum(p, jnp.finfo(p.dtype).tiny * 8)

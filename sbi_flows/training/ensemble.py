@@ -59,6 +59,15 @@ class _Group(NamedTuple):
     held_out: Array
 
 
+class _Data(NamedTuple):
+    """What all members are made from: see `Ensemble`; `given` is `Blueprint.given_weights`."""
+
+    y: Array
+    features: Array
+    offset: Array
+    given: Any
+
+
 class Ensemble:
     """Members in training: other initial weights, data orders and validation rows each.
 
@@ -104,8 +113,8 @@ class Ensemble:
         self._patience, self._members = training.patience, members
         self._epoch = partial(_epoch, blueprint, training, features)
         self._pool = ThreadPoolExecutor(min(os.cpu_count() or 1, len(self._slices)))
-        given = blueprint.given_weights()
-        prepare = partial(_prepare, blueprint, training, y, features, offset, given)
+        data = _Data(y, features, offset, blueprint.given_weights())
+        prepare = partial(_prepare, blueprint, training, data)
         indices = range(len(self._slices))
         first, *others = [(keys[s], *(rows[s] for rows in folds)) for s in self._slices]
         # each program is compiled before the members share it: threads that met one that nobody
@@ -207,22 +216,12 @@ def _compile(epoch: Callable, prepare: Callable, first: tuple) -> None:
 
 
 def _prepare(
-    blueprint: Blueprint,
-    training: Training,
-    y: Array,
-    features: Array,
-    offset: Array,
-    given: Any,
-    keys: Key,
-    train: Array,
-    held_out: Array,
+    blueprint: Blueprint, training: Training, data: _Data, keys: Key, train: Array, held_out: Array
 ) -> _Group:
     """New members; most of the work does not depend on the settings of the training."""
-    params, rest, noise, units = _start(
-        blueprint, y, features, offset, given, keys, train, held_out
-    )
+    params, rest, noise, units = _start(blueprint, data, keys, train, held_out)
     state = _State(params, params, _optimiser_state(training, params))
-    best = Best(params, jnp.full(len(keys), jnp.inf, y.dtype), jnp.zeros(len(keys), int))
+    best = Best(params, jnp.full(len(keys), jnp.inf, data.y.dtype), jnp.zeros(len(keys), int))
     return _Group(state, best, rest, noise, units, train, held_out)
 
 
@@ -233,16 +232,10 @@ def _optimiser_state(training: Training, params: Any) -> Any:
 
 @partial(jax.jit, static_argnums=0)
 def _start(
-    blueprint: Blueprint,
-    y: Array,
-    features: Array,
-    offset: Array,
-    given: Any,
-    keys: Key,
-    train: Array,
-    held_out: Array,
+    blueprint: Blueprint, data: _Data, keys: Key, train: Array, held_out: Array
 ) -> tuple[Any, Any, Array, Array]:
     """Initial weights, fitted starts, the parameters as these whiten them, and `units`."""
+    y, features, offset, given = data
 
     def one(key: Key, train: Array, held_out: Array) -> tuple[Any, Any, Array, Array]:
         params, rest = initial_weights(blueprint, key, given)
