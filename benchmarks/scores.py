@@ -69,7 +69,8 @@ def normalisation(posterior: sf.Posterior, x: Obs) -> float | None:
     """Integral of the posterior's density over the parameters, by a grid; None for D > 2.
 
     The grid is even in the prior's standard coordinates, so that it reaches every place the prior
-    does; unbounded ones are followed to 6 on either side.
+    does; unbounded ones are followed to 6 on either side. A posterior that is only a few steps of
+    the grid wide is not resolved: the sum then strays from 1 by the grid's own error.
     """
     prior = posterior.prior
     if prior.dim > 2 or prior.standard_dim != prior.dim:

@@ -10,7 +10,7 @@ from scipy import stats
 
 import sbi_flows as sf
 from sbi_flows.errors import SbiFlowsWarning, TrainingDiverged
-from sbi_flows.estimators.stack import stacking_weights
+from sbi_flows.estimators.stack import _without_small, stacking_weights
 from tests import cases
 
 pytestmark = pytest.mark.promotes
@@ -90,8 +90,8 @@ def test_the_same_rows_are_held_out(fitted):
     assert len(set(first.ravel())) == first.size == 120
 
 
-def test_what_does_not_help_is_dropped(simulations):
-    """The uphill estimator's best is the start; a component that is all prior adds nothing."""
+def test_what_helps_little_weighs_little(simulations):
+    """An estimator that does not train, beside one that does."""
     rng = np.random.default_rng(0)
     x = np.asarray(simulations.x)
     uneven = sf.Simulations(np.exp(x) * rng.normal(size=x.shape), x)
@@ -100,6 +100,12 @@ def test_what_does_not_help_is_dropped(simulations):
     posterior, history = sf.Stack([poor, good]).fit(jax.random.key(1), uneven, progress=False)
     assert history.shares[1] > 0.8
     assert len(posterior.blueprints) == np.sum(history.shares > 0)
+
+
+def test_a_weight_below_one_in_a_hundred_is_dropped():
+    np.testing.assert_allclose(
+        _without_small(np.array([0.595, 0.005, 0.4])), [0.598, 0, 0.402], atol=1e-3
+    )
 
 
 def test_an_estimator_that_diverges_is_left_out(simulations):

@@ -40,7 +40,7 @@ class _Net(NamedTuple):
 
 
 class _Fold(NamedTuple):
-    """Rows to train on, in batches' multiples, and rows to score on."""
+    """Rows to train on, and rows to score on."""
 
     x: Array
     y: Array

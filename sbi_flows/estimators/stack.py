@@ -59,7 +59,8 @@ class Stack:
     """A frozen description of estimators whose posteriors are mixed.
 
     The weights maximise the log density of rows that the models were not trained on: member m of
-    every estimator holds out the same rows, and each row is judged by the members that did.
+    every estimator holds out the same rows, and each row is judged by the members that did. The
+    same rows stopped the training, which flatters every estimator a little.
 
     Attributes:
         estimators: The estimators, all with the same prior, number of members and validation

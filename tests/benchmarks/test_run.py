@@ -119,7 +119,7 @@ def test_a_run_writes_one_line_a_seed_and_prints_a_table(few, tmp_path, capsys):
     spoilt.write_text(spoilt.read_text()[:100])
     assert main(["run", *options, "--results", str(tmp_path / "results")]) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines() == [printed[0], *out.splitlines()[1:]]
+    assert out.splitlines()[0] == printed[0]
     assert len(out.splitlines()) == len(printed)
     assert "1 runs are finished already" in err
     assert f"{spoilt.name}: not a record of this run; set aside as" in err
