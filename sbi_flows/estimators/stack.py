@@ -126,33 +126,29 @@ class Stack:
             SimulationFailed: Fewer than 10 rows are valid.
             TrainingDiverged: Every estimator diverged.
         """
-        fits = [self._fit_one(i, key, simulations, progress) for i in range(len(self.estimators))]
-        done = [fit for fit in fits if not isinstance(fit, TrainingDiverged)]
-        if not done:
-            raise next(fit for fit in fits if isinstance(fit, TrainingDiverged))
-        valid = simulations.only_valid()
-        found = np.stack([_held_out_log_prob(*fit, valid) for fit in done], axis=1)
+        done: dict[int, tuple[Posterior, History]] = {}
+        for i, estimator in enumerate(self.estimators):
+            try:
+                # the same key: the same rows are held out
+                done[i] = estimator.fit(key, simulations, progress=progress)
+            except TrainingDiverged as error:
+                if i == len(self.estimators) - 1 and not done:
+                    raise
+                warnings.warn(
+                    f"estimator {i} is left out of the stack: {error}",
+                    SbiFlowsWarning,
+                    stacklevel=2,
+                )
+        valid, places = simulations.only_valid(), list(done)
+        found = np.stack([_held_out_log_prob(*fit, valid) for fit in done.values()], axis=1)
         weights = _without_small(stacking_weights(found))
-        shares, losses = np.zeros(len(fits)), np.full(len(fits), np.inf)
-        places = [i for i, fit in enumerate(fits) if not isinstance(fit, TrainingDiverged)]
+        shares, losses = np.zeros(len(self.estimators)), np.full(len(self.estimators), np.inf)
         shares[places], losses[places] = weights, -found.mean(axis=0)
         with np.errstate(divide="ignore"):
             mixed = np.logaddexp.reduce(found + np.log(weights), axis=1)
-        histories = tuple(None if isinstance(f, TrainingDiverged) else f[1] for f in fits)
+        histories = tuple(done[i][1] if i in done else None for i in range(len(self.estimators)))
         history = StackHistory(histories, shares, losses, -float(mixed.mean()))
-        return _mixture([posterior for posterior, _ in done], weights), history
-
-    def _fit_one(
-        self, i: int, key: Key, simulations: Simulations, progress: bool
-    ) -> tuple[Posterior, History] | TrainingDiverged:
-        try:
-            # the same key: the same rows are held out
-            return self.estimators[i].fit(key, simulations, progress=progress)
-        except TrainingDiverged as error:
-            warnings.warn(
-                f"estimator {i} is left out of the stack: {error}", SbiFlowsWarning, stacklevel=3
-            )
-            return error
+        return _mixture([posterior for posterior, _ in done.values()], weights), history
 
 
 def stacking_weights(log_density: Any, *, tolerance: float = 1e-6) -> np.ndarray:
@@ -184,8 +180,8 @@ def stacking_weights(log_density: Any, *, tolerance: float = 1e-6) -> np.ndarray
 
 
 def _without_small(weights: np.ndarray) -> np.ndarray:
-    kept = np.where(weights >= LEAST, weights, 0.0)
-    return kept / kept.sum() if kept.sum() > 0 else weights
+    kept = np.where(weights >= min(LEAST, weights.max()), weights, 0.0)
+    return kept / kept.sum()
 
 
 def _held_out_log_prob(posterior: Posterior, history: History, valid: Simulations) -> np.ndarray:
