@@ -28,7 +28,7 @@ from benchmarks.settings import Settings
 from benchmarks.store import Run, Store
 from sbi_flows.diagnostics import c2st_jax, check
 from sbi_flows.diagnostics.tables import table
-from sbi_flows.estimators.stack import StackHistory
+from sbi_flows.estimators.stacking import StackHistory
 from sbi_flows.typing import Key, Obs
 from simulators import Task
 

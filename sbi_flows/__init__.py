@@ -19,6 +19,7 @@ from sbi_flows.errors import SbiFlowsError as SbiFlowsError
 from sbi_flows.errors import SbiFlowsWarning as SbiFlowsWarning
 from sbi_flows.errors import SimulationFailed as SimulationFailed
 from sbi_flows.errors import TrainingDiverged as TrainingDiverged
+from sbi_flows.estimators.emulator import Emulator as Emulator
 from sbi_flows.estimators.npe import NPE as NPE
 from sbi_flows.estimators.stack import Stack as Stack
 from sbi_flows.networks.mlp import ResidualMLP as ResidualMLP

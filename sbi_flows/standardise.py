@@ -20,34 +20,49 @@ _NORMAL_IQR = 1.349
 _LINEAR = 3.0
 """Features are linear within this many scales of the median and logarithmic beyond."""
 
+_LESS_SKEW = 0.5
+"""Logarithms are taken of positive features whose skewness they at least halve."""
+
 
 class Standardiser(NamedTuple):
-    """Median and scale of each feature of a flattened observation.
+    """Median and scale of each feature of a flattened observation, or of its logarithm.
 
-    Heavy tails are compressed, never cut: the map is monotone and keeps all information.
+    The logarithm is taken of features that are positive throughout, and less skew so. Heavy tails
+    are compressed, never cut: the map is monotone and keeps all information.
 
     Attributes:
         center: Medians, shape (C,).
         scale: Interquartile range over 1.349; the standard deviation where that range is zero, as
             it is for sparse counts; 1 where the feature is constant. Shape (C,).
+        floor: Number below which the logarithm goes on as a straight line, shape (C,); zero where
+            no logarithm is taken.
     """
 
     center: Array
     scale: Array
+    floor: Array
 
     def __call__(self, x: Obs) -> Array:
         """A batch of observations (B, *event) to features (B, C)."""
-        s = (flatten_rows(x) - self.center[None]) / self.scale[None]
+        rows = _logarithms(flatten_rows(x), self.floor)
+        s = (rows - self.center[None]) / self.scale[None]
         # a finite number over a small scale may overflow; its logarithm does not
         largest = jnp.finfo(s.dtype).max
         s = jnp.clip(s, -largest, largest)
         beyond = jnp.maximum(jnp.abs(s) - _LINEAR, 0.0)
         return jnp.clip(s, -_LINEAR, _LINEAR) + jnp.sign(s) * jnp.log1p(beyond)
 
+    def inverse(self, features: Array) -> Array:
+        """Features (B, C) to flattened observations (B, C)."""
+        beyond = jnp.maximum(jnp.abs(features) - _LINEAR, 0.0)
+        s = jnp.clip(features, -_LINEAR, _LINEAR) + jnp.sign(features) * jnp.expm1(beyond)
+        rows = s * self.scale[None] + self.center[None]
+        return _exponentials(rows, self.floor)
+
 
 def fit_standardiser(x: Obs) -> Standardiser:
     """Medians and scales of a batch of finite observations (N, *event)."""
-    return Standardiser(*_quantiles(flatten_rows(x)))
+    return Standardiser(*_fitted(flatten_rows(x)))
 
 
 def flatten_rows(x: Obs) -> Array:
@@ -66,14 +81,47 @@ def unflatten_rows(rows: Array, tree: Any, shapes: Shapes) -> Obs:
     return jax.tree.unflatten(tree, parts)
 
 
+def _logarithms(rows: Array, floor: Array) -> Array:
+    """Logarithms of the columns whose floor is positive, going on as a line below the floor."""
+    taken, safe = floor[None] > 0, jnp.where(floor > 0, floor, 1.0)[None]
+    logarithms = jnp.log(jnp.maximum(rows, safe)) + jnp.minimum(rows / safe - 1.0, 0.0)
+    return jnp.where(taken, logarithms, rows)
+
+
+def _exponentials(rows: Array, floor: Array) -> Array:
+    """The inverse of `_logarithms`."""
+    taken, safe = floor[None] > 0, jnp.where(floor > 0, floor, 1.0)[None]
+    above = rows - jnp.log(safe)
+    exponentials = safe * jnp.where(above > 0, jnp.exp(above), 1.0 + above)
+    return jnp.where(taken, exponentials, rows)
+
+
+def _floors(rows: Array) -> Array:
+    """Half the least number of the columns that are less skew as logarithms, zero of others."""
+    least = jnp.min(rows, axis=0)
+    tails = jnp.quantile(rows, jnp.asarray([0.01, 0.5, 0.99]), axis=0)
+    as_logarithms = _skewness(jnp.log(jnp.maximum(tails, jnp.finfo(rows.dtype).tiny)))
+    better = as_logarithms < _LESS_SKEW * _skewness(tails)
+    return jnp.where((least > 0) & better, 0.5 * least, 0.0)
+
+
+def _skewness(tails: Array) -> Array:
+    """How far the median (second row) is from halfway between both tails: 0 to 1."""
+    low, center, high = tails
+    width = jnp.maximum(high - low, jnp.finfo(tails.dtype).tiny)
+    return jnp.abs(high + low - 2 * center) / width
+
+
 @jax.jit
-def _quantiles(rows: Array) -> tuple[Array, Array]:
+def _fitted(rows: Array) -> tuple[Array, Array, Array]:
+    floor = _floors(rows)
+    rows = _logarithms(rows, floor)
     low, center, high = jnp.quantile(rows, jnp.asarray([0.25, 0.5, 0.75]), axis=0)
     # the standard deviation of differences from the median, on a scale that cannot overflow
     spread = (high - low) / _NORMAL_IQR
     size = jnp.maximum(jnp.max(jnp.abs(rows - center[None]), axis=0), 1e-30)
     deviation = size * jnp.sqrt(jnp.mean(((rows - center[None]) / size[None]) ** 2, axis=0))
     # differences at the rounding error of the values themselves carry nothing
-    floor = 1e-6 * jnp.abs(center)
-    scale = jnp.where(spread > floor, spread, deviation)
-    return center, jnp.where(scale > jnp.maximum(floor, 1e-30), scale, 1.0)
+    least = 1e-6 * jnp.abs(center)
+    scale = jnp.where(spread > least, spread, deviation)
+    return center, jnp.where(scale > jnp.maximum(least, 1e-30), scale, 1.0), floor

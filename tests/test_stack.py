@@ -10,7 +10,7 @@ from scipy import stats
 
 import sbi_flows as sf
 from sbi_flows.errors import SbiFlowsWarning, TrainingDiverged
-from sbi_flows.estimators.stack import _without_small, stacking_weights
+from sbi_flows.estimators.stacking import _without_small, stacking_weights
 from tests import cases
 
 pytestmark = pytest.mark.promotes
@@ -110,7 +110,7 @@ def test_a_weight_below_one_in_a_hundred_is_dropped():
 
 def test_an_estimator_that_diverges_is_left_out(simulations):
     broken = npe(training=sf.Training(max_epochs=1, optimizer=optax.scale(jnp.nan)))
-    with pytest.warns(SbiFlowsWarning, match="estimator 0 is left out of the stack: the loss was"):
+    with pytest.warns(SbiFlowsWarning, match="estimator 0 is left out: the loss was"):
         posterior, history = sf.Stack([broken, npe()]).fit(
             jax.random.key(1), simulations, progress=False
         )

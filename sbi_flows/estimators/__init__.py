@@ -1,4 +1,5 @@
 """Estimators: frozen descriptions that turn simulations into a posterior."""
 
+from sbi_flows.estimators.emulator import Emulator as Emulator
 from sbi_flows.estimators.npe import NPE as NPE
 from sbi_flows.estimators.stack import Stack as Stack

@@ -32,11 +32,22 @@ from sbi_flows.typing import Key
 
 
 class Best(NamedTuple):
-    """The weights with the lowest validation loss so far, that loss, and epochs since then."""
+    """The weights with the lowest validation loss so far, that loss, and epochs since then.
+
+    Attributes:
+        params: The weights.
+        loss: Mean loss of the validation rows.
+        age: Epochs since.
+        halves: Lowest mean loss so far of the validation rows of even and of odd place, shape (2,).
+        crossed: Loss of each validation row at the epoch that was best for the half that it does
+            not belong to, shape (V,): no row has a say in which weights it is judged by.
+    """
 
     params: Any
     loss: Array
     age: Array
+    halves: Array
+    crossed: Array
 
 
 class _State(NamedTuple):
@@ -54,7 +65,19 @@ class _Group(NamedTuple):
     best: Best
     rest: Any
     noise: Array
-    units: Array
+    units: _Units
+    train: Array
+    held_out: Array
+
+
+class _Units(NamedTuple):
+    """What turns a loss into a negative log density in the parameters' own units.
+
+    Attributes:
+        train: Mean over the training rows, shape ().
+        held_out: Of each validation row, shape (V,).
+    """
+
     train: Array
     held_out: Array
 
@@ -81,13 +104,15 @@ class Ensemble:
         features: Standardised observations, shape (N, C).
         offset: Log Jacobian from y to the parameters' own units, shape (N,).
         members: Number of models M.
+        own: Number of rows that each member has for itself: the last M * own rows, which only
+            train, and which go to the members in order.
 
     Attributes:
         best: Weights, validation losses and ages of the best epochs so far, one a group; a new
             tuple after each epoch.
         held_out: Numbers of the rows that each member is validated on, shape (M, V).
-        units: What is added to mean losses over training rows and over validation rows to make
-            them negative log densities in the parameters' own units, shape (M, 2).
+        units: What is added to losses to make them negative log densities in the parameters' own
+            units: to the mean over training rows (M,), and to each validation row's (M, V).
 
     Raises:
         ValueError: Too few rows to hold any out.
@@ -102,11 +127,13 @@ class Ensemble:
         features: Array,
         offset: Array,
         members: int,
+        own: int = 0,
     ) -> None:
         """Fit the starts and compile an epoch, side by side."""
-        held_out = _held_out_rows(len(y), training.validation_fraction)
+        shared = len(y) - members * own
+        held_out = _held_out_rows(shared, training.validation_fraction)
         fold_key, weight_key = jax.random.split(key)
-        folds = _folds(fold_key, len(y), held_out, members)
+        folds = _folds(fold_key, shared, held_out, members, own)
         self.held_out = np.asarray(folds[1])
         keys = jax.random.split(weight_key, members)
         self._slices = _slices(members)
@@ -122,7 +149,8 @@ class Ensemble:
         compiled = self._pool.submit(_compile, self._epoch, prepare, first)
         self._groups = [prepare(*first), *self._pool.map(lambda args: prepare(*args), others)]
         compiled.result()
-        self.units = np.concatenate([group.units for group in self._groups])
+        units = zip(*(group.units for group in self._groups), strict=True)
+        self.units = _Units(*(jnp.asarray(np.concatenate(arrays)) for arrays in units))
         # an epoch without a step scores the starts, so that no other program has to
         scored = self._pool.map(lambda i: self._advance(i, keys[self._slices[i]], False), indices)
         self._groups = [group for group, *_ in scored]
@@ -202,11 +230,15 @@ def _held_out_rows(n: int, fraction: float) -> int:
     return held_out
 
 
-def _folds(key: Key, n: int, held_out: int, members: int) -> tuple[Array, Array]:
-    """Training rows (M, N - V) and validation rows (M, V); member m holds out the m-th fold."""
+def _folds(key: Key, n: int, held_out: int, members: int, own: int = 0) -> tuple[Array, Array]:
+    """Training rows (M, N - V + own) and validation rows (M, V).
+
+    Member m holds out the m-th fold of n rows; which one that is depends on the key, n and V alone.
+    """
     order = jax.random.permutation(key, n)
     rolled = jnp.stack([jnp.roll(order, -m * held_out) for m in range(members)])
-    return rolled[:, held_out:], rolled[:, :held_out]
+    extra = n + jnp.arange(members * own).reshape(members, own)
+    return jnp.concatenate([rolled[:, held_out:], extra], axis=1), rolled[:, :held_out]
 
 
 def _compile(epoch: Callable, prepare: Callable, first: tuple) -> None:
@@ -221,7 +253,10 @@ def _prepare(
     """New members; most of the work does not depend on the settings of the training."""
     params, rest, noise, units = _start(blueprint, data, keys, train, held_out)
     state = _State(params, params, _optimiser_state(training, params))
-    best = Best(params, jnp.full(len(keys), jnp.inf, data.y.dtype), jnp.zeros(len(keys), int))
+    m, dtype = len(keys), data.y.dtype
+    infinite = jnp.full((m, 3), jnp.inf, dtype)
+    crossed = jnp.zeros(held_out.shape, dtype)
+    best = Best(params, infinite[:, 0], jnp.zeros(m, int), infinite[:, 1:], crossed)
     return _Group(state, best, rest, noise, units, train, held_out)
 
 
@@ -233,17 +268,17 @@ def _optimiser_state(training: Training, params: Any) -> Any:
 @partial(jax.jit, static_argnums=0)
 def _start(
     blueprint: Blueprint, data: _Data, keys: Key, train: Array, held_out: Array
-) -> tuple[Any, Any, Array, Array]:
-    """Initial weights, fitted starts, the parameters as these whiten them, and `units`."""
+) -> tuple[Any, Any, Array, _Units]:
+    """Initial weights, fitted starts, the parameters as these whiten them, and the units."""
     y, features, offset, given = data
 
-    def one(key: Key, train: Array, held_out: Array) -> tuple[Any, Any, Array, Array]:
+    def one(key: Key, train: Array, held_out: Array) -> tuple[Any, Any, Array, _Units]:
         params, rest = initial_weights(blueprint, key, given)
         start = fit_linear_start(y, features, train, held_out, blueprint.sizes.bounded)
         rest = {**rest, "start": start}
         noise, log_det = nnx.merge(graph_of(blueprint), params, rest).whiten(y, features)
         units = offset - log_det
-        return params, rest, noise, jnp.stack([units[train].mean(), units[held_out].mean()])
+        return params, rest, noise, _Units(units[train].mean(), units[held_out])
 
     return jax.vmap(one)(keys, train, held_out)
 
@@ -295,14 +330,25 @@ def _member_epoch(
 
     zero = jnp.zeros((), noise.dtype)
     state, total = jax.lax.fori_loop(0, jnp.where(active, steps, 0), step, (state, zero))
-    validation = jnp.mean(
-        _losses(blueprint, state.average, rest, None, noise[held_out], features[held_out])
-    )
+    losses = _losses(blueprint, state.average, rest, None, noise[held_out], features[held_out])
     # one that has stopped may still be computed, beside others
-    better = (validation < best.loss) & (best.age < training.patience)
-    new = Best(state.average, validation, jnp.zeros_like(best.age))
-    old = best._replace(age=best.age + 1)
-    return state, jax.tree.map(partial(jnp.where, better), new, old), total / steps, validation
+    best = _updated(best, state.average, losses, best.age < training.patience)
+    return state, best, total / steps, jnp.mean(losses)
+
+
+def _updated(best: Best, params: Any, losses: Array, running: Array) -> Best:
+    """The best so far, after an epoch with these losses (V,) of the validation rows."""
+    validation = jnp.mean(losses)
+    new = (params, validation, jnp.zeros_like(best.age))
+    old = (best.params, best.loss, best.age + 1)
+    better = running & (validation < best.loss)
+    params, loss, age = jax.tree.map(partial(jnp.where, better), new, old)
+    # a single row is both halves
+    halves = jnp.stack([jnp.mean(losses[0::2]), jnp.mean(losses[min(1, len(losses) - 1) :: 2])])
+    improved = running & (halves < best.halves)
+    other = jnp.where(jnp.arange(len(losses)) % 2 == 0, improved[1], improved[0])
+    crossed = jnp.where(other, losses, best.crossed)
+    return Best(params, loss, age, jnp.where(improved, halves, best.halves), crossed)
 
 
 def _losses(

@@ -27,6 +27,7 @@ def fit(
     *,
     members: int = 1,
     offset: Array | None = None,
+    own: int = 0,
     progress: bool = True,
 ) -> tuple[Weights, History]:
     """Train `members` models with different initial weights, data orders and validation rows.
@@ -40,6 +41,8 @@ def fit(
         members: Number of models M.
         offset: Log Jacobian of each row from y to theta's units, shape (N,), for the losses that
             are reported; none by default.
+        own: Number of rows that each member has for itself, to train on beside those that all
+            share: the last M * own rows, in order.
         progress: Show a progress bar.
 
     Returns:
@@ -52,8 +55,9 @@ def fit(
     began = time.perf_counter()
     start_key, epoch_key = jax.random.split(key)
     offset = jnp.zeros(len(y), y.dtype) if offset is None else offset
-    with Ensemble(start_key, blueprint, training, y, features, offset, members) as ensemble:
-        units = ensemble.units.T
+    with Ensemble(start_key, blueprint, training, y, features, offset, members, own) as ensemble:
+        row_units = np.asarray(ensemble.units.held_out)
+        units = np.stack([ensemble.units.train, row_units.mean(axis=1)])
         start_loss = ensemble.best_loss + units[1]
         _require_finite(start_loss, 0, ensemble)
         # weights and losses are replaced as one, so an interrupt never finds them epochs apart
@@ -74,7 +78,9 @@ def fit(
         finally:
             bar.close()
     best, losses = done
-    history = _history(losses, start_loss, ensemble.held_out, time.perf_counter() - began, reason)
+    crossed = np.concatenate([b.crossed for b in best]) + row_units
+    seconds = time.perf_counter() - began
+    history = _history(losses, start_loss, ensemble.held_out, crossed, seconds, reason)
     return ensemble.weights(best), history
 
 
@@ -89,7 +95,12 @@ def _require_finite(values: np.ndarray, epoch: int, ensemble: Ensemble) -> None:
 
 
 def _history(
-    losses: tuple, start_loss: np.ndarray, held_out: np.ndarray, seconds: float, reason: str
+    losses: tuple,
+    start_loss: np.ndarray,
+    held_out: np.ndarray,
+    crossed: np.ndarray,
+    seconds: float,
+    reason: str,
 ) -> History:
     shape = (0, len(start_loss))
     train = np.stack([a for a, _ in losses]) if losses else np.zeros(shape)
@@ -100,6 +111,7 @@ def _history(
         validation_loss=validation,
         start_loss=start_loss,
         held_out=held_out,
+        held_out_loss=crossed,
         best_epoch=np.argmin(stacked, axis=0),
         epochs=len(losses),
         seconds=seconds,

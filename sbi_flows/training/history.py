@@ -18,20 +18,26 @@ class History:
         validation_loss: At the end of each epoch, shape (epochs, members), likewise.
         start_loss: Validation loss of the linear-Gaussian start, before epoch 1, shape (members,).
         held_out: Numbers of the valid rows that each member was validated on, shape (members, V).
+        held_out_loss: Loss of each of these rows, shape (members, V), at the epoch that was best
+            for the other half of the member's rows: their mean is an honest figure, where
+            `best_loss` is the lowest of many.
         best_epoch: Epoch (from 1; 0 is the start) whose weights each member kept.
         epochs: Number of epochs run.
         seconds: Wall time of the fit, compilation included.
         stop_reason: `max_epochs`, `patience` or `interrupted`.
+        emulator: The `StackHistory` of the emulator that the fit also trained on; None without one.
     """
 
     train_loss: np.ndarray
     validation_loss: np.ndarray
     start_loss: np.ndarray
     held_out: np.ndarray
+    held_out_loss: np.ndarray
     best_epoch: np.ndarray
     epochs: int
     seconds: float
     stop_reason: str
+    emulator: Any = None
 
     @property
     def best_loss(self) -> np.ndarray:

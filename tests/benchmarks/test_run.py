@@ -11,7 +11,7 @@ import simulators
 from benchmarks import methods, runner
 from benchmarks.__main__ import main
 from benchmarks.settings import Settings
-from sbi_flows.estimators.stack import StackHistory
+from sbi_flows.estimators.stacking import StackHistory
 
 TINY = ["--draws", "40", "--datasets", "50", "--check-draws", "20", "--observations", "2"]
 NUMBER = (int, float)
