@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--simulator", metavar="MODULE:NAME", help="a simulators.Task of your own, scored alike"
     )
-    run.add_argument("--methods", nargs="+", default=["npe"], metavar="METHOD", help="(npe)")
+    run.add_argument("--methods", nargs="+", default=["stack"], metavar="METHOD", help="(stack)")
     run.add_argument("--budgets", nargs="+", type=int, default=[10_000], metavar="N")
     run.add_argument("--seeds", type=int, default=1, metavar="N", help="number of seeds (1)")
     run.add_argument("--observations", type=int, default=5, metavar="N", help="how many (5)")

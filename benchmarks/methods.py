@@ -12,25 +12,37 @@ import sbi_flows as sf
 from benchmarks.records import BadInput
 from simulators import Task
 
-DEFAULT = "npe"
+DEFAULT = "stack"
 
 
-def _stack(task: Task) -> sf.Stack:
-    """Spline and affine flows, autoregressive and coupling, and a mixture of Gaussians."""
+def _stack(task: Task, *estimators: Callable[[sf.Prior], sf.NPE]) -> sf.Stack:
     prior = sf.as_prior(task.prior)
-    kinds = (sf.NSF(), sf.NSF(coupling=True), sf.MAF(), sf.GaussianMixture())
-    return sf.Stack([sf.NPE(prior, kind) for kind in kinds])
+    return sf.Stack([estimator(prior) for estimator in estimators])
+
+
+def _emulated(prior: sf.Prior) -> sf.NPE:
+    return sf.NPE(prior, emulator=sf.Emulator())
+
+
+def _spline(prior: sf.Prior) -> sf.NPE:
+    return sf.NPE(prior)
+
+
+def _affine(prior: sf.Prior) -> sf.NPE:
+    return sf.NPE(prior, sf.MAF())
 
 
 Method: TypeAlias = Callable[[Task], sf.NPE | sf.Stack]
 
 METHODS: dict[str, Method] = {
+    "stack": lambda task: _stack(task, _emulated, _spline, _affine),
+    "stack-plain": lambda task: _stack(task, _spline, _affine),
     "npe": lambda task: sf.NPE(task.prior),
+    "npe-emulated": lambda task: sf.NPE(task.prior, emulator=sf.Emulator()),
     "npe-one": lambda task: sf.NPE(task.prior, members=1),
     "npe-coupling": lambda task: sf.NPE(task.prior, sf.NSF(coupling=True)),
     "npe-maf": lambda task: sf.NPE(task.prior, sf.MAF()),
     "npe-mixture": lambda task: sf.NPE(task.prior, sf.GaussianMixture()),
-    "stack": _stack,
 }
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +32,11 @@ from sbi_flows.diagnostics.tables import table
 from sbi_flows.estimators.stacking import StackHistory
 from sbi_flows.typing import Key, Obs
 from simulators import Task
+
+MAPS = Path("/proc/self/maps")
+
+MOST_MAPS = 30_000
+"""Memory maps that are no danger yet: each program holds several, and Linux allows 65,530."""
 
 
 def run(settings: Settings, *, import_seconds: float = 0.0) -> list[dict[str, Any]]:
@@ -82,6 +88,7 @@ def _results(
 
 def _stored(settings: Settings, store: Store, import_seconds: float, run: Run) -> dict[str, Any]:
     print(str(run), file=sys.stderr, flush=True)
+    _drop_programs()
     task = settings.task(run.task)
     clock = Clock()
     clock.seconds["import"] = import_seconds
@@ -89,6 +96,12 @@ def _stored(settings: Settings, store: Store, import_seconds: float, run: Run) -
     estimator = _estimator(run.method, task)
     result = run_one(task, estimator, run.budget, run.seed, observed, settings, clock)
     return store.write(run, {**provenance(), **result})
+
+
+def _drop_programs() -> None:
+    """Free compiled programs before a process of many runs has no memory map left for new ones."""
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
 
 
 @cache
@@ -216,6 +229,7 @@ def describe(estimator: sf.NPE | sf.Stack) -> dict[str, Any]:
         "density": repr(estimator.density),
         "training": repr(estimator.training),
         "members": estimator.members,
+        "emulator": estimator.emulator and repr(estimator.emulator),
     }
 
 
@@ -232,6 +246,9 @@ def _history_record(history: sf.History | StackHistory) -> dict[str, Any]:
         "stop_reason": history.stop_reason,
         "best_epoch": history.best_epoch,
         "best_loss": history.best_loss,
+        "held_out_loss": history.held_out_loss.mean(),
+        "seconds": history.seconds,
+        "emulator": history.emulator and _history_record(history.emulator),
     }
 
 

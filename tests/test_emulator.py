@@ -101,7 +101,9 @@ def test_an_emulator_improves_a_fit_to_few_simulations():
     def draws(key, theta):
         return theta[0] + jnp.exp(2.0 * theta[1]) * jax.random.normal(key, (4,))
 
-    few, fresh = (sf.simulate(jax.random.key(s), PRIOR, draws, n) for s, n in ((0, 300), (9, 5_000)))
+    few, fresh = (
+        sf.simulate(jax.random.key(s), PRIOR, draws, n) for s, n in ((0, 300), (9, 5_000))
+    )
 
     def loss(**settings):
         npe = sf.NPE(PRIOR, SMALL, members=MEMBERS, training=TRAINING, **settings)

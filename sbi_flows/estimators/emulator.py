@@ -51,6 +51,8 @@ class Emulator:
         densities: The densities to fit and to mix.
         training: Settings of their fits; the validation fraction is the estimator's.
         rows: Number of draws for each member, with parameters from the prior.
+        max_features: Longer observations are not emulated, and the estimator is fitted without:
+            the noise of hundreds of numbers takes more simulations to learn than the posterior.
 
     Example:
         >>> import jax, numpyro.distributions as dist, sbi_flows as sf
@@ -71,12 +73,13 @@ class Emulator:
         default_factory=lambda: Training(max_epochs=40, patience=10)
     )
     rows: int = 100_000
+    max_features: int = 50
 
     def __post_init__(self) -> None:
         """Refuse what cannot be fitted.
 
         Raises:
-            ValueError: There is no density, `rows` is not positive, or `training` is no training.
+            ValueError: There is no density, a number is not positive, or `training` is no training.
         """
         object.__setattr__(self, "densities", tuple(self.densities))
         if not self.densities or not all(hasattr(d, "build") for d in self.densities):
@@ -85,7 +88,7 @@ class Emulator:
             )
         if not isinstance(self.training, Training):
             raise ValueError(f"training: expected sf.Training, got {type(self.training).__name__}")
-        require_count(1, rows=self.rows)
+        require_count(1, rows=self.rows, max_features=self.max_features)
 
 
 class Emulated(NamedTuple):

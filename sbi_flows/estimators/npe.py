@@ -190,6 +190,14 @@ class NPE:
     ) -> tuple[Emulated | None, StackHistory | None]:
         """Draws of the emulator and its history; none where it cannot be fitted."""
         assert self.emulator is not None
+        if x.shape[1] > self.emulator.max_features:
+            warnings.warn(
+                f"trained without the emulator: observations of {x.shape[1]} numbers are longer "
+                f"than its max_features={self.emulator.max_features}",
+                SbiFlowsWarning,
+                stacklevel=3,
+            )
+            return None, None
         try:
             return emulate(
                 key,
