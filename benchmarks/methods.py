@@ -21,15 +21,15 @@ def _stack(task: Task, *estimators: Callable[[sf.Prior], sf.NPE]) -> sf.Stack:
 
 
 def _emulated(prior: sf.Prior) -> sf.NPE:
-    return sf.NPE(prior, emulator=sf.Emulator())
+    return sf.NPE(prior, emulator=sf.Emulator(), members=2)
 
 
 def _spline(prior: sf.Prior) -> sf.NPE:
-    return sf.NPE(prior)
+    return sf.NPE(prior, members=2)
 
 
 def _affine(prior: sf.Prior) -> sf.NPE:
-    return sf.NPE(prior, sf.MAF())
+    return sf.NPE(prior, sf.MAF(), members=2)
 
 
 Method: TypeAlias = Callable[[Task], sf.NPE | sf.Stack]
@@ -38,7 +38,7 @@ METHODS: dict[str, Method] = {
     "stack": lambda task: _stack(task, _emulated, _spline, _affine),
     "stack-plain": lambda task: _stack(task, _spline, _affine),
     "npe": lambda task: sf.NPE(task.prior),
-    "npe-emulated": lambda task: sf.NPE(task.prior, emulator=sf.Emulator()),
+    "npe-emulated": lambda task: _emulated(sf.as_prior(task.prior)),
     "npe-one": lambda task: sf.NPE(task.prior, members=1),
     "npe-coupling": lambda task: sf.NPE(task.prior, sf.NSF(coupling=True)),
     "npe-maf": lambda task: sf.NPE(task.prior, sf.MAF()),
