@@ -63,6 +63,42 @@ def test_within_three_scales_the_map_is_linear():
     np.testing.assert_allclose(standardise(x), scales, rtol=1e-4)
 
 
+def test_logarithms_are_taken_of_what_is_positive_and_less_skew_so():
+    """In columns: log-normal; gamma with zeros; a normal far from zero; minus a log-normal."""
+    x = np.stack(
+        [
+            np.exp(RNG.normal(size=2_000)),
+            np.maximum(RNG.gamma(1.0, size=2_000) - 0.5, 0.0),
+            RNG.normal(100.0, 1.0, size=2_000),
+            -np.exp(RNG.normal(size=2_000)),
+        ],
+        axis=1,
+    )
+    standardise = fit_standardiser(jnp.asarray(x))
+    np.testing.assert_array_equal(standardise.floor > 0, [True, False, False, False])
+    features = standardise(jnp.asarray(x))
+    residual = features[:, 0] - (np.log(x[:, 0]) - standardise.center[0]) / standardise.scale[0]
+    assert np.max(np.abs(np.where(np.abs(features[:, 0]) < 3, residual, 0.0))) < 1e-4
+    # zero and less, which no training row held, are still told apart
+    beyond = standardise(jnp.asarray(np.array([[0.1], [1e-3], [0.0], [-1.0]]) * np.ones(4)))
+    assert np.all(np.diff(beyond[:, 0]) < 0)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_the_inverse_gives_the_observations_back(name):
+    x = jnp.asarray(FEATURES[name], jnp.float32)
+    standardise = fit_standardiser(x)
+    features = standardise(x)
+    back = standardise.inverse(features)
+    # to within what the features themselves resolve
+    again = standardise(back)
+    np.testing.assert_allclose(again, features, rtol=1e-3, atol=1e-3)
+    moderate = np.abs(np.asarray(features)) < 10
+    size = np.abs(np.asarray(x)) + np.asarray(standardise.scale)
+    error = np.abs(np.asarray(back) - np.asarray(x, np.float32)) / size
+    assert np.max(np.where(moderate, error, 0.0)) < 1e-3
+
+
 def test_a_constant_feature_becomes_zero_and_shows_when_it_differs():
     standardise = fit_standardiser(jnp.asarray(FEATURES["constant"]))
     assert float(standardise.scale[0]) == 1.0

@@ -116,6 +116,65 @@ def test_folds_of_the_members_do_not_overlap():
         assert sorted([*np.asarray(a), *np.asarray(b)]) == list(range(100))
 
 
+def test_rows_of_a_member_are_added_to_its_training_rows_alone():
+    shared_train, shared_held_out = ensemble._folds(jax.random.key(0), 100, 10, 4)
+    train, held_out = ensemble._folds(jax.random.key(0), 100, 10, 4, 7)
+    np.testing.assert_array_equal(held_out, shared_held_out)
+    np.testing.assert_array_equal(train[:, :90], shared_train)
+    np.testing.assert_array_equal(train[:, 90:].ravel(), 100 + np.arange(28))
+
+
+def test_a_fit_learns_from_the_rows_of_its_own():
+    """The first of two members is given more draws of the same law, the second misleading ones."""
+    y, features = uneven(0)
+    more, more_features = uneven(1)
+    rows = [y, more, -20.0 + 0.0 * more]
+    _, history = training.fit(
+        jax.random.key(0),
+        blueprint(),
+        sf.Training(batch_size=BATCH, max_epochs=6, learning_rate=3e-2),
+        jnp.concatenate(rows),
+        jnp.concatenate([features, more_features, more_features]),
+        members=MEMBERS,
+        own=ROWS,
+        progress=False,
+    )
+    assert history.held_out.max() < ROWS
+    _, plain = fit()
+    assert abs(history.best_loss[0] - plain.best_loss[0]) < 0.5
+    assert history.best_loss[1] > plain.best_loss[1] + 0.5
+
+
+def test_held_out_losses_are_of_the_epoch_that_the_other_half_chose():
+    losses = jnp.array([[3.0, 9.0], [2.0, 4.0], [5.0, 1.0]])  # an epoch a row; two validation rows
+    best = ensemble.Best(
+        jnp.zeros(()), jnp.inf, jnp.zeros((), int), jnp.full(2, jnp.inf), jnp.zeros(2)
+    )
+    for epoch, values in enumerate(losses):
+        best = ensemble._updated(best, jnp.asarray(float(epoch)), values, jnp.asarray(True))
+    # row 0 by the epoch that is best for row 1, and the other way round
+    np.testing.assert_array_equal(best.crossed, [5.0, 4.0])
+    np.testing.assert_array_equal(best.halves, [2.0, 1.0])
+    assert (float(best.params), float(best.loss), int(best.age)) == (1.0, 3.0, 1)
+    stopped = ensemble._updated(best, jnp.asarray(9.0), jnp.zeros(2), jnp.asarray(False))
+    np.testing.assert_array_equal(stopped.crossed, best.crossed)
+    assert float(stopped.loss) == 3.0
+    # a single row is both halves
+    one = best._replace(crossed=jnp.zeros(1), halves=jnp.full(2, jnp.inf))
+    np.testing.assert_array_equal(
+        ensemble._updated(one, jnp.zeros(()), jnp.array([0.5]), jnp.asarray(True)).crossed, [0.5]
+    )
+
+
+def test_held_out_losses_are_honest_and_in_the_units_of_the_others(first):
+    _, history = first
+    assert history.held_out_loss.shape == history.held_out.shape
+    honest = history.held_out_loss.mean(axis=1)
+    # two halves cannot both do better than the best epoch, up to how they were weighed
+    assert np.all(honest >= history.best_loss - 1e-4)
+    assert np.all(honest < history.best_loss + 0.3)
+
+
 def test_an_offset_moves_the_reported_losses_alone(first):
     """Each by the mean over its own rows."""
     _, history = first
