@@ -112,6 +112,7 @@ def _tables(cells: list[Cell]) -> dict[str, tuple[list[str], list[list[str]]]]:
     """Heading, columns and rows of each table."""
     return {
         "Accuracy (C2ST, 0.5 is perfect)": _accuracy(cells),
+        "Methods side by side (C2ST, and the held-out negative log density)": _methods(cells),
         "Calibration": _calibration(cells),
         "Times and memory": _times(cells),
         "Scaling": _scaling(cells),
@@ -135,6 +136,24 @@ def _accuracy(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return columns, rows
+
+
+def _methods(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
+    """One row a task and budget, one column a method; no rows for a single method."""
+    methods = sorted({cell.method for cell in cells})
+    places = sorted({(cell.task, cell.budget) for cell in cells})
+    found = {(c.task, c.budget, c.method): c for c in cells}
+    rows = []
+    for task, budget in places if len(methods) > 1 else []:
+        row = [found.get((task, budget, method)) for method in methods]
+        rows.append([task, f"{budget:,}", *(_both(cell) for cell in row)])
+    return ["task", "simulations", *methods], rows
+
+
+def _both(cell: Cell | None) -> str:
+    if cell is None:
+        return "-"
+    return f"{_number(cell.mean('c2st', 'mean'))} ({_number(cell.mean('held_out_loss'))})"
 
 
 def _calibration(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
@@ -164,22 +183,28 @@ def _times(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
 
 
 def _scaling(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
-    columns = ["task", "method", "C2ST - 0.5 falls as", "90% interval", "with ten times the most"]
+    columns = ["task", "method", "score", "falls as", "90% interval", "at the most", "at ten times"]
     rows = []
     for task, method in sorted({(c.task, c.method) for c in cells}):
         own = [c for c in cells if (c.task, c.method) == (task, method)]
-        law = _law(own)
-        if law:
-            bought = 0.5 + law.at(10 * max(c.budget for c in own))
-            interval = f"{law.low:.2f} to {law.high:.2f}"
-            rows.append([task, method, f"N^-{law.exponent:.2f}", interval, f"C2ST {bought:.3f}"])
+        most = max(cell.budget for cell in own)
+        for score, law in _laws(own).items():
+            if law:
+                falls, interval = f"N^-{law.exponent:.2f}", f"{law.low:.2f} to {law.high:.2f}"
+                bought = [f"{law.at(most):.3f}", f"{law.at(10 * most):.3f}"]
+                rows.append([task, method, score, falls, interval, *bought])
     return columns, rows
 
 
-def _law(cells: list[Cell]) -> PowerLaw | None:
-    pairs = [(c.budget, r["c2st"]["mean"]) for c in cells for r in c.records]
-    pairs = [(n, accuracy - 0.5) for n, accuracy in pairs if accuracy is not None]
-    return power_law(*zip(*pairs, strict=True)) if pairs else None
+def _laws(cells: list[Cell]) -> dict[str, PowerLaw | None]:
+    """Laws of the classifier's accuracy and of the held-out loss, whose floor is not known."""
+    runs = [(cell.budget, record) for cell in cells for record in cell.records]
+    told = [(n, r["c2st"]["mean"]) for n, r in runs if r["c2st"]["mean"] is not None]
+    losses = [(n, r["held_out_loss"]) for n, r in runs if r["held_out_loss"] is not None]
+    return {
+        "C2ST": power_law(*zip(*told, strict=True), floor=0.5) if told else None,
+        "held-out": power_law(*zip(*losses, strict=True)) if losses else None,
+    }
 
 
 def _notes(cells: list[Cell]) -> list[str]:

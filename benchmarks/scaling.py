@@ -12,54 +12,94 @@ import numpy as np
 
 LEVEL = 0.9
 
+EXPONENTS = np.geomspace(0.02, 3.0, 400)
+"""Exponents tried where the floor is fitted as well."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PowerLaw:
-    """excess = factor * budget^-exponent.
+    """score = floor + factor * budget^-exponent.
 
     Attributes:
+        floor: What the score falls to.
         factor: Excess at one simulation.
         exponent: How fast it falls.
         low: Lower end of the exponent's 90% interval.
         high: Upper end.
     """
 
+    floor: float
     factor: float
     exponent: float
     low: float
     high: float
 
     def at(self, budget: float) -> float:
-        """The excess at this budget."""
-        return self.factor * budget**-self.exponent
+        """The score at this budget."""
+        return self.floor + self.factor * budget**-self.exponent
 
 
-def power_law(budgets: Sequence[float], excess: Sequence[float]) -> PowerLaw | None:
-    """Fit by least squares on logarithms; one value a run, so that seeds count.
+def power_law(
+    budgets: Sequence[float], scores: Sequence[float], floor: float | None = None
+) -> PowerLaw | None:
+    """Fit by least squares; one value a run, so that seeds count.
 
     Args:
         budgets: Numbers of simulations.
-        excess: Score above its best possible value, such as C2ST - 0.5; values that are not
-            positive are left out, as their logarithm says nothing.
+        scores: Scores that fall with the budget.
+        floor: The best possible score, such as 0.5 of a C2ST: the fit is one of logarithms, and
+            scores that are not above it are left out. Without it, the floor is fitted too, and the
+            interval is that of the profile likelihood, between 0.02 and 3.
 
     Returns:
-        The law with a 90% t interval for its exponent; None for fewer than three runs or two
-        budgets.
+        The law with a 90% interval for its exponent; None for fewer runs than the law's numbers
+        and one, for too few budgets to tell them apart, or for scores that do not fall.
 
     Example:
-        >>> law = power_law([1e3, 1e4, 1e5], [0.4, 0.2, 0.1])
+        >>> law = power_law([1e3, 1e4, 1e5], [0.9, 0.7, 0.6], floor=0.5)
         >>> print(f"{law.exponent:.3f}, {law.at(1e6):.3f}")
-        0.301, 0.050
+        0.301, 0.550
     """
+    n, y = np.asarray(budgets, float), np.asarray(scores, float)
+    return _to_fitted_floor(n, y) if floor is None else _to_known_floor(n, y, floor)
+
+
+def _to_known_floor(n: np.ndarray, y: np.ndarray, floor: float) -> PowerLaw | None:
     from scipy import stats
 
-    x, y = np.asarray(budgets, float), np.asarray(excess, float)
-    x, y = np.log(x[y > 0]), np.log(y[y > 0])
+    above = y > floor
+    x, y = np.log(n[above]), np.log(y[above] - floor)
     if len(x) < 3 or len(set(x)) < 2:
         return None
     fit = stats.linregress(x, y)
     half = stats.t.ppf(0.5 + LEVEL / 2, len(x) - 2) * fit.stderr
     slope = float(fit.slope)
     return PowerLaw(
-        float(np.exp(fit.intercept)), -slope, float(-slope - half), float(-slope + half)
+        floor, float(np.exp(fit.intercept)), -slope, float(-slope - half), float(-slope + half)
+    )
+
+
+def _to_fitted_floor(n: np.ndarray, y: np.ndarray) -> PowerLaw | None:
+    from scipy import stats
+
+    if len(y) < 4 or len(set(n)) < 3:
+        return None
+    fits = []
+    for exponent in EXPONENTS:
+        design = np.stack([np.ones_like(n), n**-exponent], axis=1)
+        coefficients = np.linalg.lstsq(design, y, rcond=None)[0]
+        fits.append((float(np.sum((y - design @ coefficients) ** 2)), *coefficients))
+    errors, floors, factors = np.array(fits).T
+    best = int(np.argmin(errors))
+    if factors[best] <= 0:
+        return None
+    spare = len(y) - 3
+    ratio = 1.0 + stats.f.ppf(LEVEL, 1, spare) / spare
+    inside = EXPONENTS[errors <= errors[best] * ratio + 1e-12 * np.var(y)]
+    return PowerLaw(
+        float(floors[best]),
+        float(factors[best]),
+        float(EXPONENTS[best]),
+        float(inside.min()),
+        float(inside.max()),
     )

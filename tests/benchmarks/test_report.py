@@ -88,7 +88,19 @@ def test_figures_stand_beside_what_is_published(results, capsys):
     assert "2 cores, x86_64, 24 GiB, cpu" in text
     (law,) = rows(text, "Scaling")[2:]
     slope = np.log(np.sqrt(0.1 * 0.2) / 0.05) / np.log(10)
-    assert law[:3] == ["two_moons", "npe", f"N^-{slope:.2f}"]
+    assert law[:4] == ["two_moons", "npe", "C2ST", f"N^-{slope:.2f}"]
+    assert law[5:] == ["0.550", f"{0.5 + 0.05 * 10**-slope:.3f}"]
+    assert "Methods side by side" not in text
+
+
+def test_methods_stand_side_by_side(results):
+    write(results, {**record(c2st=0.52, budget=10_000), "method": "stack", "held_out_loss": -3.0})
+    report.run(results)
+    header, _, *table = rows((results / "report.md").read_text(), "Methods side by side")
+    assert header == ["task", "simulations", "npe", "stack"]
+    assert ["two_moons", "10,000", "0.550 (-1.500)", "0.520 (-3.000)"] in table
+    assert ["slcp", "1,000", "0.600 (-1.500)", "-"] in table
+    assert ["mine", "1,000", "- (-1.500)", "-"] in table
 
 
 def test_the_page_stands_alone(results, tmp_path):
@@ -116,15 +128,29 @@ def test_every_published_figure_is_of_a_task_and_has_a_source():
     assert published.best_amortised("slcp", 7) is None
 
 
+BUDGETS = np.repeat([1e3, 1e4, 1e5], 4)
+
+
+def noisy_scores(floor, seed):
+    noise = np.random.default_rng(seed).normal(size=len(BUDGETS))
+    return floor + 3.0 * BUDGETS**-0.4 * np.exp(0.1 * noise)
+
+
 def test_a_power_law_is_recovered_with_an_interval_that_covers_it():
-    rng = np.random.default_rng(0)
-    budgets = np.repeat([1e3, 1e4, 1e5], 4)
-    covered = 0
-    for _ in range(100):
-        law = scaling.power_law(budgets, 3.0 * budgets**-0.4 * np.exp(0.1 * rng.normal(size=12)))
-        covered += law.low <= 0.4 <= law.high
-    assert law.exponent == pytest.approx(0.4, abs=0.1)
-    assert law.factor == pytest.approx(3.0, rel=0.8)
-    assert 82 <= covered <= 98
-    assert scaling.power_law([1e3, 1e4, 1e5], [0.1, 0.0, -0.1]) is None
-    assert scaling.power_law([1e3, 1e3, 1e3], [0.1, 0.2, 0.1]) is None
+    laws = [scaling.power_law(BUDGETS, noisy_scores(0.5, seed), floor=0.5) for seed in range(100)]
+    assert laws[0].exponent == pytest.approx(0.4, abs=0.1)
+    assert laws[0].factor == pytest.approx(3.0, rel=0.8)
+    assert laws[0].at(1e4) == pytest.approx(0.5 + 3.0 * 1e4**-0.4, rel=0.05)
+    assert 82 <= sum(law.low <= 0.4 <= law.high for law in laws) <= 98
+    assert scaling.power_law([1e3, 1e4, 1e5], [0.6, 0.5, 0.4], floor=0.5) is None
+    assert scaling.power_law([1e3, 1e3, 1e3], [0.6, 0.7, 0.6], floor=0.5) is None
+
+
+def test_a_law_of_unknown_floor_is_recovered():
+    laws = [scaling.power_law(BUDGETS, noisy_scores(-2.0, seed)) for seed in range(40)]
+    assert np.median([law.exponent for law in laws]) == pytest.approx(0.4, abs=0.1)
+    assert np.median([law.floor for law in laws]) == pytest.approx(-2.0, abs=0.02)
+    assert sum(law.low <= 0.4 <= law.high for law in laws) >= 30
+    assert scaling.power_law([1e3, 1e4, 1e5], [3.0, 2.0, 1.5]) is None
+    assert scaling.power_law([1e3, 1e3, 1e4, 1e4], [3.0, 2.9, 2.0, 1.5]) is None
+    assert scaling.power_law([1e3, 1e4, 1e5, 1e5], [1.0, 2.0, 2.5, 2.6]) is None
