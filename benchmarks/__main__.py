@@ -75,6 +75,13 @@ def _parser() -> argparse.ArgumentParser:
     references.add_argument(
         "--folder", type=Path, metavar="DIR", help="where to keep them ($SBI_FLOWS_CACHE)"
     )
+    references.add_argument(
+        "--check",
+        type=Path,
+        metavar="DIR",
+        help="compare our samplers with the draws of DIR/<task>.npz instead",
+    )
+    _add_folder(references, "--results", "results")
     report = commands.add_parser(
         "report", help="finished runs beside published figures", prog="benchmarks report"
     )
@@ -129,6 +136,12 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _references(arguments: argparse.Namespace) -> None:
+    if arguments.check is not None:
+        folder = writable_folder(arguments.results, "--results")
+        from benchmarks import reference_check
+
+        reference_check.run(arguments.check, tuple(arguments.tasks), folder)
+        return
     from benchmarks import references
     from simulators import stored
 

@@ -1,6 +1,7 @@
 """`python -m benchmarks references`: makes what is missing, and that alone."""
 
 import dataclasses
+import json
 import re
 
 import numpy as np
@@ -58,3 +59,32 @@ def test_tasks_without_a_file_of_their_own_are_refused(tmp_path, capsys, name):
     error = capsys.readouterr().err
     assert "--tasks: expected names out of bernoulli_glm, lotka_volterra, lynx_hare, sir" in error
     assert error.count("\n") == 1
+
+
+def test_samplers_are_compared_with_given_draws(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    x = np.full(10, 0.2)
+    exact = x / 2 + np.sqrt(0.05) * rng.normal(size=(600, 10))
+    given = {"x_1": x, "posterior_1": exact, "x_2": x, "posterior_2": exact + 1.0}
+    np.savez(tmp_path / "gaussian_linear.npz", **given)
+    out = tmp_path / "out"
+    assert main(["references", "--check", str(tmp_path), "--results", str(out)]) == 0
+    record = json.loads((out / "references-check.json").read_text())
+    good, bad = record["c2st"]["gaussian_linear"]
+    assert 0.4 < good < 0.6 and bad > 0.95
+    assert f"{good:.3f}, {bad:.3f}" in capsys.readouterr().out
+
+
+def test_given_draws_that_cannot_be_read_are_refused(tmp_path, capsys):
+    def error(*options):
+        arguments = ["references", "--check", str(tmp_path), "--results", str(tmp_path / "out")]
+        assert main([*arguments, *options]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        return said
+
+    assert "--check: no file <task>.npz of one of the tasks in" in error()
+    assert "--tasks: expected names out of" in error("--tasks", "three_moons")
+    assert "--check: cannot read" in error("--tasks", "two_moons")
+    (tmp_path / "slcp.npz").write_text("spoilt")
+    assert "--check: cannot read" in error()
