@@ -168,7 +168,7 @@ def run_one(
         "estimator": describe(npe),
         "c2st": _mean_record(accuracies),
         "mmd": _mean_record([mmd(r, d) for r, d in zip(references, draws, strict=False)]),
-        "normalisation": normalisation(posterior, observed[0]),
+        "normalisation": normalisation(posterior, observed[0], draws[0]),
         "outside_support": outside / sum(len(d) for d in draws),
         "held_out_loss": held_out,
         "check": report.to_dict(),

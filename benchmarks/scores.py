@@ -65,26 +65,34 @@ def _squares(a: Array, b: Array) -> Array:
     return jnp.maximum(squares, 0.0)
 
 
-def normalisation(posterior: sf.Posterior, x: Obs) -> float | None:
+def normalisation(posterior: sf.Posterior, x: Obs, draws: Any) -> float | None:
     """Integral of the posterior's density over the parameters, by a grid; None for D > 2.
 
-    The grid is even in the prior's standard coordinates, so that it reaches every place the prior
-    does; unbounded ones are followed to 6 on either side. A posterior that is only a few steps of
-    the grid wide is not resolved: the sum then strays from 1 by the grid's own error.
+    The grid is even in the prior's standard coordinates. It spans the box around the draws and
+    half as much again on either side, inside the prior's support: a density that puts more of its
+    mass elsewhere than its draws do integrates to less than 1 there.
+
+    Args:
+        posterior: The posterior.
+        x: One observation.
+        draws: Draws of this posterior, shape (N, D).
     """
     prior = posterior.prior
     if prior.dim > 2 or prior.standard_dim != prior.dim:
         return None
     points = GRID[prior.dim]
-    axes, volume = [], 1.0
-    for bounded in prior.bounded:
-        half = HALF_WIDTH if bounded else 6.0
-        axes.append((np.arange(points) + 0.5) / points * 2 * half - half)
-        volume *= 2 * half / points
+    drawn = np.asarray(prior.to_standard(jnp.asarray(draws)))
+    low, high = drawn.min(axis=0), drawn.max(axis=0)
+    half = np.where(prior.bounded, HALF_WIDTH, np.inf)
+    low, high = low - (high - low) / 2, high + (high - low) / 2
+    low, high = np.maximum(low, -half), np.minimum(high, half)
+    steps = (np.arange(points)[:, None] + 0.5) / points
+    axes = (low + steps * (high - low)).T
     y = jnp.asarray(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, prior.dim))
     y = y.astype(jnp.result_type(float))
     theta = prior.from_standard(y)
     log_density = posterior.log_prob(theta, x) + prior.standard_log_det(y, theta)
+    volume = float(np.prod((high - low) / points))
     return float(jnp.sum(jnp.exp(log_density)) * volume)
 
 

@@ -140,7 +140,14 @@ def emulate(
 
     def fit_one(blueprint: Blueprint) -> tuple[tuple[Blueprint, Weights], History]:
         weights, history = fit(
-            key, blueprint, training, features, y, members=members, progress=progress
+            key,
+            blueprint,
+            training,
+            features,
+            y,
+            members=members,
+            progress=progress,
+            label="fit emulator",
         )
         return (blueprint, weights), history
 

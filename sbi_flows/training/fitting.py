@@ -29,6 +29,7 @@ def fit(
     offset: Array | None = None,
     own: int = 0,
     progress: bool = True,
+    label: str = "fit",
 ) -> tuple[Weights, History]:
     """Train `members` models with different initial weights, data orders and validation rows.
 
@@ -44,6 +45,7 @@ def fit(
         own: Number of rows that each member has for itself, to train on beside those that all
             share: the last M * own rows, in order.
         progress: Show a progress bar.
+        label: What it says.
 
     Returns:
         The best weights of each member, and the history.
@@ -62,7 +64,7 @@ def fit(
         _require_finite(start_loss, 0, ensemble)
         # weights and losses are replaced as one, so an interrupt never finds them epochs apart
         done, reason = (ensemble.best, ()), "max_epochs"
-        bar = tqdm(range(training.max_epochs), desc="fit", unit="epoch", disable=not progress)
+        bar = tqdm(range(training.max_epochs), desc=label, unit="epoch", disable=not progress)
         try:
             for epoch in bar:
                 means = ensemble.epoch(jax.random.fold_in(epoch_key, epoch))
