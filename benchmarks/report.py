@@ -201,10 +201,11 @@ def _laws(cells: list[Cell]) -> dict[str, PowerLaw | None]:
     runs = [(cell.budget, record) for cell in cells for record in cell.records]
     told = [(n, r["c2st"]["mean"]) for n, r in runs if r["c2st"]["mean"] is not None]
     losses = [(n, r["held_out_loss"]) for n, r in runs if r["held_out_loss"] is not None]
-    return {
-        "C2ST": power_law(*zip(*told, strict=True), floor=0.5) if told else None,
-        "held-out": power_law(*zip(*losses, strict=True)) if losses else None,
-    }
+    return {"C2ST": _law(told, 0.5), "held-out": _law(losses, None)}
+
+
+def _law(pairs: list[tuple[int, float]], floor: float | None) -> PowerLaw | None:
+    return power_law([n for n, _ in pairs], [score for _, score in pairs], floor)
 
 
 def _notes(cells: list[Cell]) -> list[str]:
