@@ -17,11 +17,9 @@ from sbi_flows.typing import Obs
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 
 _NORMAL_IQR = 1.349
-_LINEAR = 3.0
-"""Features are linear within this many scales of the median and logarithmic beyond."""
-
-_LESS_SKEW = 0.5
-"""Logarithms are taken of positive features whose skewness they at least halve."""
+_WIDE = 2.0
+"""Logarithms are taken of positive features that they make less skew, and whose 99th percentile is
+so many times the first: of others, they are almost straight."""
 
 
 class Standardiser(NamedTuple):
@@ -36,11 +34,13 @@ class Standardiser(NamedTuple):
             it is for sparse counts; 1 where the feature is constant. Shape (C,).
         floor: Number below which the logarithm goes on as a straight line, shape (C,); zero where
             no logarithm is taken.
+        linear: Features are linear within this many scales of the median and logarithmic beyond.
     """
 
     center: Array
     scale: Array
     floor: Array
+    linear: float = 3.0
 
     def __call__(self, x: Obs) -> Array:
         """A batch of observations (B, *event) to features (B, C)."""
@@ -49,13 +49,13 @@ class Standardiser(NamedTuple):
         # a finite number over a small scale may overflow; its logarithm does not
         largest = jnp.finfo(s.dtype).max
         s = jnp.clip(s, -largest, largest)
-        beyond = jnp.maximum(jnp.abs(s) - _LINEAR, 0.0)
-        return jnp.clip(s, -_LINEAR, _LINEAR) + jnp.sign(s) * jnp.log1p(beyond)
+        beyond = jnp.maximum(jnp.abs(s) - self.linear, 0.0)
+        return jnp.clip(s, -self.linear, self.linear) + jnp.sign(s) * jnp.log1p(beyond)
 
     def inverse(self, features: Array) -> Array:
         """Features (B, C) to flattened observations (B, C)."""
-        beyond = jnp.maximum(jnp.abs(features) - _LINEAR, 0.0)
-        s = jnp.clip(features, -_LINEAR, _LINEAR) + jnp.sign(features) * jnp.expm1(beyond)
+        beyond = jnp.maximum(jnp.abs(features) - self.linear, 0.0)
+        s = jnp.clip(features, -self.linear, self.linear) + jnp.sign(features) * jnp.expm1(beyond)
         rows = s * self.scale[None] + self.center[None]
         return _exponentials(rows, self.floor)
 
@@ -101,7 +101,7 @@ def _floors(rows: Array) -> Array:
     least = jnp.min(rows, axis=0)
     tails = jnp.quantile(rows, jnp.asarray([0.01, 0.5, 0.99]), axis=0)
     as_logarithms = _skewness(jnp.log(jnp.maximum(tails, jnp.finfo(rows.dtype).tiny)))
-    better = as_logarithms < _LESS_SKEW * _skewness(tails)
+    better = (as_logarithms < _skewness(tails)) & (tails[2] > _WIDE * tails[0])
     return jnp.where((least > 0) & better, 0.5 * least, 0.0)
 
 

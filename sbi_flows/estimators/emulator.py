@@ -38,6 +38,10 @@ from sbi_flows.typing import Key
 CHUNK = 2_500
 """Draws in one compiled call."""
 
+LINEAR = 25.0
+"""Scales within which an emulated observation stays as it is: noise of constant size is simpler
+than what compressed tails make of it, which only the heaviest need."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Emulator:
@@ -134,7 +138,8 @@ def emulate(
     """
     shape = _shape_of(x)
     noise_key, theta_key, draw_key = jax.random.split(jax.random.fold_in(key, 1), 3)
-    features = _smooth(shape, standardiser, noise_key, x)
+    wide = standardiser._replace(linear=LINEAR)
+    emulated = _smooth(shape, wide, noise_key, x)
     training = dataclasses.replace(emulator.training, validation_fraction=validation_fraction)
     sizes = Sizes((False,) * x.shape[1], jax.tree.structure(0), ((y.shape[1],),))
 
@@ -143,7 +148,7 @@ def emulate(
             key,
             blueprint,
             training,
-            features,
+            emulated,
             y,
             members=members,
             progress=progress,
@@ -163,7 +168,7 @@ def emulate(
             for (b, weights), share in parts
         ]
         found = _draw(draw_keys[m], raw, own)
-        drawn.append(_finite(own, _whole(shape, standardiser, found), emulator.rows))
+        drawn.append(_finite(own, _whole(shape, wide, standardiser, found), emulator.rows))
     ys, xs = zip(*drawn, strict=True)
     return Emulated(jnp.concatenate(ys), jnp.concatenate(xs)), history
 
@@ -190,12 +195,14 @@ def _smooth(shape: _Shape, standardiser: Standardiser, key: Key, x: Array) -> Ar
 
 
 @jax.jit
-def _whole(shape: _Shape, standardiser: Standardiser, features: Array) -> Array:
+def _whole(
+    shape: _Shape, emulated: Standardiser, standardiser: Standardiser, features: Array
+) -> Array:
     """Features of the observations that emulated features stand for."""
-    x = standardiser.inverse(features)
+    x = emulated.inverse(features)
     rounded = jnp.clip(jnp.round(x), shape.low[None], shape.high[None])
     fixed = jnp.where((shape.low == shape.high)[None], shape.low[None], rounded)
-    return jnp.where(shape.whole[None], standardiser(fixed), features)
+    return standardiser(jnp.where(shape.whole[None], fixed, x))
 
 
 @partial(jax.jit, static_argnames=("prior", "n", "from_prior"))

@@ -37,7 +37,7 @@ from sbi_flows.training import History, Training, fit
 from sbi_flows.typing import Key, Obs
 
 _EMULATED_DENSITY = NSF(hidden=(128, 128), context_width=128, dropout=0.0)
-_EMULATED_TRAINING = Training(batch_size=256, max_epochs=8, patience=8)
+_EMULATED_TRAINING = Training(batch_size=256, max_epochs=12, patience=4)
 """Defaults with an emulator: its rows are many and new, so that a large density does not over-fit.
 """
 
