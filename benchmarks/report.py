@@ -111,12 +111,35 @@ def _records(folder: Path) -> list[dict[str, Any]]:
 def _tables(cells: list[Cell]) -> dict[str, tuple[list[str], list[list[str]]]]:
     """Heading, columns and rows of each table."""
     return {
+        "Summary": summary(cells),
         "Accuracy (C2ST, 0.5 is perfect)": _accuracy(cells),
         "Methods side by side (C2ST, and the held-out negative log density)": _methods(cells),
         "Calibration": _calibration(cells),
         "Times and memory": _times(cells),
         "Scaling": _scaling(cells),
     }
+
+
+def summary(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: one row a task and method, C2ST beside the best published at each budget.
+
+    The verdict is that of the largest budget.
+    """
+    budgets = sorted({cell.budget for cell in cells})
+    columns = ["task", "method"]
+    for budget in budgets:
+        columns += [f"C2ST at {budget:,}", "best published"]
+    found = {(cell.task, cell.method, cell.budget): cell for cell in cells}
+    rows = []
+    for task, method in sorted({(cell.task, cell.method) for cell in cells}):
+        row, verdict = [task, method], "-"
+        for budget in budgets:
+            cell, best = found.get((task, method, budget)), best_amortised(task, budget)
+            row.append(_number(cell.mean("c2st", "mean") if cell else None))
+            row.append(f"{best.c2st:.3f}" if best else "-")
+            verdict = cell.verdict if cell else verdict
+        rows.append([*row, verdict])
+    return [*columns, "verdict"], rows
 
 
 def _accuracy(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:

@@ -76,6 +76,11 @@ def test_figures_stand_beside_what_is_published(results, capsys):
     assert main(["report", "--results", str(results)]) == 0
     assert "run-spoilt.json: not a record, left out" in capsys.readouterr().err
     text = (results / "report.md").read_text()
+    header, _, *table = rows(text, "Summary")
+    assert header[2:6] == ["C2ST at 1,000", "best published", "C2ST at 10,000", "best published"]
+    two_moons = ["two_moons", "npe", "0.650", "0.725", "0.550", "0.592", "calibrated"]
+    assert [r for r in table if r[0] == "two_moons"] == [two_moons]
+    assert ["mine", "npe", "-", "-", "-", "-", "calibrated"] in table
     accuracy = {tuple(r[:3]): r[3:] for r in rows(text, "Accuracy")[2:]}
     assert accuracy["two_moons", "npe", "1,000"][:2] == ["0.650", "0.725"]
     assert accuracy["two_moons", "npe", "10,000"][2] == "0.592 (NRE-C)"
