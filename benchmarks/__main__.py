@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: runs, references, report, demo and speed."""
+"""Command line of the benchmarks: runs, references, report, demo, speed and peers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from benchmarks.records import BadInput, writable_folder
 
@@ -100,7 +100,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     speed.set_defaults(command=_speed)
     _add_folder(speed, "--results", "results")
+    _add_peers(commands)
     return parser
+
+
+def _add_peers(commands: Any) -> None:
+    peers = commands.add_parser(
+        "peers", help="training and posteriors beside other libraries'", prog="benchmarks peers"
+    )
+    peers.set_defaults(command=_peers)
+    peers.add_argument(
+        "--peer", nargs="+", default=["flowjax", "sbi"], metavar="NAME", help="(flowjax sbi)"
+    )
+    peers.add_argument("--tasks", nargs="+", default=["slcp"], metavar="TASK", help="(slcp)")
+    peers.add_argument(
+        "--flow", choices=("coupling", "autoregressive"), default="coupling", help="(coupling)"
+    )
+    numbers = {
+        "--budget": (10_000, "simulations"),
+        "--repeats": (3, "timings of each call"),
+        "--observations": (3, "of the C2ST"),
+        "--epochs": (10, "of each timed fit"),
+        "--max-epochs": (1_000, "of the fit until it has converged"),
+        "--draws": (10_000, "draws and densities timed, and draws of the C2ST"),
+        "--datasets": (200, "of SBC"),
+        "--check-draws": (1_000, "for each of them"),
+        "--held-out": (1_000, "fresh simulations behind the held-out loss"),
+    }
+    for option, (default, meaning) in numbers.items():
+        told = f"{meaning} ({default})"
+        peers.add_argument(option, type=int, default=default, metavar="N", help=told)
+    _add_folder(peers, "--results", "results")
 
 
 def _add_folder(parser: argparse.ArgumentParser, option: str, default: str) -> None:
@@ -166,6 +196,27 @@ def _speed(arguments: argparse.Namespace) -> None:
     from benchmarks import speed
 
     speed.run(folder)
+
+
+def _peers(arguments: argparse.Namespace) -> None:
+    from benchmarks.peers import compare
+
+    settings = compare.Settings(
+        peers=tuple(arguments.peer),
+        tasks=tuple(arguments.tasks),
+        results=arguments.results,
+        coupling=arguments.flow == "coupling",
+        budget=arguments.budget,
+        repeats=arguments.repeats,
+        observations=arguments.observations,
+        epochs=arguments.epochs,
+        max_epochs=arguments.max_epochs,
+        draws=arguments.draws,
+        datasets=arguments.datasets,
+        check_draws=arguments.check_draws,
+        held_out=arguments.held_out,
+    )
+    compare.run(settings)
 
 
 if __name__ == "__main__":

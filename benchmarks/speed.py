@@ -19,7 +19,8 @@ import jax
 from tqdm.auto import tqdm
 
 import sbi_flows as sf
-from benchmarks.peers import flowjax_peer
+from benchmarks.peers.contestant import Recipe
+from benchmarks.peers.flowjax_flow import flowjax_peer
 from benchmarks.records import ROOT, provenance, write_json
 from sbi_flows.diagnostics import check
 from sbi_flows.diagnostics.tables import table
@@ -99,12 +100,15 @@ def training_speed(
     peer = flowjax_peer(
         sf.as_prior(task.prior).to_standard(sims.theta),
         fit_standardiser(sims.x)(sims.x),
-        bound=BOUND,
-        batch=BATCH,
+        Recipe(
+            bound=BOUND,
+            batch=BATCH,
+            learning_rate=LEARNING_RATE,
+            held_out=HELD_OUT,
+            clip_norm=None,
+            **sizes,
+        ),
         epochs=epochs,
-        learning_rate=LEARNING_RATE,
-        held_out=HELD_OUT,
-        **sizes,
     )
     if peer is not None:
         fits["flowjax"] = peer

@@ -5,12 +5,14 @@ import subprocess
 import numpy as np
 import pytest
 
-from benchmarks import peers, speed
+from benchmarks import speed
+from benchmarks.peers import flowjax_flow
+from benchmarks.peers.contestant import Recipe
 
 
 @pytest.mark.promotes
 def test_training_speed_without_the_peer(monkeypatch):
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(flowjax_flow.importlib.util, "find_spec", lambda name: None)
     for name, size in {"TRANSFORMS": 1, "HIDDEN": (8, 8), "BINS": 2}.items():
         monkeypatch.setattr(speed, name, size)
     found = speed.training_speed(simulations=450, epochs=1, repeats=2)
@@ -46,16 +48,10 @@ def test_the_cold_process_starts_without_a_compilation_cache(monkeypatch):
 def test_the_peer_fits():
     pytest.importorskip("flowjax")
     rng = np.random.default_rng(0)
-    fit = peers.flowjax_peer(
+    fit = flowjax_flow.flowjax_peer(
         rng.normal(size=(40, 2)),
         rng.normal(size=(40, 3)),
-        transforms=1,
-        hidden=(4, 4),
-        bins=3,
-        bound=5.0,
-        batch=10,
+        Recipe(transforms=1, hidden=(4, 4), bins=3, batch=10, learning_rate=1e-3),
         epochs=1,
-        learning_rate=1e-3,
-        held_out=0.1,
     )
     assert fit() > 0

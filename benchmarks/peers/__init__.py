@@ -1,0 +1,1 @@
+"""Other libraries on the same problem, each as its own users run it, one file a library."""

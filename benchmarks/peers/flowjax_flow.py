@@ -1,0 +1,270 @@
+"""A spline flow of flowjax.
+
+Public names: `FlowjaxFlow`, `flowjax_peer`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import time
+from collections.abc import Callable
+from functools import cache, cached_property, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.scipy.special import ndtr, ndtri
+from jax.scipy.stats import norm
+
+import sbi_flows as sf
+from benchmarks.peers.contestant import Fit, Recipe, Watch
+from sbi_flows.prior_maps import HALF_WIDTH
+from sbi_flows.standardise import fit_standardiser
+from sbi_flows.typing import Obs
+
+
+class FlowjaxFlow:
+    """A conditional flow of flowjax, in coordinates where the prior is a standard normal.
+
+    So no draw leaves the prior's support, and the flow starts near the prior. Observations are
+    standardised as this library does.
+    """
+
+    def __init__(self, prior: sf.Prior, recipe: Recipe) -> None:
+        """Hold the settings; nothing is built before the sizes are known."""
+        self._prior, self._recipe = prior, recipe
+        self._flow: Any = None
+        self._standardiser: Any = None
+        self._starts: dict[int, Any] = {}
+
+    def describe(self) -> dict[str, Any]:
+        """Architecture, coordinates and number of parameters."""
+        recipe = self._recipe
+        name = "coupling_flow" if recipe.coupling else "masked_autoregressive_flow"
+        return {
+            "density": (
+                f"{name}(flow_layers={recipe.transforms}, nn_width={recipe.hidden[0]}, "
+                f"nn_depth={len(recipe.hidden)}), RationalQuadraticSpline("
+                f"knots={recipe.bins - 1}, interval={recipe.bound:g})"
+            ),
+            "coordinates": "the prior's CDF to a standard normal; our features of x",
+            "validation": "whole batches of validation rows; the best weights are kept",
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(_split(self._flow)[0])),
+            "versions": {"flowjax": importlib.metadata.version("flowjax")},
+        }
+
+    def fit(
+        self,
+        theta: np.ndarray,
+        x: Obs,
+        *,
+        seed: int,
+        epochs: int,
+        patience: int,
+        watch: Watch | None = None,
+    ) -> Fit:
+        """`fit_to_data`; with `watch` a loop of the same steps, which flowjax exports."""
+        x = jax.tree.map(jnp.asarray, x)
+        y, features, self._standardiser = _prepared(self._prior, jnp.asarray(theta), x)
+        start, key = self._start(seed, y.shape[1], features.shape[1]), jax.random.key(seed)
+        if watch is None:
+            self._flow, done = self._trainer.fit(key, start, (y, features), epochs, patience)
+        else:
+            done = self._watched(key, start, (y, features), epochs, patience, watch)
+        held_out = round(self._recipe.held_out * len(y))
+        return Fit(done, done * ((len(y) - held_out) // self._recipe.batch))
+
+    def sample(self, x: Obs, n: int, *, seed: int) -> np.ndarray:
+        """Draws of the flow, mapped back to the support."""
+        draw, _ = _compiled()
+        features = self._standardiser(x)
+        return np.asarray(draw(self._prior, self._flow, jax.random.key(seed), features, n))
+
+    def log_prob(self, theta: np.ndarray, x: Obs) -> np.ndarray:
+        """The flow's log density and that of the coordinates."""
+        _, evaluate = _compiled()
+        features = self._standardiser(x)
+        return np.asarray(evaluate(self._prior, self._flow, jnp.asarray(theta), features))
+
+    @cached_property
+    def _trainer(self) -> _Trainer:
+        return _trainer(self._recipe)
+
+    def _start(self, seed: int, dim: int, context: int) -> Any:
+        """The flow to start from, kept: building it takes longer than epochs of training."""
+        if seed not in self._starts:
+            self._starts[seed] = make_flow(jax.random.key(seed), dim, context, self._recipe)
+        return self._starts[seed]
+
+    def _watched(
+        self,
+        key: Array,
+        flow: Any,
+        rows: tuple[Array, Array],
+        epochs: int,
+        patience: int,
+        watch: Watch,
+    ) -> int:
+        """Number of epochs of a fit that is looked at after each epoch."""
+        import equinox as eqx
+
+        order_key, epoch_key = jax.random.split(key)
+        order = jax.random.permutation(order_key, len(rows[0]))
+        held_out = round(self._recipe.held_out * len(order))
+        train, validation = order[held_out:], [a[order[:held_out]] for a in rows]
+        self._flow, (params, static) = flow, _split(flow)
+        state, best, stale, done = self._trainer.optimizer.init(params), np.inf, 0, 0
+        while done < epochs and stale < patience:
+            batches = jax.random.permutation(jax.random.fold_in(epoch_key, done), train)
+            params, state = self._epoch(params, static, state, rows, batches)
+            loss = float(self._trainer.loss(params, static, *validation))
+            better, done = loss < best, done + 1
+            best, stale = (loss, 0) if better else (best, stale + 1)
+            if better:
+                self._flow = eqx.combine(params, static)
+            watch()
+        return done
+
+    def _epoch(
+        self, params: Any, static: Any, state: Any, rows: tuple[Array, Array], order: Array
+    ) -> tuple[Any, Any]:
+        from flowjax.train import step  # pyright: ignore[reportMissingImports]
+
+        trainer, batch = self._trainer, self._recipe.batch
+        for i in range(len(order) // batch):
+            chosen = order[i * batch : (i + 1) * batch]
+            params, state, _ = step(
+                params,
+                static,
+                *(a[chosen] for a in rows),
+                optimizer=trainer.optimizer,
+                opt_state=state,
+                loss_fn=trainer.loss,
+            )
+        return params, state
+
+
+def flowjax_peer(
+    y: Array, features: Array, recipe: Recipe, *, epochs: int
+) -> Callable[[], float] | None:
+    """A flow of flowjax on parameters y (N, d) given features (N, C), both as they are.
+
+    Returns:
+        A function that runs one fit of `epochs` epochs, validation included, and returns its
+        seconds; its first call compiles. None where flowjax is not installed.
+    """
+    if importlib.util.find_spec("flowjax") is None:
+        return None
+    flow = make_flow(jax.random.key(0), y.shape[1], features.shape[1], recipe)
+    trainer = _trainer(recipe)
+
+    def fit() -> float:
+        began = time.perf_counter()
+        trainer.fit(jax.random.key(1), flow, (y, features), epochs, epochs)
+        return time.perf_counter() - began
+
+    return fit
+
+
+def make_flow(key: Array, dim: int, context: int, recipe: Recipe) -> Any:
+    """An untrained flow over R^dim given features in R^context."""
+    from flowjax import flows  # pyright: ignore[reportMissingImports]
+    from flowjax.bijections import RationalQuadraticSpline  # pyright: ignore[reportMissingImports]
+    from flowjax.distributions import Normal  # pyright: ignore[reportMissingImports]
+
+    build = flows.coupling_flow if recipe.coupling else flows.masked_autoregressive_flow
+    return build(
+        key,
+        base_dist=Normal(np.zeros(dim)),
+        # n inner knots make n + 1 bins
+        transformer=RationalQuadraticSpline(knots=recipe.bins - 1, interval=recipe.bound),
+        cond_dim=context,
+        flow_layers=recipe.transforms,
+        nn_width=recipe.hidden[0],
+        nn_depth=len(recipe.hidden),
+    )
+
+
+class _Trainer(NamedTuple):
+    """One optimiser and one loss for all fits: new ones would compile anew."""
+
+    optimizer: optax.GradientTransformation
+    loss: Any
+    recipe: Recipe
+
+    def fit(
+        self, key: Array, flow: Any, rows: tuple[Any, Any], epochs: int, patience: int
+    ) -> tuple[Any, int]:
+        """The flow after `fit_to_data`, and the number of epochs."""
+        from flowjax.train import fit_to_data  # pyright: ignore[reportMissingImports]
+
+        fitted, losses = fit_to_data(
+            key,
+            flow,
+            rows,
+            loss_fn=self.loss,
+            optimizer=self.optimizer,
+            max_epochs=epochs,
+            max_patience=patience,
+            batch_size=self.recipe.batch,
+            val_prop=self.recipe.held_out,
+            show_progress=False,
+        )
+        jax.block_until_ready(jax.tree.leaves(fitted))
+        return fitted, len(losses["train"])
+
+
+def _trainer(recipe: Recipe) -> _Trainer:
+    from flowjax.train.losses import MaximumLikelihoodLoss  # pyright: ignore[reportMissingImports]
+
+    adam = optax.adam(recipe.learning_rate)
+    if recipe.clip_norm is not None:
+        adam = optax.chain(optax.clip_by_global_norm(recipe.clip_norm), adam)
+    return _Trainer(adam, MaximumLikelihoodLoss(), recipe)
+
+
+def _split(flow: Any) -> tuple[Any, Any]:
+    """What is trained and what is not."""
+    import equinox as eqx
+    import paramax  # pyright: ignore[reportMissingImports]
+
+    return eqx.partition(
+        flow, eqx.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, paramax.NonTrainable)
+    )
+
+
+@cache
+def _compiled() -> tuple[Any, Any]:
+    import equinox as eqx
+
+    return eqx.filter_jit(_sample), eqx.filter_jit(_log_prob)
+
+
+def _sample(prior: sf.Prior, flow: Any, key: Array, features: Array, n: int) -> Array:
+    y = jnp.moveaxis(flow.sample(key, (n,), condition=features), 0, 1)
+    bounded = jnp.asarray(prior.bounded)
+    return prior.from_standard(jnp.where(bounded, HALF_WIDTH * (2.0 * ndtr(y) - 1.0), y))
+
+
+def _log_prob(prior: sf.Prior, flow: Any, theta: Array, features: Array) -> Array:
+    y, log_det = _to_normal(prior, theta)
+    return flow.log_prob(y, condition=features[:, None]) - log_det
+
+
+@partial(jax.jit, static_argnums=0)
+def _prepared(prior: sf.Prior, theta: Array, x: Obs) -> tuple[Array, Array, Any]:
+    standardiser = fit_standardiser(x)
+    return _to_normal(prior, theta)[0], standardiser(x), standardiser
+
+
+def _to_normal(prior: sf.Prior, theta: Array) -> tuple[Array, Array]:
+    """Coordinates in which the prior is standard normal, and the log Jacobian back to theta."""
+    standard = prior.to_standard(theta)
+    bounded = jnp.asarray(prior.bounded)
+    y = jnp.where(bounded, ndtri(0.5 * (standard / HALF_WIDTH + 1.0)), standard)
+    bend = jnp.where(bounded, np.log(2.0 * HALF_WIDTH) + norm.logpdf(y), 0.0)
+    return y, prior.standard_log_det(standard, theta) + jnp.sum(bend, axis=-1)

@@ -1,0 +1,126 @@
+"""This library with the sizes that its peers are given.
+
+Public name: `Ours`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import sbi_flows as sf
+from benchmarks.peers.contestant import Fit, Recipe, Watch
+from sbi_flows.data import observation_shape
+from sbi_flows.densities.conditional import Blueprint, Sizes
+from sbi_flows.standardise import fit_standardiser
+from sbi_flows.training.ensemble import Ensemble
+from sbi_flows.typing import Obs
+
+
+class Ours:
+    """`sf.NPE` with one member and the bare spline flow: no network in front, no dropout.
+
+    The optimiser is plain Adam, and no average of the weights is kept.
+    """
+
+    def __init__(self, prior: sf.Prior, recipe: Recipe) -> None:
+        """Hold the settings; one optimiser for all fits, as a new one would compile anew."""
+        self._prior, self._recipe = prior, recipe
+        self._density = sf.NSF(
+            coupling=recipe.coupling,
+            transforms=recipe.transforms,
+            bins=recipe.bins,
+            hidden=recipe.hidden,
+            bound=recipe.bound,
+            context_width=0,
+            dropout=0.0,
+        )
+        self._optimizer = optax.adam(recipe.learning_rate)
+        self._posterior: sf.Posterior | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Density, training and number of parameters."""
+        params = self._fitted.weights[0].params
+        return {
+            "density": repr(self._density),
+            "coordinates": "the prior's standard ones, whitened by the linear-Gaussian start",
+            "validation": "every validation row; the best weights are kept",
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        }
+
+    def fit(
+        self,
+        theta: np.ndarray,
+        x: Obs,
+        *,
+        seed: int,
+        epochs: int,
+        patience: int,
+        watch: Watch | None = None,
+    ) -> Fit:
+        """`NPE.fit`; with `watch` its ensemble, epoch by epoch."""
+        key = jax.random.key(seed)
+        if watch is None:
+            training = self._training(epochs, patience)
+            npe = sf.NPE(self._prior, self._density, training=training, members=1)
+            posterior, history = npe.fit(key, sf.Simulations(theta, x), progress=False)
+            jax.block_until_ready(posterior.weights)
+            self._posterior = posterior
+            done, held_out = history.epochs, history.held_out.shape[1]
+        else:
+            x = jax.tree.map(jnp.asarray, x)
+            done, held_out = self._watched(key, jnp.asarray(theta), x, epochs, patience, watch)
+        return Fit(done, done * ((len(theta) - held_out) // self._recipe.batch))
+
+    def sample(self, x: Obs, n: int, *, seed: int) -> np.ndarray:
+        """`Posterior.sample`."""
+        return np.asarray(self._fitted.sample(jax.random.key(seed), x, n))
+
+    def log_prob(self, theta: np.ndarray, x: Obs) -> np.ndarray:
+        """`Posterior.log_prob`."""
+        return np.asarray(self._fitted.log_prob(theta, x))
+
+    @property
+    def _fitted(self) -> sf.Posterior:
+        assert self._posterior is not None, "expected a fit before"
+        return self._posterior
+
+    def _training(self, epochs: int, patience: int) -> sf.Training:
+        recipe = self._recipe
+        return sf.Training(
+            batch_size=recipe.batch,
+            max_epochs=epochs,
+            patience=patience,
+            validation_fraction=recipe.held_out,
+            optimizer=self._optimizer,
+            clip_norm=float("inf") if recipe.clip_norm is None else recipe.clip_norm,
+            ema_decay=None,
+        )
+
+    def _watched(
+        self, key: jax.Array, theta: jax.Array, x: Obs, epochs: int, patience: int, watch: Watch
+    ) -> tuple[int, int]:
+        """Number of epochs and of validation rows of a fit that is looked at after each epoch."""
+        prior = self._prior
+        y, standardiser, like = prior.to_standard(theta), fit_standardiser(x), observation_shape(x)
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(like))
+        sizes = Sizes(prior.bounded, jax.tree.structure(like), shapes)
+        blueprint = Blueprint(self._density, None, sizes)
+        # the rate is constant, so that any number of epochs is the same program
+        training = self._training(1, patience)
+        offset, epoch = prior.standard_log_det(y, theta), 0
+        features = standardiser(x)
+        with Ensemble(key, blueprint, training, y, features, offset, members=1) as ensemble:
+            while epoch < epochs and ensemble.running.any():
+                ensemble.epoch(jax.random.fold_in(key, epoch))
+                weights = ensemble.weights(ensemble.best)
+                self._posterior = sf.Posterior(
+                    prior, (blueprint,), (weights,), (1.0,), standardiser, like
+                )
+                epoch += 1
+                watch()
+            return epoch, ensemble.held_out.shape[1]

@@ -1,0 +1,278 @@
+"""Neural posterior estimation of sbi.
+
+Public name: `SbiNPE`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import io
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sbi_flows as sf
+from benchmarks.peers.contestant import Fit, Recipe, Watch
+from sbi_flows.prior_maps import HALF_WIDTH
+from sbi_flows.standardise import flatten_rows
+from sbi_flows.typing import Obs
+
+ACCEPTANCE_DRAWS = 100
+"""Draws at each of many observations behind the share of the flow inside the prior's support."""
+
+MOST_DRAWS = 100_000
+"""Draws at once, over all observations, as sbi itself caps them."""
+
+
+class SbiNPE:
+    """`sbi.inference.NPE` with its default standardisation and its `DirectPosterior`.
+
+    Its flows leak out of the prior's support: draws outside are rejected, and densities divided by
+    the share inside, as sbi's own `log_prob` does.
+    """
+
+    def __init__(self, prior: sf.Prior, recipe: Recipe) -> None:
+        """Hold the settings."""
+        self._recipe, self._prior = recipe, _torch_prior(prior)
+        self._net: Any = None
+        self._threads: int | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Architecture, coordinates and number of parameters."""
+        name, sizes = self._model()
+        arguments = ", ".join(f"{k}={v}" for k, v in sizes.items())
+        return {
+            "density": f"posterior_nn({name!r}, {arguments})",
+            "coordinates": "theta and x less their means, in standard deviations",
+            "validation": "whole batches of validation rows; the best weights are kept",
+            "leakage": (
+                f"rejected in draws; log densities corrected by {ACCEPTANCE_DRAWS} draws for each "
+                "of many observations, by sbi's default for a single one"
+            ),
+            "threads": self._threads,
+            "parameters": sum(p.numel() for p in self._net.parameters()),
+            "versions": {name: importlib.metadata.version(name) for name in ("sbi", "torch")},
+        }
+
+    def fit(
+        self,
+        theta: np.ndarray,
+        x: Obs,
+        *,
+        seed: int,
+        epochs: int,
+        patience: int,
+        watch: Watch | None = None,
+    ) -> Fit:
+        """`NPE.train`; the batches of the data loader tell `watch` when an epoch has ended.
+
+        The first fit chooses the number of threads, and takes that much longer.
+        """
+        rows, recipe = (_tensor(theta), _tensor(flatten_rows(x))), self._recipe
+        if self._threads is None:
+            self._threads = self._faster_threads(rows)
+        done = self._train(rows, seed, epochs, patience, watch)
+        if watch is not None:
+            watch()
+        return Fit(done, done * (int((1 - recipe.held_out) * len(theta)) // recipe.batch))
+
+    def _train(
+        self, rows: tuple[Any, Any], seed: int, epochs: int, patience: int, watch: Watch | None
+    ) -> int:
+        """Number of epochs of a fit."""
+        import torch  # pyright: ignore[reportMissingImports]
+        from sbi.inference import NPE  # pyright: ignore[reportMissingImports]
+
+        torch.manual_seed(seed)
+        inference = NPE(
+            density_estimator=self._build, tracker=_NoTracker(), show_progress_bars=False
+        )
+        inference.append_simulations(*rows)
+        recipe = self._recipe
+        with _silent():
+            inference.train(
+                training_batch_size=recipe.batch,
+                learning_rate=recipe.learning_rate,
+                validation_fraction=recipe.held_out,
+                clip_max_norm=recipe.clip_norm,
+                stop_after_epochs=patience,
+                # counts from zero, includes the last, and must be positive
+                max_num_epochs=max(1, epochs - 1),
+                dataloader_kwargs=watch and {"collate_fn": self._collate(watch)},
+            )
+        self._net.eval()
+        return inference.summary["epochs_trained"][-1]
+
+    def _faster_threads(self, rows: tuple[Any, Any]) -> int:
+        """One thread, or as many as torch takes by itself: what a few steps take less time with.
+
+        Torch's threads wait for each other at every operation, which takes many times longer than
+        the work where another process holds a core.
+        """
+        import torch  # pyright: ignore[reportMissingImports]
+
+        few = tuple(r[: 3 * self._recipe.batch] for r in rows)
+        taken: dict[int, float] = {}
+        self._train(few, 0, 2, 2, None)  # what is set up once
+        for threads in (torch.get_num_threads(), 1):
+            torch.set_num_threads(threads)
+            began = time.perf_counter()
+            self._train(few, 0, 2, 2, None)
+            taken[threads] = time.perf_counter() - began
+        fastest = min(taken, key=lambda threads: taken[threads])
+        torch.set_num_threads(fastest)
+        return fastest
+
+    def sample(self, x: Obs, n: int, *, seed: int) -> np.ndarray:
+        """`DirectPosterior.sample`, or `sample_batched` for several observations."""
+        import torch  # pyright: ignore[reportMissingImports]
+
+        torch.manual_seed(seed)
+        rows, posterior = _tensor(flatten_rows(x)), self._posterior()
+        if len(rows) == 1:
+            draws = posterior.sample((n,), x=rows, show_progress_bars=False)[:, None]
+        else:
+            draws = posterior.sample_batched(
+                (n,),
+                x=rows,
+                max_sampling_batch_size=max(1, MOST_DRAWS // len(rows)),
+                show_progress_bars=False,
+            )
+        return np.swapaxes(draws.numpy(), 0, 1)
+
+    def log_prob(self, theta: np.ndarray, x: Obs) -> np.ndarray:
+        """`DirectPosterior.log_prob`; for several observations its parts, with fewer draws.
+
+        The random state stays as it is, and a second call gives the same densities.
+        """
+        import torch  # pyright: ignore[reportMissingImports]
+
+        rows, values = _tensor(flatten_rows(x)), _tensor(theta)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            posterior = self._posterior()  # which draws from the prior
+            if len(rows) == 1:
+                return posterior.log_prob(values[0], x=rows).numpy()[None]
+            log_prob = posterior.log_prob_batched(
+                torch.swapaxes(values, 0, 1), x=rows, norm_posterior=False
+            )
+            return (log_prob - torch.log(self._acceptance(rows))).numpy().T
+
+    def _acceptance(self, rows: Any) -> Any:
+        """Share of the flow's draws inside the prior's support, of each row; never zero."""
+        import torch  # pyright: ignore[reportMissingImports]
+        from sbi.utils.sbiutils import within_support  # pyright: ignore[reportMissingImports]
+
+        draws = self._net.sample(torch.Size([ACCEPTANCE_DRAWS]), condition=rows)
+        inside = within_support(self._prior, draws).float().mean(dim=0)
+        return torch.clamp(inside, min=0.5 / ACCEPTANCE_DRAWS)
+
+    def _model(self) -> tuple[str, dict[str, Any]]:
+        """Name and sizes of the network: coupling layers of nflows, or zuko's autoregressive."""
+        recipe = self._recipe
+        sizes = {"num_transforms": recipe.transforms, "num_bins": recipe.bins}
+        if not recipe.coupling:
+            return "zuko_nsf", {**sizes, "hidden_features": recipe.hidden}
+        # a residual network: one layer, then blocks of two
+        blocks = max(1, len(recipe.hidden) - 1)
+        return "nsf", {**sizes, "hidden_features": recipe.hidden[0], "num_blocks": blocks}
+
+    def _build(self, theta: Any, x: Any) -> Any:
+        from sbi.neural_nets import posterior_nn  # pyright: ignore[reportMissingImports]
+
+        name, sizes = self._model()
+        self._net = posterior_nn(name, **sizes)(theta, x)
+        return self._net
+
+    def _posterior(self) -> Any:
+        from sbi.inference.posteriors import (  # pyright: ignore[reportMissingImports]
+            DirectPosterior,
+        )
+
+        return DirectPosterior(self._net, self._prior, enable_transform=False)
+
+    def _collate(self, watch: Watch) -> Callable[[list[Any]], Any]:
+        """Joins the rows of a batch; calls `watch` at the first one after a validation."""
+        from torch.utils.data import default_collate  # pyright: ignore[reportMissingImports]
+
+        validated = False
+
+        def collate(rows: list[Any]) -> Any:
+            nonlocal validated
+            if validated and self._net.training:
+                self._net.eval()
+                watch()
+                self._net.train()
+            validated = not self._net.training
+            return default_collate(rows)
+
+        return collate
+
+
+class _NoTracker:
+    """Takes sbi's metrics and writes no files."""
+
+    log_dir = None
+
+    def log_metric(self, name: str, value: float, step: int | None = None) -> None:
+        """Nothing."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Nothing."""
+
+    def log_params(self, params: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def add_figure(self, name: str, figure: Any, step: int | None = None) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+
+def _torch_prior(prior: sf.Prior) -> Any:
+    """The prior for torch, of which a posterior uses the support alone."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from sbi.utils import BoxUniform  # pyright: ignore[reportMissingImports]
+
+    if all(prior.bounded):
+        corner = jnp.full(prior.standard_dim, HALF_WIDTH)
+        return BoxUniform(*(_tensor(prior.from_standard(sign * corner)) for sign in (-1.0, 1.0)))
+
+    class Given(torch.distributions.Distribution):
+        """Without a `support`: sbi then asks whether the log density is finite."""
+
+        arg_constraints: dict[str, Any] = {}  # noqa: RUF012 - torch asks for a class attribute
+
+        def __init__(self) -> None:
+            super().__init__(event_shape=torch.Size([prior.dim]), validate_args=False)
+
+        def sample(self, sample_shape: Any = ()) -> Any:
+            shape = tuple(sample_shape)
+            draws = prior.sample(jax.random.key(0), int(np.prod(shape)))
+            return _tensor(draws).reshape(*shape, prior.dim)
+
+        def log_prob(self, value: Any) -> Any:
+            return _tensor(prior.log_prob(value.detach().numpy()))
+
+    return Given()
+
+
+def _tensor(values: Any) -> Any:
+    import torch  # pyright: ignore[reportMissingImports]
+
+    return torch.from_numpy(np.array(values, np.float32))
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """No remarks on how a fit ended."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.filterwarnings("ignore", "Maximum number of epochs")
+        yield

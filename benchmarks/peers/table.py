@@ -1,0 +1,49 @@
+"""The peers by name, for the command line.
+
+Public names: `PEERS`, `Peer`, `choose`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import sbi_flows as sf
+from benchmarks.peers.contestant import Contestant, Recipe
+from benchmarks.peers.flowjax_flow import FlowjaxFlow
+from benchmarks.peers.sbi_npe import SbiNPE
+from benchmarks.records import BadInput
+
+
+class Peer(NamedTuple):
+    """A peer: the package that it needs, and what makes a contestant of it."""
+
+    package: str
+    make: Callable[[sf.Prior, Recipe], Contestant]
+
+
+PEERS: dict[str, Peer] = {"flowjax": Peer("flowjax", FlowjaxFlow), "sbi": Peer("sbi", SbiNPE)}
+
+
+def choose(names: Sequence[str]) -> dict[str, Peer]:
+    """The peers of these names that are installed; each other one is named on stderr.
+
+    Raises:
+        BadInput: There is no peer of a name; the message lists the names.
+    """
+    unknown = [name for name in names if name not in PEERS]
+    if unknown:
+        known = ", ".join(PEERS)
+        raise BadInput(f"--peer: expected names out of {known}; got {', '.join(unknown)}")
+    found: dict[str, Peer] = {}
+    for name in names:
+        if importlib.util.find_spec(PEERS[name].package) is not None:
+            found[name] = PEERS[name]
+        else:
+            print(
+                f"peer {name}: not installed, skipped; pip install 'sbi-flows[peers]'",
+                file=sys.stderr,
+            )
+    return found
