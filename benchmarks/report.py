@@ -1,6 +1,6 @@
 """`python -m benchmarks report`: finished runs beside what is published, as Markdown and HTML.
 
-Public names: `run`, `Cell`, `cells_of`.
+Public names: `run`, `Cell`, `cells_of`, `summary`, `methods_table`.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _tables(cells: list[Cell]) -> dict[str, tuple[list[str], list[list[str]]]]:
     return {
         "Summary": summary(cells),
         "Accuracy (C2ST, 0.5 is perfect)": _accuracy(cells),
-        "Methods side by side (C2ST, and the held-out negative log density)": _methods(cells),
+        "Methods side by side (C2ST, and the held-out negative log density)": methods_table(cells),
         "Calibration": _calibration(cells),
         "Times and memory": _times(cells),
         "Scaling": _scaling(cells),
@@ -161,7 +161,7 @@ def _accuracy(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
-def _methods(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
+def methods_table(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
     """One row a task and budget, one column a method; no rows for a single method."""
     methods = sorted({cell.method for cell in cells})
     places = sorted({(cell.task, cell.budget) for cell in cells})
