@@ -19,7 +19,9 @@ import simulators
 from benchmarks.records import BadInput, provenance, write_json
 from sbi_flows.diagnostics import c2st_jax
 from sbi_flows.diagnostics.tables import table
+from sbi_flows.typing import Key
 from simulators import Task
+from simulators.task import ReferenceFailed
 
 
 def run(folder: Path, tasks: tuple[str, ...], results: Path) -> Path:
@@ -40,14 +42,19 @@ def run(folder: Path, tasks: tuple[str, ...], results: Path) -> Path:
     if unknown:
         known = ", ".join(simulators.names())
         raise BadInput(f"--tasks: expected names out of {known}; got {', '.join(unknown)}")
-    chosen = [n for n in tasks or simulators.names() if tasks or (folder / f"{n}.npz").exists()]
+    named = dict.fromkeys(tasks)
+    chosen = [n for n in named or simulators.names() if named or (folder / f"{n}.npz").exists()]
+    unable = [name for name in chosen if simulators.get(name).sample_reference is None]
+    if unable:
+        raise BadInput(f"--tasks: no exact sampler of {', '.join(unable)}")
     pairs = [(simulators.get(name), *pair) for name in chosen for pair in _read(folder, name)]
     if not pairs:
         raise BadInput(f"--check: no file <task>.npz of one of the tasks in {folder}")
     scores: dict[str, list[float]] = {}
     for task, x, posterior in tqdm(pairs, desc="observations"):
-        score = _score(task, x, posterior)
-        scores.setdefault(task.name, []).append(score)
+        own = scores.setdefault(task.name, [])
+        score = _score(jax.random.fold_in(jax.random.key(0), len(own)), task, x, posterior)
+        own.append(score)
         tqdm.write(f"{task.name}: {score:.3f}")
     columns = {"C2ST": (", ".join(f"{v:.3f}" for v in values) for values in scores.values())}
     print(table(list(scores), columns))
@@ -66,8 +73,10 @@ def _read(folder: Path, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         raise BadInput(f"--check: cannot read {path}: {error}") from error
 
 
-def _score(task: Task, x: Any, posterior: np.ndarray) -> float:
-    if task.sample_reference is None:
-        raise BadInput(f"--tasks: {task.name} has no sampler")
-    draws = task.sample_reference(jax.random.key(0), jnp.asarray(x, float), len(posterior))
-    return float(c2st_jax(posterior, np.asarray(draws)))
+def _score(key: Key, task: Task, x: Any, posterior: np.ndarray) -> float:
+    assert task.sample_reference is not None
+    try:
+        draws = task.sample_reference(key, jnp.asarray(x, float), len(posterior))
+        return float(c2st_jax(posterior, np.asarray(draws)))
+    except (ReferenceFailed, ValueError) as error:
+        raise BadInput(f"--check: {task.name}: {error}") from error

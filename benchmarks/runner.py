@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from tqdm.auto import tqdm
 
 import sbi_flows as sf
 from benchmarks import methods
+from benchmarks.memory import drop_programs
 from benchmarks.records import BadInput, Clock, peak_memory_gib, provenance, writable_folder
 from benchmarks.scores import held_out_loss, mmd, normalisation
 from benchmarks.settings import Settings
@@ -32,11 +32,6 @@ from sbi_flows.diagnostics.tables import table
 from sbi_flows.estimators.stacking import StackHistory
 from sbi_flows.typing import Key, Obs
 from simulators import Task
-
-MAPS = Path("/proc/self/maps")
-
-MOST_MAPS = 30_000
-"""Memory maps that are no danger yet: each program holds several, and Linux allows 65,530."""
 
 
 def run(settings: Settings, *, import_seconds: float = 0.0) -> list[dict[str, Any]]:
@@ -88,7 +83,7 @@ def _results(
 
 def _stored(settings: Settings, store: Store, import_seconds: float, run: Run) -> dict[str, Any]:
     print(str(run), file=sys.stderr, flush=True)
-    _drop_programs()
+    drop_programs()
     task = settings.task(run.task)
     clock = Clock()
     clock.seconds["import"] = import_seconds
@@ -96,12 +91,6 @@ def _stored(settings: Settings, store: Store, import_seconds: float, run: Run) -
     estimator = _estimator(run.method, task)
     result = run_one(task, estimator, run.budget, run.seed, observed, settings, clock)
     return store.write(run, {**provenance(), **result})
-
-
-def _drop_programs() -> None:
-    """Free compiled programs before a process of many runs has no memory map left for new ones."""
-    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
-        jax.clear_caches()
 
 
 @cache

@@ -49,11 +49,13 @@ def power_law(
         scores: Scores that fall with the budget.
         floor: The best possible score, such as 0.5 of a C2ST: the fit is one of logarithms, and
             scores that are not above it are left out. Without it, the floor is fitted too, and the
-            interval is that of the profile likelihood, between 0.02 and 3.
+            interval is that of the profile likelihood for errors of one size.
 
     Returns:
-        The law with a 90% interval for its exponent; None for fewer runs than the law's numbers
-        and one, for too few budgets to tell them apart, or for scores that do not fall.
+        The law with a 90% interval for its exponent, which is open (0 or infinity) where the data
+        do not bound it; None for no more runs than the law has numbers, for too few budgets to tell
+        them apart, for scores that do not fall, and where no exponent is better than the largest
+        or the smallest.
 
     Example:
         >>> law = power_law([1e3, 1e4, 1e5], [0.9, 0.7, 0.6], floor=0.5)
@@ -74,6 +76,8 @@ def _to_known_floor(n: np.ndarray, y: np.ndarray, floor: float) -> PowerLaw | No
     fit = stats.linregress(x, y)
     half = stats.t.ppf(0.5 + LEVEL / 2, len(x) - 2) * fit.stderr
     slope = float(fit.slope)
+    if slope >= 0:
+        return None
     return PowerLaw(
         floor, float(np.exp(fit.intercept)), -slope, float(-slope - half), float(-slope + half)
     )
@@ -91,15 +95,15 @@ def _to_fitted_floor(n: np.ndarray, y: np.ndarray) -> PowerLaw | None:
         fits.append((float(np.sum((y - design @ coefficients) ** 2)), *coefficients))
     errors, floors, factors = np.array(fits).T
     best = int(np.argmin(errors))
-    if factors[best] <= 0:
+    if factors[best] <= 0 or best in (0, len(EXPONENTS) - 1):
         return None
     spare = len(y) - 3
     ratio = 1.0 + stats.f.ppf(LEVEL, 1, spare) / spare
-    inside = EXPONENTS[errors <= errors[best] * ratio + 1e-12 * np.var(y)]
+    inside = (errors <= errors[best] * ratio + 1e-12 * np.var(y)) & (factors > 0)
     return PowerLaw(
         float(floors[best]),
         float(factors[best]),
         float(EXPONENTS[best]),
-        float(inside.min()),
-        float(inside.max()),
+        0.0 if inside[0] else float(EXPONENTS[inside].min()),
+        float("inf") if inside[-1] else float(EXPONENTS[inside].max()),
     )

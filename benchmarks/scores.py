@@ -70,7 +70,8 @@ def normalisation(posterior: sf.Posterior, x: Obs, draws: Any) -> float | None:
 
     The grid is even in the prior's standard coordinates. It spans the box around the draws and
     half as much again on either side, inside the prior's support: a density that puts more of its
-    mass elsewhere than its draws do integrates to less than 1 there.
+    mass elsewhere than its draws do integrates to less than 1 there. Modes that are only a few
+    steps of the grid wide are not resolved: the sum then strays from 1 by the grid's own error.
 
     Args:
         posterior: The posterior.

@@ -17,16 +17,16 @@ from sbi_flows.typing import Obs
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 
 _NORMAL_IQR = 1.349
-_WIDE = 2.0
-"""Logarithms are taken of positive features that they make less skew, and whose 99th percentile is
-so many times the first: of others, they are almost straight."""
+_LESS_SKEW = 0.7
+"""Logarithms are taken of positive arrays whose mean skewness falls to this share of it."""
 
 
 class Standardiser(NamedTuple):
     """Median and scale of each feature of a flattened observation, or of its logarithm.
 
-    The logarithm is taken of features that are positive throughout, and less skew so. Heavy tails
-    are compressed, never cut: the map is monotone and keeps all information.
+    Logarithms are taken of arrays (leaves of an observation) that are positive throughout, and
+    less skew so. Heavy tails are compressed, never cut: the map is monotone and keeps all
+    information.
 
     Attributes:
         center: Medians, shape (C,).
@@ -62,7 +62,7 @@ class Standardiser(NamedTuple):
 
 def fit_standardiser(x: Obs) -> Standardiser:
     """Medians and scales of a batch of finite observations (N, *event)."""
-    return Standardiser(*_fitted(flatten_rows(x)))
+    return Standardiser(*_fitted(x))
 
 
 def flatten_rows(x: Obs) -> Array:
@@ -92,17 +92,19 @@ def _exponentials(rows: Array, floor: Array) -> Array:
     """The inverse of `_logarithms`."""
     taken, safe = floor[None] > 0, jnp.where(floor > 0, floor, 1.0)[None]
     above = rows - jnp.log(safe)
-    exponentials = safe * jnp.where(above > 0, jnp.exp(above), 1.0 + above)
+    large = jnp.exp(jnp.maximum(above, 0.0) + jnp.log(safe))  # the product could overflow
+    exponentials = jnp.where(above > 0, large, safe * (1.0 + above))
     return jnp.where(taken, exponentials, rows)
 
 
 def _floors(rows: Array) -> Array:
-    """Half the least number of the columns that are less skew as logarithms, zero of others."""
+    """Half the least number of each column, if all are less skew as logarithms; zero otherwise."""
     least = jnp.min(rows, axis=0)
     tails = jnp.quantile(rows, jnp.asarray([0.01, 0.5, 0.99]), axis=0)
-    as_logarithms = _skewness(jnp.log(jnp.maximum(tails, jnp.finfo(rows.dtype).tiny)))
-    better = (as_logarithms < _skewness(tails)) & (tails[2] > _WIDE * tails[0])
-    return jnp.where((least > 0) & better, 0.5 * least, 0.0)
+    logarithms = jnp.log(jnp.maximum(tails, jnp.finfo(rows.dtype).tiny))
+    # of all columns together: entries of a series or an image stay comparable
+    better = jnp.mean(_skewness(logarithms)) < _LESS_SKEW * jnp.mean(_skewness(tails))
+    return jnp.where(jnp.all(least > 0) & better, 0.5 * least, 0.0)
 
 
 def _skewness(tails: Array) -> Array:
@@ -113,9 +115,9 @@ def _skewness(tails: Array) -> Array:
 
 
 @jax.jit
-def _fitted(rows: Array) -> tuple[Array, Array, Array]:
-    floor = _floors(rows)
-    rows = _logarithms(rows, floor)
+def _fitted(x: Obs) -> tuple[Array, Array, Array]:
+    floor = jnp.concatenate([_floors(flatten_rows(leaf)) for leaf in jax.tree.leaves(x)])
+    rows = _logarithms(flatten_rows(x), floor)
     low, center, high = jnp.quantile(rows, jnp.asarray([0.25, 0.5, 0.75]), axis=0)
     # the standard deviation of differences from the median, on a scale that cannot overflow
     spread = (high - low) / _NORMAL_IQR

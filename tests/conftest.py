@@ -19,10 +19,9 @@ import hypothesis
 import jax
 import pytest
 
+from benchmarks.memory import drop_programs
+
 CACHE = Path(__file__).parents[1] / ".cache" / "jax"
-MAPS = Path("/proc/self/maps")
-MOST_MAPS = 30_000
-"""Memory maps above which programs are dropped: each holds several, Linux allows 65,530."""
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # compile time dominates the tests: a second run finds most programs compiled
@@ -49,5 +48,4 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 def few_memory_maps() -> Iterator[None]:
     """Drop compiled programs between modules before the process runs out of memory maps."""
     yield
-    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
-        jax.clear_caches()
+    drop_programs()

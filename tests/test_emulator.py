@@ -1,5 +1,7 @@
 """Emulators: draws follow the simulator, whole numbers stay whole, nothing held out is seen."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import optax
 import pytest
 
 import sbi_flows as sf
-from sbi_flows.data import Simulations
+from sbi_flows.densities.conditional import Blueprint, Sizes, Weights
 from sbi_flows.errors import SbiFlowsWarning
 from sbi_flows.estimators import emulator as module
 from sbi_flows.standardise import fit_standardiser
@@ -19,7 +21,7 @@ pytestmark = pytest.mark.promotes
 PRIOR = sf.as_prior(dist.Uniform(-1.0, 1.0).expand([2]))
 SMALL = sf.MAF(transforms=2, hidden=(16,), context_width=16, context_blocks=1, dropout=0.0)
 TRAINING = sf.Training(max_epochs=25, learning_rate=1e-2)
-EMULATOR = sf.Emulator(densities=(SMALL,), training=TRAINING, rows=5_000)
+EMULATOR = sf.Emulator(densities=(SMALL,), training=TRAINING, simulations=5_000)
 MEMBERS = 2
 
 
@@ -36,18 +38,17 @@ def simulations():
     return sf.simulate(jax.random.key(0), PRIOR, simulator, 2_000)
 
 
-def draw(simulations, *, settings=EMULATOR, key=1, from_prior=True):
+def draw(simulations, *, settings=EMULATOR, key=1):
     y, standardiser = PRIOR.to_standard(simulations.theta), fit_standardiser(simulations.x)
+    seen = module.Seen(y, simulations.x, y[:0])
     emulated, history = module.emulate(
         jax.random.key(key),
         settings,
         PRIOR,
-        y,
-        simulations.x,
+        seen,
         standardiser,
         members=MEMBERS,
         validation_fraction=0.1,
-        from_prior=from_prior,
         progress=False,
     )
     return emulated, standardiser.inverse(emulated.features), history
@@ -73,10 +74,10 @@ def test_draws_follow_the_simulator(drawn):
         assert abs(np.mean(x[rows, 1]) - expected) < 0.2 * expected
 
 
-def test_whole_numbers_stay_whole_and_in_range_and_constants_constant(drawn, simulations):
+def test_counts_stay_counts_and_constants_constant(drawn):
     _, x, _ = drawn
-    np.testing.assert_allclose(x[:, 1], np.round(x[:, 1]), atol=1e-4)
-    assert np.min(x[:, 1]) > -1e-4 and np.max(x[:, 1]) < np.max(simulations.x[:, 1]) + 1e-3
+    np.testing.assert_allclose(x[:, 1], np.round(x[:, 1]), atol=1e-3)
+    assert np.min(x[:, 1]) > -1e-3
     assert len(np.unique(np.round(x[:, 1]))) > 5
     np.testing.assert_allclose(x[:, 2], 7.5, rtol=1e-5)
 
@@ -87,12 +88,42 @@ def test_the_same_key_gives_the_same_draws(drawn, simulations):
 
 
 def test_densities_are_mixed_by_held_out_density(simulations):
-    """One that does not train beside one that does."""
-    both = sf.Emulator(densities=(sf.GaussianMixture(width=8), SMALL), training=TRAINING, rows=300)
+    mixture = sf.GaussianMixture(components=2, width=8, blocks=1)
+    both = dataclasses.replace(EMULATOR, densities=(mixture, SMALL), simulations=300)
     emulated, _, history = draw(simulations, settings=both)
     assert history.shares.shape == (2,) and np.isclose(history.shares.sum(), 1.0)
     assert history.mixture_loss <= np.min(history.held_out_loss) + 1e-3
     assert emulated.y.shape == (MEMBERS * 300, 2) and np.all(np.isfinite(emulated.features))
+
+
+@pytest.mark.parametrize("n", [300, 4_000, 5_000])
+def test_each_density_draws_its_share(monkeypatch, n):
+    """Also where the number of draws is not a multiple of the chunks."""
+
+    def chunk(blueprint, weights, key, y):
+        return jnp.full((len(y), 1), weights.params) + y
+
+    monkeypatch.setattr(module, "_draw_chunk", chunk)
+    size = -(-n // module.CHUNK) * module.CHUNK
+    y = jnp.linspace(0.0, 0.5, size)[:, None]
+    blueprint = Blueprint(SMALL, None, Sizes((False,), jax.tree.structure(0), ((1,),)))
+    shares = (0.3, 0.0001, 0.6999)
+    parts = [(blueprint, Weights(float(i), None), share) for i, share in enumerate(shares)]
+    drawn = np.asarray(module._draw(jax.random.key(0), parts, y, n))
+    assert drawn.shape == (size, 1)
+    # row i is of parameter i, whoever drew it
+    np.testing.assert_allclose(drawn - np.floor(drawn), y, atol=1e-6)
+    counts = np.bincount(np.floor(drawn[:n, 0]).astype(int), minlength=3)
+    np.testing.assert_allclose(counts / n, [0.3, 0.0, 0.7], atol=2e-3)
+
+
+def test_rows_that_are_not_finite_are_left_out():
+    features = jnp.array([[1.0], [jnp.nan], [3.0], [jnp.inf]])
+    y, found = module._finite(jnp.arange(4.0)[:, None], features, 3)
+    np.testing.assert_array_equal(y[:, 0], [0.0, 2.0, 0.0])
+    np.testing.assert_array_equal(found[:, 0], [1.0, 3.0, 1.0])
+    with pytest.raises(module.EmulatorFailed, match="none of its draws is finite"):
+        module._finite(y, jnp.full((3, 1), jnp.nan), 2)
 
 
 def test_an_emulator_improves_a_fit_to_few_simulations():
@@ -114,50 +145,105 @@ def test_an_emulator_improves_a_fit_to_few_simulations():
     assert emulated < plain - 0.05
 
 
-def test_each_member_trains_on_draws_that_never_saw_its_held_out_rows(simulations):
-    _, history = sf.NPE(
-        PRIOR, SMALL, members=MEMBERS, training=sf.Training(max_epochs=1), emulator=EMULATOR
-    ).fit(jax.random.key(3), simulations, progress=False)
-    (part,) = history.emulator.histories
-    np.testing.assert_array_equal(part.held_out, history.held_out)
+def test_each_member_trains_on_draws_that_never_saw_its_held_out_rows(simulations, monkeypatch):
+    """Member m gets the draws of member m of the emulator, which held out the same rows."""
+    drawn = []
+
+    def chunk(blueprint, weights, key, y):
+        drawn.append(weights)
+        return jnp.zeros((len(y), 3))
+
+    monkeypatch.setattr(module, "_draw_chunk", chunk)
+    fits = []
+    original = module.fit
+
+    def fit(*args, **settings):
+        fits.append(original(*args, **settings))
+        return fits[-1]
+
+    monkeypatch.setattr(module, "fit", fit)
+    quick = sf.Training(max_epochs=1)
+    settings = dataclasses.replace(EMULATOR, training=quick)
+    npe = sf.NPE(PRIOR, SMALL, members=MEMBERS, training=quick, emulator=settings)
+    _, history = npe.fit(jax.random.key(3), simulations, progress=False)
+    ((weights, emulator_history),) = fits
+    np.testing.assert_array_equal(emulator_history.held_out, history.held_out)
+    per_member = len(drawn) // MEMBERS
+    for m in range(MEMBERS):
+        for found in drawn[m * per_member : (m + 1) * per_member]:
+            jax.tree.map(lambda a, b, m=m: np.testing.assert_array_equal(a, b[m]), found, weights)
 
 
-def test_parameters_come_from_the_rows_where_simulations_failed(simulations):
-    kept = simulations[np.flatnonzero(np.asarray(simulations.theta[:, 0]) > 0)]
-    emulated, _, _ = draw(kept, from_prior=False)
-    assert np.min(PRIOR.from_standard(emulated.y)[:, 0]) > 0
-    # and this is what a fit does
-    failed = jnp.where(simulations.theta[:, :1] > 0, simulations.x, jnp.nan)
-    seen = {}
-
-    def spy(*args, **settings):
-        seen.update(settings)
-        raise sf.TrainingDiverged("spy", epoch=1)
-
-    npe = sf.NPE(PRIOR, SMALL, members=1, training=sf.Training(max_epochs=1), emulator=EMULATOR)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sbi_flows.estimators.npe.emulate", spy)
-        with pytest.warns(SbiFlowsWarning, match="trained without the emulator: spy"):
-            npe.fit(jax.random.key(1), Simulations(simulations.theta, failed), progress=False)
-    assert seen["from_prior"] is False
+def test_parameters_are_rare_where_simulations_failed():
+    y = PRIOR.to_standard(PRIOR.sample(jax.random.key(0), 4_000))
+    left = np.asarray(y[:, 0]) < 0.0
+    lucky = np.asarray(jax.random.uniform(jax.random.key(1), (4_000,))) < 0.25
+    valid = ~left | lucky  # on the left, one in four is valid
+    seen = module.Seen(y[valid], y[valid], y[~valid])
+    found = np.asarray(module._parameters(jax.random.key(2), PRIOR, seen, 5_000))
+    assert found.shape == (5_000, 2)
+    assert np.mean(found[:, 0] < 0.0) == pytest.approx(0.2, abs=0.03)
+    # new parameters, not those of the rows
+    assert not np.isin(found[:, 0], np.asarray(y[:, 0])).any()
 
 
-def test_one_that_diverges_is_left_out(simulations):
-    nan = sf.Training(max_epochs=1, optimizer=optax.scale(jnp.nan))
-    broken = sf.Emulator(densities=(SMALL,), training=nan, rows=100)
-    npe = sf.NPE(PRIOR, SMALL, members=1, training=sf.Training(max_epochs=1), emulator=broken)
-    with pytest.warns(SbiFlowsWarning, match="trained without the emulator: the loss was not"):
-        _, history = npe.fit(jax.random.key(1), simulations, progress=False)
+def test_failed_simulations_do_not_flatter_the_fit():
+    """The observation says nothing: no fit can do better than the prior, on fresh rows or not."""
+    key = jax.random.key(0)
+    theta, x = PRIOR.sample(key, 200), jax.random.normal(jax.random.key(1), (200, 1))
+    sims = sf.Simulations(theta, x.at[0].set(jnp.nan))
+    npe = sf.NPE(PRIOR, SMALL, members=MEMBERS, training=TRAINING, emulator=EMULATOR)
+    _, history = npe.fit(jax.random.key(2), sims, progress=False)
+    prior_loss = 2 * np.log(2.0)
+    assert history.held_out_loss.mean() == pytest.approx(prior_loss, abs=0.25)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (
+            {"training": sf.Training(max_epochs=1, optimizer=optax.scale(jnp.nan))},
+            "the loss was not finite",
+        ),
+        ({"max_features": 2}, "observations of 3 numbers are longer than its max_features=2"),
+    ],
+)
+def test_without_an_emulator_the_estimator_is_the_plain_one(simulations, settings, why):
+    emulator = dataclasses.replace(EMULATOR, **settings)
+    training = sf.Training(max_epochs=1)
+    npe = sf.NPE(PRIOR, training=training, members=1, emulator=emulator)
+    assert npe.density != sf.NSF()
+    with pytest.warns(SbiFlowsWarning, match=f"trained without the emulator: {why}"):
+        posterior, history = npe.fit(jax.random.key(1), simulations, progress=False)
     assert history.emulator is None
+    assert posterior.blueprints[0].density == sf.NSF()
+
+
+def test_an_interrupted_emulator_ends_the_fit(simulations, monkeypatch):
+    def interrupted(*args, **settings):
+        weights, history = original(*args, **settings)
+        return weights, dataclasses.replace(history, stop_reason="interrupted")
+
+    original = module.fit
+    monkeypatch.setattr(module, "fit", interrupted)
+    quick = dataclasses.replace(EMULATOR, training=sf.Training(max_epochs=1))
+    npe = sf.NPE(PRIOR, SMALL, members=1, training=quick.training, emulator=quick)
+    with pytest.raises(KeyboardInterrupt):
+        npe.fit(jax.random.key(1), simulations, progress=False)
+    # in a stack, what was fitted before is kept
+    plain = sf.NPE(PRIOR, SMALL, members=1, training=quick.training)
+    _, history = sf.Stack([plain, npe, plain]).fit(jax.random.key(1), simulations, progress=False)
+    np.testing.assert_array_equal(history.shares, [1.0, 0.0, 0.0])
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"densities": ()}, "densities: expected one or more densities such as sf.MAF"),
-        ({"densities": (3,)}, "densities: expected one or more densities such as sf.MAF"),
+        ({"densities": (3,)}, "densities: expected a density such as sf.NSF"),
+        ({"densities": sf.MAF}, "densities: expected a density such as sf.NSF.*the class MAF"),
         ({"training": 3}, "training: expected sf.Training, got int"),
-        ({"rows": 0}, "rows: expected a whole number of at least 1, got 0"),
+        ({"simulations": 0}, "simulations: expected a whole number of at least 1, got 0"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

@@ -64,23 +64,28 @@ def test_within_three_scales_the_map_is_linear():
 
 
 def test_logarithms_are_taken_of_what_is_positive_and_less_skew_so():
-    """In columns: log-normal; gamma with zeros; a normal far from zero; minus a log-normal."""
-    x = np.stack(
-        [
-            np.exp(RNG.normal(size=2_000)),
-            np.maximum(RNG.gamma(1.0, size=2_000) - 0.5, 0.0),
-            RNG.normal(100.0, 1.0, size=2_000),
-            -np.exp(RNG.normal(size=2_000)),
-        ],
-        axis=1,
+    columns = {
+        "log-normal": np.exp(RNG.normal(size=(2_000, 1))),
+        "gamma with zeros": np.maximum(RNG.gamma(1.0, size=(2_000, 1)) - 0.5, 0.0),
+        "far from zero": RNG.normal(100.0, 1.0, size=(2_000, 1)),
+        "negative": -np.exp(RNG.normal(size=(2_000, 1))),
+        # one array is treated alike throughout
+        "series": np.exp(RNG.normal(size=(2_000, 1)) * [0.01, 1.0, 1.0]),
+    }
+    x = {name: jnp.asarray(column, jnp.float32) for name, column in columns.items()}
+    standardise = fit_standardiser(x)
+    taken = unflatten_rows(
+        standardise.floor[None] > 0, jax.tree.structure(x), ((1,), (1,), (1,), (1,), (3,))
     )
-    standardise = fit_standardiser(jnp.asarray(x))
-    np.testing.assert_array_equal(standardise.floor > 0, [True, False, False, False])
-    features = standardise(jnp.asarray(x))
-    residual = features[:, 0] - (np.log(x[:, 0]) - standardise.center[0]) / standardise.scale[0]
-    assert np.max(np.abs(np.where(np.abs(features[:, 0]) < 3, residual, 0.0))) < 1e-4
+    assert {name: set(np.ravel(value)) for name, value in taken.items()} == {
+        name: {name in ("log-normal", "series")} for name in columns
+    }
+    standardise, x = fit_standardiser(x["log-normal"]), x["log-normal"]
+    features = standardise(x)
+    residual = features - (np.log(x) - float(standardise.center[0])) / float(standardise.scale[0])
+    assert np.max(np.abs(np.where(np.abs(features) < 3, residual, 0.0))) < 1e-4
     # zero and less, which no training row held, are still told apart
-    beyond = standardise(jnp.asarray(np.array([[0.1], [1e-3], [0.0], [-1.0]]) * np.ones(4)))
+    beyond = standardise(jnp.array([[0.1], [1e-3], [0.0], [-1.0]]))
     assert np.all(np.diff(beyond[:, 0]) < 0)
 
 

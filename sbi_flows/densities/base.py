@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import distrax
 from flax import nnx
@@ -22,6 +22,20 @@ class Density(nnx.Module):
     def loss(self, key: Key | None, z: Array, context: Array) -> Array:
         """Training loss of each row: z (B, d), context (B, C) to (B,), in nats."""
         return -self(context, key=key).log_prob(z)
+
+
+def check_settings(name: str, density: Any) -> None:
+    """Refuse what describes no density.
+
+    Raises:
+        ValueError: It has no `build`, or is a class where an object was meant.
+    """
+    if isinstance(density, type) or not hasattr(density, "build"):
+        kind = density if isinstance(density, type) else type(density)
+        article = "the class " if isinstance(density, type) else ""
+        raise ValueError(
+            f"{name}: expected a density such as sf.NSF(), got {article}{kind.__name__}"
+        )
 
 
 @runtime_checkable

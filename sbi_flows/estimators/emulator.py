@@ -8,8 +8,7 @@ Public names: `Emulator`.
 
 Sources: Papamakarios et al. 2019, "Sequential Neural Likelihood" (arXiv:1805.07226), for the
 densities; Wiqvist, Frellsen & Picchini 2021 (arXiv:2102.06522), who fit a posterior to draws of a
-learned likelihood, by the other Kullback-Leibler divergence. Uria et al. 2013, "RNADE"
-(arXiv:1306.0186), for the noise on whole numbers.
+learned likelihood, by the other Kullback-Leibler divergence.
 """
 
 from __future__ import annotations
@@ -26,11 +25,13 @@ from flax import nnx
 from jax import Array
 
 from sbi_flows.checks import require_count
-from sbi_flows.densities.base import DensitySettings
+from sbi_flows.densities.base import DensitySettings, check_settings
 from sbi_flows.densities.conditional import Blueprint, Sizes, Weights, graph_of
 from sbi_flows.densities.flow import MAF, NSF
+from sbi_flows.errors import SbiFlowsError, TrainingDiverged
 from sbi_flows.estimators.stacking import StackHistory, fit_each
 from sbi_flows.prior import Prior
+from sbi_flows.quantised import Grid, dequantised, find_grid, quantised
 from sbi_flows.standardise import Standardiser
 from sbi_flows.training import History, Training, fit
 from sbi_flows.typing import Key
@@ -42,6 +43,9 @@ LINEAR = 25.0
 """Scales within which an emulated observation stays as it is: noise of constant size is simpler
 than what compressed tails make of it, which only the heaviest need."""
 
+NEIGHBOURS = 20
+"""Simulations around a parameter vector that say how likely one is to fail there."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Emulator:
@@ -49,12 +53,13 @@ class Emulator:
 
     They are weighted by the log density of held-out rows, as in `sf.Stack`; each member of an
     ensemble trains on draws of the emulator that held out the same rows as it does. Observations
-    that are whole numbers are emulated with uniform noise added, and rounded.
+    with few values a step apart, such as counts, are emulated with uniform noise added, and
+    rounded. Where simulations failed, fewer parameters are drawn.
 
     Attributes:
         densities: The densities to fit and to mix.
         training: Settings of their fits; the validation fraction is the estimator's.
-        rows: Number of draws for each member, with parameters from the prior.
+        simulations: Number of emulated simulations for each member, with parameters from the prior.
         max_features: Longer observations are not emulated, and the estimator is fitted without:
             the noise of hundreds of numbers takes more simulations to learn than the posterior.
 
@@ -65,7 +70,7 @@ class Emulator:
         >>> sims = sf.simulate(jax.random.key(0), prior, noisy, 500)
         >>> small = sf.MAF(transforms=1, hidden=(8,))
         >>> quick = sf.Training(max_epochs=2)
-        >>> emulator = sf.Emulator(densities=(small,), training=quick, rows=1000)
+        >>> emulator = sf.Emulator(densities=(small,), training=quick, simulations=1000)
         >>> npe = sf.NPE(prior, small, training=quick, emulator=emulator)
         >>> posterior, history = npe.fit(jax.random.key(1), sims)
         >>> history.emulator.shares
@@ -76,7 +81,7 @@ class Emulator:
     training: Training = dataclasses.field(
         default_factory=lambda: Training(max_epochs=40, patience=10)
     )
-    rows: int = 100_000
+    simulations: int = 100_000
     max_features: int = 50
 
     def __post_init__(self) -> None:
@@ -85,34 +90,52 @@ class Emulator:
         Raises:
             ValueError: There is no density, a number is not positive, or `training` is no training.
         """
-        object.__setattr__(self, "densities", tuple(self.densities))
-        if not self.densities or not all(hasattr(d, "build") for d in self.densities):
-            raise ValueError(
-                f"densities: expected one or more densities such as sf.MAF(), got {self.densities}"
-            )
+        given = self.densities
+        densities = tuple(given) if isinstance(given, list | tuple) else (given,)
+        if not densities:
+            raise ValueError("densities: expected one or more densities such as sf.MAF(), got none")
+        for density in densities:
+            check_settings("densities", density)
+        object.__setattr__(self, "densities", densities)
         if not isinstance(self.training, Training):
             raise ValueError(f"training: expected sf.Training, got {type(self.training).__name__}")
-        require_count(1, rows=self.rows, max_features=self.max_features)
+        require_count(1, simulations=self.simulations, max_features=self.max_features)
+
+
+class EmulatorFailed(SbiFlowsError):
+    """There is no emulator of these simulations; the message says why."""
 
 
 class Emulated(NamedTuple):
-    """Draws of an emulator: standard coordinates (M * rows, d), features (M * rows, C)."""
+    """Draws of an emulator: standard coordinates (M * n, d), features (M * n, C)."""
 
     y: Array
     features: Array
+
+
+class Seen(NamedTuple):
+    """Simulations that an emulator is fitted to.
+
+    Attributes:
+        y: Standard coordinates of the valid ones, shape (N, d).
+        x: Their observations, flat, shape (N, C).
+        failed: Standard coordinates of the others, shape (F, d).
+    """
+
+    y: Array
+    x: Array
+    failed: Array
 
 
 def emulate(
     key: Key,
     emulator: Emulator,
     prior: Prior,
-    y: Array,
-    x: Array,
+    seen: Seen,
     standardiser: Standardiser,
     *,
     members: int,
     validation_fraction: float,
-    from_prior: bool,
     progress: bool,
 ) -> tuple[Emulated, StackHistory]:
     """Fit an emulator and draw from it.
@@ -121,117 +144,128 @@ def emulate(
         key: The key of the fit that the draws are for: its members then hold out the same rows.
         emulator: What to fit and how much to draw.
         prior: The prior.
-        y: Parameters in standard coordinates, shape (N, d).
-        x: Observations, flat, shape (N, C).
+        seen: The simulations.
         standardiser: Observation to features.
         members: Number of members M of the fit that the draws are for.
         validation_fraction: Its validation fraction.
-        from_prior: Whether y are draws of the prior; where failed simulations are missing among
-            them, parameters are drawn from y instead.
         progress: Show progress bars.
 
     Returns:
-        The draws, those of one member after those of another, and the history of the fits.
+        The draws, those of one member after those of another, and the history of the fits, whose
+        losses are those of the observation as it is emulated, not of theta.
 
     Raises:
-        TrainingDiverged: Every density diverged.
+        EmulatorFailed: The observation is too long, every density diverged, or none of a member's
+            draws is finite.
+        KeyboardInterrupt: A fit was interrupted; there is nothing to train on then.
     """
-    shape = _shape_of(x)
-    noise_key, theta_key, draw_key = jax.random.split(jax.random.fold_in(key, 1), 3)
-    wide = standardiser._replace(linear=LINEAR)
-    emulated = _smooth(shape, wide, noise_key, x)
+    if seen.x.shape[1] > emulator.max_features:
+        raise EmulatorFailed(
+            f"observations of {seen.x.shape[1]} numbers are longer than its "
+            f"max_features={emulator.max_features}"
+        )
+    grid, wide = find_grid(np.asarray(seen.x)), standardiser._replace(linear=LINEAR)
+    # not 0 or 1: those folds are the keys that a split gives, which the fits use
+    noise_key, theta_key, draw_key = jax.random.split(jax.random.fold_in(key, 2), 3)
+    features = _smooth(grid, wide, noise_key, seen.x)
     training = dataclasses.replace(emulator.training, validation_fraction=validation_fraction)
-    sizes = Sizes((False,) * x.shape[1], jax.tree.structure(0), ((y.shape[1],),))
+    sizes = Sizes((False,) * seen.x.shape[1], jax.tree.structure(0), (seen.y.shape[1:],))
 
     def fit_one(blueprint: Blueprint) -> tuple[tuple[Blueprint, Weights], History]:
         weights, history = fit(
             key,
             blueprint,
             training,
-            emulated,
-            y,
+            features,
+            seen.y,
             members=members,
             progress=progress,
             label="fit emulator",
         )
+        if history.stop_reason == "interrupted":
+            raise KeyboardInterrupt
         return (blueprint, weights), history
 
     blueprints = [Blueprint(density, None, sizes) for density in emulator.densities]
-    parts, history = fit_each([partial(fit_one, b) for b in blueprints], "emulator")
-    size = -(-emulator.rows // CHUNK) * CHUNK
-    theta_keys, draw_keys = (jax.random.split(k, members) for k in (theta_key, draw_key))
-    drawn = []
+    try:
+        fits = [partial(fit_one, b) for b in blueprints]
+        parts, history = fit_each(fits, "density of the emulator", stacklevel=5)
+    except TrainingDiverged as error:
+        raise EmulatorFailed(str(error)) from error
+    n, drawn = emulator.simulations, []
     for m in range(members):
-        own = _parameters(theta_keys[m], prior, y, size, from_prior=from_prior)
-        raw = [
-            ((b, jax.tree.map(lambda leaf, m=m: leaf[m], weights)), share)
-            for (b, weights), share in parts
+        own_theta_key, own_draw_key = (jax.random.fold_in(k, m) for k in (theta_key, draw_key))
+        y = _parameters(own_theta_key, prior, seen, -(-n // CHUNK) * CHUNK)
+        own = [
+            (blueprint, jax.tree.map(lambda leaf, m=m: leaf[m], weights), share)
+            for (blueprint, weights), share in parts
         ]
-        found = _draw(draw_keys[m], raw, own)
-        drawn.append(_finite(own, _whole(shape, wide, standardiser, found), emulator.rows))
+        emulated = _standard(grid, wide, standardiser, _draw(own_draw_key, own, y, n))
+        drawn.append(_finite(y, emulated, n))
     ys, xs = zip(*drawn, strict=True)
     return Emulated(jnp.concatenate(ys), jnp.concatenate(xs)), history
 
 
-class _Shape(NamedTuple):
-    """Which numbers of an observation are whole, and the range of each, shape (C,)."""
-
-    whole: Array
-    low: Array
-    high: Array
+@jax.jit
+def _smooth(grid: Grid, emulated: Standardiser, key: Key, x: Array) -> Array:
+    return emulated(dequantised(grid, key, x))
 
 
 @jax.jit
-def _shape_of(x: Array) -> _Shape:
-    low, high = jnp.min(x, axis=0), jnp.max(x, axis=0)
-    return _Shape(jnp.all(x == jnp.round(x), axis=0) | (low == high), low, high)
-
-
-@jax.jit
-def _smooth(shape: _Shape, standardiser: Standardiser, key: Key, x: Array) -> Array:
-    """Features of observations whose whole numbers have noise that fills the gaps between them."""
-    noise = jax.random.uniform(key, x.shape, x.dtype, -0.5, 0.5)
-    return standardiser(jnp.where(shape.whole[None], x + noise, x))
-
-
-@jax.jit
-def _whole(
-    shape: _Shape, emulated: Standardiser, standardiser: Standardiser, features: Array
+def _standard(
+    grid: Grid, emulated: Standardiser, standardiser: Standardiser, features: Array
 ) -> Array:
-    """Features of the observations that emulated features stand for."""
-    x = emulated.inverse(features)
-    rounded = jnp.clip(jnp.round(x), shape.low[None], shape.high[None])
-    fixed = jnp.where((shape.low == shape.high)[None], shape.low[None], rounded)
-    return standardiser(jnp.where(shape.whole[None], fixed, x))
+    """Features of the observations that emulated features stand for; NaN where these overflow."""
+    x = quantised(grid, emulated.inverse(features))
+    return standardiser(jnp.where(jnp.isfinite(x), x, jnp.nan))
 
 
-@partial(jax.jit, static_argnames=("prior", "n", "from_prior"))
-def _parameters(key: Key, prior: Prior, y: Array, n: int, *, from_prior: bool) -> Array:
-    if from_prior:
-        return prior.to_standard(prior.sample(key, n))
-    return y[jax.random.randint(key, (n,), 0, len(y))]
+@partial(jax.jit, static_argnums=(1, 2))
+def _prior_draws(key: Key, prior: Prior, n: int) -> Array:
+    return prior.to_standard(prior.sample(key, n))
 
 
-def _draw(key: Key, parts: Sequence[tuple], y: Array) -> Array:
-    """Features (n, C) for parameters (n, d): each density draws for its share of the chunks' rows.
+def _parameters(key: Key, prior: Prior, seen: Seen, n: int) -> Array:
+    """Draws (n, d) of the prior, thinned by how often simulations near each of them are valid."""
+    if not len(seen.failed):
+        return _prior_draws(key, prior, n)
+    from sklearn.neighbors import KNeighborsClassifier
+
+    rows = np.concatenate([seen.y, seen.failed])
+    labels = np.arange(len(rows)) < len(seen.y)
+    model = KNeighborsClassifier(min(NEIGHBOURS, len(rows))).fit(rows, labels)
+    kept: list[np.ndarray] = []
+    # at a share s of valid simulations, some 1 / s passes; what is missing then is repeated
+    for i in range(10 + 2 * len(rows) // len(seen.y)):
+        prior_key, keep_key = jax.random.split(jax.random.fold_in(key, i))
+        draws = np.asarray(_prior_draws(prior_key, prior, n))
+        chance = model.predict_proba(draws)[:, 1]
+        kept.append(draws[np.asarray(jax.random.uniform(keep_key, (n,))) < chance])
+        if sum(map(len, kept)) >= n:
+            break
+    found = np.concatenate([*kept, np.asarray(seen.y)]) if not any(map(len, kept)) else None
+    found = np.concatenate(kept) if found is None else found
+    return jnp.asarray(found[np.arange(n) % len(found)])
+
+
+def _draw(key: Key, parts: Sequence[tuple[Blueprint, Weights, float]], y: Array, n: int) -> Array:
+    """Features of observations for parameters (N, d): each density draws its share of the first n.
 
     The parameters are in random order, so it does not matter which rows these are.
     """
-    ends = np.round(np.cumsum([share for _, share in parts]) * len(y)).astype(int)
-    features = None
-    for i, ((blueprint, weights), _) in enumerate(parts):
-        first = 0 if i == 0 else ends[i - 1]
-        chunks = range(first // CHUNK, -(-ends[i] // CHUNK))
+    ends = np.round(np.cumsum([share for *_, share in parts]) * n).astype(int)
+    ends[-1], first, drawn = len(y), 0, []
+    for i, ((blueprint, weights, _), end) in enumerate(zip(parts, ends, strict=True)):
         keys = jax.random.split(jax.random.fold_in(key, i), len(y) // CHUNK)
+        chunks = range(first // CHUNK, -(-end // CHUNK))
         rows = [
-            _draw_chunk(blueprint, weights, keys[c], y[c * CHUNK : (c + 1) * CHUNK]) for c in chunks
+            np.asarray(_draw_chunk(blueprint, weights, keys[c], y[c * CHUNK : (c + 1) * CHUNK]))
+            for c in chunks
         ]
-        own = np.concatenate([np.asarray(r) for r in rows])
-        if features is None:
-            features = np.empty((len(y), own.shape[1]), own.dtype)
-        features[first : ends[i]] = own[first - chunks[0] * CHUNK :][: ends[i] - first]
-    assert features is not None
-    return jnp.asarray(features)
+        skipped = first - chunks.start * CHUNK
+        drawn += [np.concatenate(rows)[skipped:][: end - first]] if rows else []
+        first = end
+    return jnp.asarray(np.concatenate(drawn))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -239,10 +273,10 @@ def _draw_chunk(blueprint: Blueprint, weights: Weights, key: Key, y: Array) -> A
     return nnx.merge(graph_of(blueprint), *weights)(y).sample(seed=key)
 
 
-@partial(jax.jit, static_argnums=2)
 def _finite(y: Array, features: Array, n: int) -> tuple[Array, Array]:
     """The first n rows that are finite, from the start again where there are too few."""
-    finite = jnp.all(jnp.isfinite(features), axis=1)
-    order = jnp.argsort(~finite, stable=True)
-    rows = order[jnp.arange(n) % jnp.maximum(jnp.sum(finite), 1)]
+    rows = np.flatnonzero(np.all(np.isfinite(np.asarray(features)), axis=1))
+    if not len(rows):
+        raise EmulatorFailed("none of its draws is finite")
+    rows = rows[np.arange(n) % len(rows)]
     return y[rows], features[rows]

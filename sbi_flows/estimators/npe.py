@@ -7,6 +7,7 @@ Conditional Density Estimation" (arXiv:1605.06376); Greenberg et al. 2019 (arXiv
 from __future__ import annotations
 
 import dataclasses
+import time
 import warnings
 from functools import partial
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from jax import Array
 
 from sbi_flows.checks import require_count
 from sbi_flows.data import Simulations, observation_shape
-from sbi_flows.densities.base import DensitySettings
+from sbi_flows.densities.base import DensitySettings, check_settings
 from sbi_flows.densities.conditional import (
     Blueprint,
     Embedding,
@@ -28,7 +29,7 @@ from sbi_flows.densities.conditional import (
 )
 from sbi_flows.densities.flow import NSF
 from sbi_flows.errors import SbiFlowsWarning, SimulationFailed, TrainingDiverged
-from sbi_flows.estimators.emulator import Emulated, Emulator, emulate
+from sbi_flows.estimators.emulator import Emulated, Emulator, EmulatorFailed, Seen, emulate
 from sbi_flows.estimators.stacking import StackHistory
 from sbi_flows.posteriors import Posterior
 from sbi_flows.prior import Prior, PriorLike, as_prior
@@ -36,8 +37,10 @@ from sbi_flows.standardise import Standardiser, fit_standardiser, flatten_rows
 from sbi_flows.training import History, Training, fit
 from sbi_flows.typing import Key, Obs
 
-_EMULATED_DENSITY = NSF(hidden=(128, 128), context_width=128, dropout=0.0)
-_EMULATED_TRAINING = Training(batch_size=256, max_epochs=12, patience=4)
+_EMULATED = (
+    NSF(hidden=(128, 128), context_width=128, dropout=0.0),
+    Training(batch_size=256, max_epochs=12, patience=4),
+)
 """Defaults with an emulator: its rows are many and new, so that a large density does not over-fit.
 """
 
@@ -76,6 +79,9 @@ class NPE:
     members: int
     embedding: Embedding | None
     emulator: Emulator | None
+    _given: tuple[DensitySettings | None, Training | None] = dataclasses.field(
+        repr=False, compare=False
+    )
 
     def __init__(
         self,
@@ -96,28 +102,21 @@ class NPE:
         require_count(1, members=members)
         if emulator is not None and not isinstance(emulator, Emulator):
             raise ValueError(f"emulator: expected sf.Emulator, got {type(emulator).__name__}")
-        if density is None:
-            density = NSF() if emulator is None else _EMULATED_DENSITY
-        if isinstance(density, type) or not hasattr(density, "build"):
-            kind, article = (
-                (density, "the class ") if isinstance(density, type) else (type(density), "")
-            )
-            raise ValueError(
-                f"density: expected a density such as sf.NSF(), got {article}{kind.__name__}"
-            )
+        if density is not None:
+            check_settings("density", density)
         if embedding is not None:
             check_embedding(embedding)
         if training is not None and not isinstance(training, Training):
             raise ValueError(f"training: expected sf.Training, got {type(training).__name__}")
-        if training is None:
-            training = Training() if emulator is None else _EMULATED_TRAINING
+        default = (NSF(), Training()) if emulator is None else _EMULATED
         fields = {
             "prior": as_prior(prior),
-            "density": density,
-            "training": training,
+            "density": default[0] if density is None else density,
+            "training": default[1] if training is None else training,
             "members": members,
             "embedding": embedding,
             "emulator": emulator,
+            "_given": (density, training),
         }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
@@ -140,9 +139,10 @@ class NPE:
             SimulationFailed: Fewer than 10 rows are valid.
             TrainingDiverged: A loss was not finite; `.state` is the last finite posterior.
         """
-        theta, x = self._checked(simulations)
-        rows, standardiser = _prepared(self.prior, theta, x)
-        like = observation_shape(x)
+        began = time.perf_counter()
+        valid = self._checked(simulations)
+        rows, standardiser = _prepared(self.prior, valid.theta, valid.x)
+        like = observation_shape(valid.x)
         sizes = Sizes(
             self.prior.bounded,
             jax.tree.structure(like),
@@ -153,14 +153,16 @@ class NPE:
         def posterior(weights: Weights) -> Posterior:
             return Posterior(self.prior, (blueprint,), (weights,), (1.0,), standardiser, like)
 
-        emulator_history, own = None, 0
+        emulator_history = None
         if self.emulator is not None:
-            complete = len(theta) == len(simulations)
-            more, emulator_history = self._emulated(
-                key, rows, flatten_rows(x), standardiser, complete=complete, progress=progress
-            )
-            own = 0 if more is None else self.emulator.rows
-            rows = rows if more is None else _joined(self.prior, rows, more)
+            try:
+                rows, emulator_history = self._emulated(
+                    key, simulations, rows, flatten_rows(valid.x), standardiser, progress=progress
+                )
+            except EmulatorFailed as error:
+                said = f"trained without the emulator: {error}"
+                warnings.warn(said, SbiFlowsWarning, stacklevel=2)
+                return self._without_emulator().fit(key, simulations, progress=progress)
         try:
             weights, history = fit(
                 key,
@@ -170,52 +172,58 @@ class NPE:
                 rows.features,
                 members=self.members,
                 offset=rows.offset,
-                own=own,
+                own=(len(rows.y) - len(valid)) // self.members,
                 progress=progress,
             )
         except TrainingDiverged as error:
             error.state = posterior(error.state)  # type: ignore[arg-type]
             raise
-        return posterior(weights), dataclasses.replace(history, emulator=emulator_history)
+        seconds = time.perf_counter() - began
+        return posterior(weights), dataclasses.replace(
+            history, emulator=emulator_history, seconds=seconds
+        )
 
     def _emulated(
         self,
         key: Key,
+        simulations: Simulations,
         rows: _Rows,
         x: Array,
         standardiser: Standardiser,
         *,
-        complete: bool,
         progress: bool,
-    ) -> tuple[Emulated | None, StackHistory | None]:
-        """Draws of the emulator and its history; none where it cannot be fitted."""
+    ) -> tuple[_Rows, StackHistory]:
+        """The rows and, after them, those of an emulator that is fitted to them."""
         assert self.emulator is not None
-        if x.shape[1] > self.emulator.max_features:
-            warnings.warn(
-                f"trained without the emulator: observations of {x.shape[1]} numbers are longer "
-                f"than its max_features={self.emulator.max_features}",
-                SbiFlowsWarning,
-                stacklevel=3,
-            )
-            return None, None
-        try:
-            return emulate(
-                key,
-                self.emulator,
-                self.prior,
-                rows.y,
-                x,
-                standardiser,
-                members=self.members,
-                validation_fraction=self.training.validation_fraction,
-                from_prior=complete,
-                progress=progress,
-            )
-        except TrainingDiverged as error:
-            warnings.warn(f"trained without the emulator: {error}", SbiFlowsWarning, stacklevel=3)
-            return None, None
+        places = np.flatnonzero(~np.asarray(simulations.valid))
+        failed = rows.y[:0]
+        if len(places):
+            failed = _standard(self.prior, simulations.theta)[places]
+        more, history = emulate(
+            key,
+            self.emulator,
+            self.prior,
+            Seen(rows.y, x, failed),
+            standardiser,
+            members=self.members,
+            validation_fraction=self.training.validation_fraction,
+            progress=progress,
+        )
+        return _joined(self.prior, rows, more), history
 
-    def _checked(self, simulations: Simulations) -> tuple[Array, Obs]:
+    def _without_emulator(self) -> NPE:
+        """The same with the defaults of an estimator that has none."""
+        density, training = self._given
+        return NPE(
+            self.prior,
+            density,
+            training=training,
+            members=self.members,
+            embedding=self.embedding,
+        )
+
+    def _checked(self, simulations: Simulations) -> Simulations:
+        """The valid rows."""
         if not isinstance(simulations, Simulations):
             raise ValueError(
                 f"simulations: expected sf.Simulations, got {type(simulations).__name__}"
@@ -236,7 +244,7 @@ class NPE:
                 f"expected at least 10 finite simulations to train on, got {len(valid)} of "
                 f"{len(simulations)}"
             )
-        return valid.theta, valid.x
+        return valid
 
 
 # one program each: operation by operation, a new process compiles some thirty
@@ -245,6 +253,11 @@ class NPE:
 @partial(jax.jit, static_argnums=0)
 def _contains(prior: Prior, theta: Array) -> Array:
     return prior.contains(theta)
+
+
+@partial(jax.jit, static_argnums=0)
+def _standard(prior: Prior, theta: Array) -> Array:
+    return prior.to_standard(theta)
 
 
 class _Rows(NamedTuple):

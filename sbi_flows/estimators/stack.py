@@ -23,8 +23,9 @@ class Stack:
 
     The weights maximise the log density of rows that the models were not trained on: member m of
     every estimator holds out the same rows, and each row is judged by the members that did, with
-    the weights of the epoch that was best for the other half of those rows: early stopping
-    flatters no estimator.
+    the weights of the epoch that was best for the other half of those rows, so that the choice of
+    an epoch flatters no estimator. The choice of the linear start, and an emulator's own, still
+    look at all of them.
 
     Attributes:
         estimators: The estimators, all with the same prior, number of members and validation
@@ -89,10 +90,11 @@ class Stack:
             ValueError: theta does not fit the prior.
             SimulationFailed: Fewer than 10 rows are valid.
             TrainingDiverged: Every estimator diverged.
+            KeyboardInterrupt: Before the first estimator was fitted; later, the rest is left out.
         """
         # the same key: the same rows are held out
         fits = [partial(e.fit, key, simulations, progress=progress) for e in self.estimators]
-        kept, history = fit_each(fits, "estimator")
+        kept, history = fit_each(fits, "estimator", stacklevel=3)
         posterior = dataclasses.replace(
             kept[0][0],
             blueprints=tuple(p.blueprints[0] for p, _ in kept),

@@ -51,19 +51,21 @@ class StackHistory:
 
 
 def fit_each(
-    fits: Sequence[Callable[[], tuple[Fitted, History]]], name: str
+    fits: Sequence[Callable[[], tuple[Fitted, History]]], name: str, *, stacklevel: int
 ) -> tuple[list[tuple[Fitted, float]], StackHistory]:
     """Make every fit, then their weights.
 
     Args:
         fits: Functions that fit, all holding out the same rows in the same order.
         name: What is fitted, for the warning about one that diverged.
+        stacklevel: Of that warning, from here to the user's own call.
 
     Returns:
         What was fitted with its weight, without those of no weight, and what happened.
 
     Raises:
         TrainingDiverged: Every fit diverged.
+        KeyboardInterrupt: Before any fit was done; later, the rest is left out.
     """
     done: dict[int, tuple[Fitted, History]] = {}
     for i, fit in enumerate(fits):
@@ -72,8 +74,14 @@ def fit_each(
         except TrainingDiverged as error:
             if i == len(fits) - 1 and not done:
                 raise
-            warnings.warn(f"{name} {i} is left out: {error}", SbiFlowsWarning, stacklevel=4)
+            warnings.warn(
+                f"{name} {i} is left out: {error}", SbiFlowsWarning, stacklevel=stacklevel
+            )
             continue
+        except KeyboardInterrupt:
+            if not done:
+                raise
+            break
         if done[i][1].stop_reason == "interrupted":
             break
     log_prob = -np.stack([h.held_out_loss.ravel() for _, h in done.values()], axis=1)

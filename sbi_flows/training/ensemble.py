@@ -40,7 +40,8 @@ class Best(NamedTuple):
         age: Epochs since.
         halves: Lowest mean loss so far of the validation rows of even and of odd place, shape (2,).
         crossed: Loss of each validation row at the epoch that was best for the half that it does
-            not belong to, shape (V,): no row has a say in which weights it is judged by.
+            not belong to, shape (V,): no row has a say in which epoch it is judged by, as long as
+            there are two.
     """
 
     params: Any
@@ -59,7 +60,10 @@ class _State(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """All that one group of members trains with; every array has a leading axis of members."""
+    """All that one group of members trains with; every array has a leading axis of members.
+
+    The noise is that of the training rows, then of the held-out ones, in their order.
+    """
 
     state: _State
     best: Best
@@ -276,9 +280,11 @@ def _start(
         params, rest = initial_weights(blueprint, key, given)
         start = fit_linear_start(y, features, train, held_out, blueprint.sizes.bounded)
         rest = {**rest, "start": start}
-        noise, log_det = nnx.merge(graph_of(blueprint), params, rest).whiten(y, features)
-        units = offset - log_det
-        return params, rest, noise, _Units(units[train].mean(), units[held_out])
+        rows = jnp.concatenate([train, held_out])
+        model = nnx.merge(graph_of(blueprint), params, rest)
+        noise, log_det = model.whiten(y[rows], features[rows])
+        units = offset[rows] - log_det
+        return params, rest, noise, _Units(units[: len(train)].mean(), units[len(train) :])
 
     return jax.vmap(one)(keys, train, held_out)
 
@@ -314,15 +320,16 @@ def _member_epoch(
     transform = training.transform(steps * training.max_epochs)
     decay = 0.0 if training.ema_decay is None else training.ema_decay
     order_key, dropout_key = jax.random.split(key)
-    rows = jax.random.permutation(order_key, train)[: steps * batch].reshape(steps, batch)
+    # places among the member's own rows, which the noise is of
+    places = jax.random.permutation(order_key, len(train))[: steps * batch].reshape(steps, batch)
     keys = jax.random.split(fast_key(dropout_key), steps)
 
     def loss(params: Any, key: Key, rows: Array) -> Array:
-        return jnp.mean(_losses(blueprint, params, rest, key, noise[rows], features[rows]))
+        return jnp.mean(_losses(blueprint, params, rest, key, noise[rows], features[train[rows]]))
 
     def step(i: Array, carry: tuple[_State, Array]) -> tuple[_State, Array]:
         state, total = carry
-        value, gradient = jax.value_and_grad(loss)(state.params, keys[i], rows[i])
+        value, gradient = jax.value_and_grad(loss)(state.params, keys[i], places[i])
         updates, optimiser = transform.update(gradient, state.optimiser, state.params)
         params = optax.apply_updates(state.params, updates)
         average = optax.incremental_update(params, state.average, 1.0 - decay)
@@ -330,7 +337,8 @@ def _member_epoch(
 
     zero = jnp.zeros((), noise.dtype)
     state, total = jax.lax.fori_loop(0, jnp.where(active, steps, 0), step, (state, zero))
-    losses = _losses(blueprint, state.average, rest, None, noise[held_out], features[held_out])
+    own = noise[len(train) :]
+    losses = _losses(blueprint, state.average, rest, None, own, features[held_out])
     # one that has stopped may still be computed, beside others
     best = _updated(best, state.average, losses, best.age < training.patience)
     return state, best, total / steps, jnp.mean(losses)

@@ -20,12 +20,13 @@ class History:
         held_out: Numbers of the valid rows that each member was validated on, shape (members, V).
         held_out_loss: Loss of each of these rows, shape (members, V), at the epoch that was best
             for the other half of the member's rows: their mean is an honest figure, where
-            `best_loss` is the lowest of many.
+            `best_loss` is the lowest of many. (A single row is its own other half.)
         best_epoch: Epoch (from 1; 0 is the start) whose weights each member kept.
         epochs: Number of epochs run.
-        seconds: Wall time of the fit, compilation included.
+        seconds: Wall time of the fit, compilation and the emulator included.
         stop_reason: `max_epochs`, `patience` or `interrupted`.
-        emulator: The `StackHistory` of the emulator that the fit also trained on; None without one.
+        emulator: The `StackHistory` of the emulator that the fit also trained on, whose losses are
+            those of the observation as it is emulated; None without one.
     """
 
     train_loss: np.ndarray

@@ -1,0 +1,85 @@
+"""Observations that take few values, a step apart: noise that fills the gaps, and rounding.
+
+Public names: `Grid`, `find_grid`, `dequantised`, `quantised`.
+
+Source: Uria et al. 2013, "RNADE" (arXiv:1306.0186), for the noise.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sbi_flows.typing import Key
+
+MOST_STEPS = 2**16
+"""Numbers that many steps apart are not taken for multiples of a step: rounding makes any so."""
+
+ATOM = 0.01
+"""Share of the rows at an end of the range that shows it to be one that cannot be passed."""
+
+
+class Grid(NamedTuple):
+    """Columns (C,) that take the values origin + k * step.
+
+    Attributes:
+        step: The step; zero for a continuous column, infinite for a constant one.
+        origin: The lowest value.
+        low: Lowest value that can be: that of many rows, or zero where none is negative.
+        high: Highest value that can be, likewise.
+    """
+
+    step: Array
+    origin: Array
+    low: Array
+    high: Array
+
+
+def find_grid(x: np.ndarray) -> Grid:
+    """The grids of the columns of finite rows (N, C).
+
+    Example:
+        >>> import numpy as np
+        >>> x = np.stack([[0.0, 5.0, 10.0, 10.0], [0.1, 0.27, 0.31, 0.4], [3.0, 3.0, 3.0, 3.0]], 1)
+        >>> find_grid(x).step
+        Array([ 5.,  0., inf], dtype=float32)
+    """
+    columns = [_column(values) for values in x.T]
+    dtype = jnp.result_type(float)
+    return Grid(*(jnp.asarray(np.array(part), dtype) for part in zip(*columns, strict=True)))
+
+
+def _column(values: np.ndarray) -> tuple[float, float, float, float]:
+    distinct, counts = np.unique(values.astype(float), return_counts=True)
+    origin, span = distinct[0], distinct[-1] - distinct[0]
+    if span == 0:
+        return np.inf, origin, origin, origin
+    step = np.diff(distinct).min()
+    places = (distinct - origin) / step
+    regular = np.max(np.abs(places - np.round(places))) < 0.01
+    if len(distinct) == len(values) or span / step > MOST_STEPS or not regular:
+        return 0.0, origin, -np.inf, np.inf
+    low, high = (counts[i] >= ATOM * len(values) for i in (0, -1))
+    least = 0.0 if origin >= 0 else -np.inf
+    return step, origin, origin if low else least, distinct[-1] if high else np.inf
+
+
+def dequantised(grid: Grid, key: Key, x: Array) -> Array:
+    """Rows (N, C) with uniform noise of a step's width; constants become standard uniform."""
+    noise = jax.random.uniform(key, x.shape, x.dtype, -0.5, 0.5)
+    return x + noise * jnp.where(jnp.isinf(grid.step), 1.0, grid.step)[None]
+
+
+def quantised(grid: Grid, x: Array) -> Array:
+    """Rows (N, C) on the grid, inside its range; continuous columns as they are."""
+    stepped = (grid.step > 0) & jnp.isfinite(grid.step)
+    step = jnp.where(stepped, grid.step, 1.0)[None]
+    origin = grid.origin[None]
+    rounded = origin + step * jnp.round((x - origin) / step)
+    rounded = jnp.clip(rounded, grid.low[None], grid.high[None])
+    fixed = jnp.where(jnp.isinf(grid.step)[None], origin, x)
+    return jnp.where(stepped[None], rounded, fixed)
