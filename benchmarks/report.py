@@ -1,6 +1,6 @@
 """`python -m benchmarks report`: finished runs beside what is published, as Markdown and HTML.
 
-Public names: `run`, `Cell`, `cells_of`, `summary`, `methods_table`.
+Public names: `run`, `Cell`, `cells_of`, `summary`, `methods_table`, `parts_table`.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ def _tables(cells: list[Cell]) -> dict[str, tuple[list[str], list[list[str]]]]:
         "Summary": summary(cells),
         "Accuracy (C2ST, 0.5 is perfect)": _accuracy(cells),
         "Methods side by side (C2ST, and the held-out negative log density)": methods_table(cells),
+        "Parts of the stacks (held-out negative log density, and share)": parts_table(cells),
         "Calibration": _calibration(cells),
         "Times and memory": _times(cells),
         "Scaling": _scaling(cells),
@@ -171,6 +172,29 @@ def methods_table(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
         row = [found.get((task, budget, method)) for method in methods]
         rows.append([task, f"{budget:,}", *(_both(cell) for cell in row)])
     return ["task", "simulations", *methods], rows
+
+
+def parts_table(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
+    """What each estimator of a stack was worth: its share, and its held-out loss by itself."""
+    stacks = [c for c in cells if all("shares" in r["history"] for r in c.records)]
+    names = list(dict.fromkeys(name for c in stacks for name in _parts(c.records[0])))
+    rows = []
+    for cell in stacks:
+        found = {name: "-" for name in names}
+        for i, name in enumerate(_parts(cell.records[0])):
+            share = np.mean([r["history"]["shares"][i] for r in cell.records])
+            losses = [r["history"]["held_out_loss"][i] for r in cell.records]
+            loss = None if None in losses else float(np.mean(losses))
+            found[name] = f"{_number(loss)} ({share:.0%})"
+        rows.append([cell.task, cell.method, f"{cell.budget:,}", *found.values()])
+    return ["task", "method", "simulations", *names], rows
+
+
+def _parts(record: dict[str, Any]) -> list[str]:
+    """Kinds of the estimators of a stack, in their order."""
+    estimators = record["estimator"]["estimators"]
+    names = [e["density"].split("(")[0] + ", emulated" * bool(e["emulator"]) for e in estimators]
+    return [f"{name} {i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def _both(cell: Cell | None) -> str:

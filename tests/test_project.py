@@ -117,13 +117,17 @@ def test_the_table_of_the_readme_is_that_of_the_runs():
     assert [line for line in table if line not in lines] == []
 
 
-def test_the_table_of_the_ablations_is_that_of_the_runs():
+def test_the_tables_of_the_ablations_are_those_of_the_runs():
     several = {r["task"] for r in runs() if r["method"] != "stack"}
-    chosen = [r for r in runs() if r["task"] in several and r["budget"] == 10_000]
-    columns, rows = report.methods_table(report.cells_of(chosen))
-    assert len(rows) >= 3 and len(columns) >= 5
+    chosen = [r for r in runs() if r["budget"] == 10_000]
+    side_by_side = report.methods_table(
+        report.cells_of([r for r in chosen if r["task"] in several])
+    )
+    parts = report.parts_table(report.cells_of(chosen))
+    assert len(side_by_side[1]) >= 3 and len(parts[1]) == 10
     lines = (ROOT / "docs" / "ablations.md").read_text().splitlines()
-    assert [r for r in [columns, *rows] if f"| {' | '.join(r)} |" not in lines] == []
+    for columns, rows in (side_by_side, parts):
+        assert [r for r in [columns, *rows] if f"| {' | '.join(r)} |" not in lines] == []
 
 
 def test_the_figures_of_the_readme_are_those_of_the_result_files():

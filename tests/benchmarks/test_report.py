@@ -41,6 +41,7 @@ def record(task="two_moons", budget=1000, seed=1, c2st=0.6, verdict="calibrated:
         },
         "seconds": dict.fromkeys(("simulate", "fit", "draw", "check"), 2.0 * seed),
         "peak_memory_gib": 1.25,
+        "history": {"epochs": 3},
     }
 
 
@@ -106,6 +107,23 @@ def test_methods_stand_side_by_side(results):
     assert ["two_moons", "10,000", "0.550 (-1.500)", "0.520 (-3.000)"] in table
     assert ["slcp", "1,000", "0.600 (-1.500)", "-"] in table
     assert ["mine", "1,000", "- (-1.500)", "-"] in table
+
+
+def test_parts_of_a_stack_are_told_apart(results):
+    part = {"density": "NSF(transforms=5)", "emulator": None}
+    stacked = {
+        **record(budget=10_000),
+        "method": "stack",
+        "estimator": {
+            "estimators": [{**part, "emulator": "Emulator()"}, part, {**part, "density": "MAF()"}]
+        },
+        "history": {"shares": [0.9, 0.1, 0.0], "held_out_loss": [-2.0, -1.0, None]},
+    }
+    write(results, stacked)
+    report.run(results)
+    header, _, row = rows((results / "report.md").read_text(), "Parts of the stacks")
+    assert header[3:] == ["NSF, emulated", "NSF", "MAF"]
+    assert row[2:] == ["10,000", "-2.000 (90%)", "-1.000 (10%)", "- (0%)"]
 
 
 def test_the_page_stands_alone(results, tmp_path):
