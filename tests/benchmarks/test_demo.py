@@ -83,6 +83,7 @@ def test_figures_are_written(tmp_path):
         validation_loss=np.array([[2.1], [1.1]]),
         start_loss=np.array([3.0]),
         held_out=np.array([[0, 1]]),
+        held_out_loss=np.array([[1.0, 1.2]]),
         best_epoch=np.array([2]),
         epochs=2,
         seconds=1.0,

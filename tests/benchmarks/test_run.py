@@ -42,7 +42,13 @@ SCHEMA = {
         "check_draws": int,
         "held_out": int,
     },
-    "estimator": {"method": str, "density": str, "training": str, "members": int},
+    "estimator": {
+        "method": str,
+        "density": str,
+        "training": str,
+        "members": int,
+        "emulator": type(None),
+    },
     "c2st": {"mean": float, "values": list},
     "mmd": {"mean": float, "values": list},
     "normalisation": float,
@@ -50,7 +56,15 @@ SCHEMA = {
     "outside_support": NUMBER,
     "held_out_loss": float,
     "check": dict,
-    "history": {"epochs": int, "stop_reason": str, "best_epoch": list, "best_loss": list},
+    "history": {
+        "epochs": int,
+        "stop_reason": str,
+        "best_epoch": list,
+        "best_loss": list,
+        "held_out_loss": float,
+        "seconds": float,
+        "emulator": type(None),
+    },
     "seconds": {
         phase: NUMBER
         for phase in (
@@ -111,7 +125,7 @@ def test_a_run_writes_one_line_a_seed_and_prints_a_table(few, tmp_path, capsys):
     assert records[0]["held_out_loss"] != records[1]["held_out_loss"]
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split()[:2] == ["C2ST", "worst"]
-    assert printed[1].startswith("two_moons npe 60 seed 1")
+    assert printed[1].startswith("two_moons stack 60 seed 1")
     assert f"{records[0]['c2st']['mean']:.3f}" in printed[1]
     # what is finished is not done again; what cannot be read is set aside and done again
     spoilt, kept = sorted((tmp_path / "results").glob("*.json"))
@@ -136,14 +150,11 @@ def test_a_run_writes_one_line_a_seed_and_prints_a_table(few, tmp_path, capsys):
 def test_a_stack_is_described_part_by_part():
     stack = methods.get("stack")(simulators.two_moons())
     parts = runner.describe(stack)["estimators"]
-    assert [part["density"].split("(")[0] for part in parts] == [
-        "NSF",
-        "NSF",
-        "MAF",
-        "GaussianMixture",
-    ]
+    assert [part["density"].split("(")[0] for part in parts] == ["NSF", "NSF", "MAF"]
+    assert [part["emulator"] is None for part in parts] == [False, True, True]
+    pairs = np.zeros((4, 2))
     history = sf.History(
-        *(np.zeros((1, 4)),) * 2, np.zeros(4), np.zeros((4, 2)), np.zeros(4), 1, 1.0, "x"
+        *(np.zeros((1, 4)),) * 2, np.zeros(4), pairs, pairs, np.zeros(4), 1, 1.0, "x"
     )
     whole = StackHistory((history, None), np.array([1.0, 0.0]), np.array([0.5, np.inf]), 0.5)
     record = runner._history_record(whole)
@@ -265,7 +276,7 @@ def test_a_file_that_is_no_archive_is_refused(tmp_path, capsys):
         (["--tasks", "three_moons"], r"--tasks: expected names out of bernoulli_glm, .*three_m"),
         (
             ["--tasks", "slcp", "--methods", "magic"],
-            "--methods: expected names out of npe, .*magic",
+            "--methods: expected names out of stack, .*magic",
         ),
         (["--tasks", "slcp", "--jobs", "0"], "--jobs: expected at least 1, got 0"),
         (["--tasks", "slcp", "--budgets", "0"], "--budgets: expected at least 10 .* got 0"),
