@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 MAPS = Path("/proc/self/maps")
-MOST = 30_000
+MOST = 45_000
 """Memory maps that are no danger yet: Linux allows 65,530 a process, and kills it then."""
 
 

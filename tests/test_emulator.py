@@ -22,6 +22,7 @@ PRIOR = sf.as_prior(dist.Uniform(-1.0, 1.0).expand([2]))
 SMALL = sf.MAF(transforms=2, hidden=(16,), context_width=16, context_blocks=1, dropout=0.0)
 TRAINING = sf.Training(max_epochs=25, learning_rate=1e-2)
 EMULATOR = sf.Emulator(densities=(SMALL,), training=TRAINING, simulations=5_000)
+FEW = dataclasses.replace(EMULATOR, simulations=2_000)
 MEMBERS = 2
 
 
@@ -137,12 +138,24 @@ def test_an_emulator_improves_a_fit_to_few_simulations():
     )
 
     def loss(**settings):
-        npe = sf.NPE(PRIOR, SMALL, members=MEMBERS, training=TRAINING, **settings)
+        npe = sf.NPE(PRIOR, SMALL, members=1, training=TRAINING, **settings)
         posterior, _ = npe.fit(jax.random.key(2), few, progress=False)
         return -float(np.mean(posterior.log_prob(fresh.theta, fresh.x)))
 
-    plain, emulated = loss(), loss(emulator=EMULATOR)
+    plain, emulated = loss(), loss(emulator=FEW)
     assert emulated < plain - 0.05
+
+
+def test_failed_simulations_do_not_flatter_the_fit():
+    """The observation says nothing: no fit can do better than the prior, on fresh rows or not."""
+    key = jax.random.key(0)
+    # as many valid rows as in the test above, which has then compiled everything
+    theta, x = PRIOR.sample(key, 301), jax.random.normal(jax.random.key(1), (301, 4))
+    sims = sf.Simulations(theta, x.at[0].set(jnp.nan))
+    npe = sf.NPE(PRIOR, SMALL, members=1, training=TRAINING, emulator=FEW)
+    _, history = npe.fit(jax.random.key(2), sims, progress=False)
+    prior_loss = 2 * np.log(2.0)
+    assert history.held_out_loss.mean() == pytest.approx(prior_loss, abs=0.25)
 
 
 def test_each_member_trains_on_draws_that_never_saw_its_held_out_rows(simulations, monkeypatch):
@@ -187,17 +200,6 @@ def test_parameters_are_rare_where_simulations_failed():
     assert not np.isin(found[:, 0], np.asarray(y[:, 0])).any()
 
 
-def test_failed_simulations_do_not_flatter_the_fit():
-    """The observation says nothing: no fit can do better than the prior, on fresh rows or not."""
-    key = jax.random.key(0)
-    theta, x = PRIOR.sample(key, 200), jax.random.normal(jax.random.key(1), (200, 1))
-    sims = sf.Simulations(theta, x.at[0].set(jnp.nan))
-    npe = sf.NPE(PRIOR, SMALL, members=MEMBERS, training=TRAINING, emulator=EMULATOR)
-    _, history = npe.fit(jax.random.key(2), sims, progress=False)
-    prior_loss = 2 * np.log(2.0)
-    assert history.held_out_loss.mean() == pytest.approx(prior_loss, abs=0.25)
-
-
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
@@ -211,12 +213,23 @@ def test_failed_simulations_do_not_flatter_the_fit():
 def test_without_an_emulator_the_estimator_is_the_plain_one(simulations, settings, why):
     emulator = dataclasses.replace(EMULATOR, **settings)
     training = sf.Training(max_epochs=1)
-    npe = sf.NPE(PRIOR, training=training, members=1, emulator=emulator)
-    assert npe.density != sf.NSF()
+    npe = sf.NPE(PRIOR, SMALL, training=training, members=1, emulator=emulator)
     with pytest.warns(SbiFlowsWarning, match=f"trained without the emulator: {why}"):
         posterior, history = npe.fit(jax.random.key(1), simulations, progress=False)
     assert history.emulator is None
-    assert posterior.blueprints[0].density == sf.NSF()
+    plain, _ = npe._without_emulator().fit(jax.random.key(1), simulations, progress=False)
+    for a, b in zip(*(jax.tree.leaves(p.weights) for p in (posterior, plain)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_is_not_given_depends_on_whether_there_is_an_emulator():
+    npe = sf.NPE(PRIOR, members=3, emulator=EMULATOR)
+    plain = npe._without_emulator()
+    assert plain == sf.NPE(PRIOR, members=3)
+    assert (plain.density, plain.training) == (sf.NSF(), sf.Training())
+    assert npe.density.dropout == 0.0 and npe.training.max_epochs < plain.training.max_epochs
+    given = sf.NPE(PRIOR, SMALL, training=TRAINING, emulator=EMULATOR)._without_emulator()
+    assert (given.density, given.training) == (SMALL, TRAINING)
 
 
 def test_an_interrupted_emulator_ends_the_fit(simulations, monkeypatch):
