@@ -243,8 +243,9 @@ def _parameters(key: Key, prior: Prior, seen: Seen, n: int) -> Array:
         kept.append(draws[np.asarray(jax.random.uniform(keep_key, (n,))) < chance])
         if sum(map(len, kept)) >= n:
             break
-    found = np.concatenate([*kept, np.asarray(seen.y)]) if not any(map(len, kept)) else None
-    found = np.concatenate(kept) if found is None else found
+    found = np.concatenate(kept)
+    if not len(found):
+        raise EmulatorFailed("no simulation near a draw of the prior is valid")
     return jnp.asarray(found[np.arange(n) % len(found)])
 
 
