@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from benchmarks.records import BadInput, writable_folder
+
+T = TypeVar("T")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -110,7 +113,12 @@ def _add_peers(commands: Any) -> None:
     )
     peers.set_defaults(command=_peers)
     peers.add_argument(
-        "--peer", nargs="+", default=["flowjax", "sbi"], metavar="NAME", help="(flowjax sbi)"
+        "--peer",
+        dest="peers",
+        nargs="+",
+        default=["flowjax", "sbi"],
+        metavar="NAME",
+        help="(flowjax sbi)",
     )
     peers.add_argument("--tasks", nargs="+", default=["slcp"], metavar="TASK", help="(slcp)")
     peers.add_argument(
@@ -139,6 +147,13 @@ def _add_folder(parser: argparse.ArgumentParser, option: str, default: str) -> N
     )
 
 
+def _settings(kind: Callable[..., T], arguments: argparse.Namespace, **more: Any) -> T:
+    """Those of the arguments that are fields of the settings, lists as tuples, and some more."""
+    names = set(vars(arguments)) & {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    given = {name: getattr(arguments, name) for name in names}
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, **more)
+
+
 # each command imports what it needs when it is chosen: `--help` should not wait for JAX
 
 
@@ -148,20 +163,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from benchmarks.settings import Settings
 
     import_seconds = time.perf_counter() - began
-    settings = Settings(
-        tasks=tuple(arguments.tasks),
-        simulator=arguments.simulator,
-        methods=tuple(arguments.methods),
-        jobs=arguments.jobs,
-        budgets=tuple(arguments.budgets),
-        seeds=arguments.seeds,
-        observations=arguments.observations,
-        observations_from=arguments.observations_from,
-        draws=arguments.draws,
-        datasets=arguments.datasets,
-        check_draws=arguments.check_draws,
-        results=arguments.results,
-    )
+    settings = _settings(Settings, arguments)
     runner.run(settings, import_seconds=import_seconds)
 
 
@@ -201,22 +203,8 @@ def _speed(arguments: argparse.Namespace) -> None:
 def _peers(arguments: argparse.Namespace) -> None:
     from benchmarks.peers import compare
 
-    settings = compare.Settings(
-        peers=tuple(arguments.peer),
-        tasks=tuple(arguments.tasks),
-        results=arguments.results,
-        coupling=arguments.flow == "coupling",
-        budget=arguments.budget,
-        repeats=arguments.repeats,
-        observations=arguments.observations,
-        epochs=arguments.epochs,
-        max_epochs=arguments.max_epochs,
-        draws=arguments.draws,
-        datasets=arguments.datasets,
-        check_draws=arguments.check_draws,
-        held_out=arguments.held_out,
-    )
-    compare.run(settings)
+    coupling = arguments.flow == "coupling"
+    compare.run(_settings(compare.Settings, arguments, coupling=coupling))
 
 
 if __name__ == "__main__":

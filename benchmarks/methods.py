@@ -21,7 +21,7 @@ def _stack(task: Task, *estimators: Callable[[sf.Prior], sf.NPE]) -> sf.Stack:
 
 
 def _emulated(prior: sf.Prior) -> sf.NPE:
-    return sf.NPE(prior, emulator=sf.Emulator(), members=2)
+    return sf.NPE(prior, emulator=sf.Emulator(), members=2, screening=0.1)
 
 
 def _spline(prior: sf.Prior) -> sf.NPE:

@@ -43,7 +43,7 @@ class BadInput(ValueError):
 
 
 class Clock:
-    """Wall time of each phase, said aloud as the phase ends.
+    """Wall time of each phase, said aloud as the phase ends, and how much of it was compilation.
 
     Example:
         >>> clock = Clock(say=print)
@@ -57,14 +57,18 @@ class Clock:
     def __init__(self, say: Any = None) -> None:
         """Say each phase through `say`, a function of one string; on stderr by default."""
         self.seconds: dict[str, float] = {}
+        self.compile_seconds: dict[str, float] = {}
         self._say = say if say is not None else _to_stderr
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Time a block; what it computes must be ready at its end (JAX runs ahead)."""
-        began = time.perf_counter()
+        from benchmarks.compilation import compile_seconds  # it brings JAX
+
+        began, compiled = time.perf_counter(), compile_seconds()
         yield
         self.seconds[phase] = time.perf_counter() - began
+        self.compile_seconds[phase] = compile_seconds() - compiled
         self._say(f"{phase}: {self.seconds[phase]:.1f} s")
 
     @property

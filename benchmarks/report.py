@@ -46,7 +46,7 @@ class Cell:
         for record in self.records:
             value: Any = record
             for name in path:
-                value = value[name]
+                value = None if value is None else value.get(name)
             values.append(value)
         return None if None in values else float(np.mean(values))
 
@@ -220,10 +220,12 @@ def _calibration(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
 
 def _times(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
     phases = ("simulate", "fit", "draw", "check")
-    columns = ["task", "method", "simulations", *(f"{p} (s)" for p in phases), "memory (GiB)"]
+    timed = ("simulate (s)", "fit (s)", "of which compilation (s, all threads)", "draw (s)")
+    columns = ["task", "method", "simulations", *timed, "check (s)", "memory (GiB)"]
     rows = []
     for cell in cells:
         seconds = [_number(cell.mean("seconds", phase), ".1f") for phase in phases]
+        seconds.insert(2, _number(cell.mean("compile_seconds", "fit"), ".1f"))
         memory = _number(cell.mean("peak_memory_gib"), ".1f")
         rows.append([cell.task, cell.method, f"{cell.budget:,}", *seconds, memory])
     return columns, rows

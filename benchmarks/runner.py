@@ -163,6 +163,7 @@ def run_one(
         "check": report.to_dict(),
         "history": _history_record(history),
         "seconds": {**clock.seconds, "total": clock.total},
+        "compile_seconds": clock.compile_seconds,
         "peak_memory_gib": peak_memory_gib(),
     }
 
@@ -219,6 +220,7 @@ def describe(estimator: sf.NPE | sf.Stack) -> dict[str, Any]:
         "training": repr(estimator.training),
         "members": estimator.members,
         "emulator": estimator.emulator and repr(estimator.emulator),
+        "screening": estimator.screening,
     }
 
 
@@ -238,6 +240,7 @@ def _history_record(history: sf.History | StackHistory) -> dict[str, Any]:
         "held_out_loss": history.held_out_loss.mean(),
         "seconds": history.seconds,
         "emulator": history.emulator and _history_record(history.emulator),
+        "kept": history.kept,
     }
 
 

@@ -33,7 +33,7 @@ def count(weights: Weights) -> int:
 
 def _member(blueprint: Blueprint, weights: Weights, features: Array) -> distrax.Distribution:
     """One member's distribution over standard coordinates for features (C,), batch shape (1,)."""
-    return nnx.merge(graph_of(blueprint), *weights)(features[None])
+    return nnx.merge(graph_of(blueprint), *weights)(blueprint.given(features)[None])
 
 
 def _mixture(parts: Parts, weights: tuple[Weights, ...], y: Array, features: Array) -> Array:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from sbi_flows.typing import Obs
@@ -51,6 +52,13 @@ class Standardiser(NamedTuple):
         s = jnp.clip(s, -largest, largest)
         beyond = jnp.maximum(jnp.abs(s) - self.linear, 0.0)
         return jnp.clip(s, -self.linear, self.linear) + jnp.sign(s) * jnp.log1p(beyond)
+
+    def of(self, places: tuple[int, ...] | None) -> Standardiser:
+        """The same for some entries of a flattened observation alone; for all of them if None."""
+        if places is None:
+            return self
+        at = np.asarray(places)
+        return Standardiser(self.center[at], self.scale[at], self.floor[at], self.linear)
 
     def inverse(self, features: Array) -> Array:
         """Features (B, C) to flattened observations (B, C)."""

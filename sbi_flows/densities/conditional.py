@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import distrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -91,11 +92,23 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Blueprint:
-    """Everything static that a model is built from; hashable, so that programs can be reused."""
+    """Everything static that a model is built from; hashable, so that programs can be reused.
+
+    Attributes:
+        density: The density.
+        embedding: What the density is conditioned on instead of the features; None for these.
+        sizes: Those of the data, or of the part of it that the model is given.
+        kept: Places of the features that the model is given; None for all.
+    """
 
     density: DensitySettings
     embedding: Embedding | None
     sizes: Sizes
+    kept: tuple[int, ...] | None = None
+
+    def given(self, features: Array) -> Array:
+        """Of all features (*, C), those that the model is given."""
+        return features if self.kept is None else features[..., np.asarray(self.kept)]
 
     def build(self, key: Key) -> Conditional:
         """Make the module with its initial weights and a start that ignores the observation."""

@@ -33,6 +33,7 @@ from sbi_flows.estimators.emulator import Emulated, Emulator, EmulatorFailed, Se
 from sbi_flows.estimators.stacking import StackHistory
 from sbi_flows.posteriors import Posterior
 from sbi_flows.prior import Prior, PriorLike, as_prior
+from sbi_flows.screening import dependent_features
 from sbi_flows.standardise import Standardiser, fit_standardiser, flatten_rows
 from sbi_flows.training import History, Training, fit
 from sbi_flows.typing import Key, Obs
@@ -58,6 +59,10 @@ class NPE:
             function `rngs -> module`, with which each member starts from weights of its own.
         emulator: Densities of the observation to fit first, whose draws are trained on as well;
             none by default. With few simulations of a simple noise this is far more accurate.
+        screening: Leave out entries of the observation that depend on no parameter, as tests of one
+            entry and one parameter at a time say; the expected share of such entries among those
+            that are kept, at the most. None, the default, keeps all. An entry that says something
+            only together with others is lost, so let a `Stack` judge it beside one that keeps all.
 
     References:
         Fast epsilon-free Inference of Simulation Models, arXiv:1605.06376.
@@ -79,6 +84,7 @@ class NPE:
     members: int
     embedding: Embedding | None
     emulator: Emulator | None
+    screening: float | None
     _given: tuple[DensitySettings | None, Training | None] = dataclasses.field(
         repr=False, compare=False
     )
@@ -92,14 +98,19 @@ class NPE:
         members: int = 4,
         embedding: Embedding | None = None,
         emulator: Emulator | None = None,
+        screening: float | None = None,
     ) -> None:
         """Validate what is known before any data.
 
         Raises:
-            ValueError: `members` is not positive, or the density, the training or the emulator is
-                not one.
+            ValueError: `members` is not positive, the density, the training or the emulator is not
+                one, `screening` is not between 0 and 1, or there is an embedding beside it.
         """
         require_count(1, members=members)
+        if screening is not None and not 0.0 < screening < 1.0:
+            raise ValueError(f"screening: expected a number between 0 and 1, got {screening}")
+        if screening is not None and embedding is not None:
+            raise ValueError("screening: expected none with an embedding, got both")
         if emulator is not None and not isinstance(emulator, Emulator):
             raise ValueError(f"emulator: expected sf.Emulator, got {type(emulator).__name__}")
         if density is not None:
@@ -116,6 +127,7 @@ class NPE:
             "members": members,
             "embedding": embedding,
             "emulator": emulator,
+            "screening": screening,
             "_given": (density, training),
         }
         for name, value in fields.items():
@@ -143,21 +155,18 @@ class NPE:
         valid = self._checked(simulations)
         rows, standardiser = _prepared(self.prior, valid.theta, valid.x)
         like = observation_shape(valid.x)
-        sizes = Sizes(
-            self.prior.bounded,
-            jax.tree.structure(like),
-            tuple(leaf.shape for leaf in jax.tree.leaves(like)),
-        )
-        blueprint = Blueprint(self.density, self.embedding, sizes)
+        blueprint = self._blueprint(like, rows)
 
         def posterior(weights: Weights) -> Posterior:
             return Posterior(self.prior, (blueprint,), (weights,), (1.0,), standardiser, like)
 
         emulator_history = None
+        rows = rows._replace(features=blueprint.given(rows.features))
         if self.emulator is not None:
+            x, own = blueprint.given(flatten_rows(valid.x)), standardiser.of(blueprint.kept)
             try:
                 rows, emulator_history = self._emulated(
-                    key, simulations, rows, flatten_rows(valid.x), standardiser, progress=progress
+                    key, simulations, rows, x, own, progress=progress
                 )
             except EmulatorFailed as error:
                 said = f"trained without the emulator: {error}"
@@ -180,8 +189,21 @@ class NPE:
             raise
         seconds = time.perf_counter() - began
         return posterior(weights), dataclasses.replace(
-            history, emulator=emulator_history, seconds=seconds
+            history, emulator=emulator_history, kept=blueprint.kept, seconds=seconds
         )
+
+    def _blueprint(self, like: Obs, rows: _Rows) -> Blueprint:
+        """What to build for observations like this one, or for those of their entries that tell."""
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(like))
+        sizes = Sizes(self.prior.bounded, jax.tree.structure(like), shapes)
+        blueprint = Blueprint(self.density, self.embedding, sizes)
+        if self.screening is None:
+            return blueprint
+        kept = np.flatnonzero(dependent_features(rows.y, rows.features, self.screening))
+        if len(kept) in (0, sizes.features):
+            return blueprint
+        sizes = Sizes(self.prior.bounded, jax.tree.structure(0), ((len(kept),),))
+        return Blueprint(self.density, None, sizes, tuple(kept.tolist()))
 
     def _emulated(
         self,
@@ -220,6 +242,7 @@ class NPE:
             training=training,
             members=self.members,
             embedding=self.embedding,
+            screening=self.screening,
         )
 
     def _checked(self, simulations: Simulations) -> Simulations:

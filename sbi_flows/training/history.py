@@ -27,6 +27,8 @@ class History:
         stop_reason: `max_epochs`, `patience` or `interrupted`.
         emulator: The `StackHistory` of the emulator that the fit also trained on, whose losses are
             those of the observation as it is emulated; None without one.
+        kept: Places in the flattened observation of the entries that passed the screening; None
+            where all did, or without one.
     """
 
     train_loss: np.ndarray
@@ -39,6 +41,7 @@ class History:
     seconds: float
     stop_reason: str
     emulator: Any = None
+    kept: tuple[int, ...] | None = None
 
     @property
     def best_loss(self) -> np.ndarray:

@@ -15,6 +15,7 @@ from sbi_flows.estimators.stacking import StackHistory
 
 TINY = ["--draws", "40", "--datasets", "50", "--check-draws", "20", "--observations", "2"]
 NUMBER = (int, float)
+PHASES = ("simulate", "fit", "draw", "draw again", "held-out", "reference", "c2st", "check")
 
 # every field of a record, with what it may hold; a tuple is a choice of types
 SCHEMA = {
@@ -48,6 +49,7 @@ SCHEMA = {
         "training": str,
         "members": int,
         "emulator": type(None),
+        "screening": type(None),
     },
     "c2st": {"mean": float, "values": list},
     "mmd": {"mean": float, "values": list},
@@ -64,22 +66,10 @@ SCHEMA = {
         "held_out_loss": float,
         "seconds": float,
         "emulator": type(None),
+        "kept": type(None),
     },
-    "seconds": {
-        phase: NUMBER
-        for phase in (
-            "import",
-            "simulate",
-            "fit",
-            "draw",
-            "draw again",
-            "held-out",
-            "reference",
-            "c2st",
-            "check",
-            "total",
-        )
-    },
+    "seconds": dict.fromkeys(("import", *PHASES, "total"), NUMBER),
+    "compile_seconds": dict.fromkeys(PHASES, NUMBER),
 }
 
 
@@ -122,6 +112,8 @@ def test_a_run_writes_one_line_a_seed_and_prints_a_table(few, tmp_path, capsys):
         assert record["c2st"]["mean"] == pytest.approx(np.mean(record["c2st"]["values"]))
         assert record["check"]["num_datasets"] == 50
         assert record["seconds"]["total"] >= record["seconds"]["fit"] > 0
+    # the second seed finds everything compiled
+    assert records[0]["compile_seconds"]["fit"] > 10 * records[1]["compile_seconds"]["fit"]
     assert records[0]["held_out_loss"] != records[1]["held_out_loss"]
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split()[:2] == ["C2ST", "worst"]
@@ -145,6 +137,31 @@ def test_a_run_writes_one_line_a_seed_and_prints_a_table(few, tmp_path, capsys):
         r"--results: .*seed1.json was made with another draws \(40, now 50\)",
         capsys,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.promotes
+def test_two_jobs_write_the_records_of_one(tmp_path):
+    options = [
+        "--tasks",
+        "two_moons",
+        "--methods",
+        "npe-mixture",
+        "--budgets",
+        "60",
+        "--seeds",
+        "2",
+    ]
+    found = []
+    for jobs in ("1", "2"):
+        folder = tmp_path / jobs
+        assert main(["run", *options, *TINY, "--jobs", jobs, "--results", str(folder)]) == 0
+        found.append({p.name: json.loads(p.read_text()) for p in folder.glob("*.json")})
+    assert len(found[0]) == 2
+    assert found[0].keys() == found[1].keys()
+    for name, record in found[0].items():
+        for same in ("c2st", "held_out_loss", "check", "settings", "estimator"):
+            assert record[same] == found[1][name][same]
 
 
 def test_a_stack_is_described_part_by_part():
