@@ -49,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
     run.add_argument("--tasks", nargs="+", default=[], metavar="TASK")
     run.add_argument(
-        "--simulator", metavar="MODULE:NAME", help="a simulators.Task of your own, scored alike"
+        "--simulator",
+        metavar="MODULE:NAME",
+        help="a simulators.Task of your own, or the name of its entry point, scored alike",
     )
     run.add_argument("--methods", nargs="+", default=["stack"], metavar="METHOD", help="(stack)")
     run.add_argument("--budgets", nargs="+", type=int, default=[10_000], metavar="N")

@@ -51,6 +51,12 @@ class Cell:
         return None if None in values else float(np.mean(values))
 
     @property
+    def least_predictive_p(self) -> float | None:
+        """Of all observations, runs and tests, corrected for their number; None without any."""
+        found = [p for r in self.records for one in r.get("predictive", ()) for p in one.values()]
+        return min(1.0, min(found) * len(found)) if found else None
+
+    @property
     def verdict(self) -> str:
         """Of the worst run: "calibrated", "conservative" or what is wrong, and where."""
         checks = [record["check"] for record in self.records]
@@ -204,13 +210,15 @@ def _both(cell: Cell | None) -> str:
 
 
 def _calibration(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
-    columns = ["task", "method", "simulations", "verdict", "held-out", "outside the support"]
+    columns = ["task", "method", "simulations", "verdict", "least predictive p", "held-out"]
+    columns.append("outside the support")
     return columns, [
         [
             cell.task,
             cell.method,
             f"{cell.budget:,}",
             cell.verdict,
+            _number(cell.least_predictive_p),
             _number(cell.mean("held_out_loss")),
             _number(cell.mean("outside_support"), ".2%"),
         ]

@@ -152,6 +152,8 @@ def run_one(
             datasets=settings.datasets,
             draws=settings.check_draws,
         )
+    with clock("predictive"):
+        predictive = _predictive(keys["predictive"], posterior, task, observed)
     return {
         "valid": sims.num_valid,
         "estimator": describe(npe),
@@ -161,6 +163,7 @@ def run_one(
         "outside_support": outside / sum(len(d) for d in draws),
         "held_out_loss": held_out,
         "check": report.to_dict(),
+        "predictive": predictive,
         "history": _history_record(history),
         "seconds": {**clock.seconds, "total": clock.total},
         "compile_seconds": clock.compile_seconds,
@@ -168,7 +171,19 @@ def run_one(
     }
 
 
-_PHASES = ("simulate", "fit", "draw", "held-out", "reference", "check")
+_PHASES = ("simulate", "fit", "draw", "held-out", "reference", "check", "predictive")
+
+
+def _predictive(
+    key: Key, posterior: sf.Posterior, task: Task, observed: list[Obs]
+) -> list[dict[str, float]]:
+    """P-values of `sf.predictive_check` at each observation."""
+    keys, simulator = jax.random.split(key, len(observed)), task.simulator
+    found = [
+        sf.predictive_check(k, posterior, simulator, x, progress=False)
+        for k, x in zip(keys, observed, strict=True)
+    ]
+    return [{"distance_p": f.distance_p, "worst_p": f.worst_p} for f in found]
 
 
 @contextmanager

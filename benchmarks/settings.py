@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.metadata
 import re
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,9 @@ import simulators
 from benchmarks import methods
 from benchmarks.records import BadInput
 from simulators import Task
+
+ENTRY_POINTS = "sbi_flows.simulators"
+"""Group of entry points in which packages offer tasks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,8 +109,11 @@ class Settings:
 def own_task(place: str) -> Task:
     """The `Task` at `package.module:name`, or the one that a function of this name returns.
 
+    A name without a module is that of an entry point in the group `sbi_flows.simulators`.
+
     Raises:
-        BadInput: It cannot be imported or is no task, its name is taken, or it fits no file name.
+        BadInput: It cannot be imported or is no task, there is no such entry point, its name is
+            taken, or it fits no file name.
 
     Example:
         >>> own_task("simulators:two_moons")
@@ -114,12 +121,11 @@ def own_task(place: str) -> Task:
         ...
         benchmarks.records.BadInput: --simulator: expected a name of its own, got 'two_moons'
     """
-    module, _, name = place.partition(":")
-    if not module or not name:
-        raise BadInput(f"--simulator: expected package.module:name, got {place!r}")
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = _object_at(place)
         task = found() if callable(found) else found
+    except BadInput:
+        raise
     except Exception as error:  # whatever the user's module raises
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         raise BadInput(f"--simulator: cannot get {place}: {said}") from error
@@ -135,3 +141,18 @@ def own_task(place: str) -> Task:
             f"{task.name!r}"
         )
     return task
+
+
+def _object_at(place: str) -> Any:
+    """What `package.module:name`, or the entry point `name`, stands for."""
+    module, colon, name = place.partition(":")
+    if module and name:
+        return getattr(importlib.import_module(module), name)
+    named = {e.name: e for e in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+    if colon or place not in named:
+        known = ", ".join(sorted(named)) or "none is installed"
+        raise BadInput(
+            f"--simulator: expected package.module:name, or the name of an entry point of "
+            f"{ENTRY_POINTS} ({known}), got {place!r}"
+        )
+    return named[place].load()

@@ -5,6 +5,7 @@ prior + simulator -> Simulations -> estimator.fit -> Posterior -> diagnostics, p
 
 from sbi_flows.data import Simulations as Simulations
 from sbi_flows.data import simulate as simulate
+from sbi_flows.data import simulate_at as simulate_at
 from sbi_flows.densities.flow import MAF as MAF
 from sbi_flows.densities.flow import NSF as NSF
 from sbi_flows.densities.mixture import GaussianMixture as GaussianMixture
@@ -13,6 +14,7 @@ from sbi_flows.diagnostics import c2st as c2st
 from sbi_flows.diagnostics import c2st_jax as c2st_jax
 from sbi_flows.diagnostics import check as check
 from sbi_flows.diagnostics import coverage as coverage
+from sbi_flows.diagnostics import predictive_check as predictive_check
 from sbi_flows.diagnostics import sbc as sbc
 from sbi_flows.diagnostics import tarp as tarp
 from sbi_flows.errors import SbiFlowsError as SbiFlowsError

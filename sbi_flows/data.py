@@ -1,6 +1,6 @@
 """Simulations as one frozen pytree, and `simulate`, which makes them.
 
-Public names: `Simulations`, `simulate`, `observation_shape`, `valid_rows`.
+Public names: `Simulations`, `simulate`, `simulate_at`, `observation_shape`, `valid_rows`.
 """
 
 from __future__ import annotations
@@ -151,11 +151,56 @@ def simulate(
     """
     require_count(1, n=n)
     prior = as_prior(prior)
-    simulator = _with_present_state(simulator)
     _check_simulator(prior, simulator)
     prior_key, noise_key = jax.random.split(key)
     theta = prior.sample(prior_key, n)
-    keys = jax.random.split(noise_key, n)
+    sims = _simulated(noise_key, prior, simulator, theta, progress=progress)
+    _report_failures(sims)
+    return sims
+
+
+def simulate_at(
+    key: Key, prior: PriorLike, simulator: Simulator, theta: Any, *, progress: bool = True
+) -> Simulations:
+    """Simulate each of the given parameter vectors, draws of a posterior say.
+
+    Args:
+        key: Random key; the result does not depend on how the rows are chunked.
+        prior: What `as_prior` takes; it names the parameters.
+        simulator: As for `simulate`.
+        theta: Parameters, shape (n, D).
+        progress: Show a progress bar when there is more than one chunk.
+
+    Returns:
+        Simulations with the rows of theta; those with NaN or infinity in x are marked invalid.
+
+    Raises:
+        ValueError: theta does not fit the prior, or the simulator cannot be traced or returns no
+            numbers.
+        SimulationFailed: Every row is invalid.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> noisy = lambda key, theta: theta + jax.random.normal(key)
+        >>> simulate_at(jax.random.key(0), dist.Normal(0, 1), noisy, [[0.0], [1.0]])
+        Simulations(N=2, D=1, x=float32[], invalid=0)
+    """
+    prior, theta = as_prior(prior), _parameters(theta)
+    if theta.shape[1] != prior.dim:
+        raise ValueError(
+            f"theta: expected {prior.dim} columns for {prior.labels}, got {theta.shape[1]}"
+        )
+    _check_simulator(prior, simulator)
+    sims = _simulated(key, prior, simulator, theta, progress=progress)
+    _report_failures(sims)
+    return sims
+
+
+def _simulated(
+    key: Key, prior: Prior, simulator: Simulator, theta: Array, *, progress: bool
+) -> Simulations:
+    simulator, n = _with_present_state(simulator), len(theta)
+    keys = jax.random.split(key, n)
     chunks = []
     starts = range(0, n, CHUNK)
     size = min(CHUNK, math.ceil(n / LANES) * LANES) if n > LANES else n
@@ -164,9 +209,7 @@ def simulate(
         chunk = _simulate_chunk(prior, simulator, keys[rows], theta[rows])
         chunks.append(chunk)
     x = jax.tree.map(lambda *parts: jnp.concatenate(parts)[:n], *chunks)
-    sims = Simulations(theta, x)
-    _report_failures(sims)
-    return sims
+    return Simulations(theta, x)
 
 
 @jax.jit

@@ -247,3 +247,13 @@ def test_the_fields_are_frozen():
     sims = sf.Simulations(GOOD, GOOD)
     with pytest.raises(AttributeError):
         sims.theta = GOOD
+
+
+def test_given_parameters_are_simulated_row_by_row():
+    theta = jnp.linspace(-1.0, 1.0, 600).reshape(300, 2)
+    prior = dist.Normal(0, 1).expand([2])
+    sims = sf.simulate_at(jax.random.key(0), prior, lambda key, t: 2.0 * t, theta, progress=False)
+    np.testing.assert_array_equal(sims.theta, theta)
+    np.testing.assert_array_equal(sims.x, 2.0 * theta)
+    with pytest.raises(ValueError, match=r"theta: expected 2 columns for .*, got 3"):
+        sf.simulate_at(jax.random.key(0), prior, lambda key, t: t, jnp.zeros((4, 3)))

@@ -39,7 +39,7 @@ MAY_IMPORT = {
         "standardise",
         "training",
     },
-    "diagnostics": {"posteriors", "prior", "data"},
+    "diagnostics": {"posteriors", "prior", "data", "standardise"},
     "arviz_groups": {"prior"},
     "plots": {"posteriors", "prior", "data"},
     "artefact": {"densities", "estimators", "networks", "posteriors", "prior", "data", "training"},

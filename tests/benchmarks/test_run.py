@@ -15,7 +15,17 @@ from sbi_flows.estimators.stacking import StackHistory
 
 TINY = ["--draws", "40", "--datasets", "50", "--check-draws", "20", "--observations", "2"]
 NUMBER = (int, float)
-PHASES = ("simulate", "fit", "draw", "draw again", "held-out", "reference", "c2st", "check")
+PHASES = (
+    "simulate",
+    "fit",
+    "draw",
+    "draw again",
+    "held-out",
+    "reference",
+    "c2st",
+    "check",
+    "predictive",
+)
 
 # every field of a record, with what it may hold; a tuple is a choice of types
 SCHEMA = {
@@ -58,6 +68,7 @@ SCHEMA = {
     "outside_support": NUMBER,
     "held_out_loss": float,
     "check": dict,
+    "predictive": list,
     "history": {
         "epochs": int,
         "stop_reason": str,
@@ -111,6 +122,8 @@ def test_a_run_writes_one_line_a_seed_and_prints_a_table(few, tmp_path, capsys):
         assert len(record["c2st"]["values"]) == 2
         assert record["c2st"]["mean"] == pytest.approx(np.mean(record["c2st"]["values"]))
         assert record["check"]["num_datasets"] == 50
+        assert [set(p) for p in record["predictive"]] == [{"distance_p", "worst_p"}] * 2
+        assert all(0 < p <= 1 for found in record["predictive"] for p in found.values())
         assert record["seconds"]["total"] >= record["seconds"]["fit"] > 0
     # the second seed finds everything compiled
     assert records[0]["compile_seconds"]["fit"] > 10 * records[1]["compile_seconds"]["fit"]
@@ -206,6 +219,16 @@ def test_a_simulator_of_ones_own_is_scored_without_a_reference(few, tmp_path, mo
     assert record["check"]["num_datasets"] == 50
     assert record["normalisation"] == pytest.approx(1.0, abs=0.05)
     assert capsys.readouterr().out.splitlines()[1].split()[5:7] == ["-", "-"]
+
+
+def test_an_entry_point_names_a_simulator(tmp_path, monkeypatch):
+    (tmp_path / "offered_model.py").write_text(OWN.replace("SIMULATED", "theta"))
+    folder = tmp_path / "offered-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: offered\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text("[sbi_flows.simulators]\nmodel = offered_model:task\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert Settings(simulator="model").names == ("mine",)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +327,8 @@ def test_a_file_that_is_no_archive_is_refused(tmp_path, capsys):
         (["--tasks", "slcp", "--check-draws", "1"], "--check-draws: expected at least 20, got 1"),
         (["--tasks"], "argument --tasks: expected at least one argument"),
         ([], "--tasks: expected at least one name, or a --simulator"),
-        (["--simulator", "nothing"], "--simulator: expected package.module:name, got 'nothing'"),
+        (["--simulator", "nothing"], r"expected package.module:name, or .* installed\), got 'no"),
+        (["--simulator", "nothing:"], "expected package.module:name, or .*, got 'nothing:'"),
         (["--simulator", "no.such:task"], "--simulator: cannot get no.such:task: ModuleNotFound"),
         (["--simulator", "simulators:nope"], "--simulator: cannot get simulators:nope: Attribute"),
         (["--simulator", "simulators:names"], "expected a simulators.Task at .* got tuple"),
