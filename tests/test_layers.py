@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import sbi_flows
+
 ROOT = Path(__file__).parents[1]
 
 # Each unit of sbi_flows (a module, or a folder of modules) and the units that it may import;
@@ -136,6 +138,13 @@ def test_every_unit_has_its_layer():
     )
 
 
+def test_what_the_package_offers_is_there_when_it_is_asked_for():
+    assert {"NPE", "simulate", "check", "plots"} <= set(sbi_flows.__all__)
+    assert [name for name in sbi_flows.__all__ if not hasattr(sbi_flows, name)] == []
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = sbi_flows.nothing
+
+
 def test_layers_have_no_cycle():
     order = list(graphlib.TopologicalSorter(MAY_IMPORT).static_order())
     assert set(order) == MAY_IMPORT.keys()
@@ -199,11 +208,23 @@ def test_a_heavy_import_is_found_unless_it_waits():
 
 
 @pytest.mark.newest
-def test_importing_the_library_loads_nothing_heavy():
+def test_importing_the_library_loads_nothing_large():
+    """What the library offers is imported when it is first asked for, and JAX with it."""
     code = "import sbi_flows, sys; print(*sorted(sys.modules))"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     loaded = set(run.stdout.split())
     assert "sbi_flows" in loaded
+    assert not {"jax", "flax", "distrax", "numpyro", "optax", "scipy", *HEAVY} & loaded
+
+
+@pytest.mark.newest
+def test_using_the_library_loads_nothing_heavy():
+    code = "import sbi_flows, sys; sbi_flows.NPE, sbi_flows.check; print(*sorted(sys.modules))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = set(run.stdout.split())
+    assert "sbi_flows.estimators.npe" in loaded
     assert not HEAVY & loaded

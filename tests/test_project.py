@@ -21,7 +21,7 @@ MAX_LINES = 400
 RUNS_CODE = {"dill", "joblib", "marshal", "shelve"}  # and whatever has "pickle" in its name
 NETWORK = {"aiohttp", "ftplib", "http", "httpx", "requests", "smtplib", "socket", "urllib"}
 # name of the import -> name of the distribution, where they differ
-DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+DISTRIBUTIONS = {"lazy_loader": "lazy-loader", "sklearn": "scikit-learn"}
 MACHINE_PATH = re.compile(r"(?<![\w.$}])/(?:home|root|Users|work|mnt)/\w")
 
 
