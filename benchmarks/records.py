@@ -1,6 +1,6 @@
 """Records of a run: on what machine, with which versions, how long; written whole or not at all.
 
-Public names: `BadInput`, `Clock`, `peak_memory_gib`, `provenance`, `writable_folder`, `write_json`.
+Public names: `BadInput`, `Clock`, `now`, `provenance`, `writable_folder`, `write_json`.
 """
 
 from __future__ import annotations
@@ -89,18 +89,13 @@ def provenance() -> dict[str, Any]:
         "machine": _machine(),
         "versions": _versions(),
         "revision": _revision(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "time": now(),
     }
 
 
-def peak_memory_gib() -> float | None:
-    """The most memory that this process has held so far, in GiB; None where it is not known."""
-    try:
-        import resource
-    except ImportError:  # not a POSIX system
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+def now() -> str:
+    """Date and time (UTC)."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def writable_folder(path: Path, option: str) -> Path:
@@ -192,6 +187,8 @@ def _revision() -> str | None:
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")
+        # a module that is not committed yet is part of what runs
+        changed += git("ls-files", "--others", "--exclude-standard", "--", "*.py")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None

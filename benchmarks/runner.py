@@ -5,6 +5,7 @@ Public names: `run`, `run_one`.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import multiprocessing
 import sys
@@ -21,9 +22,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 import sbi_flows as sf
+import simulators
 from benchmarks import methods
-from benchmarks.memory import drop_programs
-from benchmarks.records import BadInput, Clock, peak_memory_gib, provenance, writable_folder
+from benchmarks.memory import drop_programs, forget_peak_memory, peak_memory_gib
+from benchmarks.records import BadInput, Clock, now, provenance, writable_folder
 from benchmarks.scores import held_out_loss, mmd, normalisation
 from benchmarks.settings import Settings
 from benchmarks.store import Run, Store
@@ -31,7 +33,7 @@ from sbi_flows.diagnostics import c2st_jax, check
 from sbi_flows.diagnostics.tables import table
 from sbi_flows.estimators.stacking import StackHistory
 from sbi_flows.typing import Key, Obs
-from simulators import Task
+from simulators import ReferenceFailed, Task
 
 
 def run(settings: Settings, *, import_seconds: float = 0.0) -> list[dict[str, Any]]:
@@ -48,30 +50,39 @@ def run(settings: Settings, *, import_seconds: float = 0.0) -> list[dict[str, An
 
     Raises:
         BadInput: The results folder is not writable, holds runs with other settings, or
-            observations are missing; before any work.
+            observations are missing; before any work. A run failed; after all others.
     """
     store = Store(writable_folder(settings.results, "--results"), settings.record())
-    for name in settings.names:
-        observations_of(settings.task(name), settings)
-    records = {run: store.find(run) for run in _grid(settings)}
+    made_of = {name: _observed(settings.task(name), settings) for name in settings.names}
+    records = {run: store.find(run, _made_of(run, made_of, settings)) for run in _grid(settings)}
     pending = [run for run, record in records.items() if record is None]
     if len(pending) < len(records):
         print(f"{len(records) - len(pending)} runs are finished already", file=sys.stderr)
+    # what is imported by now is what runs, whatever is committed meanwhile
+    origin = {**provenance(), "jobs": settings.jobs, "import_seconds": import_seconds}
+    failed: dict[Run, str] = {}
     bar = tqdm(total=len(pending), desc="runs", unit="run", disable=len(pending) < 2)
     with bar:
-        for run, record in _results(pending, settings, store, import_seconds):
-            records[run] = record
+        for run, result in _results(pending, settings, store, origin):
+            if isinstance(result, str):
+                failed[run] = result
+            else:
+                records[run] = result
             bar.update()
     finished = [record for record in records.values() if record is not None]
-    print(results_table(finished))
+    if finished:
+        print(results_table(finished))
+    if failed:
+        first = next(iter(failed))
+        raise BadInput(f"{len(failed)} of {len(pending)} runs failed; {first}: {failed[first]}")
     return finished
 
 
 def _results(
-    pending: list[Run], settings: Settings, store: Store, import_seconds: float
-) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Runs and their records as they are done, in this process or in several."""
-    once = partial(_stored, settings, store, import_seconds)
+    pending: list[Run], settings: Settings, store: Store, origin: Mapping[str, Any]
+) -> Iterator[tuple[Run, dict[str, Any] | str]]:
+    """Runs and their records, or why they failed, as they end, in this process or in several."""
+    once = partial(_stored, settings, store, origin)
     if settings.jobs == 1:
         yield from ((run, once(run)) for run in pending)
         return
@@ -81,16 +92,42 @@ def _results(
         yield from ((done[future], future.result()) for future in as_completed(done))
 
 
-def _stored(settings: Settings, store: Store, import_seconds: float, run: Run) -> dict[str, Any]:
+def _stored(
+    settings: Settings, store: Store, origin: Mapping[str, Any], run: Run
+) -> dict[str, Any] | str:
+    """The record of a run, which is written; or in one line why there is none."""
     print(str(run), file=sys.stderr, flush=True)
     drop_programs()
+    forget_peak_memory()
     task = settings.task(run.task)
-    clock = Clock()
-    clock.seconds["import"] = import_seconds
-    observed = observations_of(task, settings)
+    observed, made_of = observations_of(task, settings), _observed(task, settings)
     estimator = _estimator(run.method, task)
-    result = run_one(task, estimator, run.budget, run.seed, observed, settings, clock)
-    return store.write(run, {**provenance(), **result})
+    try:
+        result = run_one(task, estimator, run.budget, run.seed, observed, settings, Clock())
+    except (BadInput, sf.SbiFlowsError, ReferenceFailed) as error:
+        said = " ".join(str(error).split())
+        print(f"  failed: {said}", file=sys.stderr, flush=True)
+        return said
+    return store.write(run, {**origin, **made_of, **result, "time": now()})
+
+
+def _made_of(
+    run: Run, observed: Mapping[str, Mapping[str, str]], settings: Settings
+) -> dict[str, Any]:
+    """What a record of the run must be of, besides the settings."""
+    estimator = _estimator(run.method, settings.task(run.task))
+    return {"estimator": describe(estimator), **observed[run.task]}
+
+
+def _observed(task: Task, settings: Settings) -> dict[str, str]:
+    """What tells observations of the user's from others: a digest. None for the tasks' own."""
+    observed = observations_of(task, settings)
+    if settings.observations_from is None and task.name in simulators.names():
+        return {}
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(observed):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return {"observed": digest.hexdigest()[:16]}
 
 
 @cache
@@ -128,6 +165,9 @@ def run_one(
         with _blamed_on(task):
             sims = sf.simulate(keys["simulate"], npe.prior, task.simulator, budget)
             jax.block_until_ready(sims)
+    with clock("reference"):
+        own = settings.observations_from is None
+        references = _references(keys["reference"], task, observed, settings.draws, own=own)
     with clock("fit"):
         posterior, history = npe.fit(keys["fit"], sims)
     draw_keys = jax.random.split(keys["draw"], len(observed))
@@ -139,9 +179,6 @@ def run_one(
     outside = sum(int(jnp.sum(~posterior.prior.contains(d))) for d in draws)
     with clock("held-out"):
         held_out = held_out_loss(keys["held-out"], posterior, task, settings.held_out)
-    with clock("reference"):
-        own = settings.observations_from is None
-        references = _references(keys["reference"], task, observed, settings.draws, own=own)
     with clock("c2st"):
         accuracies = list(c2st_jax(np.stack(references), np.stack(draws))) if references else []
     with clock("check"):
@@ -295,10 +332,13 @@ def _references(
     if own:
         return [np.asarray(task.reference(i + 1, n)) for i in range(len(observed))]
     keys = jax.random.split(key, len(observed))
-    return [
+    draws = [
         np.asarray(task.sample_reference(k, jnp.asarray(x), n))
         for k, x in zip(keys, observed, strict=True)
     ]
+    if not all(np.all(np.isfinite(d)) for d in draws):
+        raise ReferenceFailed(f"{task.name}: no exact draws at the observations that were given")
+    return draws
 
 
 def _mean_record(values: list[float]) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 LEVEL = 0.9
 
 EXPONENTS = np.geomspace(0.02, 3.0, 400)
-"""Exponents tried where the floor is fitted as well."""
+"""Exponents that are tried."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,62 +42,36 @@ class PowerLaw:
 def power_law(
     budgets: Sequence[float], scores: Sequence[float], floor: float | None = None
 ) -> PowerLaw | None:
-    """Fit by least squares; one value a run, so that seeds count.
+    """Fit by least squares in the scores themselves; one value a run, so that seeds count.
 
     Args:
         budgets: Numbers of simulations.
-        scores: Scores that fall with the budget.
-        floor: The best possible score, such as 0.5 of a C2ST: the fit is one of logarithms, and
-            scores that are not above it are left out. Without it, the floor is fitted too, and the
-            interval is that of the profile likelihood for errors of one size.
+        scores: Scores that fall with the budget, with errors of one size.
+        floor: The best possible score, such as 0.5 of a C2ST; fitted too where it is None.
 
     Returns:
-        The law with a 90% interval for its exponent, which is open (0 or infinity) where the data
-        do not bound it; None for no more runs than the law has numbers, for too few budgets to tell
-        them apart, for scores that do not fall, and where no exponent is better than the largest
-        or the smallest.
+        The law, with a 90% interval for its exponent by the profile likelihood, which is open (0 or
+        infinity) where the data do not bound it; None for no more runs than the law has numbers,
+        for too few budgets to tell these apart, for scores that do not fall, and where no exponent
+        is better than the largest or the smallest.
 
     Example:
         >>> law = power_law([1e3, 1e4, 1e5], [0.9, 0.7, 0.6], floor=0.5)
-        >>> print(f"{law.exponent:.3f}, {law.at(1e6):.3f}")
-        0.301, 0.550
+        >>> print(f"{law.exponent:.2f}, {law.at(1e6):.2f}")
+        0.30, 0.55
     """
+    from scipy import stats
+
     n, y = np.asarray(budgets, float), np.asarray(scores, float)
-    return _to_fitted_floor(n, y) if floor is None else _to_known_floor(n, y, floor)
-
-
-def _to_known_floor(n: np.ndarray, y: np.ndarray, floor: float) -> PowerLaw | None:
-    from scipy import stats
-
-    above = y > floor
-    x, y = np.log(n[above]), np.log(y[above] - floor)
-    if len(x) < 3 or len(set(x)) < 2:
+    numbers = 2 if floor is not None else 3
+    if len(y) <= numbers or len(set(n)) < numbers:
         return None
-    fit = stats.linregress(x, y)
-    half = stats.t.ppf(0.5 + LEVEL / 2, len(x) - 2) * fit.stderr
-    slope = float(fit.slope)
-    if slope >= 0:
-        return None
-    return PowerLaw(
-        floor, float(np.exp(fit.intercept)), -slope, float(-slope - half), float(-slope + half)
-    )
-
-
-def _to_fitted_floor(n: np.ndarray, y: np.ndarray) -> PowerLaw | None:
-    from scipy import stats
-
-    if len(y) < 4 or len(set(n)) < 3:
-        return None
-    fits = []
-    for exponent in EXPONENTS:
-        design = np.stack([np.ones_like(n), n**-exponent], axis=1)
-        coefficients = np.linalg.lstsq(design, y, rcond=None)[0]
-        fits.append((float(np.sum((y - design @ coefficients) ** 2)), *coefficients))
+    fits = [_at_exponent(n, y, exponent, floor) for exponent in EXPONENTS]
     errors, floors, factors = np.array(fits).T
     best = int(np.argmin(errors))
     if factors[best] <= 0 or best in (0, len(EXPONENTS) - 1):
         return None
-    spare = len(y) - 3
+    spare = len(y) - numbers
     ratio = 1.0 + stats.f.ppf(LEVEL, 1, spare) / spare
     inside = (errors <= errors[best] * ratio + 1e-12 * np.var(y)) & (factors > 0)
     return PowerLaw(
@@ -107,3 +81,16 @@ def _to_fitted_floor(n: np.ndarray, y: np.ndarray) -> PowerLaw | None:
         0.0 if inside[0] else float(EXPONENTS[inside].min()),
         float("inf") if inside[-1] else float(EXPONENTS[inside].max()),
     )
+
+
+def _at_exponent(
+    n: np.ndarray, y: np.ndarray, exponent: float, floor: float | None
+) -> tuple[float, float, float]:
+    """Sum of squared errors, floor and factor of the best law with this exponent."""
+    falling = n**-exponent
+    if floor is not None:
+        factor = falling @ (y - floor) / (falling @ falling)
+        return float(np.sum((y - floor - factor * falling) ** 2)), floor, float(factor)
+    design = np.stack([np.ones_like(n), falling], axis=1)
+    least, factor = np.linalg.lstsq(design, y, rcond=None)[0]
+    return float(np.sum((y - least - factor * falling) ** 2)), float(least), float(factor)

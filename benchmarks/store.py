@@ -14,6 +14,9 @@ from typing import Any
 
 from benchmarks.records import SCHEMA, BadInput, plain, write_json
 
+MOST_SHOWN = 60
+"""Characters of a value in a message."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -49,13 +52,18 @@ class Store:
         """
         return self.folder / f"run-{run.task}-{run.method}-{run.budget}-seed{run.seed}.json"
 
-    def find(self, run: Run) -> dict[str, Any] | None:
+    def find(self, run: Run, made_of: Mapping[str, Any]) -> dict[str, Any] | None:
         """The record of a finished run; None where there is none, or none that can be read.
 
         A file that cannot be read is named on stderr and renamed to end in `.corrupt`.
 
+        Args:
+            run: The run.
+            made_of: Further fields that the record must have, with these values.
+
         Raises:
-            BadInput: The run was made with other settings; it is not overwritten.
+            BadInput: The run was made with other settings or of something else; it is not
+                overwritten.
         """
         path = self.path(run)
         if not path.exists():
@@ -68,12 +76,15 @@ class Store:
                 f"{path.name}: not a record of this run; set aside as {aside.name}", file=sys.stderr
             )
             return None
-        wanted, made = plain(self.settings), record["settings"]
+        wanted = {**plain(self.settings), **plain(made_of)}
+        made = {**record["settings"], **{name: record.get(name) for name in made_of}}
         other = sorted(k for k in wanted.keys() | made.keys() if wanted.get(k) != made.get(k))
         if other:
+            values = (str(values.get(other[0])) for values in (made, wanted))
+            before, now = (v if len(v) < MOST_SHOWN else f"{v[:MOST_SHOWN]}..." for v in values)
             raise BadInput(
-                f"--results: {path} was made with another {other[0]} ({made.get(other[0])}, now "
-                f"{wanted.get(other[0])}); choose another folder, or remove it"
+                f"--results: {path} was made with another {other[0]} ({before}, now {now}); choose "
+                "another folder, or remove it"
             )
         return record
 

@@ -85,6 +85,16 @@ class Prior:
         )
         return f"Prior({sites})"
 
+    def matches(self, other: Prior) -> bool:
+        """Whether the other has the same parameters with the same distributions."""
+        pairs = [(site, other._sites.get(name)) for name, site in self._sites.items()]
+        return (
+            self.event_shapes == other.event_shapes
+            and self.is_named == other.is_named
+            and self._model is other._model
+            and all(type(_base(a)) is type(_base(b)) and _same(a, b) for a, b in pairs)
+        )
+
     def sample(self, key: Key, n: int) -> Array:
         """Draw n parameter vectors, none outside the support.
 

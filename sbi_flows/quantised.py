@@ -29,8 +29,9 @@ class Grid(NamedTuple):
     Attributes:
         step: The step; zero for a continuous column, infinite for a constant one.
         origin: The lowest value.
-        low: Lowest value that can be: that of many rows, or zero where none is negative.
-        high: Highest value that can be, likewise.
+        low: Lowest value that can be: that of many rows, or the first that is not negative where
+            none is.
+        high: Highest value that can be: that of many rows.
     """
 
     step: Array
@@ -64,14 +65,15 @@ def _column(values: np.ndarray) -> tuple[float, float, float, float]:
     if len(distinct) == len(values) or span / step > MOST_STEPS or not regular:
         return 0.0, origin, -np.inf, np.inf
     low, high = (counts[i] >= ATOM * len(values) for i in (0, -1))
-    least = 0.0 if origin >= 0 else -np.inf
+    # the lowest value of the grid that is not negative
+    least = origin - step * np.floor(origin / step + 0.01) if origin >= 0 else -np.inf
     return step, origin, origin if low else least, distinct[-1] if high else np.inf
 
 
 def dequantised(grid: Grid, key: Key, x: Array) -> Array:
-    """Rows (N, C) with uniform noise of a step's width; constants become standard uniform."""
+    """Rows (N, C) with uniform noise of a step's width; constants stay."""
     noise = jax.random.uniform(key, x.shape, x.dtype, -0.5, 0.5)
-    return x + noise * jnp.where(jnp.isinf(grid.step), 1.0, grid.step)[None]
+    return x + noise * jnp.where(jnp.isinf(grid.step), 0.0, grid.step)[None]
 
 
 def quantised(grid: Grid, x: Array) -> Array:

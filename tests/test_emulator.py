@@ -13,6 +13,7 @@ import sbi_flows as sf
 from sbi_flows.densities.conditional import Blueprint, Sizes, Weights
 from sbi_flows.errors import SbiFlowsWarning
 from sbi_flows.estimators import emulator as module
+from sbi_flows.quantised import find_grid
 from sbi_flows.standardise import fit_standardiser
 from tests import cases
 
@@ -232,14 +233,31 @@ def test_what_is_not_given_depends_on_whether_there_is_an_emulator():
     assert (given.density, given.training) == (SMALL, TRAINING)
 
 
-def test_an_interrupted_emulator_ends_the_fit(simulations, monkeypatch):
+@pytest.mark.parametrize("value", [1e8, 1e-3])
+def test_constants_of_any_size_have_features_with_a_density(value):
+    x = jnp.full((500, 1), value)
+    grid = find_grid(np.asarray(x))
+    features = np.asarray(module._smooth(grid, fit_standardiser(x), jax.random.key(0), x))
+    assert len(np.unique(features)) > 490
+    assert abs(np.std(features) - np.sqrt(1 / 12)) < 0.02
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_an_interrupted_emulator_ends_the_fit(simulations, monkeypatch, last):
+    """Also where a density was fitted before."""
+    calls = []
+
     def interrupted(*args, **settings):
         weights, history = original(*args, **settings)
-        return weights, dataclasses.replace(history, stop_reason="interrupted")
+        calls.append(len(calls) + 1)
+        reason = "interrupted" if calls[-1] % last == 0 else "patience"
+        return weights, dataclasses.replace(history, stop_reason=reason)
 
     original = module.fit
     monkeypatch.setattr(module, "fit", interrupted)
-    quick = dataclasses.replace(EMULATOR, training=sf.Training(max_epochs=1))
+    quick = dataclasses.replace(
+        EMULATOR, densities=(SMALL, SMALL), training=sf.Training(max_epochs=1)
+    )
     npe = sf.NPE(PRIOR, SMALL, members=1, training=quick.training, emulator=quick)
     with pytest.raises(KeyboardInterrupt):
         npe.fit(jax.random.key(1), simulations, progress=False)

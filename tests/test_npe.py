@@ -1,5 +1,6 @@
 """Neural posterior estimation recovers known posteriors, from simulations of every kind."""
 
+import dataclasses
 import inspect
 import warnings
 
@@ -335,3 +336,10 @@ def test_a_fit_gives_no_warning(simulations):
         warnings.simplefilter("error")
         estimator = sf.NPE(GAUSSIAN, TINY, training=QUICK, members=2)
         estimator.fit(jax.random.key(3), simulations, progress=False)
+
+
+def test_a_description_can_be_varied():
+    npe = sf.NPE(dist.Normal(0.0, 1.0), members=2, emulator=sf.Emulator())
+    varied = dataclasses.replace(npe, members=3)
+    assert (varied.members, varied.prior, varied.density) == (3, npe.prior, npe.density)
+    assert dataclasses.replace(varied, members=2) == npe

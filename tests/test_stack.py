@@ -127,7 +127,12 @@ def test_an_estimator_that_diverges_is_left_out(simulations):
         ([], "expected one or more sf.NPE, got"),
         ([TINY], "expected one or more sf.NPE, got"),
         ([npe(), npe(members=3)], r"expected the same members, got \[2, 3\]"),
-        ([npe(), sf.NPE(dist.Normal(0.0, 1.0), members=2)], "expected the same parameters, got"),
+        ([npe(), sf.NPE(dist.Normal(0.0, 1.0), members=2)], "expected the same prior, got"),
+        (
+            [sf.NPE(dist.Uniform(-1, 1)), sf.NPE(dist.Uniform(-2, 2))],
+            r"expected the same prior, got Prior\(theta: Uniform\[\]\) and Prior",
+        ),
+        ([sf.NPE(dist.Normal(0, 1)), sf.NPE(dist.Cauchy(0, 1))], "same prior, got .*Cauchy"),
         (
             [npe(), npe(training=sf.Training(validation_fraction=0.2))],
             r"expected the same validation_fraction, got \[0.1, 0.2\]",

@@ -14,7 +14,7 @@ import numpy as np
 from sbi_flows.typing import Obs
 
 Watch: TypeAlias = Callable[[], None]
-"""Called after each epoch, when `sample` and `log_prob` use the weights trained so far."""
+"""Called after each epoch, when `sample` and `log_prob` use the weights of this epoch."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

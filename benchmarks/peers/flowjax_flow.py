@@ -116,7 +116,7 @@ class FlowjaxFlow:
         order = jax.random.permutation(order_key, len(rows[0]))
         held_out = round(self._recipe.held_out * len(order))
         train, validation = order[held_out:], [a[order[:held_out]] for a in rows]
-        self._flow, (params, static) = flow, _split(flow)
+        kept, (params, static) = flow, _split(flow)
         state, best, stale, done = self._trainer.optimizer.init(params), np.inf, 0, 0
         while done < epochs and stale < patience:
             batches = jax.random.permutation(jax.random.fold_in(epoch_key, done), train)
@@ -124,9 +124,10 @@ class FlowjaxFlow:
             loss = float(self._trainer.loss(params, static, *validation))
             better, done = loss < best, done + 1
             best, stale = (loss, 0) if better else (best, stale + 1)
-            if better:
-                self._flow = eqx.combine(params, static)
+            self._flow = eqx.combine(params, static)
+            kept = self._flow if better else kept
             watch()
+        self._flow = kept
         return done
 
     def _epoch(

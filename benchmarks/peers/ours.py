@@ -15,7 +15,7 @@ import optax
 import sbi_flows as sf
 from benchmarks.peers.contestant import Fit, Recipe, Watch
 from sbi_flows.data import observation_shape
-from sbi_flows.densities.conditional import Blueprint, Sizes
+from sbi_flows.densities.conditional import Blueprint, Sizes, Weights
 from sbi_flows.standardise import fit_standardiser
 from sbi_flows.training.ensemble import Ensemble
 from sbi_flows.typing import Obs
@@ -115,12 +115,13 @@ class Ours:
         offset, epoch = prior.standard_log_det(y, theta), 0
         features = standardiser(x)
         with Ensemble(key, blueprint, training, y, features, offset, members=1) as ensemble:
+
+            def posterior(weights: Weights) -> sf.Posterior:
+                return sf.Posterior(prior, (blueprint,), (weights,), (1.0,), standardiser, like)
+
             while epoch < epochs and ensemble.running.any():
                 ensemble.epoch(jax.random.fold_in(key, epoch))
-                weights = ensemble.weights(ensemble.best)
-                self._posterior = sf.Posterior(
-                    prior, (blueprint,), (weights,), (1.0,), standardiser, like
-                )
-                epoch += 1
+                self._posterior, epoch = posterior(ensemble.weights(ensemble.latest)), epoch + 1
                 watch()
+            self._posterior = posterior(ensemble.weights(ensemble.best))
             return epoch, ensemble.held_out.shape[1]

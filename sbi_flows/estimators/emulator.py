@@ -182,8 +182,6 @@ def emulate(
             progress=progress,
             label="fit emulator",
         )
-        if history.stop_reason == "interrupted":
-            raise KeyboardInterrupt
         return (blueprint, weights), history
 
     blueprints = [Blueprint(density, None, sizes) for density in emulator.densities]
@@ -192,6 +190,8 @@ def emulate(
         parts, history = fit_each(fits, "density of the emulator", stacklevel=5)
     except TrainingDiverged as error:
         raise EmulatorFailed(str(error)) from error
+    if history.interrupted:
+        raise KeyboardInterrupt
     n, drawn = emulator.simulations, []
     for m in range(members):
         own_theta_key, own_draw_key = (jax.random.fold_in(k, m) for k in (theta_key, draw_key))
@@ -208,7 +208,10 @@ def emulate(
 
 @jax.jit
 def _smooth(grid: Grid, emulated: Standardiser, key: Key, x: Array) -> Array:
-    return emulated(dequantised(grid, key, x))
+    """Features that have a density: those of constants become noise, whatever their size."""
+    features, constant_key = emulated(dequantised(grid, key, x)), jax.random.fold_in(key, 1)
+    noise = jax.random.uniform(constant_key, features.shape, features.dtype, -0.5, 0.5)
+    return jnp.where(jnp.isinf(grid.step)[None], noise, features)
 
 
 @jax.jit

@@ -85,9 +85,6 @@ class NPE:
     embedding: Embedding | None
     emulator: Emulator | None
     screening: float | None
-    _given: tuple[DensitySettings | None, Training | None] = dataclasses.field(
-        repr=False, compare=False
-    )
 
     def __init__(
         self,
@@ -128,7 +125,6 @@ class NPE:
             "embedding": embedding,
             "emulator": emulator,
             "screening": screening,
-            "_given": (density, training),
         }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
@@ -155,7 +151,8 @@ class NPE:
         valid = self._checked(simulations)
         rows, standardiser = _prepared(self.prior, valid.theta, valid.x)
         like = observation_shape(valid.x)
-        blueprint = self._blueprint(like, rows)
+        kept = self._screened(rows)
+        blueprint = self._blueprint(like, kept)
 
         def posterior(weights: Weights) -> Posterior:
             return Posterior(self.prior, (blueprint,), (weights,), (1.0,), standardiser, like)
@@ -189,21 +186,28 @@ class NPE:
             raise
         seconds = time.perf_counter() - began
         return posterior(weights), dataclasses.replace(
-            history, emulator=emulator_history, kept=blueprint.kept, seconds=seconds
+            history, emulator=emulator_history, kept=kept, seconds=seconds
         )
 
-    def _blueprint(self, like: Obs, rows: _Rows) -> Blueprint:
-        """What to build for observations like this one, or for those of their entries that tell."""
+    def _screened(self, rows: _Rows) -> tuple[int, ...] | None:
+        """Places of the entries of an observation that tell; None if that is not asked, or none."""
+        if self.screening is None:
+            return None
+        kept = np.flatnonzero(dependent_features(rows.y, rows.features, self.screening))
+        if not len(kept):
+            said = f"no entry of the observation passes screening={self.screening}; all are kept"
+            warnings.warn(said, SbiFlowsWarning, stacklevel=3)
+            return None
+        return tuple(kept.tolist())
+
+    def _blueprint(self, like: Obs, kept: tuple[int, ...] | None) -> Blueprint:
+        """What to build for observations like this one, or for some of their entries."""
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(like))
         sizes = Sizes(self.prior.bounded, jax.tree.structure(like), shapes)
-        blueprint = Blueprint(self.density, self.embedding, sizes)
-        if self.screening is None:
-            return blueprint
-        kept = np.flatnonzero(dependent_features(rows.y, rows.features, self.screening))
-        if len(kept) in (0, sizes.features):
-            return blueprint
+        if kept is None or len(kept) == sizes.features:
+            return Blueprint(self.density, self.embedding, sizes)
         sizes = Sizes(self.prior.bounded, jax.tree.structure(0), ((len(kept),),))
-        return Blueprint(self.density, None, sizes, tuple(kept.tolist()))
+        return Blueprint(self.density, None, sizes, kept)
 
     def _emulated(
         self,
@@ -234,12 +238,12 @@ class NPE:
         return _joined(self.prior, rows, more), history
 
     def _without_emulator(self) -> NPE:
-        """The same with the defaults of an estimator that has none."""
-        density, training = self._given
+        """The same without one; what is at its default becomes the default of such an estimator."""
+        density, training = _EMULATED
         return NPE(
             self.prior,
-            density,
-            training=training,
+            None if self.density == density else self.density,
+            training=None if self.training == training else self.training,
             members=self.members,
             embedding=self.embedding,
             screening=self.screening,

@@ -24,8 +24,8 @@ class Stack:
     The weights maximise the log density of rows that the models were not trained on: member m of
     every estimator holds out the same rows, and each row is judged by the members that did, with
     the weights of the epoch that was best for the other half of those rows, so that the choice of
-    an epoch flatters no estimator. The choice of the linear start, and an emulator's own, still
-    look at all of them.
+    an epoch flatters no estimator. The choice of the linear start, an emulator's own and
+    the screening of an observation's entries still look at all of them.
 
     Attributes:
         estimators: The estimators, all with the same prior, number of members and validation
@@ -50,12 +50,15 @@ class Stack:
         """Check that the estimators can be compared row by row.
 
         Raises:
-            ValueError: There is none, or they differ in parameters, members or validation fraction.
+            ValueError: There is none, or they differ in prior, members or validation fraction.
         """
         if not estimators or not all(isinstance(e, NPE) for e in estimators):
             raise ValueError(f"estimators: expected one or more sf.NPE, got {estimators!r}")
+        priors = [e.prior for e in estimators]
+        other = [p for p in priors if not p.matches(priors[0])]
+        if other:
+            raise ValueError(f"estimators: expected the same prior, got {priors[0]} and {other[0]}")
         for name, values in {
-            "parameters": {e.prior.labels for e in estimators},
             "members": {e.members for e in estimators},
             "validation_fraction": {e.training.validation_fraction for e in estimators},
         }.items():

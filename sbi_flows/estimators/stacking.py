@@ -33,13 +33,15 @@ class StackHistory:
         shares: Weight of each fit, shape (K,); zero for those left out.
         held_out_loss: Mean of `History.held_out_loss` of each fit alone, shape (K,), nats; infinite
             where there is no history.
-        mixture_loss: The same of the mixture.
+        mixture_loss: The same of the mixture, on the rows that its weights were fitted to.
+        interrupted: Whether an interrupt ended the fits.
     """
 
     histories: tuple[History | None, ...]
     shares: np.ndarray
     held_out_loss: np.ndarray
     mixture_loss: float
+    interrupted: bool = False
 
     def __repr__(self) -> str:
         """Weights and losses."""
@@ -68,6 +70,7 @@ def fit_each(
         KeyboardInterrupt: Before any fit was done; later, the rest is left out.
     """
     done: dict[int, tuple[Fitted, History]] = {}
+    interrupted = False
     for i, fit in enumerate(fits):
         try:
             done[i] = fit()
@@ -81,8 +84,10 @@ def fit_each(
         except KeyboardInterrupt:
             if not done:
                 raise
+            interrupted = True
             break
         if done[i][1].stop_reason == "interrupted":
+            interrupted = True
             break
     log_prob = -np.stack([h.held_out_loss.ravel() for _, h in done.values()], axis=1)
     weights = _without_small(stacking_weights(log_prob))
@@ -93,7 +98,7 @@ def fit_each(
         mixed = np.logaddexp.reduce(log_prob + np.log(weights), axis=1)
     histories = tuple(done[i][1] if i in done else None for i in range(len(fits)))
     kept = [(done[i][0], float(shares[i])) for i in places if shares[i] > 0]
-    return kept, StackHistory(histories, shares, losses, -float(mixed.mean()))
+    return kept, StackHistory(histories, shares, losses, -float(mixed.mean()), interrupted)
 
 
 def stacking_weights(log_density: Any, *, tolerance: float = 1e-6) -> np.ndarray:

@@ -199,6 +199,11 @@ class Ensemble:
         self.best = tuple(group.best for group in groups)
         return self._losses
 
+    @property
+    def latest(self) -> tuple[Best, ...]:
+        """What `best` is, with the weights after the last epoch (their average, if one is kept)."""
+        return tuple(group.best._replace(params=group.state.average) for group in self._groups)
+
     def weights(self, best: tuple[Best, ...]) -> Weights:
         """Best weights and the arrays that are not trained, stacked over all members."""
         params = _stack([b.params for b in best])

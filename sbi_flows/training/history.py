@@ -20,7 +20,8 @@ class History:
         held_out: Numbers of the valid rows that each member was validated on, shape (members, V).
         held_out_loss: Loss of each of these rows, shape (members, V), at the epoch that was best
             for the other half of the member's rows: their mean is an honest figure, where
-            `best_loss` is the lowest of many. (A single row is its own other half.)
+            `best_loss` is the lowest of many. (A single row is its own other half. A screening
+            has seen all rows.)
         best_epoch: Epoch (from 1; 0 is the start) whose weights each member kept.
         epochs: Number of epochs run.
         seconds: Wall time of the fit, compilation and the emulator included.
@@ -28,7 +29,7 @@ class History:
         emulator: The `StackHistory` of the emulator that the fit also trained on, whose losses are
             those of the observation as it is emulated; None without one.
         kept: Places in the flattened observation of the entries that passed the screening; None
-            where all did, or without one.
+            without one, or where none passed and all were kept.
     """
 
     train_loss: np.ndarray

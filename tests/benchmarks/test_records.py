@@ -1,6 +1,5 @@
 """Records: what is written, that it is whole, and that it names no machine."""
 
-import doctest
 import getpass
 import json
 import os
@@ -10,12 +9,6 @@ import numpy as np
 import pytest
 
 from benchmarks import records
-
-
-def test_doctests():
-    result = doctest.testmod(records, optionflags=doctest.NORMALIZE_WHITESPACE)
-    assert result.attempted > 3
-    assert result.failed == 0
 
 
 def test_provenance_says_where_and_with_what_but_names_no_machine():

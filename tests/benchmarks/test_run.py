@@ -79,7 +79,9 @@ SCHEMA = {
         "emulator": type(None),
         "kept": type(None),
     },
-    "seconds": dict.fromkeys(("import", *PHASES, "total"), NUMBER),
+    "seconds": dict.fromkeys((*PHASES, "total"), NUMBER),
+    "import_seconds": NUMBER,
+    "jobs": int,
     "compile_seconds": dict.fromkeys(PHASES, NUMBER),
 }
 

@@ -1,7 +1,6 @@
 """Scores against values that are known."""
 
 import dataclasses
-import doctest
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +10,6 @@ import pytest
 
 from benchmarks import scores
 from sbi_flows.prior import as_prior
-
-
-def test_doctests():
-    result = doctest.testmod(scores)
-    assert result.attempted > 1
-    assert result.failed == 0
 
 
 def test_mmd_is_unbiased_and_sees_a_shift_in_any_units():
