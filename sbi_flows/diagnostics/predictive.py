@@ -126,7 +126,7 @@ def predictive_check(
         >>> prior = dist.Normal(0, 1).expand([2])
         >>> noisy = lambda key, theta: theta + 0.5 * jax.random.normal(key, (2,))
         >>> sims = sf.simulate(jax.random.key(0), prior, noisy, 500)
-        >>> quick = sf.Training(max_epochs=1)
+        >>> quick = sf.Training(max_epochs=2)
         >>> posterior, _ = sf.NPE(prior, training=quick, members=1).fit(jax.random.key(1), sims)
         >>> found = sf.predictive_check(
         ...     jax.random.key(2), posterior, noisy, jax.numpy.array([0.3, -9.0])
