@@ -320,7 +320,7 @@ def _member_epoch(
     active: bool | Array,
 ) -> tuple[_State, Best, Array, Array]:
     state, best, rest, noise, _, train, held_out = group
-    batch = min(training.batch_size, len(train))
+    batch = training.batch(len(train))
     steps = len(train) // batch
     transform = training.transform(steps * training.max_epochs)
     decay = 0.0 if training.ema_decay is None else training.ema_decay

@@ -9,13 +9,20 @@ import optax
 
 from sbi_flows.checks import require_count, require_positive
 
+STEPS = 128
+"""Steps of an epoch, at the least, by default."""
+
+SMALLEST, LARGEST = 16, 128
+"""Rows of a step by default."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
     """Settings of a fit.
 
     Attributes:
-        batch_size: Rows a step.
+        batch_size: Rows a step. By default the power of two from 16 to 128 that makes 128 steps of
+            an epoch: few rows take many small steps, or training ends before it has begun.
         max_epochs: Passes over the training rows; also the length of the cosine schedule.
         patience: Epochs without a better validation loss after which a member has stopped; the
             fit ends when all have.
@@ -33,7 +40,7 @@ class Training:
         ValueError: A setting is out of range.
     """
 
-    batch_size: int = 128
+    batch_size: int | None = None
     max_epochs: int = 20
     patience: int = 8
     validation_fraction: float = 0.1
@@ -45,7 +52,9 @@ class Training:
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot train."""
-        require_count(1, batch_size=self.batch_size, max_epochs=self.max_epochs)
+        require_count(1, max_epochs=self.max_epochs)
+        if self.batch_size is not None:
+            require_count(1, batch_size=self.batch_size)
         require_positive(patience=self.patience, clip_norm=self.clip_norm)
         require_positive(learning_rate=self.learning_rate)
         if self.learning_rate == math.inf:
@@ -64,6 +73,18 @@ class Training:
             raise ValueError(
                 f"optimizer: expected one of optax, got {type(self.optimizer).__name__}"
             )
+
+    def batch(self, rows: int) -> int:
+        """Rows a step for a fit to this many.
+
+        Example:
+            >>> [Training().batch(rows) for rows in (10, 900, 9_000, 90_000)]
+            [10, 16, 64, 128]
+        """
+        if self.batch_size is not None:
+            return min(self.batch_size, rows)
+        fitting = 2 ** max(0, int(math.log2(max(1, rows / STEPS))))
+        return min(max(fitting, SMALLEST), LARGEST, rows)
 
     def transform(self, steps: int) -> optax.GradientTransformation:
         """The optimiser for a fit of this many steps, gradient clipping included."""
