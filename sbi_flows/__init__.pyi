@@ -1,4 +1,5 @@
 from . import plots as plots
+from .compilation import enable_compilation_cache as enable_compilation_cache
 from .data import Simulations as Simulations
 from .data import simulate as simulate
 from .data import simulate_at as simulate_at

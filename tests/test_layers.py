@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "standardise": set(),
     "quantised": set(),
     "screening": set(),
+    "compilation": set(),
     "bijectors": {"networks", "prior", "prior_maps"},
     "densities": {"bijectors", "networks", "prior", "data", "standardise"},
     "training": {"densities", "networks", "prior", "data"},
