@@ -2,6 +2,10 @@
 
 import json
 import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from benchmarks.__main__ import main
 from benchmarks.settings import Settings
 from sbi_flows.estimators.stacking import StackHistory
 
+ROOT = Path(__file__).parents[2]
 TINY = ["--draws", "40", "--datasets", "50", "--check-draws", "20", "--observations", "2"]
 NUMBER = (int, float)
 PHASES = (
@@ -177,6 +182,34 @@ def test_two_jobs_write_the_records_of_one(tmp_path):
     for name, record in found[0].items():
         for same in ("c2st", "held_out_loss", "check", "settings", "estimator"):
             assert record[same] == found[1][name][same]
+
+
+@pytest.mark.slow
+def test_a_killed_benchmark_loses_only_the_run_that_it_was_at(tmp_path):
+    options = [
+        "--tasks",
+        "two_moons",
+        "--methods",
+        "npe-mixture",
+        "--budgets",
+        "60",
+        "--seeds",
+        "3",
+    ]
+    arguments = [*options, *TINY, "--results", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks", "run", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        while not list(tmp_path.glob("*.json")) and process.poll() is None:
+            time.sleep(0.05)
+        process.kill()
+    finished = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.glob("*.json")}
+    assert 1 <= len(finished) <= 2
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"{len(finished)} runs are finished already" in run.stderr
+    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in finished} == finished
+    records = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("*.json"))]
+    assert [r["seed"] for r in records] == [1, 2, 3]
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json"] * 3
 
 
 def test_a_stack_is_described_part_by_part():
