@@ -10,6 +10,7 @@ from benchmarks.peers import flowjax_flow
 from benchmarks.peers.contestant import Recipe
 
 
+@pytest.mark.slow
 @pytest.mark.promotes
 def test_training_speed_without_the_peer(monkeypatch):
     monkeypatch.setattr(flowjax_flow.importlib.util, "find_spec", lambda name: None)

@@ -135,6 +135,7 @@ def test_chains_start_near_the_posterior():
     assert covariance.shape == (8, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.promotes
 def test_nuts_finds_the_published_posterior():
     run = model.nuts(jax.random.key(0), lynx_hare().observation(1), warmup=80, draws=80)
