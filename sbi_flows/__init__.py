@@ -2,7 +2,6 @@
 
 prior + simulator -> Simulations -> estimator.fit -> Posterior -> diagnostics, plots, ArviZ
 
-
 What the package offers is listed in `__init__.pyi`, and imported when it is first used.
 """
 

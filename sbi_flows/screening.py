@@ -47,17 +47,13 @@ def dependent_features(theta: Any, features: Any, rate: float) -> np.ndarray:
         >>> dependent_features(theta, x, 0.01)
         array([ True, False, False,  True])
     """
+    from scipy.stats import false_discovery_control
+
     theta, features = np.asarray(theta), np.asarray(features)
     if len(theta) > ROWS:
         rows = np.random.default_rng(0).choice(len(theta), ROWS, replace=False)
         theta, features = theta[rows], features[rows]
-    p = _p_values(theta, features)
-    order = np.argsort(p)
-    bound = rate * np.arange(1, len(p) + 1) / len(p)
-    below = np.flatnonzero(p[order] <= bound)
-    kept = np.zeros(len(p), bool)
-    kept[order[: below[-1] + 1 if len(below) else 0]] = True
-    return kept
+    return false_discovery_control(_p_values(theta, features)) <= rate
 
 
 def _p_values(theta: np.ndarray, features: np.ndarray) -> np.ndarray:
