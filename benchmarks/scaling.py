@@ -12,7 +12,7 @@ import numpy as np
 
 LEVEL = 0.9
 
-EXPONENTS = np.geomspace(0.02, 3.0, 400)
+EXPONENTS = np.geomspace(0.02, 3.0, 4_000)
 """Exponents that are tried."""
 
 
@@ -66,8 +66,7 @@ def power_law(
     numbers = 2 if floor is not None else 3
     if len(y) <= numbers or len(set(n)) < numbers:
         return None
-    fits = [_at_exponent(n, y, exponent, floor) for exponent in EXPONENTS]
-    errors, floors, factors = np.array(fits).T
+    errors, floors, factors = _at_exponents(n, y, floor)
     best = int(np.argmin(errors))
     if factors[best] <= 0 or best in (0, len(EXPONENTS) - 1):
         return None
@@ -83,14 +82,15 @@ def power_law(
     )
 
 
-def _at_exponent(
-    n: np.ndarray, y: np.ndarray, exponent: float, floor: float | None
-) -> tuple[float, float, float]:
-    """Sum of squared errors, floor and factor of the best law with this exponent."""
-    falling = n**-exponent
-    if floor is not None:
-        factor = falling @ (y - floor) / (falling @ falling)
-        return float(np.sum((y - floor - factor * falling) ** 2)), floor, float(factor)
-    design = np.stack([np.ones_like(n), falling], axis=1)
-    least, factor = np.linalg.lstsq(design, y, rcond=None)[0]
-    return float(np.sum((y - least - factor * falling) ** 2)), float(least), float(factor)
+def _at_exponents(
+    n: np.ndarray, y: np.ndarray, floor: float | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sum of squared errors, floor and factor of the best law with each of the exponents."""
+    falling = n[None] ** -EXPONENTS[:, None]
+    # a floor that is fitted is what a regression calls the intercept
+    centre = falling.mean(axis=1) if floor is None else np.zeros(len(EXPONENTS))
+    level = y.mean() if floor is None else floor
+    apart = falling - centre[:, None]
+    factors = apart @ (y - level) / np.sum(apart**2, axis=1)
+    errors = np.sum((y[None] - level - factors[:, None] * apart) ** 2, axis=1)
+    return errors, level - factors * centre, factors

@@ -174,7 +174,7 @@ def test_a_power_law_is_recovered_with_an_interval_that_covers_it():
     laws = [scaling.power_law(BUDGETS, noisy_scores(0.5, seed), floor=0.5) for seed in range(100)]
     assert np.median([law.exponent for law in laws]) == pytest.approx(0.4, abs=0.02)
     assert laws[0].at(1e4) == pytest.approx(0.5 + 3.0 * 1e4**-0.4, rel=0.05)
-    assert 80 <= sum(law.low <= 0.4 <= law.high for law in laws) <= 98
+    assert 82 <= sum(law.low <= 0.4 <= law.high for law in laws) <= 98
     assert scaling.power_law([1e3, 1e4, 1e5], [0.4, 0.45, 0.48], floor=0.5) is None
     assert scaling.power_law([1e3, 1e4], [0.6, 0.5], floor=0.5) is None
     assert scaling.power_law([1e3, 1e3, 1e3], [0.6, 0.7, 0.6], floor=0.5) is None
