@@ -53,7 +53,10 @@ def run(settings: Settings, *, import_seconds: float = 0.0) -> list[dict[str, An
             observations are missing; before any work. A run failed; after all others.
     """
     store = Store(writable_folder(settings.results, "--results"), settings.record())
-    made_of = {name: _observed(settings.task(name), settings) for name in settings.names}
+    made_of = {}
+    for name in settings.names:
+        task = settings.task(name)
+        made_of[name] = _observed(task, observations_of(task, settings), settings)
     records = {run: store.find(run, _made_of(run, made_of, settings)) for run in _grid(settings)}
     pending = [run for run, record in records.items() if record is None]
     if len(pending) < len(records):
@@ -100,7 +103,7 @@ def _stored(
     drop_programs()
     forget_peak_memory()
     task = settings.task(run.task)
-    observed, made_of = observations_of(task, settings), _observed(task, settings)
+    observed = observations_of(task, settings)
     estimator = _estimator(run.method, task)
     try:
         result = run_one(task, estimator, run.budget, run.seed, observed, settings, Clock())
@@ -108,6 +111,7 @@ def _stored(
         said = " ".join(str(error).split())
         print(f"  failed: {said}", file=sys.stderr, flush=True)
         return said
+    made_of = _observed(task, observed, settings)
     return store.write(run, {**origin, **made_of, **result, "time": now()})
 
 
@@ -119,9 +123,8 @@ def _made_of(
     return {"estimator": describe(estimator), **observed[run.task]}
 
 
-def _observed(task: Task, settings: Settings) -> dict[str, str]:
-    """What tells observations of the user's from others: a digest. None for the tasks' own."""
-    observed = observations_of(task, settings)
+def _observed(task: Task, observed: list[Obs], settings: Settings) -> dict[str, str]:
+    """What tells observations of the user's from others: a digest. Nothing for the tasks' own."""
     if settings.observations_from is None and task.name in simulators.names():
         return {}
     digest = hashlib.sha256()

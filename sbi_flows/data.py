@@ -153,10 +153,7 @@ def simulate(
     prior = as_prior(prior)
     _check_simulator(prior, simulator)
     prior_key, noise_key = jax.random.split(key)
-    theta = prior.sample(prior_key, n)
-    sims = _simulated(noise_key, prior, simulator, theta, progress=progress)
-    _report_failures(sims)
-    return sims
+    return _simulated(noise_key, prior, simulator, prior.sample(prior_key, n), progress=progress)
 
 
 def simulate_at(
@@ -191,9 +188,7 @@ def simulate_at(
             f"theta: expected {prior.dim} columns for {prior.labels}, got {theta.shape[1]}"
         )
     _check_simulator(prior, simulator)
-    sims = _simulated(key, prior, simulator, theta, progress=progress)
-    _report_failures(sims)
-    return sims
+    return _simulated(key, prior, simulator, theta, progress=progress)
 
 
 def _simulated(
@@ -209,7 +204,9 @@ def _simulated(
         chunk = _simulate_chunk(prior, simulator, keys[rows], theta[rows])
         chunks.append(chunk)
     x = jax.tree.map(lambda *parts: jnp.concatenate(parts)[:n], *chunks)
-    return Simulations(theta, x)
+    sims = Simulations(theta, x)
+    _report_failures(sims)
+    return sims
 
 
 @jax.jit
@@ -268,7 +265,7 @@ def _report_failures(sims: Simulations) -> None:
             f"{failed} of {len(sims)} simulations gave NaN or infinity; they are kept, marked "
             "invalid, and left out of training",
             SbiFlowsWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

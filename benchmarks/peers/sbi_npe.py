@@ -72,6 +72,8 @@ class SbiNPE:
     ) -> Fit:
         """`NPE.train`; the batches of the data loader tell `watch` when an epoch has ended.
 
+        After the last epoch it finds the weights that are kept, which sbi has restored by then.
+
         The first fit chooses the number of threads, and takes that much longer.
         """
         rows, recipe = (_tensor(theta), _tensor(flatten_rows(x))), self._recipe

@@ -19,6 +19,7 @@ from sbi_flows.estimators.stacking import StackHistory
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--draws", "40", "--datasets", "50", "--check-draws", "20", "--observations", "2"]
+QUICK = ["--tasks", "two_moons", "--methods", "npe-mixture", "--budgets", "60", *TINY]
 NUMBER = (int, float)
 PHASES = (
     "simulate",
@@ -162,20 +163,11 @@ def test_a_run_writes_one_line_a_seed_and_prints_a_table(few, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.promotes
 def test_two_jobs_write_the_records_of_one(tmp_path):
-    options = [
-        "--tasks",
-        "two_moons",
-        "--methods",
-        "npe-mixture",
-        "--budgets",
-        "60",
-        "--seeds",
-        "2",
-    ]
+    options = [*QUICK, "--seeds", "2"]
     found = []
     for jobs in ("1", "2"):
         folder = tmp_path / jobs
-        assert main(["run", *options, *TINY, "--jobs", jobs, "--results", str(folder)]) == 0
+        assert main(["run", *options, "--jobs", jobs, "--results", str(folder)]) == 0
         found.append({p.name: json.loads(p.read_text()) for p in folder.glob("*.json")})
     assert len(found[0]) == 2
     assert found[0].keys() == found[1].keys()
@@ -186,18 +178,8 @@ def test_two_jobs_write_the_records_of_one(tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_benchmark_loses_only_the_run_that_it_was_at(tmp_path):
-    options = [
-        "--tasks",
-        "two_moons",
-        "--methods",
-        "npe-mixture",
-        "--budgets",
-        "60",
-        "--seeds",
-        "3",
-    ]
-    arguments = [*options, *TINY, "--results", str(tmp_path)]
-    command = [sys.executable, "-m", "benchmarks", "run", *arguments]
+    options = [*QUICK, "--seeds", "3", "--results", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks", "run", *options]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
         while not list(tmp_path.glob("*.json")) and process.poll() is None:
             time.sleep(0.05)
