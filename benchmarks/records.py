@@ -12,7 +12,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -99,17 +98,17 @@ def now() -> str:
 
 
 def writable_folder(path: Path, option: str) -> Path:
-    """Make the folder where it is missing, and make sure that files can be written there.
+    """`sbi_flows.checks.writable_folder`, as bad input of an option.
 
     Raises:
         BadInput: It cannot be made or written to; the message names the option.
     """
+    from sbi_flows import checks  # not before it is needed: it brings JAX
+
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path
-    except OSError as error:
-        raise BadInput(f"{option}: cannot write to {path}: {error.strerror or error}") from None
+        return checks.writable_folder(option, path)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> Path:
@@ -118,6 +117,7 @@ def write_json(path: Path, record: Mapping[str, Any]) -> Path:
     NumPy and JAX numbers become plain ones; NaN and infinity become null.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_json(Path(folder, "a.json"), {"x": float("nan"), "y": 1}).read_text()
         '{"x": null, "y": 1}\n'

@@ -1,11 +1,13 @@
 """Checks of what the user gives, so that bad input fails before any long work.
 
 Public names: `require_real`, `real_array`, `real_arrays`, `require_count`, `require_positive`,
-`require_fraction`.
+`require_fraction`, `writable_folder`.
 """
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -89,6 +91,20 @@ def require_fraction(**settings: Any) -> None:
     for name, value in settings.items():
         if not _is_number(value) or not 0.0 <= value < 1.0:
             raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}")
+
+
+def writable_folder(name: str, path: Path) -> Path:
+    """Make the folder where it is missing, and make sure that files can be written there.
+
+    Raises:
+        ValueError: It cannot be made or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise ValueError(f"{name}: cannot write to {path}: {error.strerror or error}") from None
 
 
 def _is_number(value: Any) -> bool:

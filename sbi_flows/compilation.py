@@ -6,10 +6,11 @@ Public name: `enable_compilation_cache`.
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import jax
+
+from sbi_flows.checks import writable_folder
 
 LEAST_SECONDS = 0.1
 """Programs that compile faster than that are not worth a file."""
@@ -40,12 +41,7 @@ def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Pa
         ValueError: folder: cannot write to ...: File exists
     """
     path = Path.home() / ".cache" / "sbi_flows" / "programs" if folder is None else Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise ValueError(f"folder: cannot write to {path}: {error.strerror or error}") from None
+    writable_folder("folder", path)
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

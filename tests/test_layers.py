@@ -208,24 +208,23 @@ def test_a_heavy_import_is_found_unless_it_waits():
     assert heavy("if TYPE_CHECKING:\n    import arviz") == []
 
 
+def loaded_by(code):
+    """Modules that a new process has loaded after the code."""
+    arguments = [sys.executable, "-c", f"{code}; import sys; print(*sys.modules)"]
+    run = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
 @pytest.mark.newest
 def test_importing_the_library_loads_nothing_large():
     """What the library offers is imported when it is first asked for, and JAX with it."""
-    code = "import sbi_flows, sys; print(*sorted(sys.modules))"
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    loaded = set(run.stdout.split())
+    loaded = loaded_by("import sbi_flows")
     assert "sbi_flows" in loaded
     assert not {"jax", "flax", "distrax", "numpyro", "optax", "scipy", *HEAVY} & loaded
 
 
 @pytest.mark.newest
 def test_using_the_library_loads_nothing_heavy():
-    code = "import sbi_flows, sys; sbi_flows.NPE, sbi_flows.check; print(*sorted(sys.modules))"
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    loaded = set(run.stdout.split())
+    loaded = loaded_by("import sbi_flows; sbi_flows.NPE, sbi_flows.check")
     assert "sbi_flows.estimators.npe" in loaded
     assert not HEAVY & loaded

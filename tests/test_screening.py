@@ -11,6 +11,7 @@ from sbi_flows import screening
 from sbi_flows.estimators import stacking
 from sbi_flows.screening import dependent_features
 from simulators.slcp_distractors import distractors, slcp_distractors
+from tests import cases
 
 
 def test_what_tells_is_told_from_distractors():
@@ -124,10 +125,19 @@ def test_nothing_is_left_out_where_nothing_tells(noisy):
     assert posterior.blueprints[0].kept is None
 
 
-@pytest.mark.parametrize("rate", [0.0, 1.0, -1, float("nan")])
-def test_a_rate_that_is_none_is_refused(rate):
-    with pytest.raises(ValueError, match="screening: expected a number between 0 and 1, got"):
-        sf.NPE(dist.Normal(0, 1), screening=rate)
+@pytest.mark.parametrize(
+    ("rate", "message"),
+    [
+        (0.0, "expected a positive number, got 0.0"),
+        (1.0, r"expected a number in \[0, 1\), got 1.0"),
+        (-1, "expected a positive number, got -1"),
+        (float("nan"), "expected a positive number, got nan"),
+        ("0.1", "expected a positive number, got '0.1'"),
+    ],
+)
+def test_a_rate_that_is_none_is_refused(rate, message):
+    with pytest.raises(ValueError, match=f"screening: {message}"):
+        cases.unchecked(sf.NPE, dist.Normal(0, 1), screening=rate)
 
 
 def test_screening_and_an_embedding_are_refused():

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sbi_flows.checks import require_count
+from sbi_flows.checks import require_count, require_fraction, require_positive
 from sbi_flows.data import Simulations, observation_shape
 from sbi_flows.densities.base import DensitySettings, check_settings
 from sbi_flows.densities.conditional import (
@@ -104,10 +104,11 @@ class NPE:
                 one, `screening` is not between 0 and 1, or there is an embedding beside it.
         """
         require_count(1, members=members)
-        if screening is not None and not 0.0 < screening < 1.0:
-            raise ValueError(f"screening: expected a number between 0 and 1, got {screening}")
-        if screening is not None and embedding is not None:
-            raise ValueError("screening: expected none with an embedding, got both")
+        if screening is not None:
+            require_positive(screening=screening)
+            require_fraction(screening=screening)
+            if embedding is not None:
+                raise ValueError("screening: expected none with an embedding, got both")
         if emulator is not None and not isinstance(emulator, Emulator):
             raise ValueError(f"emulator: expected sf.Emulator, got {type(emulator).__name__}")
         if density is not None:

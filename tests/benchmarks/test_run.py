@@ -134,7 +134,7 @@ def test_a_run_writes_one_line_a_seed_and_prints_a_table(few, tmp_path, capsys):
         assert all(0 < p <= 1 for found in record["predictive"] for p in found.values())
         assert record["seconds"]["total"] >= record["seconds"]["fit"] > 0
     # the second seed finds everything compiled
-    assert records[0]["compile_seconds"]["fit"] > 10 * records[1]["compile_seconds"]["fit"]
+    assert records[0]["compile_seconds"]["fit"] > 0.0 == records[1]["compile_seconds"]["fit"]
     assert records[0]["held_out_loss"] != records[1]["held_out_loss"]
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split()[:2] == ["C2ST", "worst"]
