@@ -37,6 +37,9 @@ class Simulations:
 
     Failed rows stay, marked invalid: they are counted and reported, never silently lost.
 
+    Observations that are larger than memory stay on disk: give them memory-mapped, as
+    `np.load("x.npy", mmap_mode="r")` or `np.memmap` do. Training then reads them in chunks.
+
     Attributes:
         theta: Parameters, shape (N, D).
         x: Observations, shape (N, *event), or a dict of such arrays.
@@ -64,9 +67,9 @@ class Simulations:
     ) -> None:
         """Validate arrays that the user already has; rows that are not finite are never valid."""
         theta = _parameters(theta)
-        x = jax.tree.map(jnp.asarray, real_arrays("x", x))
+        x = jax.tree.map(_held, x if _on_disk(x) else real_arrays("x", x))
         _require_rows(x, len(theta))
-        finite = valid_rows(x)
+        finite = _finite_rows(x) if _on_disk(x) else valid_rows(x)
         valid = finite if valid is None else jnp.asarray(valid, bool)
         rounds = jnp.zeros(len(theta), jnp.int32) if round is None else jnp.asarray(round, int)
         if valid.shape != (len(theta),) or rounds.shape != (len(theta),):
@@ -86,7 +89,7 @@ class Simulations:
         """
         if np.ndim(rows) == 0 and not isinstance(rows, slice):
             raise ValueError(f"rows: expected a slice or an index array, got {rows!r}")
-        return jax.tree.map(lambda leaf: leaf[rows], self)
+        return jax.tree.map(lambda leaf: _held(leaf[rows]), self)
 
     def __repr__(self) -> str:
         """Sizes, the observation's shape and the number of failed rows."""
@@ -99,6 +102,11 @@ class Simulations:
     def num_valid(self) -> int:
         """Number of rows with a finite observation."""
         return int(np.sum(self.valid))
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the observations are memory-mapped."""
+        return _on_disk(self.x)
 
     def only_valid(self) -> Simulations:
         """The rows with a finite observation."""
@@ -207,6 +215,26 @@ def _simulated(
     sims = Simulations(theta, x)
     _report_failures(sims)
     return sims
+
+
+def _on_disk(x: Obs) -> bool:
+    return any(isinstance(leaf, np.memmap) for leaf in jax.tree.leaves(x))
+
+
+def _held(leaf: Any) -> Array | np.memmap:
+    """What is memory-mapped as it is, as long as JAX can hold its numbers; else an array."""
+    if not isinstance(leaf, np.memmap):
+        return jnp.asarray(real_array("x", leaf))
+    require_real("x", leaf.dtype)
+    return leaf
+
+
+def _finite_rows(x: Obs) -> Array:
+    """What `valid_rows` says, a chunk at a time."""
+    leaves = jax.tree.leaves(x)
+    starts = range(0, len(leaves[0]), CHUNK)
+    chunks = [valid_rows([jnp.asarray(a[i : i + CHUNK]) for a in leaves]) for i in starts]
+    return jnp.concatenate(chunks)
 
 
 @jax.jit

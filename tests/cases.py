@@ -20,13 +20,13 @@ from sbi_flows.bijectors import (
     Autoregressive,
     Coupling,
     LULinear,
-    Permutation,
     RationalQuadraticSpline,
     Repeated,
     Support,
     TruncatedAutoregression,
+    lu,
 )
-from sbi_flows.networks import Conditioner
+from sbi_flows.networks import Conditioned, Conditioner
 
 
 def perturbed(key: Array, tree: Any, scale: float = 0.3) -> Any:
@@ -154,8 +154,7 @@ def _network(key: Array, inputs: int, outputs: int, count: int, *, masked: bool)
 
 def _linear_layer(arrays: tuple[Array, Array]) -> list[distrax.Bijector]:
     lower, upper = arrays
-    order = tuple(reversed(range(len(lower))))
-    return [LULinear(lower, upper, jnp.diagonal(lower)), Permutation(order)]
+    return [LULinear(lu(lower, upper, jnp.diagonal(lower)))]
 
 
 def autoregressive(transformer: Callable, count: int) -> BijectorCase:
@@ -169,7 +168,7 @@ def autoregressive(transformer: Callable, count: int) -> BijectorCase:
         if params[1] is None:
             return Autoregressive(params[0], None, transformer)
         network = nnx.merge(*params[1])
-        rest = functools.partial(network, context=jnp.asarray(CONTEXT))
+        rest = Conditioned(network, network.given(jnp.asarray(CONTEXT)))
         return Autoregressive(params[0], rest, transformer)
 
     return BijectorCase(params, build)
@@ -183,7 +182,9 @@ def coupling(transformer: Callable, count: int) -> BijectorCase:
 
     def build(params: Any, dim: int) -> distrax.Bijector:
         network = nnx.merge(*params)
-        return Coupling(lambda x: network(x, jnp.asarray(CONTEXT)), transformer, dim // 2)
+        return Coupling(
+            Conditioned(network, network.given(jnp.asarray(CONTEXT))), transformer, dim // 2
+        )
 
     return BijectorCase(params, build, dims=(3, 2, 5))
 
@@ -239,10 +240,7 @@ BIJECTORS: dict[str, BijectorCase] = {
     "coupling affine": coupling(_affine, 2),
     "LU-linear": BijectorCase(
         lambda key, dim: perturbed(key, (jnp.eye(dim), jnp.eye(dim), jnp.zeros(dim))),
-        lambda params, dim: LULinear(*params),
-    ),
-    "permutation": BijectorCase(
-        lambda key, dim: (), lambda params, dim: Permutation((dim - 1, *range(dim - 1)))
+        lambda params, dim: LULinear(lu(*params)),
     ),
     "repeated layers": BijectorCase(
         lambda key, dim: perturbed(key, tuple(jnp.zeros((2, dim, dim)) for _ in range(2))),

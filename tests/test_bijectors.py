@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from sbi_flows.bijectors import Permutation, RationalQuadraticSpline, TruncatedAutoregression
+from sbi_flows.bijectors import RationalQuadraticSpline, TruncatedAutoregression
 from sbi_flows.prior_maps import HALF_WIDTH
 from tests import cases
 
@@ -192,12 +192,6 @@ class TestSpline:
     def test_a_first_axis_of_no_spline_is_refused(self, rows):
         with pytest.raises(ValueError, match=r"first axis of 3 K - 1 with K >= 2"):
             RationalQuadraticSpline(jnp.zeros((rows, 2)))
-
-
-@pytest.mark.parametrize("order", [(0, 0), (1, 2), (0, 1, 3)])
-def test_no_permutation_is_refused(order):
-    with pytest.raises(ValueError, match="expected a permutation of"):
-        Permutation(order)
 
 
 class TestTruncated:

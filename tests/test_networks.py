@@ -38,7 +38,7 @@ def test_a_new_conditioner_gives_zeros(masked):
         3, 3, PARAMS, context_dim=CONTEXT, hidden=(8,), masked=masked, rngs=nnx.Rngs(0)
     )
     x, context = jnp.ones((4, 5, 3)), jnp.ones((5, CONTEXT))
-    out = module(x, context)
+    out = module(x, module.given(context))
     assert out.shape == (PARAMS, 3, 4, 5)
     np.testing.assert_array_equal(out, 0.0)
 
@@ -50,7 +50,7 @@ def test_masked_parameters_see_inputs_up_to_their_own(dim, hidden):
     module = conditioner(dim, dim, masked=True, hidden=hidden)
     x = jnp.full((dim, dim), 0.3)
     # row i with its input i moved, against all of them as they were
-    out = module(jnp.stack([x + jnp.eye(dim), x]), jnp.zeros(CONTEXT))
+    out = module(jnp.stack([x + jnp.eye(dim), x]), module.given(jnp.zeros(CONTEXT)))
     assert out.shape == (PARAMS, dim, 2, dim)
     strength = np.max(np.abs(out[:, :, 0] - out[:, :, 1]), axis=0)
     for entry, source in itertools.product(range(dim), repeat=2):
@@ -64,7 +64,7 @@ def test_inputs_beyond_the_width_are_seen():
     """Fewer units than entries cannot tell all inputs apart, but each has some influence."""
     module = conditioner(6, 6, masked=True, hidden=(3,))
     x = jnp.full((6, 6), 0.3)
-    out = module(jnp.stack([x + jnp.eye(6), x]), jnp.zeros(CONTEXT))
+    out = module(jnp.stack([x + jnp.eye(6), x]), module.given(jnp.zeros(CONTEXT)))
     strength = np.max(np.abs(out[:, :, 0] - out[:, :, 1]), axis=0)
     assert np.all(strength[-1] > 0.0)
     assert np.all(np.triu(strength, 1) == 0.0)
@@ -73,7 +73,9 @@ def test_inputs_beyond_the_width_are_seen():
 def test_unmasked_parameters_see_every_input_and_the_context():
     module = conditioner(2, 3, masked=False)
     x, context = jnp.full(2, 0.3), jnp.full(CONTEXT, -0.2)
-    for jacobian in jax.jacobian(module, argnums=(0, 1))(x, context):
+    for jacobian in jax.jacobian(lambda x, c: module(x, module.given(c)), argnums=(0, 1))(
+        x, context
+    ):
         assert jacobian.shape == (PARAMS, 3, 2)
         assert np.all(np.max(np.abs(jacobian), axis=0) > 0)
 
@@ -82,26 +84,34 @@ def test_one_context_serves_many_draws():
     module = conditioner(2, 2, masked=True)
     x = jax.random.normal(jax.random.key(1), (5, 4, 2))
     contexts = jax.random.normal(jax.random.key(2), (4, CONTEXT))
-    together = module(x, contexts)
+    together = module(x, module.given(contexts))
     for row in range(4):
-        alone = module(x[:, row], contexts[row])
+        alone = module(x[:, row], module.given(contexts[row]))
         np.testing.assert_allclose(together[..., row], alone, atol=1e-5)
 
 
-def test_the_parameters_of_one_entry_are_those_among_all():
-    module = conditioner(4, 4, masked=True)
+# widths at and off a multiple of the number of entries, and fewer units than these
+@pytest.mark.parametrize("hidden", [(16, 16), (7, 5, 7), (10, 10, 10), (3,)])
+def test_going_on_from_entry_to_entry_gives_the_parameters_of_all(hidden):
+    module = conditioner(4, 4, masked=True, hidden=hidden)
     x, context = jax.random.normal(jax.random.key(1), (5, 2, 4)), jnp.ones((2, CONTEXT))
-    together = module(x, context)
+    given = module.given(context)
+    together = module(x, given)
+    units = module.begin((5, 2), x.dtype)
     for i in range(4):
-        alone = module(x, context, entry=jnp.asarray(i))
+        known = jnp.moveaxis(jnp.where(jnp.arange(4) <= i, x, 0.0), -1, 0)
+        units, alone = module.advance(jnp.asarray(i), known, units, given)
         assert alone.shape == (PARAMS, 1, 5, 2)
         np.testing.assert_allclose(alone[:, 0], together[:, i], atol=1e-5)
 
 
+def dropping(x, key):
+    module = conditioner(3, 3, masked=True, rate=0.5)
+    return module(x, module.given(jnp.ones(CONTEXT)), key=key)
+
+
 NETWORKS = {
-    "conditioner": lambda: (
-        lambda x, key: conditioner(3, 3, masked=True, rate=0.5)(x, jnp.ones(CONTEXT), key=key)
-    ),
+    "conditioner": lambda: dropping,
     "residual MLP": lambda: (
         lambda x, key: ResidualMLP(3, 4, width=16, dropout=0.5, rngs=nnx.Rngs(0))(x, key=key)
     ),

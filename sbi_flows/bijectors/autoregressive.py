@@ -7,6 +7,7 @@ Sources: Papamakarios et al. 2017, "Masked Autoregressive Flow" (arXiv:1705.0705
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import distrax
 import jax
@@ -17,22 +18,41 @@ Transformer = Callable[[Array], distrax.BijectorLike]
 """Makes an elementwise bijector over values (D, *) from parameters (P, D, *)."""
 
 
+@runtime_checkable
+class Masked(Protocol):
+    """A network whose parameters of an entry depend on the inputs up to its own place alone."""
+
+    def __call__(self, x: Array) -> Array:
+        """Inputs (*, D - 1) to the parameters (P, D - 1, *) of all entries."""
+        ...
+
+    def begin(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """What it holds for inputs (*shape) of which none is known."""
+        ...
+
+    def advance(self, i: Array, x: Array, units: Any) -> tuple[Any, Array]:
+        """Once input i is known, the others of x (D - 1, *) zero: parameters (P, 1, *) of entry i.
+
+        With what it then holds.
+        """
+        ...
+
+
 class Autoregressive(distrax.Bijector):
-    """Forward: noise to data, D - 1 passes. Inverse: data to noise, one pass.
+    """Inverse: data to noise, one pass. Forward: noise to data, the same pass entry by entry.
 
     Args:
         first: Parameters of entry 0, shape (P, 1, *context). They depend on the context alone, so
             that many draws for one context share them.
-        conditioner: Maps the data but its last entry (*, D - 1) to the parameters (P, D - 1, *)
-            of entries 1 to D - 1, those of each from the entries before it alone; called with
-            `entry=i`, to those of the i-th of them, (P, 1, *). None if D = 1.
+        conditioner: Makes the parameters of entries 1 to D - 1 from the data but its last entry,
+            those of each from the entries before it alone. None if D = 1.
         transformer: Makes the elementwise bijector from data to noise.
     """
 
     def __init__(
         self,
         first: Array,
-        conditioner: Callable[..., Array] | None,
+        conditioner: Masked | None,
         transformer: Transformer,
     ) -> None:
         """Hold the parameters and the functions."""
@@ -47,7 +67,8 @@ class Autoregressive(distrax.Bijector):
             return jnp.moveaxis(head, 0, -1), head_det[0]
         transformer = self._transformer(self._conditioner(y[..., :-1]))
         tail, tail_det = transformer.forward_and_log_det(rest)
-        return _joined(head, tail), head_det[0] + jnp.sum(tail_det, axis=0)
+        data = jnp.moveaxis(jnp.concatenate([head, tail]), 0, -1)
+        return data, head_det[0] + jnp.sum(tail_det, axis=0)
 
     def forward_and_log_det(self, x: Array) -> tuple[Array, Array]:
         """Noise (*, D) to data (*, D) with the log determinant (*)."""
@@ -57,18 +78,19 @@ class Autoregressive(distrax.Bijector):
         if conditioner is None:
             return jnp.moveaxis(head, 0, -1), head_det[0]
 
-        def step(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            tail, total = carry
-            # entries that are not there yet are zero: the mask keeps them out
-            transformer = self._transformer(conditioner(_joined(head, tail[:-1]), entry=i))
+        def step(i: Array, carry: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
+            data, total, units = carry
+            # entries that are not there yet are zero
+            units, params = conditioner.advance(i, data[:-1], units)
             noise = jax.lax.dynamic_slice_in_dim(rest, i, 1)
-            entry, log_det = transformer.inverse_and_log_det(noise)
-            tail = jax.lax.dynamic_update_slice_in_dim(tail, entry, i, 0)
-            return tail, total + log_det[0]
+            entry, log_det = self._transformer(params).inverse_and_log_det(noise)
+            data = jax.lax.dynamic_update_slice_in_dim(data, entry, i + 1, 0)
+            return data, total + log_det[0], units
 
-        zeros = jnp.zeros_like(rest)
-        tail, log_det = jax.lax.fori_loop(0, len(rest), step, (zeros, head_det[0]))
-        return _joined(head, tail), log_det
+        data = jnp.concatenate([head, jnp.zeros_like(rest)])
+        carry = data, head_det[0], conditioner.begin(head.shape[1:], x.dtype)
+        data, log_det, _ = jax.lax.fori_loop(0, len(rest), step, carry)
+        return jnp.moveaxis(data, 0, -1), log_det
 
     def _entry_0(self, like: Array) -> distrax.BijectorLike:
         # the draws' axes come before the contexts'
@@ -81,8 +103,3 @@ def _first_and_rest(value: Array) -> tuple[Array, Array]:
     """Entry 0 and the others of a value (*, D), as (1, *) and (D - 1, *)."""
     entries = jnp.moveaxis(value, -1, 0)
     return entries[:1], entries[1:]
-
-
-def _joined(first: Array, rest: Array) -> Array:
-    """Entries (1, *) and (D - 1, *) as a value (*, D)."""
-    return jnp.moveaxis(jnp.concatenate([first, rest]), 0, -1)

@@ -8,6 +8,8 @@ leading axis vectorise over the long ones.
 
 from __future__ import annotations
 
+from functools import partial
+
 import distrax
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,8 @@ MIN_BIN = 1e-3
 
 MIN_SLOPE = 1e-3
 """Smallest slope at a knot."""
+
+_WIDTHS, _HEIGHTS = 0, 1
 
 _SLOPE_OFFSET = float(np.log(np.expm1(1.0 - MIN_SLOPE)))  # softplus of it + MIN_SLOPE is 1
 
@@ -45,24 +49,21 @@ class RationalQuadraticSpline(distrax.Bijector):
     """
 
     def __init__(self, params: Array, bound: float = 5.0) -> None:
-        """Split the parameters; each direction computes what it needs of them."""
+        """Hold the parameters; each direction computes what it needs of them."""
         super().__init__(event_ndims_in=0)
         bins, extra = divmod(params.shape[0] + 1, 3)
         if extra or bins < 2:
             raise ValueError(
                 f"params: expected a first axis of 3 K - 1 with K >= 2, got {params.shape}"
             )
-        self._bound = bound
-        self._widths = _exponentials(params[:bins])
-        self._heights = _exponentials(params[bins : 2 * bins])
-        self._slopes = params[2 * bins :]
+        self._params, self._bins, self._bound = params, bins, bound
 
     def forward_and_log_det(self, x: Array) -> tuple[Array, Array]:
         """The spline and its log derivative, both of x's shape."""
         inside = jnp.abs(x) < self._bound
         # clipped before the arithmetic: a `where` after it would leave NaN gradients outside
         clipped = jnp.clip(x, -self._bound, self._bound)
-        x0, w, y0, h, d0, d1 = self._bin(self._index(clipped, self._widths))
+        x0, w, y0, h, d0, d1 = self._bin(clipped, _WIDTHS)
         slope, t = h / w, (clipped - x0) / w
         y, log_det = _rational_quadratic(t, slope, y0, h, d0, d1)
         return jnp.where(inside, y, x), jnp.where(inside, log_det, 0.0)
@@ -71,7 +72,7 @@ class RationalQuadraticSpline(distrax.Bijector):
         """The inverse spline (equations 6-8) and its log derivative."""
         inside = jnp.abs(y) < self._bound
         clipped = jnp.clip(y, -self._bound, self._bound)
-        x0, w, y0, h, d0, d1 = self._bin(self._index(clipped, self._heights))
+        x0, w, y0, h, d0, d1 = self._bin(clipped, _HEIGHTS)
         slope, rise = h / w, clipped - y0
         bend = d0 + d1 - 2 * slope
         a = h * (slope - d0) + rise * bend
@@ -82,48 +83,79 @@ class RationalQuadraticSpline(distrax.Bijector):
         _, log_det = _rational_quadratic(t, slope, y0, h, d0, d1)
         return jnp.where(inside, x0 + t * w, y), jnp.where(inside, -log_det, 0.0)
 
-    def _index(self, value: Array, sizes: Array) -> Array:
-        """Number of the bin that holds each value, along `sizes`; no gradient passes."""
-        value, sizes = jax.lax.stop_gradient((value, sizes))
-        bins = len(sizes)
-        # running sums of all but the last bin as one small matrix product: the inner knots
-        lower = jnp.asarray(np.tril(np.ones((bins - 1, bins))), sizes.dtype)
-        sums = jnp.tensordot(lower, sizes, axes=1)
-        number = _along(np.arange(1, bins), sums)
-        knots = self._length(sums, jnp.sum(sizes, axis=0, keepdims=True), number) - self._bound
-        return jnp.sum(value[None] >= knots, axis=0)
-
-    def _bin(self, index: Array) -> tuple[Array, ...]:
-        """Left knot, width, lower knot, height and both slopes of the bins of these numbers."""
-        x0, w = self._edge_and_size(index, self._widths)
-        y0, h = self._edge_and_size(index, self._heights)
-        # a logit of zero is a slope of one, which is what both ends of the box have
-        number = _along(np.arange(len(self._slopes)), self._slopes)
-        left = jnp.sum(jnp.where(number == index[None] - 1, self._slopes, 0.0), axis=0)
-        right = jnp.sum(jnp.where(number == index[None], self._slopes, 0.0), axis=0)
-        return x0, w, y0, h, _slope(left), _slope(right)
-
-    def _edge_and_size(self, index: Array, sizes: Array) -> tuple[Array, Array]:
-        number, total = _along(np.arange(len(sizes)), sizes), jnp.sum(sizes, axis=0)
-        before = jnp.sum(jnp.where(number < index[None], sizes, 0.0), axis=0)
-        here = jnp.sum(jnp.where(number == index[None], sizes, 0.0), axis=0)
-        left = self._length(before, total, index.astype(sizes.dtype)) - self._bound
-        return left, self._length(here, total, jnp.ones_like(here))
-
-    def _length(self, part: Array, total: Array, count: Array) -> Array:
-        """Length of `count` bins whose unnormalised sizes add up to `part` of `total`."""
-        free = 1.0 - MIN_BIN * len(self._widths)
-        return 2 * self._bound * (MIN_BIN * count + free * (part / total))
+    def _bin(self, value: Array, given: int) -> tuple[Array, ...]:
+        """Left knot, width, lower knot, height and both slopes of the bin that holds each value."""
+        box, free = 2 * self._bound, 1.0 - MIN_BIN * self._bins
+        number, before, here, slopes = _look_up(given, self._params, value / box + 0.5)
+        edge = box * (MIN_BIN * number[None] + free * before) - self._bound
+        size = box * (MIN_BIN + free * here)
+        return edge[0], size[0], edge[1], size[1], _slope(slopes[0]), _slope(slopes[1])
 
 
-def _exponentials(logits: Array) -> Array:
-    """Positive sizes whose shares over the first axis are the softmax of the logits."""
-    return jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=0, keepdims=True)))
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _look_up(given: int, params: Array, place: Array) -> tuple[Array, Array, Array, Array]:
+    """Find the bin of each value, and what its parameters say.
+
+    Args:
+        given: Whether the values lie along the widths or along the heights.
+        params: As for the spline, shape (3 K - 1, *).
+        place: Where the values lie, from 0 to 1 along the box, shape (*).
+
+    Returns:
+        The bin's number from 0 (*); the sum of the softmax over the widths and over the heights of
+        the bins before it (2, *), and its own (2, *); the logits of its slopes, left and right
+        (2, *).
+    """
+    return _looked_up(given, params, place)[0]
 
 
-def _along(numbers: np.ndarray, like: Array) -> Array:
-    """Numbers of the bins on the first axis, with as many axes as `like`."""
-    return jnp.asarray(numbers, like.dtype).reshape((-1,) + (1,) * (like.ndim - 1))
+def _looked_up(given: int, params: Array, place: Array) -> tuple[tuple, Array]:
+    """What `_look_up` returns, and the softmax (2, K, *)."""
+    bins = (len(params) + 1) // 3
+    shares = jax.nn.softmax(_sizes(params), axis=1)
+    # running sums of all but the last bin as one small matrix product: the inner knots
+    lengths = MIN_BIN + (1.0 - MIN_BIN * bins) * shares[given]
+    lower = jnp.asarray(np.tril(np.ones((bins - 1, bins))), lengths.dtype)
+    knots = jnp.tensordot(lower, lengths, axes=1)
+    number = jnp.sum(place[None] >= knots, axis=0).astype(place.dtype)
+    return (number, *_of_bin(number, shares, params[2 * bins :])), shares
+
+
+def _of_bin(number: Array, sizes: Array, slopes: Array) -> tuple[Array, Array, Array]:
+    """Linear in sizes (2, K, *) and slopes (K - 1, *): sums before a bin, at it, and its slopes.
+
+    A slope that is not there is zero, which as a logit is the slope of one at the ends of the box.
+    """
+    bins = _along(sizes.shape[1], number)
+    before = jnp.sum(jnp.where((bins < number[None])[None], sizes, 0.0), axis=1)
+    here = jnp.sum(jnp.where((bins == number[None])[None], sizes, 0.0), axis=1)
+    inner = _along(len(slopes), number)
+    ends = [jnp.sum(jnp.where(inner == number[None] - i, slopes, 0.0), axis=0) for i in (1, 0)]
+    return before, here, jnp.stack(ends)
+
+
+@_look_up.defjvp
+def _look_up_tangents(given: int, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    """The derivative of a softmax is linear in what it is summed over: nothing else is stored."""
+    out, shares = _looked_up(given, *primals)
+    number, before, here, _ = out
+    change = shares * _sizes(tangents[0])
+    total = jnp.sum(change, axis=1)
+    slopes = tangents[0][2 * shares.shape[1] :]
+    d_before, d_here, d_slopes = _of_bin(number, change, slopes)
+    d_before, d_here = d_before - before * total, d_here - here * total
+    return out, (jnp.zeros_like(number), d_before, d_here, d_slopes)
+
+
+def _sizes(params: Array) -> Array:
+    """Widths and heights (2, K, *) of all parameters (3 K - 1, *)."""
+    bins = (len(params) + 1) // 3
+    return jnp.reshape(params[: 2 * bins], (2, bins, *params.shape[1:]))
+
+
+def _along(count: int, like: Array) -> Array:
+    """Numbers of the bins on a new first axis, with one axis more than `like`."""
+    return jnp.arange(count, dtype=like.dtype).reshape((-1,) + (1,) * like.ndim)
 
 
 def _slope(logit: Array) -> Array:

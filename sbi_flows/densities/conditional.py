@@ -212,6 +212,27 @@ def initial_weights(blueprint: Blueprint, key: Key, given: Any) -> tuple[Any, An
     return params if given is None else {**params, "embedding": given}, nnx.as_pure(rest)
 
 
+@functools.lru_cache(maxsize=64)
+def _shapes_of(blueprint: Blueprint) -> Any:
+    """Shapes of the trainable weights."""
+    return jax.eval_shape(lambda: initial_weights(blueprint, jax.random.key(0), None)[0])
+
+
+def raveled(params: Any) -> Array:
+    """All trainable weights as one vector, which is what an optimiser is fast at."""
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(params)])
+
+
+def unraveled(blueprint: Blueprint, vector: Array | np.ndarray) -> Any:
+    """The trainable weights that `raveled` made a vector of; any axes before it stay."""
+    shapes, tree = jax.tree.flatten(_shapes_of(blueprint))
+    ends = np.cumsum([math.prod(s.shape) for s in shapes])[:-1]
+    split = np.split if isinstance(vector, np.ndarray) else jnp.split
+    parts = zip(split(vector, ends, axis=-1), shapes, strict=True)
+    leaves = [p.reshape(*vector.shape[:-1], *s.shape).astype(s.dtype) for p, s in parts]
+    return jax.tree.unflatten(tree, leaves)
+
+
 def _embed(embedding: nnx.Module, x: Any, key: Key | None) -> Array:
     """Call the embedding, with a key for its dropout where it takes one."""
     parameters = inspect.signature(type(embedding).__call__).parameters

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import distrax
 import jax
@@ -19,13 +18,13 @@ from jax import Array
 
 from sbi_flows.bijectors.autoregressive import Autoregressive
 from sbi_flows.bijectors.coupling import Coupling
-from sbi_flows.bijectors.linear import LULinear, Permutation
+from sbi_flows.bijectors.linear import LU, LULinear, lu
 from sbi_flows.bijectors.repeated import Repeated
 from sbi_flows.bijectors.spline import RationalQuadraticSpline
 from sbi_flows.checks import require_count, require_fraction, require_positive
 from sbi_flows.densities.base import Density
-from sbi_flows.networks.conditioner import Conditioner
-from sbi_flows.networks.mlp import ResidualMLP, split_key
+from sbi_flows.networks.conditioner import Conditioned, Conditioner
+from sbi_flows.networks.mlp import ResidualMLP, split_key, split_keys
 from sbi_flows.typing import Key
 
 
@@ -156,12 +155,29 @@ class Flow(Density):
         zeros = jnp.zeros((*context.shape[:-1], self.dim), context.dtype)
         base = distrax.MultivariateNormalDiag(zeros, jnp.ones_like(zeros))
         graph, arrays = nnx.split(self.layers)
-        keys = None if second is None else jax.random.split(second, self.depth)
+        keys = None if second is None else split_keys(second, self.depth)
+        # what the context alone gives is one product for all layers, and so on
+        given = jax.vmap(lambda own: nnx.merge(graph, own).given(context))(arrays)
 
-        def layer(inputs: tuple[Any, Key | None]) -> list[distrax.Bijector]:
-            return nnx.merge(graph, inputs[0]).bijectors(context, inputs[1])
+        def layer(inputs: tuple[Any, Given, Key | None]) -> list[distrax.Bijector]:
+            own, given, key = inputs
+            return nnx.merge(graph, own).bijectors(given, key)
 
-        return distrax.Transformed(base, Repeated(layer, (arrays, keys)))
+        return distrax.Transformed(base, Repeated(layer, (arrays, given, keys)))
+
+
+class Given(NamedTuple):
+    """What is made for all layers at once.
+
+    Attributes:
+        first: Parameters of entry 0, shape (P, 1, *); None in a coupling layer.
+        rest: What `Conditioner.given` says; None in one dimension.
+        linear: The factors of the linear map, which no context changes.
+    """
+
+    first: Array | None
+    rest: tuple[Array, Array] | None
+    linear: LU
 
 
 class FlowLayer(nnx.Module):
@@ -204,19 +220,25 @@ class FlowLayer(nnx.Module):
         self.upper = nnx.Param(jnp.zeros((dim, dim)))
         self.log_diagonal = nnx.Param(jnp.zeros(dim))
 
-    def bijectors(self, context: Array, key: Key | None) -> list[distrax.Bijector]:
+    def given(self, context: Array) -> Given:
+        """What contexts (*, C) add to the layer, and its linear map."""
+        first = None if self.first is None else jnp.moveaxis(self.first(context), -1, 0)[:, None]
+        rest = None if self.rest is None else self.rest.given(context)
+        return Given(first, rest, lu(self.lower[...], self.upper[...], self.log_diagonal[...]))
+
+    def bijectors(self, given: Given, key: Key | None) -> list[distrax.Bijector]:
         """Noise-to-data bijectors, the data side first."""
-        rest = None if self.rest is None else partial(self.rest, context=context, key=key)
-        if self.first is not None:
-            first = jnp.moveaxis(self.first(context), -1, 0)[:, None]
-            layer = Autoregressive(first, rest, self.transformer)
+        rest = None
+        if self.rest is not None and given.rest is not None:
+            rest = Conditioned(self.rest, given.rest, key)
+        if given.first is not None:
+            layer = Autoregressive(given.first, rest, self.transformer)
         else:
             layer = Coupling(rest, self.transformer, self.split)  # type: ignore[arg-type]
         if self.dim == 1:
             return [layer]
         # the direction that training takes is the product, the other one solves
-        linear = distrax.Inverse(LULinear(self.lower[...], self.upper[...], self.log_diagonal[...]))
-        return [layer, linear, Permutation(tuple(reversed(range(self.dim))))]
+        return [layer, distrax.Inverse(LULinear(given.linear))]
 
 
 def _check(settings: NSF | MAF) -> None:

@@ -9,11 +9,8 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from functools import partial
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -29,12 +26,21 @@ from sbi_flows.densities.conditional import (
 )
 from sbi_flows.densities.flow import NSF
 from sbi_flows.errors import SbiFlowsWarning, SimulationFailed, TrainingDiverged
-from sbi_flows.estimators.emulator import Emulated, Emulator, EmulatorFailed, Seen, emulate
+from sbi_flows.estimators.emulator import Emulator, EmulatorFailed, Seen, emulate
+from sbi_flows.estimators.rows import (
+    Rows,
+    contains,
+    joined,
+    prepared,
+    sample_of,
+    standard,
+    stream_of,
+)
 from sbi_flows.estimators.stacking import StackHistory
 from sbi_flows.posteriors import Posterior
 from sbi_flows.prior import Prior, PriorLike, as_prior
 from sbi_flows.screening import dependent_features
-from sbi_flows.standardise import Standardiser, fit_standardiser, flatten_rows
+from sbi_flows.standardise import Standardiser, flatten_rows
 from sbi_flows.training import History, Training, fit
 from sbi_flows.typing import Key, Obs
 
@@ -137,20 +143,22 @@ class NPE:
 
         Args:
             key: Random key; the same key and data give the same posterior.
-            simulations: Parameters (N, D) inside the prior's support, and observations.
+            simulations: Parameters (N, D) inside the prior's support, and observations. Those on
+                disk are read while the fit goes on; every member then holds out the same rows.
             progress: Show a progress bar.
 
         Returns:
             The posterior and the history of the fit.
 
         Raises:
-            ValueError: theta does not fit the prior.
+            ValueError: theta does not fit the prior, or an emulator is asked for observations on
+                disk.
             SimulationFailed: Fewer than 10 rows are valid.
             TrainingDiverged: A loss was not finite; `.state` is the last finite posterior.
         """
         began = time.perf_counter()
-        valid = self._checked(simulations)
-        rows, standardiser = _prepared(self.prior, valid.theta, valid.x)
+        valid, sample = self._checked(key, simulations)
+        rows, standardiser = prepared(self.prior, valid.theta, valid.x)
         like = observation_shape(valid.x)
         kept = self._screened(rows)
         blueprint = self._blueprint(like, kept)
@@ -158,7 +166,9 @@ class NPE:
         def posterior(weights: Weights) -> Posterior:
             return Posterior(self.prior, (blueprint,), (weights,), (1.0,), standardiser, like)
 
-        emulator_history = None
+        stream, emulator_history = None, None
+        if sample is not None:
+            stream = stream_of(self.prior, blueprint, standardiser, simulations, sample)
         rows = rows._replace(features=blueprint.given(rows.features))
         if self.emulator is not None:
             x, own = blueprint.given(flatten_rows(valid.x)), standardiser.of(blueprint.kept)
@@ -180,6 +190,7 @@ class NPE:
                 members=self.members,
                 offset=rows.offset,
                 own=(len(rows.y) - len(valid)) // self.members,
+                stream=stream,
                 progress=progress,
             )
         except TrainingDiverged as error:
@@ -190,7 +201,7 @@ class NPE:
             history, emulator=emulator_history, kept=kept, seconds=seconds
         )
 
-    def _screened(self, rows: _Rows) -> tuple[int, ...] | None:
+    def _screened(self, rows: Rows) -> tuple[int, ...] | None:
         """Places of the entries of an observation that tell; None if that is not asked, or none."""
         if self.screening is None:
             return None
@@ -214,18 +225,18 @@ class NPE:
         self,
         key: Key,
         simulations: Simulations,
-        rows: _Rows,
+        rows: Rows,
         x: Array,
         standardiser: Standardiser,
         *,
         progress: bool,
-    ) -> tuple[_Rows, StackHistory]:
+    ) -> tuple[Rows, StackHistory]:
         """The rows and, after them, those of an emulator that is fitted to them."""
         assert self.emulator is not None
         places = np.flatnonzero(~np.asarray(simulations.valid))
         failed = rows.y[:0]
         if len(places):
-            failed = _standard(self.prior, simulations.theta)[places]
+            failed = standard(self.prior, simulations.theta)[places]
         more, history = emulate(
             key,
             self.emulator,
@@ -236,7 +247,7 @@ class NPE:
             validation_fraction=self.training.validation_fraction,
             progress=progress,
         )
-        return _joined(self.prior, rows, more), history
+        return joined(self.prior, rows, more), history
 
     def _without_emulator(self) -> NPE:
         """The same without one; what is at its default becomes the default of such an estimator."""
@@ -250,8 +261,8 @@ class NPE:
             screening=self.screening,
         )
 
-    def _checked(self, simulations: Simulations) -> Simulations:
-        """The valid rows."""
+    def _checked(self, key: Key, simulations: Simulations) -> tuple[Simulations, np.ndarray | None]:
+        """The valid rows; of those on disk a sample, and which of them these are."""
         if not isinstance(simulations, Simulations):
             raise ValueError(
                 f"simulations: expected sf.Simulations, got {type(simulations).__name__}"
@@ -261,49 +272,19 @@ class NPE:
             raise ValueError(
                 f"theta: expected {self.prior.dim} columns for {self.prior.labels}, got {dim}"
             )
-        outside = int(np.sum(~np.asarray(_contains(self.prior, simulations.theta))))
+        outside = int(np.sum(~np.asarray(contains(self.prior, simulations.theta))))
         if outside:
             raise ValueError(
                 f"theta: expected values inside the prior's support, got {outside} rows outside"
             )
-        valid = simulations.only_valid()
-        if len(valid) < 10:
+        if simulations.num_valid < 10:
             raise SimulationFailed(
-                f"expected at least 10 finite simulations to train on, got {len(valid)} of "
-                f"{len(simulations)}"
+                "expected at least 10 finite simulations to train on, got "
+                f"{simulations.num_valid} of {len(simulations)}"
             )
-        return valid
-
-
-# one program each: operation by operation, a new process compiles some thirty
-
-
-@partial(jax.jit, static_argnums=0)
-def _contains(prior: Prior, theta: Array) -> Array:
-    return prior.contains(theta)
-
-
-@partial(jax.jit, static_argnums=0)
-def _standard(prior: Prior, theta: Array) -> Array:
-    return prior.to_standard(theta)
-
-
-class _Rows(NamedTuple):
-    """Standard coordinates (N, d), features (N, C) and the log det of each row (N,)."""
-
-    y: Array
-    features: Array
-    offset: Array
-
-
-@partial(jax.jit, static_argnums=0)
-def _prepared(prior: Prior, theta: Array, x: Obs) -> tuple[_Rows, Standardiser]:
-    """Rows to train on, and what standardises x."""
-    y, standardiser = prior.to_standard(theta), fit_standardiser(x)
-    return _Rows(y, standardiser(x), prior.standard_log_det(y, theta)), standardiser
-
-
-@partial(jax.jit, static_argnums=0)
-def _joined(prior: Prior, rows: _Rows, more: Emulated) -> _Rows:
-    offset = prior.standard_log_det(more.y, prior.from_standard(more.y))
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), rows, _Rows(*more, offset))
+        if not simulations.on_disk:
+            return simulations.only_valid(), None
+        if self.emulator is not None:
+            raise ValueError("emulator: expected none with observations on disk, got one")
+        sample = sample_of(jax.random.fold_in(key, 3), simulations)
+        return simulations[np.flatnonzero(simulations.valid)[sample]], sample

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,37 +68,76 @@ class Conditioner(nnx.Module):
         )
         self.bias = nnx.Param(jnp.zeros(outputs))
 
-    def __call__(
-        self, x: Array, context: Array, *, key: Key | None = None, entry: Array | None = None
-    ) -> Array:
-        """Map inputs (*, in_dim) and context (*, context_dim) to parameters (P, out_dim, *).
+    def given(self, context: Array) -> tuple[Array, Array]:
+        """What a context (*, context_dim) adds to the first hidden layer and to the parameters.
 
-        With the number of an `entry`, to those of this one alone, (P, 1, *).
+        Shapes (*, hidden[0]) and (P, out_dim, *).
         """
+        out = _outputs_first(self.leave_context.kernel[...], context)
+        out += self.bias[...].reshape((-1,) + (1,) * (context.ndim - 1))
+        return self.context(context), jnp.reshape(out, (self.params, self.out_dim, *out.shape[1:]))
+
+    def __call__(self, x: Array, given: tuple[Array, Array], *, key: Key | None = None) -> Array:
+        """Map inputs (*, in_dim) and what `given` says to parameters (P, out_dim, *)."""
         keys = split_key(key, len(self.layers))
-        masks = self._masks()
-        h = x @ (self.layers[0].kernel[...] * masks[0])
-        h += align(self.context(context), h)
-        for layer, mask, k in zip(self.layers[1:], masks[1:-1], keys[1:], strict=True):
-            new = dropout(k, nnx.silu(h), self.dropout) @ (layer.kernel[...] * mask)
+        kernels, (hidden, shared) = self._kernels(), given
+        h = x @ kernels[0]
+        h += align(hidden, h)
+        for kernel, k in zip(kernels[1:-1], keys[1:], strict=True):
+            new = dropout(k, nnx.silu(h), self.dropout) @ kernel
             h = h + new if h.shape == new.shape else new
         last = nnx.silu(h)
         if len(self.layers) == 1:
             last = dropout(keys[0], last, self.dropout)
-        columns = partial(self._columns, entry=entry)
-        out = _outputs_first(columns(self.leave.kernel[...] * masks[-1]), last)
-        shared = _outputs_first(columns(self.leave_context.kernel[...]), context)
-        shared += columns(self.bias[...][None]).reshape((-1,) + (1,) * (context.ndim - 1))
-        out += jnp.expand_dims(shared, tuple(range(1, 1 + last.ndim - context.ndim)))
-        entries = self.out_dim if entry is None else 1
-        return jnp.reshape(out, (self.params, entries, *out.shape[1:]))
+        out = _outputs_first(kernels[-1], last)
+        out = jnp.reshape(out, (self.params, self.out_dim, *out.shape[1:]))
+        return out + _spaced(shared, out, 2)
 
-    def _columns(self, kernel: Array, entry: Array | None) -> Array:
-        """Columns of a kernel (H, P D) that one entry needs, (H, P); all of them for None."""
-        if entry is None:
-            return kernel
-        columns = jnp.reshape(kernel, (-1, self.params, self.out_dim))
-        return jax.lax.dynamic_index_in_dim(columns, entry, axis=2, keepdims=False)
+    def begin(self, shape: tuple[int, ...], dtype: Any) -> list[Array]:
+        """The units of each hidden layer, (width, *shape), before any input is known."""
+        return [jnp.zeros((width, *shape), dtype) for width in self.dims[1:]]
+
+    def advance(
+        self, i: Array, x: Array, units: list[Array], given: tuple[Array, Array]
+    ) -> tuple[list[Array], Array]:
+        """Compute the units that input i was missing for, and the parameters of entry i.
+
+        A masked network's alone, and without dropout: going on from entry to entry costs a single
+        pass in all.
+
+        Args:
+            i: Number of the input that has become known.
+            x: Inputs (in_dim, *); those after i are zero.
+            units: Of each hidden layer, as they were at i - 1.
+            given: As for a call.
+
+        Returns:
+            The units, and parameters (P, 1, *).
+        """
+        kernels, (hidden, shared) = self._kernels(), given
+        first, size = _block(self.dims[1], self.out_dim)
+        start = jnp.asarray(first)[i]
+        h = _outputs_first(jax.lax.dynamic_slice_in_dim(kernels[0], start, size, 1), x, 0)
+        own = jax.lax.dynamic_slice_in_dim(jnp.moveaxis(hidden, -1, 0), start, size)
+        h += _spaced(own, h, 1)
+        units = list(units)
+        for layer, kernel in enumerate(kernels[1:-1]):
+            units[layer] = jax.lax.dynamic_update_slice_in_dim(units[layer], nnx.silu(h), start, 0)
+            first, size = _block(self.dims[layer + 2], self.out_dim)
+            start = jnp.asarray(first)[i]
+            columns = jax.lax.dynamic_slice_in_dim(kernel, start, size, 1)
+            new = _outputs_first(columns, units[layer], 0)
+            h = h + new if self.dims[layer + 1] == self.dims[layer + 2] else new
+        units[-1] = jax.lax.dynamic_update_slice_in_dim(units[-1], nnx.silu(h), start, 0)
+        kernel = jnp.reshape(kernels[-1], (-1, self.params, self.out_dim))
+        kernel = jax.lax.dynamic_index_in_dim(kernel, i, axis=2, keepdims=False)
+        out = _outputs_first(kernel, units[-1], 0)[:, None]
+        return units, out + _spaced(jax.lax.dynamic_index_in_dim(shared, i, 1), out, 2)
+
+    def _kernels(self) -> list[Array]:
+        """Kernels (inputs, outputs) of the hidden layers and of the output, masked."""
+        layers = [*self.layers, self.leave]
+        return [n.kernel[...] * mask for n, mask in zip(layers, self._masks(), strict=True)]
 
     def _masks(self) -> list[Array | float]:
         """One mask a layer, output last; scaled up to keep the layers' variance."""
@@ -117,6 +156,47 @@ def _spread(width: int, count: int) -> np.ndarray:
     return count - 1 - (np.arange(width) * count // width)[::-1]
 
 
-def _outputs_first(kernel: Array, h: Array) -> Array:
-    """Multiply h (*, H) by a kernel (H, O); shape (O, *)."""
-    return jnp.tensordot(kernel, h, axes=((0,), (h.ndim - 1,)))
+def _block(width: int, count: int) -> tuple[np.ndarray, int]:
+    """First unit of each degree, and how many units from there on hold all of any degree.
+
+    What a block holds beyond its degree is computed too early, and again in its turn, or again.
+    """
+    degrees = _spread(width, count)
+    size = int(np.bincount(degrees, minlength=count).max())
+    return np.minimum(np.searchsorted(degrees, np.arange(count)), width - size), size
+
+
+def _outputs_first(kernel: Array, h: Array, axis: int = -1) -> Array:
+    """Multiply h, which has H along this axis, by a kernel (H, O); shape (O, *)."""
+    return jnp.tensordot(kernel, h, axes=((0,), (axis % h.ndim,)))
+
+
+def _spaced(value: Array, like: Array, axis: int) -> Array:
+    """Axes of length 1 from this one on: the draws' axes, which come before the contexts'."""
+    return jnp.expand_dims(value, tuple(range(axis, axis + like.ndim - value.ndim)))
+
+
+class Conditioned(NamedTuple):
+    """A conditioner with what contexts give it.
+
+    Attributes:
+        network: The conditioner.
+        given: What `Conditioner.given` said of the contexts.
+        key: Key of the dropout; none without.
+    """
+
+    network: Conditioner
+    given: tuple[Array, Array]
+    key: Key | None = None
+
+    def __call__(self, x: Array) -> Array:
+        """Inputs (*, in_dim) to parameters (P, out_dim, *)."""
+        return self.network(x, self.given, key=self.key)
+
+    def begin(self, shape: tuple[int, ...], dtype: Any) -> list[Array]:
+        """See `Conditioner.begin`."""
+        return self.network.begin(shape, dtype)
+
+    def advance(self, i: Array, x: Array, units: list[Array]) -> tuple[list[Array], Array]:
+        """See `Conditioner.advance`."""
+        return self.network.advance(i, x, units, self.given)

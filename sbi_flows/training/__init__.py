@@ -3,3 +3,4 @@
 from sbi_flows.training.fitting import fit as fit
 from sbi_flows.training.history import History as History
 from sbi_flows.training.settings import Training as Training
+from sbi_flows.training.stream import Stream as Stream

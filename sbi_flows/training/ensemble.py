@@ -1,18 +1,19 @@
-"""What the members of an ensemble do in a fit, compiled.
+"""The members of an ensemble in training: which of them run where, and when they stop.
 
 Public names: `Ensemble`.
 
-The members stand in groups, each of them one vmapped program. On an accelerator there is one group
-of all. On a CPU, where the small products of a vmapped ensemble would stay on one core, each member
-is a group, and threads run as many at once as there are cores: what comes out does not depend on
-how many that is.
+The members stand in groups, each of them one vmapped program. On an accelerator, or where there are
+several devices, there is one group of all. On a single CPU, where the small products of a vmapped
+ensemble would stay on one core, each member is a group, and threads run as many at once as there
+are cores: what comes out does not depend on how many that is.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,79 +21,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 from jax import Array
 
-from sbi_flows.densities.conditional import Blueprint, Weights, graph_of, initial_weights
-from sbi_flows.densities.start import fit_linear_start
-from sbi_flows.networks.mlp import fast_key
+from sbi_flows.densities.conditional import Blueprint, Weights, unraveled
+from sbi_flows.training import members as programs
+from sbi_flows.training.devices import mesh_of, on_mesh, to_host
+from sbi_flows.training.members import Best, Source, State, Units
 from sbi_flows.training.settings import Training
+from sbi_flows.training.stream import Stream
 from sbi_flows.typing import Key
-
-
-class Best(NamedTuple):
-    """The weights with the lowest validation loss so far, that loss, and epochs since then.
-
-    Attributes:
-        params: The weights.
-        loss: Mean loss of the validation rows.
-        age: Epochs since.
-        halves: Lowest mean loss so far of the validation rows of even and of odd place, shape (2,).
-        crossed: Loss of each validation row at the epoch that was best for the half that it does
-            not belong to, shape (V,): no row has a say in which epoch it is judged by, as long as
-            there are two.
-    """
-
-    params: Any
-    loss: Array
-    age: Array
-    halves: Array
-    crossed: Array
-
-
-class _State(NamedTuple):
-    """What a step of the optimiser changes."""
-
-    params: Any
-    average: Any
-    optimiser: Any
-
-
-class _Group(NamedTuple):
-    """All that one group of members trains with; every array has a leading axis of members.
-
-    The noise is that of the training rows, then of the held-out ones, in their order.
-    """
-
-    state: _State
-    best: Best
-    rest: Any
-    noise: Array
-    units: _Units
-    train: Array
-    held_out: Array
-
-
-class _Units(NamedTuple):
-    """What turns a loss into a negative log density in the parameters' own units.
-
-    Attributes:
-        train: Mean over the training rows, shape ().
-        held_out: Of each validation row, shape (V,).
-    """
-
-    train: Array
-    held_out: Array
-
-
-class _Data(NamedTuple):
-    """What all members are made from: see `Ensemble`; `given` is `Blueprint.given_weights`."""
-
-    y: Array
-    features: Array
-    offset: Array
-    given: Any
 
 
 class Ensemble:
@@ -110,6 +47,8 @@ class Ensemble:
         members: Number of models M.
         own: Number of rows that each member has for itself: the last M * own rows, which only
             train, and which go to the members in order.
+        stream: Rows to train on instead: those above are then its sample, which makes the starts,
+            and all members hold out the same rows of it.
 
     Attributes:
         best: Weights, validation losses and ages of the best epochs so far, one a group; a new
@@ -119,7 +58,7 @@ class Ensemble:
             units: to the mean over training rows (M,), and to each validation row's (M, V).
 
     Raises:
-        ValueError: Too few rows to hold any out.
+        ValueError: Too few rows to hold any out, or too few devices.
     """
 
     def __init__(
@@ -132,34 +71,45 @@ class Ensemble:
         offset: Array,
         members: int,
         own: int = 0,
+        stream: Stream | None = None,
     ) -> None:
         """Fit the starts and compile an epoch, side by side."""
         shared = len(y) - members * own
-        held_out = _held_out_rows(shared, training.validation_fraction)
+        count = _held_out_rows(shared, training.validation_fraction)
         fold_key, weight_key = jax.random.split(key)
-        folds = _folds(fold_key, shared, held_out, members, own)
+        folds = _folds(fold_key, shared, count, members, own)
+        if stream is not None:
+            folds = tuple(jnp.stack([rows[0]] * members) for rows in folds)
+            stream = stream.without(np.asarray(folds[1][0]))
+        batch = training.batch(folds[0].shape[1] if stream is None else len(stream.rows))
+        self._mesh = mesh_of(members, batch, training.devices)
+        self._stream, self._blueprint = stream, blueprint
+        # rates are no constants of the programs, which then serve for all of them
+        self._training = dataclasses.replace(training, learning_rate=1.0, devices=None)
+        self._slices = _slices(members, together=self._mesh is not None)
+        self._features = on_mesh(self._mesh, features, members=False)
         self.held_out = np.asarray(folds[1])
-        keys = jax.random.split(weight_key, members)
-        self._slices = _slices(members)
-        self._patience, self._members = training.patience, members
-        self._epoch = partial(_epoch, blueprint, training, features)
+        if stream is not None:
+            self.held_out = stream.sample[self.held_out]
         self._pool = ThreadPoolExecutor(min(os.cpu_count() or 1, len(self._slices)))
-        data = _Data(y, features, offset, blueprint.given_weights())
-        prepare = partial(_prepare, blueprint, training, data)
-        indices = range(len(self._slices))
-        first, *others = [(keys[s], *(rows[s] for rows in folds)) for s in self._slices]
+        keys = jax.random.split(weight_key, members)
+        rates = jnp.asarray(np.resize(training.learning_rate, members), y.dtype)
+        train, held_out = folds
+        given = [(keys[s], train[s], held_out[s], rates[s]) for s in self._slices]
+        source = Source(y, features, offset, blueprint.given_weights())
+        prepare = partial(programs.prepare, blueprint, self._training, source)
         # each program is compiled before the members share it: threads that met one that nobody
         # had compiled would each do so
-        compiled = self._pool.submit(_compile, self._epoch, prepare, first)
-        self._groups = [prepare(*first), *self._pool.map(lambda args: prepare(*args), others)]
+        compiled = self._pool.submit(self._compile, prepare, given[0])
+        pairs = [prepare(*given[0])]
+        pairs += self._pool.map(lambda arguments: prepare(*arguments), given[1:])
         compiled.result()
+        self._states, self._groups = zip(*on_mesh(self._mesh, pairs, members=True), strict=True)
         units = zip(*(group.units for group in self._groups), strict=True)
-        self.units = _Units(*(jnp.asarray(np.concatenate(arrays)) for arrays in units))
-        # an epoch without a step scores the starts, so that no other program has to
-        scored = self._pool.map(lambda i: self._advance(i, keys[self._slices[i]], False), indices)
-        self._groups = [group for group, *_ in scored]
-        self.best = tuple(group.best for group in self._groups)
-        self._losses = (self.best_loss, self.best_loss)
+        self.units = Units(*(jnp.asarray(_joined(arrays)) for arrays in units))
+        self._losses, indices = (np.zeros(members), np.zeros(members)), range(len(given))
+        scored = self._pool.map(lambda i: self._score(i, keys[self._slices[i]]), indices)
+        self._keep(indices, np.ones(members, bool), scored)
 
     def __enter__(self) -> Ensemble:
         """Nothing more to set up."""
@@ -172,12 +122,12 @@ class Ensemble:
     @property
     def best_loss(self) -> np.ndarray:
         """Validation loss of the weights that each member keeps, shape (M,)."""
-        return np.concatenate([best.loss for best in self.best])
+        return _joined([best.loss for best in self.best])
 
     @property
     def running(self) -> np.ndarray:
         """Which members have not run out of patience, shape (M,)."""
-        return np.concatenate([best.age for best in self.best]) < self._patience
+        return _joined([best.age for best in self.best]) < self._training.patience
 
     def epoch(self, key: Key) -> tuple[np.ndarray, np.ndarray]:
         """Train the members that still run for one epoch.
@@ -186,50 +136,135 @@ class Ensemble:
             Mean training loss and validation loss, shape (M,) each, before `units` are added; of a
             member that has stopped, the last ones.
         """
-        keys, running = jax.random.split(key, self._members), self.running
+        running = self.running
         active = [i for i, s in enumerate(self._slices) if running[s].any()]
-        results = self._pool.map(lambda i: self._advance(i, keys[self._slices[i]], True), active)
-        losses = [np.array(values) for values in self._losses]
-        groups = list(self._groups)
-        for i, (group, *means) in zip(active, results, strict=True):
-            groups[i], s = group, self._slices[i]
-            for values, mean in zip(losses, means, strict=True):
-                values[s] = np.where(running[s], mean, values[s])
-        self._groups, self._losses = groups, (losses[0], losses[1])
-        self.best = tuple(group.best for group in groups)
+        if self._stream is None:
+            keys = jax.random.split(key, len(running))
+            results = self._pool.map(
+                lambda i: self._advance(i, keys[self._slices[i]], True), active
+            )
+        else:
+            results = self._streamed(key, active, self._stream)
+        self._keep(active, running, results)
         return self._losses
 
     @property
     def latest(self) -> tuple[Best, ...]:
-        """What `best` is, with the weights after the last epoch (their average, if one is kept)."""
-        return tuple(group.best._replace(params=group.state.average) for group in self._groups)
+        """What `best` is, with the weights after the last epoch (their average, if one is kept).
+
+        They are there until the next epoch begins.
+        """
+        pairs = zip(self._states, self._groups, strict=True)
+        return tuple(group.best._replace(params=state.average) for state, group in pairs)
 
     def weights(self, best: tuple[Best, ...]) -> Weights:
         """Best weights and the arrays that are not trained, stacked over all members."""
-        params = _stack([b.params for b in best])
-        return Weights(params, _stack([group.rest for group in self._groups]))
+        # by numpy: the arrays are on the host already, and nothing needs to be compiled
+        params = unraveled(self._blueprint, _joined([b.params for b in best]))
+        rest = [group.rest for group in self._groups]
+        rest = jax.tree.map(lambda *leaves: _joined(leaves), *rest)
+        return Weights(*jax.tree.map(jnp.asarray, (params, rest)))
 
-    def _advance(self, i: int, keys: Key, active: bool) -> tuple[_Group, np.ndarray, np.ndarray]:
-        group = self._groups[i]
-        state, best, train, validation = self._epoch(group, keys, active)
-        return group._replace(state=state, best=best), np.asarray(train), np.asarray(validation)
+    def _advance(self, i: int, keys: Key, active: bool) -> _Result:
+        """An epoch of one group, or without `active` its validation alone."""
+        state, best, *means = programs.epoch(
+            self._blueprint,
+            self._training,
+            self._mesh,
+            self._states[i],
+            self._groups[i],
+            self._features,
+            on_mesh(self._mesh, keys, members=True),
+            active,
+        )
+        return _Result(state, best, *map(to_host, means))
+
+    def _score(self, i: int, keys: Key) -> _Result:
+        """The validation of one group; in memory an epoch without a step is the program for it."""
+        if self._stream is None:
+            return self._advance(i, keys, False)
+        return self._scored(i, self._states[i], np.zeros(len(keys)))
+
+    def _scored(self, i: int, state: State, train: np.ndarray) -> _Result:
+        best, validation = programs.score(
+            self._blueprint, self._training, self._mesh, state, self._groups[i], self._features
+        )
+        return _Result(state, best, train, to_host(validation))
+
+    def _streamed(self, key: Key, active: list[int], stream: Stream) -> Iterator[_Result]:
+        """An epoch of chunks, on each of which all groups train."""
+        members, count = len(self.held_out), stream.count
+        order_key, *keys = jax.random.split(key, 1 + members * count)
+        chunk_keys = jnp.stack(keys).reshape(count, members)
+        states, train = dict(zip(active, (self._states[i] for i in active), strict=True)), {}
+        for own, rows in zip(chunk_keys, stream.chunks(order_key), strict=True):
+            y, features = on_mesh(self._mesh, rows, members=False)
+
+            def advance(i: int, own: Key = own, y: Array = y, features: Array = features) -> Any:
+                keys = on_mesh(self._mesh, own[self._slices[i]], members=True)
+                static = (self._blueprint, self._training, self._mesh, count)
+                state, mean = programs.chunk(*static, states[i], self._groups[i], y, features, keys)
+                return state, to_host(mean)
+
+            for i, (state, mean) in zip(active, self._pool.map(advance, active), strict=True):
+                states[i], train[i] = state, train.get(i, 0.0) + mean / count
+        return self._pool.map(lambda i: self._scored(i, states[i], train[i]), active)
+
+    def _keep(self, active: Iterable[int], running: np.ndarray, results: Iterable[_Result]) -> None:
+        """Take what the groups have come to, all at once."""
+        states, groups = list(self._states), list(self._groups)
+        losses = [np.array(values) for values in self._losses]
+        for i, (state, best, *means) in zip(active, results, strict=True):
+            states[i], groups[i], s = state, groups[i]._replace(best=best), self._slices[i]
+            for values, mean in zip(losses, means, strict=True):
+                values[s] = np.where(running[s], mean, values[s])
+        self._states, self._groups, self._losses = states, groups, (losses[0], losses[1])
+        self.best = tuple(group.best for group in groups)
+
+    def _compile(self, prepare: Callable, given: tuple) -> None:
+        """Compile an epoch, which the jitted functions then find done."""
+        if self._mesh is not None:
+            return  # it is compiled for arrays that lie on its devices, by the only group there is
+        static = self._blueprint, self._training, None
+        state, group = jax.eval_shape(prepare, *given)
+        if self._stream is None:
+            programs.epoch.lower(*static, state, group, self._features, given[0], True).compile()
+            return
+        rows = [
+            jax.ShapeDtypeStruct((self._stream.size, width), self._features.dtype)
+            for width in (self._blueprint.sizes.dim, self._features.shape[1])
+        ]
+        arguments = (*static, self._stream.count, state, group, *rows, given[0])
+        programs.chunk.lower(*arguments).compile()
+        programs.score.lower(*static, state, group, self._features).compile()
 
 
-def _slices(members: int) -> list[slice]:
+class _Result(NamedTuple):
+    """What a group has come to in an epoch; the losses of its members have shape (m,)."""
+
+    state: State
+    best: Best
+    train: np.ndarray
+    validation: np.ndarray
+
+
+def _slices(members: int, *, together: bool) -> list[slice]:
     """Members of each group."""
-    if jax.default_backend() == "cpu":
+    if jax.default_backend() == "cpu" and not together:
         return [slice(i, i + 1) for i in range(members)]
     return [slice(0, members)]
 
 
-def _stack(trees: list[Any]) -> Any:
-    if len(trees) == 1:
-        return trees[0]
-    # by numpy: the arrays are on the host already, and nothing needs to be compiled
-    return jax.tree.map(lambda *leaves: jnp.asarray(np.concatenate(leaves)), *trees)
+def _joined(arrays: Iterable[Array]) -> np.ndarray:
+    return np.concatenate([to_host(a) for a in arrays])
 
 
 def _held_out_rows(n: int, fraction: float) -> int:
+    """Number of rows that each member holds out, of n.
+
+    Raises:
+        ValueError: Too few rows to hold any out.
+    """
     held_out = math.ceil(fraction * n)
     if n < 10 or held_out >= n:
         raise ValueError(
@@ -248,123 +283,3 @@ def _folds(key: Key, n: int, held_out: int, members: int, own: int = 0) -> tuple
     rolled = jnp.stack([jnp.roll(order, -m * held_out) for m in range(members)])
     extra = n + jnp.arange(members * own).reshape(members, own)
     return jnp.concatenate([rolled[:, held_out:], extra], axis=1), rolled[:, :held_out]
-
-
-def _compile(epoch: Callable, prepare: Callable, first: tuple) -> None:
-    """Compile an epoch, which the jitted function then finds done."""
-    group = jax.eval_shape(prepare, *first)
-    epoch.func.lower(*epoch.args, group, first[0], True).compile()
-
-
-def _prepare(
-    blueprint: Blueprint, training: Training, data: _Data, keys: Key, train: Array, held_out: Array
-) -> _Group:
-    """New members; most of the work does not depend on the settings of the training."""
-    params, rest, noise, units = _start(blueprint, data, keys, train, held_out)
-    state = _State(params, params, _optimiser_state(training, params))
-    m, dtype = len(keys), data.y.dtype
-    infinite = jnp.full((m, 3), jnp.inf, dtype)
-    crossed = jnp.zeros(held_out.shape, dtype)
-    best = Best(params, infinite[:, 0], jnp.zeros(m, int), infinite[:, 1:], crossed)
-    return _Group(state, best, rest, noise, units, train, held_out)
-
-
-@partial(jax.jit, static_argnums=0)
-def _optimiser_state(training: Training, params: Any) -> Any:
-    return jax.vmap(training.transform(1).init)(params)
-
-
-@partial(jax.jit, static_argnums=0)
-def _start(
-    blueprint: Blueprint, data: _Data, keys: Key, train: Array, held_out: Array
-) -> tuple[Any, Any, Array, _Units]:
-    """Initial weights, fitted starts, the parameters as these whiten them, and the units."""
-    y, features, offset, given = data
-
-    def one(key: Key, train: Array, held_out: Array) -> tuple[Any, Any, Array, _Units]:
-        params, rest = initial_weights(blueprint, key, given)
-        start = fit_linear_start(y, features, train, held_out, blueprint.sizes.bounded)
-        rest = {**rest, "start": start}
-        rows = jnp.concatenate([train, held_out])
-        model = nnx.merge(graph_of(blueprint), params, rest)
-        noise, log_det = model.whiten(y[rows], features[rows])
-        units = offset[rows] - log_det
-        return params, rest, noise, _Units(units[: len(train)].mean(), units[len(train) :])
-
-    return jax.vmap(one)(keys, train, held_out)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _epoch(
-    blueprint: Blueprint,
-    training: Training,
-    features: Array,
-    group: _Group,
-    keys: Key,
-    active: bool | Array,
-) -> tuple[_State, Best, Array, Array]:
-    """One pass over the training rows and one over the validation rows, for a group's members.
-
-    Without `active`, which is no constant of the program, the validation rows alone.
-    """
-    one = partial(_member_epoch, blueprint, training, features)
-    return jax.vmap(one, in_axes=(0, 0, None))(group, keys, active)
-
-
-def _member_epoch(
-    blueprint: Blueprint,
-    training: Training,
-    features: Array,
-    group: _Group,
-    key: Key,
-    active: bool | Array,
-) -> tuple[_State, Best, Array, Array]:
-    state, best, rest, noise, _, train, held_out = group
-    batch = training.batch(len(train))
-    steps = len(train) // batch
-    transform = training.transform(steps * training.max_epochs)
-    decay = 0.0 if training.ema_decay is None else training.ema_decay
-    order_key, dropout_key = jax.random.split(key)
-    # places among the member's own rows, which the noise is of
-    places = jax.random.permutation(order_key, len(train))[: steps * batch].reshape(steps, batch)
-    keys = jax.random.split(fast_key(dropout_key), steps)
-
-    def loss(params: Any, key: Key, rows: Array) -> Array:
-        return jnp.mean(_losses(blueprint, params, rest, key, noise[rows], features[train[rows]]))
-
-    def step(i: Array, carry: tuple[_State, Array]) -> tuple[_State, Array]:
-        state, total = carry
-        value, gradient = jax.value_and_grad(loss)(state.params, keys[i], places[i])
-        updates, optimiser = transform.update(gradient, state.optimiser, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = optax.incremental_update(params, state.average, 1.0 - decay)
-        return _State(params, average, optimiser), total + value
-
-    zero = jnp.zeros((), noise.dtype)
-    state, total = jax.lax.fori_loop(0, jnp.where(active, steps, 0), step, (state, zero))
-    own = noise[len(train) :]
-    losses = _losses(blueprint, state.average, rest, None, own, features[held_out])
-    # one that has stopped may still be computed, beside others
-    best = _updated(best, state.average, losses, best.age < training.patience)
-    return state, best, total / steps, jnp.mean(losses)
-
-
-def _updated(best: Best, params: Any, losses: Array, running: Array) -> Best:
-    """The best so far, after an epoch with these losses (V,) of the validation rows."""
-    validation = jnp.mean(losses)
-    new = (params, validation, jnp.zeros_like(best.age))
-    old = (best.params, best.loss, best.age + 1)
-    better = running & (validation < best.loss)
-    params, loss, age = jax.tree.map(partial(jnp.where, better), new, old)
-    # a single row is both halves
-    halves = jnp.stack([jnp.mean(losses[0::2]), jnp.mean(losses[min(1, len(losses) - 1) :: 2])])
-    improved = running & (halves < best.halves)
-    other = jnp.where(jnp.arange(len(losses)) % 2 == 0, improved[1], improved[0])
-    crossed = jnp.where(other, losses, best.crossed)
-    return Best(params, loss, age, jnp.where(improved, halves, best.halves), crossed)
-
-
-def _losses(
-    blueprint: Blueprint, params: Any, rest: Any, key: Key | None, noise: Array, features: Array
-) -> Array:
-    return nnx.merge(graph_of(blueprint), params, rest).loss(key, noise, features)

@@ -12,9 +12,11 @@ from tqdm.auto import tqdm
 
 from sbi_flows.densities.conditional import Blueprint, Weights
 from sbi_flows.errors import TrainingDiverged
+from sbi_flows.training.devices import to_host
 from sbi_flows.training.ensemble import Ensemble
 from sbi_flows.training.history import History
 from sbi_flows.training.settings import Training
+from sbi_flows.training.stream import Stream
 from sbi_flows.typing import Key
 
 
@@ -28,6 +30,7 @@ def fit(
     members: int = 1,
     offset: Array | None = None,
     own: int = 0,
+    stream: Stream | None = None,
     progress: bool = True,
     label: str = "fit",
 ) -> tuple[Weights, History]:
@@ -44,6 +47,7 @@ def fit(
             are reported; none by default.
         own: Number of rows that each member has for itself, to train on beside those that all
             share: the last M * own rows, in order.
+        stream: Rows to train on instead, of which those above are a sample; see `Ensemble`.
         progress: Show a progress bar.
         label: What it says.
 
@@ -57,7 +61,9 @@ def fit(
     began = time.perf_counter()
     start_key, epoch_key = jax.random.split(key)
     offset = jnp.zeros(len(y), y.dtype) if offset is None else offset
-    with Ensemble(start_key, blueprint, training, y, features, offset, members, own) as ensemble:
+    with Ensemble(
+        start_key, blueprint, training, y, features, offset, members, own, stream
+    ) as ensemble:
         row_units = np.asarray(ensemble.units.held_out)
         units = np.stack([ensemble.units.train, row_units.mean(axis=1)])
         start_loss = ensemble.best_loss + units[1]
@@ -80,7 +86,7 @@ def fit(
         finally:
             bar.close()
     best, losses = done
-    crossed = np.concatenate([b.crossed for b in best]) + row_units
+    crossed = np.concatenate([to_host(b.crossed) for b in best]) + row_units
     seconds = time.perf_counter() - began
     history = _history(losses, start_loss, ensemble.held_out, crossed, seconds, reason)
     return ensemble.weights(best), history

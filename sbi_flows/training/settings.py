@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import jax
 import optax
+from jax import Array
 
 from sbi_flows.checks import require_count, require_positive
 
@@ -30,11 +32,17 @@ class Training:
             several members do not overlap as long as there are enough rows.
         optimizer: Any optax optimiser, used as it is; by default AdamW with `learning_rate`, a
             warm-up over the first hundredth of the steps and a cosine decay.
-        learning_rate: Peak learning rate of the default optimiser.
+        learning_rate: Peak learning rate of the default optimiser; of several, each member takes
+            one in turn, all in the same program.
         weight_decay: Weight decay of the default optimiser.
         clip_norm: Largest norm of a gradient.
         ema_decay: Decay of the exponential moving average of the weights, which is what is
             validated and kept; None keeps the weights themselves.
+        devices: Most devices to train on; None for all that JAX sees, those of other processes
+            included (`jax.distributed`). Members are spread over them first, then the rows of each
+            batch.
+        matmul_precision: What `jax.default_matmul_precision` takes, for the networks' products:
+            `"bfloat16"` is faster where an accelerator has units for it, at a loss of accuracy.
 
     Raises:
         ValueError: A setting is out of range.
@@ -45,10 +53,12 @@ class Training:
     patience: int = 8
     validation_fraction: float = 0.1
     optimizer: optax.GradientTransformation | None = None
-    learning_rate: float = 3e-3
+    learning_rate: float | tuple[float, ...] = 3e-3
     weight_decay: float = 1e-4
     clip_norm: float = 5.0
     ema_decay: float | None = 0.99
+    devices: int | None = None
+    matmul_precision: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot train."""
@@ -56,9 +66,12 @@ class Training:
         if self.batch_size is not None:
             require_count(1, batch_size=self.batch_size)
         require_positive(patience=self.patience, clip_norm=self.clip_norm)
-        require_positive(learning_rate=self.learning_rate)
-        if self.learning_rate == math.inf:
-            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+        self._check_rates()
+        if self.devices is not None:
+            require_count(1, devices=self.devices)
+        if self.matmul_precision is not None:
+            with jax.default_matmul_precision(self.matmul_precision):
+                pass
         if not 0.0 <= self.weight_decay < math.inf:
             raise ValueError(
                 f"weight_decay: expected zero or a positive number, got {self.weight_decay}"
@@ -74,6 +87,15 @@ class Training:
                 f"optimizer: expected one of optax, got {type(self.optimizer).__name__}"
             )
 
+    def _check_rates(self) -> None:
+        rates = self.learning_rate
+        if not rates and isinstance(rates, tuple):
+            raise ValueError("learning_rate: expected one or more numbers, got none")
+        for rate in rates if isinstance(rates, tuple) else (rates,):
+            require_positive(learning_rate=rate)
+            if rate == math.inf:
+                raise ValueError(f"learning_rate: expected a positive number, got {rate}")
+
     def batch(self, rows: int) -> int:
         """Rows a step for a fit to this many.
 
@@ -86,15 +108,20 @@ class Training:
         fitting = 2 ** max(0, int(math.log2(max(1, rows / STEPS))))
         return min(max(fitting, SMALLEST), LARGEST, rows)
 
-    def transform(self, steps: int) -> optax.GradientTransformation:
-        """The optimiser for a fit of this many steps, gradient clipping included."""
+    def transform(self, steps: int, rate: float | Array) -> optax.GradientTransformation:
+        """The optimiser for a fit of this many steps, gradient clipping included.
+
+        Args:
+            steps: Number of steps.
+            rate: Peak learning rate of the default optimiser.
+        """
         optimizer, clip = self.optimizer, optax.clip_by_global_norm(self.clip_norm)
         if optimizer is None:
             warm_up = max(1, min(100, steps // 100))
             schedule = optax.warmup_cosine_decay_schedule(
-                0.0, self.learning_rate, warm_up, max(steps, warm_up + 1), 0.01 * self.learning_rate
+                0.0, 1.0, warm_up, max(steps, warm_up + 1), 0.01
             )
-            optimizer = optax.adamw(schedule, weight_decay=self.weight_decay)
-            # one vector: array by array, this is a quarter of the program to compile
-            return optax.flatten(optax.chain(clip, optimizer))
+            optimizer = optax.adamw(
+                lambda step: rate * schedule(step), weight_decay=self.weight_decay
+            )
         return optax.chain(clip, optimizer)
