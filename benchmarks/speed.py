@@ -1,6 +1,6 @@
-"""How fast: training steps beside flowjax, a calibration check, and a cold process.
+"""How fast: training steps beside flowjax, a calibration check, a cold process, and how it grows.
 
-Public names: `run`, `training_speed`, `check_speed`, `cold_process`.
+Public names: `run`, `training_speed`, `check_speed`, `cold_process`, `large_fit`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import jax
 from tqdm.auto import tqdm
 
 import sbi_flows as sf
+from benchmarks import growth
 from benchmarks.peers.contestant import Recipe
 from benchmarks.peers.flowjax_flow import flowjax_peer
 from benchmarks.records import ROOT, provenance, write_json
@@ -37,6 +38,19 @@ task = two_moons()
 sims = sf.simulate(jax.random.key(0), task.prior, task.simulator, {budget}, progress=False)
 posterior, history = sf.NPE(task.prior).fit(jax.random.key(1), sims, progress=False)
 jax.block_until_ready(posterior.sample(jax.random.key(2), task.observation(1), 10_000))
+"""
+
+
+LARGE = """
+import jax, sbi_flows as sf
+from benchmarks.memory import peak_memory_gib
+from simulators import slcp
+task = slcp()
+sims = sf.simulate(jax.random.key(0), task.prior, task.simulator, {budget}, progress=False)
+before = peak_memory_gib()
+training = sf.Training(max_epochs=1)
+sf.NPE(task.prior, training=training).fit(jax.random.key(1), sims, progress=False)
+print(sum(a.nbytes for a in (sims.theta, sims.x)) / 2**30, before, peak_memory_gib())
 """
 
 
@@ -62,9 +76,18 @@ def run(folder: Path) -> dict[str, Any]:
         f"two_moons, {cold['budget']:,} simulations, cold process to 10,000 draws: "
         f"{cold['seconds']:.1f} s"
     )
+    large = large_fit()
+    print(
+        f"slcp, {large['budget']:,} simulations of {large['data_gib']:.2f} GiB, an epoch: peak "
+        f"{large['peak_gib']:.2f} GiB"
+    )
+    grown = {axis: growth.growth(axis, sizes) for axis, sizes in growth.AXES.items()}
+    print(growth.text(grown))
     record = {
         **provenance(),
         "kind": "speed",
+        "large": large,
+        "growth": grown,
         "training": training,
         "check": checked,
         "cold": cold,
@@ -176,6 +199,19 @@ def cold_process(budget: int = 10_000) -> dict[str, Any]:
         [sys.executable, "-c", COLD.format(budget=budget)], cwd=ROOT, env=environment, check=True
     )
     return {"budget": budget, "seconds": time.perf_counter() - began}
+
+
+def large_fit(budget: int = 1_000_000) -> dict[str, Any]:
+    """Peak memory of a new process that fits the default estimator to many simulations of slcp."""
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE.format(budget=budget)],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    data, before, peak = map(float, done.stdout.split())
+    return {"budget": budget, "data_gib": data, "before_gib": before, "peak_gib": peak}
 
 
 def _our_fit(task: Any, sims: sf.Simulations, density: sf.NSF, epochs: int) -> Callable[[], float]:

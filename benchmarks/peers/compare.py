@@ -34,7 +34,11 @@ from benchmarks.records import BadInput, Clock, provenance, writable_folder, wri
 from sbi_flows.diagnostics import c2st_jax
 from simulators import Task
 
-OURS = "ours"
+OURS: dict[str, Callable[[sf.Prior, Recipe], Contestant]] = {
+    "ours": Ours,
+    "ours, defaults": partial(Ours, defaults=True),
+}
+"""This library: with the sizes of the recipe, and as it is by default."""
 
 TARGET = "sbi"
 """The peer whose converged held-out loss the others are timed to."""
@@ -127,7 +131,7 @@ def run(settings: Settings) -> dict[str, Any]:
     tasks: dict[str, Any] = {}
     for name in settings.tasks:
         tasks[name] = compare(simulators.get(name), peers, recipe, settings)
-        print(text(name, tasks[name], OURS), flush=True)
+        print(text(name, tasks[name], tuple(OURS)), flush=True)
     record = {
         **provenance(),
         "kind": "peers",
@@ -154,7 +158,7 @@ def compare(
     """
     prior, clock = sf.as_prior(task.prior), Clock()
     made = {name: peer.make(prior, recipe) for name, peer in peers.items()}
-    contestants: dict[str, Contestant] = {OURS: Ours(prior, recipe), **made}
+    contestants = {name: make(prior, recipe) for name, make in OURS.items()} | made
     train, fresh, checked = (
         _simulated(task, prior, i, n)
         for i, n in enumerate((settings.budget, settings.held_out, settings.datasets))

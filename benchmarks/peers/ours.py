@@ -25,11 +25,17 @@ class Ours:
     """`sf.NPE` with one member and the bare spline flow: no network in front, no dropout.
 
     The optimiser is plain Adam, and no average of the weights is kept.
+
+    Args:
+        prior: The prior.
+        recipe: The sizes.
+        defaults: Everything as `sf.NPE` has it by default instead, whatever the recipe: four
+            members, of each of which the steps are counted, and a fit of a length of its own.
     """
 
-    def __init__(self, prior: sf.Prior, recipe: Recipe) -> None:
+    def __init__(self, prior: sf.Prior, recipe: Recipe, *, defaults: bool = False) -> None:
         """Hold the settings; one optimiser for all fits, as a new one would compile anew."""
-        self._prior, self._recipe = prior, recipe
+        self._prior, self._recipe, self._defaults = prior, recipe, defaults
         self._density = sf.NSF(
             coupling=recipe.coupling,
             transforms=recipe.transforms,
@@ -44,9 +50,10 @@ class Ours:
 
     def describe(self) -> dict[str, Any]:
         """Density, training and number of parameters."""
-        params = self._fitted.weights[0].params
+        npe, params = self._npe(1, 1), self._fitted.weights[0].params
         return {
-            "density": repr(self._density),
+            "density": repr(npe.density),
+            "members": npe.members,
             "coordinates": "the prior's standard ones, whitened by the linear-Gaussian start",
             "validation": "every validation row; the best weights are kept",
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
@@ -65,16 +72,19 @@ class Ours:
         """`NPE.fit`; with `watch` its ensemble, epoch by epoch."""
         key = jax.random.key(seed)
         if watch is None:
-            training = self._training(epochs, patience)
-            npe = sf.NPE(self._prior, self._density, training=training, members=1)
+            npe = self._npe(epochs, patience)
             posterior, history = npe.fit(key, sf.Simulations(theta, x), progress=False)
             jax.block_until_ready(posterior.weights)
             self._posterior = posterior
             done, held_out = history.epochs, history.held_out.shape[1]
         else:
             x = jax.tree.map(jnp.asarray, x)
-            done, held_out = self._watched(key, jnp.asarray(theta), x, epochs, patience, watch)
-        return Fit(done, done * ((len(theta) - held_out) // self._recipe.batch))
+            # the bare flow's rate is constant, so that any number of epochs is the same program
+            npe = sf.NPE(self._prior) if self._defaults else self._npe(1, patience)
+            epochs = min(epochs, npe.training.max_epochs) if self._defaults else epochs
+            done, held_out = self._watched(npe, key, jnp.asarray(theta), x, epochs, watch)
+        rows = len(theta) - held_out
+        return Fit(done, npe.members * done * (rows // npe.training.batch(rows)))
 
     def sample(self, x: Obs, n: int, *, seed: int) -> np.ndarray:
         """`Posterior.sample`."""
@@ -89,9 +99,12 @@ class Ours:
         assert self._posterior is not None, "expected a fit before"
         return self._posterior
 
-    def _training(self, epochs: int, patience: int) -> sf.Training:
+    def _npe(self, epochs: int, patience: int) -> sf.NPE:
+        if self._defaults:
+            training = sf.Training(max_epochs=epochs, patience=patience)
+            return sf.NPE(self._prior, training=training)
         recipe = self._recipe
-        return sf.Training(
+        training = sf.Training(
             batch_size=recipe.batch,
             max_epochs=epochs,
             patience=patience,
@@ -100,21 +113,20 @@ class Ours:
             clip_norm=float("inf") if recipe.clip_norm is None else recipe.clip_norm,
             ema_decay=None,
         )
+        return sf.NPE(self._prior, self._density, training=training, members=1)
 
     def _watched(
-        self, key: jax.Array, theta: jax.Array, x: Obs, epochs: int, patience: int, watch: Watch
+        self, npe: sf.NPE, key: jax.Array, theta: jax.Array, x: Obs, epochs: int, watch: Watch
     ) -> tuple[int, int]:
         """Number of epochs and of validation rows of a fit that is looked at after each epoch."""
         prior = self._prior
         y, standardiser, like = prior.to_standard(theta), fit_standardiser(x), observation_shape(x)
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(like))
         sizes = Sizes(prior.bounded, jax.tree.structure(like), shapes)
-        blueprint = Blueprint(self._density, None, sizes)
-        # the rate is constant, so that any number of epochs is the same program
-        training = self._training(1, patience)
+        blueprint = Blueprint(npe.density, None, sizes)
         offset, epoch = prior.standard_log_det(y, theta), 0
-        features = standardiser(x)
-        with Ensemble(key, blueprint, training, y, features, offset, members=1) as ensemble:
+        rows = (y, standardiser(x), offset)
+        with Ensemble(key, blueprint, npe.training, *rows, npe.members) as ensemble:
 
             def posterior(weights: Weights) -> sf.Posterior:
                 return sf.Posterior(prior, (blueprint,), (weights,), (1.0,), standardiser, like)

@@ -5,7 +5,8 @@ Public name: `text`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sbi_flows.diagnostics.tables import table
@@ -20,6 +21,7 @@ _ROWS: dict[str, tuple[Callable[[Mapping[str, Any]], float | None], str, bool]] 
     "steps until converged": (lambda c: c["fit"]["steps"], ".0f", True),
     "steps to the target's loss": (lambda c: (c["to_target"] or {}).get("steps"), ".0f", True),
     "time to the target's loss, s": (lambda c: (c["to_target"] or {}).get("seconds"), ".1f", True),
+    "the same and compilation, s": (lambda c: _with_compilation(c), ".1f", True),
     "draws at one observation, s": (lambda c: c["sample"]["median"], ".3f", True),
     "log densities at one observation, s": (lambda c: c["log_prob"]["median"], ".3f", True),
     "SBC, s": (lambda c: c["sbc"]["median"], ".3f", True),
@@ -28,23 +30,28 @@ _ROWS: dict[str, tuple[Callable[[Mapping[str, Any]], float | None], str, bool]] 
 }
 
 
-def text(task: str, result: Mapping[str, Any], ours: str) -> str:
+def text(task: str, result: Mapping[str, Any], ours: Sequence[str]) -> str:
     """One row a measure: each contestant's value, then ours over each peer's.
 
     Args:
         task: Name of the task.
         result: What `compare` gave.
-        ours: Name of the contestant that the others are compared with.
+        ours: Names of the contestants that the others are compared with.
     """
     contestants: Contestants = result["contestants"]
     columns = {name: [_cell(c, row) for row in _ROWS] for name, c in contestants.items()}
-    for name, contestant in contestants.items():
-        if name != ours:
-            ratios = [_ratio(contestants[ours], contestant, row) for row in _ROWS]
-            columns[f"{ours} / {name}"] = ratios
+    for own, name in itertools.product(ours, contestants):
+        if name not in ours:
+            ratios = [_ratio(contestants[own], contestants[name], row) for row in _ROWS]
+            columns[f"{own} / {name}"] = ratios
     target = result["target"]
     said = "none: no time to it" if target is None else f"that of {target['peer']}, converged"
     return f"{task}; the target's loss is {said}\n{table(list(_ROWS), columns)}"
+
+
+def _with_compilation(contestant: Mapping[str, Any]) -> float | None:
+    seconds = (contestant["to_target"] or {}).get("seconds")
+    return None if seconds is None else seconds + contestant["training"]["compilation_seconds"]
 
 
 def _cell(contestant: Mapping[str, Any], row: str) -> str:

@@ -5,7 +5,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from benchmarks import speed
+from benchmarks import growth, speed
 from benchmarks.peers import flowjax_flow
 from benchmarks.peers.contestant import Recipe
 
@@ -56,3 +56,33 @@ def test_the_peer_fits():
         epochs=1,
     )
     assert fit() > 0
+
+
+@pytest.mark.slow
+def test_the_cost_of_each_size_is_measured_in_turns(monkeypatch):
+    monkeypatch.setattr(growth, "BASE", growth.BASE | {"dim": 2, "features": 2, "batch": 32})
+    grown = growth.growth("rows", (64, 4_096), repeats=2)
+    assert grown["sizes"] == [64, 4_096]
+    assert 0 < grown["seconds"][0] < grown["seconds"][1]
+    expected = np.log(grown["seconds"][1] / grown["seconds"][0]) / np.log(64)
+    assert grown["exponent"] == pytest.approx(expected)
+
+
+def test_growth_is_a_row_an_axis():
+    found = {"sizes": [10, 1_000], "seconds": [0.5, 50.0], "exponent": 1.0}
+    last = growth.text({"rows": found}).splitlines()[-1]
+    assert last.split() == ["rows", "10", "1,000", "0.5", "50", "1.00"]
+
+
+def test_the_large_fit_reports_what_its_process_says(monkeypatch):
+    def run(command, **options):
+        compile(command[-1], "large", "exec")
+        return subprocess.CompletedProcess(command, 0, "0.5 1.0 2.0\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert speed.large_fit(budget=77) == {
+        "budget": 77,
+        "data_gib": 0.5,
+        "before_gib": 1.0,
+        "peak_gib": 2.0,
+    }

@@ -1,0 +1,87 @@
+"""How the cost of training grows with the sizes of the problem.
+
+Public names: `AXES`, `growth`, `text`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm.auto import tqdm
+
+import sbi_flows as sf
+from sbi_flows.densities.conditional import Blueprint, Sizes
+from sbi_flows.diagnostics.tables import table
+from sbi_flows.training.ensemble import Ensemble
+
+BASE = {"rows": 10_000, "dim": 4, "features": 8, "members": 1, "batch": 128}
+"""The sizes that stay while one of them grows: rows N, parameters D, features C."""
+
+AXES: dict[str, tuple[int, ...]] = {
+    "rows": (1_000, 10_000, 100_000, 1_000_000),
+    "dim": (2, 10, 30, 100),
+    "features": (2, 30, 300, 1_000),
+    "members": (1, 2, 4, 8),
+    "batch": (32, 128, 512, 2_048),
+}
+
+
+def growth(axis: str, sizes: tuple[int, ...], *, repeats: int = 3) -> dict[str, Any]:
+    """Seconds of an epoch of the default estimator as one of its sizes grows.
+
+    Compilation and the linear start are left out; the sizes take turns, so that a busy machine
+    slows all of them.
+
+    Args:
+        axis: Which size, a name of `AXES`.
+        sizes: Its values, in ascending order.
+        repeats: Epochs timed at each.
+
+    Returns:
+        `sizes`, median `seconds` an epoch at each, and the `exponent` p of seconds ~ size^p
+        between the two largest, which is what more of the same will cost.
+    """
+    with contextlib.ExitStack() as stack:
+        fits = [stack.enter_context(_training({**BASE, axis: size})) for size in sizes]
+        seconds: list[list[float]] = [[] for _ in sizes]
+        for i in tqdm(range(repeats + 1), desc=f"growth with {axis}"):
+            for fit, timed in zip(fits, seconds, strict=True):
+                began = time.perf_counter()
+                fit.epoch(jax.random.key(i))
+                timed.append(time.perf_counter() - began)
+    median = [statistics.median(timed[1:]) for timed in seconds]
+    exponent = np.log(median[-1] / median[-2]) / np.log(sizes[-1] / sizes[-2])
+    return {"sizes": list(sizes), "seconds": median, "exponent": float(exponent)}
+
+
+@contextlib.contextmanager
+def _training(sizes: dict[str, int]) -> Iterator[Ensemble]:
+    """Members of the default estimator in training, on features that depend on the parameters."""
+    rows, dim, count = sizes["rows"], sizes["dim"], sizes["features"]
+    y_key, map_key, noise_key = jax.random.split(jax.random.key(0), 3)
+    y = jax.random.uniform(y_key, (rows, dim), minval=-1.7, maxval=1.7)
+    mixed = y @ jax.random.normal(map_key, (dim, count)) / np.sqrt(dim)
+    features = mixed + jax.random.normal(noise_key, (rows, count))
+    blueprint = Blueprint(sf.NSF(), None, Sizes((True,) * dim, jax.tree.structure(0), ((count,),)))
+    # nothing stops: what is timed is a whole epoch
+    training = sf.Training(batch_size=sizes["batch"], patience=10**6)
+    arguments = (blueprint, training, y, features, jnp.zeros(rows), sizes["members"])
+    with Ensemble(jax.random.key(1), *arguments) as ensemble:
+        yield ensemble
+
+
+def text(grown: dict[str, dict[str, Any]]) -> str:
+    """One row an axis: its sizes, the seconds of an epoch at each, and the exponent."""
+    columns = {
+        "sizes": (" ".join(f"{s:,}" for s in g["sizes"]) for g in grown.values()),
+        "seconds an epoch": (" ".join(f"{s:.3g}" for s in g["seconds"]) for g in grown.values()),
+        "exponent at the end": (f"{g['exponent']:.2f}" for g in grown.values()),
+    }
+    return table(list(grown), columns)
