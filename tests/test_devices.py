@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -80,9 +79,7 @@ def test_a_fit_on_some_of_the_devices(tmp_path, alone):
 
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(tmp_path, alone):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{20_000 + os.getpid() % 20_000}"
     processes = [_start(tmp_path / str(i), 1, ADDRESS=address, PROCESS=str(i)) for i in range(2)]
     for found in map(_finished, processes):
         assert found["devices"] == 2

@@ -42,7 +42,8 @@ class Training:
             included (`jax.distributed`). Members are spread over them first, then the rows of each
             batch.
         matmul_precision: What `jax.default_matmul_precision` takes, for the networks' products:
-            `"bfloat16"` is faster where an accelerator has units for it, at a loss of accuracy.
+            `"bfloat16"` is faster where an accelerator has units for it, at a loss of accuracy; a
+            CPU computes in full precision whatever is asked for.
 
     Raises:
         ValueError: A setting is out of range.
@@ -69,9 +70,7 @@ class Training:
         self._check_rates()
         if self.devices is not None:
             require_count(1, devices=self.devices)
-        if self.matmul_precision is not None:
-            with jax.default_matmul_precision(self.matmul_precision):
-                pass
+        self._check_precision()
         if not 0.0 <= self.weight_decay < math.inf:
             raise ValueError(
                 f"weight_decay: expected zero or a positive number, got {self.weight_decay}"
@@ -95,6 +94,16 @@ class Training:
             require_positive(learning_rate=rate)
             if rate == math.inf:
                 raise ValueError(f"learning_rate: expected a positive number, got {rate}")
+
+    def _check_precision(self) -> None:
+        try:
+            with jax.default_matmul_precision(self.matmul_precision or "default"):
+                pass
+        except ValueError:
+            raise ValueError(
+                "matmul_precision: expected what jax.default_matmul_precision takes, such as "
+                f"'bfloat16', got {self.matmul_precision!r}"
+            ) from None
 
     def batch(self, rows: int) -> int:
         """Rows a step for a fit to this many.
