@@ -1,6 +1,6 @@
 """How the cost of training grows with the sizes of the problem.
 
-Public names: `AXES`, `growth`, `text`.
+Public names: `BASE`, `AXES`, `growth`, `training`, `text`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def growth(axis: str, sizes: tuple[int, ...], *, repeats: int = 3) -> dict[str, 
         between the two largest, which is what more of the same will cost.
     """
     with contextlib.ExitStack() as stack:
-        fits = [stack.enter_context(_training({**BASE, axis: size})) for size in sizes]
+        fits = [stack.enter_context(training({**BASE, axis: size})) for size in sizes]
         seconds: list[list[float]] = [[] for _ in sizes]
         for i in tqdm(range(repeats + 1), desc=f"growth with {axis}"):
             for fit, timed in zip(fits, seconds, strict=True):
@@ -62,7 +62,7 @@ def growth(axis: str, sizes: tuple[int, ...], *, repeats: int = 3) -> dict[str, 
 
 
 @contextlib.contextmanager
-def _training(sizes: dict[str, int]) -> Iterator[Ensemble]:
+def training(sizes: dict[str, int]) -> Iterator[Ensemble]:
     """Members of the default estimator in training, on features that depend on the parameters."""
     rows, dim, count = sizes["rows"], sizes["dim"], sizes["features"]
     y_key, map_key, noise_key = jax.random.split(jax.random.key(0), 3)
@@ -71,8 +71,8 @@ def _training(sizes: dict[str, int]) -> Iterator[Ensemble]:
     features = mixed + jax.random.normal(noise_key, (rows, count))
     blueprint = Blueprint(sf.NSF(), None, Sizes((True,) * dim, jax.tree.structure(0), ((count,),)))
     # nothing stops: what is timed is a whole epoch
-    training = sf.Training(batch_size=sizes["batch"], patience=10**6)
-    arguments = (blueprint, training, y, features, jnp.zeros(rows), sizes["members"])
+    settings = sf.Training(batch_size=sizes["batch"], patience=10**6)
+    arguments = (blueprint, settings, y, features, jnp.zeros(rows), sizes["members"])
     with Ensemble(jax.random.key(1), *arguments) as ensemble:
         yield ensemble
 

@@ -19,7 +19,7 @@ import jax
 from tqdm.auto import tqdm
 
 import sbi_flows as sf
-from benchmarks import growth
+from benchmarks import growth, profile
 from benchmarks.peers.contestant import Recipe
 from benchmarks.peers.flowjax_flow import flowjax_peer
 from benchmarks.records import ROOT, provenance, write_json
@@ -81,12 +81,15 @@ def run(folder: Path) -> dict[str, Any]:
         f"slcp, {large['budget']:,} simulations of {large['data_gib']:.2f} GiB, an epoch: peak "
         f"{large['peak_gib']:.2f} GiB"
     )
+    step = profile.step_profile()
+    print(profile.text(step))
     grown = {axis: growth.growth(axis, sizes) for axis, sizes in growth.AXES.items()}
     print(growth.text(grown))
     record = {
         **provenance(),
         "kind": "speed",
         "large": large,
+        "step": step,
         "growth": grown,
         "training": training,
         "check": checked,

@@ -5,7 +5,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from benchmarks import growth, speed
+from benchmarks import growth, profile, speed
 from benchmarks.peers import flowjax_flow
 from benchmarks.peers.contestant import Recipe
 
@@ -86,3 +86,33 @@ def test_the_large_fit_reports_what_its_process_says(monkeypatch):
         "before_gib": 1.0,
         "peak_gib": 2.0,
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("dot.158", "products and sums"),
+        ("ynn_fusion.3", "products and sums"),
+        ("sort.1", "sorts of the data's order"),
+        ("bitcast_dynamic-update-slice_fusion.4", "copies and slices"),
+        ("wrapped_copy.4", "copies and slices"),
+        ("multiply_add_fusion.2", "elementwise"),
+        ("while.3", None),
+        ("ThunkExecutor::Execute", None),
+        ("PjitFunction(epoch)", None),
+    ],
+)
+def test_kernels_are_told_by_their_names(name, kind):
+    assert profile._kind(name) == kind
+
+
+@pytest.mark.slow
+def test_a_step_is_profiled(monkeypatch):
+    sizes = growth.BASE | {"rows": 1_000, "dim": 2, "features": 2, "batch": 32}
+    monkeypatch.setattr(profile, "BASE", sizes)
+    found = profile.step_profile(repeats=1)
+    assert found["operations"] == 6 * 32 * found["parameters"]
+    assert found["kernels"] > 10 and found["kernel_us"]["products and sums"] > 0
+    # an empty step would take no longer than its products
+    assert 0 < found["floor_us"] < found["step_us"]
+    assert f"{found['kernels']:.0f} kernels a step" in profile.text(found)
