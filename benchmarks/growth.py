@@ -1,6 +1,6 @@
 """How the cost of training grows with the sizes of the problem.
 
-Public names: `BASE`, `AXES`, `growth`, `training`, `text`.
+Public names: `BASE`, `AXES`, `growth`, `training`, `text`, `markdown`.
 """
 
 from __future__ import annotations
@@ -77,11 +77,21 @@ def training(sizes: dict[str, int]) -> Iterator[Ensemble]:
         yield ensemble
 
 
+def markdown(grown: dict[str, dict[str, Any]]) -> list[str]:
+    """The same as the lines of a Markdown table."""
+    lines = [["", *_columns(grown)], ["---"] * 4]
+    lines += [list(row) for row in zip(grown, *_columns(grown).values(), strict=True)]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
 def text(grown: dict[str, dict[str, Any]]) -> str:
     """One row an axis: its sizes, the seconds of an epoch at each, and the exponent."""
-    columns = {
-        "sizes": (" ".join(f"{s:,}" for s in g["sizes"]) for g in grown.values()),
-        "seconds an epoch": (" ".join(f"{s:.3g}" for s in g["seconds"]) for g in grown.values()),
-        "exponent at the end": (f"{g['exponent']:.2f}" for g in grown.values()),
+    return table(list(grown), _columns(grown))
+
+
+def _columns(grown: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    return {
+        "sizes": [" ".join(f"{s:,}" for s in g["sizes"]) for g in grown.values()],
+        "seconds an epoch": [" ".join(f"{s:.3g}" for s in g["seconds"]) for g in grown.values()],
+        "exponent at the end": [f"{g['exponent']:.2f}" for g in grown.values()],
     }
-    return table(list(grown), columns)

@@ -1,6 +1,6 @@
 """Where the time of one training step goes, and how far it is from the arithmetic alone.
 
-Public names: `step_profile`, `text`.
+Public names: `step_profile`, `text`, `markdown`.
 """
 
 from __future__ import annotations
@@ -69,14 +69,24 @@ def step_profile(*, repeats: int = 5) -> dict[str, Any]:
     }
 
 
+def markdown(profile: dict[str, Any]) -> list[str]:
+    """The kinds of kernels as the lines of a Markdown table."""
+    rows = [f"| {kind} | {us:.0f} |" for kind, us in _ordered(profile)]
+    return ["| kernels | microseconds a step |", "| --- | --- |", *rows]
+
+
 def text(profile: dict[str, Any]) -> str:
     """The kinds of kernels with their time, then the step beside its floor."""
-    kinds = sorted(profile["kernel_us"].items(), key=lambda pair: -pair[1])
+    kinds = _ordered(profile)
     rows = table([kind for kind, _ in kinds], {"us a step": (f"{us:.0f}" for _, us in kinds)})
     return (
         f"{rows}\n{profile['kernels']:.0f} kernels a step of {profile['step_us']:.0f} us; its "
         f"products alone take {profile['floor_us']:.0f} us at {profile['rate'] / 1e9:.0f} GFLOP/s"
     )
+
+
+def _ordered(profile: dict[str, Any]) -> list[tuple[str, float]]:
+    return sorted(profile["kernel_us"].items(), key=lambda pair: -pair[1])
 
 
 def _kind(name: str) -> str | None:

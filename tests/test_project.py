@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report
+from benchmarks import growth, profile, report
+from benchmarks.peers import report as peers_report
+from benchmarks.peers.compare import OURS
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ("sbi_flows", "simulators")
@@ -128,6 +130,23 @@ def test_the_tables_of_the_ablations_are_those_of_the_runs():
     lines = (ROOT / "docs" / "ablations.md").read_text().splitlines()
     for columns, rows in (side_by_side, parts):
         assert [r for r in [columns, *rows] if f"| {' | '.join(r)} |" not in lines] == []
+
+
+def test_the_figures_of_the_page_on_performance_are_those_of_the_result_files():
+    lines = (ROOT / "docs" / "performance.md").read_text().splitlines()
+    (speed,), (peers,) = result_files("speed"), result_files("peers")
+    tables = [
+        peers_report.markdown(result, [name for name in OURS if name in result["contestants"]])
+        for result in peers["tasks"].values()
+    ]
+    tables += [profile.markdown(speed["step"]), growth.markdown(speed["growth"])]
+    assert len(tables) == 4
+    for table in tables:
+        assert [line for line in table if line not in lines] == []
+    said = "\n".join(lines)
+    assert f"{speed['step']['step_us']:.0f} microseconds" in said
+    assert f"{speed['step']['floor_us']:.0f} microseconds" in said
+    assert f"{speed['large']['peak_gib']:.2f} GiB" in said
 
 
 def test_the_figures_of_the_readme_are_those_of_the_result_files():

@@ -1,6 +1,6 @@
-"""A comparison as a table for the terminal.
+"""A comparison as a table for the terminal, and for a page.
 
-Public name: `text`.
+Public names: `text`, `markdown`.
 """
 
 from __future__ import annotations
@@ -38,15 +38,27 @@ def text(task: str, result: Mapping[str, Any], ours: Sequence[str]) -> str:
         result: What `compare` gave.
         ours: Names of the contestants that the others are compared with.
     """
-    contestants: Contestants = result["contestants"]
+    target = result["target"]
+    said = "none: no time to it" if target is None else f"that of {target['peer']}, converged"
+    columns = _columns(result["contestants"], ours)
+    return f"{task}; the target's loss is {said}\n{table(list(_ROWS), columns)}"
+
+
+def markdown(result: Mapping[str, Any], ours: Sequence[str]) -> list[str]:
+    """The same as the lines of a Markdown table."""
+    columns = _columns(result["contestants"], ours)
+    lines = [["", *columns], ["---"] * (1 + len(columns))]
+    lines += [[name, *cells] for name, *cells in zip(_ROWS, *columns.values(), strict=True)]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _columns(contestants: Contestants, ours: Sequence[str]) -> dict[str, list[str]]:
     columns = {name: [_cell(c, row) for row in _ROWS] for name, c in contestants.items()}
     for own, name in itertools.product(ours, contestants):
         if name not in ours:
             ratios = [_ratio(contestants[own], contestants[name], row) for row in _ROWS]
             columns[f"{own} / {name}"] = ratios
-    target = result["target"]
-    said = "none: no time to it" if target is None else f"that of {target['peer']}, converged"
-    return f"{task}; the target's loss is {said}\n{table(list(_ROWS), columns)}"
+    return columns
 
 
 def _with_compilation(contestant: Mapping[str, Any]) -> float | None:

@@ -31,7 +31,7 @@ class Masked(Protocol):
         ...
 
     def advance(self, i: Array, x: Array, units: Any) -> tuple[Any, Array]:
-        """Once input i is known, the others of x (D - 1, *) zero: parameters (P, 1, *) of entry i.
+        """Once input i is known, later ones of x (*, D - 1) zero: parameters (P, 1, *) of entry i.
 
         With what it then holds.
         """
@@ -81,7 +81,7 @@ class Autoregressive(distrax.Bijector):
         def step(i: Array, carry: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
             data, total, units = carry
             # entries that are not there yet are zero
-            units, params = conditioner.advance(i, data[:-1], units)
+            units, params = conditioner.advance(i, jnp.moveaxis(data[:-1], 0, -1), units)
             noise = jax.lax.dynamic_slice_in_dim(rest, i, 1)
             entry, log_det = self._transformer(params).inverse_and_log_det(noise)
             data = jax.lax.dynamic_update_slice_in_dim(data, entry, i + 1, 0)

@@ -8,6 +8,9 @@ leading axis vectorise over the long ones.
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Callable
 from functools import partial
 
 import distrax
@@ -109,29 +112,31 @@ def _look_up(given: int, params: Array, place: Array) -> tuple[Array, Array, Arr
     return _looked_up(given, params, place)[0]
 
 
-def _looked_up(given: int, params: Array, place: Array) -> tuple[tuple, Array]:
-    """What `_look_up` returns, and the softmax (2, K, *)."""
+def _looked_up(given: int, params: Array, place: Array) -> tuple[tuple, tuple[Array, Array]]:
+    """What `_look_up` returns, and both softmaxes (K, *)."""
     bins = (len(params) + 1) // 3
-    shares = jax.nn.softmax(_sizes(params), axis=1)
+    widths, heights, slopes = _parts(params)
+    shares = _softmax(widths), _softmax(heights)
     # running sums of all but the last bin as one small matrix product: the inner knots
     lengths = MIN_BIN + (1.0 - MIN_BIN * bins) * shares[given]
     lower = jnp.asarray(np.tril(np.ones((bins - 1, bins))), lengths.dtype)
     knots = jnp.tensordot(lower, lengths, axes=1)
-    number = jnp.sum(place[None] >= knots, axis=0).astype(place.dtype)
-    return (number, *_of_bin(number, shares, params[2 * bins :])), shares
+    number = _sum((place[None] >= knots).astype(place.dtype))
+    return (number, *_of_bin(_sum, number, shares, slopes)), shares
 
 
-def _of_bin(number: Array, sizes: Array, slopes: Array) -> tuple[Array, Array, Array]:
-    """Linear in sizes (2, K, *) and slopes (K - 1, *): sums before a bin, at it, and its slopes.
+def _of_bin(
+    add: Callable[[Array], Array], number: Array, sizes: tuple[Array, Array], slopes: Array
+) -> tuple[Array, Array, Array]:
+    """Linear in sizes (K, *) and slopes (K - 1, *): sums before a bin, at it, and its slopes.
 
     A slope that is not there is zero, which as a logit is the slope of one at the ends of the box.
     """
-    bins = _along(sizes.shape[1], number)
-    before = jnp.sum(jnp.where((bins < number[None])[None], sizes, 0.0), axis=1)
-    here = jnp.sum(jnp.where((bins == number[None])[None], sizes, 0.0), axis=1)
-    inner = _along(len(slopes), number)
-    ends = [jnp.sum(jnp.where(inner == number[None] - i, slopes, 0.0), axis=0) for i in (1, 0)]
-    return before, here, jnp.stack(ends)
+    bins, inner = _along(len(sizes[0]), number), _along(len(slopes), number)
+    before = [add(jnp.where(bins < number[None], size, 0.0)) for size in sizes]
+    here = [add(jnp.where(bins == number[None], size, 0.0)) for size in sizes]
+    ends = [add(jnp.where(inner == number[None] - i, slopes, 0.0)) for i in (1, 0)]
+    return jnp.stack(before), jnp.stack(here), jnp.stack(ends)
 
 
 @_look_up.defjvp
@@ -139,18 +144,30 @@ def _look_up_tangents(given: int, primals: tuple, tangents: tuple) -> tuple[tupl
     """The derivative of a softmax is linear in what it is summed over: nothing else is stored."""
     out, shares = _looked_up(given, *primals)
     number, before, here, _ = out
-    change = shares * _sizes(tangents[0])
-    total = jnp.sum(change, axis=1)
-    slopes = tangents[0][2 * shares.shape[1] :]
-    d_before, d_here, d_slopes = _of_bin(number, change, slopes)
+    *sizes, slopes = _parts(tangents[0])
+    widths, heights = (share * size for share, size in zip(shares, sizes, strict=True))
+    # these sums are transposed into derivatives: written out, they would be padded one by one
+    add = partial(jnp.sum, axis=0)
+    total = jnp.stack([add(widths), add(heights)])
+    d_before, d_here, d_slopes = _of_bin(add, number, (widths, heights), slopes)
     d_before, d_here = d_before - before * total, d_here - here * total
     return out, (jnp.zeros_like(number), d_before, d_here, d_slopes)
 
 
-def _sizes(params: Array) -> Array:
-    """Widths and heights (2, K, *) of all parameters (3 K - 1, *)."""
+def _parts(params: Array) -> tuple[Array, Array, Array]:
+    """Widths (K, *), heights (K, *) and slopes (K - 1, *) of all parameters (3 K - 1, *)."""
     bins = (len(params) + 1) // 3
-    return jnp.reshape(params[: 2 * bins], (2, bins, *params.shape[1:]))
+    return params[:bins], params[bins : 2 * bins], params[2 * bins :]
+
+
+def _softmax(logits: Array) -> Array:
+    powers = jnp.exp(logits - functools.reduce(jnp.maximum, logits)[None])
+    return powers / _sum(powers)[None]
+
+
+def _sum(values: Array) -> Array:
+    """Sum over the few bins of the first axis, written out: XLA's sums are slow on a CPU."""
+    return functools.reduce(operator.add, values)
 
 
 def _along(count: int, like: Array) -> Array:

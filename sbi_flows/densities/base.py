@@ -24,6 +24,22 @@ class Density(nnx.Module):
         return -self(context, key=key).log_prob(z)
 
 
+class Pushed(distrax.Transformed):
+    """Draws of a distribution, mapped by a bijector that takes any leading axes.
+
+    `distrax.Transformed` maps `n` draws by `vmap`, which puts their axis before those over which a
+    bijector sums: several times slower on a CPU.
+    """
+
+    def _sample_n(self, key: Key, n: int) -> Array:
+        return self.bijector.forward(self.distribution.sample(seed=key, sample_shape=n))
+
+    def _sample_n_and_log_prob(self, key: Key, n: int) -> tuple[Array, Array]:
+        x, log_prob = self.distribution.sample_and_log_prob(seed=key, sample_shape=n)
+        y, log_det = self.bijector.forward_and_log_det(x)
+        return y, log_prob - log_det
+
+
 def check_settings(name: str, density: Any) -> None:
     """Refuse what describes no density.
 

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from sbi_flows.densities.base import Density, DensitySettings
+from sbi_flows.densities.base import Density, DensitySettings, Pushed
 from sbi_flows.densities.start import LinearStart
 from sbi_flows.networks.mlp import fast_key, split_key
 from sbi_flows.standardise import Shapes, unflatten_rows
@@ -41,7 +41,7 @@ class Conditional(nnx.Module):
     def __call__(self, features: Array) -> distrax.Distribution:
         """Distribution over standard coordinates given features (B, C)."""
         density = self.density(self._context(features, None))
-        return distrax.Transformed(density, self._whitener(features))
+        return Pushed(density, self._whitener(features))
 
     def whiten(self, y: Array, features: Array) -> tuple[Array, Array]:
         """Standard coordinates (B, d) to the noise (B, d) that the density models, and log det.

@@ -22,7 +22,7 @@ from sbi_flows.bijectors.linear import LU, LULinear, lu
 from sbi_flows.bijectors.repeated import Repeated
 from sbi_flows.bijectors.spline import RationalQuadraticSpline
 from sbi_flows.checks import require_count, require_fraction, require_positive
-from sbi_flows.densities.base import Density
+from sbi_flows.densities.base import Density, Pushed
 from sbi_flows.networks.conditioner import Conditioned, Conditioner
 from sbi_flows.networks.mlp import ResidualMLP, split_key, split_keys
 from sbi_flows.typing import Key
@@ -163,7 +163,7 @@ class Flow(Density):
             own, given, key = inputs
             return nnx.merge(graph, own).bijectors(given, key)
 
-        return distrax.Transformed(base, Repeated(layer, (arrays, given, keys)))
+        return Pushed(base, Repeated(layer, (arrays, given, keys)))
 
 
 class Given(NamedTuple):

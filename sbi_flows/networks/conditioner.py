@@ -91,11 +91,11 @@ class Conditioner(nnx.Module):
             last = dropout(keys[0], last, self.dropout)
         out = _outputs_first(kernels[-1], last)
         out = jnp.reshape(out, (self.params, self.out_dim, *out.shape[1:]))
-        return out + _spaced(shared, out, 2)
+        return out + _spaced(shared, out)
 
     def begin(self, shape: tuple[int, ...], dtype: Any) -> list[Array]:
-        """The units of each hidden layer, (width, *shape), before any input is known."""
-        return [jnp.zeros((width, *shape), dtype) for width in self.dims[1:]]
+        """The units of each hidden layer, (*shape, width), before any input is known."""
+        return [jnp.zeros((*shape, width), dtype) for width in self.dims[1:]]
 
     def advance(
         self, i: Array, x: Array, units: list[Array], given: tuple[Array, Array]
@@ -107,7 +107,7 @@ class Conditioner(nnx.Module):
 
         Args:
             i: Number of the input that has become known.
-            x: Inputs (in_dim, *); those after i are zero.
+            x: Inputs (*, in_dim); those after i are zero.
             units: Of each hidden layer, as they were at i - 1.
             given: As for a call.
 
@@ -115,24 +115,21 @@ class Conditioner(nnx.Module):
             The units, and parameters (P, 1, *).
         """
         kernels, (hidden, shared) = self._kernels(), given
-        first, size = _block(self.dims[1], self.out_dim)
-        start = jnp.asarray(first)[i]
-        h = _outputs_first(jax.lax.dynamic_slice_in_dim(kernels[0], start, size, 1), x, 0)
-        own = jax.lax.dynamic_slice_in_dim(jnp.moveaxis(hidden, -1, 0), start, size)
-        h += _spaced(own, h, 1)
-        units = list(units)
-        for layer, kernel in enumerate(kernels[1:-1]):
-            units[layer] = jax.lax.dynamic_update_slice_in_dim(units[layer], nnx.silu(h), start, 0)
-            first, size = _block(self.dims[layer + 2], self.out_dim)
+        before, held, h = x, [], None
+        for layer, (kernel, known) in enumerate(zip(kernels[:-1], units, strict=True)):
+            width, wider = self.dims[layer + 1], self.dims[layer]
+            first, size = _block(width, self.out_dim)
             start = jnp.asarray(first)[i]
-            columns = jax.lax.dynamic_slice_in_dim(kernel, start, size, 1)
-            new = _outputs_first(columns, units[layer], 0)
-            h = h + new if self.dims[layer + 1] == self.dims[layer + 2] else new
-        units[-1] = jax.lax.dynamic_update_slice_in_dim(units[-1], nnx.silu(h), start, 0)
+            new = before @ jax.lax.dynamic_slice_in_dim(kernel, start, size, 1)
+            if h is None:
+                new += align(jax.lax.dynamic_slice_in_dim(hidden, start, size, -1), new)
+            h = new if h is None or width != wider else h + new
+            before = jax.lax.dynamic_update_slice_in_dim(known, nnx.silu(h), start, -1)
+            held.append(before)
         kernel = jnp.reshape(kernels[-1], (-1, self.params, self.out_dim))
         kernel = jax.lax.dynamic_index_in_dim(kernel, i, axis=2, keepdims=False)
-        out = _outputs_first(kernel, units[-1], 0)[:, None]
-        return units, out + _spaced(jax.lax.dynamic_index_in_dim(shared, i, 1), out, 2)
+        out = _outputs_first(kernel, before)[:, None]
+        return held, out + _spaced(jax.lax.dynamic_index_in_dim(shared, i, 1), out)
 
     def _kernels(self) -> list[Array]:
         """Kernels (inputs, outputs) of the hidden layers and of the output, masked."""
@@ -166,14 +163,14 @@ def _block(width: int, count: int) -> tuple[np.ndarray, int]:
     return np.minimum(np.searchsorted(degrees, np.arange(count)), width - size), size
 
 
-def _outputs_first(kernel: Array, h: Array, axis: int = -1) -> Array:
-    """Multiply h, which has H along this axis, by a kernel (H, O); shape (O, *)."""
-    return jnp.tensordot(kernel, h, axes=((0,), (axis % h.ndim,)))
+def _outputs_first(kernel: Array, h: Array) -> Array:
+    """Multiply h (*, H) by a kernel (H, O); shape (O, *)."""
+    return jnp.tensordot(kernel, h, axes=((0,), (h.ndim - 1,)))
 
 
-def _spaced(value: Array, like: Array, axis: int) -> Array:
-    """Axes of length 1 from this one on: the draws' axes, which come before the contexts'."""
-    return jnp.expand_dims(value, tuple(range(axis, axis + like.ndim - value.ndim)))
+def _spaced(value: Array, like: Array) -> Array:
+    """Axes of length 1 behind the first two: the draws' axes, which come before the contexts'."""
+    return jnp.expand_dims(value, tuple(range(2, 2 + like.ndim - value.ndim)))
 
 
 class Conditioned(NamedTuple):
