@@ -58,6 +58,8 @@ def test_the_networks_multiply_in_the_precision_that_is_asked_for():
         return str(traced.jaxpr)
 
     assert "precision=(Precision.HIGHEST" not in program()
+    with jax.default_matmul_precision("float32"):
+        assert "precision=(Precision.HIGHEST" in program()
     assert "precision=(Precision.HIGHEST" in program(matmul_precision="float32")
 
 

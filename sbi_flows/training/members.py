@@ -7,6 +7,7 @@ A group of members is one vmapped program; every array of it has a leading axis 
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -194,7 +195,7 @@ def epoch(
         best, validation = _scored(blueprint, training, state, group, features)
         return state, best, total / steps, validation
 
-    return _over_members(one, mesh, 3)(state, group, keys)
+    return _over_members(one, mesh)(state, group, keys)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
@@ -229,7 +230,7 @@ def chunk(
         state, total = loop.run(state, group, key, data, (len(y), batch))
         return state, total / steps
 
-    return _over_members(one, mesh, 3)(state, group, keys)
+    return _over_members(one, mesh)(state, group, keys)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -243,11 +244,11 @@ def score(
 ) -> tuple[Best, Array]:
     """One pass over the validation rows."""
     one = partial(_scored, blueprint, training, features=features)
-    return _over_members(one, mesh, 2)(state, group)
+    return _over_members(one, mesh)(state, group)
 
 
-def _over_members(one: Any, mesh: Mesh | None, arguments: int) -> Any:
-    return jax.vmap(one, in_axes=(0,) * arguments, spmd_axis_name=MEMBERS if mesh else None)
+def _over_members(one: Any, mesh: Mesh | None) -> Any:
+    return jax.vmap(one, spmd_axis_name=MEMBERS if mesh else None)
 
 
 class _Loop(NamedTuple):
@@ -327,7 +328,14 @@ def _losses(blueprint: Blueprint, training: Training, params: Array, rest: Any) 
     """Loss of each row: a key or None, noise (B, d) and features (B, C) to (B,)."""
 
     def losses(key: Key | None, noise: Array, features: Array) -> Array:
-        with jax.default_matmul_precision(training.matmul_precision or "default"):
+        precision = training.matmul_precision
+        # what the user has set for all of JAX stands, unless this fit asks for something else
+        asked = (
+            contextlib.nullcontext()
+            if precision is None
+            else jax.default_matmul_precision(precision)
+        )
+        with asked:
             return _model(blueprint, params, rest).loss(key, noise, features)
 
     return losses
