@@ -1,4 +1,4 @@
-"""One kind of layer applied many times with different arrays: compiled as few as pay."""
+"""One kind of layer applied many times with different arrays: written out where they are few."""
 
 from __future__ import annotations
 

@@ -77,11 +77,10 @@ def stream_of(
 ) -> Stream:
     """The valid rows of simulations whose observations stay on disk, by their places."""
     numbers = np.flatnonzero(simulations.valid)
-    theta = np.asarray(simulations.theta)
 
     def read(places: np.ndarray) -> tuple[Array, Array]:
-        rows = numbers[places]
-        return _read(prior, blueprint, standardiser, theta[rows], simulations[rows].x)
+        chunk = simulations[numbers[places]]
+        return _read(prior, blueprint, standardiser, chunk.theta, chunk.x)
 
     return Stream(np.arange(len(numbers)), sample, read)
 

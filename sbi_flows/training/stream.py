@@ -64,7 +64,6 @@ class Stream:
     def _order(self, key: Key) -> list[np.ndarray]:
         """Numbers of the rows of each chunk, in the order in which they are stored."""
         blocks = -(-len(self.rows) // BLOCK)
-        # the block that is not full comes last in no epoch but by chance
         order = np.asarray(jax.random.permutation(key, blocks))
         starts = [self.rows[b * BLOCK : (b + 1) * BLOCK] for b in order]
         chosen = np.concatenate(starts)[: self.count * self.size]
