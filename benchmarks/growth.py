@@ -6,17 +6,16 @@ Public names: `BASE`, `AXES`, `growth`, `training`, `text`, `markdown`.
 from __future__ import annotations
 
 import contextlib
-import statistics
-import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm.auto import tqdm
 
 import sbi_flows as sf
+from benchmarks.peers.measure import interleaved
 from sbi_flows.densities.conditional import Blueprint, Sizes
 from sbi_flows.diagnostics.tables import table
 from sbi_flows.training.ensemble import Ensemble
@@ -50,13 +49,12 @@ def growth(axis: str, sizes: tuple[int, ...], *, repeats: int = 3) -> dict[str, 
     """
     with contextlib.ExitStack() as stack:
         fits = [stack.enter_context(training({**BASE, axis: size})) for size in sizes]
-        seconds: list[list[float]] = [[] for _ in sizes]
-        for i in tqdm(range(repeats + 1), desc=f"growth with {axis}"):
-            for fit, timed in zip(fits, seconds, strict=True):
-                began = time.perf_counter()
-                fit.epoch(jax.random.key(i))
-                timed.append(time.perf_counter() - began)
-    median = [statistics.median(timed[1:]) for timed in seconds]
+        calls = {
+            f"{size}": partial(fit.epoch, jax.random.key(0))
+            for size, fit in zip(sizes, fits, strict=True)
+        }
+        timings = interleaved(calls, repeats, f"growth with {axis}")
+    median = [timing.median for timing in timings.values()]
     exponent = np.log(median[-1] / median[-2]) / np.log(sizes[-1] / sizes[-2])
     return {"sizes": list(sizes), "seconds": median, "exponent": float(exponent)}
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 import collections
 import gzip
 import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.growth import BASE, training
+from benchmarks.peers.measure import interleaved
 from sbi_flows.diagnostics.tables import table
 
 KINDS = {
@@ -44,7 +43,6 @@ def step_profile(*, repeats: int = 5) -> dict[str, Any]:
     with training(BASE) as ensemble:
         rows = BASE["rows"] - ensemble.held_out.shape[1]
         steps = rows // BASE["batch"]
-        ensemble.epoch(jax.random.key(0))
         seconds = _seconds(lambda: ensemble.epoch(jax.random.key(1)), repeats)
         events = _profiled(lambda: ensemble.epoch(jax.random.key(2)))
         (best,) = ensemble.best
@@ -123,10 +121,4 @@ def _rate(size: int = 1024) -> float:
 
 
 def _seconds(work: Callable[[], Any], repeats: int) -> float:
-    work()
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return interleaved({"": work}, repeats, "profile")[""].median
