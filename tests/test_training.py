@@ -223,10 +223,8 @@ def test_a_member_that_has_stopped_waits_for_the_others(monkeypatch):
     """One member gets worse at once and stops, the other learns to the end."""
     epoch = members.epoch
 
-    def worse(blueprint, settings, mesh, state, group, features, keys, active):
-        state, best, train, validation = epoch(
-            blueprint, settings, mesh, state, group, features, keys, active
-        )
+    def worse(plan, state, group, features, keys, active):
+        state, best, train, validation = epoch(plan, state, group, features, keys, active)
         if active and group.train[0, 0] == first_row:
             best, validation = group.best._replace(age=group.best.age + 1), validation + 100.0
         return state, best, train, validation

@@ -54,7 +54,9 @@ def test_the_networks_multiply_in_the_precision_that_is_asked_for():
         arguments = (jax.random.key(0)[None], rows[:, 30:], rows[:, :30], jnp.ones(1))
         shapes = jax.eval_shape(partial(members.prepare, blueprint(), setting, source), *arguments)
         keys = jax.random.key(0)[None]
-        traced = members.epoch.trace(blueprint(), setting, None, *shapes, zeros, keys, True)
+        traced = members.epoch.trace(
+            members.Plan(blueprint(), setting, None), *shapes, zeros, keys, True
+        )
         return str(traced.jaxpr)
 
     assert "precision=(Precision.HIGHEST" not in program()

@@ -26,7 +26,7 @@ from jax import Array
 from sbi_flows.densities.conditional import Blueprint, Weights, unraveled
 from sbi_flows.training import members as programs
 from sbi_flows.training.devices import mesh_of, on_mesh, to_host
-from sbi_flows.training.members import Best, Source, State, Units
+from sbi_flows.training.members import Best, Plan, Source, State, Units
 from sbi_flows.training.settings import Training
 from sbi_flows.training.stream import Stream
 from sbi_flows.typing import Key
@@ -82,12 +82,12 @@ class Ensemble:
             folds = tuple(jnp.stack([rows[0]] * members) for rows in folds)
             stream = stream.without(np.asarray(folds[1][0]))
         batch = training.batch(folds[0].shape[1] if stream is None else len(stream.rows))
-        self._mesh = mesh_of(members, batch, training.devices)
-        self._stream, self._blueprint = stream, blueprint
+        mesh, self._stream = mesh_of(members, batch, training.devices), stream
         # rates are no constants of the programs, which then serve for all of them
-        self._training = dataclasses.replace(training, learning_rate=1.0, devices=None)
-        self._slices = _slices(members, together=self._mesh is not None)
-        self._features = on_mesh(self._mesh, features, members=False)
+        settings = dataclasses.replace(training, learning_rate=1.0, devices=None)
+        self._plan = Plan(blueprint, settings, mesh)
+        self._slices = _slices(members, together=mesh is not None)
+        self._features = on_mesh(self._plan.mesh, features, members=False)
         self.held_out = np.asarray(folds[1])
         if stream is not None:
             self.held_out = stream.sample[self.held_out]
@@ -97,14 +97,16 @@ class Ensemble:
         train, held_out = folds
         given = [(keys[s], train[s], held_out[s], rates[s]) for s in self._slices]
         source = Source(y, features, offset, blueprint.given_weights())
-        prepare = partial(programs.prepare, blueprint, self._training, source)
+        prepare = partial(programs.prepare, blueprint, settings, source)
         # each program is compiled before the members share it: threads that met one that nobody
         # had compiled would each do so
         compiled = self._pool.submit(self._compile, prepare, given[0])
         pairs = [prepare(*given[0])]
         pairs += self._pool.map(lambda arguments: prepare(*arguments), given[1:])
         compiled.result()
-        self._states, self._groups = zip(*on_mesh(self._mesh, pairs, members=True), strict=True)
+        self._states, self._groups = zip(
+            *on_mesh(self._plan.mesh, pairs, members=True), strict=True
+        )
         units = zip(*(group.units for group in self._groups), strict=True)
         self.units = Units(*(jnp.asarray(_joined(arrays)) for arrays in units))
         self._losses, indices = (np.zeros(members), np.zeros(members)), range(len(given))
@@ -127,7 +129,7 @@ class Ensemble:
     @property
     def running(self) -> np.ndarray:
         """Which members have not run out of patience, shape (M,)."""
-        return _joined([best.age for best in self.best]) < self._training.patience
+        return _joined([best.age for best in self.best]) < self._plan.training.patience
 
     def epoch(self, key: Key) -> tuple[np.ndarray, np.ndarray]:
         """Train the members that still run for one epoch.
@@ -160,7 +162,7 @@ class Ensemble:
     def weights(self, best: tuple[Best, ...]) -> Weights:
         """Best weights and the arrays that are not trained, stacked over all members."""
         # by numpy: the arrays are on the host already, and nothing needs to be compiled
-        params = unraveled(self._blueprint, _joined([b.params for b in best]))
+        params = unraveled(self._plan.blueprint, _joined([b.params for b in best]))
         rest = [group.rest for group in self._groups]
         rest = jax.tree.map(lambda *leaves: _joined(leaves), *rest)
         return Weights(*jax.tree.map(jnp.asarray, (params, rest)))
@@ -168,13 +170,11 @@ class Ensemble:
     def _advance(self, i: int, keys: Key, active: bool) -> _Result:
         """An epoch of one group, or without `active` its validation alone."""
         state, best, *means = programs.epoch(
-            self._blueprint,
-            self._training,
-            self._mesh,
+            self._plan,
             self._states[i],
             self._groups[i],
             self._features,
-            on_mesh(self._mesh, keys, members=True),
+            on_mesh(self._plan.mesh, keys, members=True),
             active,
         )
         return _Result(state, best, *map(to_host, means))
@@ -186,9 +186,7 @@ class Ensemble:
         return self._scored(i, self._states[i], np.zeros(len(keys)))
 
     def _scored(self, i: int, state: State, train: np.ndarray) -> _Result:
-        best, validation = programs.score(
-            self._blueprint, self._training, self._mesh, state, self._groups[i], self._features
-        )
+        best, validation = programs.score(self._plan, state, self._groups[i], self._features)
         return _Result(state, best, train, to_host(validation))
 
     def _streamed(self, key: Key, active: list[int], stream: Stream) -> Iterator[_Result]:
@@ -198,12 +196,13 @@ class Ensemble:
         chunk_keys = jnp.stack(keys).reshape(count, members)
         states, train = dict(zip(active, (self._states[i] for i in active), strict=True)), {}
         for own, rows in zip(chunk_keys, stream.chunks(order_key), strict=True):
-            y, features = on_mesh(self._mesh, rows, members=False)
+            y, features = on_mesh(self._plan.mesh, rows, members=False)
 
             def advance(i: int, own: Key = own, y: Array = y, features: Array = features) -> Any:
-                keys = on_mesh(self._mesh, own[self._slices[i]], members=True)
-                static = (self._blueprint, self._training, self._mesh, count)
-                state, mean = programs.chunk(*static, states[i], self._groups[i], y, features, keys)
+                keys = on_mesh(self._plan.mesh, own[self._slices[i]], members=True)
+                state, mean = programs.chunk(
+                    self._plan, count, states[i], self._groups[i], y, features, keys
+                )
                 return state, to_host(mean)
 
             for i, (state, mean) in zip(active, self._pool.map(advance, active), strict=True):
@@ -223,20 +222,19 @@ class Ensemble:
 
     def _compile(self, prepare: Callable, given: tuple) -> None:
         """Compile an epoch, which the jitted functions then find done."""
-        if self._mesh is not None:
+        if self._plan.mesh is not None:
             return  # it is compiled for arrays that lie on its devices, by the only group there is
-        static = self._blueprint, self._training, None
         state, group = jax.eval_shape(prepare, *given)
         if self._stream is None:
-            programs.epoch.lower(*static, state, group, self._features, given[0], True).compile()
+            programs.epoch.lower(self._plan, state, group, self._features, given[0], True).compile()
             return
         rows = [
             jax.ShapeDtypeStruct((self._stream.size, width), self._features.dtype)
-            for width in (self._blueprint.sizes.dim, self._features.shape[1])
+            for width in (self._plan.blueprint.sizes.dim, self._features.shape[1])
         ]
-        arguments = (*static, self._stream.count, state, group, *rows, given[0])
+        arguments = (self._plan, self._stream.count, state, group, *rows, given[0])
         programs.chunk.lower(*arguments).compile()
-        programs.score.lower(*static, state, group, self._features).compile()
+        programs.score.lower(self._plan, state, group, self._features).compile()
 
 
 class _Result(NamedTuple):

@@ -1,6 +1,6 @@
 """What the members of an ensemble do in a fit, as compiled programs.
 
-Public names: `Best`, `Group`, `Source`, `prepare`, `epoch`, `chunk`, `score`.
+Public names: `Best`, `Group`, `Source`, `Plan`, `prepare`, `epoch`, `chunk`, `score`.
 
 A group of members is one vmapped program; every array of it has a leading axis of members.
 """
@@ -100,6 +100,14 @@ class Source(NamedTuple):
     given: Any
 
 
+class Plan(NamedTuple):
+    """What is static about a fit, and part of its programs."""
+
+    blueprint: Blueprint
+    training: Training
+    mesh: Mesh | None
+
+
 def prepare(
     blueprint: Blueprint,
     training: Training,
@@ -165,11 +173,9 @@ def _start(
     return jax.vmap(one)(params, rest, train, held_out)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
 def epoch(
-    blueprint: Blueprint,
-    training: Training,
-    mesh: Mesh | None,
+    plan: Plan,
     state: State,
     group: Group,
     features: Array,
@@ -183,26 +189,24 @@ def epoch(
 
     def one(state: State, group: Group, key: Key) -> tuple[State, Best, Array, Array]:
         rows = len(group.train)
-        batch = training.batch(rows)
+        batch = plan.training.batch(rows)
         steps = rows // batch
 
         def data(places: Array) -> tuple[Array, Array]:
-            places = split_rows(mesh, places)
+            places = split_rows(plan.mesh, places)
             return group.noise[places], features[group.train[places]]
 
-        loop = _Loop(blueprint, training, steps * training.max_epochs, jnp.where(active, steps, 0))
+        loop = _Loop(plan, steps * plan.training.max_epochs, jnp.where(active, steps, 0))
         state, total = loop.run(state, group, key, data, (rows, batch))
-        best, validation = _scored(blueprint, training, state, group, features)
+        best, validation = _scored(plan, state, group, features)
         return state, best, total / steps, validation
 
-    return _over_members(one, mesh)(state, group, keys)
+    return _over_members(one, plan.mesh)(state, group, keys)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def chunk(
-    blueprint: Blueprint,
-    training: Training,
-    mesh: Mesh | None,
+    plan: Plan,
     chunks: int,
     state: State,
     group: Group,
@@ -215,36 +219,34 @@ def chunk(
     Returns:
         The states, and the mean loss of the steps.
     """
-    batch = min(training.batch(chunks * len(y)), len(y))
+    batch = min(plan.training.batch(chunks * len(y)), len(y))
     steps = len(y) // batch
 
     def one(state: State, group: Group, key: Key) -> tuple[State, Array]:
-        model = _model(blueprint, state.params, group.rest)
+        model = _model(plan.blueprint, state.params, group.rest)
         noise = model.whiten(y, features)[0]
 
         def data(places: Array) -> tuple[Array, Array]:
-            places = split_rows(mesh, places)
+            places = split_rows(plan.mesh, places)
             return noise[places], features[places]
 
-        loop = _Loop(blueprint, training, steps * chunks * training.max_epochs, steps)
+        loop = _Loop(plan, steps * chunks * plan.training.max_epochs, steps)
         state, total = loop.run(state, group, key, data, (len(y), batch))
         return state, total / steps
 
-    return _over_members(one, mesh)(state, group, keys)
+    return _over_members(one, plan.mesh)(state, group, keys)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=0)
 def score(
-    blueprint: Blueprint,
-    training: Training,
-    mesh: Mesh | None,
+    plan: Plan,
     state: State,
     group: Group,
     features: Array,
 ) -> tuple[Best, Array]:
     """One pass over the validation rows."""
-    one = partial(_scored, blueprint, training, features=features)
-    return _over_members(one, mesh)(state, group)
+    one = partial(_scored, plan, features=features)
+    return _over_members(one, plan.mesh)(state, group)
 
 
 def _over_members(one: Any, mesh: Mesh | None) -> Any:
@@ -254,8 +256,7 @@ def _over_members(one: Any, mesh: Mesh | None) -> Any:
 class _Loop(NamedTuple):
     """Steps of the optimiser: `count` of them, of `total` in the whole fit."""
 
-    blueprint: Blueprint
-    training: Training
+    plan: Plan
     total: int
     count: int | Array
 
@@ -268,15 +269,15 @@ class _Loop(NamedTuple):
             The state and the sum of the steps' losses.
         """
         rows, batch = sizes
-        transform = _transform(self.blueprint, self.training, self.total, group.rate)
-        decay = 0.0 if self.training.ema_decay is None else self.training.ema_decay
+        transform = _transform(self.plan.blueprint, self.plan.training, self.total, group.rate)
+        decay = self.plan.training.ema_decay or 0.0
         order_key, dropout_key = split_keys(key, 2)
         steps = rows // batch
         order = jnp.argsort(hashed_words(order_key, (rows,)))[: steps * batch]
         order, keys = order.reshape(steps, batch), split_keys(dropout_key, steps)
 
         def loss(params: Array, key: Key, noise: Array, features: Array) -> Array:
-            losses = _losses(self.blueprint, self.training, params, group.rest)
+            losses = _losses(self.plan, params, group.rest)
             return jnp.mean(losses(key, noise, features))
 
         def step(i: Array, carry: tuple[State, Array]) -> tuple[State, Array]:
@@ -291,12 +292,10 @@ class _Loop(NamedTuple):
         return jax.lax.fori_loop(0, self.count, step, (state, zero))
 
 
-def _scored(
-    blueprint: Blueprint, training: Training, state: State, group: Group, features: Array
-) -> tuple[Best, Array]:
+def _scored(plan: Plan, state: State, group: Group, features: Array) -> tuple[Best, Array]:
     """The best so far and the mean loss of the validation rows."""
     noise = group.noise[len(group.train) :]
-    one = partial(_losses(blueprint, training, state.average, group.rest), None)
+    one = partial(_losses(plan, state.average, group.rest), None)
     count = -(-len(noise) // ROWS)
     if count == 1:
         losses = one(noise, features[group.held_out])
@@ -305,7 +304,7 @@ def _scored(
         losses = jax.lax.map(lambda p: one(noise[p], features[group.held_out[p]]), places)
         losses = losses.reshape(-1)[: len(noise)]
     # one that has stopped may still be computed, beside others
-    best = updated(group.best, state.average, losses, group.best.age < training.patience)
+    best = updated(group.best, state.average, losses, group.best.age < plan.training.patience)
     return best, jnp.mean(losses)
 
 
@@ -324,11 +323,11 @@ def updated(best: Best, params: Array, losses: Array, running: Array) -> Best:
     return Best(params, loss, age, jnp.where(improved, halves, best.halves), crossed)
 
 
-def _losses(blueprint: Blueprint, training: Training, params: Array, rest: Any) -> Any:
+def _losses(plan: Plan, params: Array, rest: Any) -> Any:
     """Loss of each row: a key or None, noise (B, d) and features (B, C) to (B,)."""
 
     def losses(key: Key | None, noise: Array, features: Array) -> Array:
-        precision = training.matmul_precision
+        precision = plan.training.matmul_precision
         # what the user has set for all of JAX stands, unless this fit asks for something else
         asked = (
             contextlib.nullcontext()
@@ -336,7 +335,7 @@ def _losses(blueprint: Blueprint, training: Training, params: Array, rest: Any) 
             else jax.default_matmul_precision(precision)
         )
         with asked:
-            return _model(blueprint, params, rest).loss(key, noise, features)
+            return _model(plan.blueprint, params, rest).loss(key, noise, features)
 
     return losses
 
