@@ -18,6 +18,7 @@ from flax import nnx
 from jax import Array
 
 from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
+from sbi_flows.networks.mlp import hashed_words
 from sbi_flows.prior import Prior
 from sbi_flows.prior_maps import HALF_WIDTH
 from sbi_flows.typing import Key
@@ -103,7 +104,7 @@ def _ensemble_draws(
 
     order_key, *member_keys = jax.random.split(key, 1 + members)
     y = jax.vmap(one, out_axes=1)(weights, jnp.stack(member_keys))
-    order = jax.random.permutation(order_key, members)
+    order = jnp.argsort(hashed_words(order_key, (members,)))
     return y[:, order].reshape(share * members, -1)[:n]
 
 

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "bijectors": {"networks", "prior", "prior_maps"},
     "densities": {"bijectors", "networks", "prior", "data", "standardise"},
     "training": {"densities", "networks", "prior", "data"},
-    "mixtures": {"densities", "prior", "prior_maps"},
+    "mixtures": {"densities", "networks", "prior", "prior_maps"},
     "posteriors": {"arviz_groups", "densities", "mixtures", "prior", "data", "standardise"},
     "estimators": {
         "densities",

@@ -62,18 +62,25 @@ class Autoregressive(distrax.Bijector):
     def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
         """Data (*, D) to noise (*, D) with the log determinant (*)."""
         first, rest = _first_and_rest(y)
-        head, head_det = self._entry_0(y).forward_and_log_det(first)
+        params = self._params_0(y)
         if self._conditioner is None:
+            head, head_det = self._transformer(params).forward_and_log_det(first)
             return jnp.moveaxis(head, 0, -1), head_det[0]
-        transformer = self._transformer(self._conditioner(y[..., :-1]))
-        tail, tail_det = transformer.forward_and_log_det(rest)
-        data = jnp.moveaxis(jnp.concatenate([head, tail]), 0, -1)
-        return data, head_det[0] + jnp.sum(tail_det, axis=0)
+        others = self._conditioner(y[..., :-1])
+        if params.shape[2:] == others.shape[2:]:
+            transformer = self._transformer(jnp.concatenate([params, others], axis=1))
+            noise, log_det = transformer.forward_and_log_det(jnp.moveaxis(y, -1, 0))
+            return jnp.moveaxis(noise, 0, -1), jnp.sum(log_det, axis=0)
+        # many draws share the parameters of entry 0
+        head, head_det = self._transformer(params).forward_and_log_det(first)
+        tail, tail_det = self._transformer(others).forward_and_log_det(rest)
+        noise = jnp.moveaxis(jnp.concatenate([head, tail]), 0, -1)
+        return noise, head_det[0] + jnp.sum(tail_det, axis=0)
 
     def forward_and_log_det(self, x: Array) -> tuple[Array, Array]:
         """Noise (*, D) to data (*, D) with the log determinant (*)."""
         first, rest = _first_and_rest(x)
-        head, head_det = self._entry_0(x).inverse_and_log_det(first)
+        head, head_det = self._transformer(self._params_0(x)).inverse_and_log_det(first)
         conditioner = self._conditioner
         if conditioner is None:
             return jnp.moveaxis(head, 0, -1), head_det[0]
@@ -92,11 +99,10 @@ class Autoregressive(distrax.Bijector):
         data, log_det, _ = jax.lax.fori_loop(0, len(rest), step, carry)
         return jnp.moveaxis(data, 0, -1), log_det
 
-    def _entry_0(self, like: Array) -> distrax.BijectorLike:
+    def _params_0(self, like: Array) -> Array:
         # the draws' axes come before the contexts'
         params, (count, _, *context) = self._first, self._first.shape
-        shape = (count, 1, *(1,) * (like.ndim - 1 - len(context)), *context)
-        return self._transformer(jnp.reshape(params, shape))
+        return jnp.reshape(params, (count, 1, *(1,) * (like.ndim - 1 - len(context)), *context))
 
 
 def _first_and_rest(value: Array) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""One kind of layer applied many times with different arrays: written out where they are few."""
+"""One kind of layer applied many times with different arrays."""
 
 from __future__ import annotations
 
@@ -20,12 +20,23 @@ class Repeated(distrax.Bijector):
     Args:
         make: Builds one layer's bijectors (noise to data, data side first) from its arrays.
         arrays: The layers' arrays, stacked on a leading axis.
+        written_out: In the inverse, write up to `UNROLLED` layers out one after another in place of
+            a loop, which reads and writes each array that a layer stores for the derivative once
+            more, a sixth of the time of a step of the training. Others take less time to compile.
     """
 
-    def __init__(self, make: Callable[[Any], list[distrax.Bijector]], arrays: Any) -> None:
+    def __init__(
+        self,
+        make: Callable[[Any], list[distrax.Bijector]],
+        arrays: Any,
+        *,
+        written_out: bool = False,
+    ) -> None:
         """Hold the function and the arrays."""
         super().__init__(event_ndims_in=1)
         self._make, self._arrays = make, arrays
+        layers = len(jax.tree.leaves(arrays)[0])
+        self._unroll = min(layers, UNROLLED) if written_out else 1
 
     def forward_and_log_det(self, x: Array) -> tuple[Array, Array]:
         """Noise (*, D) to data (*, D) with the log determinant (*)."""
@@ -51,13 +62,4 @@ class Repeated(distrax.Bijector):
             return (value, total), None
 
         carry = (y, jnp.zeros(y.shape[:-1], y.dtype))
-        return jax.lax.scan(step, carry, self._arrays, unroll=_unroll(self._arrays))[0]
-
-
-def _unroll(arrays: Any) -> int:
-    """Layers written out one after another where training passes: all of them, if they are few.
-
-    A loop reads and writes each array that a layer stores for the derivative once more, which takes
-    a sixth of a step's time; programs of many layers would take too long to compile.
-    """
-    return min(len(jax.tree.leaves(arrays)[0]), UNROLLED)
+        return jax.lax.scan(step, carry, self._arrays, unroll=self._unroll)[0]

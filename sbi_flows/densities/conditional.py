@@ -193,10 +193,16 @@ class Weights(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def graph_of(blueprint: Blueprint) -> nnx.GraphDef:
-    """The static half of a model, without computing any weights."""
+def _template(blueprint: Blueprint) -> tuple[nnx.GraphDef, Any]:
+    """The static half of a model and the shapes of its weights, without computing any."""
     model = nnx.eval_shape(lambda: blueprint.build(jax.random.key(0)))
-    return nnx.split(model, nnx.Param, ...)[0]
+    graph, params, _ = nnx.split(model, nnx.Param, ...)
+    return graph, nnx.as_pure(params)
+
+
+def graph_of(blueprint: Blueprint) -> nnx.GraphDef:
+    """The static half of a model."""
+    return _template(blueprint)[0]
 
 
 def initial_weights(blueprint: Blueprint, key: Key, given: Any) -> tuple[Any, Any]:
@@ -212,12 +218,6 @@ def initial_weights(blueprint: Blueprint, key: Key, given: Any) -> tuple[Any, An
     return params if given is None else {**params, "embedding": given}, nnx.as_pure(rest)
 
 
-@functools.lru_cache(maxsize=64)
-def _shapes_of(blueprint: Blueprint) -> Any:
-    """Shapes of the trainable weights."""
-    return jax.eval_shape(lambda: initial_weights(blueprint, jax.random.key(0), None)[0])
-
-
 def raveled(params: Any) -> Array:
     """All trainable weights as one vector, which is what an optimiser is fast at."""
     return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(params)])
@@ -225,7 +225,7 @@ def raveled(params: Any) -> Array:
 
 def unraveled(blueprint: Blueprint, vector: Array | np.ndarray) -> Any:
     """The trainable weights that `raveled` made a vector of; any axes before it stay."""
-    shapes, tree = jax.tree.flatten(_shapes_of(blueprint))
+    shapes, tree = jax.tree.flatten(_template(blueprint)[1])
     ends = np.cumsum([math.prod(s.shape) for s in shapes])[:-1]
     split = np.split if isinstance(vector, np.ndarray) else jnp.split
     parts = zip(split(vector, ends, axis=-1), shapes, strict=True)

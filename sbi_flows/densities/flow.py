@@ -163,7 +163,8 @@ class Flow(Density):
             own, given, key = inputs
             return nnx.merge(graph, own).bijectors(given, key)
 
-        return Pushed(base, Repeated(layer, (arrays, given, keys)))
+        layers = Repeated(layer, (arrays, given, keys), written_out=key is not None)
+        return Pushed(base, layers)
 
 
 class Given(NamedTuple):

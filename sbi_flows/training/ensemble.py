@@ -272,6 +272,7 @@ def _held_out_rows(n: int, fraction: float) -> int:
     return held_out
 
 
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _folds(key: Key, n: int, held_out: int, members: int, own: int = 0) -> tuple[Array, Array]:
     """Training rows (M, N - V + own) and validation rows (M, V).
 

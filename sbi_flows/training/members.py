@@ -8,6 +8,7 @@ A group of members is one vmapped program; every array of it has a leading axis 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ from sbi_flows.training.settings import Training
 from sbi_flows.typing import Key
 
 ROWS = 2**14
-"""Validation rows at once, which bounds the memory."""
+"""Rows at once where they are not a batch of the training, which bounds the memory."""
 
 
 class Best(NamedTuple):
@@ -164,7 +165,7 @@ def _start(
         rest = {**rest, "start": start}
         rows = jnp.concatenate([train, held_out])
         model = nnx.merge(graph_of(blueprint), params, rest)
-        noise, log_det = model.whiten(y[rows], features[rows])
+        noise, log_det = _by_rows(lambda places: model.whiten(y[places], features[places]), rows)
         units = offset[rows] - log_det
         return raveled(params), rest, noise, Units(units[: len(train)].mean(), units[len(train) :])
 
@@ -296,16 +297,21 @@ def _scored(plan: Plan, state: State, group: Group, features: Array) -> tuple[Be
     """The best so far and the mean loss of the validation rows."""
     noise = group.noise[len(group.train) :]
     one = partial(_losses(plan, state.average, group.rest), None)
-    count = -(-len(noise) // ROWS)
-    if count == 1:
-        losses = one(noise, features[group.held_out])
-    else:
-        places = jnp.arange(count * ROWS).reshape(count, ROWS) % len(noise)
-        losses = jax.lax.map(lambda p: one(noise[p], features[group.held_out[p]]), places)
-        losses = losses.reshape(-1)[: len(noise)]
+    losses = _by_rows(
+        lambda places: one(noise[places], features[group.held_out[places]]), jnp.arange(len(noise))
+    )
     # one that has stopped may still be computed, beside others
     best = updated(group.best, state.average, losses, group.best.age < plan.training.patience)
     return best, jnp.mean(losses)
+
+
+def _by_rows(one: Callable[[Array], Any], places: Array) -> Any:
+    """What `one` says of row numbers (B,), its leading axis those of `places`, `ROWS` at a time."""
+    n, count = len(places), -(-len(places) // ROWS)
+    if count == 1:
+        return one(places)
+    out = jax.lax.map(one, jnp.resize(places, (count, ROWS)))
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], out)
 
 
 def updated(best: Best, params: Array, losses: Array, running: Array) -> Best:
