@@ -17,6 +17,7 @@ import optax
 from flax import nnx
 from jax import Array
 
+from sbi_flows.densities.base import sample_each
 from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
 from sbi_flows.networks.mlp import hashed_words
 from sbi_flows.prior import Prior
@@ -33,21 +34,15 @@ def count(weights: Weights) -> int:
 
 
 def _member(blueprint: Blueprint, weights: Weights, features: Array) -> distrax.Distribution:
-    """One member's distribution over standard coordinates for features (C,), batch shape (1,)."""
-    return nnx.merge(graph_of(blueprint), *weights)(blueprint.given(features)[None])
+    """One member's distributions over standard coordinates for features (B, C)."""
+    return nnx.merge(graph_of(blueprint), *weights)(blueprint.given(features))
 
 
 def _mixture(parts: Parts, weights: tuple[Weights, ...], y: Array, features: Array) -> Array:
-    """Log density of the mixture at y (B, n, d) given features (B, C); shape (B, n)."""
+    """Log density of the mixture at y (n, B, d) given features (B, C); shape (n, B)."""
 
     def ensemble(blueprint: Blueprint, stacked: Weights) -> Array:
-        def one(member: Weights) -> Array:
-            def at(y: Array, f: Array) -> Array:
-                return _member(blueprint, member, f).log_prob(y[:, None])[:, 0]
-
-            return jax.vmap(at)(y, features)
-
-        return jax.lax.map(one, stacked)
+        return jax.lax.map(lambda own: _member(blueprint, own, features).log_prob(y), stacked)
 
     members = [
         ensemble(blueprint, stacked) + math.log(share / count(stacked))
@@ -71,44 +66,47 @@ def sample(
     sure = np.floor(expected + 1e-6).astype(int)
     left = np.where(expected - sure > 1e-6, expected - sure, 0.0)
 
-    def mixture(key: Key, f: Array) -> Array:
-        choice_key, *part_keys = jax.random.split(key, 1 + len(parts))
-        draws = [
-            _ensemble_draws(k, blueprint, stacked, f, int(m + (rest > 0)))
-            for k, (blueprint, _), stacked, m, rest in zip(
-                part_keys, parts, weights, sure, left, strict=True
-            )
-        ]
-        return draws[0] if len(parts) == 1 else _chosen(choice_key, draws, sure, left, n)
-
-    y = jax.vmap(mixture)(keys, features)
+    own = jax.vmap(lambda key: jax.random.split(key, 1 + len(parts)))(keys)
+    draws = [
+        _ensemble_draws(own[:, 1 + i], blueprint, stacked, features, int(m + (rest > 0)))
+        for i, ((blueprint, _), stacked, m, rest) in enumerate(
+            zip(parts, weights, sure, left, strict=True)
+        )
+    ]
+    chosen = partial(_chosen, sure=sure, left=left, n=n)
+    y = draws[0] if len(parts) == 1 else jax.vmap(chosen)(own[:, 0], draws)
     theta = prior.from_standard(y)
     if not with_log_prob:
         return theta, jnp.zeros(y.shape[:2], y.dtype)
-    log_prob = _mixture(parts, weights, y, features)
+    log_prob = _mixture(parts, weights, jnp.swapaxes(y, 0, 1), features).T
     return theta, log_prob - prior.standard_log_det(y, theta)
 
 
 def _ensemble_draws(
-    key: Key, blueprint: Blueprint, weights: Weights, features: Array, n: int
+    keys: Key, blueprint: Blueprint, weights: Weights, features: Array, n: int
 ) -> Array:
-    """Draws (n, d) for features (C,): each member gives its share, interleaved.
+    """Draws (B, n, d) for features (B, C): each member gives its share, interleaved.
 
     Their order is random: what is left over by whole shares comes from any of the members alike.
     """
     members = count(weights)
     share = math.ceil(n / members)
+    own = jax.vmap(lambda key: jax.random.split(key, 1 + members))(keys)
 
-    def one(member: Weights, key: Key) -> Array:
-        return _member(blueprint, member, features).sample(seed=key, sample_shape=(share,))[:, 0]
+    def one(inputs: tuple[Weights, Key]) -> Array:
+        member, member_keys = inputs
+        return sample_each(partial(_member, blueprint, member), features, member_keys, share)
 
-    order_key, *member_keys = jax.random.split(key, 1 + members)
-    y = jax.vmap(one, out_axes=1)(weights, jnp.stack(member_keys))
-    order = jnp.argsort(hashed_words(order_key, (members,)))
-    return y[:, order].reshape(share * members, -1)[:n]
+    y = jax.lax.map(one, (weights, own[:, 1:].T))
+
+    def mixed(key: Key, y: Array) -> Array:
+        order = jnp.argsort(hashed_words(key, (members,)))
+        return jnp.swapaxes(y[order], 0, 1).reshape(share * members, -1)[:n]
+
+    return jax.vmap(mixed, in_axes=(0, 2))(own[:, 0], y)
 
 
-def _chosen(key: Key, draws: list[Array], sure: np.ndarray, left: np.ndarray, n: int) -> Array:
+def _chosen(key: Key, draws: list[Array], *, sure: np.ndarray, left: np.ndarray, n: int) -> Array:
     """N draws in random order: the sure ones of each ensemble, and some of the last ones.
 
     An ensemble whose share is not whole has drawn one more than is sure; that one is kept with the
@@ -136,7 +134,7 @@ def log_prob(
     inside = prior.contains(theta)
     safe = jnp.where(inside[..., None], theta, prior.center(theta.shape[:-1]))
     y = prior.to_standard(safe)
-    log_prob = _mixture(parts, weights, y, features)
+    log_prob = _mixture(parts, weights, jnp.swapaxes(y, 0, 1), features).T
     return (jnp.where(inside, log_prob - prior.standard_log_det(y, safe), -jnp.inf),)
 
 
@@ -158,7 +156,7 @@ def ascend(
 
     def objective(u: Array) -> Array:
         y = standard(u)
-        log_prob = _mixture(parts, weights, y[:, None], features)[:, 0]
+        log_prob = _mixture(parts, weights, y[None], features)[0]
         return log_prob - prior.standard_log_det(y, prior.from_standard(y))
 
     def step(carry: tuple, _: None) -> tuple[tuple, None]:

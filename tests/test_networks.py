@@ -37,7 +37,7 @@ def test_a_new_conditioner_gives_zeros(masked):
     module = Conditioner(
         3, 3, PARAMS, context_dim=CONTEXT, hidden=(8,), masked=masked, rngs=nnx.Rngs(0)
     )
-    x, context = jnp.ones((4, 5, 3)), jnp.ones((5, CONTEXT))
+    x, context = jnp.ones((3, 4, 5)), jnp.ones((5, CONTEXT))
     out = module(x, module.given(context))
     assert out.shape == (PARAMS, 3, 4, 5)
     np.testing.assert_array_equal(out, 0.0)
@@ -50,7 +50,7 @@ def test_masked_parameters_see_inputs_up_to_their_own(dim, hidden):
     module = conditioner(dim, dim, masked=True, hidden=hidden)
     x = jnp.full((dim, dim), 0.3)
     # row i with its input i moved, against all of them as they were
-    out = module(jnp.stack([x + jnp.eye(dim), x]), module.given(jnp.zeros(CONTEXT)))
+    out = module(jnp.stack([x + jnp.eye(dim), x], axis=1), module.given(jnp.zeros(CONTEXT)))
     assert out.shape == (PARAMS, dim, 2, dim)
     strength = np.max(np.abs(out[:, :, 0] - out[:, :, 1]), axis=0)
     for entry, source in itertools.product(range(dim), repeat=2):
@@ -64,7 +64,7 @@ def test_inputs_beyond_the_width_are_seen():
     """Fewer units than entries cannot tell all inputs apart, but each has some influence."""
     module = conditioner(6, 6, masked=True, hidden=(3,))
     x = jnp.full((6, 6), 0.3)
-    out = module(jnp.stack([x + jnp.eye(6), x]), module.given(jnp.zeros(CONTEXT)))
+    out = module(jnp.stack([x + jnp.eye(6), x], axis=1), module.given(jnp.zeros(CONTEXT)))
     strength = np.max(np.abs(out[:, :, 0] - out[:, :, 1]), axis=0)
     assert np.all(strength[-1] > 0.0)
     assert np.all(np.triu(strength, 1) == 0.0)
@@ -82,11 +82,11 @@ def test_unmasked_parameters_see_every_input_and_the_context():
 
 def test_one_context_serves_many_draws():
     module = conditioner(2, 2, masked=True)
-    x = jax.random.normal(jax.random.key(1), (5, 4, 2))
+    x = jax.random.normal(jax.random.key(1), (2, 5, 4))
     contexts = jax.random.normal(jax.random.key(2), (4, CONTEXT))
     together = module(x, module.given(contexts))
     for row in range(4):
-        alone = module(x[:, row], module.given(contexts[row]))
+        alone = module(x[..., row], module.given(contexts[row]))
         np.testing.assert_allclose(together[..., row], alone, atol=1e-5)
 
 
@@ -94,12 +94,12 @@ def test_one_context_serves_many_draws():
 @pytest.mark.parametrize("hidden", [(16, 16), (7, 5, 7), (10, 10, 10), (3,)])
 def test_going_on_from_entry_to_entry_gives_the_parameters_of_all(hidden):
     module = conditioner(4, 4, masked=True, hidden=hidden)
-    x, context = jax.random.normal(jax.random.key(1), (5, 2, 4)), jnp.ones((2, CONTEXT))
+    x, context = jax.random.normal(jax.random.key(1), (4, 5, 2)), jnp.ones((2, CONTEXT))
     given = module.given(context)
     together = module(x, given)
     units = module.begin((5, 2), x.dtype)
     for i in range(4):
-        known = jnp.where((jnp.arange(4) <= i)[None, None], x, 0.0)
+        known = jnp.where((jnp.arange(4) <= i)[:, None, None], x, 0.0)
         units, alone = module.advance(jnp.asarray(i), known, units, given)
         assert alone.shape == (PARAMS, 1, 5, 2)
         np.testing.assert_allclose(alone[:, 0], together[:, i], rtol=1e-5, atol=1e-5)
@@ -107,7 +107,7 @@ def test_going_on_from_entry_to_entry_gives_the_parameters_of_all(hidden):
 
 def dropping(x, key):
     module = conditioner(3, 3, masked=True, rate=0.5)
-    return module(x, module.given(jnp.ones(CONTEXT)), key=key)
+    return module(x.T, module.given(jnp.ones(CONTEXT)), key=key)
 
 
 NETWORKS = {

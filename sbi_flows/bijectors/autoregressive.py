@@ -23,7 +23,7 @@ class Masked(Protocol):
     """A network whose parameters of an entry depend on the inputs up to its own place alone."""
 
     def __call__(self, x: Array) -> Array:
-        """Inputs (*, D - 1) to the parameters (P, D - 1, *) of all entries."""
+        """Inputs (D - 1, *) to the parameters (P, D - 1, *) of all entries."""
         ...
 
     def begin(self, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -31,7 +31,7 @@ class Masked(Protocol):
         ...
 
     def advance(self, i: Array, x: Array, units: Any) -> tuple[Any, Array]:
-        """Once input i is known, later ones of x (*, D - 1) zero: parameters (P, 1, *) of entry i.
+        """Once input i is known, later ones of x (D - 1, *) zero: parameters (P, 1, *) of entry i.
 
         With what it then holds.
         """
@@ -61,15 +61,16 @@ class Autoregressive(distrax.Bijector):
 
     def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
         """Data (*, D) to noise (*, D) with the log determinant (*)."""
-        first, rest = _first_and_rest(y)
+        entries = jnp.moveaxis(y, -1, 0)
+        first, rest = entries[:1], entries[1:]
         params = self._params_0(y)
         if self._conditioner is None:
             head, head_det = self._transformer(params).forward_and_log_det(first)
             return jnp.moveaxis(head, 0, -1), head_det[0]
-        others = self._conditioner(y[..., :-1])
+        others = self._conditioner(entries[:-1])
         if params.shape[2:] == others.shape[2:]:
             transformer = self._transformer(jnp.concatenate([params, others], axis=1))
-            noise, log_det = transformer.forward_and_log_det(jnp.moveaxis(y, -1, 0))
+            noise, log_det = transformer.forward_and_log_det(entries)
             return jnp.moveaxis(noise, 0, -1), jnp.sum(log_det, axis=0)
         # many draws share the parameters of entry 0
         head, head_det = self._transformer(params).forward_and_log_det(first)
@@ -79,7 +80,8 @@ class Autoregressive(distrax.Bijector):
 
     def forward_and_log_det(self, x: Array) -> tuple[Array, Array]:
         """Noise (*, D) to data (*, D) with the log determinant (*)."""
-        first, rest = _first_and_rest(x)
+        entries = jnp.moveaxis(x, -1, 0)
+        first, rest = entries[:1], entries[1:]
         head, head_det = self._transformer(self._params_0(x)).inverse_and_log_det(first)
         conditioner = self._conditioner
         if conditioner is None:
@@ -88,7 +90,7 @@ class Autoregressive(distrax.Bijector):
         def step(i: Array, carry: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
             data, total, units = carry
             # entries that are not there yet are zero
-            units, params = conditioner.advance(i, jnp.moveaxis(data[:-1], 0, -1), units)
+            units, params = conditioner.advance(i, data[:-1], units)
             noise = jax.lax.dynamic_slice_in_dim(rest, i, 1)
             entry, log_det = self._transformer(params).inverse_and_log_det(noise)
             data = jax.lax.dynamic_update_slice_in_dim(data, entry, i + 1, 0)
@@ -103,9 +105,3 @@ class Autoregressive(distrax.Bijector):
         # the draws' axes come before the contexts'
         params, (count, _, *context) = self._first, self._first.shape
         return jnp.reshape(params, (count, 1, *(1,) * (like.ndim - 1 - len(context)), *context))
-
-
-def _first_and_rest(value: Array) -> tuple[Array, Array]:
-    """Entry 0 and the others of a value (*, D), as (1, *) and (D - 1, *)."""
-    entries = jnp.moveaxis(value, -1, 0)
-    return entries[:1], entries[1:]

@@ -18,7 +18,7 @@ class Coupling(distrax.Bijector):
     """Leaves the first `split` entries and transforms the others given them.
 
     Args:
-        conditioner: Maps the first entries (*, split) to parameters (P, D - split, *).
+        conditioner: Maps the first entries (split, *) to parameters (P, D - split, *).
         transformer: Makes the elementwise bijector from data to noise.
         split: Number of entries left as they are.
     """
@@ -39,8 +39,9 @@ class Coupling(distrax.Bijector):
         return self._map(x, "inverse_and_log_det")
 
     def _map(self, value: Array, method: str) -> tuple[Array, Array]:
-        kept, changed = value[..., : self._split], value[..., self._split :]
+        entries = jnp.moveaxis(value, -1, 0)
+        kept, changed = entries[: self._split], entries[self._split :]
         transformer = self._transformer(self._conditioner(kept))
-        out, log_det = getattr(transformer, method)(jnp.moveaxis(changed, -1, 0))
-        joined = jnp.concatenate([kept, jnp.moveaxis(out, 0, -1)], axis=-1)
+        out, log_det = getattr(transformer, method)(changed)
+        joined = jnp.moveaxis(jnp.concatenate([kept, out]), 0, -1)
         return joined, jnp.sum(log_det, axis=0)

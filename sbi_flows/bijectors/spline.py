@@ -25,6 +25,8 @@ MIN_BIN = 1e-3
 MIN_SLOPE = 1e-3
 """Smallest slope at a knot."""
 
+_LIMIT = 30.0  # of logits: a bin that is e^30 times as large as another fills the box
+
 _WIDTHS, _HEIGHTS = 0, 1
 
 _SLOPE_OFFSET = float(np.log(np.expm1(1.0 - MIN_SLOPE)))  # softplus of it + MIN_SLOPE is 1
@@ -95,6 +97,10 @@ class RationalQuadraticSpline(distrax.Bijector):
         return edge[0], size[0], edge[1], size[1], _slope(slopes[0]), _slope(slopes[1])
 
 
+Sum = Callable[[Array], Array]
+"""Sums over the bins, which are the second axis."""
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _look_up(given: int, params: Array, place: Array) -> tuple[Array, Array, Array, Array]:
     """Find the bin of each value, and what its parameters say.
@@ -109,65 +115,63 @@ def _look_up(given: int, params: Array, place: Array) -> tuple[Array, Array, Arr
         the bins before it (2, *), and its own (2, *); the logits of its slopes, left and right
         (2, *).
     """
-    return _looked_up(given, params, place)[0]
+    return _looked_up(_written_out, given, params, place)[0]
 
 
-def _looked_up(given: int, params: Array, place: Array) -> tuple[tuple, tuple[Array, Array]]:
-    """What `_look_up` returns, and both softmaxes (K, *)."""
-    bins = (len(params) + 1) // 3
-    widths, heights, slopes = _parts(params)
-    shares = _softmax(widths), _softmax(heights)
+def _looked_up(total: Sum, given: int, params: Array, place: Array) -> tuple[tuple, Array]:
+    """What `_look_up` returns, and both softmaxes (2, K, *)."""
+    sizes, slopes = _parts(params)
+    bins = sizes.shape[1]
+    # limits take the place of the largest, which would be found anew for each bin
+    powers = jnp.exp(jnp.clip(sizes, -_LIMIT, _LIMIT))
+    shares = powers / total(powers)[:, None]
     # running sums of all but the last bin as one small matrix product: the inner knots
     lengths = MIN_BIN + (1.0 - MIN_BIN * bins) * shares[given]
     lower = jnp.asarray(np.tril(np.ones((bins - 1, bins))), lengths.dtype)
     knots = jnp.tensordot(lower, lengths, axes=1)
-    number = _sum((place[None] >= knots).astype(place.dtype))
-    return (number, *_of_bin(_sum, number, shares, slopes)), shares
+    number = total((place[None] >= knots).astype(place.dtype)[None])[0]
+    return (number, *_of_bin(total, number, shares, slopes)), shares
 
 
-def _of_bin(
-    add: Callable[[Array], Array], number: Array, sizes: tuple[Array, Array], slopes: Array
-) -> tuple[Array, Array, Array]:
-    """Linear in sizes (K, *) and slopes (K - 1, *): sums before a bin, at it, and its slopes.
+def _of_bin(total: Sum, number: Array, sizes: Array, slopes: Array) -> tuple[Array, Array, Array]:
+    """Linear in sizes (2, K, *) and slopes (K - 1, *): sums before a bin, at it, and its slopes.
 
     A slope that is not there is zero, which as a logit is the slope of one at the ends of the box.
     """
-    bins, inner = _along(len(sizes[0]), number), _along(len(slopes), number)
-    before = [add(jnp.where(bins < number[None], size, 0.0)) for size in sizes]
-    here = [add(jnp.where(bins == number[None], size, 0.0)) for size in sizes]
-    ends = [add(jnp.where(inner == number[None] - i, slopes, 0.0)) for i in (1, 0)]
-    return jnp.stack(before), jnp.stack(here), jnp.stack(ends)
+    bins, inner = _along(sizes.shape[1], number), _along(len(slopes), number)
+    before = total(jnp.where((bins < number[None])[None], sizes, 0.0))
+    here = total(jnp.where((bins == number[None])[None], sizes, 0.0))
+    ends = [total(jnp.where(inner == number[None] - i, slopes, 0.0)[None])[0] for i in (1, 0)]
+    return before, here, jnp.stack(ends)
 
 
 @_look_up.defjvp
 def _look_up_tangents(given: int, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     """The derivative of a softmax is linear in what it is summed over: nothing else is stored."""
-    out, shares = _looked_up(given, *primals)
+    out, shares = _looked_up(_looped, given, *primals)
     number, before, here, _ = out
-    *sizes, slopes = _parts(tangents[0])
-    widths, heights = (share * size for share, size in zip(shares, sizes, strict=True))
-    # these sums are transposed into derivatives: written out, they would be padded one by one
-    add = partial(jnp.sum, axis=0)
-    total = jnp.stack([add(widths), add(heights)])
-    d_before, d_here, d_slopes = _of_bin(add, number, (widths, heights), slopes)
-    d_before, d_here = d_before - before * total, d_here - here * total
+    sizes, slopes = _parts(tangents[0])
+    weighted = shares * sizes
+    whole = _looped(weighted)
+    d_before, d_here, d_slopes = _of_bin(_looped, number, weighted, slopes)
+    d_before, d_here = d_before - before * whole, d_here - here * whole
     return out, (jnp.zeros_like(number), d_before, d_here, d_slopes)
 
 
-def _parts(params: Array) -> tuple[Array, Array, Array]:
-    """Widths (K, *), heights (K, *) and slopes (K - 1, *) of all parameters (3 K - 1, *)."""
-    bins = (len(params) + 1) // 3
-    return params[:bins], params[bins : 2 * bins], params[2 * bins :]
+def _parts(params: Array) -> tuple[Array, Array]:
+    """Widths and heights (2, K, *) and slopes (K - 1, *) of all parameters (3 K - 1, *)."""
+    count = 2 * ((len(params) + 1) // 3)
+    return params[:count].reshape(2, -1, *params.shape[1:]), params[count:]
 
 
-def _softmax(logits: Array) -> Array:
-    powers = jnp.exp(logits - functools.reduce(jnp.maximum, logits)[None])
-    return powers / _sum(powers)[None]
+def _written_out(values: Array) -> Array:
+    """Sum over the bins, the second axis: on a CPU the faster way for the rows of an evaluation."""
+    return functools.reduce(operator.add, (values[:, i] for i in range(values.shape[1])))
 
 
-def _sum(values: Array) -> Array:
-    """Sum over the few bins of the first axis, written out: XLA's sums are slow on a CPU."""
-    return functools.reduce(operator.add, values)
+def _looped(values: Array) -> Array:
+    """The same by a loop of XLA: the faster way for the batches of a training."""
+    return jnp.sum(values, axis=1)
 
 
 def _along(count: int, like: Array) -> Array:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import abc
-from typing import Any, Protocol, runtime_checkable
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import distrax
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
@@ -13,14 +17,23 @@ from sbi_flows.typing import Key
 
 
 class Density(nnx.Module):
-    """Abstract p(z | context) over R^d."""
+    """Abstract p(z | context) over R^d.
+
+    Attributes:
+        likelihood: Whether the loss is the negative log density, in nats.
+    """
+
+    likelihood: ClassVar[bool] = True
 
     @abc.abstractmethod
     def __call__(self, context: Array, *, key: Key | None = None) -> distrax.Distribution:
         """The distribution given contexts (*, C); a key turns dropout on."""
 
     def loss(self, key: Key | None, z: Array, context: Array) -> Array:
-        """Training loss of each row: z (B, d), context (B, C) to (B,), in nats."""
+        """Training loss of each row: z (B, d), context (B, C) to (B,).
+
+        Without a key, in validation, it is the same each time.
+        """
         return -self(context, key=key).log_prob(z)
 
 
@@ -38,6 +51,73 @@ class Pushed(distrax.Transformed):
         x, log_prob = self.distribution.sample_and_log_prob(seed=key, sample_shape=n)
         y, log_det = self.bijector.forward_and_log_det(x)
         return y, log_prob - log_det
+
+
+class StandardNormal(distrax.Distribution):
+    """Independent standard normal entries.
+
+    Args:
+        shape: Batch shape and dimension (*batch, d).
+        dtype: Of the draws.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        """Hold both."""
+        super().__init__()
+        self._shape, self._dtype = shape, dtype
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """(d,)."""
+        return self._shape[-1:]
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """(*batch)."""
+        return self._shape[:-1]
+
+    def log_prob(self, value: Array) -> Array:
+        """Log density (*) at points (*, d)."""
+        return -0.5 * jnp.sum(value**2 + math.log(2 * math.pi), axis=-1)
+
+    def _sample_n(self, key: Key, n: int) -> Array:
+        return jax.random.normal(key, (n, *self._shape), self._dtype)
+
+
+def sample_each(
+    conditional: Callable[[Array], distrax.DistributionLike], contexts: Array, keys: Key, n: int
+) -> Array:
+    """Draw n times for each of B contexts, with a key each: shape (n, B, d).
+
+    What is drawn for one does not depend on the others.
+
+    Args:
+        conditional: Makes the distribution given contexts (B, C).
+        contexts: Shape (B, C).
+        keys: Shape (B,).
+        n: Number of draws.
+    """
+    distribution = conditional(contexts)
+    push = _from_noise(distribution)
+    if push is None:
+
+        def one(key: Key, context: Array) -> Array:
+            return conditional(context[None]).sample(seed=key, sample_shape=n)[:, 0]
+
+        return jax.vmap(one, out_axes=1)(keys, contexts)
+    # all contexts at once: by `vmap`, their axis would come before those that bijectors sum over
+    own = StandardNormal(distribution.event_shape, distribution.dtype)
+    return push(jax.vmap(lambda key: own.sample(seed=key, sample_shape=n), out_axes=1)(keys))
+
+
+def _from_noise(distribution: distrax.DistributionLike) -> Callable[[Array], Array] | None:
+    """The map from standard normal noise to draws, of a distribution that is made so."""
+    if isinstance(distribution, StandardNormal):
+        return lambda noise: noise
+    if not isinstance(distribution, Pushed):
+        return None
+    inner = _from_noise(distribution.distribution)
+    return None if inner is None else lambda noise: distribution.bijector.forward(inner(noise))
 
 
 def check_settings(name: str, density: Any) -> None:

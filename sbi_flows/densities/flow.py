@@ -22,7 +22,7 @@ from sbi_flows.bijectors.linear import LU, LULinear, lu
 from sbi_flows.bijectors.repeated import Repeated
 from sbi_flows.bijectors.spline import RationalQuadraticSpline
 from sbi_flows.checks import require_count, require_fraction, require_positive
-from sbi_flows.densities.base import Density, Pushed
+from sbi_flows.densities.base import Density, Pushed, StandardNormal
 from sbi_flows.networks.conditioner import Conditioned, Conditioner
 from sbi_flows.networks.mlp import ResidualMLP, split_key, split_keys
 from sbi_flows.typing import Key
@@ -152,8 +152,7 @@ class Flow(Density):
         first, second = split_key(key, 2)
         if self.encoder is not None:
             context = jnp.concatenate([context, self.encoder(context, key=first)], axis=-1)
-        zeros = jnp.zeros((*context.shape[:-1], self.dim), context.dtype)
-        base = distrax.MultivariateNormalDiag(zeros, jnp.ones_like(zeros))
+        base = StandardNormal((*context.shape[:-1], self.dim), context.dtype)
         graph, arrays = nnx.split(self.layers)
         keys = None if second is None else split_keys(second, self.depth)
         # what the context alone gives is one product for all layers, and so on

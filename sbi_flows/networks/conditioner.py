@@ -1,10 +1,11 @@
 """Networks that turn earlier entries and a context into a bijector's parameters.
 
-They give `(P, D, *)`: the rows of a batch stay contiguous in memory, so that what a spline does
-with the parameters vectorises over them. They give zeros at the start, so that every bijector
-starts at the identity. The context enters the first hidden layer and the output through maps of its
-own: what depends on the context alone is computed once an observation, however many draws are made
-for it.
+They take entries `(D, *)` and give `(P, D, *)`: the rows of a batch stay contiguous in memory from
+the first layer to the last, so that what a spline does with the parameters vectorises over them and
+nothing is transposed on the way, which on a CPU would take longer than all products. They give
+zeros at the start, so that every bijector starts at the identity. The context enters the first
+hidden layer and the output through maps of its own: what depends on the context alone is computed
+once an observation, however many draws are made for it.
 
 Source: Germain et al. 2015, "MADE" (arXiv:1502.03509), for the masks.
 """
@@ -22,7 +23,6 @@ from flax import nnx
 from jax import Array
 
 from sbi_flows.networks.mlp import dropout, split_key
-from sbi_flows.networks.shapes import align
 from sbi_flows.typing import Key
 
 
@@ -71,31 +71,32 @@ class Conditioner(nnx.Module):
     def given(self, context: Array) -> tuple[Array, Array]:
         """What a context (*, context_dim) adds to the first hidden layer and to the parameters.
 
-        Shapes (*, hidden[0]) and (P, out_dim, *).
+        Shapes (hidden[0], *) and (P, out_dim, *).
         """
-        out = _outputs_first(self.leave_context.kernel[...], context)
-        out += self.bias[...].reshape((-1,) + (1,) * (context.ndim - 1))
-        return self.context(context), jnp.reshape(out, (self.params, self.out_dim, *out.shape[1:]))
+        hidden = jnp.moveaxis(self.context(context), -1, 0)
+        out = jnp.moveaxis(self.leave_context(context), -1, 0)
+        out += self.bias[...].reshape((-1,) + (1,) * (out.ndim - 1))
+        return hidden, jnp.reshape(out, (self.params, self.out_dim, *out.shape[1:]))
 
     def __call__(self, x: Array, given: tuple[Array, Array], *, key: Key | None = None) -> Array:
-        """Map inputs (*, in_dim) and what `given` says to parameters (P, out_dim, *)."""
+        """Map inputs (in_dim, *) and what `given` says to parameters (P, out_dim, *)."""
         keys = split_key(key, len(self.layers))
         kernels, (hidden, shared) = self._kernels(), given
-        h = x @ kernels[0]
-        h += align(hidden, h)
+        h = _times(kernels[0], x)
+        h += _spaced(hidden, h, 1)
         for kernel, k in zip(kernels[1:-1], keys[1:], strict=True):
-            new = dropout(k, nnx.silu(h), self.dropout) @ kernel
+            new = _times(kernel, dropout(k, nnx.silu(h), self.dropout))
             h = h + new if h.shape == new.shape else new
         last = nnx.silu(h)
         if len(self.layers) == 1:
             last = dropout(keys[0], last, self.dropout)
-        out = _outputs_first(kernels[-1], last)
+        out = _times(kernels[-1], last)
         out = jnp.reshape(out, (self.params, self.out_dim, *out.shape[1:]))
-        return out + _spaced(shared, out)
+        return out + _spaced(shared, out, 2)
 
     def begin(self, shape: tuple[int, ...], dtype: Any) -> list[Array]:
-        """The units of each hidden layer, (*shape, width), before any input is known."""
-        return [jnp.zeros((*shape, width), dtype) for width in self.dims[1:]]
+        """The units of each hidden layer, (width, *shape), before any input is known."""
+        return [jnp.zeros((width, *shape), dtype) for width in self.dims[1:]]
 
     def advance(
         self, i: Array, x: Array, units: list[Array], given: tuple[Array, Array]
@@ -107,7 +108,7 @@ class Conditioner(nnx.Module):
 
         Args:
             i: Number of the input that has become known.
-            x: Inputs (*, in_dim); those after i are zero.
+            x: Inputs (in_dim, *); those after i are zero.
             units: Of each hidden layer, as they were at i - 1.
             given: As for a call.
 
@@ -120,16 +121,16 @@ class Conditioner(nnx.Module):
             width, wider = self.dims[layer + 1], self.dims[layer]
             first, size = _block(width, self.out_dim)
             start = jnp.asarray(first)[i]
-            new = before @ jax.lax.dynamic_slice_in_dim(kernel, start, size, 1)
+            new = _times(jax.lax.dynamic_slice_in_dim(kernel, start, size, 1), before)
             if h is None:
-                new += align(jax.lax.dynamic_slice_in_dim(hidden, start, size, -1), new)
+                new += _spaced(jax.lax.dynamic_slice_in_dim(hidden, start, size), new, 1)
             h = new if h is None or width != wider else h + new
-            before = jax.lax.dynamic_update_slice_in_dim(known, nnx.silu(h), start, -1)
+            before = jax.lax.dynamic_update_slice_in_dim(known, nnx.silu(h), start, 0)
             held.append(before)
         kernel = jnp.reshape(kernels[-1], (-1, self.params, self.out_dim))
         kernel = jax.lax.dynamic_index_in_dim(kernel, i, axis=2, keepdims=False)
-        out = _outputs_first(kernel, before)[:, None]
-        return held, out + _spaced(jax.lax.dynamic_index_in_dim(shared, i, 1), out)
+        out = _times(kernel, before)[:, None]
+        return held, out + _spaced(jax.lax.dynamic_index_in_dim(shared, i, 1), out, 2)
 
     def _kernels(self) -> list[Array]:
         """Kernels (inputs, outputs) of the hidden layers and of the output, masked."""
@@ -163,14 +164,18 @@ def _block(width: int, count: int) -> tuple[np.ndarray, int]:
     return np.minimum(np.searchsorted(degrees, np.arange(count)), width - size), size
 
 
-def _outputs_first(kernel: Array, h: Array) -> Array:
-    """Multiply h (*, H) by a kernel (H, O); shape (O, *)."""
-    return jnp.tensordot(kernel, h, axes=((0,), (h.ndim - 1,)))
+def _times(kernel: Array, h: Array) -> Array:
+    """Multiply units h (H, *) by a kernel (H, O); shape (O, *)."""
+    if len(h) == 1:
+        # the product with a single unit would be fused with all that the unit is made of, and
+        # compute that anew for each of the outputs
+        kernel, h = (jnp.concatenate([a, jnp.zeros_like(a)]) for a in (kernel, h))
+    return jnp.tensordot(kernel, h, axes=((0,), (0,)))
 
 
-def _spaced(value: Array, like: Array) -> Array:
-    """Axes of length 1 behind the first two: the draws' axes, which come before the contexts'."""
-    return jnp.expand_dims(value, tuple(range(2, 2 + like.ndim - value.ndim)))
+def _spaced(value: Array, like: Array, first: int) -> Array:
+    """Axes of length 1 behind the first ones: the draws' axes, which come before the contexts'."""
+    return jnp.expand_dims(value, tuple(range(first, first + like.ndim - value.ndim)))
 
 
 class Conditioned(NamedTuple):
@@ -187,7 +192,7 @@ class Conditioned(NamedTuple):
     key: Key | None = None
 
     def __call__(self, x: Array) -> Array:
-        """Inputs (*, in_dim) to parameters (P, out_dim, *)."""
+        """Inputs (in_dim, *) to parameters (P, out_dim, *)."""
         return self.network(x, self.given, key=self.key)
 
     def begin(self, shape: tuple[int, ...], dtype: Any) -> list[Array]:
