@@ -43,6 +43,9 @@ METHODS: dict[str, Method] = {
     "npe-coupling": lambda task: sf.NPE(task.prior, sf.NSF(coupling=True)),
     "npe-maf": lambda task: sf.NPE(task.prior, sf.MAF()),
     "npe-mixture": lambda task: sf.NPE(task.prior, sf.GaussianMixture()),
+    "npe-flow-matching": lambda task: sf.NPE(task.prior, sf.FlowMatching()),
+    "npe-diffusion": lambda task: sf.NPE(task.prior, sf.Diffusion()),
+    "npe-cnf": lambda task: sf.NPE(task.prior, sf.CNF()),
 }
 
 

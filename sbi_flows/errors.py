@@ -28,5 +28,9 @@ class SimulationFailed(SbiFlowsError):
     """No simulation, or too few of them, gave a finite observation."""
 
 
+class SolveFailed(SbiFlowsError):
+    """The ODE of a continuous flow was not solved: it needs more steps, or is not finite."""
+
+
 class SbiFlowsWarning(UserWarning):
     """Category of every warning that the library gives."""

@@ -230,7 +230,7 @@ def loss_curves(history: Any, *, ax: Any = None) -> Any:
 
     Args:
         history: What a fit returned: `train_loss` and `validation_loss` of shape (epochs,
-            members) in nats, `start_loss` before epoch 1 and `best_epoch`, of shape (members,).
+            members), `start_loss` before epoch 1 and `best_epoch`, of shape (members,).
         ax: Axes to draw on.
 
     Returns:
@@ -253,7 +253,7 @@ def loss_curves(history: Any, *, ax: Any = None) -> Any:
         ax.plot(epochs, validation[:, m], color=COLOURS[1], lw=1.4, label=validated)
         marker = {"color": COLOURS[1], "mec": "white", "ms": 7, "ls": "none", "zorder": 3}
         ax.plot(epochs[best], validation[best, m], "o", label=kept, **marker)
-    ax.set(xlabel="epoch", ylabel="negative log density (nats)")
+    ax.set(xlabel="epoch", ylabel="negative log density (nats)" if history.likelihood else "loss")
     ax.xaxis.get_major_locator().set_params(integer=True)
     # the first epochs of a poor start would flatten everything that matters
     settled = np.r_[train[len(train) // 5 :], validation[1 + len(train) // 5 :]]

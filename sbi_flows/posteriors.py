@@ -16,6 +16,7 @@ from jax import Array
 from sbi_flows import mixtures
 from sbi_flows.checks import real_array, real_arrays, require_count
 from sbi_flows.densities.conditional import Blueprint, Weights
+from sbi_flows.errors import SolveFailed
 from sbi_flows.prior import Prior
 from sbi_flows.standardise import Standardiser
 from sbi_flows.typing import Key, Obs
@@ -74,6 +75,7 @@ class Posterior:
         Raises:
             ValueError: x has another shape than the training rows, holds no real numbers, or holds
                 NaN or infinity; or n is not positive.
+            SolveFailed: The ODE of a continuous flow was not solved.
         """
         return self._draw(key, x, n, with_log_prob=False)[0]
 
@@ -95,6 +97,7 @@ class Posterior:
         Raises:
             ValueError: A shape does not fit, there are no real numbers, or x holds NaN or
                 infinity.
+            SolveFailed: The ODE of a continuous flow was not solved.
         """
         features, single = self._features(x)
         theta = jnp.asarray(real_array("theta", theta), features.dtype)
@@ -117,8 +120,9 @@ class Posterior:
         padded = _pad(rows, pieces * each).reshape(-1, each, self.prior.dim)
         repeated = jnp.repeat(features, pieces, axis=0)
         evaluate = partial(mixtures.log_prob, self._parts, self.prior, self.weights)
-        out = self._in_chunks(evaluate, each, repeated, padded)[0]
-        return out.reshape(len(features), -1)[:, :n].reshape(theta.shape[:-1])
+        out = self._in_chunks(evaluate, each, repeated, padded)[0].reshape(len(features), -1)
+        _require_solved(out)
+        return out[:, :n].reshape(theta.shape[:-1])
 
     def map(self, x: Obs, *, key: Key | None = None, starts: int = 1000, steps: int = 200) -> Array:
         """Mode of the posterior: the best of many draws, refined by gradient ascent.
@@ -186,6 +190,8 @@ class Posterior:
         draws, log_prob = self._in_chunks(evaluate, each, repeated, keys)
         draws = draws.reshape(len(features), -1, self.prior.dim)[:, :n]
         log_prob = log_prob.reshape(len(features), -1)[:, :n]
+        _require_solved(draws)
+        _require_solved(log_prob)
         return (draws[0], log_prob[0]) if single else (draws, log_prob)
 
     def _in_chunks(self, evaluate: Any, each: int, features: Array, other: Array) -> tuple:
@@ -208,6 +214,23 @@ class Posterior:
         """Validate x; features (B, C), and whether x was a single observation."""
         batch, single = as_batch(x, self.observation)
         return _standardised(self.standardiser, batch), single
+
+
+def _require_solved(values: Array) -> None:
+    """Refuse NaN, which stands for a solve that failed, in values of observations (B, *)."""
+    failed = np.flatnonzero(_any_nan(values))
+    if len(failed):
+        some = ", ".join(map(str, failed[:5])) + (", ..." if len(failed) > 5 else "")
+        raise SolveFailed(
+            f"x: the ODE was not solved at {len(failed)} of {len(values)} observations (numbers "
+            f"{some}). The density's sf.Solver(max_steps=...) allows more steps, a larger rtol and "
+            "atol need fewer"
+        )
+
+
+@jax.jit
+def _any_nan(values: Array) -> Array:
+    return jnp.any(jnp.isnan(values.reshape(len(values), -1)), axis=1)
 
 
 @jax.jit

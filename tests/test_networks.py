@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import sbi_flows as sf
 from sbi_flows.networks import Conditioner, ResidualMLP
 from sbi_flows.networks.mlp import dropout, fast_key, split_key
 from sbi_flows.networks.shapes import align
@@ -162,3 +163,43 @@ def test_a_fast_key_follows_its_source(impl):
 def test_align_adds_axes_in_front():
     assert align(jnp.ones((2,)), jnp.ones((5, 4, 2))).shape == (1, 1, 2)
     assert align(jnp.ones((4, 2)), jnp.ones((4, 2))).shape == (4, 2)
+
+
+@pytest.fixture(scope="module")
+def cloud():
+    graph, state = nnx.split(sf.PointCloud(3, 2, features=4, vectors=2, width=8, rngs=nnx.Rngs(0)))
+    return nnx.merge(graph, perturbed(jax.random.key(0), state, 0.1))
+
+
+def clouds():
+    keys = jax.random.split(jax.random.key(1))
+    return {
+        "points": jax.random.normal(keys[0], (2, 6, 3)),
+        "marks": jax.random.normal(keys[1], (2, 6, 2)),
+    }
+
+
+def test_a_cloud_is_embedded_whatever_the_order_of_its_points(cloud):
+    x, order = clouds(), np.array([3, 1, 5, 0, 2, 4])
+    shuffled = jax.tree.map(lambda a: a[:, order], x)
+    np.testing.assert_allclose(cloud(shuffled), cloud(x), atol=1e-5)
+
+
+def test_the_embedding_of_a_cloud_moves_as_the_cloud_does(cloud):
+    x = clouds()
+    turn, _ = jnp.linalg.qr(jax.random.normal(jax.random.key(2), (3, 3)))
+    shift = jnp.array([[[1.0, -2.0, 0.5]]])
+    before, after = cloud(x), cloud(x | {"points": x["points"] @ turn + shift})
+    np.testing.assert_allclose(after[:, :4], before[:, :4], atol=1e-5)
+    vectors, moved = (a[:, 4:].reshape(2, 2, 3) for a in (before, after))
+    np.testing.assert_allclose(moved, vectors @ turn + shift, atol=1e-5)
+    # what the points carry, and how they lie to each other, is told apart
+    other = cloud(x | {"marks": -x["marks"]}), cloud(x | {"points": 2.0 * x["points"]})
+    assert all(np.max(np.abs(o[:, :4] - before[:, :4])) > 1e-3 for o in other)
+
+
+def test_a_cloud_of_another_shape_is_refused(cloud):
+    with pytest.raises(ValueError, match=r"points: expected shape \(B, P, 3\), got \(2, 6, 2\)"):
+        cloud(jnp.ones((2, 6, 2)))
+    with pytest.raises(ValueError, match=r"marks: expected shape \(2, 6, 2\), got None"):
+        cloud(jnp.ones((2, 6, 3)))

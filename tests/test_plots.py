@@ -119,6 +119,7 @@ def test_loss_curves_mark_the_kept_weights():
         validation_loss=np.array([[2.5, 2.6], [2.4, 2.7], [2.6, 2.8]]),
         start_loss=np.array([2.7, 2.55]),
         best_epoch=np.array([2, 0]),
+        likelihood=True,
     )
     ax = plots.loss_curves(history)
     assert legend_of(ax) == ["training", "validation", "kept"]

@@ -51,9 +51,13 @@ class Conditional(nnx.Module):
         return self._whitener(features).inverse_and_log_det(y)
 
     def loss(self, key: Key | None, noise: Array, features: Array) -> Array:
-        """Training loss of each row: noise (B, d), features (B, C) to (B,), in nats."""
+        """Training loss of each row: noise (B, d), features (B, C) to (B,)."""
         first, second = split_key(key, 2)
         return self.density.loss(second, noise, self._context(features, first))
+
+    def negative_log_density(self, noise: Array, features: Array) -> Array:
+        """What the loss is if the density is trained by its likelihood: (B,), in nats."""
+        return -self.density(self._context(features, None)).log_prob(noise)
 
     def _whitener(self, features: Array) -> distrax.Bijector:
         return self.start.get_value().bijector(features, self.sizes.bounded)
@@ -193,16 +197,28 @@ class Weights(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _template(blueprint: Blueprint) -> tuple[nnx.GraphDef, Any]:
-    """The static half of a model and the shapes of its weights, without computing any."""
+def _template(blueprint: Blueprint) -> _Template:
     model = nnx.eval_shape(lambda: blueprint.build(jax.random.key(0)))
     graph, params, _ = nnx.split(model, nnx.Param, ...)
-    return graph, nnx.as_pure(params)
+    return _Template(graph, nnx.as_pure(params), model.density.likelihood)
+
+
+class _Template(NamedTuple):
+    """The static half of a model, the shapes of its weights, and its `Density.likelihood`."""
+
+    graph: nnx.GraphDef
+    weights: Any
+    likelihood: bool
 
 
 def graph_of(blueprint: Blueprint) -> nnx.GraphDef:
-    """The static half of a model."""
-    return _template(blueprint)[0]
+    """The static half of a model, without computing any weights."""
+    return _template(blueprint).graph
+
+
+def by_likelihood(blueprint: Blueprint) -> bool:
+    """Whether the density is trained by its likelihood."""
+    return _template(blueprint).likelihood
 
 
 def initial_weights(blueprint: Blueprint, key: Key, given: Any) -> tuple[Any, Any]:
@@ -225,7 +241,7 @@ def raveled(params: Any) -> Array:
 
 def unraveled(blueprint: Blueprint, vector: Array | np.ndarray) -> Any:
     """The trainable weights that `raveled` made a vector of; any axes before it stay."""
-    shapes, tree = jax.tree.flatten(_template(blueprint)[1])
+    shapes, tree = jax.tree.flatten(_template(blueprint).weights)
     ends = np.cumsum([math.prod(s.shape) for s in shapes])[:-1]
     split = np.split if isinstance(vector, np.ndarray) else jnp.split
     parts = zip(split(vector, ends, axis=-1), shapes, strict=True)

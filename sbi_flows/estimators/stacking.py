@@ -90,6 +90,8 @@ def fit_each(
             interrupted = True
             break
     log_prob = -np.stack([h.held_out_loss.ravel() for _, h in done.values()], axis=1)
+    # a row whose ODE was not solved, of which the fit has warned, counts as one of no density
+    log_prob = np.where(np.isnan(log_prob), -np.inf, log_prob)
     weights = _without_small(stacking_weights(log_prob))
     shares, losses = np.zeros(len(fits)), np.full(len(fits), np.inf)
     places = list(done)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.scipy.special import ndtri
 
 from sbi_flows.typing import Key
 
@@ -92,6 +94,17 @@ def hashed_words(key: Key, shape: tuple[int, ...]) -> Array:
     for axis, stride in enumerate(strides):
         words = words + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
     return _hashed(_hashed(words) ^ data[-1])
+
+
+def hashed_uniform(key: Key, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Uniform numbers in (0, 1), neither end included, by `hashed_words`."""
+    # 23 bits and a half: the largest number is still below one in float32
+    return ((hashed_words(key, shape) >> 9).astype(dtype) + 0.5) / 2**23
+
+
+def hashed_normal(key: Key, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Standard normal numbers by `hashed_words`."""
+    return ndtri(hashed_uniform(key, shape, dtype))
 
 
 def _hashed(words: Array) -> Array:

@@ -159,6 +159,13 @@ class Ensemble:
         pairs = zip(self._states, self._groups, strict=True)
         return tuple(group.best._replace(params=state.average) for state, group in pairs)
 
+    def densities(self, best: tuple[Best, ...]) -> np.ndarray:
+        """Negative log density of the validation rows at these weights, (M, V), as `units` say."""
+        pairs = zip(best, self._groups, strict=True)
+        return _joined(
+            self._pool.map(lambda p: programs.densities(self._plan, *p, self._features), pairs)
+        )
+
     def weights(self, best: tuple[Best, ...]) -> Weights:
         """Best weights and the arrays that are not trained, stacked over all members."""
         # by numpy: the arrays are on the host already, and nothing needs to be compiled

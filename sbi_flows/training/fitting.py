@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,8 @@ import numpy as np
 from jax import Array
 from tqdm.auto import tqdm
 
-from sbi_flows.densities.conditional import Blueprint, Weights
-from sbi_flows.errors import TrainingDiverged
+from sbi_flows.densities.conditional import Blueprint, Weights, by_likelihood
+from sbi_flows.errors import SbiFlowsWarning, TrainingDiverged
 from sbi_flows.training.devices import to_host
 from sbi_flows.training.ensemble import Ensemble
 from sbi_flows.training.history import History
@@ -65,7 +67,8 @@ def fit(
         start_key, blueprint, training, y, features, offset, members, own, stream
     ) as ensemble:
         row_units = np.asarray(ensemble.units.held_out)
-        units = np.stack([ensemble.units.train, row_units.mean(axis=1)])
+        likelihood = by_likelihood(blueprint)
+        units = np.stack([ensemble.units.train, row_units.mean(axis=1)]) * likelihood
         start_loss = ensemble.best_loss + units[1]
         _require_finite(start_loss, 0, ensemble)
         # weights and losses are replaced as one, so an interrupt never finds them epochs apart
@@ -85,11 +88,20 @@ def fit(
             reason = "interrupted"
         finally:
             bar.close()
-    best, losses = done
-    crossed = np.concatenate([to_host(b.crossed) for b in best]) + row_units
+        best, losses = done
+        crossed = (
+            np.concatenate([to_host(b.crossed) for b in best])
+            if likelihood
+            else ensemble.densities(best)
+        )
+    unsolved = int(np.sum(np.isnan(crossed)))
+    if unsolved:
+        said = f"held_out_loss: the ODE was not solved for {unsolved} of {crossed.size} rows"
+        warnings.warn(said, SbiFlowsWarning, stacklevel=3)
+    crossed += row_units
     seconds = time.perf_counter() - began
     history = _history(losses, start_loss, ensemble.held_out, crossed, seconds, reason)
-    return ensemble.weights(best), history
+    return ensemble.weights(best), dataclasses.replace(history, likelihood=likelihood)
 
 
 def _require_finite(values: np.ndarray, epoch: int, ensemble: Ensemble) -> None:

@@ -12,6 +12,9 @@ import numpy as np
 class History:
     """What happened in a fit; losses are negative log densities in nats, in theta's own units.
 
+    A density that is trained by another loss, such as flow matching, has that loss in the place of
+    `train_loss`, `validation_loss`, `start_loss` and `best_loss`, and no `likelihood`.
+
     Attributes:
         train_loss: Mean over each epoch's batches, shape (epochs, members); of a member that has
             stopped, the last one.
@@ -21,7 +24,8 @@ class History:
         held_out_loss: Loss of each of these rows, shape (members, V), at the epoch that was best
             for the other half of the member's rows: their mean is an honest figure, where
             `best_loss` is the lowest of many. (A single row is its own other half. A screening
-            has seen all rows.)
+            has seen all rows.) Always a negative log density: where the training had another loss,
+            at the weights that were kept.
         best_epoch: Epoch (from 1; 0 is the start) whose weights each member kept.
         epochs: Number of epochs run.
         seconds: Wall time of the fit, compilation and the emulator included.
@@ -30,6 +34,7 @@ class History:
             those of the observation as it is emulated; None without one.
         kept: Places in the flattened observation of the entries that passed the screening; None
             without one, or where none passed and all were kept.
+        likelihood: Whether the losses are negative log densities.
     """
 
     train_loss: np.ndarray
@@ -43,6 +48,7 @@ class History:
     stop_reason: str
     emulator: Any = None
     kept: tuple[int, ...] | None = None
+    likelihood: bool = True
 
     @property
     def best_loss(self) -> np.ndarray:

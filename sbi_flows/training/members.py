@@ -1,6 +1,6 @@
 """What the members of an ensemble do in a fit, as compiled programs.
 
-Public names: `Best`, `Group`, `Source`, `Plan`, `prepare`, `epoch`, `chunk`, `score`.
+Public names: `Best`, `Group`, `Source`, `Plan`, `prepare`, `epoch`, `chunk`, `score`, `densities`.
 
 A group of members is one vmapped program; every array of it has a leading axis of members.
 """
@@ -248,6 +248,23 @@ def score(
     """One pass over the validation rows."""
     one = partial(_scored, plan, features=features)
     return _over_members(one, plan.mesh)(state, group)
+
+
+@partial(jax.jit, static_argnums=0)
+def densities(plan: Plan, best: Best, group: Group, features: Array) -> Array:
+    """Negative log density of the validation rows' noise at the best weights, (m, V)."""
+
+    def one(best: Best, group: Group) -> Array:
+        model = _model(plan.blueprint, best.params, group.rest)
+        noise = group.noise[len(group.train) :]
+        return _by_rows(
+            lambda places: model.negative_log_density(
+                noise[places], features[group.held_out[places]]
+            ),
+            jnp.arange(len(noise)),
+        )
+
+    return _over_members(one, plan.mesh)(best, group)
 
 
 def _over_members(one: Any, mesh: Mesh | None) -> Any:
