@@ -97,7 +97,7 @@ def _ensemble_draws(
         member, member_keys = inputs
         return sample_each(partial(_member, blueprint, member), features, member_keys, share)
 
-    y = jax.lax.map(one, (weights, own[:, 1:].T))
+    y = jax.lax.map(one, (weights, jnp.swapaxes(own[:, 1:], 0, 1)))
 
     def mixed(key: Key, y: Array) -> Array:
         order = jnp.argsort(hashed_words(key, (members,)))

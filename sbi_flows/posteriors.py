@@ -30,7 +30,8 @@ class Posterior:
     """An amortised posterior: a mixture of ensembles, each of them of equal members.
 
     One observation has the shape of a training row; a batch has one more axis in front. Batches
-    are computed in compiled chunks of bounded memory; a result does not depend on the chunks.
+    are computed in compiled chunks of bounded memory; a result does not depend on the chunks. (The
+    steps of an ODE that adapt to all draws at one observation do, within the solver's tolerance.)
 
     Attributes:
         prior: The prior, which names the parameters.

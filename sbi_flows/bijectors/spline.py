@@ -122,7 +122,8 @@ def _looked_up(total: Sum, given: int, params: Array, place: Array) -> tuple[tup
     """What `_look_up` returns, and both softmaxes (2, K, *)."""
     sizes, slopes = _parts(params)
     bins = sizes.shape[1]
-    # limits take the place of the largest, which would be found anew for each bin
+    # limits take the place of the largest, which would be found anew for each bin; the derivative
+    # goes on beyond them, so that training comes back from there
     powers = jnp.exp(jnp.clip(sizes, -_LIMIT, _LIMIT))
     shares = powers / total(powers)[:, None]
     # running sums of all but the last bin as one small matrix product: the inner knots

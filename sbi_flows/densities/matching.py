@@ -98,7 +98,7 @@ class Diffusion:
     def __post_init__(self) -> None:
         """Refuse parts that are none."""
         check_parts(network=self.network, solver=self.solver)
-        if not isinstance(self.path, Path):
+        if isinstance(self.path, type) or not isinstance(self.path, Path):
             raise ValueError(f"path: expected one such as sf.EDM(), got {type(self.path).__name__}")
         _check_sampler(self.sampler)
 

@@ -171,6 +171,11 @@ class OdeFlow(distrax.Distribution):
         """(*batch)."""
         return self._shape[:-1]
 
+    @property
+    def dtype(self) -> Any:
+        """Of the points."""
+        return self._dtype
+
     def log_prob(self, value: Array) -> Array:
         """Log density (*draws, *batch) of points (*draws, *batch, d).
 

@@ -112,8 +112,8 @@ class EDM:
         table 1.
 
     Example:
-        >>> EDM(largest=80.0).steps(4).round(3).tolist()
-        [0.012..., 0.104..., 0.379..., 1.1..., 1.56...]
+        >>> [f"{float(angle):.2f}" for angle in EDM().steps(4)]
+        ['0.01', '0.06', '0.38', '1.40', '1.57']
     """
 
     mean: float = -1.2
@@ -216,8 +216,8 @@ class VE:
         equation 30.
 
     Example:
-        >>> VE(smallest=0.01, largest=100.0).steps(2).round(2).tolist()
-        [0.00..., 0.78..., 1.55...]
+        >>> [f"{float(angle):.2f}" for angle in VE(smallest=0.01, largest=100.0).steps(2)]
+        ['0.01', '0.79', '1.56']
     """
 
     smallest: float = 2e-3

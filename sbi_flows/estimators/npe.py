@@ -75,7 +75,7 @@ class NPE:
         density: The conditional density to fit.
         training: Settings of the fit; by default `Training()`, with a smaller rate for a `CNF`, and
             with more epochs, more patience and a longer average of the weights for `FlowMatching`
-            and `Diffusion`.
+            and `Diffusion`; with an emulator, whose rows are many, a shorter one for any density.
         members: Size of the ensemble; members are trained side by side and mixed.
         embedding: A flax module that maps standardised observations (B, *event) to (B, F), or a
             function `rngs -> module`, with which each member starts from weights of its own.

@@ -29,6 +29,9 @@ from sbi_flows.typing import Key
 class Tokens:
     """Transformer over the parameters, for many of them or for ones that can be exchanged.
 
+    In a fit the tokens are the parameters as the linear start whitens them, each with those before
+    it: a posterior has the structure that `kinds` and `mask` state as far as the start has it.
+
     Attributes:
         width: Width of a token.
         blocks: Number of blocks of attention and a two-layer perceptron.
@@ -72,6 +75,10 @@ class Tokens:
         require_count(1, frequencies=self.frequencies)
         require_count(0, context_blocks=self.context_blocks)
         require_fraction(dropout=self.dropout)
+        for name in ("kinds", "mask"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, tuple):
+                raise ValueError(f"{name}: expected None or a tuple, got {type(value).__name__}")
         if self.width % self.heads:
             raise ValueError(f"heads: expected a divisor of width={self.width}, got {self.heads}")
         if self.mask is not None and {len(row) for row in self.mask} != {len(self.mask)}:

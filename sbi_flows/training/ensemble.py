@@ -26,7 +26,7 @@ from jax import Array
 from sbi_flows.densities.conditional import Blueprint, Weights, unraveled
 from sbi_flows.training import members as programs
 from sbi_flows.training.devices import mesh_of, on_mesh, to_host
-from sbi_flows.training.members import Best, Plan, Source, State, Units
+from sbi_flows.training.members import Best, Group, Plan, Source, State, Units
 from sbi_flows.training.settings import Training
 from sbi_flows.training.stream import Stream
 from sbi_flows.typing import Key
@@ -161,10 +161,13 @@ class Ensemble:
 
     def densities(self, best: tuple[Best, ...]) -> np.ndarray:
         """Negative log density of the validation rows at these weights, (M, V), as `units` say."""
-        pairs = zip(best, self._groups, strict=True)
-        return _joined(
-            self._pool.map(lambda p: programs.densities(self._plan, *p, self._features), pairs)
-        )
+
+        def of(pair: tuple[Best, Group]) -> Array:
+            return programs.densities(self._plan, *pair, self._features)
+
+        first, *others = zip(best, self._groups, strict=True)
+        # alone: threads that meet a program which is not compiled compile it each
+        return _joined([of(first), *self._pool.map(of, others)])
 
     def weights(self, best: tuple[Best, ...]) -> Weights:
         """Best weights and the arrays that are not trained, stacked over all members."""

@@ -89,11 +89,15 @@ def fit(
         finally:
             bar.close()
         best, losses = done
-        crossed = (
-            np.concatenate([to_host(b.crossed) for b in best])
-            if likelihood
-            else ensemble.densities(best)
-        )
+        crossed = np.full(row_units.shape, np.nan)
+        try:
+            crossed = (
+                np.concatenate([to_host(b.crossed) for b in best])
+                if likelihood
+                else ensemble.densities(best)
+            )
+        except KeyboardInterrupt:  # the weights are there; the warning below says what is not
+            reason = "interrupted"
     unsolved = int(np.sum(np.isnan(crossed)))
     if unsolved:
         said = f"held_out_loss: the ODE was not solved for {unsolved} of {crossed.size} rows"
