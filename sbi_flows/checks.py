@@ -1,7 +1,7 @@
 """Checks of what the user gives, so that bad input fails before any long work.
 
 Public names: `require_real`, `real_array`, `real_arrays`, `require_count`, `require_positive`,
-`require_fraction`, `writable_folder`.
+`require_fraction`, `require_object`, `writable_folder`.
 """
 
 from __future__ import annotations
@@ -91,6 +91,17 @@ def require_fraction(**settings: Any) -> None:
     for name, value in settings.items():
         if not _is_number(value) or not 0.0 <= value < 1.0:
             raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}")
+
+
+def require_object(name: str, value: Any, kind: type, example: str) -> None:
+    """Refuse what is not of a kind, and a class where an object was meant.
+
+    Raises:
+        ValueError: The message names an object that is one, such as the example.
+    """
+    if isinstance(value, type) or not isinstance(value, kind):
+        got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        raise ValueError(f"{name}: expected one such as {example}, got {got}")
 
 
 def writable_folder(name: str, path: Path) -> Path:

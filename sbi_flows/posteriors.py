@@ -15,7 +15,7 @@ from jax import Array
 
 from sbi_flows import mixtures
 from sbi_flows.checks import real_array, real_arrays, require_count
-from sbi_flows.densities.conditional import Blueprint, Weights
+from sbi_flows.densities.conditional import Blueprint, Weights, by_solving
 from sbi_flows.errors import SolveFailed
 from sbi_flows.prior import Prior
 from sbi_flows.standardise import Standardiser
@@ -122,7 +122,7 @@ class Posterior:
         repeated = jnp.repeat(features, pieces, axis=0)
         evaluate = partial(mixtures.log_prob, self._parts, self.prior, self.weights)
         out = self._in_chunks(evaluate, each, repeated, padded)[0].reshape(len(features), -1)
-        _require_solved(out)
+        self._require_solved(out)
         return out[:, :n].reshape(theta.shape[:-1])
 
     def map(self, x: Obs, *, key: Key | None = None, starts: int = 1000, steps: int = 200) -> Array:
@@ -191,8 +191,9 @@ class Posterior:
         draws, log_prob = self._in_chunks(evaluate, each, repeated, keys)
         draws = draws.reshape(len(features), -1, self.prior.dim)[:, :n]
         log_prob = log_prob.reshape(len(features), -1)[:, :n]
-        _require_solved(draws)
-        _require_solved(log_prob)
+        self._require_solved(draws)
+        if with_log_prob:
+            self._require_solved(log_prob)
         return (draws[0], log_prob[0]) if single else (draws, log_prob)
 
     def _in_chunks(self, evaluate: Any, each: int, features: Array, other: Array) -> tuple:
@@ -207,6 +208,19 @@ class Posterior:
             outputs.append(evaluate(features[rows], other[rows]))
         return tuple(jnp.concatenate(parts)[:total] for parts in zip(*outputs, strict=True))
 
+    def _require_solved(self, values: Array) -> None:
+        """Refuse NaN in values of observations (B, *), where it stands for a failed solve."""
+        if not any(map(by_solving, self.blueprints)):
+            return
+        failed = np.flatnonzero(_any_nan(values))
+        if len(failed):
+            some = ", ".join(map(str, failed[:5])) + (", ..." if len(failed) > 5 else "")
+            raise SolveFailed(
+                f"x: the ODE was not solved at {len(failed)} of {len(values)} observations "
+                f"(numbers {some}). The density's sf.Solver(max_steps=...) allows more steps, a "
+                "larger rtol and atol need fewer"
+            )
+
     @property
     def _parts(self) -> mixtures.Parts:
         return tuple(zip(self.blueprints, self.shares, strict=True))
@@ -215,18 +229,6 @@ class Posterior:
         """Validate x; features (B, C), and whether x was a single observation."""
         batch, single = as_batch(x, self.observation)
         return _standardised(self.standardiser, batch), single
-
-
-def _require_solved(values: Array) -> None:
-    """Refuse NaN, which stands for a solve that failed, in values of observations (B, *)."""
-    failed = np.flatnonzero(_any_nan(values))
-    if len(failed):
-        some = ", ".join(map(str, failed[:5])) + (", ..." if len(failed) > 5 else "")
-        raise SolveFailed(
-            f"x: the ODE was not solved at {len(failed)} of {len(values)} observations (numbers "
-            f"{some}). The density's sf.Solver(max_steps=...) allows more steps, a larger rtol and "
-            "atol need fewer"
-        )
 
 
 @jax.jit

@@ -258,7 +258,11 @@ def test_what_is_drawn_does_not_depend_on_other_observations(fitted):
     both = posterior.log_prob(np.zeros((2, 2), np.float32), batch)
     alone = [posterior.log_prob(np.zeros(2, np.float32), x) for x in batch]
     np.testing.assert_allclose(both, alone, atol=0.02)
-    assert posterior.sample(keys, batch, 50).shape == (2, 50, 2)
+    draws = posterior.sample(keys, batch, 50)
+    assert draws.shape == (2, 50, 2)
+    others = posterior.sample(keys, np.stack([SEEN, SEEN]), 50)
+    np.testing.assert_allclose(draws[0], others[0], atol=0.02)
+    assert np.max(np.abs(draws[1] - others[1])) > 0.05
 
 
 @pytest.mark.parametrize("name", FLOWS)

@@ -21,9 +21,11 @@ class Density(nnx.Module):
 
     Attributes:
         likelihood: Whether the loss is the negative log density, in nats.
+        solved: Whether draws and densities solve an ODE; where that fails they are NaN.
     """
 
     likelihood: ClassVar[bool] = True
+    solved: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(self, context: Array, *, key: Key | None = None) -> distrax.Distribution:
@@ -53,8 +55,8 @@ class Pushed(distrax.Transformed):
         return y, log_prob - log_det
 
 
-class StandardNormal(distrax.Distribution):
-    """Independent standard normal entries.
+class OfVectors(distrax.Distribution):
+    """Abstract distribution over vectors.
 
     Args:
         shape: Batch shape and dimension (*batch, d).
@@ -75,6 +77,15 @@ class StandardNormal(distrax.Distribution):
     def batch_shape(self) -> tuple[int, ...]:
         """(*batch)."""
         return self._shape[:-1]
+
+    @property
+    def dtype(self) -> Any:
+        """Of the draws; what distrax has would trace a draw for it."""
+        return self._dtype
+
+
+class StandardNormal(OfVectors):
+    """Independent standard normal entries."""
 
     def log_prob(self, value: Array) -> Array:
         """Log density (*) at points (*, d)."""
@@ -97,27 +108,32 @@ def sample_each(
         keys: Shape (B,).
         n: Number of draws.
     """
-    distribution = conditional(contexts)
-    push = _from_noise(distribution)
-    if push is None:
+    found = _from_noise(conditional(contexts))
+    if found is None:
 
         def one(key: Key, context: Array) -> Array:
             return conditional(context[None]).sample(seed=key, sample_shape=n)[:, 0]
 
         return jax.vmap(one, out_axes=1)(keys, contexts)
     # all contexts at once: by `vmap`, their axis would come before those that bijectors sum over
-    own = StandardNormal(distribution.event_shape, distribution.dtype)
+    base, push = found
+    own = StandardNormal(base.event_shape, base.dtype)
     return push(jax.vmap(lambda key: own.sample(seed=key, sample_shape=n), out_axes=1)(keys))
 
 
-def _from_noise(distribution: distrax.DistributionLike) -> Callable[[Array], Array] | None:
-    """The map from standard normal noise to draws, of a distribution that is made so."""
+def _from_noise(
+    distribution: distrax.DistributionLike,
+) -> tuple[StandardNormal, Callable[[Array], Array]] | None:
+    """The noise that a distribution is made of, and the map from there, if it is made so."""
     if isinstance(distribution, StandardNormal):
-        return lambda noise: noise
+        return distribution, lambda noise: noise
     if not isinstance(distribution, Pushed):
         return None
-    inner = _from_noise(distribution.distribution)
-    return None if inner is None else lambda noise: distribution.bijector.forward(inner(noise))
+    found = _from_noise(distribution.distribution)
+    if found is None:
+        return None
+    base, inner = found
+    return base, lambda noise: distribution.bijector.forward(inner(noise))
 
 
 def check_settings(name: str, density: Any) -> None:

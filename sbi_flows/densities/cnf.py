@@ -19,13 +19,7 @@ from flax import nnx
 from jax import Array
 
 from sbi_flows.densities.base import Density, StandardNormal
-from sbi_flows.densities.ode import (
-    OdeFlow,
-    Solver,
-    Velocity,
-    check_parts,
-    slopes,
-)
+from sbi_flows.densities.ode import Continuous, Solver, check_parts, slopes, turned
 from sbi_flows.densities.paths import Straight
 from sbi_flows.networks.mlp import split_keys
 from sbi_flows.networks.velocity import Film, VelocitySettings
@@ -78,17 +72,14 @@ class CNF:
         return _CNF(self, key, dim, context_dim)
 
 
-class _CNF(Density):
+class _CNF(Continuous):
     def __init__(self, settings: CNF, key: Key, dim: int, context_dim: int) -> None:
-        self.network = settings.network.build(nnx.Rngs(key), dim, context_dim)
-        self.settings, self.dim = settings, dim
+        super().__init__(settings.network, settings.solver, key, dim, context_dim)
+        self.settings = settings
 
     def __call__(self, context: Array, *, key: Key | None = None) -> distrax.Distribution:
         """The flow given contexts (*, C), a distribution over R^dim."""
-        graph, state = nnx.split(self.network)
-        velocity = Velocity(graph, (state, self.network.given(context, key=key)))
-        shape = (*context.shape[:-1], self.dim)
-        return OdeFlow(velocity, shape, context.dtype, _ENDS, self.settings.solver)
+        return self.flow(context, key, _ENDS)
 
     def loss(self, key: Key | None, z: Array, context: Array) -> Array:
         """Negative log density of each row (B,), in nats; in training with the regularisers."""
@@ -96,8 +87,7 @@ class _CNF(Density):
             return -self(context).log_prob(z)
         settings = self.settings
         given_key, network_key, probe_key = split_keys(key, 3)
-        graph, state = nnx.split(self.network)
-        arrays = state, self.network.given(context, key=given_key)
+        graph, arrays = self.velocity(context, given_key)
         probes = settings.training.probes_of(probe_key, self.dim, z.dtype)
 
         def field(angle: Array, state: tuple[Array, Array, Array], arrays: Any) -> tuple:
@@ -110,7 +100,7 @@ class _CNF(Density):
 
         zeros = jnp.zeros(z.shape[:-1], z.dtype)
         start = z, zeros, zeros
-        noise, change, cost = settings.training(field, start, arrays, (_ENDS[1], _ENDS[0]))
+        noise, change, cost = settings.training(field, start, arrays, turned(_ENDS))
         base = StandardNormal(z.shape, z.dtype)
         # the solve runs backward: what it adds up along the way is negative
         return -base.log_prob(noise) - change - cost

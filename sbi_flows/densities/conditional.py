@@ -200,15 +200,17 @@ class Weights(NamedTuple):
 def _template(blueprint: Blueprint) -> _Template:
     model = nnx.eval_shape(lambda: blueprint.build(jax.random.key(0)))
     graph, params, _ = nnx.split(model, nnx.Param, ...)
-    return _Template(graph, nnx.as_pure(params), model.density.likelihood)
+    density = model.density
+    return _Template(graph, nnx.as_pure(params), density.likelihood, density.solved)
 
 
 class _Template(NamedTuple):
-    """The static half of a model, the shapes of its weights, and its `Density.likelihood`."""
+    """The static half of a model, the shapes of its weights, and what `Density` says of itself."""
 
     graph: nnx.GraphDef
     weights: Any
     likelihood: bool
+    solved: bool
 
 
 def graph_of(blueprint: Blueprint) -> nnx.GraphDef:
@@ -219,6 +221,11 @@ def graph_of(blueprint: Blueprint) -> nnx.GraphDef:
 def by_likelihood(blueprint: Blueprint) -> bool:
     """Whether the density is trained by its likelihood."""
     return _template(blueprint).likelihood
+
+
+def by_solving(blueprint: Blueprint) -> bool:
+    """Whether the density solves an ODE, and is NaN where that fails."""
+    return _template(blueprint).solved
 
 
 def initial_weights(blueprint: Blueprint, key: Key, given: Any) -> tuple[Any, Any]:

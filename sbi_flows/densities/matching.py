@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 import distrax
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 
+from sbi_flows.checks import require_object
 from sbi_flows.densities.base import Density
-from sbi_flows.densities.ode import OdeFlow, Solver, Velocity, check_parts
+from sbi_flows.densities.ode import Continuous, Solver, check_parts
 from sbi_flows.densities.paths import EDM, Path, Straight
 from sbi_flows.densities.samplers import Heun, Sampler
 from sbi_flows.networks.mlp import hashed_normal, hashed_uniform, split_key, split_keys
@@ -32,7 +32,24 @@ STRATA = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FlowMatching:
+class _Settings:
+    network: VelocitySettings = field(default_factory=Film)
+    solver: Solver = field(default_factory=Solver)
+    sampler: Sampler | None = field(default_factory=Heun)
+
+    def __post_init__(self) -> None:
+        """Refuse parts that are none."""
+        check_parts(network=self.network, solver=self.solver)
+        if self.sampler is not None:
+            require_object("sampler", self.sampler, Sampler, "sf.Heun()")
+
+    def build(self, key: Key, dim: int, context_dim: int) -> Density:
+        """Make the flow for z in R^dim; it starts at the identity."""
+        return _Matching(self, key, dim, context_dim)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowMatching(_Settings):
     """Velocity of straight lines from noise to the posterior, learned by regression.
 
     Attributes:
@@ -52,25 +69,16 @@ class FlowMatching:
         (5,)
     """
 
-    network: VelocitySettings = field(default_factory=Film)
     path: Straight = field(default_factory=Straight)
-    solver: Solver = field(default_factory=Solver)
-    sampler: Sampler | None = field(default_factory=Heun)
 
     def __post_init__(self) -> None:
         """Refuse parts that are none."""
-        check_parts(network=self.network, solver=self.solver)
-        _check_sampler(self.sampler)
-        if not isinstance(self.path, Straight):
-            raise ValueError(f"path: expected sf.Straight(), got {type(self.path).__name__}")
-
-    def build(self, key: Key, dim: int, context_dim: int) -> Density:
-        """Make the flow for z in R^dim; it starts at the identity."""
-        return _Matching(self, key, dim, context_dim)
+        super().__post_init__()
+        require_object("path", self.path, Straight, "sf.Straight()")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Diffusion:
+class Diffusion(_Settings):
     """Denoising diffusion: the posterior is what its noisy points are denoised to.
 
     Attributes:
@@ -90,40 +98,26 @@ class Diffusion:
         (3,)
     """
 
-    network: VelocitySettings = field(default_factory=Film)
     path: Path = field(default_factory=EDM)
-    solver: Solver = field(default_factory=Solver)
-    sampler: Sampler | None = field(default_factory=Heun)
 
     def __post_init__(self) -> None:
         """Refuse parts that are none."""
-        check_parts(network=self.network, solver=self.solver)
-        if isinstance(self.path, type) or not isinstance(self.path, Path):
-            raise ValueError(f"path: expected one such as sf.EDM(), got {type(self.path).__name__}")
-        _check_sampler(self.sampler)
-
-    def build(self, key: Key, dim: int, context_dim: int) -> Density:
-        """Make the flow for z in R^dim; it starts at the identity."""
-        return _Matching(self, key, dim, context_dim)
+        super().__post_init__()
+        require_object("path", self.path, Path, "sf.EDM()")
 
 
-class _Matching(Density):
+class _Matching(Continuous):
     likelihood: ClassVar[bool] = False
 
-    def __init__(
-        self, settings: FlowMatching | Diffusion, key: Key, dim: int, context_dim: int
-    ) -> None:
-        self.network = settings.network.build(nnx.Rngs(key), dim, context_dim)
-        self.settings, self.dim = settings, dim
+    def __init__(self, settings: _Settings, key: Key, dim: int, context_dim: int) -> None:
+        super().__init__(settings.network, settings.solver, key, dim, context_dim)
+        self.path: Path = settings.path  # type: ignore[attr-defined]
+        self.sampler = settings.sampler
 
     def __call__(self, context: Array, *, key: Key | None = None) -> distrax.Distribution:
         """The flow given contexts (*, C), a distribution over R^dim."""
-        graph, state = nnx.split(self.network)
-        velocity = Velocity(graph, (state, self.network.given(context, key=key)))
-        shape = (*context.shape[:-1], self.dim)
-        path, sampler = self.settings.path, self.settings.sampler
-        draw = None if sampler is None else partial(sampler, path)
-        return OdeFlow(velocity, shape, context.dtype, path.ends, self.settings.solver, draw)
+        draw = None if self.sampler is None else partial(self.sampler, self.path)
+        return self.flow(context, key, self.path.ends, draw)
 
     def loss(self, key: Key | None, z: Array, context: Array) -> Array:
         """Weighted squared error of the velocity, summed over its entries: (B,).
@@ -144,16 +138,9 @@ class _Matching(Density):
     ) -> Array:
         place_key, noise_key = split_keys(key, 2)
         places = (stratum + hashed_uniform(place_key, z.shape[:-1], z.dtype)) / strata
-        angle = self.settings.path.angles(places)
+        angle = self.path.angles(places)
         noise = hashed_normal(noise_key, z.shape, z.dtype)
         sin, cos = jnp.sin(angle)[..., None], jnp.cos(angle)[..., None]
         guess = self.network(sin * z + cos * noise, angle, given, key=network_key)
         error = guess - (cos * z - sin * noise)
-        return self.settings.path.weight(angle) * jnp.sum(error**2, axis=-1)
-
-
-def _check_sampler(sampler: Any) -> None:
-    if sampler is not None and (isinstance(sampler, type) or not isinstance(sampler, Sampler)):
-        raise ValueError(
-            f"sampler: expected None or one such as sf.Heun(), got {type(sampler).__name__}"
-        )
+        return self.path.weight(angle) * jnp.sum(error**2, axis=-1)

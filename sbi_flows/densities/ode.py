@@ -1,6 +1,6 @@
 """The density that a velocity makes of noise: one ODE, solved either way.
 
-Public names: `Solver`, `Velocity`, `OdeFlow`, `slopes`.
+Public names: `Solver`, `Velocity`, `OdeFlow`, `Continuous`, `turned`, `slopes`, `check_parts`.
 
 Sources: Chen et al. 2018, "Neural Ordinary Differential Equations" (arXiv:1806.07366), for the
 change of density along a solution; Grathwohl et al. 2018, "FFJORD" (arXiv:1810.01367), for the
@@ -14,16 +14,15 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
-import distrax
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sbi_flows.checks import require_count, require_positive
-from sbi_flows.densities.base import StandardNormal
+from sbi_flows.checks import require_count, require_object, require_positive
+from sbi_flows.densities.base import Density, OfVectors, StandardNormal
 from sbi_flows.networks.mlp import hashed_normal, hashed_words
 from sbi_flows.networks.velocity import VelocitySettings
 from sbi_flows.typing import Key
@@ -134,7 +133,7 @@ class Velocity(NamedTuple):
         return nnx.merge(self.graph, state)(z, angle, given)
 
 
-class OdeFlow(distrax.Distribution):
+class OdeFlow(OfVectors):
     """The distribution of points that begin as standard normal noise and follow a velocity.
 
     Args:
@@ -156,25 +155,10 @@ class OdeFlow(distrax.Distribution):
         sampler: Callable[[Callable, Array, Key], Array] | None = None,
     ) -> None:
         """Hold the velocity and how to solve."""
-        super().__init__()
-        self._velocity, self._shape, self._dtype = velocity, shape, dtype
-        self._ends, self._solver, self._sampler = ends, solver, sampler
+        super().__init__(shape, dtype)
+        self._velocity, self._ends = velocity, ends
+        self._solver, self._sampler = solver, sampler
         self._base = StandardNormal(shape, dtype)
-
-    @property
-    def event_shape(self) -> tuple[int, ...]:
-        """(d,)."""
-        return self._shape[-1:]
-
-    @property
-    def batch_shape(self) -> tuple[int, ...]:
-        """(*batch)."""
-        return self._shape[:-1]
-
-    @property
-    def dtype(self) -> Any:
-        """Of the points."""
-        return self._dtype
 
     def log_prob(self, value: Array) -> Array:
         """Log density (*draws, *batch) of points (*draws, *batch, d).
@@ -182,7 +166,7 @@ class OdeFlow(distrax.Distribution):
         Each context has a solve of its own, whose steps do not depend on the others.
         """
         if not self.batch_shape:
-            noise, change = self._solve(value, _turned(self._ends))
+            noise, change = self._solve(value, turned(self._ends))
             return self._base.log_prob(noise) + change
         state, given = self._velocity.arrays
 
@@ -227,8 +211,39 @@ class OdeFlow(distrax.Distribution):
         return self._solver(field, start, self._velocity.arrays, ends)
 
 
-def _turned(ends: tuple[float, float]) -> tuple[float, float]:
+def turned(ends: tuple[float, float]) -> tuple[float, float]:
+    """From data to noise."""
     return ends[1], ends[0]
+
+
+class Continuous(Density):
+    """Abstract density whose distribution follows a velocity network."""
+
+    solved: ClassVar[bool] = True
+
+    def __init__(
+        self, network: VelocitySettings, solver: Solver, key: Key, dim: int, context_dim: int
+    ) -> None:
+        """Make the network; its velocity is zero, which is the identity."""
+        self.network = network.build(nnx.Rngs(key), dim, context_dim)
+        self.solver, self.dim = solver, dim
+
+    def velocity(self, context: Array, key: Key | None) -> Velocity:
+        """The network given contexts (*, C); a key turns dropout on."""
+        graph, state = nnx.split(self.network)
+        return Velocity(graph, (state, self.network.given(context, key=key)))
+
+    def flow(
+        self,
+        context: Array,
+        key: Key | None,
+        ends: tuple[float, float],
+        sampler: Callable[[Callable, Array, Key], Array] | None = None,
+    ) -> OdeFlow:
+        """The distribution given contexts (*, C)."""
+        shape = (*context.shape[:-1], self.dim)
+        velocity = self.velocity(context, key)
+        return OdeFlow(velocity, shape, context.dtype, ends, self.solver, sampler)
 
 
 class Slopes(NamedTuple):
@@ -257,9 +272,6 @@ def check_parts(network: Any, **solvers: Any) -> None:
     Raises:
         ValueError: Something else was given, or a class where an object was meant.
     """
-    if isinstance(network, type) or not isinstance(network, VelocitySettings):
-        kind = network if isinstance(network, type) else type(network)
-        raise ValueError(f"network: expected one such as sf.Film(), got {kind.__name__}")
+    require_object("network", network, VelocitySettings, "sf.Film()")
     for name, solver in solvers.items():
-        if not isinstance(solver, Solver):
-            raise ValueError(f"{name}: expected sf.Solver(), got {type(solver).__name__}")
+        require_object(name, solver, Solver, "sf.Solver()")

@@ -11,7 +11,6 @@ tokens and masks that state what is known of their structure.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +133,7 @@ class _Tokens(VelocityNetwork):
         h += align(self.kind(jnp.asarray(self.kinds)), h)
         for block, k in zip(self.blocks, split_key(key, len(self.blocks)), strict=True):
             h = block(h, told, key=k)
-        return self.leave(nnx.silu(_normalised(h))).reshape(z.shape)
+        return self.leave(nnx.silu(jax.nn.standardize(h))).reshape(z.shape)
 
 
 class _Block(nnx.Module):
@@ -156,8 +155,8 @@ class _Block(nnx.Module):
         """Map tokens (*, T, width), told (*batch, 1, width)."""
         films = (align(film, h) for film in jnp.split(self.film(told), 6, axis=-1))
         scale, shift, gate, scale_2, shift_2, gate_2 = films
-        h = h + gate * self._attended(_normalised(h) * (1.0 + scale) + shift)
-        inner = nnx.silu(self.first(_normalised(h) * (1.0 + scale_2) + shift_2))
+        h = h + gate * self._attended(jax.nn.standardize(h) * (1.0 + scale) + shift)
+        inner = nnx.silu(self.first(jax.nn.standardize(h) * (1.0 + scale_2) + shift_2))
         return h + gate_2 * self.second(dropout(key, inner, self.settings.dropout))
 
     def _attended(self, h: Array) -> Array:
@@ -166,16 +165,8 @@ class _Block(nnx.Module):
             layer(h).reshape(*h.shape[:-1], heads, -1)
             for layer in (self.query, self.key, self.value)
         )
-        scores = jnp.einsum("...qhc,...khc->...hqk", query, keys) / math.sqrt(query.shape[-1])
-        if self.settings.mask is not None:
-            seen = jnp.asarray(self.settings.mask) | jnp.eye(h.shape[-2], dtype=bool)
-            scores = jnp.where(align(seen, scores), scores, -jnp.inf)
-        shares = jax.nn.softmax(scores, axis=-1)
-        mixed = jnp.einsum("...hqk,...khc->...qhc", shares, values)
-        return self.out(mixed.reshape(h.shape))
-
-
-def _normalised(h: Array) -> Array:
-    """Mean zero and variance one over the last axis."""
-    h = h - jnp.mean(h, axis=-1, keepdims=True)
-    return h * jax.lax.rsqrt(jnp.mean(h**2, axis=-1, keepdims=True) + 1e-6)
+        mask = self.settings.mask
+        seen = None if mask is None else jnp.asarray(mask) | jnp.eye(h.shape[-2], dtype=bool)
+        if seen is not None:
+            seen = seen.reshape((1,) * (h.ndim - 1) + seen.shape)
+        return self.out(nnx.dot_product_attention(query, keys, values, mask=seen).reshape(h.shape))

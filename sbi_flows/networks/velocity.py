@@ -95,7 +95,7 @@ class Film:
 class _Film(VelocityNetwork):
     def __init__(self, settings: Film, rngs: nnx.Rngs, dim: int, context_dim: int) -> None:
         width, blocks = settings.width, settings.blocks
-        self.frequencies, self.dropout, self.width = settings.frequencies, settings.dropout, width
+        self.frequencies, self.dropout = settings.frequencies, settings.dropout
         self.context = ResidualMLP(
             context_dim,
             width,

@@ -17,6 +17,7 @@ from sbi_flows.errors import SbiFlowsWarning, TrainingDiverged
 from sbi_flows.training.devices import to_host
 from sbi_flows.training.ensemble import Ensemble
 from sbi_flows.training.history import History
+from sbi_flows.training.members import Best
 from sbi_flows.training.settings import Training
 from sbi_flows.training.stream import Stream
 from sbi_flows.typing import Key
@@ -89,23 +90,26 @@ def fit(
         finally:
             bar.close()
         best, losses = done
-        crossed = np.full(row_units.shape, np.nan)
         try:
-            crossed = (
-                np.concatenate([to_host(b.crossed) for b in best])
-                if likelihood
-                else ensemble.densities(best)
-            )
-        except KeyboardInterrupt:  # the weights are there; the warning below says what is not
-            reason = "interrupted"
-    unsolved = int(np.sum(np.isnan(crossed)))
-    if unsolved:
-        said = f"held_out_loss: the ODE was not solved for {unsolved} of {crossed.size} rows"
-        warnings.warn(said, SbiFlowsWarning, stacklevel=3)
-    crossed += row_units
+            crossed = _held_out(ensemble, best, likelihood=likelihood)
+        except KeyboardInterrupt:  # the weights are there
+            reason, crossed = "interrupted", np.full(row_units.shape, np.nan)
+    crossed = crossed + row_units
     seconds = time.perf_counter() - began
     history = _history(losses, start_loss, ensemble.held_out, crossed, seconds, reason)
     return ensemble.weights(best), dataclasses.replace(history, likelihood=likelihood)
+
+
+def _held_out(ensemble: Ensemble, best: tuple[Best, ...], *, likelihood: bool) -> np.ndarray:
+    """Negative log density of each validation row, (M, V), before `units` are added."""
+    if likelihood:
+        return np.concatenate([to_host(b.crossed) for b in best])
+    losses = ensemble.densities(best)
+    unsolved = int(np.sum(np.isnan(losses)))
+    if unsolved:
+        said = f"held_out_loss: the ODE was not solved for {unsolved} of {losses.size} rows"
+        warnings.warn(said, SbiFlowsWarning, stacklevel=4)
+    return losses
 
 
 def _require_finite(values: np.ndarray, epoch: int, ensemble: Ensemble) -> None:
