@@ -17,15 +17,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sbi_flows.checks import require_count, require_fraction
-from sbi_flows.networks.mlp import ResidualMLP, dropout, split_key
+from sbi_flows.checks import require_count
+from sbi_flows.networks.mlp import dropout, split_key
 from sbi_flows.networks.shapes import align
-from sbi_flows.networks.velocity import VelocityNetwork, time_features
+from sbi_flows.networks.velocity import Told, ToldNetwork, VelocityNetwork
 from sbi_flows.typing import Key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tokens:
+class Tokens(Told):
     """Transformer over the parameters, for many of them or for ones that can be exchanged.
 
     In a fit the tokens are the parameters as the linear start whitens them, each with those before
@@ -59,21 +59,15 @@ class Tokens:
     """
 
     width: int = 64
-    blocks: int = 3
     heads: int = 4
     size: int = 1
     kinds: tuple[int, ...] | None = None
     mask: tuple[tuple[bool, ...], ...] | None = None
-    context_blocks: int = 1
-    frequencies: int = 6
-    dropout: float = 0.1
 
     def __post_init__(self) -> None:
         """Refuse settings that make no network."""
-        require_count(1, width=self.width, blocks=self.blocks, heads=self.heads, size=self.size)
-        require_count(1, frequencies=self.frequencies)
-        require_count(0, context_blocks=self.context_blocks)
-        require_fraction(dropout=self.dropout)
+        super().__post_init__()
+        require_count(1, heads=self.heads, size=self.size)
         for name in ("kinds", "mask"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, tuple):
@@ -100,36 +94,22 @@ class Tokens:
         return _Tokens(self, rngs, count, context_dim)
 
 
-class _Tokens(VelocityNetwork):
+class _Tokens(ToldNetwork):
     def __init__(self, settings: Tokens, rngs: nnx.Rngs, count: int, context_dim: int) -> None:
-        width = settings.width
-        self.settings, self.count = settings, count
+        super().__init__(settings, rngs, context_dim)
+        self.size, self.count, width = settings.size, count, settings.width
         kinds = tuple(range(count)) if settings.kinds is None else settings.kinds
         self.kinds = tuple(sorted(set(kinds)).index(kind) for kind in kinds)
-        self.context = ResidualMLP(
-            context_dim,
-            width,
-            width=width,
-            blocks=settings.context_blocks,
-            dropout=settings.dropout,
-            rngs=rngs,
-        )
-        self.time = nnx.Linear(4 * settings.frequencies + 2, width, rngs=rngs)
         self.enter = nnx.Linear(settings.size, width, rngs=rngs)
         self.kind = nnx.Embed(len(set(kinds)), width, rngs=rngs)
         self.blocks = nnx.List([_Block(settings, rngs) for _ in range(settings.blocks)])
         zeros = nnx.initializers.zeros_init()
         self.leave = nnx.Linear(width, settings.size, kernel_init=zeros, rngs=rngs)
 
-    def given(self, context: Array, *, key: Key | None = None) -> Array:
-        """What contexts (*batch, C) alone give, shape (*batch, width)."""
-        return self.context(context, key=key)
-
     def __call__(self, z: Array, angle: Array, given: Array, *, key: Key | None = None) -> Array:
         """Velocity at points z (*draws, *batch, d) and angles (), or (*batch)."""
-        time = self.time(time_features(angle, self.settings.frequencies))
-        told = nnx.silu(given + align(time, given))[..., None, :]
-        h = self.enter(z.reshape(*z.shape[:-1], self.count, self.settings.size))
+        told = self.told(angle, given)[..., None, :]
+        h = self.enter(z.reshape(*z.shape[:-1], self.count, self.size))
         h += align(self.kind(jnp.asarray(self.kinds)), h)
         for block, k in zip(self.blocks, split_key(key, len(self.blocks)), strict=True):
             h = block(h, told, key=k)

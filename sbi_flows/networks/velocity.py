@@ -1,6 +1,7 @@
 """Velocity networks: a point, an angle of the path and a context to a velocity.
 
-Public names: `Film`, `VelocityNetwork`, `VelocitySettings`.
+Public names: `Film`, `VelocityNetwork`, `VelocitySettings`, `Told`, `ToldNetwork`,
+`time_features`.
 
 The context's part is computed once (`given`), and what an angle adds to it once for all points that
 share both: a solve with many draws at one observation pays for the points alone.
@@ -53,7 +54,49 @@ class VelocitySettings(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Film:
+class Told:
+    """Settings of a network that the time and the context tell what to do: see `ToldNetwork`."""
+
+    width: int = 128
+    blocks: int = 3
+    context_blocks: int = 1
+    frequencies: int = 6
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse settings that make no network."""
+        require_count(1, width=self.width, blocks=self.blocks, frequencies=self.frequencies)
+        require_count(0, context_blocks=self.context_blocks)
+        require_fraction(dropout=self.dropout)
+
+
+class ToldNetwork(VelocityNetwork):
+    """Abstract network to which the time and the context are one vector of its width."""
+
+    def __init__(self, settings: Told, rngs: nnx.Rngs, context_dim: int) -> None:
+        """Create the layers of both."""
+        self.frequencies = settings.frequencies
+        self.context = ResidualMLP(
+            context_dim,
+            settings.width,
+            width=settings.width,
+            blocks=settings.context_blocks,
+            dropout=settings.dropout,
+            rngs=rngs,
+        )
+        self.time = nnx.Linear(4 * settings.frequencies + 2, settings.width, rngs=rngs)
+
+    def given(self, context: Array, *, key: Key | None = None) -> Array:
+        """What contexts (*batch, C) alone give, shape (*batch, width)."""
+        return self.context(context, key=key)
+
+    def told(self, angle: Array, given: Array) -> Array:
+        """What a context and angles (), or (*batch), say together, shape (*batch, width)."""
+        return nnx.silu(given + align(self.time(time_features(angle, self.frequencies)), given))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Film(Told):
     """Residual multilayer perceptron whose layers the context and the time scale and shift.
 
     Attributes:
@@ -75,36 +118,15 @@ class Film:
         (10, 4, 2)
     """
 
-    width: int = 128
-    blocks: int = 3
-    context_blocks: int = 1
-    frequencies: int = 6
-    dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        """Refuse settings that make no network."""
-        require_count(1, width=self.width, blocks=self.blocks, frequencies=self.frequencies)
-        require_count(0, context_blocks=self.context_blocks)
-        require_fraction(dropout=self.dropout)
-
     def build(self, rngs: nnx.Rngs, dim: int, context_dim: int) -> VelocityNetwork:
         """Make the network, whose velocity is zero at first."""
         return _Film(self, rngs, dim, context_dim)
 
 
-class _Film(VelocityNetwork):
+class _Film(ToldNetwork):
     def __init__(self, settings: Film, rngs: nnx.Rngs, dim: int, context_dim: int) -> None:
-        width, blocks = settings.width, settings.blocks
-        self.frequencies, self.dropout = settings.frequencies, settings.dropout
-        self.context = ResidualMLP(
-            context_dim,
-            width,
-            width=width,
-            blocks=settings.context_blocks,
-            dropout=settings.dropout,
-            rngs=rngs,
-        )
-        self.time = nnx.Linear(4 * settings.frequencies + 2, width, rngs=rngs)
+        super().__init__(settings, rngs, context_dim)
+        self.dropout, width, blocks = settings.dropout, settings.width, settings.blocks
         # a scale and a shift a block, and those of the last layer
         self.film = nnx.Linear(width, 2 * width * (blocks + 1), rngs=rngs)
         self.enter = nnx.Linear(dim, width, rngs=rngs)
@@ -114,14 +136,9 @@ class _Film(VelocityNetwork):
         zeros = nnx.initializers.zeros_init()
         self.leave = nnx.Linear(width, dim, kernel_init=zeros, rngs=rngs)
 
-    def given(self, context: Array, *, key: Key | None = None) -> Array:
-        """What contexts (*batch, C) alone give, shape (*batch, width)."""
-        return self.context(context, key=key)
-
     def __call__(self, z: Array, angle: Array, given: Array, *, key: Key | None = None) -> Array:
         """Velocity at points z (*draws, *batch, d) and angles (), or (*batch)."""
-        time = self.time(time_features(angle, self.frequencies))
-        films = self.film(nnx.silu(given + align(time, given)))
+        films = self.film(self.told(angle, given))
         films = jnp.split(films, 2 * (len(self.first) + 1), axis=-1)
         scales, shifts = films[::2], films[1::2]
         h = self.enter(z)
