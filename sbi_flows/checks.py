@@ -93,15 +93,15 @@ def require_fraction(**settings: Any) -> None:
             raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}")
 
 
-def require_object(name: str, value: Any, kind: type, example: str) -> None:
+def require_object(name: str, value: Any, kind: type, wanted: str) -> None:
     """Refuse what is not of a kind, and a class where an object was meant.
 
     Raises:
-        ValueError: The message names an object that is one, such as the example.
+        ValueError: The message says what is wanted, and what came.
     """
     if isinstance(value, type) or not isinstance(value, kind):
         got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
-        raise ValueError(f"{name}: expected one such as {example}, got {got}")
+        raise ValueError(f"{name}: expected {wanted}, got {got}")
 
 
 def writable_folder(name: str, path: Path) -> Path:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from sbi_flows.checks import require_object
 from sbi_flows.typing import Key
 
 
@@ -142,12 +143,7 @@ def check_settings(name: str, density: Any) -> None:
     Raises:
         ValueError: It has no `build`, or is a class where an object was meant.
     """
-    if isinstance(density, type) or not hasattr(density, "build"):
-        kind = density if isinstance(density, type) else type(density)
-        article = "the class " if isinstance(density, type) else ""
-        raise ValueError(
-            f"{name}: expected a density such as sf.NSF(), got {article}{kind.__name__}"
-        )
+    require_object(name, density, DensitySettings, "a density such as sf.NSF()")
 
 
 @runtime_checkable

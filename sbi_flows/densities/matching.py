@@ -41,7 +41,7 @@ class _Settings:
         """Refuse parts that are none."""
         check_parts(network=self.network, solver=self.solver)
         if self.sampler is not None:
-            require_object("sampler", self.sampler, Sampler, "sf.Heun()")
+            require_object("sampler", self.sampler, Sampler, "one such as sf.Heun()")
 
     def build(self, key: Key, dim: int, context_dim: int) -> Density:
         """Make the flow for z in R^dim; it starts at the identity."""
@@ -74,7 +74,7 @@ class FlowMatching(_Settings):
     def __post_init__(self) -> None:
         """Refuse parts that are none."""
         super().__post_init__()
-        require_object("path", self.path, Straight, "sf.Straight()")
+        require_object("path", self.path, Straight, "one such as sf.Straight()")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ class Diffusion(_Settings):
     def __post_init__(self) -> None:
         """Refuse parts that are none."""
         super().__post_init__()
-        require_object("path", self.path, Path, "sf.EDM()")
+        require_object("path", self.path, Path, "one such as sf.EDM()")
 
 
 class _Matching(Continuous):

@@ -41,7 +41,8 @@ class Solver:
         max_steps: Most steps of an adaptive solve. One that needs more fails.
         exact_up_to: Largest dimension whose divergence is computed exactly; above, by `probes`
             random projections, which are the same at all points of a solve, and in all that
-            evaluate: a density does not change from call to call.
+            evaluate: a density does not change from call to call, but it is an estimate, which need
+            not integrate to one.
         probes: Number of random projections.
         noise: Their distribution.
         adjoint: A diffrax adjoint, which differentiates a solve; None for diffrax's own.
@@ -272,6 +273,6 @@ def check_parts(network: Any, **solvers: Any) -> None:
     Raises:
         ValueError: Something else was given, or a class where an object was meant.
     """
-    require_object("network", network, VelocitySettings, "sf.Film()")
+    require_object("network", network, VelocitySettings, "one such as sf.Film()")
     for name, solver in solvers.items():
-        require_object(name, solver, Solver, "sf.Solver()")
+        require_object(name, solver, Solver, "one such as sf.Solver()")

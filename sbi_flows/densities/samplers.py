@@ -4,7 +4,8 @@ Public names: `Sampler`, `Heun`, `Ancestral`.
 
 A step turns by an angle: with the velocity v at a point z, the point of the data is
 sin(angle) z + cos(angle) v and the noise is cos(angle) z - sin(angle) v. What is held fixed over a
-step is the data point, which is exact for a Gaussian; an error of the network alone bends the path.
+step is the data point, which is exact where all the mass is at one; elsewhere the error falls with
+the number of steps.
 
 Sources: Song et al. 2021, "Denoising Diffusion Implicit Models" (arXiv:2010.02502); Karras et al.
 2022 (arXiv:2206.00364), algorithm 1; Lu et al. 2022, "DPM-Solver" (arXiv:2206.00927).

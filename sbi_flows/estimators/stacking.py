@@ -32,7 +32,7 @@ class StackHistory:
         histories: One a fit; None for one that diverged, or that an interrupt left no time for.
         shares: Weight of each fit, shape (K,); zero for those left out.
         held_out_loss: Mean of `History.held_out_loss` of each fit alone, shape (K,), nats; infinite
-            where there is no history.
+            where there is no history, or a row whose ODE was not solved.
         mixture_loss: The same of the mixture, on the rows that its weights were fitted to.
         interrupted: Whether an interrupt ended the fits.
     """
