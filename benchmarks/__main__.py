@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: runs, references, report, demo, speed and peers."""
+"""Command line of the benchmarks: runs, references, report, demo, speed, accelerator, peers."""
 
 from __future__ import annotations
 
@@ -105,6 +105,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     speed.set_defaults(command=_speed)
     _add_folder(speed, "--results", "results")
+    accelerator = commands.add_parser(
+        "accelerator",
+        help="what a GPU or TPU does with a fit, beside its limits",
+        prog="benchmarks accelerator",
+    )
+    accelerator.set_defaults(command=_accelerator)
+    accelerator.add_argument(
+        "--rows", type=int, default=100_000, metavar="N", help="simulations of each fit (100000)"
+    )
+    _add_folder(accelerator, "--results", "results")
     _add_peers(commands)
     return parser
 
@@ -200,6 +210,13 @@ def _speed(arguments: argparse.Namespace) -> None:
     from benchmarks import speed
 
     speed.run(folder)
+
+
+def _accelerator(arguments: argparse.Namespace) -> None:
+    folder = writable_folder(arguments.results, "--results")
+    from benchmarks import accelerator
+
+    accelerator.run(folder, arguments.rows)
 
 
 def _peers(arguments: argparse.Namespace) -> None:

@@ -60,16 +60,25 @@ def growth(axis: str, sizes: tuple[int, ...], *, repeats: int = 3) -> dict[str, 
 
 
 @contextlib.contextmanager
-def training(sizes: dict[str, int]) -> Iterator[Ensemble]:
-    """Members of the default estimator in training, on features that depend on the parameters."""
+def training(
+    sizes: dict[str, int], density: sf.NSF | None = None, precision: str | None = None
+) -> Iterator[Ensemble]:
+    """Members of an estimator in training, on features that depend on the parameters.
+
+    Args:
+        sizes: As `BASE`.
+        density: The default one where it is None.
+        precision: As `sf.Training(matmul_precision=...)`.
+    """
     rows, dim, count = sizes["rows"], sizes["dim"], sizes["features"]
     y_key, map_key, noise_key = jax.random.split(jax.random.key(0), 3)
     y = jax.random.uniform(y_key, (rows, dim), minval=-1.7, maxval=1.7)
     mixed = y @ jax.random.normal(map_key, (dim, count)) / np.sqrt(dim)
     features = mixed + jax.random.normal(noise_key, (rows, count))
-    blueprint = Blueprint(sf.NSF(), None, Sizes((True,) * dim, jax.tree.structure(0), ((count,),)))
+    facts = Sizes((True,) * dim, jax.tree.structure(0), ((count,),))
+    blueprint = Blueprint(density or sf.NSF(), None, facts)
     # nothing stops: what is timed is a whole epoch
-    settings = sf.Training(batch_size=sizes["batch"], patience=10**6)
+    settings = sf.Training(batch_size=sizes["batch"], patience=10**6, matmul_precision=precision)
     arguments = (blueprint, settings, y, features, jnp.zeros(rows), sizes["members"])
     with Ensemble(jax.random.key(1), *arguments) as ensemble:
         yield ensemble

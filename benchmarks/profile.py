@@ -1,6 +1,6 @@
 """Where the time of one training step goes, and how far it is from the arithmetic alone.
 
-Public names: `step_profile`, `text`, `markdown`.
+Public names: `step_profile`, `rate`, `seconds`, `text`, `markdown`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from benchmarks.growth import BASE, training
 from benchmarks.peers.measure import interleaved
 from sbi_flows.diagnostics.tables import table
+from sbi_flows.precision import products_in
 
 KINDS = {
     "products and sums": ("dot", "ynn_fusion", "gemm", "cublas"),
@@ -29,21 +29,25 @@ KINDS = {
 """Beginnings, or for the last two any part, of the names that XLA gives its kernels."""
 
 
-def step_profile(*, repeats: int = 5) -> dict[str, Any]:
+def step_profile(*, sizes: dict[str, int] = BASE, repeats: int = 5) -> dict[str, Any]:
     """Time of a step of the default estimator, by kind of kernel, beside its floor.
 
     The floor is the arithmetic of the matrix products, six operations for each weight and row, at
     the rate that this machine reaches with a large product.
+
+    Args:
+        sizes: As `growth.BASE`.
+        repeats: Epochs timed.
 
     Returns:
         `step_us` (median), `kernels` a step and `kernel_us` by kind, as a profiled epoch has them
         (profiling slows it), `parameters`, `operations` a step, `rate` in operations a second, and
         `floor_us`.
     """
-    with training(BASE) as ensemble:
-        rows = BASE["rows"] - ensemble.held_out.shape[1]
-        steps = rows // BASE["batch"]
-        seconds = _seconds(lambda: ensemble.epoch(jax.random.key(1)), repeats)
+    with training(sizes) as ensemble:
+        rows = sizes["rows"] - ensemble.held_out.shape[1]
+        steps = rows // sizes["batch"]
+        spent = seconds(lambda: ensemble.epoch(jax.random.key(1)), repeats)
         events = _profiled(lambda: ensemble.epoch(jax.random.key(2)))
         (best,) = ensemble.best
         parameters = int(best.params.size)
@@ -53,17 +57,17 @@ def step_profile(*, repeats: int = 5) -> dict[str, Any]:
         if kind is not None:
             kinds[kind] += microseconds / steps
             count += 1
-    operations = 6 * parameters * BASE["batch"]
-    rate = _rate()
+    operations = 6 * parameters * sizes["batch"]
+    reached = rate(jax.random.normal(jax.random.key(0), (1024, 1024)))
     return {
-        "sizes": BASE,
-        "step_us": 1e6 * seconds / steps,
+        "sizes": sizes,
+        "step_us": 1e6 * spent / steps,
         "kernels": count / steps,
         "kernel_us": dict(kinds),
         "parameters": parameters,
         "operations": operations,
-        "rate": rate,
-        "floor_us": 1e6 * operations / rate,
+        "rate": reached,
+        "floor_us": 1e6 * operations / reached,
     }
 
 
@@ -81,6 +85,19 @@ def text(profile: dict[str, Any]) -> str:
         f"{rows}\n{profile['kernels']:.0f} kernels a step of {profile['step_us']:.0f} us; its "
         f"products alone take {profile['floor_us']:.0f} us at {profile['rate'] / 1e9:.0f} GFLOP/s"
     )
+
+
+def rate(matrix: jax.Array, precision: str = "highest", repeats: int = 10) -> float:
+    """Operations a second of the product of a square matrix with itself."""
+    with products_in(precision):
+        product = jax.jit(lambda a: a @ a)
+        spent = seconds(lambda: jax.block_until_ready(product(matrix)), repeats)
+    return 2 * len(matrix) ** 3 / spent
+
+
+def seconds(work: Callable[[], Any], repeats: int) -> float:
+    """Median time of the work, once it has been done before."""
+    return interleaved({"": work}, repeats, "profile")[""].median
 
 
 def _ordered(profile: dict[str, Any]) -> list[tuple[str, float]]:
@@ -101,7 +118,7 @@ def _kind(name: str) -> str | None:
 
 
 def _profiled(work: Callable[[], Any]) -> Iterable[tuple[str, float]]:
-    """Names and microseconds of all events while the work is done."""
+    """Names and microseconds of all events while the work is done; an accelerator's kernels."""
     options = jax.profiler.ProfileOptions()
     options.host_tracer_level, options.python_tracer_level = 3, 0
     with tempfile.TemporaryDirectory() as folder:
@@ -109,16 +126,13 @@ def _profiled(work: Callable[[], Any]) -> Iterable[tuple[str, float]]:
             work()
         (file,) = Path(folder).rglob("*.trace.json.gz")
         trace = json.loads(gzip.decompress(file.read_bytes()))
-    return [(e["name"], e["dur"]) for e in trace["traceEvents"] if e.get("ph") == "X"]
-
-
-def _rate(size: int = 1024) -> float:
-    """Operations a second of a product of two large matrices."""
-    matrix = jnp.ones((size, size)) / size
-    product = jax.jit(lambda a: a @ a)
-    seconds = _seconds(lambda: jax.block_until_ready(product(matrix)), 10)
-    return 2 * size**3 / seconds
-
-
-def _seconds(work: Callable[[], Any], repeats: int) -> float:
-    return interleaved({"": work}, repeats, "profile")[""].median
+    events = trace["traceEvents"]
+    named = [e for e in events if e.get("ph") == "M" and "name" in e.get("args", {})]
+    # a device's lines named Stream are its kernels; others sum them up once more
+    devices = {e["pid"] for e in named if e["args"]["name"].startswith("/device:GPU")}
+    streams = {(e["pid"], e.get("tid")) for e in named if e["args"]["name"].startswith("Stream")}
+    return [
+        (e["name"], e["dur"])
+        for e in events
+        if e.get("ph") == "X" and (not devices or (e["pid"], e["tid"]) in streams)
+    ]

@@ -20,6 +20,7 @@ from jax import Array
 from sbi_flows.densities.base import sample_each
 from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
 from sbi_flows.networks.mlp import hashed_words
+from sbi_flows.precision import full_precision
 from sbi_flows.prior import Prior
 from sbi_flows.prior_maps import HALF_WIDTH
 from sbi_flows.typing import Key
@@ -52,6 +53,7 @@ def _mixture(parts: Parts, weights: tuple[Weights, ...], y: Array, features: Arr
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@full_precision
 def sample(
     parts: Parts,
     prior: Prior,
@@ -127,6 +129,7 @@ def _chosen(key: Key, draws: list[Array], *, sure: np.ndarray, left: np.ndarray,
 
 
 @partial(jax.jit, static_argnums=(0, 1))
+@full_precision
 def log_prob(
     parts: Parts, prior: Prior, weights: tuple[Weights, ...], features: Array, theta: Array
 ) -> tuple[Array]:
@@ -139,6 +142,7 @@ def log_prob(
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
+@full_precision
 def ascend(
     parts: Parts,
     prior: Prior,

@@ -19,6 +19,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from sbi_flows.checks import real_array
+from sbi_flows.precision import full_precision
 from sbi_flows.prior_maps import SiteMap, keep_inside, site_map
 from sbi_flows.typing import Key
 
@@ -268,6 +269,7 @@ def as_prior(prior: PriorLike) -> Prior:
 
 
 @partial(jax.jit, static_argnums=(0, 2))
+@full_precision
 def _sample(prior: Prior, key: Key, n: int) -> Array:
     # one program: op by op, a truncated distribution compiles for seconds
     return prior._sample_rows(key, n)

@@ -11,6 +11,7 @@ import numpyro
 import numpyro.distributions as dist
 from jax import Array
 
+from sbi_flows.precision import full_precision
 from sbi_flows.typing import Key
 from simulators import mcmc
 from simulators.task import Task
@@ -108,15 +109,18 @@ def _prior() -> dist.Distribution:
     return dist.MultivariateNormal(jnp.zeros(1 + FILTER), jnp.asarray(covariance))
 
 
+@full_precision
 def _spikes(key: Key, theta: Array) -> Array:
     p = jax.nn.sigmoid(jnp.asarray(design_matrix()) @ theta)
     return (jax.random.uniform(key, (BINS,)) < p).astype(p.dtype)
 
 
+@full_precision
 def _statistics(spikes: Array) -> Array:
     return spikes @ jnp.asarray(design_matrix())
 
 
+@full_precision
 def _model(statistics: Array) -> None:
     theta = numpyro.sample("theta", _prior())
     logits = jnp.asarray(design_matrix()) @ theta

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sbi_flows.precision import full_precision
 from simulators.lynx_hare_model import YEARS, vector_field
 
 STEPS_A_YEAR = 6
@@ -45,6 +46,7 @@ def with_fit(log_counts: Array) -> dict[str, Array]:
     return {"log_counts": log_counts, "fit": least_squares_fit(log_counts)}
 
 
+@full_precision
 def least_squares_fit(log_counts: Array) -> Array:
     """Fit the six dynamical parameters to log counts, from the slopes of the series onwards.
 

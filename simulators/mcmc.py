@@ -20,6 +20,7 @@ from numpyro import handlers
 from numpyro.infer import MCMC, NUTS
 from numpyro.infer.util import potential_energy
 
+from sbi_flows.precision import full_precision
 from sbi_flows.typing import Key
 from simulators.task import ReferenceFailed
 
@@ -65,6 +66,7 @@ def nuts(
         return _nuts(key, model, x, chains, warmup, draws)
 
 
+@full_precision
 def _nuts(
     key: Key, model: Callable[[Array], None], x: Array, chains: int, warmup: int, draws: int
 ) -> MCMC:
@@ -152,6 +154,7 @@ def _require_converged(found: dict[str, float]) -> None:
 
 
 @partial(jax.jit, static_argnames=("model", "n", "rounds"))
+@full_precision
 def starts(
     key: Key, model: Callable[[Array], None], x: Array, n: int = 2048, rounds: int = 24
 ) -> tuple[dict[str, Array], Array]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array, lax
 
+from sbi_flows.precision import full_precision
 from sbi_flows.typing import Key
 from simulators.sampling import rejection
 from simulators.task import Task
@@ -124,6 +125,7 @@ def _sample_reference(key: Key, x: Array, n: int) -> Array:
     return theta.at[:, 2:4].set(jnp.abs(theta[:, 2:4]) * signs)
 
 
+@full_precision
 def _propose(key: Key, x: Array, m: int) -> tuple[Array, Array]:
     """Draws (m, 5) with theta_3 and theta_4 positive, and which of them to accept."""
     covariance_key, mean_key, uniform_key = jax.random.split(key, 3)

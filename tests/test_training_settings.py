@@ -1,14 +1,11 @@
 """Settings of a fit that are refused, and what the others mean."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import pytest
 
 import sbi_flows as sf
 from sbi_flows import training
-from sbi_flows.training import members
 from tests.cases import unchecked
 from tests.test_training import DIM, blueprint
 
@@ -41,28 +38,6 @@ from tests.test_training import DIM, blueprint
 def test_settings_out_of_range_are_refused(setting, value, message):
     with pytest.raises(ValueError, match=message):
         unchecked(sf.Training, **{setting: value})
-
-
-def test_the_networks_multiply_in_the_precision_that_is_asked_for():
-    """It stands in the program, whatever the machine makes of it."""
-
-    def program(**settings):
-        setting = sf.Training(batch_size=64, max_epochs=1, **settings)
-        zeros = jnp.zeros((300, DIM))
-        source = members.Source(zeros, zeros, zeros[:, 0], None)
-        rows = jnp.arange(300)[None]
-        arguments = (jax.random.key(0)[None], rows[:, 30:], rows[:, :30], jnp.ones(1))
-        shapes = jax.eval_shape(partial(members.prepare, blueprint(), setting, source), *arguments)
-        keys = jax.random.key(0)[None]
-        traced = members.epoch.trace(
-            members.Plan(blueprint(), setting, None), *shapes, zeros, keys, True
-        )
-        return str(traced.jaxpr)
-
-    assert "precision=(Precision.HIGHEST" not in program()
-    with jax.default_matmul_precision("float32"):
-        assert "precision=(Precision.HIGHEST" in program()
-    assert "precision=(Precision.HIGHEST" in program(matmul_precision="float32")
 
 
 def test_what_is_no_optimiser_is_refused():

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sbi_flows.precision import FULL
+
 
 class LU(NamedTuple):
     """Two triangular factors and what follows from them.
@@ -36,7 +38,8 @@ def lu(lower: Array, upper: Array, log_diagonal: Array) -> LU:
     """
     lower = jnp.tril(lower, -1) + jnp.eye(len(log_diagonal), dtype=log_diagonal.dtype)
     upper = jnp.triu(upper, 1) + jnp.diag(jnp.exp(log_diagonal))
-    return LU(lower, upper, jnp.flip(lower @ upper, axis=0), jnp.sum(log_diagonal))
+    product = jnp.matmul(lower, upper, precision=FULL)
+    return LU(lower, upper, jnp.flip(product, axis=0), jnp.sum(log_diagonal))
 
 
 class LULinear(distrax.Bijector):
@@ -57,7 +60,8 @@ class LULinear(distrax.Bijector):
     def forward_and_log_det(self, x: Array) -> tuple[Array, Array]:
         """X (*, D) to y (*, D) with the log determinant (*)."""
         factors = self._factors
-        return x @ factors.product.T, jnp.broadcast_to(factors.log_det, x.shape[:-1])
+        y = jnp.matmul(x, factors.product.T, precision=FULL)
+        return y, jnp.broadcast_to(factors.log_det, x.shape[:-1])
 
     def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
         """Y (*, D) to x (*, D) with the log determinant (*)."""
@@ -66,4 +70,5 @@ class LULinear(distrax.Bijector):
         eye = jnp.eye(len(lower), dtype=lower.dtype)
         half = jax.scipy.linalg.solve_triangular(lower, eye, lower=True, unit_diagonal=True)
         inverse = jax.scipy.linalg.solve_triangular(upper, half, lower=False)
-        return y @ jnp.flip(inverse.T, axis=0), jnp.broadcast_to(-log_det, y.shape[:-1])
+        x = jnp.matmul(y, jnp.flip(inverse.T, axis=0), precision=FULL)
+        return x, jnp.broadcast_to(-log_det, y.shape[:-1])

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sbi_flows.precision import FULL
+
 MIN_BIN = 1e-3
 """Smallest width and height of a bin, as a fraction of the box."""
 
@@ -129,7 +131,7 @@ def _looked_up(total: Sum, given: int, params: Array, place: Array) -> tuple[tup
     # running sums of all but the last bin as one small matrix product: the inner knots
     lengths = MIN_BIN + (1.0 - MIN_BIN * bins) * shares[given]
     lower = jnp.asarray(np.tril(np.ones((bins - 1, bins))), lengths.dtype)
-    knots = jnp.tensordot(lower, lengths, axes=1)
+    knots = jnp.tensordot(lower, lengths, axes=1, precision=FULL)
     number = total((place[None] >= knots).astype(place.dtype)[None])[0]
     return (number, *_of_bin(total, number, shares, slopes)), shares
 

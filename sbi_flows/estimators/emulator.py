@@ -30,6 +30,7 @@ from sbi_flows.densities.conditional import Blueprint, Sizes, Weights, graph_of
 from sbi_flows.densities.flow import MAF, NSF
 from sbi_flows.errors import SbiFlowsError, TrainingDiverged
 from sbi_flows.estimators.stacking import StackHistory, fit_each
+from sbi_flows.precision import full_precision
 from sbi_flows.prior import Prior
 from sbi_flows.quantised import Grid, dequantised, find_grid, quantised
 from sbi_flows.standardise import Standardiser
@@ -224,6 +225,7 @@ def _standard(
 
 
 @partial(jax.jit, static_argnums=(1, 2))
+@full_precision
 def _prior_draws(key: Key, prior: Prior, n: int) -> Array:
     return prior.to_standard(prior.sample(key, n))
 
@@ -273,6 +275,7 @@ def _draw(key: Key, parts: Sequence[tuple[Blueprint, Weights, float]], y: Array,
 
 
 @partial(jax.jit, static_argnums=0)
+@full_precision
 def _draw_chunk(blueprint: Blueprint, weights: Weights, key: Key, y: Array) -> Array:
     return nnx.merge(graph_of(blueprint), *weights)(y).sample(seed=key)
 

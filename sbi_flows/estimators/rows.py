@@ -18,6 +18,7 @@ from jax import Array
 from sbi_flows.data import Simulations
 from sbi_flows.densities.conditional import Blueprint
 from sbi_flows.estimators.emulator import Emulated
+from sbi_flows.precision import full_precision
 from sbi_flows.prior import Prior
 from sbi_flows.standardise import Standardiser, fit_standardiser
 from sbi_flows.training import Stream
@@ -42,12 +43,14 @@ def contains(prior: Prior, theta: Array) -> Array:
 
 
 @partial(jax.jit, static_argnums=0)
+@full_precision
 def standard(prior: Prior, theta: Array) -> Array:
     """Standard coordinates of theta."""
     return prior.to_standard(theta)
 
 
 @partial(jax.jit, static_argnums=0)
+@full_precision
 def prepared(prior: Prior, theta: Array, x: Obs) -> tuple[Rows, Standardiser]:
     """Rows to train on, and what standardises x."""
     y, standardiser = prior.to_standard(theta), fit_standardiser(x)
@@ -55,6 +58,7 @@ def prepared(prior: Prior, theta: Array, x: Obs) -> tuple[Rows, Standardiser]:
 
 
 @partial(jax.jit, static_argnums=0)
+@full_precision
 def joined(prior: Prior, rows: Rows, more: Emulated) -> Rows:
     """The rows, and after them those of an emulator."""
     offset = prior.standard_log_det(more.y, prior.from_standard(more.y))
@@ -86,6 +90,7 @@ def stream_of(
 
 
 @partial(jax.jit, static_argnums=(0, 1))
+@full_precision
 def _read(
     prior: Prior, blueprint: Blueprint, standardiser: Standardiser, theta: Array, x: Obs
 ) -> tuple[Array, Array]:

@@ -7,7 +7,6 @@ A group of members is one vmapped program; every array of it has a leading axis 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from sbi_flows.densities.conditional import (
 )
 from sbi_flows.densities.start import fit_linear_start
 from sbi_flows.networks.mlp import hashed_words, split_keys
+from sbi_flows.precision import full_precision, products_in
 from sbi_flows.training.devices import MEMBERS, split_rows
 from sbi_flows.training.settings import Training
 from sbi_flows.typing import Key
@@ -152,6 +152,7 @@ def _transform(
 
 
 @partial(jax.jit, static_argnums=0)
+@full_precision
 def _start(
     blueprint: Blueprint, source: Source, keys: Key, train: Array, held_out: Array
 ) -> tuple[Array, Any, Array, Units]:
@@ -175,6 +176,7 @@ def _start(
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
+@full_precision
 def epoch(
     plan: Plan,
     state: State,
@@ -206,6 +208,7 @@ def epoch(
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@full_precision
 def chunk(
     plan: Plan,
     chunks: int,
@@ -239,6 +242,7 @@ def chunk(
 
 
 @partial(jax.jit, static_argnums=0)
+@full_precision
 def score(
     plan: Plan,
     state: State,
@@ -251,6 +255,7 @@ def score(
 
 
 @partial(jax.jit, static_argnums=0)
+@full_precision
 def densities(plan: Plan, best: Best, group: Group, features: Array) -> Array:
     """Negative log density of the validation rows' noise at the best weights, (m, V)."""
 
@@ -350,14 +355,7 @@ def _losses(plan: Plan, params: Array, rest: Any) -> Any:
     """Loss of each row: a key or None, noise (B, d) and features (B, C) to (B,)."""
 
     def losses(key: Key | None, noise: Array, features: Array) -> Array:
-        precision = plan.training.matmul_precision
-        # what the user has set for all of JAX stands, unless this fit asks for something else
-        asked = (
-            contextlib.nullcontext()
-            if precision is None
-            else jax.default_matmul_precision(precision)
-        )
-        with asked:
+        with products_in(plan.training.matmul_precision):
             return _model(plan.blueprint, params, rest).loss(key, noise, features)
 
     return losses

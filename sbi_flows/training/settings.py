@@ -41,9 +41,11 @@ class Training:
         devices: Most devices to train on; None for all that JAX sees, those of other processes
             included (`jax.distributed`). Members are spread over them first, then the rows of each
             batch.
-        matmul_precision: What `jax.default_matmul_precision` takes, for the networks' products:
-            `"bfloat16"` is faster where an accelerator has units for it, at a loss of accuracy; a
-            CPU computes in full precision whatever is asked for.
+        matmul_precision: What `jax.default_matmul_precision` takes, for the networks' products in
+            training: `"tensorfloat32"` and `"bfloat16"` are faster where an accelerator has units
+            for them, at a loss of accuracy. By default they are in full precision, as all products
+            of a trained posterior are; so are those of splines and linear layers, whatever is set,
+            and all products on a CPU.
 
     Raises:
         ValueError: A setting is out of range.

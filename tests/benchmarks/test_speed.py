@@ -5,7 +5,8 @@ import subprocess
 import numpy as np
 import pytest
 
-from benchmarks import growth, profile, speed
+import sbi_flows as sf
+from benchmarks import accelerator, growth, profile, speed
 from benchmarks.peers import flowjax_flow
 from benchmarks.peers.contestant import Recipe
 
@@ -68,6 +69,23 @@ def test_the_cost_of_each_size_is_measured_in_turns(monkeypatch):
     assert grown["exponent"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
+def test_what_an_accelerator_does_is_measured_part_by_part(monkeypatch, capsys):
+    monkeypatch.setattr(accelerator, "BATCHES", (64, 128, 256))
+    monkeypatch.setattr(accelerator, "MEMBERS", (1, 2))
+    monkeypatch.setattr(accelerator, "PRECISIONS", ("highest",))
+    monkeypatch.setattr(accelerator, "WIDE", sf.NSF(transforms=1, hidden=(8,), context_width=8))
+    found = accelerator.measured(rows=2_000, repeats=1)
+    assert set(found["batches"]) == {"64", "128", "256"} and set(found["members"]) == {"1", "2"}
+    one, two = found["members"].values()
+    assert two["rows_per_second"] == pytest.approx(128 * two["steps_per_second"])
+    assert one["rows_per_second"] == pytest.approx(64 * one["steps_per_second"])
+    assert found["wide"]["highest"]["128"]["step_us"] > 0
+    assert 0 < found["accuracy"]["highest"]["held_out_loss"] < 20
+    assert found["limits"]["launch_us"] > 0
+    assert "kernels a step" in capsys.readouterr().out
+
+
 def test_growth_is_a_row_an_axis():
     found = {"sizes": [10, 1_000], "seconds": [0.5, 50.0], "exponent": 1.0}
     last = growth.text({"rows": found}).splitlines()[-1]
@@ -107,10 +125,9 @@ def test_kernels_are_told_by_their_names(name, kind):
 
 
 @pytest.mark.slow
-def test_a_step_is_profiled(monkeypatch):
+def test_a_step_is_profiled():
     sizes = growth.BASE | {"rows": 1_000, "dim": 2, "features": 2, "batch": 32}
-    monkeypatch.setattr(profile, "BASE", sizes)
-    found = profile.step_profile(repeats=1)
+    found = profile.step_profile(sizes=sizes, repeats=1)
     assert found["operations"] == 6 * 32 * found["parameters"]
     assert found["kernels"] > 10 and found["kernel_us"]["products and sums"] > 0
     assert found["floor_us"] == pytest.approx(1e6 * found["operations"] / found["rate"])
