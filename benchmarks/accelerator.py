@@ -1,12 +1,12 @@
 """What a GPU or TPU does with a fit: batches, ensembles, precisions, and the limits beside them.
 
-Public names: `run`, `measured`.
+Public names: `run`, `measured`, `limits`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,19 @@ from benchmarks.growth import BASE, training
 from benchmarks.peers.measure import interleaved
 from benchmarks.records import now, provenance, write_json
 from sbi_flows.diagnostics.tables import table
-from simulators import slcp
 
 ROWS = 100_000
 BATCHES = (256, 1_024, 4_096, 16_384)
 MEMBERS = (1, 8, 32)
 PRECISIONS = ("highest", "tensorfloat32", "bfloat16")
-WIDE = sf.NSF(hidden=(1_024, 1_024), context_width=1_024)
-"""A flow whose products are large enough for an accelerator's units."""
+WIDE, WIDE_BATCH = sf.NSF(hidden=(512, 512), context_width=512), 4_096
+"""A flow and a batch whose products are large enough for an accelerator's units."""
 
 LAUNCHES = 256
 
 
 def run(folder: Path, rows: int = ROWS) -> dict[str, Any]:
-    """Measure, print and write a record into the folder.
+    """Measure, print and write a record into the folder, anew after each part.
 
     Args:
         folder: Where the record goes; it exists and is writable.
@@ -42,14 +41,19 @@ def run(folder: Path, rows: int = ROWS) -> dict[str, Any]:
     Returns:
         The record.
     """
-    record = {**provenance(), "kind": "accelerator", **measured(rows=rows)}
+    record = {**provenance(), "kind": "accelerator"}
     stamp = now().replace("-", "").replace(":", "")[:15]
-    print(f"written: {write_json(folder / f'accelerator-{stamp}.json', record)}")
+    path = folder / f"accelerator-{stamp}.json"
+    for name, part in measured(rows=rows):
+        print(f"\n{name}\n{_text(name, part)}", flush=True)
+        record[name] = part
+        write_json(path, record)
+    print(f"written: {path}")
     return record
 
 
-def measured(*, rows: int = ROWS, repeats: int = 3) -> dict[str, Any]:
-    """Every part in turn, each printed as soon as it is there.
+def measured(*, rows: int = ROWS, repeats: int = 3) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every part in turn: its name and what was found.
 
     Args:
         rows: Simulations that the timed fits have.
@@ -57,29 +61,18 @@ def measured(*, rows: int = ROWS, repeats: int = 3) -> dict[str, Any]:
 
     Returns:
         `limits`: microseconds of the smallest kernel and operations a second by precision.
-        `step`: as `profile.step_profile`. `batches`, `members`, `wide`: microseconds a step, and
-        steps and rows a second, by batch size, by number of members, and by precision and batch
-        size of a wide flow. `accuracy`: held-out loss of this flow on slcp by precision.
+        `batches`, `members`: microseconds a step, and steps and rows a second, by batch size and by
+        number of members. `step`: as `profile.step_profile`. `precision`: the same for a wide flow
+        by precision, and its validation loss after the epochs that were timed.
     """
     sizes = {**BASE, "rows": rows, "batch": BATCHES[0]}
-    parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "limits": limits,
-        "step": partial(profile.step_profile, sizes=sizes),
-        "batches": lambda: _steps({f"{b}": {**sizes, "batch": b} for b in BATCHES}, repeats),
-        "members": lambda: _steps({f"{m}": {**sizes, "members": m} for m in MEMBERS}, repeats),
-        "wide": lambda: {
-            precision: _steps(
-                {f"{b}": {**sizes, "batch": b} for b in BATCHES[1::2]}, repeats, WIDE, precision
-            )
-            for precision in PRECISIONS
-        },
-        "accuracy": lambda: {precision: _accuracy(precision, rows) for precision in PRECISIONS},
-    }
-    found: dict[str, Any] = {}
-    for name, measure in parts.items():
-        found[name] = measure()
-        print(f"\n{name}\n{_text(name, found[name])}", flush=True)
-    return found
+    yield "limits", limits()
+    yield "batches", _steps({f"{b}": {**sizes, "batch": b} for b in BATCHES}, repeats)
+    yield "members", _steps({f"{m}": {**sizes, "members": m} for m in MEMBERS}, repeats)
+    yield "step", profile.step_profile(sizes=sizes)
+    wide = {**sizes, "batch": WIDE_BATCH}
+    fits = {p: _steps({p: wide}, 10 * repeats, WIDE, p)[p] for p in PRECISIONS}
+    yield "precision", fits
 
 
 def limits(*, size: int = 4_096, repeats: int = 5) -> dict[str, Any]:
@@ -113,9 +106,10 @@ def _steps(
 ) -> dict[str, dict[str, float]]:
     """Of an epoch of each of the fits, which take turns."""
     with contextlib.ExitStack() as stack:
-        calls, steps = {}, {}
+        calls, steps, ensembles = {}, {}, {}
         for name, sizes in fits.items():
             ensemble = stack.enter_context(training(sizes, density, precision))
+            ensembles[name] = ensemble
             calls[name] = partial(ensemble.epoch, jax.random.key(0))
             steps[name] = (sizes["rows"] - ensemble.held_out.shape[1]) // sizes["batch"]
         timings = interleaved(calls, repeats, "epochs")
@@ -128,28 +122,9 @@ def _steps(
             * steps[name]
             / timings[name].median,
             "first_seconds": timings[name].first,
+            "loss": float(ensembles[name].best_loss.mean()),
         }
         for name, sizes in fits.items()
-    }
-
-
-def _accuracy(precision: str, rows: int) -> dict[str, Any]:
-    """Held-out loss of a wide flow that is trained in this precision, and the time it takes."""
-    task = slcp()
-    sims = sf.simulate(jax.random.key(0), task.prior, task.simulator, rows, progress=False)
-    settings = sf.Training(
-        batch_size=1_024, max_epochs=10, learning_rate=1e-3, matmul_precision=precision
-    )
-    npe = sf.NPE(task.prior, WIDE, training=settings, members=2)
-    posterior, history = npe.fit(jax.random.key(1), sims, progress=False)
-    x = task.observation(1)
-    theta, of_draws = posterior.sample_and_log_prob(jax.random.key(2), x, 1_000)
-    apart = jnp.abs(posterior.log_prob(theta, x) - of_draws)
-    return {
-        "held_out_loss": float(history.held_out_loss.mean()),
-        "member_losses": [float(loss) for loss in history.best_loss],
-        "seconds": history.seconds,
-        "density_gap": float(jnp.max(apart)),
     }
 
 
@@ -159,9 +134,7 @@ def _text(name: str, part: dict[str, Any]) -> str:
     if name == "limits":
         rates = ", ".join(f"{rate / 1e12:.1f} TFLOP/s {p}" for p, rate in part["rate"].items())
         return f"{part['launch_us']:.2f} us a kernel; {rates}"
-    if name == "wide":
-        part = {f"{p} {b}": value for p, fits in part.items() for b, value in fits.items()}
-    columns = [key for key in next(iter(part.values())) if key != "member_losses"]
+    columns = next(iter(part.values()))
     return table(
         list(part), {key: [f"{value[key]:.5g}" for value in part.values()] for key in columns}
     )
