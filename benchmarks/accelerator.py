@@ -1,6 +1,6 @@
 """What a GPU or TPU does with a fit: batches, ensembles, precisions, and the limits beside them.
 
-Public names: `run`, `measured`, `limits`.
+Public names: `run`, `measured`, `limits`, `markdown`.
 """
 
 from __future__ import annotations
@@ -73,6 +73,23 @@ def measured(*, rows: int = ROWS, repeats: int = 3) -> Iterator[tuple[str, dict[
     wide = {**sizes, "batch": WIDE_BATCH}
     fits = {p: _steps({p: wide}, 10 * repeats, WIDE, p)[p] for p in PRECISIONS}
     yield "precision", fits
+
+
+def markdown(part: dict[str, dict[str, float]], first: str) -> list[str]:
+    """Fits that were timed as the lines of a Markdown table, and their time beside the first's."""
+    (base, *_) = (value["step_us"] for value in part.values())
+    lines = [[first, "microseconds a step", "rows a second, millions", "time of the first"]]
+    lines += [["---"] * 4]
+    lines += [
+        [
+            f"{int(name):,}",
+            f"{value['step_us']:.0f}",
+            f"{value['rows_per_second'] / 1e6:.2f}",
+            f"{value['step_us'] / base:.2f}",
+        ]
+        for name, value in part.items()
+    ]
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def limits(*, size: int = 4_096, repeats: int = 5) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import growth, profile, report
+from benchmarks import accelerator, growth, profile, report
 from benchmarks.peers import report as peers_report
 from benchmarks.peers.compare import OURS
 
@@ -140,13 +140,19 @@ def test_the_figures_of_the_page_on_performance_are_those_of_the_result_files():
         for result in peers["tasks"].values()
     ]
     tables += [profile.markdown(speed["step"]), growth.markdown(speed["growth"])]
-    assert len(tables) == 4
+    (gpu,) = result_files("accelerator")
+    tables += [accelerator.markdown(gpu["batches"], "rows a step")]
+    tables += [accelerator.markdown(gpu["members"], "members")]
+    assert len(tables) == 6
     for table in tables:
         assert [line for line in table if line not in lines] == []
     said = "\n".join(lines)
     assert f"{speed['step']['step_us']:.0f} microseconds" in said
     assert f"{speed['step']['floor_us']:.0f} microseconds" in said
     assert f"{speed['large']['peak_gib']:.2f} GiB" in said
+    assert f"{gpu['limits']['launch_us']:.2f} microseconds" in said
+    for rate in gpu["limits"]["rate"].values():
+        assert f"{rate / 1e12:.0f} TFLOP/s" in said
 
 
 def test_the_figures_of_the_readme_are_those_of_the_result_files():
