@@ -1,18 +1,52 @@
 """Named estimators: one line each, the same for every task.
 
-Public names: `METHODS`, `DEFAULT`, `get`.
+Public names: `METHODS`, `DEFAULT`, `Distilling`, `Estimator`, `get`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TypeAlias
 
+import jax
+
 import sbi_flows as sf
 from benchmarks.records import BadInput
+from sbi_flows.typing import Key
 from simulators import Task
 
 DEFAULT = "stack"
+
+
+@dataclasses.dataclass(frozen=True)
+class Distilling:
+    """An estimator whose posterior is distilled after the fit.
+
+    Attributes:
+        npe: The estimator.
+        steps: Evaluations a draw.
+    """
+
+    npe: sf.NPE
+    steps: int
+
+    @property
+    def prior(self) -> sf.Prior:
+        """The prior."""
+        return self.npe.prior
+
+    def fit(
+        self, key: Key, simulations: sf.Simulations, *, progress: bool = True
+    ) -> tuple[sf.Posterior, sf.History]:
+        """Fit and distil."""
+        fit_key, distil_key = jax.random.split(key)
+        posterior, history = self.npe.fit(fit_key, simulations, progress=progress)
+        fast, _ = sf.distil(distil_key, posterior, simulations, steps=self.steps, progress=progress)
+        return fast, history
+
+
+Estimator: TypeAlias = sf.NPE | sf.Stack | Distilling
 
 
 def _stack(task: Task, *estimators: Callable[[sf.Prior], sf.NPE]) -> sf.Stack:
@@ -32,7 +66,7 @@ def _affine(prior: sf.Prior) -> sf.NPE:
     return sf.NPE(prior, sf.MAF(), members=2)
 
 
-Method: TypeAlias = Callable[[Task], sf.NPE | sf.Stack]
+Method: TypeAlias = Callable[[Task], Estimator]
 
 METHODS: dict[str, Method] = {
     "stack": lambda task: _stack(task, _emulated, _spline, _affine),
@@ -45,6 +79,7 @@ METHODS: dict[str, Method] = {
     "npe-mixture": lambda task: sf.NPE(task.prior, sf.GaussianMixture()),
     "npe-flow-matching": lambda task: sf.NPE(task.prior, sf.FlowMatching()),
     "npe-diffusion": lambda task: sf.NPE(task.prior, sf.Diffusion()),
+    "npe-diffusion-distilled": lambda task: Distilling(sf.NPE(task.prior, sf.Diffusion()), 2),
     "npe-cnf": lambda task: sf.NPE(task.prior, sf.CNF()),
 }
 

@@ -134,14 +134,14 @@ def _observed(task: Task, observed: list[Obs], settings: Settings) -> dict[str, 
 
 
 @cache
-def _estimator(method: str, task: Task) -> sf.NPE | sf.Stack:
+def _estimator(method: str, task: Task) -> methods.Estimator:
     # the same one for later seeds, which then find everything compiled
     return methods.get(method)(task)
 
 
 def run_one(
     task: Task,
-    npe: sf.NPE | sf.Stack,
+    npe: methods.Estimator,
     budget: int,
     seed: int,
     observed: list[Obs],
@@ -265,8 +265,10 @@ def observations_of(task: Task, settings: Settings) -> list[Obs]:
     return [jnp.asarray(x) for x in given]
 
 
-def describe(estimator: sf.NPE | sf.Stack) -> dict[str, Any]:
+def describe(estimator: methods.Estimator) -> dict[str, Any]:
     """The estimator's settings in words."""
+    if isinstance(estimator, methods.Distilling):
+        return {"method": "distil", "steps": estimator.steps, "of": describe(estimator.npe)}
     if isinstance(estimator, sf.Stack):
         return {"method": "Stack", "estimators": [describe(e) for e in estimator.estimators]}
     return {

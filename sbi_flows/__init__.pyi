@@ -29,6 +29,7 @@ from .errors import SbiFlowsWarning as SbiFlowsWarning
 from .errors import SimulationFailed as SimulationFailed
 from .errors import SolveFailed as SolveFailed
 from .errors import TrainingDiverged as TrainingDiverged
+from .estimators.distillation import distil as distil
 from .estimators.emulator import Emulator as Emulator
 from .estimators.npe import NPE as NPE
 from .estimators.stack import Stack as Stack

@@ -93,7 +93,7 @@ def require_fraction(**settings: Any) -> None:
             raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}")
 
 
-def require_object(name: str, value: Any, kind: type, wanted: str) -> None:
+def require_object(name: str, value: Any, kind: type | tuple[type, ...], wanted: str) -> None:
     """Refuse what is not of a kind, and a class where an object was meant.
 
     Raises:

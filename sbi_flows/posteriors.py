@@ -54,6 +54,11 @@ class Posterior:
         """Number of models in the mixture."""
         return sum(mixtures.count(w) for w in self.weights)
 
+    @property
+    def solved(self) -> bool:
+        """Whether densities are the solutions of an ODE, a hundred times the work of others."""
+        return any(map(by_solving, self.blueprints))
+
     def __repr__(self) -> str:
         """Prior, densities with their shares, and the number of models."""
         parts = [
@@ -210,7 +215,7 @@ class Posterior:
 
     def _require_solved(self, values: Array) -> None:
         """Refuse NaN in values of observations (B, *), where it stands for a failed solve."""
-        if not any(map(by_solving, self.blueprints)):
+        if not self.solved:
             return
         failed = np.flatnonzero(_any_nan(values))
         if len(failed):
@@ -224,6 +229,11 @@ class Posterior:
     @property
     def _parts(self) -> mixtures.Parts:
         return tuple(zip(self.blueprints, self.shares, strict=True))
+
+    def features(self, x: Obs) -> Array:
+        """Standardised features (B, C) of a batch of observations."""
+        batch, _ = as_batch(x, self.observation)
+        return _standardised(self.standardiser, batch)
 
     def _features(self, x: Obs) -> tuple[Array, bool]:
         """Validate x; features (B, C), and whether x was a single observation."""

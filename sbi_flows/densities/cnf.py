@@ -53,9 +53,7 @@ class CNF:
 
     network: VelocitySettings = field(default_factory=lambda: Film(width=64, blocks=2))
     solver: Solver = field(default_factory=Solver)
-    training: Solver = field(
-        default_factory=lambda: Solver(rtol=1e-3, atol=1e-3, max_steps=64, exact_up_to=8)
-    )
+    training: Solver = field(default_factory=lambda: Solver(max_steps=64, exact_up_to=8))
     kinetic: float = 0.02
     jacobian: float = 0.02
 

@@ -40,7 +40,7 @@ class Conditional(nnx.Module):
 
     def __call__(self, features: Array) -> distrax.Distribution:
         """Distribution over standard coordinates given features (B, C)."""
-        density = self.density(self._context(features, None))
+        density = self.density(self.context(features))
         return Pushed(density, self._whitener(features))
 
     def whiten(self, y: Array, features: Array) -> tuple[Array, Array]:
@@ -53,16 +53,17 @@ class Conditional(nnx.Module):
     def loss(self, key: Key | None, noise: Array, features: Array) -> Array:
         """Training loss of each row: noise (B, d), features (B, C) to (B,)."""
         first, second = split_key(key, 2)
-        return self.density.loss(second, noise, self._context(features, first))
+        return self.density.loss(second, noise, self.context(features, first))
 
     def negative_log_density(self, noise: Array, features: Array) -> Array:
         """What the loss is if the density is trained by its likelihood: (B,), in nats."""
-        return -self.density(self._context(features, None)).log_prob(noise)
+        return -self.density(self.context(features)).log_prob(noise)
 
     def _whitener(self, features: Array) -> distrax.Bijector:
         return self.start.get_value().bijector(features, self.sizes.bounded)
 
-    def _context(self, features: Array, key: Key | None) -> Array:
+    def context(self, features: Array, key: Key | None = None) -> Array:
+        """What the density is conditioned on, given features (B, C); a key turns dropout on."""
         if self.embedding is None:
             return features
         x = unflatten_rows(features, self.sizes.tree, self.sizes.shapes)

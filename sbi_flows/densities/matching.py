@@ -1,6 +1,6 @@
 """Continuous flows that learn a velocity by regression: flow matching and diffusion.
 
-Public names: `FlowMatching`, `Diffusion`.
+Public names: `FlowMatching`, `Diffusion`, `Matching`.
 
 Both regress the velocity of a Gaussian path (`paths.py`) on its points, and draw and evaluate by
 the same ODE (`ode.py`); they differ in where on the path training looks, and in how they draw.
@@ -45,7 +45,7 @@ class _Settings:
 
     def build(self, key: Key, dim: int, context_dim: int) -> Density:
         """Make the flow for z in R^dim; it starts at the identity."""
-        return _Matching(self, key, dim, context_dim)
+        return Matching(self, key, dim, context_dim)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,10 +106,13 @@ class Diffusion(_Settings):
         require_object("path", self.path, Path, "one such as sf.EDM()")
 
 
-class _Matching(Continuous):
+class Matching(Continuous):
+    """Flow of a velocity that was learned by regression."""
+
     likelihood: ClassVar[bool] = False
 
     def __init__(self, settings: _Settings, key: Key, dim: int, context_dim: int) -> None:
+        """Make the network, whose velocity is zero at first."""
         super().__init__(settings.network, settings.solver, key, dim, context_dim)
         self.path: Path = settings.path  # type: ignore[attr-defined]
         self.sampler = settings.sampler

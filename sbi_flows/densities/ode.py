@@ -33,7 +33,7 @@ class Solver:
     """How the ODE of a continuous flow is solved.
 
     Attributes:
-        method: A diffrax solver; None for `diffrax.Tsit5()`.
+        method: A diffrax solver; None for `diffrax.Bosh3()`.
         rtol: Relative tolerance of an adaptive solve, of the root mean square of all points that
             are solved for together.
         atol: Absolute tolerance, in whitened units.
@@ -55,8 +55,8 @@ class Solver:
     """
 
     method: Any = None
-    rtol: float = 1e-4
-    atol: float = 1e-4
+    rtol: float = 1e-3
+    atol: float = 1e-3
     steps: int | None = None
     max_steps: int = 512
     exact_up_to: int = 32
@@ -87,7 +87,7 @@ class Solver:
         fixed = self.steps
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(field),
-            diffrax.Tsit5() if self.method is None else self.method,
+            diffrax.Bosh3() if self.method is None else self.method,
             first,
             last,
             None if fixed is None else (last - first) / fixed,

@@ -1,6 +1,6 @@
 """Samplers that take a fixed number of steps along a Gaussian path.
 
-Public names: `Sampler`, `Heun`, `Ancestral`.
+Public names: `Sampler`, `Heun`, `Ancestral`, `point`, `onward`, `aimed`.
 
 A step turns by an angle: with the velocity v at a point z, the point of the data is
 sin(angle) z + cos(angle) v and the noise is cos(angle) z - sin(angle) v. What is held fixed over a
@@ -58,19 +58,24 @@ class Heun:
 
     def __call__(self, path: Path, velocity: VelocityFunction, noise: Array, key: Key) -> Array:
         """Points (*, d) from noise (*, d)."""
+        return self.path(path, velocity, noise)[-1]
+
+    def path(self, path: Path, velocity: VelocityFunction, noise: Array) -> Array:
+        """Points before the first step and after each of them, shape (steps + 1, *, d)."""
         angles = path.steps(self.steps).astype(noise.dtype)
 
-        def step(z: Array, ends: tuple[Array, Array]) -> tuple[Array, None]:
+        def step(z: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
             now, then = ends
-            point = _point(z, velocity(z, now), now)
-            guess = _onward(z, point, now, then)
-            average = 0.5 * (point + _point(guess, velocity(guess, then), then))
-            return _onward(z, average, now, then), None
+            aim = point(z, velocity(z, now), now)
+            guess = onward(z, aim, now, then)
+            average = 0.5 * (aim + point(guess, velocity(guess, then), then))
+            return onward(z, average, now, then), z
 
-        z = jax.lax.scan(step, noise, (angles[:-2], angles[1:-1]))[0]
+        z, before = jax.lax.scan(step, noise, (angles[:-2], angles[1:-1]))
         # at the data end a second evaluation would divide by a vanishing noise
         now, then = angles[-2], angles[-1]
-        return _onward(z, _point(z, velocity(z, now), now), now, then)
+        end = onward(z, point(z, velocity(z, now), now), now, then)
+        return jnp.concatenate([before, jnp.stack([z, end])])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,26 +107,32 @@ class Ancestral:
         def step(z: Array, inputs: tuple[Array, Array, Key]) -> tuple[Array, None]:
             now, then, key = inputs
             pull = velocity(z, now)
-            point, old = _point(z, pull, now), jnp.cos(now) * z - jnp.sin(now) * pull
+            aim, old = point(z, pull, now), jnp.cos(now) * z - jnp.sin(now) * pull
             new = jax.random.normal(key, z.shape, z.dtype)
             # what the noise of the next level has of this one's, in a chain that forgets
             forgotten = self.fresh * jnp.sqrt(
                 jnp.maximum(1.0 - (jnp.tan(now) / jnp.tan(then)) ** 2, 0.0)
             )
             mixed = jnp.sqrt(1.0 - forgotten**2) * old + forgotten * new
-            return jnp.sin(then) * point + jnp.cos(then) * mixed, None
+            return jnp.sin(then) * aim + jnp.cos(then) * mixed, None
 
         keys = jax.random.split(key, self.steps)
         return jax.lax.scan(step, noise, (angles[:-1], angles[1:], keys))[0]
 
 
-def _point(z: Array, velocity: Array, angle: Array) -> Array:
+def point(z: Array, velocity: Array, angle: Array) -> Array:
     """The data point that a velocity aims at."""
     return jnp.sin(angle) * z + jnp.cos(angle) * velocity
 
 
-def _onward(z: Array, point: Array, now: Array, then: Array) -> Array:
+def onward(z: Array, aim: Array, now: Array, then: Array) -> Array:
     """Where a path at z leads that aims at this data point."""
-    # its noise times cos(now) is z - sin(now) * point; the ratio stays finite at the data end
+    # its noise times cos(now) is z - sin(now) * aim; the ratio stays finite at the data end
     ratio = jnp.cos(then) / jnp.cos(now)
-    return jnp.sin(then) * point + ratio * (z - jnp.sin(now) * point)
+    return jnp.sin(then) * aim + ratio * (z - jnp.sin(now) * aim)
+
+
+def aimed(z: Array, after: Array, now: Array, then: Array) -> Array:
+    """The data point at which a path aims that leads from z to `after`: the inverse of `onward`."""
+    ratio = jnp.cos(then) / jnp.cos(now)
+    return (after - ratio * z) / (jnp.sin(then) - ratio * jnp.sin(now))

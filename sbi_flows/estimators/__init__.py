@@ -1,5 +1,6 @@
 """Estimators: frozen descriptions that turn simulations into a posterior."""
 
+from sbi_flows.estimators.distillation import distil as distil
 from sbi_flows.estimators.emulator import Emulator as Emulator
 from sbi_flows.estimators.npe import NPE as NPE
 from sbi_flows.estimators.stack import Stack as Stack
