@@ -253,6 +253,14 @@ def test_a_fit_integrates_to_one_where_its_draws_are(fitted):
     assert -np.mean(log_prob) == pytest.approx(entropy, abs=0.05)
 
 
+def test_the_history_says_how_much_work_a_density_is(fitted):
+    _, history = fitted
+    assert history.solver_steps.shape == history.held_out_loss.shape
+    assert 5 < history.solver_steps.mean() < 200
+    # three evaluations a step, and one before the first
+    np.testing.assert_array_equal(history.solver_evaluations, 3 * history.solver_steps + 1)
+
+
 def test_held_out_losses_are_log_densities_in_the_units_of_theta(fitted, simulations):
     posterior, history = fitted
     valid = simulations.only_valid()

@@ -17,6 +17,7 @@ from flax import nnx
 from jax import Array
 
 from sbi_flows.densities.base import Density, DensitySettings, Pushed
+from sbi_flows.densities.ode import Effort, OdeFlow
 from sbi_flows.densities.start import LinearStart
 from sbi_flows.networks.mlp import fast_key, split_key
 from sbi_flows.standardise import Shapes, unflatten_rows
@@ -55,9 +56,12 @@ class Conditional(nnx.Module):
         first, second = split_key(key, 2)
         return self.density.loss(second, noise, self.context(features, first))
 
-    def negative_log_density(self, noise: Array, features: Array) -> Array:
-        """What the loss is if the density is trained by its likelihood: (B,), in nats."""
-        return -self.density(self.context(features)).log_prob(noise)
+    def solved(self, noise: Array, features: Array) -> tuple[Array, Effort]:
+        """Negative log density (B,) by solving an ODE, in nats, and the work of each solve."""
+        flow = self.density(self.context(features))
+        assert isinstance(flow, OdeFlow)
+        log_prob, effort = flow.log_prob_and_effort(noise)
+        return -log_prob, effort
 
     def _whitener(self, features: Array) -> distrax.Bijector:
         return self.start.get_value().bijector(features, self.sizes.bounded)

@@ -1,6 +1,7 @@
 """The density that a velocity makes of noise: one ODE, solved either way.
 
-Public names: `Solver`, `Velocity`, `OdeFlow`, `Continuous`, `turned`, `slopes`, `check_parts`.
+Public names: `Solver`, `Effort`, `Velocity`, `OdeFlow`, `Continuous`, `turned`, `slopes`,
+`check_parts`.
 
 Sources: Chen et al. 2018, "Neural Ordinary Differential Equations" (arXiv:1806.07366), for the
 change of density along a solution; Grathwohl et al. 2018, "FFJORD" (arXiv:1810.01367), for the
@@ -80,14 +81,21 @@ class Solver:
         Returns:
             The state at the end; NaN throughout where the solve failed.
         """
+        return self.counted(field, start, args, ends)[0]
+
+    def counted(
+        self, field: Callable, start: Any, args: Any, ends: tuple[float, float]
+    ) -> tuple[Any, Effort]:
+        """What a call returns, and how much work it was."""
         import diffrax
 
+        method = diffrax.Bosh3() if self.method is None else self.method
         dtype = jax.tree.leaves(start)[0].dtype
         first, last = (jnp.asarray(e, dtype) for e in ends)
         fixed = self.steps
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(field),
-            diffrax.Bosh3() if self.method is None else self.method,
+            method,
             first,
             last,
             None if fixed is None else (last - first) / fixed,
@@ -104,7 +112,14 @@ class Solver:
             throw=False,
         )
         ok = solution.result == diffrax.RESULTS.successful
-        return jax.tree.map(lambda a: jnp.where(ok, a[-1], jnp.nan), solution.ys)
+        state = jax.tree.map(lambda a: jnp.where(ok, a[-1], jnp.nan), solution.ys)
+        steps, tableau = solution.stats["num_steps"], getattr(method, "tableau", None)
+        evaluations = jnp.full_like(steps, -1)
+        if tableau is not None and hasattr(
+            tableau, "fsal"
+        ):  # a step begins with the last evaluation of the one before
+            evaluations = steps * (tableau.num_stages - tableau.fsal) + tableau.fsal
+        return state, Effort(steps, evaluations)
 
     def probes_of(self, key: Key, dim: int, dtype: Any) -> Array:
         """Directions (K, d) whose outer products add up to the identity, exactly or on average."""
@@ -115,6 +130,13 @@ class Solver:
             return hashed_normal(key, shape, dtype) / math.sqrt(self.probes)
         signs = jnp.where(hashed_words(key, shape) >> 31 == 0, 1.0, -1.0)
         return signs.astype(dtype) / math.sqrt(self.probes)
+
+
+class Effort(NamedTuple):
+    """Work of a solve: its steps, and evaluations of the field; -1 where these are not known."""
+
+    steps: Array
+    evaluations: Array
 
 
 class Velocity(NamedTuple):
@@ -166,17 +188,21 @@ class OdeFlow(OfVectors):
 
         Each context has a solve of its own, whose steps do not depend on the others.
         """
+        return self.log_prob_and_effort(value)[0]
+
+    def log_prob_and_effort(self, value: Array) -> tuple[Array, Effort]:
+        """Log density (*draws, *batch), and the work of the solve for each context, (*batch)."""
         if not self.batch_shape:
-            noise, change = self._solve(value, turned(self._ends))
-            return self._base.log_prob(noise) + change
+            (noise, change), effort = self._solve(value, turned(self._ends))
+            return self._base.log_prob(noise) + change, effort
         state, given = self._velocity.arrays
 
-        def one(given: Any, value: Array) -> Array:
+        def one(given: Any, value: Array) -> tuple[Array, Effort]:
             velocity = self._velocity._replace(arrays=(state, given))
-            return self._like(velocity, self._shape[1:]).log_prob(value)
+            return self._like(velocity, self._shape[1:]).log_prob_and_effort(value)
 
         axis = -len(self._shape)
-        return jax.vmap(one, in_axes=(0, axis), out_axes=axis + 1)(given, value)
+        return jax.vmap(one, in_axes=(0, axis), out_axes=(axis + 1, 0))(given, value)
 
     def _sample_n(self, key: Key, n: int) -> Array:
         noise_key, key = jax.random.split(key)
@@ -195,21 +221,21 @@ class OdeFlow(OfVectors):
             points = self._sample_n(key, n)
             return points, self.log_prob(points)
         noise = self._base.sample(seed=jax.random.split(key)[0], sample_shape=n)
-        points, change = self._solve(noise, self._ends)
+        (points, change), _ = self._solve(noise, self._ends)
         return points, self._base.log_prob(noise) - change
 
     def _like(self, velocity: Velocity, shape: tuple[int, ...]) -> OdeFlow:
         return OdeFlow(velocity, shape, self._dtype, self._ends, self._solver, self._sampler)
 
-    def _solve(self, z: Array, ends: tuple[float, float]) -> tuple[Array, Array]:
-        """Where points end, and the integral of the divergence on their way (*)."""
+    def _solve(self, z: Array, ends: tuple[float, float]) -> tuple[tuple[Array, Array], Effort]:
+        """Where points end with the integral of the divergence on their way (*), and the work."""
         probes = self._solver.probes_of(jax.random.key(0), z.shape[-1], z.dtype)
 
         def field(angle: Array, state: tuple[Array, Array], arrays: Any) -> tuple[Array, Array]:
             return slopes(lambda z: self._velocity(z, angle, arrays), state[0], probes)[:2]
 
         start = z, jnp.zeros(z.shape[:-1], z.dtype)
-        return self._solver(field, start, self._velocity.arrays, ends)
+        return self._solver.counted(field, start, self._velocity.arrays, ends)
 
 
 def turned(ends: tuple[float, float]) -> tuple[float, float]:

@@ -24,6 +24,7 @@ import numpy as np
 from jax import Array
 
 from sbi_flows.densities.conditional import Blueprint, Weights, unraveled
+from sbi_flows.densities.ode import Effort
 from sbi_flows.training import members as programs
 from sbi_flows.training.devices import mesh_of, on_mesh, to_host
 from sbi_flows.training.members import Best, Group, Plan, Source, State, Units
@@ -159,15 +160,19 @@ class Ensemble:
         pairs = zip(self._states, self._groups, strict=True)
         return tuple(group.best._replace(params=state.average) for state, group in pairs)
 
-    def densities(self, best: tuple[Best, ...]) -> np.ndarray:
-        """Negative log density of the validation rows at these weights, (M, V), as `units` say."""
+    def densities(self, best: tuple[Best, ...]) -> tuple[np.ndarray, Effort]:
+        """Negative log density (M, V) of the validation rows at these weights, as `units` say.
 
-        def of(pair: tuple[Best, Group]) -> Array:
+        For densities that solve an ODE; with it the work of each solve.
+        """
+
+        def of(pair: tuple[Best, Group]) -> tuple[Array, Effort]:
             return programs.densities(self._plan, *pair, self._features)
 
         first, *others = zip(best, self._groups, strict=True)
         # alone: threads that meet a program which is not compiled compile it each
-        return _joined([of(first), *self._pool.map(of, others)])
+        found = [of(first), *self._pool.map(of, others)]
+        return jax.tree.map(lambda *arrays: _joined(arrays), *found)
 
     def weights(self, best: tuple[Best, ...]) -> Weights:
         """Best weights and the arrays that are not trained, stacked over all members."""

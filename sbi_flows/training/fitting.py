@@ -12,7 +12,8 @@ import numpy as np
 from jax import Array
 from tqdm.auto import tqdm
 
-from sbi_flows.densities.conditional import Blueprint, Weights, by_likelihood
+from sbi_flows.densities.conditional import Blueprint, Weights, by_likelihood, by_solving
+from sbi_flows.densities.ode import Effort
 from sbi_flows.errors import SbiFlowsWarning, TrainingDiverged
 from sbi_flows.training.devices import to_host
 from sbi_flows.training.ensemble import Ensemble
@@ -91,25 +92,33 @@ def fit(
             bar.close()
         best, losses = done
         try:
-            crossed = _held_out(ensemble, best, likelihood=likelihood)
+            crossed, effort = _held_out(ensemble, best, blueprint)
         except KeyboardInterrupt:  # the weights are there
-            reason, crossed = "interrupted", np.full(row_units.shape, np.nan)
+            reason, crossed, effort = "interrupted", np.full(row_units.shape, np.nan), None
     crossed = crossed + row_units
     seconds = time.perf_counter() - began
     history = _history(losses, start_loss, ensemble.held_out, crossed, seconds, reason)
+    if effort is not None:
+        history = dataclasses.replace(
+            history, solver_steps=effort.steps, solver_evaluations=effort.evaluations
+        )
     return ensemble.weights(best), dataclasses.replace(history, likelihood=likelihood)
 
 
-def _held_out(ensemble: Ensemble, best: tuple[Best, ...], *, likelihood: bool) -> np.ndarray:
-    """Negative log density of each validation row, (M, V), before `units` are added."""
-    if likelihood:
-        return np.concatenate([to_host(b.crossed) for b in best])
-    losses = ensemble.densities(best)
+def _held_out(
+    ensemble: Ensemble, best: tuple[Best, ...], blueprint: Blueprint
+) -> tuple[np.ndarray, Effort | None]:
+    """Negative log density (M, V) of each validation row before `units` are added, and its work."""
+    if not by_solving(blueprint):
+        return np.concatenate([to_host(b.crossed) for b in best]), None
+    losses, effort = ensemble.densities(best)
+    if by_likelihood(blueprint):
+        return np.concatenate([to_host(b.crossed) for b in best]), effort
     unsolved = int(np.sum(np.isnan(losses)))
     if unsolved:
         said = f"held_out_loss: the ODE was not solved for {unsolved} of {losses.size} rows"
         warnings.warn(said, SbiFlowsWarning, stacklevel=4)
-    return losses
+    return losses, effort
 
 
 def _require_finite(values: np.ndarray, epoch: int, ensemble: Ensemble) -> None:

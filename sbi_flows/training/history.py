@@ -35,6 +35,10 @@ class History:
         kept: Places in the flattened observation of the entries that passed the screening; None
             without one, or where none passed and all were kept.
         likelihood: Whether the losses are negative log densities.
+        solver_steps: Steps of the ODE's solve for the density of each held-out row at the weights
+            that were kept, shape (members, V), tried ones included; None where none is solved.
+        solver_evaluations: Evaluations of the network in each of these solves, likewise; -1 where
+            the solver does not tell.
     """
 
     train_loss: np.ndarray
@@ -49,6 +53,8 @@ class History:
     emulator: Any = None
     kept: tuple[int, ...] | None = None
     likelihood: bool = True
+    solver_steps: np.ndarray | None = None
+    solver_evaluations: np.ndarray | None = None
 
     @property
     def best_loss(self) -> np.ndarray:

@@ -26,6 +26,7 @@ from sbi_flows.densities.conditional import (
     raveled,
     unraveled,
 )
+from sbi_flows.densities.ode import Effort
 from sbi_flows.densities.start import fit_linear_start
 from sbi_flows.networks.mlp import hashed_words, split_keys
 from sbi_flows.precision import full_precision, products_in
@@ -256,16 +257,14 @@ def score(
 
 @partial(jax.jit, static_argnums=0)
 @full_precision
-def densities(plan: Plan, best: Best, group: Group, features: Array) -> Array:
-    """Negative log density of the validation rows' noise at the best weights, (m, V)."""
+def densities(plan: Plan, best: Best, group: Group, features: Array) -> tuple[Array, Effort]:
+    """Negative log density (m, V) of the validation rows' noise at the best weights, by an ODE."""
 
-    def one(best: Best, group: Group) -> Array:
+    def one(best: Best, group: Group) -> tuple[Array, Effort]:
         model = _model(plan.blueprint, best.params, group.rest)
         noise = group.noise[len(group.train) :]
         return _by_rows(
-            lambda places: model.negative_log_density(
-                noise[places], features[group.held_out[places]]
-            ),
+            lambda places: model.solved(noise[places], features[group.held_out[places]]),
             jnp.arange(len(noise)),
         )
 
