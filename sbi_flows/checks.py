@@ -1,7 +1,7 @@
 """Checks of what the user gives, so that bad input fails before any long work.
 
 Public names: `require_real`, `real_array`, `real_arrays`, `require_count`, `require_positive`,
-`require_fraction`, `require_object`, `writable_folder`.
+`require_finite`, `require_fraction`, `require_object`, `writable_folder`.
 """
 
 from __future__ import annotations
@@ -84,6 +84,13 @@ def require_positive(**settings: Any) -> None:
     for name, value in settings.items():
         if not _is_number(value) or not value > 0:
             raise ValueError(f"{name}: expected a positive number, got {value!r}")
+
+
+def require_finite(**settings: Any) -> None:
+    """Refuse settings that are not finite numbers."""
+    for name, value in settings.items():
+        if not _is_number(value) or not np.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 
 def require_fraction(**settings: Any) -> None:

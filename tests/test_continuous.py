@@ -3,6 +3,7 @@
 import functools
 import math
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,6 +147,16 @@ def test_the_divergence_is_exact_or_a_projection():
         assert float(found.divergence[0]) == pytest.approx(-1.75, abs=0.25)
 
 
+def test_many_directions_in_turn_add_up_to_the_same():
+    matrix = jax.random.normal(jax.random.key(0), (12, 12))
+    z = jax.random.normal(jax.random.key(1), (5, 12))
+    found = slopes(lambda z: jnp.tanh(z @ matrix), z, jnp.eye(12))
+    each = jax.vmap(jax.jacfwd(lambda z: jnp.tanh(z @ matrix)))(z)
+    np.testing.assert_allclose(found.value, jnp.tanh(z @ matrix), rtol=1e-5)
+    np.testing.assert_allclose(found.divergence, jnp.trace(each, axis1=1, axis2=2), rtol=1e-4)
+    np.testing.assert_allclose(found.squares, jnp.sum(each**2, axis=(1, 2)), rtol=1e-4)
+
+
 def test_projections_are_the_same_in_every_solve_and_exact_for_a_diagonal():
     flow = exact_flow(solver=sf.Solver(exact_up_to=1, rtol=1e-5, atol=1e-5))
     points = jnp.array([[1.0, -2.0], [0.5, 1.0]])
@@ -168,6 +179,10 @@ def test_fixed_steps_agree_with_adapted_ones():
         (lambda: sf.Solver(steps=0), "steps: expected a whole number of at least 1, got 0"),
         (lambda: sf.EDM(smallest=3.0, largest=2.0), "expected smallest < largest, got 3.0 and 2.0"),
         (lambda: sf.VP(first=30.0), "expected first < last"),
+        (lambda: sf.VP(last=float("inf")), "last: expected a finite number, got inf"),
+        (lambda: sf.EDM(mean=float("nan")), "mean: expected a finite number, got nan"),
+        (lambda: sf.EDM(power=float("inf")), "power: expected a finite number, got inf"),
+        (lambda: sf.Solver(method=diffrax.Tsit5), "method: expected .*, got the class Tsit5"),
         (lambda: sf.Straight(late=-1.0), "late: expected a number above -1, got -1.0"),
         (lambda: sf.Heun(steps=0), "steps: expected a whole number of at least 1, got 0"),
         (lambda: sf.Ancestral(fresh=1.5), "fresh: expected a number from 0 to 1, got 1.5"),

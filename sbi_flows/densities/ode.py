@@ -68,6 +68,9 @@ class Solver:
     def __post_init__(self) -> None:
         """Refuse settings that solve nothing."""
         require_positive(rtol=self.rtol, atol=self.atol)
+        for name in ("method", "adjoint"):
+            if isinstance(getattr(self, name), type):
+                require_object(name, getattr(self, name), object, f"an object of diffrax's {name}s")
         require_count(1, max_steps=self.max_steps, probes=self.probes)
         require_count(0, exact_up_to=self.exact_up_to)
         if self.steps is not None:
@@ -289,8 +292,17 @@ def slopes(function: Callable[[Array], Array], z: Array, probes: Array) -> Slope
         value, slope = jax.jvp(function, (z,), (direction,))
         return value, jnp.sum(slope * direction, axis=-1), jnp.sum(slope**2, axis=-1)
 
-    value, divergence, squares = jax.vmap(along, out_axes=(None, 0, 0))(probes)
+    if len(probes) <= _ABREAST:
+        value, divergence, squares = jax.vmap(along, out_axes=(None, 0, 0))(probes)
+    else:
+        value = function(z)
+        each = jax.lax.map(lambda probe: along(probe)[1:], probes, batch_size=_ABREAST)
+        divergence, squares = each
     return Slopes(value, jnp.sum(divergence, axis=0), jnp.sum(squares, axis=0))
+
+
+_ABREAST = 8
+"""Probes at once: each of them takes the memory that the network takes."""
 
 
 def check_parts(network: Any, **solvers: Any) -> None:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.scipy.special import ndtri
 
-from sbi_flows.checks import require_positive
+from sbi_flows.checks import require_finite, require_positive
 
 
 @runtime_checkable
@@ -124,7 +124,9 @@ class EDM:
 
     def __post_init__(self) -> None:
         """Refuse levels that are in no order."""
+        require_finite(mean=self.mean)
         require_positive(spread=self.spread, power=self.power)
+        require_finite(spread=self.spread, power=self.power)
         _check_levels(self.smallest, self.largest)
 
     @property
@@ -172,6 +174,7 @@ class VP:
     def __post_init__(self) -> None:
         """Refuse rates and times that are none."""
         require_positive(first=self.first, last=self.last, start=self.start)
+        require_finite(last=self.last)
         if not self.first < self.last or not self.start < 1.0:
             raise ValueError(
                 "first, last, start: expected first < last and start < 1, got "

@@ -149,3 +149,25 @@ def test_one_posterior_without_a_variance_does_not_hide_the_others():
     none = np.zeros((100, 1))
     ranks = Ranks(theta, none, None, None, None, theta, sd, 500, ("a",), 0)
     assert sharpness_of(ranks).contraction[0] == pytest.approx(0.99, abs=0.01)
+
+
+def test_fewer_densities_are_ranked_where_each_of_them_is_solved_for(posterior, simulations):
+    asked = []
+    log_prob = posterior.log_prob
+
+    def counted(theta, x):
+        asked.append(theta.shape[1:-1])
+        return log_prob(theta, x)
+
+    posterior.log_prob = counted
+    for solved, count in ((False, DRAWS), (True, module.SOLVED_DRAWS)):
+        posterior.solved = solved
+        # draws come with densities of their own in this class; the two that follow are asked for
+        asked.clear()
+        ranks = draw_pass(jax.random.key(0), posterior, simulations, draws=DRAWS)
+        assert asked[1:] == [(count,), ()]
+        # steps of 1 / (count + 1), each entry random within one
+        theta, x = simulations.only_valid().theta, simulations.only_valid().x
+        draws = posterior.sample(jax.random.key(0), x, DRAWS)[:, :count]
+        denser = np.sum(log_prob(draws, x) > log_prob(theta, x)[:, None], axis=1)
+        np.testing.assert_array_equal(np.floor(ranks.density * (count + 1)), denser)
