@@ -15,7 +15,7 @@ import sbi_flows
 ROOT = Path(__file__).parents[1]
 
 # Each unit of sbi_flows (a module, or a folder of modules) and the units that it may import;
-# `typing`, `errors` and `checks` are open to all. A new unit needs a line here.
+# `typing`, `errors`, `checks` and `precision` are open to all. A new unit needs a line here.
 MAY_IMPORT = {
     "prior_tails": set(),
     "prior_maps": {"prior_tails"},
@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "plots": {"posteriors", "prior", "data"},
     "artefact": {"densities", "estimators", "networks", "posteriors", "prior", "data", "training"},
 }
-OPEN = {"typing", "errors", "checks"}
+OPEN = {"typing", "errors", "checks", "precision"}
 # methods such as `report.plot()` and `posterior.save()` may reach up when they are called
 WITHIN_CALLS = {"plots", "artefact", "arviz_groups"}
 # what a simulator may know of the library
