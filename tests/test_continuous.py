@@ -213,7 +213,7 @@ QUICK = sf.Training(max_epochs=30, learning_rate=3e-3, ema_decay=0.98)
 FLOWS = {
     "flow matching": sf.FlowMatching(network=SMALL),
     "diffusion": sf.Diffusion(network=SMALL),
-    "CNF": sf.CNF(network=SMALL),
+    "CNF": sf.CNF(network=sf.Film(width=24, blocks=1)),
 }
 TRAINED = {"CNF": sf.Training(max_epochs=4, learning_rate=1e-3)}
 
