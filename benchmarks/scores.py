@@ -68,6 +68,8 @@ def _squares(a: Array, b: Array) -> Array:
 def normalisation(posterior: sf.Posterior, x: Obs, draws: Any) -> float | None:
     """Integral of the posterior's density over the parameters, by a grid; None for D > 2.
 
+    None too where each of the grid's densities would be an ODE to solve, which takes many minutes.
+
     The grid is even in the prior's standard coordinates. It spans the box around the draws and
     half as much again on either side, inside the prior's support: a density that puts more of its
     mass elsewhere than its draws do integrates to less than 1 there. Modes that are only a few
@@ -79,7 +81,7 @@ def normalisation(posterior: sf.Posterior, x: Obs, draws: Any) -> float | None:
         draws: Draws of this posterior, shape (N, D).
     """
     prior = posterior.prior
-    if prior.dim > 2 or prior.standard_dim != prior.dim:
+    if prior.dim > 2 or prior.standard_dim != prior.dim or posterior.solved:
         return None
     points = GRID[prior.dim]
     drawn = np.asarray(prior.to_standard(jnp.asarray(draws)))
