@@ -81,7 +81,8 @@ def normalisation(posterior: sf.Posterior, x: Obs, draws: Any) -> float | None:
         draws: Draws of this posterior, shape (N, D).
     """
     prior = posterior.prior
-    if prior.dim > 2 or prior.standard_dim != prior.dim or posterior.solved:
+    solved = getattr(posterior, "solved", False)
+    if prior.dim > 2 or prior.standard_dim != prior.dim or solved:
         return None
     points = GRID[prior.dim]
     drawn = np.asarray(prior.to_standard(jnp.asarray(draws)))
