@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accelerator, growth, profile, report
+from benchmarks import accelerator, choosing, growth, profile, report
 from benchmarks.peers import report as peers_report
 from benchmarks.peers.compare import OURS
 
@@ -153,6 +153,14 @@ def test_the_figures_of_the_page_on_performance_are_those_of_the_result_files():
     assert f"{gpu['limits']['launch_us']:.2f} microseconds" in said
     for rate in gpu["limits"]["rate"].values():
         assert f"{rate / 1e12:.0f} TFLOP/s" in said
+
+
+def test_the_table_of_the_page_on_choosing_is_that_of_the_runs():
+    files = sorted(RESULTS.glob("continuous/run-*.json"))
+    table = choosing.choosing_table([json.loads(file.read_text()) for file in files])
+    assert len(table) > 4
+    lines = (ROOT / "docs" / "choosing.md").read_text().splitlines()
+    assert [line for line in table if line not in lines] == []
 
 
 def test_the_figures_of_the_readme_are_those_of_the_result_files():
