@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_folder(speed, "--results", "results")
     accelerator = commands.add_parser(
         "accelerator",
-        help="what a GPU or TPU does with a fit, beside its limits",
+        help="what a GPU does with a fit, beside its limits",
         prog="benchmarks accelerator",
     )
     accelerator.set_defaults(command=_accelerator)

@@ -1,4 +1,4 @@
-"""What a GPU or TPU does with a fit: batches, ensembles, precisions, and the limits beside them.
+"""What a GPU does with a fit: batches, ensembles, precisions, and the limits beside them.
 
 Public names: `run`, `measured`, `limits`, `markdown`.
 """

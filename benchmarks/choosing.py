@@ -34,11 +34,12 @@ COLUMNS = (
 def choosing_table(records: Iterable[dict[str, Any]]) -> list[str]:
     """Lines of a Markdown table: a row for each task and kind of density.
 
-    A fit includes compilation; draws, all at one observation, and densities, each at another, do
+    Runs without exact posteriors at two observations or more are left out. A fit includes
+    compilation; draws, all at one observation, and densities, each at another, do
     not.
     """
     order = list(KINDS)
-    chosen = [r for r in records if r["method"] in KINDS]
+    chosen = [r for r in records if r["method"] in KINDS and len(r["c2st"]["values"]) > 1]
     chosen.sort(key=lambda r: (r["task"], order.index(r["method"])))
     lines = [list(COLUMNS), ["---"] * len(COLUMNS), *map(_cells, chosen)]
     return [f"| {' | '.join(line)} |" for line in lines]

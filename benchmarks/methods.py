@@ -40,9 +40,10 @@ class Distilling:
         self, key: Key, simulations: sf.Simulations, *, progress: bool = True
     ) -> tuple[sf.Posterior, sf.History]:
         """Fit and distil."""
-        fit_key, distil_key = jax.random.split(key)
-        posterior, history = self.npe.fit(fit_key, simulations, progress=progress)
-        fast, _ = sf.distil(distil_key, posterior, simulations, steps=self.steps, progress=progress)
+        # the teacher is what the estimator by itself makes of the key
+        posterior, history = self.npe.fit(key, simulations, progress=progress)
+        own = jax.random.fold_in(key, 1)
+        fast, _ = sf.distil(own, posterior, simulations, steps=self.steps, progress=progress)
         return fast, history
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 import sbi_flows as sf
+from sbi_flows.precision import FULL
 from sbi_flows.prior_maps import HALF_WIDTH
 from sbi_flows.typing import Key, Obs
 from simulators import Task
@@ -61,7 +62,11 @@ def _mmd(a: Array, b: Array) -> Array:
 
 
 def _squares(a: Array, b: Array) -> Array:
-    squares = jnp.sum(a**2, axis=1)[:, None] + jnp.sum(b**2, axis=1)[None] - 2.0 * a @ b.T
+    squares = (
+        jnp.sum(a**2, axis=1)[:, None]
+        + jnp.sum(b**2, axis=1)[None]
+        - 2.0 * jnp.matmul(a, b.T, precision=FULL)
+    )
     return jnp.maximum(squares, 0.0)
 
 

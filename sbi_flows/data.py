@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from sbi_flows.checks import real_array, real_arrays, require_count, require_real
 from sbi_flows.errors import SbiFlowsWarning, SimulationFailed
+from sbi_flows.precision import full_precision
 from sbi_flows.prior import Prior, PriorLike, as_prior
 from sbi_flows.typing import Key, Obs, Simulator
 
@@ -250,6 +251,7 @@ def observation_shape(x: Obs) -> Obs:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
+@full_precision
 def _simulate_chunk(prior: Prior, simulator: Simulator, keys: Key, theta: Array) -> Obs:
     inputs = (keys, prior.structured(theta))
     if jax.default_backend() != "cpu" or len(theta) <= LANES:

@@ -56,7 +56,7 @@ class Posterior:
 
     @property
     def solved(self) -> bool:
-        """Whether densities are the solutions of an ODE, a hundred times the work of others."""
+        """Whether densities are the solutions of an ODE, many times the work of others."""
         return any(map(by_solving, self.blueprints))
 
     def __repr__(self) -> str:
@@ -231,14 +231,14 @@ class Posterior:
         return tuple(zip(self.blueprints, self.shares, strict=True))
 
     def features(self, x: Obs) -> Array:
-        """Standardised features (B, C) of a batch of observations."""
+        """Standardised features (B, C) of a batch of observations, or (1, C) of one."""
         batch, _ = as_batch(x, self.observation)
         return _standardised(self.standardiser, batch)
 
     def _features(self, x: Obs) -> tuple[Array, bool]:
         """Validate x; features (B, C), and whether x was a single observation."""
-        batch, single = as_batch(x, self.observation)
-        return _standardised(self.standardiser, batch), single
+        single = as_batch(x, self.observation)[1]
+        return self.features(x), single
 
 
 @jax.jit

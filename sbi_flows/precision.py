@@ -4,7 +4,7 @@ Left to themselves, products of 32-bit numbers keep 10 bits of the mantissa on a
 (TensorFloat-32) and 7 on a TPU (bfloat16). A density would no longer integrate to one, and would
 not be that of its own draws.
 
-Public names: `FULL`, `full_precision`, `products_in`.
+Public names: `FULL`, `full_precision`, `products_in`, `inherited`.
 """
 
 from __future__ import annotations
@@ -54,6 +54,18 @@ def products_in(precision: str | None) -> AbstractContextManager[None]:
         return nullcontext()
     named = {"bfloat16": "BF16_BF16_F32"} if jax.default_backend() == "gpu" else {}
     return jax.default_matmul_precision(named.get(precision, precision))
+
+
+def inherited() -> Callable[[], None]:
+    """Makes another thread compute in the precision that holds in this one; call it there."""
+    precision = _asked()
+
+    def adopt() -> None:
+        if precision is not None:
+            # the setting is of the thread, and ends with it
+            jax.default_matmul_precision(precision).__enter__()
+
+    return adopt
 
 
 def _asked() -> str | None:

@@ -26,6 +26,13 @@ def folded(key, theta):
     return jnp.abs(theta) + 0.2 * jax.random.normal(key, theta.shape)
 
 
+@pytest.fixture(autouse=True)
+def fewer_paths(monkeypatch):
+    from sbi_flows.estimators import distillation
+
+    monkeypatch.setattr(distillation, "ROWS", 1_024)
+
+
 @pytest.fixture(scope="module")
 def simulations():
     return sf.simulate(jax.random.key(0), PRIOR, folded, 1_000, progress=False)
@@ -60,6 +67,7 @@ def test_draws_are_those_of_the_teacher_and_densities_too(teachers, simulations,
         jax.random.key(2), teacher, simulations, steps=steps, training=BRIEF, progress=False
     )
     assert errors.shape == (40, 2)
+    # of the weights that are kept
     assert np.all(errors[-1] < 0.6 * errors[0])
     key = jax.random.key(3)
     slow_draws, draws = (np.asarray(p.sample(key, X, 2_000))[:, 0] for p in (teacher, fast))
@@ -104,6 +112,17 @@ def test_an_interrupt_keeps_what_was_learned(simulations, teacher, monkeypatch):
     assert fast.sample(jax.random.key(3), X, 7).shape == (7, 1)
 
 
+def test_an_interrupt_before_anything_was_learned_is_one(simulations, teacher, monkeypatch):
+    from sbi_flows.estimators import distillation
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distillation, "_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sf.distil(jax.random.key(2), teacher, simulations, training=BRIEF)
+
+
 def test_what_is_no_continuous_flow_is_refused(simulations, teacher):
     spline = sf.NSF(transforms=1, hidden=(8,), context_width=8, context_blocks=1)
     brief = sf.Training(max_epochs=1)
@@ -111,6 +130,9 @@ def test_what_is_no_continuous_flow_is_refused(simulations, teacher):
     posterior, _ = npe.fit(jax.random.key(1), simulations, progress=False)
     with pytest.raises(ValueError, match=r"posterior of sf\.FlowMatching .*, got NSF"):
         sf.distil(jax.random.key(2), posterior, simulations)
+    failed = sf.Simulations(simulations.theta, jnp.full_like(simulations.x, jnp.nan))
+    with pytest.raises(ValueError, match="simulations: expected valid ones, got none of 1000"):
+        sf.distil(jax.random.key(2), teacher, failed)
     with pytest.raises(ValueError, match="steps: expected a whole number of at least 1, got 0"):
         sf.distil(jax.random.key(2), teacher, simulations, steps=0)
     with pytest.raises(ValueError, match=r"teacher: expected sf\.FlowMatching.*, got NSF"):

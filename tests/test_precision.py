@@ -1,6 +1,7 @@
 """In what precision products stand in the compiled programs, whatever the machine makes of it."""
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -11,7 +12,7 @@ from jax.extend import core
 import sbi_flows as sf
 from sbi_flows import mixtures
 from sbi_flows.densities.conditional import Blueprint, Sizes, Weights, initial_weights
-from sbi_flows.precision import products_in
+from sbi_flows.precision import inherited, products_in
 from sbi_flows.training import members
 from tests.cases import PRIORS
 
@@ -94,3 +95,15 @@ def test_bfloat16_is_meant_on_a_gpu_too(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert asked("bfloat16") == jax.lax.DotAlgorithmPreset.BF16_BF16_F32
     assert asked("float32") == FULL
+
+
+def test_threads_of_a_fit_compute_as_the_caller_has_asked():
+    def asked():
+        traced = jax.make_jaxpr(lambda a: a @ a)(jnp.ones((2, 2)))
+        return traced.eqns[0].params["precision"]
+
+    with jax.default_matmul_precision("default"):
+        inherit = inherited()
+    for initializer, expected in ((inherit, LOW), (inherited(), None)):
+        with ThreadPoolExecutor(1, initializer=initializer) as pool:
+            assert pool.submit(asked).result() == expected

@@ -118,7 +118,9 @@ class _Distilled(Matching):
         return self.path.steps(self._heun.steps).astype(dtype)[:: self._between]
 
 
-def student_of(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Weights of a distilled density, from those of its teacher, which the student starts at."""
-    density = params["density"]
-    return {**params, "density": {**density, "student": density["network"]}}
+def student_of(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays of a distilled density, from those of its teacher, at which the student starts."""
+    density = arrays.get("density", {})
+    if "network" not in density:  # a network without arrays of this kind
+        return dict(arrays)
+    return {**arrays, "density": {**density, "student": density["network"]}}

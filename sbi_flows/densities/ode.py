@@ -116,11 +116,10 @@ class Solver:
         )
         ok = solution.result == diffrax.RESULTS.successful
         state = jax.tree.map(lambda a: jnp.where(ok, a[-1], jnp.nan), solution.ys)
-        steps, tableau = solution.stats["num_steps"], getattr(method, "tableau", None)
-        evaluations = jnp.full_like(steps, -1)
-        if tableau is not None and hasattr(
-            tableau, "fsal"
-        ):  # a step begins with the last evaluation of the one before
+        steps, evaluations = solution.stats["num_steps"], jnp.full_like(ok, -1, int)
+        if isinstance(method, diffrax.AbstractERK):
+            tableau: Any = method.tableau
+            # a step may begin with the last evaluation of the one before
             evaluations = steps * (tableau.num_stages - tableau.fsal) + tableau.fsal
         return state, Effort(steps, evaluations)
 
@@ -296,8 +295,9 @@ def slopes(function: Callable[[Array], Array], z: Array, probes: Array) -> Slope
         value, divergence, squares = jax.vmap(along, out_axes=(None, 0, 0))(probes)
     else:
         value = function(z)
-        each = jax.lax.map(lambda probe: along(probe)[1:], probes, batch_size=_ABREAST)
-        divergence, squares = each
+        # a derivative computes them again, or it would hold those of all batches
+        one = jax.checkpoint(lambda probe: along(probe)[1:])
+        divergence, squares = jax.lax.map(one, probes, batch_size=_ABREAST)
     return Slopes(value, jnp.sum(divergence, axis=0), jnp.sum(squares, axis=0))
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from jax import Array
 
 from sbi_flows.diagnostics.c2st import checked_sets, standardised_rows
+from sbi_flows.precision import full_precision
 
 BATCH = 200
 RATE, DECAYS, EPSILON = 1e-3, (0.9, 0.999), 1e-8
@@ -189,6 +190,7 @@ class _Run:
         return jnp.asarray(draws[0]), jnp.asarray(draws[1])
 
 
+@full_precision
 def _train_epoch(net: _Net, x: Array, y: Array, rows: Array, weight: Array) -> tuple[_Net, Array]:
     """One pass over the batches; the mean loss of a row."""
 
@@ -226,6 +228,7 @@ def _logits(weights: Any, x: Array) -> Array:
     return (x @ kernel + bias[None])[:, 0]
 
 
+@full_precision
 def _score(weights: Any, x: Array, y: Array) -> Array:
     return jnp.mean((_logits(weights, x) > 0) == (y > 0.5))
 

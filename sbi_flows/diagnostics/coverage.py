@@ -26,7 +26,10 @@ class Coverage:
     Attributes:
         labels: Names of the D parameters.
         density_ranks: Continuous share r* of draws denser than the truth, in (0, 1), shape (N,):
-            the level of the smallest highest-density region that holds the truth.
+            the level of the smallest highest-density region that holds the truth. It is known to
+            1 / 100, or to 1 / 8 where each density is an ODE to solve, and random within that: the
+            ranks of a correct posterior are uniform all the same, but `expected` of a wrong one
+            strays less far from the levels.
         levels: Credibility levels, .01 to .99, shape (K,).
         expected: Share of truths inside the joint highest-density region of each level, shape
             (K,); on or above the level is conservative.

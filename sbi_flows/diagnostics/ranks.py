@@ -29,8 +29,8 @@ CHUNK = 4_000_000
 
 DENSITY_DRAWS, SOLVED_DRAWS = 100, 7
 """Draws of each posterior whose density is evaluated: a share out of 100 is fine enough to rank a
-thousand data sets by. Fewer where each density is an ODE to solve, a hundred network passes: the
-ranks, random between their steps, are uniform all the same, and tell a little less."""
+thousand data sets by. Fewer where each density is an ODE to solve: the ranks, random between
+their steps, are uniform all the same, and the tests lose little; levels are blurred."""
 
 MIN_DATASETS = 50
 MIN_DRAWS = 20

@@ -24,15 +24,15 @@ from sbi_flows.densities.distilled import Distilled, student_of
 from sbi_flows.densities.matching import Diffusion, FlowMatching
 from sbi_flows.errors import TrainingDiverged
 from sbi_flows.posteriors import Posterior
-from sbi_flows.precision import full_precision
+from sbi_flows.precision import full_precision, products_in
 from sbi_flows.training import Training
 from sbi_flows.training.members import State
 from sbi_flows.typing import Key
 
-ROWS, PASSES = 2**13, 4
+ROWS, PASSES = 2**12, 4
 """Paths of an epoch, at most, and passes over them; each epoch has new ones, of other noise."""
 
-TRAINING = Training(max_epochs=50, batch_size=128, learning_rate=1e-3, ema_decay=0.999)
+TRAINING = Training(max_epochs=30, batch_size=128, learning_rate=1e-3, ema_decay=0.999)
 
 
 def distil(
@@ -47,24 +47,28 @@ def distil(
     """Teach a second network where the ODE of a fitted posterior leads, for draws in a few steps.
 
     Only draws change: densities are those of the given posterior. How far the draws are from it is
-    for `c2st` to say; the errors that are returned tell when training has ended too early.
+    for `c2st` to say; the errors that are returned tell when training has ended too early. What is
+    learned is the ODE as `Heun` solves it, whatever the posterior's own sampler is.
 
     Args:
         key: Random key.
         posterior: One of `FlowMatching` or `Diffusion`, or a stack of these.
         simulations: Those it was fitted to; their observations alone are used.
         steps: Evaluations of the network that a draw takes.
-        training: Its epochs, batch size, optimiser and average of the weights; nothing is held
-            out, as each epoch has noise of its own. By default 50 epochs of 128 rows a step.
+        training: Its epochs, batch size, optimiser, products and average of the weights; the rest
+            is not used: nothing is held out, as each epoch has noise of its own. By default 30
+            epochs of 128 rows a step.
         progress: Show a progress bar.
 
     Returns:
-        The posterior that draws in a few steps, and by epoch and member the root mean square
-        distance between the data point that the student aims at and the one it should, in whitened
-        units, shape (epochs, members). An interrupt ends the training early.
+        The posterior that draws in a few steps, and by epoch and member, before the epoch and on
+        paths that are new to it, the root mean square distance between the data point that the
+        student aims at and the one it should, in whitened units, shape (epochs, members). An
+        interrupt ends the training of all parts of the posterior early, but not before an epoch of
+        each.
 
     Raises:
-        ValueError: A density of the posterior is of another kind.
+        ValueError: A density of the posterior is of another kind, or no simulation is valid.
         TrainingDiverged: An error was not finite; `.state` is the posterior that was given.
 
     References:
@@ -93,26 +97,29 @@ def distil(
         wanted = "a posterior of sf.FlowMatching or sf.Diffusion"
         require_object("posterior", blueprint.density, kinds, wanted)
     training = TRAINING if training is None else training
+    if not simulations.num_valid:
+        raise ValueError(f"simulations: expected valid ones, got none of {len(simulations)}")
     features = posterior.features(simulations.only_valid().x)
     made, errors = [], []
     parts = zip(posterior.blueprints, posterior.weights, strict=True)
+    epochs = training.max_epochs
     for i, (blueprint, weights) in enumerate(parts):
         density = Distilled(teacher=blueprint.density, steps=steps)  # type: ignore[arg-type]
         student = _Student(dataclasses.replace(blueprint, density=density), training)
         given, own = blueprint.given(features), jax.random.fold_in(key, i)
-        weights, found = student.taught(own, weights, given, progress=progress)
+        weights, found = student.taught(own, weights, given, epochs, progress=progress)
+        epochs = len(found)  # an interrupt is one of all parts
         if not np.all(np.isfinite(found)):
             raise TrainingDiverged(
                 f"the error was not finite in epoch {len(found)}; the posterior that was given is "
-                "kept in `.state`. A smaller learning rate may help",
+                "kept in `.state`. A smaller learning rate may help, unless that was so in epoch 1",
                 epoch=len(found),
                 state=posterior,
             )
         made.append((student.blueprint, weights))
         errors.append(found)
     blueprints, weights = zip(*made, strict=True)
-    shortest = min(map(len, errors))
-    joined = np.concatenate([found[:shortest] for found in errors], axis=1)
+    joined = np.concatenate([found[:epochs] for found in errors], axis=1)
     return dataclasses.replace(posterior, blueprints=blueprints, weights=weights), joined
 
 
@@ -123,28 +130,28 @@ class _Student(NamedTuple):
     training: Training
 
     def taught(
-        self, key: Key, weights: Weights, features: Array, *, progress: bool
+        self, key: Key, weights: Weights, features: Array, epochs: int, *, progress: bool
     ) -> tuple[Weights, np.ndarray]:
         """Weights of teacher and student, and the errors (epochs, M) until these are not finite."""
-        params = student_of(weights.params)
-        student = params["density"].pop("student")
+        weights = weights._replace(rest=student_of(weights.rest))
+        student = student_of(weights.params)["density"]["student"]
         optimiser = self.training.transform(1, 1.0)
         state = State(student, student, jax.vmap(optimiser.init)(student))
         errors: list[np.ndarray] = []
-        epochs = range(self.training.max_epochs)
-        bar = tqdm(epochs, desc="distil", unit="epoch", disable=not progress)
+        bar = tqdm(range(epochs), desc="distil", unit="epoch", disable=not progress)
         with bar:
             try:
                 for epoch in bar:
                     own = jax.random.fold_in(key, epoch)
-                    new, error = _epoch(self, weights, state, features, own)
+                    new, error = _epoch(self, weights, state, features, epoch, own)
                     state, found = new, np.asarray(error)
                     errors.append(found)
                     bar.set_postfix(error=f"{found.mean():.3f}")
                     if not np.all(np.isfinite(found)):
                         break
             except KeyboardInterrupt:  # what was learned until the last epoch is kept
-                pass
+                if not errors:
+                    raise
         density = {**weights.params["density"], "student": state.average}
         count = len(jax.tree.leaves(weights)[0])
         return (
@@ -156,16 +163,12 @@ class _Student(NamedTuple):
 @partial(jax.jit, static_argnums=0)
 @full_precision
 def _epoch(
-    student: _Student, weights: Weights, state: State, features: Array, key: Key
+    student: _Student, weights: Weights, state: State, features: Array, epoch: int | Array, key: Key
 ) -> tuple[State, Array]:
-    """New paths of the teacher, a pass over them, and the error before each step, all members'."""
+    """Passes over new paths, and the error of the averages before them, of all members."""
     blueprint, training = student
-    rows = min(len(features), ROWS)
-    batch = min(training.batch(rows), rows)
-    count = rows // batch  # steps of a pass
-    rates = training.learning_rate
-    rate = rates[0] if isinstance(rates, tuple) else rates
-    transform = training.transform(PASSES * count * training.max_epochs, rate)
+    batch = training.batch(ROWS)
+    count = ROWS // batch  # steps of a pass
     decay = training.ema_decay or 0.0
 
     def model(weights: Weights, params: Any) -> Any:
@@ -173,10 +176,11 @@ def _epoch(
         full = {**weights.params, "density": density}
         return nnx.merge(graph_of(blueprint), full, weights.rest)
 
-    def one(inputs: tuple[Weights, State, Key]) -> tuple[State, Array]:
-        weights, state, key = inputs
+    def one(inputs: tuple[Weights, State, Key, Array]) -> tuple[State, Array]:
+        weights, state, key, rate = inputs
+        transform = training.transform(PASSES * count * training.max_epochs, rate)
         row_key, noise_key, order_key = jax.random.split(key, 3)
-        chosen = jax.random.permutation(row_key, len(features))[: count * batch]
+        chosen = jax.random.randint(row_key, (count * batch,), 0, len(features))
         noise = jax.random.normal(noise_key, (count * batch, blueprint.sizes.dim), features.dtype)
         teacher = model(weights, state.params)
         context = teacher.context(features[chosen])
@@ -185,19 +189,24 @@ def _epoch(
         order = jnp.stack([jax.random.permutation(k, count * batch) for k in orders])
 
         def loss(params: Any, paths: Array, context: Array) -> Array:
-            return jnp.mean(model(weights, params).density.errors(paths, context))
+            with products_in(training.matmul_precision):
+                return jnp.mean(model(weights, params).density.errors(paths, context))
 
-        def step(state: State, places: Array) -> tuple[State, Array]:
-            data = paths[:, places], context[places]
-            value, gradient = jax.value_and_grad(loss)(state.params, *data)
+        def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, None]:
+            number, places = inputs
+            gradient = jax.grad(loss)(state.params, paths[:, places], context[places])
             updates, optimiser = transform.update(gradient, state.optimiser, state.params)
             params = optax.apply_updates(state.params, updates)
-            average = optax.incremental_update(params, state.average, 1.0 - decay)
-            return State(params, average, optimiser), value
+            # it forgets the teacher's weights sooner than a long average would
+            kept = jnp.minimum(decay, (1.0 + number) / (10.0 + number))
+            average = optax.incremental_update(params, state.average, 1.0 - kept)
+            return State(params, average, optimiser), None
 
-        state, losses = jax.lax.scan(step, state, order.reshape(PASSES * count, batch))
-        # those of the first pass are of paths that it has not seen
-        return state, jnp.sqrt(jnp.mean(losses[:count]))
+        error = jnp.sqrt(loss(state.average, paths, context))
+        numbers = epoch * PASSES * count + jnp.arange(PASSES * count)
+        batches = order.reshape(PASSES * count, batch)
+        return jax.lax.scan(step, state, (numbers, batches))[0], error
 
     members = len(jax.tree.leaves(weights)[0])
-    return jax.lax.map(one, (weights, state, jax.random.split(key, members)))
+    rates = jnp.asarray(np.resize(training.learning_rate, members), features.dtype)
+    return jax.lax.map(one, (weights, state, jax.random.split(key, members), rates))

@@ -23,8 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sbi_flows.densities.conditional import Blueprint, Weights, unraveled
+from sbi_flows.densities.conditional import (
+    Blueprint,
+    Weights,
+    by_likelihood,
+    by_solving,
+    unraveled,
+)
 from sbi_flows.densities.ode import Effort
+from sbi_flows.precision import inherited
 from sbi_flows.training import members as programs
 from sbi_flows.training.devices import mesh_of, on_mesh, to_host
 from sbi_flows.training.members import Best, Group, Plan, Source, State, Units
@@ -92,7 +99,8 @@ class Ensemble:
         self.held_out = np.asarray(folds[1])
         if stream is not None:
             self.held_out = stream.sample[self.held_out]
-        self._pool = ThreadPoolExecutor(min(os.cpu_count() or 1, len(self._slices)))
+        threads = min(os.cpu_count() or 1, len(self._slices))
+        self._pool = ThreadPoolExecutor(threads, initializer=inherited())
         keys = jax.random.split(weight_key, members)
         rates = jnp.asarray(np.resize(training.learning_rate, members), y.dtype)
         train, held_out = folds
@@ -126,6 +134,14 @@ class Ensemble:
     def best_loss(self) -> np.ndarray:
         """Validation loss of the weights that each member keeps, shape (M,)."""
         return _joined([best.loss for best in self.best])
+
+    @property
+    def more_advice(self) -> str:
+        """What else may help where a loss is not finite."""
+        blueprint = self._plan.blueprint
+        if not (by_solving(blueprint) and by_likelihood(blueprint)):
+            return ""
+        return "; so may more max_steps of the solver, as an ODE that is not solved has no density"
 
     @property
     def running(self) -> np.ndarray:

@@ -125,8 +125,7 @@ def _require_finite(values: np.ndarray, epoch: int, ensemble: Ensemble) -> None:
     if not np.all(np.isfinite(values)):
         raise TrainingDiverged(
             f"the loss was not finite in epoch {epoch}; the last finite weights are kept in "
-            "`.state`. A smaller learning rate or clip_norm may help; of a density that solves an "
-            "ODE in training, more max_steps of that solver too",
+            f"`.state`. A smaller learning rate or clip_norm may help{ensemble.more_advice}",
             epoch=epoch,
             state=ensemble.weights(ensemble.best),
         )

@@ -42,10 +42,10 @@ class Training:
             included (`jax.distributed`). Members are spread over them first, then the rows of each
             batch.
         matmul_precision: What `jax.default_matmul_precision` takes, for the networks' products in
-            training: `"tensorfloat32"` and `"bfloat16"` are faster where an accelerator has units
-            for them, at a loss of accuracy. By default they are in full precision, as all products
-            of a trained posterior are; so are those of splines and linear layers, whatever is set,
-            and all products on a CPU.
+            training: `"tensorfloat32"` and `"bfloat16"` are meant for large networks where an
+            accelerator has units for them, at a loss of accuracy. By default they are in full
+            precision, as all products of a trained posterior are; so are those of splines and
+            linear layers, whatever is set, and all products on a CPU.
 
     Raises:
         ValueError: A setting is out of range.
