@@ -72,7 +72,9 @@ class NPE:
 
     Attributes:
         prior: The prior.
-        density: The conditional density to fit.
+        density: The conditional density to fit: `NSF`, the default; `MAF` for posteriors close to a
+            Gaussian; `GaussianMixture` for a few parameters; `FlowMatching`, `Diffusion` or `CNF`,
+            continuous flows, whose densities are slow.
         training: Settings of the fit; by default `Training()`, with a smaller rate for a `CNF`, and
             with more epochs, more patience and a longer average of the weights for `FlowMatching`
             and `Diffusion`; with an emulator, whose rows are many, a shorter one for any density.
