@@ -35,8 +35,7 @@ def choosing_table(records: Iterable[dict[str, Any]]) -> list[str]:
     """Lines of a Markdown table: a row for each task and kind of density.
 
     Runs without exact posteriors at two observations or more are left out. A fit includes
-    compilation; draws, all at one observation, and densities, each at another, do
-    not.
+    compilation; draws, all at one observation, and densities, each at another, do not.
     """
     order = list(KINDS)
     chosen = [r for r in records if r["method"] in KINDS and len(r["c2st"]["values"]) > 1]
