@@ -109,7 +109,6 @@ def _prior() -> dist.Distribution:
     return dist.MultivariateNormal(jnp.zeros(1 + FILTER), jnp.asarray(covariance))
 
 
-@full_precision
 def _spikes(key: Key, theta: Array) -> Array:
     p = jax.nn.sigmoid(jnp.asarray(design_matrix()) @ theta)
     return (jax.random.uniform(key, (BINS,)) < p).astype(p.dtype)

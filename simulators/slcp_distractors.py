@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sbi_flows.precision import full_precision
 from sbi_flows.typing import Key
 from simulators.slcp import slcp
 from simulators.task import Task
@@ -99,7 +98,6 @@ def informative(x: Array) -> Array:
     return x[jnp.asarray(np.argsort(distractors().order)[:INFORMATIVE])]
 
 
-@full_precision
 def _noise(key: Key) -> Array:
     component_key, normal_key, chi_key = jax.random.split(key, 3)
     fixed = distractors()

@@ -17,6 +17,7 @@ import numpyro.distributions as dist
 from jax import Array
 
 from sbi_flows.errors import SbiFlowsError
+from sbi_flows.precision import full_precision
 from sbi_flows.prior import Prior, as_prior
 from sbi_flows.typing import Key, Obs, Simulator
 from simulators import stored
@@ -182,5 +183,6 @@ class Task:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
+@full_precision
 def _simulate(prior: Prior, simulator: Simulator, key: Key, theta: Array) -> Obs:
     return simulator(key, prior.structured(theta))

@@ -381,22 +381,3 @@ def test_a_mask_keeps_tokens_apart():
 def test_tokens_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         sf.Tokens(**settings).build(nnx.Rngs(0), dim=6, context_dim=2)
-
-
-def test_the_work_of_a_solve_is_counted_or_not_known():
-    """Beside the evaluations as the field itself counts them."""
-    for method, known in (
-        (diffrax.Bosh3(), True),
-        (diffrax.Heun(), True),
-        (diffrax.Kvaerno3(), False),
-    ):
-        counted = []
-
-        def field(angle, z, _, counted=counted):
-            jax.debug.callback(lambda _: counted.append(1), angle)
-            return -z
-
-        solver = sf.Solver(method=method)
-        _, effort = solver.counted(field, jnp.ones(2), None, (0.0, 1.0))
-        jax.effects_barrier()
-        assert int(effort.evaluations) == (len(counted) if known else -1)
