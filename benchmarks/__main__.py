@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: runs, references, report, demo, speed, accelerator, peers."""
+"""Command line of the benchmarks: accuracy, calibration, speed, real data, and other libraries."""
 
 from __future__ import annotations
 
@@ -105,6 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     speed.set_defaults(command=_speed)
     _add_folder(speed, "--results", "results")
+    batches = commands.add_parser(
+        "batches", help="time to the same loss by rows a step", prog="benchmarks batches"
+    )
+    batches.set_defaults(command=_batches)
+    _add_folder(batches, "--results", "results")
     accelerator = commands.add_parser(
         "accelerator",
         help="what a GPU does with a fit, beside its limits",
@@ -210,6 +215,13 @@ def _speed(arguments: argparse.Namespace) -> None:
     from benchmarks import speed
 
     speed.run(folder)
+
+
+def _batches(arguments: argparse.Namespace) -> None:
+    folder = writable_folder(arguments.results, "--results")
+    from benchmarks import batches
+
+    batches.run(folder)
 
 
 def _accelerator(arguments: argparse.Namespace) -> None:

@@ -29,7 +29,16 @@ class SimulationFailed(SbiFlowsError):
 
 
 class SolveFailed(SbiFlowsError):
-    """The ODE of a continuous flow was not solved: it needs more steps, or is not finite."""
+    """The ODE of a continuous flow was not solved: it needs more steps, or is not finite.
+
+    Attributes:
+        values: What would have been returned, NaN where the ODE was not solved.
+    """
+
+    def __init__(self, message: str, *, values: object) -> None:
+        """Keep what was solved beside the message."""
+        super().__init__(message)
+        self.values = values
 
 
 class SbiFlowsWarning(UserWarning):

@@ -127,8 +127,8 @@ class Posterior:
         repeated = jnp.repeat(features, pieces, axis=0)
         evaluate = partial(mixtures.log_prob, self._parts, self.prior, self.weights)
         out = self._in_chunks(evaluate, each, repeated, padded)[0].reshape(len(features), -1)
-        self._require_solved(out)
-        return out[:, :n].reshape(theta.shape[:-1])
+        out = out[:, :n]
+        return self._solved(out, out.reshape(theta.shape[:-1]))
 
     def map(self, x: Obs, *, key: Key | None = None, starts: int = 1000, steps: int = 200) -> Array:
         """Mode of the posterior: the best of many draws, refined by gradient ascent.
@@ -176,7 +176,7 @@ class Posterior:
         from sbi_flows.arviz_groups import arviz_groups
 
         require_count(1, n=n, prior_draws=prior_draws)
-        if not self._features(x)[1]:
+        if not self.is_single(x):
             raise ValueError("x: expected one observation, got a batch")
         posterior_key, prior_key = jax.random.split(key)
         draws, log_prob = self.sample_and_log_prob(posterior_key, x, n)
@@ -196,10 +196,9 @@ class Posterior:
         draws, log_prob = self._in_chunks(evaluate, each, repeated, keys)
         draws = draws.reshape(len(features), -1, self.prior.dim)[:, :n]
         log_prob = log_prob.reshape(len(features), -1)[:, :n]
-        self._require_solved(draws)
-        if with_log_prob:
-            self._require_solved(log_prob)
-        return (draws[0], log_prob[0]) if single else (draws, log_prob)
+        found = (draws[0], log_prob[0]) if single else (draws, log_prob)
+        # a log density that was not asked for is zero
+        return self._solved(jnp.sum(draws, axis=-1) + log_prob, found)
 
     def _in_chunks(self, evaluate: Any, each: int, features: Array, other: Array) -> tuple:
         """Run over chunks of observations of one padded shape and join the results."""
@@ -213,18 +212,20 @@ class Posterior:
             outputs.append(evaluate(features[rows], other[rows]))
         return tuple(jnp.concatenate(parts)[:total] for parts in zip(*outputs, strict=True))
 
-    def _require_solved(self, values: Array) -> None:
-        """Refuse NaN in values of observations (B, *), where it stands for a failed solve."""
+    def _solved(self, values: Array, found: Any) -> Any:
+        """What was found, unless there is NaN, a failed solve, in values of observations (B, *)."""
         if not self.solved:
-            return
+            return found
         failed = np.flatnonzero(_any_nan(values))
         if len(failed):
             some = ", ".join(map(str, failed[:5])) + (", ..." if len(failed) > 5 else "")
             raise SolveFailed(
                 f"x: the ODE was not solved at {len(failed)} of {len(values)} observations "
-                f"(numbers {some}). The density's sf.Solver(max_steps=...) allows more steps, a "
-                "larger rtol and atol need fewer"
+                f"(numbers {some}); `.values` holds what was. The density's "
+                "sf.Solver(max_steps=...) allows more steps, a larger rtol and atol need fewer",
+                values=found,
             )
+        return found
 
     @property
     def _parts(self) -> mixtures.Parts:
@@ -235,10 +236,13 @@ class Posterior:
         batch, _ = as_batch(x, self.observation)
         return _standardised(self.standardiser, batch)
 
+    def is_single(self, x: Obs) -> bool:
+        """Whether x is one observation, and no batch of them."""
+        return as_batch(x, self.observation)[1]
+
     def _features(self, x: Obs) -> tuple[Array, bool]:
         """Validate x; features (B, C), and whether x was a single observation."""
-        single = as_batch(x, self.observation)[1]
-        return self.features(x), single
+        return self.features(x), self.is_single(x)
 
 
 @jax.jit

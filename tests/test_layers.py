@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "training": {"densities", "networks", "prior", "data"},
     "mixtures": {"densities", "networks", "prior", "prior_maps"},
     "posteriors": {"arviz_groups", "densities", "mixtures", "prior", "data", "standardise"},
+    "composed": {"densities", "mixtures", "posteriors", "prior"},
     "estimators": {
         "densities",
         "networks",

@@ -10,6 +10,7 @@ al. 2018, "FFJORD" (arXiv:1810.01367); Finlay et al. 2020, "How to Train Your Ne
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import field
 from typing import Any
 
@@ -20,7 +21,6 @@ from jax import Array
 
 from sbi_flows.densities.base import Density, StandardNormal
 from sbi_flows.densities.ode import Continuous, Solver, check_parts, slopes, turned
-from sbi_flows.densities.paths import Straight
 from sbi_flows.networks.mlp import split_keys
 from sbi_flows.networks.velocity import Film, VelocitySettings
 from sbi_flows.typing import Key
@@ -104,4 +104,4 @@ class _CNF(Continuous):
         return -base.log_prob(noise) - change - cost
 
 
-_ENDS = Straight().ends
+_ENDS = 0.0, math.pi / 2

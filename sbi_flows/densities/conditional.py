@@ -42,14 +42,14 @@ class Conditional(nnx.Module):
     def __call__(self, features: Array) -> distrax.Distribution:
         """Distribution over standard coordinates given features (B, C)."""
         density = self.density(self.context(features))
-        return Pushed(density, self._whitener(features))
+        return Pushed(density, self.whitener(features))
 
     def whiten(self, y: Array, features: Array) -> tuple[Array, Array]:
         """Standard coordinates (B, d) to the noise (B, d) that the density models, and log det.
 
         The start is no trainable parameter, so a fit does this once and not every step.
         """
-        return self._whitener(features).inverse_and_log_det(y)
+        return self.whitener(features).inverse_and_log_det(y)
 
     def loss(self, key: Key | None, noise: Array, features: Array) -> Array:
         """Training loss of each row: noise (B, d), features (B, C) to (B,)."""
@@ -63,8 +63,11 @@ class Conditional(nnx.Module):
         log_prob, effort = flow.log_prob_and_effort(noise)
         return -log_prob, effort
 
-    def _whitener(self, features: Array) -> distrax.Bijector:
-        return self.start.get_value().bijector(features, self.sizes.bounded)
+    def whitener(self, features: Array, *, mean: bool = False) -> distrax.Bijector:
+        """Noise to standard coordinates given features (B, C), or given their mean."""
+        start = self.start.get_value()
+        line = features @ start.weight
+        return start.around(jnp.mean(line, axis=0) if mean else line, self.sizes.bounded)
 
     def context(self, features: Array, key: Key | None = None) -> Array:
         """What the density is conditioned on, given features (B, C); a key turns dropout on."""

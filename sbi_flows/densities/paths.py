@@ -58,36 +58,41 @@ class Straight:
     Attributes:
         late: Training draws times t from a density proportional to t ** late: 0 spreads them
             evenly, larger ones go toward the data end (the alpha of Wildberger et al.).
+        smallest: Ratio of noise to signal at which draws and densities end, next to the data.
 
     References:
         Flow Matching for Generative Modeling, arXiv:2210.02747; Flow Matching for Scalable
         Simulation-Based Inference, arXiv:2305.17161.
 
     Example:
-        >>> Straight().ends
-        (0.0, 1.5707963267948966)
+        >>> [f"{angle:.3f}" for angle in Straight().ends]
+        ['0.000', '1.569']
     """
 
     late: float = 1.0
+    smallest: float = 2e-3
 
     def __post_init__(self) -> None:
         """Refuse a density that has no integral."""
         if not -1.0 < self.late < math.inf:
             raise ValueError(f"late: expected a number above -1, got {self.late}")
+        if not 0.0 <= self.smallest < 1.0:
+            raise ValueError(f"smallest: expected a number from 0 to 1, got {self.smallest}")
 
     @property
     def ends(self) -> tuple[float, float]:
         """First and last angle."""
-        return 0.0, math.pi / 2
+        return 0.0, math.atan2(1.0, self.smallest)
 
     def angles(self, places: Array) -> Array:
         """Angles that training visits, from uniform places in (0, 1)."""
-        time = places ** (1.0 / (1.0 + self.late))
+        time = jnp.minimum(places ** (1.0 / (1.0 + self.late)), 1.0 / (1.0 + self.smallest))
         return jnp.arctan2(time, 1.0 - time)
 
     def steps(self, count: int) -> Array:
         """Angles (count + 1,) of steps that shrink toward the data, where the field is steep."""
-        left = jnp.linspace(1.0, 0.0, count + 1) ** 3
+        last = self.smallest / (1.0 + self.smallest)
+        left = last + (1.0 - last) * jnp.linspace(1.0, 0.0, count + 1) ** 3
         return jnp.arctan2(1.0 - left, left)
 
     def weight(self, angle: Array) -> Array:

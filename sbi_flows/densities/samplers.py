@@ -1,6 +1,6 @@
 """Samplers that take a fixed number of steps along a Gaussian path.
 
-Public names: `Sampler`, `Heun`, `Ancestral`, `point`, `onward`, `aimed`.
+Public names: `Sampler`, `Heun`, `Ancestral`, `point`, `score`, `onward`, `aimed`.
 
 A step turns by an angle: with the velocity v at a point z, the point of the data is
 sin(angle) z + cos(angle) v and the noise is cos(angle) z - sin(angle) v. What is held fixed over a
@@ -123,6 +123,11 @@ class Ancestral:
 def point(z: Array, velocity: Array, angle: Array) -> Array:
     """The data point that a velocity aims at."""
     return jnp.sin(angle) * z + jnp.cos(angle) * velocity
+
+
+def score(z: Array, velocity: Array, angle: Array) -> Array:
+    """The score of the density of noisy points, by the noise that a velocity says they hold."""
+    return jnp.tan(angle) * velocity - z
 
 
 def onward(z: Array, aim: Array, now: Array, then: Array) -> Array:

@@ -11,12 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from sbi_flows.checks import require_count
 from sbi_flows.networks.mlp import ResidualMLP
+
+
+_PAIRS = 2**20
+"""Pairs of points at once: each of them takes the memory of some hidden layers."""
 
 
 class PointCloud(nnx.Module):
@@ -83,6 +88,12 @@ class PointCloud(nnx.Module):
             ValueError: The arrays have other shapes.
         """
         points, marks = self._parts(x)
+        abreast = max(1, _PAIRS // points.shape[-2] ** 2)
+        if points.ndim != 3 or len(points) <= abreast:
+            return self._embedded(points, marks)
+        return jax.lax.map(lambda one: self._embedded(*one), (points, marks), batch_size=abreast)
+
+    def _embedded(self, points: Array, marks: Array) -> Array:
         h, places = self.enter(marks), points
         for message, pull, update in zip(self.messages, self.pulls, self.updates, strict=True):
             apart = places[..., :, None, :] - places[..., None, :, :]
