@@ -1,5 +1,6 @@
 from . import plots as plots
 from .compilation import enable_compilation_cache as enable_compilation_cache
+from .composed import sample_composed as sample_composed
 from .data import Simulations as Simulations
 from .data import simulate as simulate
 from .data import simulate_at as simulate_at
@@ -33,6 +34,8 @@ from .estimators.distillation import distil as distil
 from .estimators.emulator import Emulator as Emulator
 from .estimators.npe import NPE as NPE
 from .estimators.stack import Stack as Stack
+from .execution import Dask as Dask
+from .execution import Processes as Processes
 from .networks.graph import PointCloud as PointCloud
 from .networks.mlp import ResidualMLP as ResidualMLP
 from .networks.tokens import Tokens as Tokens

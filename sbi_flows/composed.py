@@ -36,10 +36,10 @@ from sbi_flows.precision import full_precision
 from sbi_flows.prior import Prior
 from sbi_flows.typing import Key, Obs
 
-FIRST, LAST = 10.0, 0.03
+FIRST, LAST = 3.0, 0.03
 """Ratios of noise to signal from the first to the last level; training sees few smaller ones."""
 
-STEP = 0.3
+STEP = 1.0
 """A step's variance as a share of what is stable at the largest curvature that a level can have."""
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -18,8 +20,9 @@ import numpy as np
 from jax import Array
 from tqdm.auto import tqdm
 
-from sbi_flows.checks import real_array, real_arrays, require_count, require_real
+from sbi_flows.checks import real_array, real_arrays, require_count, require_object, require_real
 from sbi_flows.errors import SbiFlowsWarning, SimulationFailed
+from sbi_flows.execution import Executor, Outside, row_seeds
 from sbi_flows.precision import full_precision
 from sbi_flows.prior import Prior, PriorLike, as_prior
 from sbi_flows.typing import Key, Obs, Simulator
@@ -30,6 +33,10 @@ CHUNK = 16_384
 LANES = 256
 """Simulations side by side on a CPU: their arrays stay in its cache, and an adaptive solver takes
 as many steps as the slowest of a few, not of thousands. Accelerators take a whole chunk at once."""
+
+
+_REASONS = 5
+"""Reasons of failures that a warning names."""
 
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
@@ -133,16 +140,24 @@ jax.tree_util.register_pytree_with_keys(Simulations, _children, _from_children)
 
 
 def simulate(
-    key: Key, prior: PriorLike, simulator: Simulator, n: int, *, progress: bool = True
+    key: Key,
+    prior: PriorLike,
+    simulator: Simulator,
+    n: int,
+    *,
+    executor: Executor | None = None,
+    progress: bool = True,
 ) -> Simulations:
-    """Draw n parameter vectors from the prior and simulate each, in compiled chunks.
+    """Draw n parameter vectors from the prior and simulate each.
 
     Args:
         key: Random key; the result does not depend on how the rows are chunked.
         prior: What `as_prior` takes.
         simulator: `(key, theta) -> x` on one parameter vector (or the named dict where the prior
-            is a dict or a model), traceable by JAX; x is an array or a dict of arrays.
+            is a dict or a model), traceable by JAX, and then run in compiled chunks; x is an array
+            or a dict of arrays. Or what `simulators.external_simulator` makes of other functions.
         n: Number of simulations.
+        executor: Where an external simulator runs; its own by default. The result is the same.
         progress: Show a progress bar when there is more than one chunk.
 
     Returns:
@@ -160,13 +175,20 @@ def simulate(
     """
     require_count(1, n=n)
     prior = as_prior(prior)
-    _check_simulator(prior, simulator)
+    _check_simulator(prior, simulator, executor)
     prior_key, noise_key = jax.random.split(key)
-    return _simulated(noise_key, prior, simulator, prior.sample(prior_key, n), progress=progress)
+    theta = prior.sample(prior_key, n)
+    return _simulated(noise_key, prior, simulator, theta, executor, progress=progress)
 
 
 def simulate_at(
-    key: Key, prior: PriorLike, simulator: Simulator, theta: Any, *, progress: bool = True
+    key: Key,
+    prior: PriorLike,
+    simulator: Simulator,
+    theta: Any,
+    *,
+    executor: Executor | None = None,
+    progress: bool = True,
 ) -> Simulations:
     """Simulate each of the given parameter vectors, draws of a posterior say.
 
@@ -175,6 +197,7 @@ def simulate_at(
         prior: What `as_prior` takes; it names the parameters.
         simulator: As for `simulate`.
         theta: Parameters, shape (n, D).
+        executor: As for `simulate`.
         progress: Show a progress bar when there is more than one chunk.
 
     Returns:
@@ -196,13 +219,21 @@ def simulate_at(
         raise ValueError(
             f"theta: expected {prior.dim} columns for {prior.labels}, got {theta.shape[1]}"
         )
-    _check_simulator(prior, simulator)
-    return _simulated(key, prior, simulator, theta, progress=progress)
+    _check_simulator(prior, simulator, executor)
+    return _simulated(key, prior, simulator, theta, executor, progress=progress)
 
 
 def _simulated(
-    key: Key, prior: Prior, simulator: Simulator, theta: Array, *, progress: bool
+    key: Key,
+    prior: Prior,
+    simulator: Simulator,
+    theta: Array,
+    executor: Executor | None,
+    *,
+    progress: bool,
 ) -> Simulations:
+    if isinstance(simulator, Outside):
+        return _simulated_outside(key, prior, simulator, theta, executor, progress=progress)
     simulator, n = _with_present_state(simulator), len(theta)
     keys = jax.random.split(key, n)
     chunks = []
@@ -215,6 +246,38 @@ def _simulated(
     x = jax.tree.map(lambda *parts: jnp.concatenate(parts)[:n], *chunks)
     sims = Simulations(theta, x)
     _report_failures(sims)
+    return sims
+
+
+def _simulated_outside(
+    key: Key,
+    prior: Prior,
+    simulator: Outside,
+    theta: Array,
+    executor: Executor | None,
+    *,
+    progress: bool,
+) -> Simulations:
+    """Rows in any order, each with a seed of its own, and the reasons of those that failed."""
+    n, values = len(theta), jax.tree.map(np.asarray, prior.structured(theta))
+    seeds = row_seeds(jax.random.split(key, n))
+    tasks = [(i, seeds[i], jax.tree.map(lambda a, i=i: a[i], values)) for i in range(n)]
+    x = {
+        name: np.full((n, *shape), np.nan if np.dtype(kind).kind == "f" else 0, kind)
+        for name, (shape, kind) in simulator.job.outputs.items()
+    }
+    reasons: dict[int, str] = {}
+    chosen = simulator.executor if executor is None else executor
+    rows = chosen.run(simulator.job, simulator.limits, tasks)
+    for i, row in tqdm(rows, total=n, desc="simulate", disable=not progress):
+        if row.x is None:
+            reasons[i] = row.reason
+            continue
+        for name, value in row.x.items():
+            x[name][i] = value
+    valid = np.array([i not in reasons for i in range(n)])
+    sims = Simulations(theta, x[""] if set(x) == {""} else x, valid=valid)
+    _report_failures(sims, reasons)
     return sims
 
 
@@ -270,8 +333,14 @@ def _with_present_state(simulator: Simulator) -> Simulator:
     return lambda key, theta: simulator(key, theta)
 
 
-def _check_simulator(prior: Prior, simulator: Simulator) -> None:
+def _check_simulator(prior: Prior, simulator: Simulator, executor: Executor | None) -> None:
     """Trace the simulator on one parameter vector; nothing is computed."""
+    if isinstance(simulator, Outside):
+        if executor is not None:
+            require_object("executor", executor, Executor, "one such as sf.Processes()")
+        return
+    if executor is not None:
+        raise ValueError("executor: expected none with a simulator that is a JAX function, got one")
     theta = jax.eval_shape(lambda: prior.structured(prior.center()))
     try:
         out = jax.eval_shape(simulator, jax.random.key(0), theta)
@@ -286,17 +355,23 @@ def _check_simulator(prior: Prior, simulator: Simulator) -> None:
         raise ValueError(f"simulator: expected numeric arrays, got {out}")
 
 
-def _report_failures(sims: Simulations) -> None:
+def _report_failures(sims: Simulations, reasons: Mapping[int, str] | None = None) -> None:
+    """Warn of invalid rows, by what is known of their reasons."""
     failed = len(sims) - sims.num_valid
+    if not failed:
+        return
+    counts = Counter(reason.split("; it printed")[0] for reason in (reasons or {}).values())
+    counts["gave NaN or infinity"] = failed - counts.total()
+    common = [f"{n} {reason}" for reason, n in counts.most_common() if n]
+    said = "; ".join(common[:_REASONS]) + ("; ..." if len(common) > _REASONS else "")
     if failed == len(sims):
-        raise SimulationFailed(f"all {failed} simulations gave NaN or infinity")
-    if failed:
-        warnings.warn(
-            f"{failed} of {len(sims)} simulations gave NaN or infinity; they are kept, marked "
-            "invalid, and left out of training",
-            SbiFlowsWarning,
-            stacklevel=4,
-        )
+        raise SimulationFailed(f"all {failed} simulations failed: {said}")
+    warnings.warn(
+        f"{failed} of {len(sims)} simulations failed: {said}; they are kept, marked invalid, and "
+        "left out of training",
+        SbiFlowsWarning,
+        stacklevel=5 if reasons is not None else 4,
+    )
 
 
 def _parameters(theta: Any) -> Array:

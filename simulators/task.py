@@ -5,7 +5,7 @@ Public names: `Task`, `ReferenceFailed`, `SampleReference`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, TypeAlias
@@ -13,12 +13,11 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 from jax import Array
 
 from sbi_flows.errors import SbiFlowsError
 from sbi_flows.precision import full_precision
-from sbi_flows.prior import Prior, as_prior
+from sbi_flows.prior import Prior, PriorLike, as_prior
 from sbi_flows.typing import Key, Obs, Simulator
 from simulators import stored
 
@@ -42,14 +41,16 @@ class Task:
 
     Attributes:
         name: Name in the registry.
-        prior: A numpyro distribution over a vector, or a dict of named ones.
+        prior: What `sf.as_prior` takes: a numpyro distribution over a vector, a dict of named ones,
+            or a model.
         simulator: `(key, theta) -> x` on one parameter vector (a named dict where the prior is a
             dict), traceable by JAX.
         citation: Where the task comes from.
         sample_reference: `(key, x, n) -> (n, D)` draws of the exact posterior for any observation
             x, NaN where none could be made; None where there is no such sampler.
         num_observations: How many observations there are.
-        observed: Real observations, shape (num_observations, *event), instead of simulated ones.
+        observed: Real observations, shape (num_observations, *event), instead of simulated ones; of
+            dicts of arrays, a tuple.
         stored_as: Name of the files that reference draws are kept in, where a sampler takes long.
 
     Example:
@@ -62,12 +63,12 @@ class Task:
     """
 
     name: str
-    prior: dist.Distribution | Mapping[str, dist.Distribution]
+    prior: PriorLike
     simulator: Simulator
     citation: str
     sample_reference: SampleReference | None = None
     num_observations: int = 10
-    observed: np.ndarray | None = None
+    observed: np.ndarray | tuple[Obs, ...] | None = None
     stored_as: str | None = None
 
     def __post_init__(self) -> None:
@@ -101,7 +102,7 @@ class Task:
         """
         self._check_index(i)
         if self.observed is not None:
-            return jnp.asarray(self.observed[i - 1])
+            return jax.tree.map(jnp.asarray, self.observed[i - 1])
         # random bits differ between float32 and float64: one precision, one set of observations
         with jax.enable_x64(False):
             theta, noise_key = self._draw(i)

@@ -232,7 +232,11 @@ def simulations():
     return sf.Simulations(sims.theta, x.at[7].set(jnp.nan))
 
 
-@pytest.fixture(scope="module", params=FLOWS)
+SLOW = ("diffusion", "CNF")  # what is theirs alone is tested beside this
+KINDS = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FLOWS]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def fitted(request, simulations):
     training = TRAINED.get(request.param, QUICK)
     npe = sf.NPE(PRIOR, FLOWS[request.param], training=training, members=1)
@@ -300,7 +304,9 @@ def test_what_is_drawn_does_not_depend_on_other_observations(fitted):
     assert np.max(np.abs(draws[1] - others[1])) > 0.05
 
 
-@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "diffusion")) for name in FLOWS]
+)
 def test_one_parameter_and_one_number(name):
     sims = sf.simulate(
         jax.random.key(0),

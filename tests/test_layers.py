@@ -20,7 +20,9 @@ MAY_IMPORT = {
     "prior_tails": set(),
     "prior_maps": {"prior_tails"},
     "prior": {"prior_maps"},
-    "data": {"prior"},
+    "worker": set(),
+    "execution": {"worker"},
+    "data": {"prior", "execution"},
     "networks": set(),
     "standardise": set(),
     "quantised": set(),
@@ -52,7 +54,7 @@ OPEN = {"typing", "errors", "checks", "precision"}
 # methods such as `report.plot()` and `posterior.save()` may reach up when they are called
 WITHIN_CALLS = {"plots", "artefact", "arviz_groups"}
 # what a simulator may know of the library
-FOR_SIMULATORS = {"prior", "data", *OPEN}
+FOR_SIMULATORS = {"prior", "data", "execution", *OPEN}
 
 HEAVY = {"arviz", "dask", "diffrax", "matplotlib", "pandas", "sklearn", "xarray"}
 

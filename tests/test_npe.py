@@ -52,8 +52,16 @@ def fitted(simulations):
     return estimator.fit(jax.random.key(1), simulations, progress=False)
 
 
+MARKS = {
+    "MAF": [pytest.mark.newest],
+    "NSF without trunk": [pytest.mark.slow],
+    "coupling MAF": [pytest.mark.slow],
+    "coupling NSF": [pytest.mark.slow],
+}
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.newest] * (n == "MAF")) for n in cases.DENSITIES]
+    "name", [pytest.param(name, marks=MARKS.get(name, [])) for name in cases.DENSITIES]
 )
 def test_a_conjugate_gaussian_posterior_is_recovered(name, simulations):
     estimator = sf.NPE(GAUSSIAN, cases.DENSITIES[name], training=QUICK, members=2)

@@ -94,6 +94,7 @@ def test_a_screened_posterior_looks_at_the_entries_that_tell(noisy):
     assert draws[0, :, 0].mean() > draws[2, :, 0].mean() + 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.promotes
 def test_a_stack_of_a_screened_estimator_and_one_that_is_not(noisy, monkeypatch):
     monkeypatch.setattr(stacking, "LEAST", 0.0)  # both stay, whatever they are worth

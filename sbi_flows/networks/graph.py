@@ -19,7 +19,6 @@ from jax import Array
 from sbi_flows.checks import require_count
 from sbi_flows.networks.mlp import ResidualMLP
 
-
 _PAIRS = 2**20
 """Pairs of points at once: each of them takes the memory of some hidden layers."""
 

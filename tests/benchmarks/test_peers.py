@@ -194,7 +194,13 @@ def require(make):
 
 
 @pytest.mark.promotes
-@pytest.mark.parametrize("distribution", [BOX, HALF_LINES], ids=["box", "half-lines"])
+@pytest.mark.parametrize(
+    "distribution",
+    [
+        pytest.param(BOX, marks=pytest.mark.slow, id="box"),
+        pytest.param(HALF_LINES, id="half-lines"),
+    ],
+)
 @pytest.mark.parametrize("make", [*MAKERS, DEFAULTS])
 def test_a_contestant_draws_inside_and_integrates_to_one(make, distribution):
     require(make)

@@ -1,0 +1,109 @@
+"""The process that runs simulations one by one for `sbi_flows.execution`; it never imports JAX.
+
+It is sent the `Job`, says that it is ready, is sent a seed and parameters at a time, and answers
+each with a `Row`.
+
+Public names: `Job`, `Row`, `ran`, `serve`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Job(NamedTuple):
+    """What a worker is told once.
+
+    Attributes:
+        function: `(seed, theta) -> x`, with theta an array or a dict of arrays.
+        outputs: Shape and dtype of each array of x by its name; the name "" alone for an array.
+        memory: Bytes that it may take beyond what it has at its start; None for any number.
+    """
+
+    function: Callable[[int, Any], Any]
+    outputs: dict[str, tuple[tuple[int, ...], str]]
+    memory: int | None = None
+
+
+class Row(NamedTuple):
+    """One simulation: its arrays by name, or, in words, the reason why there are none."""
+
+    x: dict[str, np.ndarray] | None
+    reason: str = ""
+
+
+def ran(job: Job, seed: int, theta: Any) -> Row:
+    """Run one simulation and check what it returns; no exception leaves this function."""
+    try:
+        return Row(checked(job.outputs, job.function(seed, theta)))
+    except MemoryError:
+        return Row(None, "out of memory")
+    except Exception as error:  # whatever a simulator raises is a failure of its row
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{os.path.basename(last.filename)}, line {last.lineno}"
+        return Row(None, f"raised {type(error).__name__}: {error} ({place})")
+
+
+def checked(outputs: dict[str, tuple[tuple[int, ...], str]], x: Any) -> dict[str, np.ndarray]:
+    """Arrays of the expected names, shapes and dtypes.
+
+    Raises:
+        ValueError: x is something else.
+    """
+    given = x if isinstance(x, Mapping) else {"": x}
+    if set(given) != set(outputs):
+        raise ValueError(f"expected {_named(outputs)}, got {_named(given)}")
+    found = {}
+    for name, (shape, dtype) in outputs.items():
+        value = np.asarray(given[name])
+        what = f"{name}: " if name else ""
+        if value.shape != shape or value.dtype.kind not in "biuf":
+            raise ValueError(
+                f"{what}expected numbers of shape {shape}, got {value.dtype} of shape {value.shape}"
+            )
+        # a whole number in a float array is one; a float in an array of whole numbers is cut
+        if not np.can_cast(value.dtype, dtype, casting="same_kind"):
+            raise ValueError(f"{what}expected {dtype}, got {value.dtype}")
+        found[name] = value.astype(dtype)
+    return found
+
+
+def _named(names: Any) -> str:
+    return "an array" if set(names) == {""} else f"a dict of {sorted(map(str, names))}"
+
+
+def _limit(memory: int) -> None:
+    import resource
+
+    with open("/proc/self/statm") as file:
+        held = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + memory, held + memory))
+
+
+def serve(incoming: int, outgoing: int) -> None:
+    """Answer rows until the other end is closed."""
+    import cloudpickle
+
+    receive, send = Connection(incoming, writable=False), Connection(outgoing, readable=False)
+    # what a simulator prints goes to where its errors go; it reads nothing
+    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    job = cloudpickle.loads(receive.recv_bytes())
+    if job.memory is not None:
+        _limit(job.memory)
+    send.send_bytes(b"ready")
+    while True:
+        try:
+            seed, theta = cloudpickle.loads(receive.recv_bytes())
+        except EOFError:
+            return
+        row = ran(job, seed, theta)
+        sys.stdout.flush()
+        send.send_bytes(cloudpickle.dumps(row))
