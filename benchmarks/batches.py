@@ -75,7 +75,9 @@ def time_to_loss(
         npe = sf.NPE(problem.prior, training=training)
         _, histories[batch] = npe.fit(jax.random.key(1), simulations, progress=False)
 
-    rates = {b: default.learning_rate * math.sqrt(b / own) for b in {*batches, own}}
+    rate = default.learning_rate
+    assert isinstance(rate, float)
+    rates = {b: rate * math.sqrt(b / own) for b in {*batches, own}}
     calls = {f"{b}": partial(fit, b, rate) for b, rate in sorted(rates.items())}
     timings = interleaved(calls, repeats, f"batches, {task}")
     target = float(histories[own].best_loss.mean()) + SLACK

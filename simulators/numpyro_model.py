@@ -88,7 +88,7 @@ def from_numpyro(
     bare = partial(model, *arguments) if arguments else model
     first = _simulated_sites(bare, names)
     prior = as_prior(handlers.block(handlers.condition(bare, first), hide=list(names)))
-    like = first if len(names) > 1 else first[names[0]]
+    like = first[names[0]] if len(names) == 1 else first
     return NumpyroTask(
         name=name or getattr(model, "__name__", type(model).__name__),
         prior=prior,
@@ -116,14 +116,14 @@ class _Given:
 
 
 def _named(sites: tuple[str, ...], x: Obs) -> dict[str, Any]:
-    return dict(x) if len(sites) > 1 else {sites[0]: x}
+    return {sites[0]: x} if len(sites) == 1 else dict(x)
 
 
 def _simulated(model: Model, sites: tuple[str, ...], key: Key, theta: dict[str, Array]) -> Obs:
     run = handlers.seed(handlers.substitute(model, theta), key)
     trace = handlers.trace(handlers.uncondition(run)).get_trace()
     x = {name: trace[name]["value"] for name in sites}
-    return x if len(sites) > 1 else x[sites[0]]
+    return x[sites[0]] if len(sites) == 1 else x
 
 
 def _simulated_sites(model: Model, sites: tuple[str, ...]) -> dict[str, Array]:
