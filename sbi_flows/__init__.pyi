@@ -2,8 +2,6 @@ from . import plots as plots
 from .compilation import enable_compilation_cache as enable_compilation_cache
 from .composed import sample_composed as sample_composed
 from .data import Simulations as Simulations
-from .data import simulate as simulate
-from .data import simulate_at as simulate_at
 from .densities.cnf import CNF as CNF
 from .densities.flow import MAF as MAF
 from .densities.flow import NSF as NSF
@@ -43,5 +41,7 @@ from .networks.velocity import Film as Film
 from .posteriors import Posterior as Posterior
 from .prior import Prior as Prior
 from .prior import as_prior as as_prior
+from .simulating import simulate as simulate
+from .simulating import simulate_at as simulate_at
 from .training import History as History
 from .training import Training as Training

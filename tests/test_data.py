@@ -10,7 +10,7 @@ import pytest
 from tqdm import tqdm
 
 import sbi_flows as sf
-from sbi_flows import data
+from sbi_flows import simulating
 from sbi_flows.errors import SbiFlowsError, SbiFlowsWarning, SimulationFailed
 
 PRIOR = sf.as_prior(dist.Normal(0.0, 1.0).expand([2]))
@@ -53,7 +53,7 @@ def test_rows_are_independent_and_belong_together():
 @pytest.mark.parametrize("chunk", [7, 20, 64])
 def test_the_result_does_not_depend_on_the_chunks(chunk, monkeypatch):
     whole = sf.simulate(jax.random.key(0), NAMED, named, 40)
-    monkeypatch.setattr(data, "CHUNK", chunk)
+    monkeypatch.setattr(simulating, "CHUNK", chunk)
     pieces = sf.simulate(jax.random.key(0), NAMED, named, 40, progress=False)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(pieces), strict=True):
         assert a.dtype == b.dtype
@@ -67,9 +67,9 @@ def test_progress_is_shown_for_several_chunks_alone(monkeypatch):
         shown.append(not disable)
         return tqdm(*args, disable=True, **kwargs)
 
-    monkeypatch.setattr(data, "tqdm", spy)
+    monkeypatch.setattr(simulating, "tqdm", spy)
     sf.simulate(jax.random.key(0), PRIOR, noisy, 40)
-    monkeypatch.setattr(data, "CHUNK", 20)
+    monkeypatch.setattr(simulating, "CHUNK", 20)
     sf.simulate(jax.random.key(0), PRIOR, noisy, 40)
     sf.simulate(jax.random.key(0), PRIOR, noisy, 40, progress=False)
     assert shown == [False, True, False]
@@ -86,9 +86,7 @@ def test_named_parameters_and_observations_stay_named():
 
 
 def test_failed_rows_are_kept_marked_and_counted():
-    with pytest.warns(
-        SbiFlowsWarning, match=r"^\d+ of 500 .* failed: \d+ gave NaN"
-    ) as caught:
+    with pytest.warns(SbiFlowsWarning, match=r"^\d+ of 500 .* failed: \d+ gave NaN") as caught:
         sims = sf.simulate(jax.random.key(0), PRIOR, failing, 500)
     failed = np.asarray(sims.theta[:, 0] > 1.0)
     assert 40 < failed.sum() < 130

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 
 from sbi_flows.checks import require_count
-from sbi_flows.data import simulate
 from sbi_flows.diagnostics.coverage import Coverage, coverage_of
 from sbi_flows.diagnostics.ranks import MIN_DATASETS, MIN_DRAWS, PosteriorLike, draw_pass
 from sbi_flows.diagnostics.references import crude_posterior, prior_scale
@@ -22,6 +21,7 @@ from sbi_flows.diagnostics.tables import p_text, table
 from sbi_flows.diagnostics.tarp import TARP, tarp_of
 from sbi_flows.diagnostics.verdict import UNDER, Finding, Test, findings_of, tests_of, verdict_of
 from sbi_flows.errors import SimulationFailed
+from sbi_flows.simulating import simulate
 from sbi_flows.typing import Key, Simulator
 
 

@@ -15,11 +15,12 @@ import jax
 import numpy as np
 
 from sbi_flows.checks import require_count
-from sbi_flows.data import observation_shape, simulate_at
+from sbi_flows.data import observation_shape
 from sbi_flows.diagnostics.ranks import PosteriorLike
 from sbi_flows.diagnostics.tables import p_text, table
 from sbi_flows.errors import SimulationFailed
 from sbi_flows.posteriors import as_batch
+from sbi_flows.simulating import simulate_at
 from sbi_flows.standardise import fit_standardiser, flatten_rows
 from sbi_flows.typing import Key, Obs, Simulator
 

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sbi_flows.data import simulate
 from sbi_flows.diagnostics import coverage, sbc, tarp
 from sbi_flows.diagnostics.coverage import coverage_of
 from sbi_flows.diagnostics.ranks import draw_pass
 from sbi_flows.diagnostics.tarp import tarp_from_fractions, tarp_of
+from sbi_flows.simulating import simulate
 
 KEY = jax.random.key(1)
 N, DRAWS = 400, 200

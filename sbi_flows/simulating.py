@@ -1,0 +1,242 @@
+"""`simulate`: parameters from the prior, and a simulation of each.
+
+Public names: `simulate`, `simulate_at`, `simulated_rows`, `check_simulator`, `report_failures`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from tqdm.auto import tqdm
+
+from sbi_flows.checks import require_count, require_object, require_real
+from sbi_flows.data import Simulations, parameters
+from sbi_flows.errors import SbiFlowsWarning, SimulationFailed
+from sbi_flows.execution import Executor, Outside, row_seeds
+from sbi_flows.precision import full_precision
+from sbi_flows.prior import Prior, PriorLike, as_prior
+from sbi_flows.typing import Key, Obs, Simulator
+
+CHUNK = 16_384
+"""Simulations in one compiled call; the same shape for every chunk."""
+
+LANES = 256
+"""Simulations side by side on a CPU: their arrays stay in its cache, and an adaptive solver takes
+as many steps as the slowest of a few, not of thousands. Accelerators take a whole chunk at once."""
+
+
+_REASONS = 5
+"""Reasons of failures that a warning names."""
+
+
+def simulate(
+    key: Key,
+    prior: PriorLike,
+    simulator: Simulator,
+    n: int,
+    *,
+    executor: Executor | None = None,
+    progress: bool = True,
+) -> Simulations:
+    """Draw n parameter vectors from the prior and simulate each.
+
+    Args:
+        key: Random key; the result does not depend on how the rows are chunked.
+        prior: What `as_prior` takes.
+        simulator: `(key, theta) -> x` on one parameter vector (or the named dict where the prior
+            is a dict or a model), traceable by JAX, and then run in compiled chunks; x is an array
+            or a dict of arrays. Or what `simulators.external_simulator` makes of other functions.
+        n: Number of simulations.
+        executor: Where an external simulator runs; its own by default. The result is the same.
+        progress: Show a progress bar when there is more than one chunk.
+
+    Returns:
+        Simulations with n rows; rows with NaN or infinity in x are marked invalid.
+
+    Raises:
+        ValueError: n is not positive, or the simulator cannot be traced or returns no numbers.
+        SimulationFailed: Every row is invalid.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> noisy = lambda key, theta: theta + jax.random.normal(key)
+        >>> simulate(jax.random.key(0), dist.Normal(0, 1), noisy, 100)
+        Simulations(N=100, D=1, x=float32[], invalid=0)
+    """
+    require_count(1, n=n)
+    prior = as_prior(prior)
+    check_simulator(prior, simulator, executor)
+    prior_key, noise_key = jax.random.split(key)
+    theta = prior.sample(prior_key, n)
+    return _simulated(noise_key, prior, simulator, theta, executor, progress=progress)
+
+
+def simulate_at(
+    key: Key,
+    prior: PriorLike,
+    simulator: Simulator,
+    theta: Any,
+    *,
+    executor: Executor | None = None,
+    progress: bool = True,
+) -> Simulations:
+    """Simulate each of the given parameter vectors, draws of a posterior say.
+
+    Args:
+        key: Random key; the result does not depend on how the rows are chunked.
+        prior: What `as_prior` takes; it names the parameters.
+        simulator: As for `simulate`.
+        theta: Parameters, shape (n, D).
+        executor: As for `simulate`.
+        progress: Show a progress bar when there is more than one chunk.
+
+    Returns:
+        Simulations with the rows of theta; those with NaN or infinity in x are marked invalid.
+
+    Raises:
+        ValueError: theta does not fit the prior, or the simulator cannot be traced or returns no
+            numbers.
+        SimulationFailed: Every row is invalid.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> noisy = lambda key, theta: theta + jax.random.normal(key)
+        >>> simulate_at(jax.random.key(0), dist.Normal(0, 1), noisy, [[0.0], [1.0]])
+        Simulations(N=2, D=1, x=float32[], invalid=0)
+    """
+    prior, theta = as_prior(prior), parameters(theta)
+    if theta.shape[1] != prior.dim:
+        raise ValueError(
+            f"theta: expected {prior.dim} columns for {prior.labels}, got {theta.shape[1]}"
+        )
+    check_simulator(prior, simulator, executor)
+    return _simulated(key, prior, simulator, theta, executor, progress=progress)
+
+
+def _simulated(
+    key: Key,
+    prior: Prior,
+    simulator: Simulator,
+    theta: Array,
+    executor: Executor | None,
+    *,
+    progress: bool,
+) -> Simulations:
+    if isinstance(simulator, Outside):
+        return _simulated_outside(key, prior, simulator, theta, executor, progress=progress)
+    simulator, n = _with_present_state(simulator), len(theta)
+    keys = jax.random.split(key, n)
+    chunks = []
+    starts = range(0, n, CHUNK)
+    size = min(CHUNK, math.ceil(n / LANES) * LANES) if n > LANES else n
+    for start in tqdm(starts, desc="simulate", disable=not progress or len(starts) < 2):
+        rows = np.arange(start, start + size) % n
+        chunk = _simulate_chunk(prior, simulator, keys[rows], theta[rows])
+        chunks.append(chunk)
+    x = jax.tree.map(lambda *parts: jnp.concatenate(parts)[:n], *chunks)
+    sims = Simulations(theta, x)
+    report_failures(sims)
+    return sims
+
+
+def _simulated_outside(
+    key: Key,
+    prior: Prior,
+    simulator: Outside,
+    theta: Array,
+    executor: Executor | None,
+    *,
+    progress: bool,
+) -> Simulations:
+    """Rows in any order, each with a seed of its own, and the reasons of those that failed."""
+    n, values = len(theta), jax.tree.map(np.asarray, prior.structured(theta))
+    seeds = row_seeds(jax.random.split(key, n))
+    tasks = [(i, seeds[i], jax.tree.map(lambda a, i=i: a[i], values)) for i in range(n)]
+    x = {
+        name: np.full((n, *shape), np.nan if np.dtype(kind).kind == "f" else 0, kind)
+        for name, (shape, kind) in simulator.job.outputs.items()
+    }
+    reasons: dict[int, str] = {}
+    chosen = simulator.executor if executor is None else executor
+    rows = chosen.run(simulator.job, simulator.limits, tasks)
+    for i, row in tqdm(rows, total=n, desc="simulate", disable=not progress):
+        if row.x is None:
+            reasons[i] = row.reason
+            continue
+        for name, value in row.x.items():
+            x[name][i] = value
+    valid = np.array([i not in reasons for i in range(n)])
+    sims = Simulations(theta, x[""] if set(x) == {""} else x, valid=valid)
+    report_failures(sims, reasons)
+    return sims
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+@full_precision
+def _simulate_chunk(prior: Prior, simulator: Simulator, keys: Key, theta: Array) -> Obs:
+    inputs = (keys, prior.structured(theta))
+    if jax.default_backend() != "cpu" or len(theta) <= LANES:
+        return jax.vmap(simulator)(*inputs)
+    return jax.lax.map(lambda one: simulator(*one), inputs, batch_size=LANES)
+
+
+def _with_present_state(simulator: Simulator) -> Simulator:
+    """A simulator that compiled programs do not take for an earlier one.
+
+    A method, or an object that is called, may have other attributes by now; programs that were
+    compiled for it would not see that. Plain functions are known by themselves.
+    """
+    if isinstance(simulator, FunctionType) or hasattr(simulator, "__wrapped__"):
+        return simulator
+    return lambda key, theta: simulator(key, theta)
+
+
+def check_simulator(prior: Prior, simulator: Simulator, executor: Executor | None) -> None:
+    """Trace the simulator on one parameter vector; nothing is computed."""
+    if isinstance(simulator, Outside):
+        if executor is not None:
+            require_object("executor", executor, Executor, "one such as sf.Processes()")
+        return
+    if executor is not None:
+        raise ValueError("executor: expected none with a simulator that is a JAX function, got one")
+    theta = jax.eval_shape(lambda: prior.structured(prior.center()))
+    try:
+        out = jax.eval_shape(simulator, jax.random.key(0), theta)
+    except (jax.errors.JAXTypeError, jax.errors.NonConcreteBooleanIndexError) as error:
+        raise ValueError(
+            "simulator: expected a function that JAX can trace (jax.numpy, no branches on values "
+            f"in Python), got {type(error).__name__}: {error}"
+        ) from error
+    for leaf in jax.tree.leaves(out):
+        require_real("simulator", leaf.dtype)
+    if not any(leaf.size for leaf in jax.tree.leaves(out)):
+        raise ValueError(f"simulator: expected numeric arrays, got {out}")
+
+
+def report_failures(sims: Simulations, reasons: Mapping[int, str] | None = None) -> None:
+    """Warn of invalid rows, by what is known of their reasons."""
+    failed = len(sims) - sims.num_valid
+    if not failed:
+        return
+    counts = Counter(reason.split("; it printed")[0] for reason in (reasons or {}).values())
+    counts["gave NaN or infinity"] = failed - counts.total()
+    common = [f"{n} {reason}" for reason, n in counts.most_common() if n]
+    said = "; ".join(common[:_REASONS]) + ("; ..." if len(common) > _REASONS else "")
+    if failed == len(sims):
+        raise SimulationFailed(f"all {failed} simulations failed: {said}")
+    warnings.warn(
+        f"{failed} of {len(sims)} simulations failed: {said}; they are kept, marked invalid, and "
+        "left out of training",
+        SbiFlowsWarning,
+        stacklevel=5 if reasons is not None else 4,
+    )
