@@ -27,6 +27,7 @@ from .errors import SbiFlowsError as SbiFlowsError
 from .errors import SbiFlowsWarning as SbiFlowsWarning
 from .errors import SimulationFailed as SimulationFailed
 from .errors import SolveFailed as SolveFailed
+from .errors import StoreSpoilt as StoreSpoilt
 from .errors import TrainingDiverged as TrainingDiverged
 from .estimators.distillation import distil as distil
 from .estimators.emulator import Emulator as Emulator
@@ -43,5 +44,6 @@ from .prior import Prior as Prior
 from .prior import as_prior as as_prior
 from .simulating import simulate as simulate
 from .simulating import simulate_at as simulate_at
+from .store import SimulationStore as SimulationStore
 from .training import History as History
 from .training import Training as Training

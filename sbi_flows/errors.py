@@ -28,6 +28,10 @@ class SimulationFailed(SbiFlowsError):
     """No simulation, or too few of them, gave a finite observation."""
 
 
+class StoreSpoilt(SbiFlowsError):
+    """A file of a `SimulationStore` is not what was written."""
+
+
 class SolveFailed(SbiFlowsError):
     """The ODE of a continuous flow was not solved: it needs more steps, or is not finite.
 

@@ -1,7 +1,7 @@
 """Where simulations run that are no JAX functions: in processes of this machine, or of a cluster.
 
 Public names: `Executor`, `Limits`, `Processes`, `Dask`, `Process`, `Task`, `packed`,
-`Outside`, `row_seeds`.
+`Outside`, `Row`, `row_seeds`.
 
 Each simulation has a seed of its own, so the result is the same whatever runs it, in what order and
 in chunks of what size. It runs in a process that may die: what is lost then is one row.

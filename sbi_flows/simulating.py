@@ -1,6 +1,7 @@
 """`simulate`: parameters from the prior, and a simulation of each.
 
-Public names: `simulate`, `simulate_at`, `simulated_rows`, `check_simulator`, `report_failures`.
+Public names: `simulate`, `simulate_at`, `simulated_rows`, `identity`,
+`check_simulator`, `report_failures`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -22,7 +23,7 @@ from tqdm.auto import tqdm
 from sbi_flows.checks import require_count, require_object, require_real
 from sbi_flows.data import Simulations, parameters
 from sbi_flows.errors import SbiFlowsWarning, SimulationFailed
-from sbi_flows.execution import Executor, Outside, row_seeds
+from sbi_flows.execution import Executor, Outside, Row, Task, row_seeds
 from sbi_flows.precision import full_precision
 from sbi_flows.prior import Prior, PriorLike, as_prior
 from sbi_flows.typing import Key, Obs, Simulator
@@ -159,26 +160,156 @@ def _simulated_outside(
     progress: bool,
 ) -> Simulations:
     """Rows in any order, each with a seed of its own, and the reasons of those that failed."""
-    n, values = len(theta), jax.tree.map(np.asarray, prior.structured(theta))
-    seeds = row_seeds(jax.random.split(key, n))
-    tasks = [(i, seeds[i], jax.tree.map(lambda a, i=i: a[i], values)) for i in range(n)]
-    x = {
-        name: np.full((n, *shape), np.nan if np.dtype(kind).kind == "f" else 0, kind)
-        for name, (shape, kind) in simulator.job.outputs.items()
-    }
-    reasons: dict[int, str] = {}
+    n, reasons = len(theta), {}
+    tasks = _tasks(prior, theta, jax.random.split(key, n), 0)
+    x = _empty(simulator, n)
     chosen = simulator.executor if executor is None else executor
     rows = chosen.run(simulator.job, simulator.limits, tasks)
     for i, row in tqdm(rows, total=n, desc="simulate", disable=not progress):
-        if row.x is None:
-            reasons[i] = row.reason
-            continue
-        for name, value in row.x.items():
-            x[name][i] = value
+        _put(x, reasons, i, i, row)
     valid = np.array([i not in reasons for i in range(n)])
     sims = Simulations(theta, x[""] if set(x) == {""} else x, valid=valid)
     report_failures(sims, reasons)
     return sims
+
+
+def simulated_rows(
+    key: Key,
+    prior: Prior,
+    simulator: Simulator,
+    missing: Sequence[tuple[int, int]],
+    chunk: int,
+    executor: Executor | None = None,
+) -> Iterator[tuple[int, np.ndarray, dict[str, np.ndarray], dict[int, str]]]:
+    """Simulations of rows that depend on the key and their number alone, in chunks.
+
+    Args:
+        key: Random key.
+        prior: The prior.
+        simulator: As for `simulate`.
+        missing: First row, and the one after the last, of each range that is wanted.
+        chunk: Rows of a chunk, at the most.
+        executor: As for `simulate`.
+
+    Yields:
+        The number of the first row, the parameters (n, D), the arrays (n, *) of the observations by
+        name, and the reasons of rows that failed by number.
+    """
+    pieces = [
+        (i, min(i + chunk, stop)) for start, stop in missing for i in range(start, stop, chunk)
+    ]
+    simulated = _outside_pieces if isinstance(simulator, Outside) else _traced_pieces
+    yield from simulated(key, prior, simulator, pieces, chunk, executor)
+
+
+def _traced_pieces(
+    key: Key,
+    prior: Prior,
+    simulator: Simulator,
+    pieces: list[tuple[int, int]],
+    chunk: int,
+    executor: None,
+) -> Iterator[tuple[int, np.ndarray, dict[str, np.ndarray], dict[int, str]]]:
+    simulator = _with_present_state(simulator)
+    for start, stop in pieces:
+        theta, keys = _rows_at(prior, key, start, math.ceil(chunk / LANES) * LANES)
+        x = _simulate_chunk(prior, simulator, keys, theta)
+        parts = x if isinstance(x, Mapping) else {"": x}
+        count = stop - start
+        arrays = {name: np.asarray(value)[:count] for name, value in parts.items()}
+        yield start, np.asarray(theta)[:count], arrays, {}
+
+
+def _outside_pieces(
+    key: Key,
+    prior: Prior,
+    simulator: Outside,
+    pieces: list[tuple[int, int]],
+    chunk: int,
+    executor: Executor | None,
+) -> Iterator[tuple[int, np.ndarray, dict[str, np.ndarray], dict[int, str]]]:
+    """All of them in one run, each when its last row is finished."""
+    tasks: list[Task] = []
+    open_pieces: dict[int, tuple[np.ndarray, dict[str, np.ndarray], dict[int, str], set[int]]] = {}
+    owner: dict[int, int] = {}
+    for start, stop in pieces:
+        count = stop - start
+        theta, keys = (a[:count] for a in _rows_at(prior, key, start, chunk))
+        tasks += _tasks(prior, theta, keys, start)
+        rows = range(start, stop)
+        open_pieces[start] = np.asarray(theta), _empty(simulator, count), {}, set(rows)
+        owner |= dict.fromkeys(rows, start)
+    chosen = simulator.executor if executor is None else executor
+    for i, row in chosen.run(simulator.job, simulator.limits, tasks):
+        start = owner[i]
+        theta, x, reasons, left = open_pieces[start]
+        _put(x, reasons, i, i - start, row)
+        left.discard(i)
+        if not left:
+            del open_pieces[start]
+            yield start, theta, x, reasons
+
+
+def identity(simulator: Simulator, prior: Prior) -> dict[str, Any]:
+    """What tells a simulator from others: its name, and the arrays that it makes.
+
+    Raises:
+        ValueError: They are neither an array nor a dict of arrays.
+    """
+    if isinstance(simulator, Outside):
+        function: Any = simulator.job.function
+        outputs = {n: [list(s), np.dtype(d).str] for n, (s, d) in simulator.job.outputs.items()}
+    else:
+        function = simulator
+        theta = jax.eval_shape(lambda: prior.structured(prior.center()))
+        x = jax.eval_shape(simulator, jax.random.key(0), theta)
+        parts = x if isinstance(x, Mapping) else {"": x}
+        if not all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in parts.values()):
+            raise ValueError(f"simulator: expected an array or a dict of arrays, got {x}")
+        outputs = {name: [list(leaf.shape), leaf.dtype.str] for name, leaf in parts.items()}
+    while isinstance(function, partial):
+        function = function.func
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return {"name": f"{getattr(function, '__module__', '')}.{name}", "outputs": outputs}
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+@full_precision
+def _rows_at(prior: Prior, key: Key, start: int | Array, count: int) -> tuple[Array, Key]:
+    """Parameters and keys of the rows from a number on."""
+
+    def one(row: Array) -> tuple[Array, Key]:
+        prior_key, noise_key = jax.random.split(jax.random.fold_in(key, row))
+        return prior.sample(prior_key, 1)[0], noise_key
+
+    return jax.vmap(one)(start + jnp.arange(count))
+
+
+def _tasks(prior: Prior, theta: Array, keys: Key, first: int) -> list[Task]:
+    """Number, seed and named parameters of each row."""
+    values, seeds = jax.tree.map(np.asarray, prior.structured(theta)), row_seeds(keys)
+    return [
+        (first + i, seed, jax.tree.map(lambda a, i=i: a[i], values)) for i, seed in enumerate(seeds)
+    ]
+
+
+def _empty(simulator: Outside, n: int) -> dict[str, np.ndarray]:
+    """Arrays of n observations, none of which is finished."""
+    return {
+        name: np.full((n, *shape), np.nan if np.dtype(kind).kind == "f" else 0, kind)
+        for name, (shape, kind) in simulator.job.outputs.items()
+    }
+
+
+def _put(
+    x: dict[str, np.ndarray], reasons: dict[int, str], number: int, place: int, row: Row
+) -> None:
+    """Take the outcome of a row."""
+    if row.x is None:
+        reasons[number] = row.reason
+        return
+    for name, value in row.x.items():
+        x[name][place] = value
 
 
 @partial(jax.jit, static_argnums=(0, 1))

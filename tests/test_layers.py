@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "execution": {"worker"},
     "data": {"prior"},
     "simulating": {"prior", "data", "execution"},
-    "store": {"prior", "data", "execution", "simulating"},
+    "failures": set(),
+    "store": {"prior", "data", "execution", "failures", "simulating"},
     "networks": set(),
     "standardise": set(),
     "quantised": set(),
@@ -58,7 +59,7 @@ WITHIN_CALLS = {"plots", "artefact", "arviz_groups"}
 # what a simulator may know of the library
 FOR_SIMULATORS = {"prior", "data", "execution", *OPEN}
 
-HEAVY = {"arviz", "dask", "diffrax", "matplotlib", "pandas", "sklearn", "xarray"}
+HEAVY = {"arviz", "dask", "diffrax", "matplotlib", "pandas", "sklearn", "xarray", "zarr"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,7 +69,7 @@ class Straight:
         ['0.000', '1.569']
     """
 
-    late: float = 1.0
+    late: float = 4.0
     smallest: float = 2e-3
 
     def __post_init__(self) -> None:

@@ -1,0 +1,285 @@
+"""Simulations on disk, written as they are made: whatever is killed, what was finished is kept.
+
+Public names: `SimulationStore`.
+
+A store is a zarr group: `rows` holds one group for each chunk of rows, named by its first row, with
+the parameters, the observations and whether they are valid. The last thing written of a chunk is
+its seal, a checksum and the reasons of failures; one without is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm.auto import tqdm
+
+from sbi_flows.checks import require_count
+from sbi_flows.data import Lazy, Simulations
+from sbi_flows.errors import StoreSpoilt
+from sbi_flows.execution import Executor
+from sbi_flows.failures import Failures
+from sbi_flows.prior import Prior, PriorLike, as_prior
+from sbi_flows.simulating import check_simulator, identity, report_failures, simulated_rows
+from sbi_flows.typing import Key, Simulator
+
+FORMAT = 1
+
+
+class SimulationStore:
+    """Simulations of one prior and one simulator, on disk.
+
+    Args:
+        path: A folder, which is made if there is none, or the address of one that fsspec knows,
+            `s3://...` say.
+        chunk: Rows of a chunk, the most that are lost when the process is killed. Those of a store
+            that is there may differ.
+
+    Raises:
+        ValueError: `chunk` is not positive, or the folder holds something else.
+
+    Example:
+        >>> import jax, tempfile, numpyro.distributions as dist
+        >>> noisy = lambda key, theta: theta + jax.random.normal(key)
+        >>> store = SimulationStore(tempfile.mkdtemp() + "/noisy.zarr")
+        >>> sims = store.simulate(jax.random.key(0), dist.Normal(0, 1), noisy, 100, progress=False)
+        >>> len(sims), sims.on_disk, len(SimulationStore(store.path))
+        (100, True, 100)
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, chunk: int = 1024) -> None:
+        """Open the store; nothing is read yet but its schema."""
+        import zarr
+
+        require_count(1, chunk=chunk)
+        self.path, self.chunk = os.fspath(path), chunk
+        try:
+            self._root = zarr.open_group(self.path, mode="a")
+            self._rows = self._root.require_group("rows")
+        except (OSError, TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"path: expected a store or none, got {self.path}: {error}") from error
+        schema = self._root.attrs.get("sbi_flows")
+        if schema is not None and schema.get("format") != FORMAT:
+            raise ValueError(
+                f"{self.path}: expected a store of format {FORMAT}, got {schema.get('format')}"
+            )
+
+    def __len__(self) -> int:
+        """Number of finished rows."""
+        return sum(sealed.count for sealed in self._sealed())
+
+    def __repr__(self) -> str:
+        """Where it is and how much it holds."""
+        return f"SimulationStore({self.path!r}, N={len(self)})"
+
+    def simulate(
+        self,
+        key: Key,
+        prior: PriorLike,
+        simulator: Simulator,
+        n: int,
+        *,
+        executor: Executor | None = None,
+        progress: bool = True,
+    ) -> Simulations:
+        """Simulate until there are n rows; those that are there are not made again.
+
+        Row i depends on the key and on i alone, whatever the chunks and the executor.
+
+        Args:
+            key: Random key, the same at every call.
+            prior: What `as_prior` takes.
+            simulator: As for `sf.simulate`.
+            n: Number of rows.
+            executor: As for `sf.simulate`.
+            progress: Show a progress bar.
+
+        Returns:
+            The first n rows at least, on disk.
+
+        Raises:
+            ValueError: The store was made with another key, prior or simulator, or what is given
+                does not fit.
+        """
+        require_count(1, n=n)
+        prior = as_prior(prior)
+        check_simulator(prior, simulator, executor)
+        self._require_same(key, prior, simulator)
+        missing = list(_gaps(self._sealed(), n))
+        total = sum(stop - start for start, stop in missing)
+        bar = tqdm(total=total, desc="simulate", disable=not progress or not total)
+        with bar:
+            rows = simulated_rows(key, prior, simulator, missing, self.chunk, executor)
+            for start, theta, x, reasons in rows:
+                self._write(start, theta, x, reasons)
+                bar.update(len(theta))
+        sims = self.simulations()
+        report_failures(sims, {row: reason for row, reason in self._reasons()})
+        return sims
+
+    def simulations(self) -> Simulations:
+        """All finished rows, with observations that stay on disk.
+
+        Raises:
+            ValueError: There is none.
+        """
+        chunks = self._sealed()
+        if not chunks:
+            raise ValueError(f"{self.path}: expected a store with rows, got none")
+        names = [name for name in chunks[0].group if name.startswith("x.")]
+        x = {n[2:]: _Column([c.group[n] for c in chunks]) for n in names}
+        theta, valid = (np.concatenate([c.group[n][:] for c in chunks]) for n in ("theta", "valid"))
+        return Simulations(theta, x[""] if set(x) == {""} else x, valid=valid)
+
+    def failures(self) -> Failures:
+        """Rows that failed, with their parameters and reasons, beside all others."""
+        sims = self.simulations()
+        places = {row: i for i, row in enumerate(self._numbers())}
+        reasons = {places[row]: reason for row, reason in self._reasons()}
+        failed = np.flatnonzero(~np.asarray(sims.valid))
+        said = tuple(reasons.get(int(i), "gave NaN or infinity") for i in failed)
+        labels = tuple(self._root.attrs["sbi_flows"]["prior"]["labels"])
+        return Failures(labels, np.asarray(sims.theta), failed, said)
+
+    def verify(self) -> None:
+        """Read everything and compare it with its checksums.
+
+        Raises:
+            StoreSpoilt: A chunk is not what was written.
+        """
+        for chunk in self._sealed():
+            if _checksum({name: chunk.group[name][:] for name in chunk.group}) != chunk.checksum:
+                raise StoreSpoilt(
+                    f"{self.path}: the rows from {chunk.start} on are not those that were written; "
+                    f"remove rows/{chunk.start:012d} to have them made again"
+                )
+
+    def _write(
+        self, start: int, theta: np.ndarray, x: dict[str, np.ndarray], reasons: dict[int, str]
+    ) -> None:
+        """Write a chunk, its seal last."""
+        group = self._rows.create_group(f"{start:012d}", overwrite=True)
+        arrays = {"theta": theta, **{f"x.{name}": value for name, value in x.items()}}
+        finite = [np.isfinite(v.reshape(len(v), -1)).all(axis=1) for v in x.values()]
+        arrays["valid"] = np.all(finite, axis=0)
+        arrays["valid"][[row - start for row in reasons]] = False
+        for name, value in arrays.items():
+            group.create_array(name, data=value, chunks=value.shape)
+        failed = {str(row): reason for row, reason in reasons.items()}
+        group.attrs["seal"] = {"rows": len(theta), "sha256": _checksum(arrays), "failed": failed}
+
+    def _sealed(self) -> list[_Sealed]:
+        """Finished chunks in the order of their rows."""
+        found = []
+        for name, group in sorted(self._rows.groups()):
+            seal = group.attrs.get("seal")
+            if seal is not None:
+                failed = {int(row): reason for row, reason in seal["failed"].items()}
+                found.append(_Sealed(int(name), seal["rows"], seal["sha256"], failed, group))
+        return found
+
+    def _numbers(self) -> Iterator[int]:
+        for chunk in self._sealed():
+            yield from range(chunk.start, chunk.start + chunk.count)
+
+    def _reasons(self) -> Iterator[tuple[int, str]]:
+        for chunk in self._sealed():
+            yield from chunk.failed.items()
+
+    def _require_same(self, key: Key, prior: Prior, simulator: Simulator) -> None:
+        """Write the schema of a new store; refuse another prior, simulator or key."""
+        mine = {
+            "format": FORMAT,
+            "key": np.asarray(jax.random.key_data(key)).tolist(),
+            "prior": _described(prior),
+            "simulator": identity(simulator, prior),
+        }
+        there = self._root.attrs.get("sbi_flows")
+        if there is None:
+            self._root.attrs["sbi_flows"] = {**mine, "versions": _versions()}
+            return
+        for name in ("prior", "simulator", "key"):
+            if not _alike(there[name], mine[name]):
+                raise ValueError(
+                    f"{name}: expected that of the store {self.path}, {_short(there[name])}, got "
+                    f"{_short(mine[name])}"
+                )
+
+
+class _Sealed(NamedTuple):
+    start: int
+    count: int
+    checksum: str
+    failed: dict[int, str]
+    group: Any
+
+
+class _Column(Lazy):
+    """One array of the observations, over all chunks."""
+
+    def __init__(self, arrays: list[Any]) -> None:
+        self._arrays = arrays
+        self._ends = np.cumsum([a.shape[0] for a in arrays])
+        self.shape, self.dtype = (int(self._ends[-1]), *arrays[0].shape[1:]), arrays[0].dtype
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """The rows of a slice or of these numbers, in memory."""
+        given = np.arange(len(self))[rows]
+        chunks = np.searchsorted(self._ends, given, side="right")
+        found = np.empty((len(given), *self.shape[1:]), self.dtype)
+        for c in np.unique(chunks):
+            own = chunks == c
+            first = self._ends[c] - self._arrays[c].shape[0]
+            # a chunk is one object on disk: it is read as a whole in any case
+            found[own] = self._arrays[c][:][given[own] - first]
+        return found
+
+
+def _gaps(chunks: list[_Sealed], n: int) -> Iterator[tuple[int, int]]:
+    """Rows below n that are in no chunk."""
+    start = 0
+    for chunk in [*chunks, _Sealed(n, 0, "", {}, None)]:
+        if start < min(chunk.start, n):
+            yield start, min(chunk.start, n)
+        start = max(start, chunk.start + chunk.count)
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        value = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name}{value.dtype.str}{value.shape}".encode())
+        digest.update(value)
+    return digest.hexdigest()
+
+
+def _described(prior: Prior) -> dict[str, Any]:
+    """What tells a prior from others: its labels, and some draws."""
+    draws = np.asarray(prior.sample(jax.random.key(0), 4), float)
+    return {"labels": list(prior.labels), "draws": draws.tolist()}
+
+
+def _alike(there: Any, mine: Any) -> bool:
+    """Whether two descriptions are the same, draws up to rounding."""
+    if not isinstance(there, Mapping) or "draws" not in there:
+        return there == mine
+    same = np.shape(there["draws"]) == np.shape(mine["draws"])
+    same = same and np.allclose(there["draws"], mine["draws"], rtol=1e-4, atol=1e-6)
+    return same and there["labels"] == mine["labels"]
+
+
+def _short(description: Any) -> str:
+    if isinstance(description, Mapping) and "labels" in description:
+        return f"of {', '.join(description['labels'])}"
+    return json.dumps(description)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("sbi-flows", "jax", "numpy", "numpyro", "zarr")}
