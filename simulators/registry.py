@@ -1,16 +1,19 @@
 """Tasks by name, for command lines and tables; in code, call the constructors themselves.
 
-Public names: `get`, `names`.
+Public names: `get`, `names`, `list`.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 
 from simulators.bernoulli_glm import bernoulli_glm, bernoulli_glm_raw
+from simulators.eight_schools import eight_schools
 from simulators.gaussian_linear import gaussian_linear
 from simulators.gaussian_linear_uniform import gaussian_linear_uniform
 from simulators.gaussian_mixture import gaussian_mixture
+from simulators.influenza import influenza, influenza_ode
 from simulators.lotka_volterra import lotka_volterra
 from simulators.lynx_hare import lynx_hare
 from simulators.sir import sir
@@ -24,9 +27,12 @@ _CONSTRUCTORS: dict[str, Callable[[], Task]] = {
     for constructor in (
         bernoulli_glm,
         bernoulli_glm_raw,
+        eight_schools,
         gaussian_linear,
         gaussian_linear_uniform,
         gaussian_mixture,
+        influenza,
+        influenza_ode,
         lotka_volterra,
         lynx_hare,
         sir,
@@ -37,26 +43,52 @@ _CONSTRUCTORS: dict[str, Callable[[], Task]] = {
 }
 
 
+ENTRY_POINTS = "sbi_flows.simulators"
+"""Group of entry points by which other packages offer tasks."""
+
+
 def get(name: str) -> Task:
-    """The task of this name.
+    """The task of this name, one of ours or of a package that offers it.
 
     Raises:
-        ValueError: There is none; the message lists the names.
+        ValueError: There is none, and the message lists the names; or the package offers something
+            else.
 
     Example:
         >>> get("slcp").dim
         5
     """
-    if name not in _CONSTRUCTORS:
-        raise ValueError(f"task: expected one of {', '.join(names())}, got {name!r}")
-    return _CONSTRUCTORS[name]()
+    if name in _CONSTRUCTORS:
+        return _CONSTRUCTORS[name]()
+    offered = _offered()
+    if name not in offered:
+        raise ValueError(f"task: expected one of {', '.join(list())}, got {name!r}")
+    found = offered[name].load()
+    task = found() if callable(found) else found
+    if not isinstance(task, Task):
+        raise ValueError(f"{offered[name].value}: expected a Task, got {type(task).__name__}")
+    return task
 
 
 def names() -> tuple[str, ...]:
-    """Names of all tasks, in alphabetical order.
+    """Names of our own tasks, in alphabetical order.
 
     Example:
         >>> names()[:2]
         ('bernoulli_glm', 'bernoulli_glm_raw')
     """
     return tuple(sorted(_CONSTRUCTORS))
+
+
+def list() -> tuple[str, ...]:
+    """Names of all tasks, those that installed packages offer included.
+
+    Example:
+        >>> set(names()) <= set(list())
+        True
+    """
+    return tuple(sorted({*_CONSTRUCTORS, *_offered()}))
+
+
+def _offered() -> dict[str, importlib.metadata.EntryPoint]:
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
