@@ -33,6 +33,7 @@ from .estimators.distillation import distil as distil
 from .estimators.emulator import Emulator as Emulator
 from .estimators.npe import NPE as NPE
 from .estimators.stack import Stack as Stack
+from .estimators.truncated import truncated_rounds as truncated_rounds
 from .execution import Dask as Dask
 from .execution import Processes as Processes
 from .networks.graph import PointCloud as PointCloud

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "prior_tails": set(),
     "prior_maps": {"prior_tails"},
     "prior": {"prior_maps"},
+    "prior_box": {"prior", "prior_maps"},
     "worker": set(),
     "execution": {"worker"},
     "data": {"prior"},
@@ -39,6 +40,10 @@ MAY_IMPORT = {
     "composed": {"densities", "mixtures", "posteriors", "prior"},
     "estimators": {
         "densities",
+        "execution",
+        "prior_box",
+        "simulating",
+        "store",
         "networks",
         "posteriors",
         "prior",

@@ -1,0 +1,214 @@
+"""Truncated sequential neural posterior estimation: simulate again where the posterior may be.
+
+Public names: `truncated_rounds`, `Round`.
+
+Source: Deistler, Goncalves & Macke 2022, "Truncated proposals for scalable and hassle-free
+simulation-based inference" (arXiv:2210.04815). The region is a box in the prior's standard
+coordinates instead of the highest densities: nothing has to be rejected, and the posterior of a
+round is that of a prior, which `sf.check` draws from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbi_flows.checks import require_count, require_fraction, require_object, require_positive
+from sbi_flows.data import Simulations
+from sbi_flows.estimators.npe import NPE
+from sbi_flows.estimators.stack import Stack
+from sbi_flows.execution import Executor
+from sbi_flows.posteriors import Posterior
+from sbi_flows.prior import Prior
+from sbi_flows.prior_box import BoxPrior
+from sbi_flows.simulating import simulate
+from sbi_flows.store import SimulationStore
+from sbi_flows.typing import Key, Obs, Simulator
+
+DRAWS = 10_000
+"""Draws of a posterior whose extent is the next box."""
+
+MARGIN = 0.1
+"""Share of their extent by which a box is wider than the draws, on either side."""
+
+Estimator = TypeVar("Estimator", NPE, Stack)
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """What happened in a round.
+
+    Attributes:
+        prior: The prior that was simulated from, cut to a box after the first round.
+        mass: Share of the prior that the box holds.
+        simulations: Number of new simulations.
+        rows: Number of rows that the posterior was fitted to: new ones, and those of earlier
+            rounds that lie in the box.
+        history: Of the fit.
+    """
+
+    prior: Prior
+    mass: float
+    simulations: int
+    rows: int
+    history: Any
+
+
+def truncated_rounds(
+    key: Key,
+    estimator: Estimator,
+    simulator: Simulator,
+    x: Obs,
+    *,
+    simulations: int,
+    rounds: int = 10,
+    paying: float = 0.7,
+    folder: str | os.PathLike[str] | None = None,
+    executor: Executor | None = None,
+    progress: bool = True,
+) -> tuple[Posterior, list[Round]]:
+    """Fit to simulations from a prior that is cut, in rounds, to where the posterior at x may be.
+
+    Each round simulates from the prior within a box, fits to all simulations in it, and cuts the
+    box to what its posterior's draws at x fill, and a margin. In a box the simulations of all
+    rounds are distributed as the prior is: no correction is needed, and none is made. A posterior
+    that misses a mode in an early round never sees it again; `Round.mass` says how much was cut.
+
+    Args:
+        key: Random key.
+        estimator: An `NPE`, or a `Stack` of these.
+        simulator: As for `sf.simulate`.
+        x: The observation, one.
+        simulations: New simulations of a round.
+        rounds: Most rounds.
+        paying: The rounds end when the next box would hold more than this share of the present one.
+        folder: Where the simulations and the boxes are kept, so that rounds which are finished are
+            not repeated after an interrupt; None keeps nothing.
+        executor: As for `sf.simulate`.
+        progress: Show progress bars.
+
+    Returns:
+        The posterior, whose prior is the last box, so that `sf.check` draws from there, and what
+        happened in each round. It is a posterior for observations such as x alone.
+
+    Raises:
+        ValueError: A number is out of range, or the estimator is of another kind.
+        SimulationFailed: All simulations of a round failed.
+
+    References:
+        Truncated proposals, arXiv:2210.04815.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist, sbi_flows as sf
+        >>> prior = dist.Uniform(-10.0, 10.0).expand([1])
+        >>> noisy = lambda key, theta: theta + 0.1 * jax.random.normal(key, (1,))
+        >>> small = sf.NPE(prior, sf.MAF(transforms=1, hidden=(8,)), members=1)
+        >>> key, x = jax.random.key(0), jax.numpy.ones(1)
+        >>> posterior, rounds = truncated_rounds(key, small, noisy, x, simulations=200, rounds=2)
+        >>> rounds[1].mass < 0.5
+        True
+    """
+    require_object("estimator", estimator, (NPE, Stack), "an sf.NPE or an sf.Stack")
+    require_count(1, simulations=simulations, rounds=rounds)
+    require_positive(paying=paying)
+    require_fraction(paying=paying)
+    kept = _Kept(folder)
+    prior, parts, done = _prior_of(estimator), [], []
+    current: Prior = prior
+    for r in range(rounds):
+        simulate_key, fit_key, draw_key = jax.random.split(jax.random.fold_in(key, r), 3)
+        settings = {"executor": executor, "progress": progress}
+        parts.append(kept.simulate(r, simulate_key, current, simulator, simulations, settings))
+        last = r == rounds - 1
+        box = kept.box(r, prior)
+        if box is not None and not last:
+            # a round that was finished before: its box is all that the next one needs
+            current = box
+            continue
+        rows = _inside(current, parts)
+        posterior, history = _with_prior(estimator, current).fit(fit_key, rows, progress=progress)
+        done.append(Round(current, _mass(current), simulations, len(rows), history))
+        box = _box(prior, current, posterior.sample(draw_key, x, DRAWS))
+        if last or box.mass > paying * _mass(current):
+            return posterior, done
+        kept.keep(r, box)
+        current = box
+    raise AssertionError("the last round returns")
+
+
+def _prior_of(estimator: NPE | Stack) -> Prior:
+    return estimator.prior if isinstance(estimator, NPE) else estimator.estimators[0].prior
+
+
+def _with_prior(estimator: Estimator, prior: Prior) -> Estimator:
+    if isinstance(estimator, NPE):
+        return dataclasses.replace(estimator, prior=prior)
+    return Stack([dataclasses.replace(part, prior=prior) for part in estimator.estimators])
+
+
+def _mass(prior: Prior) -> float:
+    return prior.mass if isinstance(prior, BoxPrior) else 1.0
+
+
+def _box(prior: Prior, current: Prior, draws: Any) -> BoxPrior:
+    """What the draws fill, and a margin, within the present box."""
+    y = np.asarray(prior.to_standard(draws), float)
+    low, high = y.min(axis=0), y.max(axis=0)
+    margin = MARGIN * (high - low)
+    low, high = low - margin, high + margin
+    if isinstance(current, BoxPrior):
+        low, high = np.maximum(low, current.low), np.minimum(high, current.high)
+    return BoxPrior(prior, low, high)
+
+
+def _inside(prior: Prior, parts: list[Simulations]) -> Simulations:
+    """The rows of all rounds that lie in the present box."""
+    chosen = [part[np.flatnonzero(prior.contains(part.theta))] for part in parts]
+    rounds = np.concatenate([np.full(len(part), r) for r, part in enumerate(chosen)])
+    x = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(part.x for part in chosen))
+    theta, valid = (jnp.concatenate([getattr(p, n) for p in chosen]) for n in ("theta", "valid"))
+    return Simulations(theta, x, valid=valid, round=rounds)
+
+
+class _Kept:
+    """Simulations and boxes of finished rounds, in a folder or nowhere."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+        self._folder = None if folder is None else Path(folder)
+        self._boxes: list[list[list[float]]] = []
+        if self._folder is not None and self._path.exists():
+            self._boxes = json.loads(self._path.read_text())
+
+    @property
+    def _path(self) -> Path:
+        assert self._folder is not None
+        return self._folder / "boxes.json"
+
+    def simulate(
+        self, r: int, key: Key, prior: Prior, simulator: Simulator, n: int, settings: dict[str, Any]
+    ) -> Simulations:
+        """The simulations of a round, those that are there already included."""
+        if self._folder is None:
+            return simulate(key, prior, simulator, n, **settings)
+        store = SimulationStore(self._folder / f"round-{r:03d}.zarr")
+        return store.simulate(key, prior, simulator, n, **settings)
+
+    def box(self, r: int, prior: Prior) -> BoxPrior | None:
+        """The box that a finished round left."""
+        return BoxPrior(prior, *self._boxes[r]) if r < len(self._boxes) else None
+
+    def keep(self, r: int, box: BoxPrior) -> None:
+        """Write the box that a round leaves."""
+        if self._folder is None:
+            return
+        self._boxes = [*self._boxes[:r], [box.low.tolist(), box.high.tolist()]]
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(json.dumps(self._boxes))
+        partial.replace(self._path)

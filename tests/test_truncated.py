@@ -1,0 +1,151 @@
+"""Priors cut to a box, and rounds that simulate within one."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+from scipy.stats import kstest, truncnorm
+
+import sbi_flows as sf
+from sbi_flows.estimators import truncated
+from sbi_flows.prior_box import BoxPrior
+from tests import cases
+
+pytestmark = pytest.mark.promotes
+
+BASE = sf.as_prior(
+    {
+        "level": dist.Normal(1.0, 2.0),
+        "rate": dist.LogNormal(0.0, 1.0),
+        "share": dist.Uniform(-1.0, 3.0),
+        "parts": dist.Dirichlet(jnp.ones(3)),
+    }
+)
+LOW, HIGH = [-0.5, 3.0, -1.0, -9.0, -9.0], [1.0, 6.0, 0.5, 9.0, 9.0]
+BOX = BoxPrior(BASE, LOW, HIGH)
+
+
+def test_draws_of_a_box_are_those_of_the_prior_that_lie_in_it():
+    draws = np.asarray(BOX.sample(jax.random.key(0), 4000))
+    assert np.all(BOX.contains(draws))
+    level, rate = (draws[:, 0] - 1.0) / 2.0, np.log(draws[:, 1])
+    assert kstest(level, truncnorm(-0.5, 1.0).cdf).pvalue > 1e-3
+    # far in the tail, where single precision has few numbers next to one
+    assert kstest(rate, truncnorm(3.0, 6.0).cdf).pvalue > 1e-3
+    half = np.sqrt(3.0)
+    share = (draws[:, 2] + 1.0) / 4.0 * 2 * half - half
+    assert kstest(share, "uniform", args=(-1.0, 1.5)).pvalue > 1e-3
+    # what has no CDF is as it was
+    np.testing.assert_allclose(draws[:, 3:].mean(axis=0), 1 / 3, atol=0.02)
+    inside = np.asarray(BASE.sample(jax.random.key(1), 200_000))
+    assert np.mean(BOX.contains(inside)) == pytest.approx(BOX.mass, abs=2e-4)
+
+
+def test_its_density_is_the_prior_s_over_the_mass_of_the_box():
+    draws = BOX.sample(jax.random.key(0), 50)
+    expected = np.asarray(BASE.log_prob(draws)) - np.log(BOX.mass)
+    np.testing.assert_allclose(BOX.log_prob(draws), expected, rtol=1e-4, atol=1e-4)
+    outside = BASE.sample(jax.random.key(1), 50)
+    outside = outside[~np.asarray(BOX.contains(outside))]
+    assert np.all(np.isneginf(BOX.log_prob(outside)))
+
+
+def test_its_standard_coordinates_are_a_bijection_with_this_jacobian():
+    assert BOX.bounded == (True, True, True, False, False)
+    y = jax.random.uniform(jax.random.key(0), (20, 5), minval=-1.7, maxval=1.7)
+    theta = BOX.from_standard(y)
+    assert np.all(BOX.contains(theta))
+    np.testing.assert_allclose(BOX.to_standard(theta), y, atol=2e-3)
+    # the prior is uniform in what is cut
+    log_prob = BOX.log_prob(theta) + BOX.standard_log_det(y, theta)
+    free = BASE.log_prob(theta) + BASE.standard_log_det(BASE.to_standard(theta), theta)
+    cut = BASE.to_standard(theta)
+    normal = jax.scipy.stats.norm.logpdf(cut[:, :2]).sum(axis=1)
+    rest = free - normal + np.log(2 * np.sqrt(3.0))
+    np.testing.assert_allclose(log_prob, rest - 3 * np.log(2 * np.sqrt(3.0)), atol=2e-3)
+
+
+def test_a_box_says_how_much_is_left_and_which_it_is():
+    assert repr(BOX).startswith("Prior(level: Normal[]") and "of its mass" in repr(BOX)
+    assert BOX.matches(BoxPrior(BASE, LOW, HIGH))
+    assert not BOX.matches(BASE)
+    assert not BOX.matches(BoxPrior(BASE, LOW, np.array(HIGH) + 0.1))
+    with pytest.raises(ValueError, match="low, high: expected 5 bounds with low < high"):
+        BoxPrior(BASE, HIGH, LOW)
+    with pytest.raises(ValueError, match="low, high: expected 5 bounds"):
+        BoxPrior(BASE, [0.0], [1.0])
+
+
+PRIOR = {"place": dist.Normal(0.0, 10.0).expand([2])}
+SMALL = sf.NPE(PRIOR, cases.DENSITIES["MAF"], training=sf.Training(max_epochs=8), members=2)
+SEEN = np.array([3.0, -2.0], np.float32)
+
+
+def noisy(key, theta):
+    return theta["place"] + 0.2 * jax.random.normal(key, (2,))
+
+
+def rounds_of(**settings):
+    given = {"simulations": 300, "rounds": 4, "progress": False, **settings}
+    return sf.truncated_rounds(jax.random.key(0), SMALL, noisy, SEEN, **given)
+
+
+def test_rounds_close_in_on_the_posterior_and_do_not_bias_it():
+    posterior, rounds = rounds_of()
+    masses = [r.mass for r in rounds]
+    assert masses[0] == 1.0 and masses[-1] < 0.02
+    assert all(a > b for a, b in itertools.pairwise(masses))
+    assert all(r.simulations == 300 for r in rounds)
+    # new ones, and those of earlier rounds that lie in the box
+    assert rounds[1].rows > 300
+    draws = np.asarray(posterior.sample(jax.random.key(1), SEEN, 4000))
+    np.testing.assert_allclose(draws.mean(axis=0), SEEN / 1.0004, atol=0.06)
+    np.testing.assert_allclose(draws.std(axis=0), 0.2, rtol=0.25)
+    assert np.all(posterior.prior.contains(draws))
+
+
+def test_the_check_draws_from_the_prior_that_was_cut():
+    posterior, _ = rounds_of(rounds=2)
+    assert "cut to" in repr(posterior.prior)
+    report = sf.check(jax.random.key(2), posterior, noisy, datasets=100, draws=100, progress=False)
+    theta = np.asarray(posterior.prior.sample(jax.random.key(3), 100))
+    assert np.abs(theta - SEEN).max() < 15.0
+    assert report.num_datasets == 100
+
+
+def test_rounds_end_when_they_do_not_pay():
+    _, rounds = rounds_of(rounds=10, paying=0.05)
+    assert len(rounds) < 5
+
+
+def test_rounds_that_are_kept_are_not_repeated(tmp_path, monkeypatch):
+    posterior, rounds = rounds_of(folder=tmp_path)
+    fits, fit = [], sf.NPE.fit
+    monkeypatch.setattr(sf.NPE, "fit", lambda *a, **k: fits.append(1) or fit(*a, **k))
+    again, last = rounds_of(folder=tmp_path)
+    assert len(fits) == len(last) == 1
+    assert last[0].mass == rounds[-1].mass
+    key = jax.random.key(5)
+    np.testing.assert_array_equal(posterior.sample(key, SEEN, 20), again.sample(key, SEEN, 20))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rounds": 0}, "rounds: expected a whole number of at least 1, got 0"),
+        ({"simulations": 0}, "simulations: expected a whole number"),
+        ({"paying": 1.5}, "paying: expected a number"),
+    ],
+)
+def test_settings_that_make_no_rounds_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        rounds_of(**settings)
+
+
+def test_a_stack_goes_through_rounds_as_well():
+    stack = sf.Stack([SMALL, SMALL])
+    cut = truncated._with_prior(stack, BOX)
+    assert [e.prior for e in cut.estimators] == [BOX, BOX]
