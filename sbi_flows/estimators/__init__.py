@@ -4,4 +4,3 @@ from sbi_flows.estimators.distillation import distil as distil
 from sbi_flows.estimators.emulator import Emulator as Emulator
 from sbi_flows.estimators.npe import NPE as NPE
 from sbi_flows.estimators.stack import Stack as Stack
-from sbi_flows.estimators.truncated import truncated_rounds as truncated_rounds
