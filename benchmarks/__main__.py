@@ -100,6 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(command=_demo)
     _add_folder(demo, "--folder", "demo")
+    uses = commands.add_parser(
+        "uses", help="two real uses: an epidemic, a hierarchical model", prog="benchmarks uses"
+    )
+    uses.set_defaults(command=_uses)
+    _add_folder(uses, "--folder", "uses")
     speed = commands.add_parser(
         "speed", help="training steps, check and a cold process", prog="benchmarks speed"
     )
@@ -208,6 +213,13 @@ def _demo(arguments: argparse.Namespace) -> None:
     from benchmarks import demo
 
     demo.run(folder)
+
+
+def _uses(arguments: argparse.Namespace) -> None:
+    folder = writable_folder(arguments.folder, "--folder")
+    from benchmarks import uses
+
+    uses.run(folder)
 
 
 def _speed(arguments: argparse.Namespace) -> None:

@@ -93,6 +93,7 @@ def rounds_of(**settings):
     return sf.truncated_rounds(jax.random.key(0), SMALL, noisy, SEEN, **given)
 
 
+@pytest.mark.slow
 def test_rounds_close_in_on_the_posterior_and_do_not_bias_it():
     posterior, rounds = rounds_of()
     masses = [r.mass for r in rounds]
@@ -108,7 +109,13 @@ def test_rounds_close_in_on_the_posterior_and_do_not_bias_it():
 
 
 def test_the_check_draws_from_the_prior_that_was_cut():
-    posterior, _ = rounds_of(rounds=2)
+    posterior, rounds = rounds_of(rounds=2)
+    # new ones, and those of the first round that lie in the box
+    assert rounds[1].mass < 0.1
+    assert 300 < rounds[1].rows < 400
+    draws = np.asarray(posterior.sample(jax.random.key(1), SEEN, 2000))
+    np.testing.assert_allclose(draws.mean(axis=0), SEEN, atol=0.15)
+    assert np.all(posterior.prior.contains(draws))
     assert "cut to" in repr(posterior.prior)
     report = sf.check(jax.random.key(2), posterior, noisy, datasets=100, draws=100, progress=False)
     theta = np.asarray(posterior.prior.sample(jax.random.key(3), 100))
@@ -116,11 +123,13 @@ def test_the_check_draws_from_the_prior_that_was_cut():
     assert report.num_datasets == 100
 
 
+@pytest.mark.slow
 def test_rounds_end_when_they_do_not_pay():
     _, rounds = rounds_of(rounds=10, paying=0.05)
     assert len(rounds) < 5
 
 
+@pytest.mark.slow
 def test_rounds_that_are_kept_are_not_repeated(tmp_path, monkeypatch):
     posterior, rounds = rounds_of(folder=tmp_path)
     fits, fit = [], sf.NPE.fit
