@@ -27,6 +27,7 @@ from .errors import SbiFlowsError as SbiFlowsError
 from .errors import SbiFlowsWarning as SbiFlowsWarning
 from .errors import SimulationFailed as SimulationFailed
 from .errors import SolveFailed as SolveFailed
+from .errors import StoreBusy as StoreBusy
 from .errors import StoreSpoilt as StoreSpoilt
 from .errors import TrainingDiverged as TrainingDiverged
 from .estimators.distillation import distil as distil

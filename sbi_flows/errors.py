@@ -32,6 +32,10 @@ class StoreSpoilt(SbiFlowsError):
     """A file of a `SimulationStore` is not what was written."""
 
 
+class StoreBusy(SbiFlowsError):
+    """Another process is writing into a `SimulationStore`."""
+
+
 class SolveFailed(SbiFlowsError):
     """The ODE of a continuous flow was not solved: it needs more steps, or is not finite.
 

@@ -1,7 +1,6 @@
 """Where simulations run that are no JAX functions: in processes of this machine, or of a cluster.
 
-Public names: `Executor`, `Limits`, `Processes`, `Dask`, `Process`, `Task`, `packed`,
-`Outside`, `Row`, `row_seeds`.
+Public names: `Executor`, `Processes`, `Dask`, `Task`, `Outside`, `Row`, `row_seeds`.
 
 Each simulation has a seed of its own, so the result is the same whatever runs it, in what order and
 in chunks of what size. It runs in a process that may die: what is lost then is one row.
@@ -11,16 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import itertools
 import os
 import queue
-import signal
-import subprocess
-import sys
-import tempfile
 import threading
-from collections.abc import Iterator, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -28,41 +22,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbi_flows.checks import require_count
-from sbi_flows.errors import SimulationFailed
+from sbi_flows.processes import Limits, Process, packed
 from sbi_flows.typing import Key
 from sbi_flows.worker import Job, Row
 
-_SAID = 2_000
-"""Bytes of what a simulation has printed that a failure report quotes, at the most."""
+_WAITING = 64
+"""Finished rows a worker that wait to be read, at the most."""
 
-_GRACE = 5.0
-"""Seconds from the end of a process's pipes to its own, at the most."""
-
-_KEPT = 2**20
-"""Bytes of it that are kept, at the most."""
 
 Task = tuple[int, int, Any]
 """Number of a row, its seed, and its parameters: an array or a dict of arrays."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What one simulation may take.
-
-    Attributes:
-        seconds: Time after which it is stopped; None for any time.
-        retries: How often one that failed is run again, with the same seed.
-    """
-
-    seconds: float | None = None
-    retries: int = 0
 
 
 @runtime_checkable
 class Executor(Protocol):
     """A frozen description of where simulations run."""
 
-    def run(self, job: Job, limits: Limits, tasks: Sequence[Task]) -> Iterator[tuple[int, Row]]:
+    def run(self, job: Job, limits: Limits, tasks: Iterable[Task]) -> Iterator[tuple[int, Row]]:
         """Number and outcome of each row, in any order, as they are finished."""
         ...
 
@@ -109,22 +85,24 @@ class Processes:
         if self.workers is not None:
             require_count(1, workers=self.workers)
 
-    def run(self, job: Job, limits: Limits, tasks: Sequence[Task]) -> Iterator[tuple[int, Row]]:
+    def run(self, job: Job, limits: Limits, tasks: Iterable[Task]) -> Iterator[tuple[int, Row]]:
         """Number and outcome of each row, in any order, as they are finished."""
-        todo: queue.SimpleQueue[Task] = queue.SimpleQueue()
-        done: queue.SimpleQueue[tuple[int, Row] | BaseException] = queue.SimpleQueue()
-        for task in tasks:
-            todo.put(task)
-        count = min(len(tasks), self.workers or _cores())
+        todo, lock = iter(tasks), threading.Lock()
+        count = self.workers or _cores()
+        # what is finished waits for who reads it, and the simulations with it
+        done: queue.Queue[tuple[int, Row] | BaseException | None] = queue.Queue(_WAITING * count)
         processes = [Process(packed(job)) for _ in range(count)]
 
         def work(process: Process) -> None:
             try:
                 while not process.closed:
-                    row, seed, theta = todo.get_nowait()
+                    with lock:
+                        task = next(todo, None)
+                    if task is None:
+                        break
+                    row, seed, theta = task
                     done.put((row, process.run(seed, theta, limits)))
-            except queue.Empty:
-                return
+                done.put(None)
             except BaseException as error:  # a thread must not die unheard
                 done.put(error)
 
@@ -132,16 +110,21 @@ class Processes:
         for thread in threads:
             thread.start()
         try:
-            for _ in tasks:
+            left = count
+            while left:
                 found = done.get()
                 if isinstance(found, BaseException):
                     raise found
-                yield found
+                if found is None:
+                    left -= 1
+                else:
+                    yield found
         finally:
             for process in processes:
                 process.stop()
-            for thread in threads:
-                thread.join()
+            while any(thread.is_alive() for thread in threads):
+                with contextlib.suppress(queue.Empty):
+                    done.get(timeout=0.05)
             for process in processes:
                 process.close()
 
@@ -174,32 +157,57 @@ class Dask:
         """Refuse a number that runs nothing."""
         require_count(1, rows=self.rows)
 
-    def run(self, job: Job, limits: Limits, tasks: Sequence[Task]) -> Iterator[tuple[int, Row]]:
+    def run(self, job: Job, limits: Limits, tasks: Iterable[Task]) -> Iterator[tuple[int, Row]]:
         """Number and outcome of each row, in any order, as they are finished."""
         from dask.distributed import Client, as_completed
 
-        given = isinstance(self.client, str)
+        given, sent = isinstance(self.client, str), packed(job)
         client = Client(self.client) if given else self.client
-        chunks = [tasks[i : i + self.rows] for i in range(0, len(tasks), self.rows)]
-        sent = client.scatter(packed(job), broadcast=True, hash=True)
-        futures = {client.submit(_on_worker, sent, limits, c, pure=False): c for c in chunks}
+        chunks = _batched(tasks, self.rows)
+        held: dict[Any, list[Task]] = {}
+
+        def submit(count: int) -> list[Any]:
+            fresh = itertools.islice(chunks, count)
+            futures = {client.submit(_on_worker, sent, limits, c, pure=False): c for c in fresh}
+            held.update(futures)
+            return list(futures)
+
         try:
-            for future in as_completed(list(futures)):
-                if future.status == "finished":
-                    yield from future.result()
-                    continue
-                reason = f"lost with its workers: {future.exception()}"
-                yield from ((row, Row(None, reason)) for row, *_ in futures[future])
+            # some for each thread, so that none waits; not all, which would be kept in memory
+            threads: Any = client.ncores()
+            finished = as_completed(submit(4 * max(1, sum(threads.values()))))
+            for future in finished:
+                yield from _outcomes(future, held.pop(future))
+                future.release()
+                for following in submit(1):
+                    finished.add(following)
         finally:
-            client.cancel(list(futures))
+            client.cancel(list(held))
             if given:
                 client.close()
+
+
+def _batched(tasks: Iterable[Task], size: int) -> Iterator[list[Task]]:
+    """The tasks in lists of this size."""
+    iterator = iter(tasks)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk
+
+
+def _outcomes(future: Any, tasks: list[Task]) -> list[tuple[int, Row]]:
+    """What a task of Dask has found; rows that killed their workers again and again have failed."""
+    from dask.distributed import KilledWorker
+
+    try:
+        return future.result()
+    except KilledWorker:
+        return [(row, Row(None, "was lost with several workers in turn")) for row, *_ in tasks]
 
 
 _HELD = threading.local()
 
 
-def _on_worker(job: bytes, limits: Limits, tasks: Sequence[Task]) -> list[tuple[int, Row]]:
+def _on_worker(job: bytes, limits: Limits, tasks: list[Task]) -> list[tuple[int, Row]]:
     """Run some rows in the process that this thread of a Dask worker keeps."""
     if getattr(_HELD, "job", None) != job:
         if hasattr(_HELD, "process"):
@@ -208,177 +216,8 @@ def _on_worker(job: bytes, limits: Limits, tasks: Sequence[Task]) -> list[tuple[
     return [(row, _HELD.process.run(seed, theta, limits)) for row, seed, theta in tasks]
 
 
-def packed(job: Job) -> bytes:
-    """The job as it is sent to another process.
-
-    Raises:
-        ValueError: Its function cannot be sent.
-    """
-    import cloudpickle
-
-    try:
-        return cloudpickle.dumps(job)
-    except Exception as error:  # whatever an object's own pickling raises
-        raise ValueError(
-            "simulator: expected a function that can be sent to another process, got "
-            f"{type(error).__name__}: {error}"
-        ) from error
-
-
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-_COMMAND = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[3])
-from sbi_flows.worker import serve
-serve(int(sys.argv[1]), int(sys.argv[2]))
-"""
-
-
-class Process:
-    """A worker process, started when it is first needed and again after each death.
-
-    Args:
-        job: What it runs, as `packed` says.
-    """
-
-    def __init__(self, job: bytes) -> None:
-        """Hold the job."""
-        self._job, self.closed = job, False
-        self._held: _Held | None = None
-        self._lock = threading.Lock()
-
-    def run(self, seed: int, theta: Any, limits: Limits) -> Row:
-        """Run one simulation, again if it fails and that is allowed.
-
-        Raises:
-            SimulationFailed: The process cannot load the job.
-        """
-        row = Row(None, "not run")
-        for _ in range(1 + limits.retries):
-            row = self._run_once(seed, theta, limits.seconds)
-            if row.x is not None or self.closed:
-                break
-        return row
-
-    def stop(self) -> None:
-        """Stop the process, whatever it is doing; it is not started again."""
-        with self._lock:
-            self.closed, held = True, self._held
-        if held is not None:
-            held.stop()
-
-    def close(self) -> None:
-        """Stop the process, which does nothing, and let go of its pipes."""
-        self.stop()
-        if self._held is not None:
-            self._held.forget()
-            self._held = None
-
-    def _run_once(self, seed: int, theta: Any, seconds: float | None) -> Row:
-        import cloudpickle
-
-        held = self._started()
-        if held is None:
-            return Row(None, "not run: the process was closed")
-        began = held.printed()
-        try:
-            held.send.send_bytes(cloudpickle.dumps((seed, theta)))
-            if not held.receive.poll(seconds):
-                return Row(None, f"stopped after {seconds:g} s" + self._ended(held, began))
-            row = cloudpickle.loads(held.receive.recv_bytes())
-        except (EOFError, OSError):
-            death = held.death()
-            return Row(None, f"its process {death}" + self._ended(held, began))
-        return row if row.x is not None else Row(None, row.reason + held.said(began))
-
-    def _started(self) -> _Held | None:
-        with self._lock:
-            if self._held is None and not self.closed:
-                self._held = _Held(self._job)
-            return self._held
-
-    def _ended(self, held: _Held, began: int) -> str:
-        """Stop the process and forget it; what it has printed."""
-        held.stop()
-        with self._lock:
-            self._held = None
-        said = held.said(began)
-        held.forget()
-        return said
-
-
-class _Held:
-    """One life of a worker process, with the pipes to it and what it prints."""
-
-    def __init__(self, job: bytes) -> None:
-        ours_in, theirs_out = os.pipe()
-        theirs_in, ours_out = os.pipe()
-        self.receive = Connection(ours_in, writable=False)
-        self.send = Connection(ours_out, readable=False)
-        self._file = tempfile.TemporaryFile("a+b")
-        ends = (theirs_in, theirs_out)
-        threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _COMMAND, *map(str, ends), json.dumps(sys.path)],
-                env={**threads, **os.environ},
-                pass_fds=ends,
-                stdin=subprocess.DEVNULL,
-                stdout=self._file,
-                stderr=self._file,
-                # an interrupt is ours to handle; and what it starts can be stopped with it
-                start_new_session=True,
-            )
-        finally:
-            for end in ends:
-                os.close(end)
-        try:
-            self.send.send_bytes(job)
-            self.receive.recv_bytes()
-        except (EOFError, OSError):
-            raise SimulationFailed(
-                f"simulator: the process for it {self.death()}{self.said(0)}"
-            ) from None
-
-    def stop(self) -> None:
-        """Kill the process and all that it has started."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-    def forget(self) -> None:
-        """Close the pipes to a process that has ended, and what it printed."""
-        for end in (self.send, self.receive, self._file):
-            end.close()
-
-    def death(self) -> str:
-        """How the process, whose pipes are closed, ended, in words."""
-        try:
-            status = self._process.wait(timeout=_GRACE)
-        except subprocess.TimeoutExpired:
-            self.stop()
-            return "closed its pipes"
-        if status < 0:
-            return f"was ended by {signal.Signals(-status).name}"
-        return f"ended with status {status}"
-
-    def printed(self) -> int:
-        """Bytes that were printed so far; from time to time they are forgotten."""
-        size = os.fstat(self._file.fileno()).st_size
-        if size < _KEPT:
-            return size
-        self._file.truncate(0)
-        return 0
-
-    def said(self, began: int) -> str:
-        """The end of what was printed since then, to be put after a reason."""
-        size = os.fstat(self._file.fileno()).st_size
-        first = max(began, size - _SAID)
-        text = os.pread(self._file.fileno(), size - first, first).decode(errors="replace").strip()
-        return f"; it printed: {text}" if text else ""
 
 
 def row_seeds(keys: Key) -> list[int]:

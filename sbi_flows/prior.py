@@ -65,7 +65,7 @@ class Prior:
         self.event_shapes = {n: (*d.batch_shape, *d.event_shape) for n, d in sites.items()}
         self.is_named = is_named
         self._sites = dict(sites)
-        self._model = model
+        self._model, self._dependent = model, dependent
         self._maps: dict[str, SiteMap] = {
             n: site_map(d, dependent=n in dependent) for n, d in sites.items()
         }
@@ -90,7 +90,8 @@ class Prior:
         """Whether the other has the same parameters with the same distributions."""
         pairs = [(site, other._sites.get(name)) for name, site in self._sites.items()]
         return (
-            self.event_shapes == other.event_shapes
+            type(self) is type(other)
+            and self.event_shapes == other.event_shapes
             and self.is_named == other.is_named
             and self._model is other._model
             and all(type(_base(a)) is type(_base(b)) and _same(a, b) for a, b in pairs)

@@ -42,7 +42,8 @@ class BoxPrior(Prior):
         mass: Probability of the box under the prior.
 
     Raises:
-        ValueError: The bounds have another shape or are in no order.
+        ValueError: The bounds have another shape or are in no order, or the prior is a box, or has
+            parameters that depend on each other.
 
     Example:
         >>> import jax, numpyro.distributions as dist, sbi_flows as sf
@@ -53,6 +54,11 @@ class BoxPrior(Prior):
 
     def __init__(self, base: Prior, low: npt.ArrayLike, high: npt.ArrayLike) -> None:
         """Take over what the prior has, and cut it."""
+        if isinstance(base, BoxPrior) or base._dependent:
+            raise ValueError(
+                "base: expected a prior that is not cut, of parameters that do not depend on each "
+                f"other, got {base}, of which {', '.join(sorted(base._dependent)) or 'none'} do"
+            )
         low, high = (np.array(bound, float) for bound in (low, high))
         if low.shape != (base.standard_dim,) or high.shape != low.shape or np.any(low >= high):
             raise ValueError(

@@ -6,6 +6,8 @@ Public names: `simulate`, `simulate_at`, `simulated_rows`, `identity`,
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import math
 import warnings
 from collections import Counter
@@ -198,8 +200,10 @@ def simulated_rows(
     pieces = [
         (i, min(i + chunk, stop)) for start, stop in missing for i in range(start, stop, chunk)
     ]
-    simulated = _outside_pieces if isinstance(simulator, Outside) else _traced_pieces
-    yield from simulated(key, prior, simulator, pieces, chunk, executor)
+    if isinstance(simulator, Outside):
+        yield from _outside_pieces(key, prior, simulator, pieces, chunk, executor)
+    else:
+        yield from _traced_pieces(key, prior, simulator, pieces, chunk)
 
 
 def _traced_pieces(
@@ -208,7 +212,6 @@ def _traced_pieces(
     simulator: Simulator,
     pieces: list[tuple[int, int]],
     chunk: int,
-    executor: None,
 ) -> Iterator[tuple[int, np.ndarray, dict[str, np.ndarray], dict[int, str]]]:
     simulator = _with_present_state(simulator)
     for start, stop in pieces:
@@ -229,25 +232,28 @@ def _outside_pieces(
     executor: Executor | None,
 ) -> Iterator[tuple[int, np.ndarray, dict[str, np.ndarray], dict[int, str]]]:
     """All of them in one run, each when its last row is finished."""
-    tasks: list[Task] = []
-    open_pieces: dict[int, tuple[np.ndarray, dict[str, np.ndarray], dict[int, str], set[int]]] = {}
-    owner: dict[int, int] = {}
-    for start, stop in pieces:
-        count = stop - start
-        theta, keys = (a[:count] for a in _rows_at(prior, key, start, chunk))
-        tasks += _tasks(prior, theta, keys, start)
-        rows = range(start, stop)
-        open_pieces[start] = np.asarray(theta), _empty(simulator, count), {}, set(rows)
-        owner |= dict.fromkeys(rows, start)
+    stops = dict(pieces)
+    thetas: dict[int, np.ndarray] = {}
+    starts: dict[int, int] = {}
+    opened: dict[int, tuple[dict[str, np.ndarray], dict[int, str]]] = {}
+    left: dict[int, int] = {}
+
+    def tasks() -> Iterator[Task]:
+        for start, stop in pieces:
+            theta, keys = (a[: stop - start] for a in _rows_at(prior, key, start, chunk))
+            thetas[start], left[start] = np.asarray(theta), stop - start
+            starts.update(dict.fromkeys(range(start, stop), start))
+            yield from _tasks(prior, theta, keys, start)
+
     chosen = simulator.executor if executor is None else executor
-    for i, row in chosen.run(simulator.job, simulator.limits, tasks):
-        start = owner[i]
-        theta, x, reasons, left = open_pieces[start]
-        _put(x, reasons, i, i - start, row)
-        left.discard(i)
-        if not left:
-            del open_pieces[start]
-            yield start, theta, x, reasons
+    for i, row in chosen.run(simulator.job, simulator.limits, tasks()):
+        start = starts.pop(i)
+        if start not in opened:
+            opened[start] = _empty(simulator, stops[start] - start), {}
+        _put(*opened[start], i, i - start, row)
+        left[start] -= 1
+        if not left[start]:
+            yield start, thetas.pop(start), *opened.pop(start)
 
 
 def identity(simulator: Simulator, prior: Prior) -> dict[str, Any]:
@@ -267,10 +273,28 @@ def identity(simulator: Simulator, prior: Prior) -> dict[str, Any]:
         if not all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in parts.values()):
             raise ValueError(f"simulator: expected an array or a dict of arrays, got {x}")
         outputs = {name: [list(leaf.shape), leaf.dtype.str] for name, leaf in parts.items()}
-    while isinstance(function, partial):
-        function = function.func
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    return {"name": f"{getattr(function, '__module__', '')}.{name}", "outputs": outputs}
+    return {"name": _named(function), "outputs": outputs}
+
+
+def _named(value: Any) -> str:
+    """What a function, or what is called like one, is known by in another process."""
+    if isinstance(value, partial):
+        inner = [_named(v) for v in value.args]
+        inner += [f"{k}={_named(v)}" for k, v in value.keywords.items()]
+        return f"{_named(value.func)}({', '.join(inner)})"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        inner = [f"{k}={_named(v)}" for k, v in fields.items()]
+        return f"{type(value).__qualname__}({', '.join(inner)})"
+    name = getattr(value, "__qualname__", None)
+    if name is not None:
+        return f"{getattr(value, '__module__', '')}.{name}"
+    if isinstance(value, np.ndarray | jax.Array):
+        digest = hashlib.sha256(np.asarray(value).tobytes()).hexdigest()
+        return f"array{np.shape(value)}-{digest[:16]}"
+    said = repr(value)
+    # an address is another one in the next process
+    return type(value).__qualname__ if " at 0x" in said else said
 
 
 @partial(jax.jit, static_argnums=(0, 3))

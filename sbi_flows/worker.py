@@ -8,6 +8,7 @@ Public names: `Job`, `Row`, `ran`, `serve`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -16,6 +17,8 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import numpy as np
+
+OUT_OF_MEMORY = "ran out of memory"
 
 
 class Job(NamedTuple):
@@ -44,7 +47,7 @@ def ran(job: Job, seed: int, theta: Any) -> Row:
     try:
         return Row(checked(job.outputs, job.function(seed, theta)))
     except MemoryError:
-        return Row(None, "out of memory")
+        return Row(None, OUT_OF_MEMORY)
     except Exception as error:  # whatever a simulator raises is a failure of its row
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{os.path.basename(last.filename)}, line {last.lineno}"
@@ -68,10 +71,12 @@ def checked(outputs: dict[str, tuple[tuple[int, ...], str]], x: Any) -> dict[str
             raise ValueError(
                 f"{what}expected numbers of shape {shape}, got {value.dtype} of shape {value.shape}"
             )
-        # a whole number in a float array is one; a float in an array of whole numbers is cut
-        if not np.can_cast(value.dtype, dtype, casting="same_kind"):
-            raise ValueError(f"{what}expected {dtype}, got {value.dtype}")
-        found[name] = value.astype(dtype)
+        cast = value.astype(dtype)
+        if cast.dtype.kind in "biu" and not np.array_equal(cast, value):
+            raise ValueError(
+                f"{what}expected numbers that {dtype} holds, got {value.dtype} {value}"
+            )
+        found[name] = cast
     return found
 
 
@@ -87,11 +92,21 @@ def _limit(memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (held + memory, held + memory))
 
 
+def _die_with_parent() -> None:
+    """End with the thread that started this process (Linux), even in the midst of a simulation."""
+    import ctypes
+    import signal
+
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 def serve(incoming: int, outgoing: int) -> None:
     """Answer rows until the other end is closed."""
     import cloudpickle
 
     receive, send = Connection(incoming, writable=False), Connection(outgoing, readable=False)
+    _die_with_parent()
     # what a simulator prints goes to where its errors go; it reads nothing
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -107,3 +122,5 @@ def serve(incoming: int, outgoing: int) -> None:
         row = ran(job, seed, theta)
         sys.stdout.flush()
         send.send_bytes(cloudpickle.dumps(row))
+        if row.reason == OUT_OF_MEMORY:
+            return

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,10 +18,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from sbi_flows.checks import require_count, require_positive
+from sbi_flows.checks import require_count, require_finite, require_positive
 from sbi_flows.errors import SimulationFailed
-from sbi_flows.execution import Executor, Job, Limits, Processes, row_seeds
+from sbi_flows.execution import Executor, Processes, row_seeds
+from sbi_flows.processes import Limits
 from sbi_flows.typing import Key, Obs
+from sbi_flows.worker import Job
 
 Shape = tuple[int, ...] | Mapping[str, tuple[int, ...]]
 
@@ -115,6 +118,7 @@ def external_simulator(
     require_count(0, retries=retries)
     if timeout is not None:
         require_positive(timeout=timeout)
+        require_finite(timeout=timeout)
     if executor is not None and not isinstance(executor, Executor):
         raise ValueError(f"executor: expected one such as Processes(), got {executor!r}")
     job = Job(function, _outputs(shape, dtype), _bytes(memory))
@@ -161,9 +165,12 @@ def executable(
     given = isinstance(arguments, str) or not arguments
     if given or not all(isinstance(a, str) for a in arguments):
         raise ValueError(f"arguments: expected a list of strings, got {arguments!r}")
+    program = arguments[0]
+    if os.sep in program and "{" not in program:  # it runs in another folder
+        program = os.path.abspath(program)
     first = shape if isinstance(shape, tuple) else ()
     reader = functools.partial(_numbers, first) if read is None else read
-    command = _Command(tuple(arguments), reader, dict(files or {}))
+    command = _Command((program, *arguments[1:]), reader, dict(files or {}))
     return external_simulator(command, shape=shape, **settings)
 
 
@@ -212,6 +219,7 @@ def _bytes(memory: float | None) -> int | None:
     if memory is None:
         return None
     require_positive(memory=memory)
+    require_finite(memory=memory)
     if sys.platform != "linux":
         raise ValueError(f"memory: expected none on {sys.platform}, where it cannot be limited")
     return int(memory * 2**30)

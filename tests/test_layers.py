@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "prior": {"prior_maps"},
     "prior_box": {"prior", "prior_maps"},
     "worker": set(),
-    "execution": {"worker"},
+    "processes": {"worker"},
+    "execution": {"processes", "worker"},
     "data": {"prior"},
     "simulating": {"prior", "data", "execution"},
     "failures": set(),
@@ -62,7 +63,7 @@ OPEN = {"typing", "errors", "checks", "precision"}
 # methods such as `report.plot()` and `posterior.save()` may reach up when they are called
 WITHIN_CALLS = {"plots", "artefact", "arviz_groups"}
 # what a simulator may know of the library
-FOR_SIMULATORS = {"prior", "data", "execution", *OPEN}
+FOR_SIMULATORS = {"prior", "data", "execution", "processes", "worker", *OPEN}
 
 HEAVY = {"arviz", "dask", "diffrax", "matplotlib", "pandas", "sklearn", "xarray", "zarr"}
 

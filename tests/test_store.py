@@ -1,5 +1,6 @@
 """Simulations on disk: what is finished stays, whatever is killed, spoilt or asked for next."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -233,3 +234,25 @@ def test_a_kill_loses_no_finished_chunk(tmp_path, times):
     store.verify()
     assert [c.start for c in store._sealed()] == list(range(0, 600, 20))
     same(expected, store.simulations())
+
+
+def scaled(scale, key, theta):
+    return scale * noisy(key, theta)["size"]
+
+
+def test_a_partial_function_is_another_one_with_other_arguments(tmp_path):
+    stored(tmp_path / "s", 5, functools.partial(scaled, 2.0))
+    stored(tmp_path / "s", 8, functools.partial(scaled, 2.0))
+    with pytest.raises(ValueError, match=r"simulator: expected that of .*scaled\(2.0\)"):
+        stored(tmp_path / "s", 8, functools.partial(scaled, 3.0))
+
+
+def test_a_store_is_written_by_one_process_at_a_time(tmp_path):
+    import fcntl
+
+    store, _ = stored(tmp_path / "s", 5)
+    with open(tmp_path / "s" / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(sf.StoreBusy, match="another process is simulating into it"):
+            stored(tmp_path / "s", 8)
+    assert len(store) == 5

@@ -158,3 +158,31 @@ def test_a_stack_goes_through_rounds_as_well():
     stack = sf.Stack([SMALL, SMALL])
     cut = truncated._with_prior(stack, BOX)
     assert [e.prior for e in cut.estimators] == [BOX, BOX]
+
+
+def nested():
+    import numpyro
+
+    level = numpyro.sample("level", dist.Normal(0.0, 1.0))
+    numpyro.sample("below", dist.Normal(level, 1.0))
+
+
+def test_what_a_box_cannot_be_cut_from_is_refused():
+    with pytest.raises(ValueError, match="of parameters that do not depend on each other"):
+        BoxPrior(sf.as_prior(nested), [-1.0, -1.0], [1.0, 1.0])
+    with pytest.raises(ValueError, match="base: expected a prior that is not cut"):
+        BoxPrior(BOX, LOW, HIGH)
+    assert not BASE.matches(BOX)
+
+
+def test_an_observation_that_is_none_is_refused_before_any_simulation(tmp_path):
+    def wrong(x):
+        return sf.truncated_rounds(jax.random.key(0), SMALL, noisy, x, simulations=10)
+
+    with pytest.raises(ValueError, match="x: expected one observation, of shape"):
+        wrong(np.zeros((3, 2)))
+    with pytest.raises(ValueError, match="x: expected finite values"):
+        wrong(np.array([0.0, np.nan]))
+    truncated._Kept(tmp_path, SEEN).keep(0, BOX)
+    with pytest.raises(ValueError, match="x: expected the observation of the rounds in"):
+        truncated._Kept(tmp_path, SEEN + 1)

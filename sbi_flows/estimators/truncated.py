@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ from sbi_flows.execution import Executor
 from sbi_flows.posteriors import Posterior
 from sbi_flows.prior import Prior
 from sbi_flows.prior_box import BoxPrior
-from sbi_flows.simulating import simulate
+from sbi_flows.simulating import identity, simulate
 from sbi_flows.store import SimulationStore
 from sbi_flows.typing import Key, Obs, Simulator
 
@@ -99,7 +100,9 @@ def truncated_rounds(
         happened in each round. It is a posterior for observations such as x alone.
 
     Raises:
-        ValueError: A number is out of range, or the estimator is of another kind.
+        ValueError: A number is out of range, the estimator is of another kind, x is no observation
+            of the simulator or another one than that of the folder, or parameters of the prior
+            depend on each other.
         SimulationFailed: All simulations of a round failed.
 
     References:
@@ -119,9 +122,12 @@ def truncated_rounds(
     require_count(1, simulations=simulations, rounds=rounds)
     require_positive(paying=paying)
     require_fraction(paying=paying)
-    kept = _Kept(folder)
-    prior, parts, done = _prior_of(estimator), [], []
-    current: Prior = prior
+    current = _prior_of(estimator)
+    prior = current.base if isinstance(current, BoxPrior) else current
+    # refuses priors that cannot be cut
+    BoxPrior(prior, np.full(prior.standard_dim, -1.0), np.full(prior.standard_dim, 1.0))
+    _check_observation(simulator, prior, x)
+    kept, parts, done = _Kept(folder, x), [], []
     for r in range(rounds):
         simulate_key, fit_key, draw_key = jax.random.split(jax.random.fold_in(key, r), 3)
         settings = {"executor": executor, "progress": progress}
@@ -141,6 +147,18 @@ def truncated_rounds(
         kept.keep(r, box)
         current = box
     raise AssertionError("the last round returns")
+
+
+def _check_observation(simulator: Simulator, prior: Prior, x: Obs) -> None:
+    """Refuse what is not one observation of this simulator."""
+    outputs = identity(simulator, prior)["outputs"]
+    wanted = {name: tuple(shape) for name, (shape, _) in outputs.items()}
+    parts = x if isinstance(x, Mapping) else {"": x}
+    got = {name: np.shape(value) for name, value in parts.items()}
+    if got != wanted:
+        raise ValueError(f"x: expected one observation, of shape {wanted}, got {got}")
+    if not all(np.all(np.isfinite(np.asarray(value))) for value in parts.values()):
+        raise ValueError("x: expected finite values, got NaN or infinity")
 
 
 def _prior_of(estimator: NPE | Stack) -> Prior:
@@ -180,11 +198,15 @@ def _inside(prior: Prior, parts: list[Simulations]) -> Simulations:
 class _Kept:
     """Simulations and boxes of finished rounds, in a folder or nowhere."""
 
-    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None, x: Obs) -> None:
         self._folder = None if folder is None else Path(folder)
         self._boxes: list[list[list[float]]] = []
+        self._x = [np.asarray(leaf, float).ravel().tolist() for leaf in jax.tree.leaves(x)]
         if self._folder is not None and self._path.exists():
-            self._boxes = json.loads(self._path.read_text())
+            there = json.loads(self._path.read_text())
+            if there["x"] != self._x:
+                raise ValueError(f"x: expected the observation of the rounds in {folder}, another")
+            self._boxes = there["boxes"]
 
     @property
     def _path(self) -> Path:
@@ -210,5 +232,5 @@ class _Kept:
             return
         self._boxes = [*self._boxes[:r], [box.low.tolist(), box.high.tolist()]]
         partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(self._boxes))
+        partial.write_text(json.dumps({"x": self._x, "boxes": self._boxes}))
         partial.replace(self._path)

@@ -12,7 +12,8 @@ import pytest
 
 import sbi_flows as sf
 from sbi_flows.errors import SimulationFailed
-from sbi_flows.execution import Limits, Process, Processes, packed
+from sbi_flows.execution import Processes
+from sbi_flows.processes import Limits, Process, packed
 from sbi_flows.worker import Job
 from simulators import executable, external_simulator
 
@@ -98,11 +99,11 @@ def test_a_simulation_that_fails_costs_one_row_and_says_why():
     process.close()
     for what, expected in {
         1: "raised ArithmeticError: no such state (test_external.py, line",
-        2: "stopped after 2 s",
+        2: "was stopped after 2 s",
         3: "raised ValueError: expected numbers of shape (2,), got float64 of shape (5,)",
         4: "its process was ended by SIGSEGV",
         5: "its process ended with status 7",
-        6: "out of memory",
+        6: "ran out of memory",
         7: "",
         8: "it printed: a line on stdout 8\nthe solver gave up",
     }.items():
@@ -195,6 +196,7 @@ def test_an_executable_is_read_as_the_user_says():
         ({"shape": {"a": ()}, "dtype": {"b": int}}, r"dtype: expected one for each of \['a'\]"),
         ({"shape": (), "timeout": 0.0}, "timeout: expected a positive number"),
         ({"shape": (), "memory": -1.0}, "memory: expected a positive number"),
+        ({"shape": (), "timeout": float("inf")}, "timeout: expected"),
         ({"shape": (), "retries": -1}, "retries: expected a whole number of at least 0, got -1"),
         ({"shape": (), "executor": 2}, "executor: expected one such as Processes"),
     ],
@@ -210,3 +212,46 @@ def test_an_executor_is_for_external_simulators():
     with pytest.raises(ValueError, match="arguments: expected a list of strings, got 'ls'"):
         executable("ls", shape=())
     assert Limits() == Limits(seconds=None, retries=0)
+
+
+def test_what_a_simulation_leaves_behind_is_not_the_next_one_s(tmp_path):
+    held = []
+
+    def greedy(seed, theta):
+        if seed == 1:
+            while True:
+                held.append(np.ones(2**24))
+        return np.ones(2**25).sum() + theta
+
+    simulator = external_simulator(greedy, shape=(), memory=0.5)
+    process = Process(packed(simulator.job))
+    rows = [process.run(seed, 0.0, Limits()) for seed in (0, 1, 2, 3)]
+    process.close()
+    assert [row.reason for row in rows] == ["", "ran out of memory", "", ""]
+
+
+def test_a_process_that_dies_is_noticed_although_its_child_lives():
+    def forking(seed, theta):
+        if os.fork() == 0:
+            time.sleep(600)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = Process(packed(external_simulator(forking, shape=()).job))
+    row = process.run(0, 0.0, Limits())
+    process.close()
+    assert "was ended by SIGKILL" in row.reason
+
+
+def test_numbers_that_a_type_does_not_hold_are_refused():
+    simulator = external_simulator(lambda seed, theta: 40_000, shape=(), dtype=np.int16)
+    with pytest.raises(SimulationFailed, match="expected numbers that <i2 holds, got int64 40000"):
+        simulator(jax.random.key(0), 0.0)
+
+
+def test_an_executable_may_be_named_by_its_place(tmp_path, monkeypatch):
+    (tmp_path / "model").write_text("#!/bin/sh\necho $1\n")
+    (tmp_path / "model").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    program = executable(["./model", "{theta}"], shape=(1,))
+    np.testing.assert_array_equal(program(jax.random.key(0), np.float64(2.5)), [2.5])
