@@ -58,9 +58,9 @@ def time_to_loss(
         repeats: Fits timed at each.
 
     Returns:
-        `default`, the default's rows a step; `target`, its best loss and `SLACK`, in nats; and a
-        list `fits` with, of each, `batch`, `rate`, `loss`, the best, in nats, `epochs` and
-        `seconds` until the target, both None where it is not reached, and `whole_seconds`.
+        `default`, the default's rows a step; `target`, its members' best mean loss and `SLACK`, in
+        nats; and a list `fits` with, of each, `batch`, `rate`, `loss`, the best, in nats, `epochs`
+        and `seconds` until the target, both None where it is not reached, and `whole_seconds`.
     """
     problem = get(task)
     simulations = sf.simulate(
@@ -80,7 +80,7 @@ def time_to_loss(
     rates = {b: rate * math.sqrt(b / own) for b in {*batches, own}}
     calls = {f"{b}": partial(fit, b, rate) for b, rate in sorted(rates.items())}
     timings = interleaved(calls, repeats, f"batches, {task}")
-    target = float(histories[own].best_loss.mean()) + SLACK
+    target = float(histories[own].validation_loss.mean(axis=1).min()) + SLACK
     fits = []
     for batch, rate in sorted(rates.items()):
         losses = np.minimum.accumulate(histories[batch].validation_loss.mean(axis=1))

@@ -20,6 +20,9 @@ from sbi_flows.prior import Prior
 from sbi_flows.prior_maps import HALF_WIDTH, CdfMap, IntervalMap, NormalMap, positive
 from sbi_flows.typing import Key
 
+_EDGE = 1e-6
+"""Share of the box next to a face in which coordinates are those of its inner end."""
+
 _SLACK = 1e-4
 """Share of the box's width by which rounding may put its own draws outside."""
 
@@ -70,7 +73,7 @@ class BoxPrior(Prior):
         self._uniform = np.array([isinstance(m, IntervalMap) for m in kinds])
         self._normal = np.array([isinstance(m, NormalMap | CdfMap) for m in kinds])
         whole = np.where(self._uniform, HALF_WIDTH, np.inf)
-        cut = self._uniform | self._normal
+        cut = self._cut
         self.low = np.where(cut, np.maximum(low, -whole), -np.inf)
         self.high = np.where(cut, np.minimum(high, whole), np.inf)
         self.bounded = tuple(bool(c) or b for c, b in zip(cut, base.bounded, strict=True))
@@ -94,7 +97,8 @@ class BoxPrior(Prior):
         inside = self.base.contains(theta)
         safe = jnp.where(inside[..., None], jnp.asarray(theta), self.center(inside.shape))
         y = self.base.to_standard(safe)
-        low, high = self._widened(y)
+        width = np.where(np.isfinite(self.high - self.low), self.high - self.low, 1.0)
+        low, high = _rows(y, self.low - _SLACK * width, self.high + _SLACK * width)
         return inside & jnp.all((y >= low) & (y <= high), axis=-1)
 
     def from_standard(self, y: ArrayLike) -> Array:
@@ -104,44 +108,50 @@ class BoxPrior(Prior):
     def to_standard(self, theta: ArrayLike) -> Array:
         """Map parameters (*, D) in the box to its standard coordinates (*, d)."""
         y = self.base.to_standard(theta)
-        low, high = (jnp.asarray(bound, y.dtype) for bound in (self.low, self.high))
-        span = jnp.where(self._uniform, high - low, 1.0)
-        straight = (y - jnp.where(self._uniform, low, 0.0)) / span
-        below, above, sign = self._tails(y.dtype)
-        curved = (ndtr(sign * y) - below) / (above - below)
-        share = jnp.where(self._uniform, straight, jnp.where(sign > 0, curved, 1.0 - curved))
-        edge = 1e-6
-        v = HALF_WIDTH * (2.0 * jnp.clip(share, edge, 1.0 - edge) - 1.0)
-        return jnp.where(self._uniform | self._normal, v, y)
+        uniform, cut, first, width = self._straight(y)
+        below, mass, sign = self._tails(y)
+        curved = (ndtr(sign * y) - below) / mass
+        curved = jnp.where(sign > 0, curved, 1.0 - curved)
+        share = jnp.where(uniform, (y - first) / width, curved)
+        v = HALF_WIDTH * (2.0 * jnp.clip(share, _EDGE, 1.0 - _EDGE) - 1.0)
+        return jnp.where(cut, v, y)
 
     def standard_log_det(self, y: ArrayLike, theta: ArrayLike) -> Array:
         """Log absolute determinant of the Jacobian of `from_standard`; shape (*)."""
         inner = self._to_base(jnp.asarray(y))
-        masses = jnp.asarray(self._log_masses(), inner.dtype)
-        density = jnp.where(self._normal, norm.logpdf(inner), -math.log(2 * HALF_WIDTH))
-        slope = masses - math.log(2 * HALF_WIDTH) - density
-        slope = jnp.where(self._uniform | self._normal, slope, 0.0)
+        masses, normal, cut = _rows(inner, self._log_masses(), self._normal, self._cut)
+        density = jnp.where(normal, norm.logpdf(inner), -math.log(2 * HALF_WIDTH))
+        slope = jnp.where(cut, masses - math.log(2 * HALF_WIDTH) - density, 0.0)
         return jnp.sum(slope, axis=-1) + self.base.standard_log_det(inner, theta)
 
     def _to_base(self, v: Array) -> Array:
         """Standard coordinates of the box to those of the prior."""
         share = jnp.clip(0.5 * (v / HALF_WIDTH + 1.0), 0.0, 1.0)
-        low, high = (jnp.asarray(bound, v.dtype) for bound in (self.low, self.high))
-        first, last = (jnp.where(self._uniform, bound, 0.0) for bound in (low, high))
-        straight = first + (last - first) * share
-        below, above, sign = self._tails(v.dtype)
+        uniform, cut, first, width = self._straight(v)
+        below, mass, sign = self._tails(v)
         turned = jnp.where(sign > 0, share, 1.0 - share)
-        curved = sign * ndtri(positive(below + (above - below) * turned))
+        curved = sign * ndtri(positive(below + mass * turned))
+        low, high = _rows(v, self.low, self.high)
         curved = jnp.clip(curved, low, high)
-        return jnp.where(self._uniform, straight, jnp.where(self._normal, curved, v))
+        return jnp.where(cut, jnp.where(uniform, first + width * share, curved), v)
 
-    def _tails(self, dtype: jnp.dtype) -> tuple[Array, Array, Array]:
-        """Normal probabilities below the bounds, and the side on which they keep their digits."""
+    @property
+    def _cut(self) -> np.ndarray:
+        return self._uniform | self._normal
+
+    def _straight(self, like: Array) -> tuple[Array, ...]:
+        """Which coordinates are uniform and which are cut; first and width of the uniform ones."""
+        first = np.where(self._uniform, self.low, 0.0)
+        width = np.where(self._uniform, self.high, 1.0) - first
+        return tuple(_rows(like, self._uniform, self._cut, first, width))
+
+    def _tails(self, like: Array) -> tuple[Array, Array, Array]:
+        """Normal probability below the box and in it, and the side on which they keep digits."""
         low, high = self._finite()
         sign = np.where(low + high > 0, -1.0, 1.0)
         ends = np.sort(np.stack([sign * low, sign * high]), axis=0)
-        below, above = (ndtr(jnp.asarray(end, dtype)) for end in ends)
-        return below, above, jnp.asarray(sign, dtype)
+        first, last, sign = _rows(like, ends[0], ends[1], sign)
+        return ndtr(first), ndtr(last) - ndtr(first), sign
 
     def _finite(self) -> tuple[np.ndarray, np.ndarray]:
         """The bounds of normal coordinates, as far out as their normal has mass."""
@@ -162,12 +172,6 @@ class BoxPrior(Prior):
             uniform = np.log((self.high - self.low) / (2 * HALF_WIDTH))
         return np.where(self._normal, normal, np.where(self._uniform, uniform, 0.0))
 
-    def _widened(self, y: Array) -> tuple[Array, Array]:
-        """The bounds with what rounding needs."""
-        width = np.where(np.isfinite(self.high - self.low), self.high - self.low, 1.0)
-        slack = _SLACK * width
-        return jnp.asarray(self.low - slack, y.dtype), jnp.asarray(self.high + slack, y.dtype)
-
     def _log_prob_inside(self, theta: Array) -> Array:
         return self.base._log_prob_inside(theta) - jnp.sum(jnp.asarray(self._log_masses()))
 
@@ -175,4 +179,11 @@ class BoxPrior(Prior):
         base_key, key = jax.random.split(key)
         y = self.base.to_standard(self.base._sample_rows(base_key, n))
         v = jax.random.uniform(key, y.shape, y.dtype, -HALF_WIDTH, HALF_WIDTH)
-        return self.from_standard(jnp.where(self._uniform | self._normal, v, y))
+        (cut,) = _rows(y, self._cut)
+        return self.from_standard(jnp.where(cut, v, y))
+
+
+def _rows(like: Array, *values: np.ndarray) -> list[Array]:
+    """Values (d,) as arrays with as many axes as `like` (*, d) has."""
+    kinds = [jnp.asarray(v, None if v.dtype == bool else like.dtype) for v in values]
+    return [kind.reshape((1,) * (like.ndim - 1) + (-1,)) for kind in kinds]

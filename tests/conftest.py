@@ -4,11 +4,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.compiler import quicker_to_compile
+
 # read when JAX, BLAS and matplotlib are imported; one thread each, as the workers fill the cores
 # and no optimisation by the compiler, which costs more time than it saves in programs this small
 os.environ["XLA_FLAGS"] = (
     "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0 "
-    f"{os.environ.get('XLA_FLAGS', '')}"
+    f"{quicker_to_compile()} {os.environ.get('XLA_FLAGS', '')}"
 )
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the workers share a GPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -51,7 +51,8 @@ def boxed():
     return fitted(PRIORS["box"], noisy)
 
 
-@pytest.mark.parametrize("name", [pytest.param("normal", marks=pytest.mark.slow), "box"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["normal", "box"])
 def test_composed_draws_are_those_of_the_posterior_given_all(name, boxed):
     posterior = boxed if name == "box" else fitted(PRIORS[name], noisy)
     # one of the parameters presses on a face of the box

@@ -128,6 +128,7 @@ def test_rows_that_are_not_finite_are_left_out():
         module._finite(y, jnp.full((3, 1), jnp.nan), 2)
 
 
+@pytest.mark.slow
 def test_an_emulator_improves_a_fit_to_few_simulations():
     """Noise is simple given the parameters; the posterior of its size is not."""
 

@@ -92,6 +92,7 @@ def squared(key, theta):
     return theta**2 + 0.05 * jax.random.normal(key)
 
 
+@pytest.mark.slow
 def test_training_finds_two_modes_that_the_start_cannot():
     prior = sf.as_prior(dist.Uniform(-1.0, 1.0))
     sims = sf.simulate(jax.random.key(0), prior, squared, 2000)

@@ -92,6 +92,7 @@ def test_what_is_asked_for_is_read_by_rows(tmp_path):
     np.testing.assert_array_equal(part.x["size"], np.asarray(sims.x["size"][:])[rows])
 
 
+@pytest.mark.slow
 def test_a_fit_reads_a_store_as_it_reads_arrays(tmp_path):
     prior = dist.Normal(0.0, 1.0).expand([1])
     _, sims = stored(
@@ -203,7 +204,8 @@ store.simulate(jax.random.key(0), prior, simulator, 600, progress=False)
 """
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [20])
 def test_a_kill_loses_no_finished_chunk(tmp_path, times):
     """Killed at random moments of the writing, and started again until all is there."""
     (tmp_path / "run.py").write_text(SCRIPT)

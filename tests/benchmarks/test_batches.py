@@ -5,6 +5,7 @@ import pytest
 from benchmarks.batches import markdown, time_to_loss
 
 
+@pytest.mark.slow
 def test_each_number_of_rows_has_a_time_or_says_that_it_did_not_reach():
     found = time_to_loss("gaussian_linear", (16, 450), budget=500, repeats=1)
     assert found["default"] == 16

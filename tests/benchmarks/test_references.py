@@ -39,6 +39,7 @@ def toy(monkeypatch):
     monkeypatch.setattr(references, "DRAWS", 400)
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_is_made(toy, tmp_path, capsys):
     assert references.run(tmp_path, ("sir",)) == 2
     assert re.search(r"sir 2: rhat [01]\.?\d*, ess", capsys.readouterr().err)

@@ -223,6 +223,7 @@ def task():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.promotes
 def test_a_simulator_of_ones_own_is_scored_without_a_reference(few, tmp_path, monkeypatch, capsys):
     (tmp_path / "own_model.py").write_text(
@@ -251,7 +252,7 @@ def test_an_entry_point_names_a_simulator(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("simulated", "message"),
     [
-        ("theta * float('nan')", "bad_model: .*all 60 simulations gave NaN"),
+        ("theta * float('nan')", "bad_model: .*all 60 simulations failed: 60 gave NaN"),
         ("{}", "bad_model: .*expected numeric arrays"),
         ("theta if theta > 0 else -theta", "bad_model: .*TracerBoolConversionError"),
         ("1 + 'a'", "bad_model: .*unsupported operand"),

@@ -66,6 +66,7 @@ def test_parameters_that_depend_on_others_are_simulated_like_the_rest(task):
     np.testing.assert_allclose(covariance, expected, atol=0.35)
 
 
+@pytest.mark.slow
 def test_its_reference_is_the_exact_posterior(task):
     draws = np.asarray(task.reference(1, 4000))
     mean, covariance = exact()
