@@ -62,10 +62,8 @@ def test_an_aim_is_where_its_step_leads():
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "steps"),
-    [("FlowMatching", 1), pytest.param("Diffusion", 3, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "steps"), [("FlowMatching", 1), ("Diffusion", 3)])
 def test_draws_are_those_of_the_teacher_and_densities_too(teachers, simulations, name, steps):
     teacher = teachers(name)
     fast, errors = sf.distil(

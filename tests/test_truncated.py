@@ -108,6 +108,7 @@ def test_rounds_close_in_on_the_posterior_and_do_not_bias_it():
     assert np.all(posterior.prior.contains(draws))
 
 
+@pytest.mark.slow
 def test_the_check_draws_from_the_prior_that_was_cut():
     posterior, rounds = rounds_of(rounds=2)
     # new ones, and those of the first round that lie in the box
