@@ -136,7 +136,7 @@ def _intervals(sets: dict[str, np.ndarray], names: list[str]) -> Any:
     ax.set_yticks(np.arange(len(names)), names)
     ax.invert_yaxis()
     ax.set_xlabel("effect of coaching (points)")
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc="lower right")
     return np.array([ax])
 
 
