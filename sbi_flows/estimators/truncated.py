@@ -36,7 +36,11 @@ from sbi_flows.typing import Key, Obs, Simulator
 DRAWS = 10_000
 """Draws of a posterior whose extent is the next box."""
 
-MARGIN = 0.1
+TAIL = 5e-3
+"""Share of the draws on either side of a parameter that is no part of their extent: an early fit
+puts a few anywhere."""
+
+MARGIN = 0.25
 """Share of their extent by which a box is wider than the draws, on either side."""
 
 Estimator = TypeVar("Estimator", NPE, Stack)
@@ -178,7 +182,7 @@ def _mass(prior: Prior) -> float:
 def _box(prior: Prior, current: Prior, draws: Any) -> BoxPrior:
     """What the draws fill, and a margin, within the present box."""
     y = np.asarray(prior.to_standard(draws), float)
-    low, high = y.min(axis=0), y.max(axis=0)
+    low, high = np.quantile(y, (TAIL, 1.0 - TAIL), axis=0)
     margin = MARGIN * (high - low)
     low, high = low - margin, high + margin
     if isinstance(current, BoxPrior):
