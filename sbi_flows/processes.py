@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from sbi_flows.errors import SimulationFailed
-from sbi_flows.worker import OUT_OF_MEMORY, Job, Row
+from sbi_flows.worker import OUT_OF_MEMORY, Job, Row, by_name, encoded, row_of
 
 _SAID = 2_000
 """Bytes of what a simulation has printed that a failure report quotes, at the most."""
@@ -120,8 +120,6 @@ class Process:
             self._held = None
 
     def _run_once(self, seed: int, theta: Any, seconds: float | None) -> Row:
-        import cloudpickle
-
         try:
             held = self._started()
         except SimulationFailed as error:
@@ -132,11 +130,11 @@ class Process:
             return Row(None, "was not run: its process was closed")
         self._began, said = True, held.printed()
         try:
-            held.send.send_bytes(cloudpickle.dumps((seed, theta)))
+            held.send.send_bytes(encoded(seed, by_name(theta)))
             late = held.wait(seconds)
             if late:
                 return Row(None, late + self._ended(held, said))
-            row = cloudpickle.loads(held.receive.recv_bytes())
+            row = row_of(held.receive.recv_bytes())
         except (EOFError, OSError):
             death = held.death()
             return Row(None, f"its process {death}" + self._ended(held, said))

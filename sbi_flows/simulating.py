@@ -29,6 +29,7 @@ from sbi_flows.execution import Executor, Outside, Row, Task, row_seeds
 from sbi_flows.precision import full_precision
 from sbi_flows.prior import Prior, PriorLike, as_prior
 from sbi_flows.typing import Key, Obs, Simulator
+from sbi_flows.worker import bare, by_name
 
 CHUNK = 16_384
 """Simulations in one compiled call; the same shape for every chunk."""
@@ -170,7 +171,7 @@ def _simulated_outside(
     for i, row in tqdm(rows, total=n, desc="simulate", disable=not progress):
         _put(x, reasons, i, i, row)
     valid = np.array([i not in reasons for i in range(n)])
-    sims = Simulations(theta, x[""] if set(x) == {""} else x, valid=valid)
+    sims = Simulations(theta, bare(x), valid=valid)
     report_failures(sims, reasons)
     return sims
 
@@ -217,7 +218,7 @@ def _traced_pieces(
     for start, stop in pieces:
         theta, keys = _rows_at(prior, key, start, math.ceil(chunk / LANES) * LANES)
         x = _simulate_chunk(prior, simulator, keys, theta)
-        parts = x if isinstance(x, Mapping) else {"": x}
+        parts = by_name(x)
         count = stop - start
         arrays = {name: np.asarray(value)[:count] for name, value in parts.items()}
         yield start, np.asarray(theta)[:count], arrays, {}
@@ -269,7 +270,7 @@ def identity(simulator: Simulator, prior: Prior) -> dict[str, Any]:
         function = simulator
         theta = jax.eval_shape(lambda: prior.structured(prior.center()))
         x = jax.eval_shape(simulator, jax.random.key(0), theta)
-        parts = x if isinstance(x, Mapping) else {"": x}
+        parts = by_name(x)
         if not all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in parts.values()):
             raise ValueError(f"simulator: expected an array or a dict of arrays, got {x}")
         outputs = {name: [list(leaf.shape), leaf.dtype.str] for name, leaf in parts.items()}

@@ -28,6 +28,7 @@ from sbi_flows.failures import Failures
 from sbi_flows.prior import Prior, PriorLike, as_prior
 from sbi_flows.simulating import check_simulator, identity, report_failures, simulated_rows
 from sbi_flows.typing import Key, Simulator
+from sbi_flows.worker import bare
 
 FORMAT = 1
 
@@ -167,7 +168,7 @@ class SimulationStore:
         names = [name for name in chunks[0].group if name.startswith("x.")]
         x = {n[2:]: _Column([c.group[n] for c in chunks]) for n in names}
         theta, valid = (np.concatenate([c.group[n][:] for c in chunks]) for n in ("theta", "valid"))
-        return Simulations(theta, x[""] if set(x) == {""} else x, valid=valid)
+        return Simulations(theta, bare(x), valid=valid)
 
     def failures(self) -> Failures:
         """Rows that failed, with their parameters and reasons, beside all others."""

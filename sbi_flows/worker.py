@@ -1,14 +1,17 @@
 """The process that runs simulations one by one for `sbi_flows.execution`; it never imports JAX.
 
 It is sent the `Job`, says that it is ready, is sent a seed and parameters at a time, and answers
-each with a `Row`.
+each with a `Row`. The job alone, a function of the user's, is code that this process loads, from
+the one that started it; all other messages are numbers and words, and read as such.
 
-Public names: `Job`, `Row`, `ran`, `serve`.
+Public names: `Job`, `Row`, `by_name`, `bare`, `encoded`, `decoded`, `row_of`, `ran`, `serve`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import sys
 import traceback
@@ -42,6 +45,43 @@ class Row(NamedTuple):
     reason: str = ""
 
 
+def by_name(x: Any) -> dict[str, Any]:
+    """Arrays by name; an array alone by the name ""."""
+    return dict(x) if isinstance(x, Mapping) else {"": x}
+
+
+def bare(parts: dict[str, Any]) -> Any:
+    """What `by_name` was given."""
+    return parts[""] if set(parts) == {""} else parts
+
+
+def encoded(said: Any, arrays: Mapping[str, Any]) -> bytes:
+    """A message: what JSON can say, and arrays by name."""
+    held = {name: np.asarray(value) for name, value in arrays.items()}
+    kinds = [[name, a.dtype.str, a.shape] for name, a in held.items()]
+    parts = [json.dumps([said, kinds]).encode(), b"\n", *(a.tobytes() for a in held.values())]
+    return b"".join(parts)
+
+
+def decoded(message: bytes) -> tuple[Any, dict[str, Any]]:
+    """What was said, and the arrays; those without axes are numbers."""
+    head, _, data = message.partition(b"\n")
+    said, kinds = json.loads(head)
+    arrays, first = {}, 0
+    for name, kind, shape in kinds:
+        dtype = np.dtype(kind)
+        count = math.prod(shape)
+        value = np.frombuffer(data, dtype, count, first).reshape(shape).copy()
+        arrays[name], first = value[()], first + count * dtype.itemsize
+    return said, arrays
+
+
+def row_of(message: bytes) -> Row:
+    """The row that an answer holds."""
+    reason, x = decoded(message)
+    return Row(None if reason else x, reason)
+
+
 def ran(job: Job, seed: int, theta: Any) -> Row:
     """Run one simulation and check what it returns; no exception leaves this function."""
     try:
@@ -60,7 +100,7 @@ def checked(outputs: dict[str, tuple[tuple[int, ...], str]], x: Any) -> dict[str
     Raises:
         ValueError: x is something else.
     """
-    given = x if isinstance(x, Mapping) else {"": x}
+    given = by_name(x)
     if set(given) != set(outputs):
         raise ValueError(f"expected {_named(outputs)}, got {_named(given)}")
     found = {}
@@ -116,11 +156,11 @@ def serve(incoming: int, outgoing: int) -> None:
     send.send_bytes(b"ready")
     while True:
         try:
-            seed, theta = cloudpickle.loads(receive.recv_bytes())
+            seed, theta = decoded(receive.recv_bytes())
         except EOFError:
             return
-        row = ran(job, seed, theta)
+        row = ran(job, seed, bare(theta))
         sys.stdout.flush()
-        send.send_bytes(cloudpickle.dumps(row))
+        send.send_bytes(encoded(row.reason, row.x or {}))
         if row.reason == OUT_OF_MEMORY:
             return

@@ -23,7 +23,7 @@ from sbi_flows.errors import SimulationFailed
 from sbi_flows.execution import Executor, Processes, row_seeds
 from sbi_flows.processes import Limits
 from sbi_flows.typing import Key, Obs
-from sbi_flows.worker import Job
+from sbi_flows.worker import Job, bare
 
 Shape = tuple[int, ...] | Mapping[str, tuple[int, ...]]
 
@@ -58,7 +58,7 @@ class ExternalSimulator:
         ((_, row),) = self.executor.run(self.job, self.limits, tasks)
         if row.x is None:
             raise SimulationFailed(f"the simulation {row.reason}")
-        return row.x[""] if set(row.x) == {""} else row.x
+        return bare(row.x)
 
     def __repr__(self) -> str:
         """The function and its outputs."""

@@ -21,8 +21,9 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*
 MAX_LINES = 400
 
 RUNS_CODE = {"dill", "joblib", "marshal", "shelve"}  # and whatever has "pickle" in its name
-# these send functions to their own child processes, over pipes; no file is read with it
-BETWEEN_PROCESSES = {"sbi_flows/processes.py", "sbi_flows/worker.py"}
+# a function of the user's goes from the one to the other, its own child, over a pipe: see the test
+LOADING = ("dumps(", "loads(", "load(", "dump(", "Unpickler")
+SENDS, LOADS = "sbi_flows/processes.py", "sbi_flows/worker.py"
 NETWORK = {"aiohttp", "ftplib", "http", "httpx", "requests", "smtplib", "socket", "urllib"}
 # name of the import -> name of the distribution, where they differ
 DISTRIBUTIONS = {"dask": "distributed", "lazy_loader": "lazy-loader", "sklearn": "scikit-learn"}
@@ -64,8 +65,15 @@ def test_the_tree_is_there():
 def test_source_file(path):
     source = path.read_text()
     assert len(source.splitlines()) <= MAX_LINES, "look for a seam to split the file at"
-    sends = str(path.relative_to(ROOT)) in BETWEEN_PROCESSES
+    sends = str(path.relative_to(ROOT)) in {SENDS, LOADS}
     assert unsafe(source) == ["cloud" + "pickle"] * sends
+
+
+def test_nothing_is_unpickled_but_the_function_that_a_child_process_was_sent():
+    calls = [(path, "cloud" + "pickle." + name) for path in (SENDS, LOADS) for name in LOADING]
+    found = {call: (ROOT / call[0]).read_text().count(call[1]) for call in calls}
+    expected = {(SENDS, "dumps("): 1, (LOADS, "loads("): 1}
+    assert {(path, name.split(".")[1]): n for (path, name), n in found.items() if n} == expected
 
 
 @pytest.mark.parametrize(
