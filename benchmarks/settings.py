@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.metadata
 import re
 from functools import cache
 from pathlib import Path
@@ -16,10 +15,7 @@ from typing import Any
 import simulators
 from benchmarks import methods
 from benchmarks.records import BadInput
-from simulators import Task
-
-ENTRY_POINTS = "sbi_flows.simulators"
-"""Group of entry points in which packages offer tasks."""
+from simulators import Task, registry
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,11 +144,11 @@ def _object_at(place: str) -> Any:
     module, colon, name = place.partition(":")
     if module and name:
         return getattr(importlib.import_module(module), name)
-    named = {e.name: e for e in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+    named = registry.offered()
     if colon or place not in named:
         known = ", ".join(sorted(named)) or "none is installed"
         raise BadInput(
             f"--simulator: expected package.module:name, or the name of an entry point of "
-            f"{ENTRY_POINTS} ({known}), got {place!r}"
+            f"{registry.ENTRY_POINTS} ({known}), got {place!r}"
         )
     return named[place].load()

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from sbi_flows.worker import PRINTED
+
 _PARTS = ("lowest third", "middle third", "highest third")
 
 
@@ -40,7 +42,7 @@ class Failures:
     @property
     def counts(self) -> dict[str, int]:
         """How often each reason occurs, without what the simulations printed; most first."""
-        return dict(Counter(r.split("; it printed")[0] for r in self.reasons).most_common())
+        return dict(Counter(r.split(PRINTED)[0] for r in self.reasons).most_common())
 
     @property
     def shares(self) -> np.ndarray:

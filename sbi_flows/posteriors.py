@@ -233,8 +233,7 @@ class Posterior:
 
     def features(self, x: Obs) -> Array:
         """Standardised features (B, C) of a batch of observations, or (1, C) of one."""
-        batch, _ = as_batch(x, self.observation)
-        return _standardised(self.standardiser, batch)
+        return self._features(x)[0]
 
     def is_single(self, x: Obs) -> bool:
         """Whether x is one observation, and no batch of them."""
@@ -242,7 +241,8 @@ class Posterior:
 
     def _features(self, x: Obs) -> tuple[Array, bool]:
         """Validate x; features (B, C), and whether x was a single observation."""
-        return self.features(x), self.is_single(x)
+        batch, single = as_batch(x, self.observation)
+        return _standardised(self.standardiser, batch), single
 
 
 @jax.jit

@@ -40,6 +40,7 @@ class Prior:
         bounded: Which of the d standard coordinates fill the interval (-sqrt 3, sqrt 3) rather
             than R.
         is_named: Whether the simulator receives a dict rather than one array.
+        mass: Share of the prior that was given which this one holds: all, unless it was cut.
 
     Example:
         >>> import jax, numpyro.distributions as dist
@@ -49,6 +50,8 @@ class Prior:
         >>> prior.sample(jax.random.key(0), 5).shape
         (5, 3)
     """
+
+    mass: float = 1.0
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from sbi_flows.errors import SimulationFailed
-from sbi_flows.worker import OUT_OF_MEMORY, Job, Row, by_name, encoded, row_of
+from sbi_flows.worker import OUT_OF_MEMORY, PRINTED, Job, Row, by_name, encoded, row_of
 
 _SAID = 2_000
 """Bytes of what a simulation has printed that a failure report quotes, at the most."""
@@ -263,4 +263,4 @@ class _Held:
         size = os.fstat(self._file.fileno()).st_size
         first = max(began, size - _SAID)
         text = os.pread(self._file.fileno(), size - first, first).decode(errors="replace").strip()
-        return f"; it printed: {text}" if text else ""
+        return f"{PRINTED}{text}" if text else ""

@@ -11,7 +11,7 @@ import hashlib
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -29,7 +29,7 @@ from sbi_flows.execution import Executor, Outside, Row, Task, row_seeds
 from sbi_flows.precision import full_precision
 from sbi_flows.prior import Prior, PriorLike, as_prior
 from sbi_flows.typing import Key, Obs, Simulator
-from sbi_flows.worker import bare, by_name
+from sbi_flows.worker import PRINTED, bare, by_name
 
 CHUNK = 16_384
 """Simulations in one compiled call; the same shape for every chunk."""
@@ -149,7 +149,7 @@ def _simulated(
         chunks.append(chunk)
     x = jax.tree.map(lambda *parts: jnp.concatenate(parts)[:n], *chunks)
     sims = Simulations(theta, x)
-    report_failures(sims)
+    report_failures(sims, (), 4)
     return sims
 
 
@@ -172,7 +172,7 @@ def _simulated_outside(
         _put(x, reasons, i, i, row)
     valid = np.array([i not in reasons for i in range(n)])
     sims = Simulations(theta, bare(x), valid=valid)
-    report_failures(sims, reasons)
+    report_failures(sims, reasons.values(), 5)
     return sims
 
 
@@ -379,12 +379,12 @@ def check_simulator(prior: Prior, simulator: Simulator, executor: Executor | Non
         raise ValueError(f"simulator: expected numeric arrays, got {out}")
 
 
-def report_failures(sims: Simulations, reasons: Mapping[int, str] | None = None) -> None:
-    """Warn of invalid rows, by what is known of their reasons."""
+def report_failures(sims: Simulations, reasons: Iterable[str], stacklevel: int) -> None:
+    """Warn of invalid rows, by what is known of their reasons, at a caller this many levels up."""
     failed = len(sims) - sims.num_valid
     if not failed:
         return
-    counts = Counter(reason.split("; it printed")[0] for reason in (reasons or {}).values())
+    counts = Counter(reason.split(PRINTED)[0] for reason in reasons)
     counts["gave NaN or infinity"] = failed - counts.total()
     common = [f"{n} {reason}" for reason, n in counts.most_common() if n]
     said = "; ".join(common[:_REASONS]) + ("; ..." if len(common) > _REASONS else "")
@@ -394,5 +394,5 @@ def report_failures(sims: Simulations, reasons: Mapping[int, str] | None = None)
         f"{failed} of {len(sims)} simulations failed: {said}; they are kept, marked invalid, and "
         "left out of training",
         SbiFlowsWarning,
-        stacklevel=5 if reasons is not None else 4,
+        stacklevel=stacklevel,
     )

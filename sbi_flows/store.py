@@ -117,8 +117,9 @@ class SimulationStore:
         with self._locked():
             self._require_same(key, prior, simulator)
             self._make(key, prior, simulator, n, executor, progress=progress)
-        sims = self.simulations()
-        report_failures(sims, {row: reason for row, reason in self._reasons()})
+            chunks = self._sealed()
+        sims = self._opened(chunks)
+        report_failures(sims, (reason for chunk in chunks for reason in chunk.failed.values()), 3)
         return sims
 
     def _make(
@@ -162,7 +163,9 @@ class SimulationStore:
         Raises:
             ValueError: There is none.
         """
-        chunks = self._sealed()
+        return self._opened(self._sealed())
+
+    def _opened(self, chunks: list[_Sealed]) -> Simulations:
         if not chunks:
             raise ValueError(f"{self.path}: expected a store with rows, got none")
         names = [name for name in chunks[0].group if name.startswith("x.")]
@@ -172,9 +175,11 @@ class SimulationStore:
 
     def failures(self) -> Failures:
         """Rows that failed, with their parameters and reasons, beside all others."""
-        sims = self.simulations()
-        places = {row: i for i, row in enumerate(self._numbers())}
-        reasons = {places[row]: reason for row, reason in self._reasons()}
+        chunks = self._sealed()
+        sims, reasons, first = self._opened(chunks), {}, 0
+        for chunk in chunks:
+            reasons |= {first + row - chunk.start: why for row, why in chunk.failed.items()}
+            first += chunk.count
         failed = np.flatnonzero(~np.asarray(sims.valid))
         said = tuple(reasons.get(int(i), "gave NaN or infinity") for i in failed)
         labels = tuple(self._root.attrs["sbi_flows"]["prior"]["labels"])
@@ -216,14 +221,6 @@ class SimulationStore:
                 failed = {int(row): reason for row, reason in seal["failed"].items()}
                 found.append(_Sealed(int(name), seal["rows"], seal["sha256"], failed, group))
         return found
-
-    def _numbers(self) -> Iterator[int]:
-        for chunk in self._sealed():
-            yield from range(chunk.start, chunk.start + chunk.count)
-
-    def _reasons(self) -> Iterator[tuple[int, str]]:
-        for chunk in self._sealed():
-            yield from chunk.failed.items()
 
     def _require_same(self, key: Key, prior: Prior, simulator: Simulator) -> None:
         """Write the schema of a new store; refuse another prior, simulator or key."""

@@ -23,6 +23,9 @@ import numpy as np
 
 OUT_OF_MEMORY = "ran out of memory"
 
+PRINTED = "; it printed: "
+"""What stands between a reason and what the simulation has printed."""
+
 
 class Job(NamedTuple):
     """What a worker is told once.

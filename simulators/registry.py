@@ -1,6 +1,6 @@
 """Tasks by name, for command lines and tables; in code, call the constructors themselves.
 
-Public names: `get`, `names`, `list`.
+Public names: `ENTRY_POINTS`, `get`, `names`, `list`, `offered`.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ def get(name: str) -> Task:
     """
     if name in _CONSTRUCTORS:
         return _CONSTRUCTORS[name]()
-    offered = _offered()
-    if name not in offered:
+    others = offered()
+    if name not in others:
         raise ValueError(f"task: expected one of {', '.join(list())}, got {name!r}")
-    found = offered[name].load()
+    found = others[name].load()
     task = found() if callable(found) else found
     if not isinstance(task, Task):
-        raise ValueError(f"{offered[name].value}: expected a Task, got {type(task).__name__}")
+        raise ValueError(f"{others[name].value}: expected a Task, got {type(task).__name__}")
     return task
 
 
@@ -87,8 +87,9 @@ def list() -> tuple[str, ...]:
         >>> set(names()) <= set(list())
         True
     """
-    return tuple(sorted({*_CONSTRUCTORS, *_offered()}))
+    return tuple(sorted({*_CONSTRUCTORS, *offered()}))
 
 
-def _offered() -> dict[str, importlib.metadata.EntryPoint]:
+def offered() -> dict[str, importlib.metadata.EntryPoint]:
+    """Entry points of the tasks that installed packages offer, by name."""
     return {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}

@@ -332,8 +332,10 @@ def test_a_solve_that_fails_says_at_which_observations(simulations):
     batch = np.stack([SEEN] * 3)
     with pytest.raises(sf.SolveFailed, match=r"not solved at 3 of 3 .* \(numbers 0, 1, 2\)"):
         posterior.sample(jax.random.key(2), batch, 10)
-    with pytest.raises(sf.SolveFailed, match="not solved at 1 of 1"):
-        posterior.log_prob(np.zeros(2, np.float32), SEEN)
+    with pytest.raises(sf.SolveFailed, match="not solved at 1 of 1") as error:
+        posterior.log_prob(np.zeros((3, 2), np.float32), SEEN)
+    assert error.value.values.shape == (3,)
+    assert np.all(np.isnan(error.value.values))
 
 
 def test_regression_is_trained_for_longer_by_default():

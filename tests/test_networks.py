@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import sbi_flows as sf
-from sbi_flows.networks import Conditioner, ResidualMLP
+from sbi_flows.networks import Conditioner, ResidualMLP, graph
 from sbi_flows.networks.mlp import dropout, fast_key, split_key
 from sbi_flows.networks.shapes import align
 from tests.cases import perturbed
@@ -183,6 +183,14 @@ def test_a_cloud_is_embedded_whatever_the_order_of_its_points(cloud):
     x, order = clouds(), np.array([3, 1, 5, 0, 2, 4])
     shuffled = jax.tree.map(lambda a: a[:, order], x)
     np.testing.assert_allclose(cloud(shuffled), cloud(x), atol=1e-5)
+
+
+def test_many_clouds_are_embedded_one_after_another(cloud, monkeypatch):
+    x, whole = clouds(), cloud(clouds())
+    points = x["points"].shape[1]
+    monkeypatch.setattr(graph, "_PAIRS", points**2)
+    assert len(whole) == 2
+    np.testing.assert_allclose(cloud(x), whole, atol=1e-5)
 
 
 def test_the_embedding_of_a_cloud_moves_as_the_cloud_does(cloud):

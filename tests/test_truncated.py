@@ -180,8 +180,10 @@ def test_an_observation_that_is_none_is_refused_before_any_simulation(tmp_path):
     def wrong(x):
         return sf.truncated_rounds(jax.random.key(0), SMALL, noisy, x, simulations=10)
 
-    with pytest.raises(ValueError, match="x: expected one observation, of shape"):
+    with pytest.raises(ValueError, match="x: expected one observation, got a batch"):
         wrong(np.zeros((3, 2)))
+    with pytest.raises(ValueError, match=r"x: expected shape \(2,\)"):
+        wrong(np.zeros(3))
     with pytest.raises(ValueError, match="x: expected finite values"):
         wrong(np.array([0.0, np.nan]))
     truncated._Kept(tmp_path, SEEN).keep(0, BOX)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,12 +25,13 @@ from sbi_flows.data import Simulations
 from sbi_flows.estimators.npe import NPE
 from sbi_flows.estimators.stack import Stack
 from sbi_flows.execution import Executor
-from sbi_flows.posteriors import Posterior
+from sbi_flows.posteriors import Posterior, as_batch
 from sbi_flows.prior import Prior
 from sbi_flows.prior_box import BoxPrior
 from sbi_flows.simulating import identity, simulate
 from sbi_flows.store import SimulationStore
 from sbi_flows.typing import Key, Obs, Simulator
+from sbi_flows.worker import bare
 
 DRAWS = 10_000
 """Draws of a posterior whose extent is the next box."""
@@ -52,7 +52,6 @@ class Round:
 
     Attributes:
         prior: The prior that was simulated from, cut to a box after the first round.
-        mass: Share of the prior that the box holds.
         simulations: Number of new simulations.
         rows: Number of rows that the posterior was fitted to: new ones, and those of earlier
             rounds that lie in the box.
@@ -60,10 +59,14 @@ class Round:
     """
 
     prior: Prior
-    mass: float
     simulations: int
     rows: int
     history: Any
+
+    @property
+    def mass(self) -> float:
+        """Share of the prior that the box holds."""
+        return self.prior.mass
 
 
 def truncated_rounds(
@@ -101,7 +104,8 @@ def truncated_rounds(
 
     Returns:
         The posterior, whose prior is the last box, so that `sf.check` draws from there, and what
-        happened in each round. It is a posterior for observations such as x alone.
+        happened in each round that was fitted in this call. It is a posterior for observations such
+        as x alone.
 
     Raises:
         ValueError: A number is out of range, the estimator is of another kind, x is no observation
@@ -144,9 +148,9 @@ def truncated_rounds(
             continue
         rows = _inside(current, parts)
         posterior, history = _with_prior(estimator, current).fit(fit_key, rows, progress=progress)
-        done.append(Round(current, _mass(current), simulations, len(rows), history))
+        done.append(Round(current, simulations, len(rows), history))
         box = _box(prior, current, posterior.sample(draw_key, x, DRAWS))
-        if last or box.mass > paying * _mass(current):
+        if last or box.mass > paying * current.mass:
             return posterior, done
         kept.keep(r, box)
         current = box
@@ -156,13 +160,9 @@ def truncated_rounds(
 def _check_observation(simulator: Simulator, prior: Prior, x: Obs) -> None:
     """Refuse what is not one observation of this simulator."""
     outputs = identity(simulator, prior)["outputs"]
-    wanted = {name: tuple(shape) for name, (shape, _) in outputs.items()}
-    parts = x if isinstance(x, Mapping) else {"": x}
-    got = {name: np.shape(value) for name, value in parts.items()}
-    if got != wanted:
-        raise ValueError(f"x: expected one observation, of shape {wanted}, got {got}")
-    if not all(np.all(np.isfinite(np.asarray(value))) for value in parts.values()):
-        raise ValueError("x: expected finite values, got NaN or infinity")
+    like = {name: jax.ShapeDtypeStruct(tuple(s), np.dtype(d)) for name, (s, d) in outputs.items()}
+    if not as_batch(x, bare(like))[1]:
+        raise ValueError("x: expected one observation, got a batch")
 
 
 def _prior_of(estimator: NPE | Stack) -> Prior:
@@ -173,10 +173,6 @@ def _with_prior(estimator: Estimator, prior: Prior) -> Estimator:
     if isinstance(estimator, NPE):
         return dataclasses.replace(estimator, prior=prior)
     return Stack([dataclasses.replace(part, prior=prior) for part in estimator.estimators])
-
-
-def _mass(prior: Prior) -> float:
-    return prior.mass if isinstance(prior, BoxPrior) else 1.0
 
 
 def _box(prior: Prior, current: Prior, draws: Any) -> BoxPrior:

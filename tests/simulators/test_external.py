@@ -211,7 +211,6 @@ def test_an_executor_is_for_external_simulators():
         simulated(lambda key, theta: theta["place"], executor=TWO)
     with pytest.raises(ValueError, match="arguments: expected a list of strings, got 'ls'"):
         executable("ls", shape=())
-    assert Limits() == Limits(seconds=None, retries=0)
 
 
 def test_what_a_simulation_leaves_behind_is_not_the_next_one_s(tmp_path):
