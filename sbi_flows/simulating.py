@@ -62,7 +62,7 @@ def simulate(
             or a dict of arrays. Or what `simulators.external_simulator` makes of other functions.
         n: Number of simulations.
         executor: Where an external simulator runs; its own by default. The result is the same.
-        progress: Show a progress bar when there is more than one chunk.
+        progress: Show a progress bar; of a JAX function when there is more than one chunk.
 
     Returns:
         Simulations with n rows; rows with NaN or infinity in x are marked invalid.
@@ -102,7 +102,7 @@ def simulate_at(
         simulator: As for `simulate`.
         theta: Parameters, shape (n, D).
         executor: As for `simulate`.
-        progress: Show a progress bar when there is more than one chunk.
+        progress: Show a progress bar; of a JAX function when there is more than one chunk.
 
     Returns:
         Simulations with the rows of theta; those with NaN or infinity in x are marked invalid.
