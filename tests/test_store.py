@@ -75,7 +75,6 @@ def test_a_store_grows_and_is_opened_again(tmp_path):
     def failing(*_):
         raise AssertionError("simulated again")
 
-    failing.__module__, failing.__qualname__ = noisy.__module__, noisy.__qualname__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sbi_flows.simulating._simulate_chunk", failing)
         assert len(again.simulate(KEY, PRIOR, noisy, 30)) == 50
