@@ -1,22 +1,23 @@
 """What makes XLA compile small programs quicker."""
 
-import importlib.util
-import mmap
-from pathlib import Path
+import os
+import subprocess
+import sys
 
-FLAG = b"xla_cpu_use_fusion_emitters"
+FLAG = "--xla_cpu_use_fusion_emitters=false"
 
 
 def quicker_to_compile() -> str:
     """A flag that saves a third of the time; nothing where this XLA does not know it.
 
-    A flag that is not known ends the process.
+    A flag that is not known ends the process, so another process tries it.
     """
-    spec = importlib.util.find_spec("jaxlib")
-    assert spec is not None and spec.origin is not None
-    for library in Path(spec.origin).parent.glob("*.so*"):
-        with library.open("rb") as file:
-            text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            if text.find(FLAG) >= 0:
-                return f"--{FLAG.decode()}=false"
-    return ""
+    if FLAG in os.environ.get("XLA_FLAGS", ""):
+        return ""  # the process that started this one has tried it
+    trial = subprocess.run(
+        [sys.executable, "-c", "import jax; jax.devices()"],
+        env=os.environ | {"XLA_FLAGS": FLAG, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        check=False,
+    )
+    return "" if trial.returncode else FLAG
