@@ -1,6 +1,6 @@
 """Two real uses end to end: an epidemic simulated in processes, a hierarchical model beside NUTS.
 
-Public names: `run`, `influenza_use`, `schools_use`.
+Public names: `run`, `influenza_use`, `schools_use`, `costs`, `quantiles`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,11 @@ def influenza_use(folder: Path, simulations: int = 20_000, datasets: int = 500) 
     _save(
         plots.corner({"NPE": fitted["draws"]}, labels=task.labels), folder / "influenza-corner.png"
     )
-    return fitted["record"]
+    counts = np.asarray(task.observation(1))
+    low, high = np.nanquantile(np.asarray(sims.x, float), (0.05, 0.95), axis=0)
+    inside = int(np.sum((low <= counts) & (counts <= high)))
+    print(f"  {inside} of {len(counts)} days inside the central 90% of predictions", flush=True)
+    return {**fitted["record"], "days": len(counts), "days_inside": inside}
 
 
 def schools_use(folder: Path, simulations: int = 50_000, datasets: int = 500) -> dict[str, Any]:
@@ -86,6 +90,27 @@ def schools_use(folder: Path, simulations: int = 50_000, datasets: int = 500) ->
     names = [f"school {name}" for name in "ABCDEFGH"]
     _save(_intervals(sets, names), folder / "eight_schools.png")
     return {**fitted["record"], "c2st": score}
+
+
+def costs(record: dict[str, Any]) -> list[str]:
+    """Lines of a table: what each use cost and found, from the record of `run`."""
+    lines = [
+        ["use", "simulations", "simulate, s", "fit, s", "10,000 draws, s", "check, s", "verdict"],
+        ["---"] * 7,
+    ]
+    for name in ("influenza", "eight_schools"):
+        use = record[name]
+        seconds = [f"{use['seconds'][part]:.0f}" for part in ("simulate", "fit", "draw", "check")]
+        total = f"{use['simulations']['total']:,}"
+        lines.append([f"`{name}`", total, *seconds, use["check"]["verdict"]])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def quantiles(use: dict[str, Any]) -> list[str]:
+    """Lines of a table: quantiles of a use's parameters."""
+    rows = [["parameter", "5%", "median", "95%"], ["---"] * 4]
+    rows += [[f"`{k}`", *(f"{v:.2f}" for v in row)] for k, row in use["quantiles"].items()]
+    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def _fitted(task: Task, simulations: int, datasets: int) -> dict[str, Any]:

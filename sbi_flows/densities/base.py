@@ -148,7 +148,11 @@ def check_settings(name: str, density: Any) -> None:
 
 @runtime_checkable
 class DensitySettings(Protocol):
-    """A frozen, hashable description that builds a `Density` once the sizes are known."""
+    """A frozen, hashable description that builds a `Density` once the sizes are known.
+
+    A class variable `fit_defaults` may hold fields of `sf.Training`, by name, that a fit has where
+    the user gives no settings.
+    """
 
     def build(self, key: Key, dim: int, context_dim: int) -> Density:
         """Make the module for z in R^dim and contexts in R^context_dim."""

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import distrax
 import jax.numpy as jnp
@@ -56,6 +58,8 @@ class CNF:
     training: Solver = field(default_factory=lambda: Solver(max_steps=64, exact_up_to=8))
     kinetic: float = 0.02
     jacobian: float = 0.02
+    # a field that changes fast needs many steps of its ODE
+    fit_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({"learning_rate": 1e-3})
 
     def __post_init__(self) -> None:
         """Refuse parts that are none."""

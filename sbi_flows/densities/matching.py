@@ -9,8 +9,10 @@ the same ODE (`ode.py`); they differ in where on the path training looks, and in
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import distrax
@@ -36,6 +38,10 @@ class _Settings:
     network: VelocitySettings = field(default_factory=Film)
     solver: Solver = field(default_factory=Solver)
     sampler: Sampler | None = field(default_factory=Heun)
+    # steps are cheap and losses noisy
+    fit_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {"max_epochs": 120, "patience": 30, "learning_rate": 2e-3, "ema_decay": 0.999}
+    )
 
     def __post_init__(self) -> None:
         """Refuse parts that are none."""

@@ -17,7 +17,6 @@ from jax import Array
 from sbi_flows.checks import require_count, require_fraction, require_positive
 from sbi_flows.data import Simulations, observation_shape
 from sbi_flows.densities.base import DensitySettings, check_settings
-from sbi_flows.densities.cnf import CNF
 from sbi_flows.densities.conditional import (
     Blueprint,
     Embedding,
@@ -26,7 +25,6 @@ from sbi_flows.densities.conditional import (
     check_embedding,
 )
 from sbi_flows.densities.flow import NSF
-from sbi_flows.densities.matching import Diffusion, FlowMatching
 from sbi_flows.errors import SbiFlowsWarning, SimulationFailed, TrainingDiverged
 from sbi_flows.estimators.emulator import Emulator, EmulatorFailed, Seen, emulate
 from sbi_flows.estimators.rows import (
@@ -52,18 +50,6 @@ _EMULATED = (
 )
 """Defaults with an emulator: its rows are many and new, so that a large density does not over-fit.
 """
-
-
-_REGRESSION = Training(max_epochs=120, patience=30, learning_rate=2e-3, ema_decay=0.999)
-"""Defaults of flow matching and diffusion, whose steps are cheap and whose losses are noisy."""
-
-
-def _training_of(density: DensitySettings | None) -> Training:
-    """Settings of a fit where the user gives none."""
-    if isinstance(density, FlowMatching | Diffusion):
-        return _REGRESSION
-    # a field that changes fast needs many steps of its ODE
-    return Training(learning_rate=1e-3) if isinstance(density, CNF) else Training()
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -141,7 +127,9 @@ class NPE:
             check_embedding(embedding)
         if training is not None and not isinstance(training, Training):
             raise ValueError(f"training: expected sf.Training, got {type(training).__name__}")
-        default = (NSF(), _training_of(density)) if emulator is None else _EMULATED
+        default = (NSF(), Training(**getattr(density, "fit_defaults", {})))
+        if emulator is not None:
+            default = _EMULATED
         fields = {
             "prior": as_prior(prior),
             "density": default[0] if density is None else density,

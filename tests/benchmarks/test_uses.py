@@ -22,6 +22,15 @@ def test_both_uses_leave_their_pictures_and_one_record(tmp_path, monkeypatch):
     assert record["kind"] == "uses"
     assert record["influenza"]["simulations"] == {"total": 300, "valid": 300}
     assert set(record["influenza"]["quantiles"]) == {"r0", "before", "in_bed", "first"}
+    assert record["influenza"]["days"] == 14
+    assert 0 <= record["influenza"]["days_inside"] <= 14
+    assert uses.costs(record)[2].startswith("| `influenza` | 300 |")
+    assert [line.split("`")[1] for line in uses.quantiles(record["influenza"])[2:]] == [
+        "r0",
+        "before",
+        "in_bed",
+        "first",
+    ]
     # a fit to a thousand simulations is near NUTS, if not at it
     assert 0.4 < record["eight_schools"]["c2st"] < 0.75
     for use in ("influenza", "eight_schools"):
