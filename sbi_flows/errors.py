@@ -36,6 +36,10 @@ class StoreBusy(SbiFlowsError):
     """Another process is writing into a `SimulationStore`."""
 
 
+class CheckpointSpoilt(SbiFlowsError):
+    """The file of `Training(checkpoint=...)` is not what was written."""
+
+
 class SolveFailed(SbiFlowsError):
     """The ODE of a continuous flow was not solved: it needs more steps, or is not finite.
 

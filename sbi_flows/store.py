@@ -10,7 +10,6 @@ its seal, a checksum and the reasons of failures; one without is made again.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sbi_flows.checks import require_count
+from sbi_flows.checksums import checksum
 from sbi_flows.data import Lazy, Simulations
 from sbi_flows.errors import StoreBusy, StoreSpoilt
 from sbi_flows.execution import Executor
@@ -192,7 +192,7 @@ class SimulationStore:
             StoreSpoilt: A chunk is not what was written.
         """
         for chunk in self._sealed():
-            if _checksum({name: chunk.group[name][:] for name in chunk.group}) != chunk.checksum:
+            if checksum({name: chunk.group[name][:] for name in chunk.group}) != chunk.checksum:
                 raise StoreSpoilt(
                     f"{self.path}: the rows from {chunk.start} on are not those that were written; "
                     f"remove rows/{chunk.start:012d} to have them made again"
@@ -210,7 +210,7 @@ class SimulationStore:
         for name, value in arrays.items():
             group.create_array(name, data=value, chunks=value.shape)
         failed = {str(row): reason for row, reason in reasons.items()}
-        group.attrs["seal"] = {"rows": len(theta), "sha256": _checksum(arrays), "failed": failed}
+        group.attrs["seal"] = {"rows": len(theta), "sha256": checksum(arrays), "failed": failed}
 
     def _sealed(self) -> list[_Sealed]:
         """Finished chunks in the order of their rows."""
@@ -278,15 +278,6 @@ def _gaps(chunks: list[_Sealed], n: int) -> Iterator[tuple[int, int]]:
         if start < min(chunk.start, n):
             yield start, min(chunk.start, n)
         start = max(start, chunk.start + chunk.count)
-
-
-def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        value = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name}{value.dtype.str}{value.shape}".encode())
-        digest.update(value.tobytes())
-    return digest.hexdigest()
 
 
 def _described(prior: Prior) -> dict[str, Any]:

@@ -36,11 +36,48 @@ print(json.dumps({"devices": jax.device_count(), "results": results}))
 """
 
 
-def _start(tmp_path: Path, devices: int, *, most: int = 0, **environment: str) -> subprocess.Popen:
+RESUMED = """
+import json, os
+import jax
+if "PROCESS" in os.environ:
+    jax.distributed.initialize(os.environ["ADDRESS"], 2, int(os.environ["PROCESS"]))
+import numpy as np
+from sbi_flows.training import ensemble
+from tests.test_training import fit
+jax.config.update("jax_compilation_cache_dir", os.environ["CACHE"])
+devices = int(os.environ["DEVICES"]) or None
+whole, epoch, calls = fit(), ensemble.Ensemble.epoch, []
+def killed(self, key):
+    calls.append(key)
+    if len(calls) == 3:
+        raise OSError("killed")
+    return epoch(self, key)
+ensemble.Ensemble.epoch = killed
+kept = {"checkpoint": os.environ["KEPT"], "checkpoint_every": 1}
+try:
+    fit(devices=devices, **kept)
+except OSError as error:
+    assert str(error) == "killed"
+resumed = fit(**kept)
+assert len(calls) == 3 + 4, len(calls)
+for (weights, history), same in ((resumed, devices is None), (fit(**kept), devices is None)):
+    check = np.testing.assert_array_equal if same else np.testing.assert_allclose
+    check(history.train_loss, whole[1].train_loss, **({} if same else {"rtol": 1e-3}))
+    jax.tree.map(np.testing.assert_array_equal, weights, resumed[0])
+    if same:
+        jax.tree.map(np.testing.assert_array_equal, weights, whole[0])
+print(json.dumps({"devices": jax.device_count(), "kept": os.listdir(os.environ["KEPT"])}))
+"""
+
+
+def _start(
+    tmp_path: Path, devices: int, *, most: int = 0, code: str = FIT, **environment: str
+) -> subprocess.Popen:
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     variables = {"XLA_FLAGS": flags, "CACHE": str(tmp_path / "cache"), "DEVICES": str(most)}
     return subprocess.Popen(
-        [sys.executable, "-c", FIT],
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
         env=os.environ | variables | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -84,6 +121,26 @@ def test_two_processes_give_the_losses_of_one(tmp_path, alone):
     for found in map(_finished, processes):
         assert found["devices"] == 2
         _same(found["results"], alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [0, 1])
+def test_a_killed_fit_goes_on_with_eight_devices(tmp_path, most):
+    """Of a fit on as many the same weights, bit for bit; of one on a single device, nearly."""
+    found = _finished(_start(tmp_path, 8, most=most, code=RESUMED, KEPT=str(tmp_path / "kept")))
+    assert found == {"devices": 8, "kept": ["fit.safetensors"]}
+
+
+@pytest.mark.slow
+def test_a_killed_fit_goes_on_with_two_processes(tmp_path):
+    """Whose folders are not the same: the first one keeps the state of both."""
+    address = f"127.0.0.1:{20_000 + (os.getpid() + 1) % 20_000}"
+    processes = []
+    for i in range(2):
+        variables = {"ADDRESS": address, "PROCESS": str(i), "KEPT": str(tmp_path / f"kept{i}")}
+        processes.append(_start(tmp_path / str(i), 1, code=RESUMED, **variables))
+    first, second = map(_finished, processes)
+    assert (first["kept"], second["kept"]) == (["fit.safetensors"], [])
 
 
 def test_one_device_needs_no_mesh():

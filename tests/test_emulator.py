@@ -50,7 +50,7 @@ def draw(simulations, *, settings=EMULATOR, key=1):
         seen,
         standardiser,
         members=MEMBERS,
-        validation_fraction=0.1,
+        training=sf.Training(validation_fraction=0.1),
         progress=False,
     )
     return emulated, standardiser.inverse(emulated.features), history

@@ -56,8 +56,8 @@ def distil(
         simulations: Those it was fitted to; their observations alone are used.
         steps: Evaluations of the network that a draw takes.
         training: Its epochs, batch size, optimiser, products and average of the weights; the rest
-            is not used: nothing is held out, as each epoch has noise of its own. By default 30
-            epochs of 128 rows a step.
+            is not used: nothing is held out, as each epoch has noise of its own. A checkpoint is
+            refused. By default 30 epochs of 128 rows a step.
         progress: Show a progress bar.
 
     Returns:
@@ -68,7 +68,8 @@ def distil(
         each.
 
     Raises:
-        ValueError: A density of the posterior is of another kind, or no simulation is valid.
+        ValueError: A density of the posterior is of another kind, no simulation is valid, or there
+            is a checkpoint.
         TrainingDiverged: An error was not finite; `.state` is the posterior that was given.
 
     References:
@@ -92,11 +93,13 @@ def distil(
     require_object("posterior", posterior, Posterior, "an sf.Posterior")
     require_object("simulations", simulations, Simulations, "sf.Simulations")
     require_count(1, steps=steps)
+    training = TRAINING if training is None else training
+    if training.checkpoint is not None:
+        raise ValueError("checkpoint: expected none, as a distillation keeps no state, got one")
     kinds = (FlowMatching, Diffusion)
     for blueprint in posterior.blueprints:
         wanted = "a posterior of sf.FlowMatching or sf.Diffusion"
         require_object("posterior", blueprint.density, kinds, wanted)
-    training = TRAINING if training is None else training
     if not simulations.num_valid:
         raise ValueError(f"simulations: expected valid ones, got none of {len(simulations)}")
     features = posterior.features(simulations.only_valid().x)

@@ -59,7 +59,8 @@ class Emulator:
 
     Attributes:
         densities: The densities to fit and to mix.
-        training: Settings of their fits; the validation fraction is the estimator's.
+        training: Settings of their fits; the validation fraction and the checkpoint are the
+            estimator's.
         simulations: Number of emulated simulations for each member, with parameters from the prior.
         max_features: Longer observations are not emulated, and the estimator is fitted without:
             the noise of hundreds of numbers takes more simulations to learn than the posterior.
@@ -89,7 +90,8 @@ class Emulator:
         """Refuse what cannot be fitted.
 
         Raises:
-            ValueError: There is no density, a number is not positive, or `training` is no training.
+            ValueError: There is no density, a number is not positive, or `training` is no training
+                or has a checkpoint of its own.
         """
         given = self.densities
         densities = tuple(given) if isinstance(given, list | tuple) else (given,)
@@ -100,6 +102,8 @@ class Emulator:
         object.__setattr__(self, "densities", densities)
         if not isinstance(self.training, Training):
             raise ValueError(f"training: expected sf.Training, got {type(self.training).__name__}")
+        if self.training.checkpoint is not None:
+            raise ValueError("checkpoint: expected that of the estimator, got one of the emulator")
         require_count(1, simulations=self.simulations, max_features=self.max_features)
 
 
@@ -136,7 +140,7 @@ def emulate(
     standardiser: Standardiser,
     *,
     members: int,
-    validation_fraction: float,
+    training: Training,
     progress: bool,
 ) -> tuple[Emulated, StackHistory]:
     """Fit an emulator and draw from it.
@@ -148,7 +152,7 @@ def emulate(
         seen: The simulations.
         standardiser: Observation to features.
         members: Number of members M of the fit that the draws are for.
-        validation_fraction: Its validation fraction.
+        training: Its settings, for the validation fraction and the checkpoint.
         progress: Show progress bars.
 
     Returns:
@@ -169,10 +173,13 @@ def emulate(
     # not 0 or 1: those folds are the keys that a split gives, which the fits use
     noise_key, theta_key, draw_key = jax.random.split(jax.random.fold_in(key, 2), 3)
     features = _smooth(grid, wide, noise_key, seen.x)
-    training = dataclasses.replace(emulator.training, validation_fraction=validation_fraction)
+    fraction = training.validation_fraction
+    training = dataclasses.replace(emulator.training, validation_fraction=fraction).kept_as(
+        training
+    )
     sizes = Sizes((False,) * seen.x.shape[1], jax.tree.structure(0), (seen.y.shape[1:],))
 
-    def fit_one(blueprint: Blueprint) -> tuple[tuple[Blueprint, Weights], History]:
+    def fit_one(i: int, blueprint: Blueprint) -> tuple[tuple[Blueprint, Weights], History]:
         weights, history = fit(
             key,
             blueprint,
@@ -182,12 +189,13 @@ def emulate(
             members=members,
             progress=progress,
             label="fit emulator",
+            name=f"emulator-{i}",
         )
         return (blueprint, weights), history
 
     blueprints = [Blueprint(density, None, sizes) for density in emulator.densities]
     try:
-        fits = [partial(fit_one, b) for b in blueprints]
+        fits = [partial(fit_one, i, b) for i, b in enumerate(blueprints)]
         parts, history = fit_each(fits, "density of the emulator", stacklevel=5)
     except TrainingDiverged as error:
         raise EmulatorFailed(str(error)) from error

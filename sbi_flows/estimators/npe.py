@@ -161,6 +161,8 @@ class NPE:
                 disk.
             SimulationFailed: Fewer than 10 rows are valid.
             TrainingDiverged: A loss was not finite; `.state` is the last finite posterior.
+            CheckpointSpoilt: A file of `Training(checkpoint=...)` is not what was written; those of
+                other simulations, keys or settings are a ValueError.
         """
         began = time.perf_counter()
         valid, sample = self._checked(key, simulations)
@@ -250,7 +252,7 @@ class NPE:
             Seen(rows.y, x, failed),
             standardiser,
             members=self.members,
-            validation_fraction=self.training.validation_fraction,
+            training=self.training,
             progress=progress,
         )
         return joined(self.prior, rows, more), history
@@ -258,14 +260,20 @@ class NPE:
     def _without_emulator(self) -> NPE:
         """The same without one; what is at its default becomes the default of such an estimator."""
         density, training = _EMULATED
-        return NPE(
+        plain = NPE(
             self.prior,
             None if self.density == density else self.density,
-            training=None if self.training == training else self.training,
             members=self.members,
             embedding=self.embedding,
             screening=self.screening,
         )
+        default = self.training.without_checkpoint == training
+        training = plain.training.kept_as(self.training) if default else self.training
+        return dataclasses.replace(plain, training=training)
+
+    def kept_within(self, name: str) -> NPE:
+        """The same, with its checkpoint, if there is one, in a folder within."""
+        return dataclasses.replace(self, training=self.training.kept_as(self.training, name))
 
     def _checked(self, key: Key, simulations: Simulations) -> tuple[Simulations, np.ndarray | None]:
         """The valid rows; of those on disk a sample, and which of them these are."""

@@ -95,8 +95,9 @@ class Stack:
             TrainingDiverged: Every estimator diverged.
             KeyboardInterrupt: Before the first estimator was fitted; later, the rest is left out.
         """
+        kept = [e.kept_within(f"estimator-{i}") for i, e in enumerate(self.estimators)]
         # the same key: the same rows are held out
-        fits = [partial(e.fit, key, simulations, progress=progress) for e in self.estimators]
+        fits = [partial(e.fit, key, simulations, progress=progress) for e in kept]
         kept, history = fit_each(fits, "estimator", stacklevel=3)
         posterior = dataclasses.replace(
             kept[0][0],

@@ -147,7 +147,8 @@ def truncated_rounds(
             current = box
             continue
         rows = _inside(current, parts)
-        posterior, history = _with_prior(estimator, current).fit(fit_key, rows, progress=progress)
+        own = _of_round(estimator, r, current)
+        posterior, history = own.fit(fit_key, rows, progress=progress)
         done.append(Round(current, simulations, len(rows), history))
         box = _box(prior, current, posterior.sample(draw_key, x, DRAWS))
         if last or box.mass > paying * current.mass:
@@ -169,10 +170,11 @@ def _prior_of(estimator: NPE | Stack) -> Prior:
     return estimator.prior if isinstance(estimator, NPE) else estimator.estimators[0].prior
 
 
-def _with_prior(estimator: Estimator, prior: Prior) -> Estimator:
+def _of_round(estimator: Estimator, r: int, prior: Prior) -> Estimator:
+    """The estimator with the prior of a round, whose checkpoints have a folder of their own."""
     if isinstance(estimator, NPE):
-        return dataclasses.replace(estimator, prior=prior)
-    return Stack([dataclasses.replace(part, prior=prior) for part in estimator.estimators])
+        return dataclasses.replace(estimator.kept_within(f"round-{r:03d}"), prior=prior)
+    return Stack([_of_round(part, r, prior) for part in estimator.estimators])
 
 
 def _box(prior: Prior, current: Prior, draws: Any) -> BoxPrior:

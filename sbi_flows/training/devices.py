@@ -1,6 +1,7 @@
 """Which devices a fit runs on, and how its arrays lie on them.
 
-Public names: `MEMBERS`, `mesh_of`, `split_rows`, `on_mesh`, `to_host`.
+Public names: `MEMBERS`, `mesh_of`, `split_rows`, `on_mesh`, `words_of`, `from_words`,
+`to_host`, `of_first`.
 
 Members of an ensemble have nothing to say to each other, so they are spread first; devices that are
 left share the rows of every batch, and add up their gradients.
@@ -61,12 +62,25 @@ def on_mesh(mesh: Mesh | None, tree: Any, *, members: bool) -> Any:
     sharding = NamedSharding(mesh, PartitionSpec(MEMBERS) if members else PartitionSpec())
 
     def put(leaf: Any) -> Array:
-        if isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            data = jax.device_put(np.asarray(jax.random.key_data(leaf)), sharding)
-            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-        return jax.device_put(np.asarray(leaf), sharding)
+        return from_words(leaf, jax.device_put(np.asarray(words_of(leaf)), sharding))
 
     return jax.tree.map(put, tree)
+
+
+def words_of(leaf: Any) -> Any:
+    """An array that NumPy can hold: of keys, which an optimiser's state may have, their words."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def from_words(like: Any, words: Array) -> Array:
+    """An array such as this one, of what `words_of` gave."""
+    return (
+        jax.random.wrap_key_data(words, impl=jax.random.key_impl(like)) if _is_key(like) else words
+    )
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def to_host(leaf: Array) -> np.ndarray:
@@ -76,3 +90,17 @@ def to_host(leaf: Array) -> np.ndarray:
     from jax.experimental.multihost_utils import process_allgather
 
     return np.asarray(process_allgather(leaf, tiled=True))
+
+
+def of_first(value: bytes | None) -> bytes | None:
+    """What the first of several processes has, in all of them."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    size = int(broadcast_one_to_all(np.int32(-1 if value is None else len(value))))
+    if size <= 0:
+        return None if size else b""
+    first = jax.process_index() == 0 and value is not None
+    sent = np.frombuffer(value, np.uint8) if first else np.zeros(size, np.uint8)
+    return np.asarray(broadcast_one_to_all(sent), np.uint8).tobytes()

@@ -1,6 +1,6 @@
 """The members of an ensemble in training: which of them run where, and when they stop.
 
-Public names: `Ensemble`.
+Public names: `Ensemble`, `Snapshot`.
 
 The members stand in groups, each of them one vmapped program. On an accelerator, or where there are
 several devices, there is one group of all. On a single CPU, where the small products of a vmapped
@@ -33,7 +33,7 @@ from sbi_flows.densities.conditional import (
 from sbi_flows.densities.ode import Effort
 from sbi_flows.precision import inherited
 from sbi_flows.training import members as programs
-from sbi_flows.training.devices import mesh_of, on_mesh, to_host
+from sbi_flows.training.devices import from_words, mesh_of, on_mesh, to_host, words_of
 from sbi_flows.training.members import Best, Group, Plan, Source, State, Units
 from sbi_flows.training.settings import Training
 from sbi_flows.training.stream import Stream
@@ -92,7 +92,8 @@ class Ensemble:
         batch = training.batch(folds[0].shape[1] if stream is None else len(stream.rows))
         mesh, self._stream = mesh_of(members, batch, training.devices), stream
         # rates are no constants of the programs, which then serve for all of them
-        settings = dataclasses.replace(training, learning_rate=1.0, devices=None)
+        settings = training.without_checkpoint
+        settings = dataclasses.replace(settings, learning_rate=1.0, devices=None)
         self._plan = Plan(blueprint, settings, mesh)
         self._slices = _slices(members, together=mesh is not None)
         self._features = on_mesh(self._plan.mesh, features, members=False)
@@ -166,6 +167,24 @@ class Ensemble:
             results = self._streamed(key, active, self._stream)
         self._keep(active, running, results)
         return self._losses
+
+    def snapshot(self) -> Snapshot:
+        """What epochs have come to, of all members and on the host."""
+        pairs = [(s, g.best) for s, g in zip(self._states, self._groups, strict=True)]
+        state, best = jax.tree.map(lambda *leaves: _joined(map(words_of, leaves)), *pairs)
+        return Snapshot(state, best, self._losses)
+
+    def resume(self, snapshot: Snapshot) -> None:
+        """Go on from there."""
+        states, groups = [], []
+        for s, *pair in zip(self._slices, self._states, self._groups, strict=True):
+            like = (pair[0], pair[1].best)
+            found = jax.tree.map(lambda old, new, s=s: _like(old, new[s]), like, snapshot[:2])
+            state, best = on_mesh(self._plan.mesh, found, members=True)
+            states.append(state)
+            groups.append(pair[1]._replace(best=best))
+        self._states, self._groups, self._losses = states, groups, snapshot.losses
+        self.best = tuple(group.best for group in groups)
 
     @property
     def latest(self) -> tuple[Best, ...]:
@@ -268,6 +287,14 @@ class Ensemble:
         programs.score.lower(self._plan, state, group, self._features).compile()
 
 
+class Snapshot(NamedTuple):
+    """What epochs change, of all members: host arrays with a leading axis M."""
+
+    state: State
+    best: Best
+    losses: tuple[np.ndarray, np.ndarray]
+
+
 class _Result(NamedTuple):
     """What a group has come to in an epoch; the losses of its members have shape (m,)."""
 
@@ -286,6 +313,11 @@ def _slices(members: int, *, together: bool) -> list[slice]:
 
 def _joined(arrays: Iterable[Array]) -> np.ndarray:
     return np.concatenate([to_host(a) for a in arrays])
+
+
+def _like(old: Array, words: np.ndarray) -> Array:
+    """The same kind of array; a copy, whose memory a program may use for its result."""
+    return from_words(old, jax.device_put(words, may_alias=False))
 
 
 def _held_out_rows(n: int, fraction: float) -> int:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +18,10 @@ from tqdm.auto import tqdm
 from sbi_flows.densities.conditional import Blueprint, Weights, by_likelihood, by_solving
 from sbi_flows.densities.ode import Effort
 from sbi_flows.errors import SbiFlowsWarning, TrainingDiverged
+from sbi_flows.training.checkpoint import Checkpoint
 from sbi_flows.training.devices import to_host
 from sbi_flows.training.ensemble import Ensemble
+from sbi_flows.training.fingerprint import parts
 from sbi_flows.training.history import History
 from sbi_flows.training.members import Best
 from sbi_flows.training.settings import Training
@@ -37,6 +42,7 @@ def fit(
     stream: Stream | None = None,
     progress: bool = True,
     label: str = "fit",
+    name: str = "fit",
 ) -> tuple[Weights, History]:
     """Train `members` models with different initial weights, data orders and validation rows.
 
@@ -54,17 +60,26 @@ def fit(
         stream: Rows to train on instead, of which those above are a sample; see `Ensemble`.
         progress: Show a progress bar.
         label: What it says.
+        name: Name of the fit's file in the folder `training.checkpoint`.
 
     Returns:
         The best weights of each member, and the history.
 
     Raises:
-        ValueError: Too few rows to hold any out.
+        ValueError: Too few rows to hold any out, or the checkpoint is that of another fit.
         TrainingDiverged: A loss was not finite; its `state` holds the best `Weights` so far.
+        CheckpointSpoilt: The checkpoint is not what was written.
     """
     began = time.perf_counter()
     start_key, epoch_key = jax.random.split(key)
     offset = jnp.zeros(len(y), y.dtype) if offset is None else offset
+    file = None
+    if training.checkpoint is not None:
+        data = {"y": y, "features": features, "offset": offset}
+        rows = None if stream is None else len(stream.rows)
+        numbers = {"members": members, "own": own, "rows": rows}
+        file = Checkpoint(training, name, parts(key, blueprint, training, data, **numbers))
+    saved = file.read() if file else None
     with Ensemble(
         start_key, blueprint, training, y, features, offset, members, own, stream
     ) as ensemble:
@@ -73,9 +88,18 @@ def fit(
         units = np.stack([ensemble.units.train, row_units.mean(axis=1)]) * likelihood
         start_loss = ensemble.best_loss + units[1]
         _require_finite(start_loss, 0, ensemble)
+        losses = _resumed(ensemble, file, saved) if file and saved else ()
         # weights and losses are replaced as one, so an interrupt never finds them epochs apart
-        done, reason = (ensemble.best, ()), "max_epochs"
-        bar = tqdm(range(training.max_epochs), desc=label, unit="epoch", disable=not progress)
+        done, first = (ensemble.best, losses), len(losses)
+        total = training.max_epochs if ensemble.running.any() else first
+        bar = tqdm(
+            range(first, total),
+            desc=label,
+            unit="epoch",
+            disable=not progress,
+            initial=first,
+            total=training.max_epochs,
+        )
         try:
             for epoch in bar:
                 means = ensemble.epoch(jax.random.fold_in(epoch_key, epoch))
@@ -83,9 +107,13 @@ def fit(
                 _require_finite(np.concatenate([train, validation]), epoch + 1, ensemble)
                 done = ensemble.best, (*done[1], (train, validation))
                 bar.set_postfix(train=f"{train.mean():.3f}", validation=f"{validation.mean():.3f}")
-                if not ensemble.running.any():
-                    reason = "patience"
+                ended = not ensemble.running.any()
+                if file:
+                    last = ended or epoch + 1 == total
+                    file.keep(epoch + 1, partial(_kept, ensemble, done[1]), last=last)
+                if ended:
                     break
+            reason = "max_epochs" if ensemble.running.any() else "patience"
         except KeyboardInterrupt:
             reason = "interrupted"
         finally:
@@ -103,6 +131,18 @@ def fit(
             history, solver_steps=effort.steps, solver_evaluations=effort.evaluations
         )
     return ensemble.weights(best), dataclasses.replace(history, likelihood=likelihood)
+
+
+def _kept(ensemble: Ensemble, losses: tuple) -> dict[str, Any]:
+    """What a checkpoint holds: losses have shape (epochs, members)."""
+    train, validation = (np.stack(values) for values in zip(*losses, strict=True))
+    return {"train": train, "validation": validation, "members": ensemble.snapshot()}
+
+
+def _resumed(ensemble: Ensemble, file: Checkpoint, arrays: Mapping[str, np.ndarray]) -> tuple:
+    """Put the members where they were; the losses of each epoch until then."""
+    ensemble.resume(file.filled({"members": ensemble.snapshot()}, arrays)["members"])
+    return tuple(zip(arrays["train"], arrays["validation"], strict=True))
 
 
 def _held_out(

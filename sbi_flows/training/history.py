@@ -28,7 +28,8 @@ class History:
             at the weights that were kept.
         best_epoch: Epoch (from 1; 0 is the start) whose weights each member kept.
         epochs: Number of epochs run.
-        seconds: Wall time of the fit, compilation and the emulator included.
+        seconds: Wall time of the fit, compilation and the emulator included; of one that went on
+            from a checkpoint, since then.
         stop_reason: `max_epochs`, `patience` or `interrupted`.
         emulator: The `StackHistory` of the emulator that the fit also trained on, whose losses are
             those of the observation as it is emulated; None without one.
