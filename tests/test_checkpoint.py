@@ -222,10 +222,10 @@ def test_arrays_of_another_shape_are_refused(left):
 
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="checkpoint: cannot write to .*file"):
+    with pytest.raises(ValueError, match=r"checkpoint: cannot write to .*file"):
         fit(tmp_path / "file")
     (tmp_path / "fit.safetensors").mkdir()
-    with pytest.raises(ValueError, match="checkpoint: cannot read .*fit.safetensors: Is a dir"):
+    with pytest.raises(ValueError, match=r"checkpoint: cannot read .*fit.safetensors: Is a"):
         fit(tmp_path)
 
 

@@ -157,7 +157,7 @@ def test_settings_that_make_no_rounds_are_refused(settings, message):
 
 def test_a_stack_goes_through_rounds_as_well():
     stack = sf.Stack([SMALL, SMALL])
-    cut = truncated._with_prior(stack, BOX)
+    cut = truncated._of_round(stack, 0, BOX)
     assert [e.prior for e in cut.estimators] == [BOX, BOX]
 
 

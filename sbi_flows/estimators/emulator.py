@@ -173,10 +173,8 @@ def emulate(
     # not 0 or 1: those folds are the keys that a split gives, which the fits use
     noise_key, theta_key, draw_key = jax.random.split(jax.random.fold_in(key, 2), 3)
     features = _smooth(grid, wide, noise_key, seen.x)
-    fraction = training.validation_fraction
-    training = dataclasses.replace(emulator.training, validation_fraction=fraction).kept_as(
-        training
-    )
+    fraction, kept = training.validation_fraction, emulator.training.kept_as(training)
+    training = dataclasses.replace(kept, validation_fraction=fraction)
     sizes = Sizes((False,) * seen.x.shape[1], jax.tree.structure(0), (seen.y.shape[1:],))
 
     def fit_one(i: int, blueprint: Blueprint) -> tuple[tuple[Blueprint, Weights], History]:

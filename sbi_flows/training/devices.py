@@ -74,9 +74,9 @@ def words_of(leaf: Any) -> Any:
 
 def from_words(like: Any, words: Array) -> Array:
     """An array such as this one, of what `words_of` gave."""
-    return (
-        jax.random.wrap_key_data(words, impl=jax.random.key_impl(like)) if _is_key(like) else words
-    )
+    if not _is_key(like):
+        return words
+    return jax.random.wrap_key_data(words, impl=jax.random.key_impl(like))
 
 
 def _is_key(leaf: Any) -> bool:
@@ -101,6 +101,6 @@ def of_first(value: bytes | None) -> bytes | None:
     size = int(broadcast_one_to_all(np.int32(-1 if value is None else len(value))))
     if size <= 0:
         return None if size else b""
-    first = jax.process_index() == 0 and value is not None
-    sent = np.frombuffer(value, np.uint8) if first else np.zeros(size, np.uint8)
+    mine = value if jax.process_index() == 0 and value is not None else bytes(size)
+    sent = np.frombuffer(mine, np.uint8)
     return np.asarray(broadcast_one_to_all(sent), np.uint8).tobytes()

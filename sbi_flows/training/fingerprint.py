@@ -53,11 +53,10 @@ def parts(
         data: Its arrays, the first axis of each the rows.
         numbers: What else its result depends on.
     """
-    data = {name: _sums(value) for name, value in data.items()}
     words = np.asarray(jax.random.key_data(key)).tolist()
     return {
         "versions": {name: version(name) for name in ("sbi-flows", "jax", "flax", "optax")},
-        "data": data,
+        "data": {name: _sums(value) for name, value in data.items()},
         "key": {"data": words, "kind": str(jax.random.key_impl(key))},
         "density": _density(blueprint),
         "settings": _settings(blueprint, training) | {n: str(v) for n, v in numbers.items()},
