@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from types import FunctionType
 from typing import Any
 
 import jax
@@ -26,18 +24,11 @@ from sbi_flows.checks import require_count, require_object, require_real
 from sbi_flows.data import Simulations, parameters
 from sbi_flows.errors import SbiFlowsWarning, SimulationFailed
 from sbi_flows.execution import Executor, Outside, Row, Task, row_seeds
+from sbi_flows.lanes import simulate_call, spread, spread_for_store, with_present_state
 from sbi_flows.precision import full_precision
 from sbi_flows.prior import Prior, PriorLike, as_prior
-from sbi_flows.typing import Key, Obs, Simulator
+from sbi_flows.typing import Key, Simulator
 from sbi_flows.worker import PRINTED, bare, by_name
-
-CHUNK = 16_384
-"""Simulations in one compiled call; the same shape for every chunk."""
-
-LANES = 256
-"""Simulations side by side on a CPU: their arrays stay in its cache, and an adaptive solver takes
-as many steps as the slowest of a few, not of thousands. Accelerators take a whole chunk at once."""
-
 
 _REASONS = 5
 """Reasons of failures that a warning names."""
@@ -55,11 +46,12 @@ def simulate(
     """Draw n parameter vectors from the prior and simulate each.
 
     Args:
-        key: Random key; the result does not depend on how the rows are chunked.
+        key: Random key; the result depends neither on chunks nor on the number of devices.
         prior: What `as_prior` takes.
         simulator: `(key, theta) -> x` on one parameter vector (or the named dict where the prior
-            is a dict or a model), traceable by JAX, and then run in compiled chunks; x is an array
-            or a dict of arrays. Or what `simulators.external_simulator` makes of other functions.
+            is a dict or a model), traceable by JAX, and then run in compiled chunks on all devices
+            of this process; x is an array or a dict of arrays. Or what
+            `simulators.external_simulator` makes of other functions.
         n: Number of simulations.
         executor: Where an external simulator runs; its own by default. The result is the same.
         progress: Show a progress bar; of a JAX function when there is more than one chunk.
@@ -97,7 +89,7 @@ def simulate_at(
     """Simulate each of the given parameter vectors, draws of a posterior say.
 
     Args:
-        key: Random key; the result does not depend on how the rows are chunked.
+        key: Random key; the result depends neither on chunks nor on the number of devices.
         prior: What `as_prior` takes; it names the parameters.
         simulator: As for `simulate`.
         theta: Parameters, shape (n, D).
@@ -138,14 +130,14 @@ def _simulated(
 ) -> Simulations:
     if isinstance(simulator, Outside):
         return _simulated_outside(key, prior, simulator, theta, executor, progress=progress)
-    simulator, n = _with_present_state(simulator), len(theta)
+    simulator, n = with_present_state(simulator), len(theta)
     keys = jax.random.split(key, n)
     chunks = []
-    starts = range(0, n, CHUNK)
-    size = min(CHUNK, math.ceil(n / LANES) * LANES) if n > LANES else n
+    size, mesh = spread(n)
+    starts = range(0, n, size)
     for start in tqdm(starts, desc="simulate", disable=not progress or len(starts) < 2):
         rows = np.arange(start, start + size) % n
-        chunk = _simulate_chunk(prior, simulator, keys[rows], theta[rows])
+        chunk = simulate_call(prior, simulator, keys[rows], theta[rows], mesh)
         chunks.append(chunk)
     x = jax.tree.map(lambda *parts: jnp.concatenate(parts)[:n], *chunks)
     sims = Simulations(theta, x)
@@ -214,14 +206,30 @@ def _traced_pieces(
     pieces: list[tuple[int, int]],
     chunk: int,
 ) -> Iterator[tuple[int, np.ndarray, dict[str, np.ndarray], dict[int, str]]]:
-    simulator = _with_present_state(simulator)
+    """As many of them in one call as follow each other and fit into it."""
+    simulator = with_present_state(simulator)
+    size, mesh = spread_for_store(chunk)
+    for together in _together(pieces, size):
+        first = together[0][0]
+        theta, keys = _rows_at(prior, key, first, size)
+        x = by_name(simulate_call(prior, simulator, keys, theta, mesh))
+        held = {name: np.asarray(value) for name, value in x.items()}
+        for start, stop in together:
+            rows = slice(start - first, stop - first)
+            arrays = {name: value[rows] for name, value in held.items()}
+            yield start, np.asarray(theta)[rows], arrays, {}
+
+
+def _together(pieces: list[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
+    """Runs of ranges that lie within so many rows."""
+    run: list[tuple[int, int]] = []
     for start, stop in pieces:
-        theta, keys = _rows_at(prior, key, start, math.ceil(chunk / LANES) * LANES)
-        x = _simulate_chunk(prior, simulator, keys, theta)
-        parts = by_name(x)
-        count = stop - start
-        arrays = {name: np.asarray(value)[:count] for name, value in parts.items()}
-        yield start, np.asarray(theta)[:count], arrays, {}
+        if run and stop - run[0][0] > size:
+            yield run
+            run = []
+        run.append((start, stop))
+    if run:
+        yield run
 
 
 def _outside_pieces(
@@ -335,26 +343,6 @@ def _put(
         return
     for name, value in row.x.items():
         x[name][place] = value
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-@full_precision
-def _simulate_chunk(prior: Prior, simulator: Simulator, keys: Key, theta: Array) -> Obs:
-    inputs = (keys, prior.structured(theta))
-    if jax.default_backend() != "cpu" or len(theta) <= LANES:
-        return jax.vmap(simulator)(*inputs)
-    return jax.lax.map(lambda one: simulator(*one), inputs, batch_size=LANES)
-
-
-def _with_present_state(simulator: Simulator) -> Simulator:
-    """A simulator that compiled programs do not take for an earlier one.
-
-    A method, or an object that is called, may have other attributes by now; programs that were
-    compiled for it would not see that. Plain functions are known by themselves.
-    """
-    if isinstance(simulator, FunctionType) or hasattr(simulator, "__wrapped__"):
-        return simulator
-    return lambda key, theta: simulator(key, theta)
 
 
 def check_simulator(prior: Prior, simulator: Simulator, executor: Executor | None) -> None:

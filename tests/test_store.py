@@ -76,7 +76,7 @@ def test_a_store_grows_and_is_opened_again(tmp_path):
         raise AssertionError("simulated again")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sbi_flows.simulating._simulate_chunk", failing)
+        patch.setattr("sbi_flows.simulating.simulate_call", failing)
         assert len(again.simulate(KEY, PRIOR, noisy, 30)) == 50
 
 
