@@ -30,7 +30,7 @@ from sbi_flows.prior import Prior, PriorLike, as_prior
 from sbi_flows.typing import Key, Simulator
 from sbi_flows.worker import PRINTED, bare, by_name
 
-_REASONS = 5
+_REASONS = 8
 """Reasons of failures that a warning names."""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from sbi_flows.checks import require_count
+from sbi_flows.data import Simulations
 from sbi_flows.diagnostics.coverage import Coverage, coverage_of
 from sbi_flows.diagnostics.ranks import MIN_DATASETS, MIN_DRAWS, PosteriorLike, draw_pass
 from sbi_flows.diagnostics.references import crude_posterior, prior_scale
@@ -31,7 +32,8 @@ class Report:
 
     Attributes:
         verdict: One sentence: calibrated, or over-confident, under-confident, biased or
-            mis-shaped, in which parameters, how far and with which corrected p-values.
+            mis-shaped, in which parameters, how far and with which corrected p-values; and how many
+            simulations it is about, if some failed.
         calibrated: Whether no test rejects; a correct posterior is refused with probability of
             about `level`.
         conservative: Whether nothing worse than under-confidence was found.
@@ -153,7 +155,9 @@ def check(
     refused more often than `level`.
 
     The answer is about the posterior on average over data sets from the prior; that it is right at
-    one observation, or that the simulator describes the real data, it does not say.
+    one observation, or that the simulator describes the real data, it does not say. Where some
+    simulations fail, it is about the others: the posterior is checked on parameters from the prior
+    given that their simulation is valid, which are those that it was trained on.
 
     Args:
         key: Random key.
@@ -180,8 +184,8 @@ def check(
     valid = sims.only_valid()
     if len(valid) < MIN_DATASETS:
         raise SimulationFailed(
-            f"{len(sims) - len(valid)} of {len(sims)} simulations gave NaN or infinity: too few "
-            f"left for a check, which needs {MIN_DATASETS}"
+            f"{len(sims) - len(valid)} of {len(sims)} simulations failed: too few left for a check, "
+            f"which needs {MIN_DATASETS}"
         )
     ranks = draw_pass(
         draw_key,
@@ -197,7 +201,7 @@ def check(
     findings = findings_of(tests, sbc, tarp, coverage, level)
     harmless = all(f.kind == UNDER for f in findings)
     return Report(
-        verdict=verdict_of(findings, tests, ranks.labels, level),
+        verdict=verdict_of(findings, tests, ranks.labels, level) + _of_those_left(sims),
         calibrated=not findings,
         conservative=not findings or (harmless and coverage.ks_over_confident > level),
         findings=findings,
@@ -211,6 +215,13 @@ def check(
         num_failed=ranks.num_failed,
         draws=draws,
     )
+
+
+def _of_those_left(sims: Simulations) -> str:
+    """What the verdict is about where some simulations failed."""
+    if sims.num_valid == len(sims):
+        return ""
+    return f" (of the simulations that did not fail: {sims.num_valid} of {len(sims)})"
 
 
 def _check_sizes(datasets: int, draws: int, level: float) -> None:
