@@ -184,8 +184,8 @@ def check(
     valid = sims.only_valid()
     if len(valid) < MIN_DATASETS:
         raise SimulationFailed(
-            f"{len(sims) - len(valid)} of {len(sims)} simulations failed: too few left for a check, "
-            f"which needs {MIN_DATASETS}"
+            f"{len(sims) - len(valid)} of {len(sims)} simulations failed: too few left for a "
+            f"check, which needs {MIN_DATASETS}"
         )
     ranks = draw_pass(
         draw_key,

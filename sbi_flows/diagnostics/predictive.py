@@ -144,8 +144,8 @@ def predictive_check(
     valid = sims.only_valid()
     if len(valid) < max(MIN_DRAWS, draws // 2):
         raise SimulationFailed(
-            f"{draws - len(valid)} of {draws} simulations at draws of the posterior failed: too few "
-            "left to compare with"
+            f"{draws - len(valid)} of {draws} simulations at draws of the posterior failed: too "
+            "few left to compare with"
         )
     batch, _ = as_batch(x, observation_shape(valid.x))
     return _compared(valid.x, batch, draws - len(valid))
