@@ -31,6 +31,7 @@ from .errors import SolveFailed as SolveFailed
 from .errors import StoreBusy as StoreBusy
 from .errors import StoreSpoilt as StoreSpoilt
 from .errors import TrainingDiverged as TrainingDiverged
+from .errors import WeightsUneven as WeightsUneven
 from .estimators.distillation import distil as distil
 from .estimators.emulator import Emulator as Emulator
 from .estimators.npe import NPE as NPE
@@ -50,3 +51,5 @@ from .simulating import simulate_at as simulate_at
 from .store import SimulationStore as SimulationStore
 from .training import History as History
 from .training import Training as Training
+from .validity import Validity as Validity
+from .validity import fit_validity as fit_validity

@@ -22,6 +22,7 @@ class Failures:
 
     A failure that is more likely at some parameters than at others is information: the prior that
     a posterior is fitted with is the one of the parameters whose simulations are valid.
+    `sf.fit_validity` learns how likely that is at each.
 
     Attributes:
         labels: One for each of the D parameters.

@@ -221,7 +221,7 @@ def _of_those_left(sims: Simulations) -> str:
     """What the verdict is about where some simulations failed."""
     if sims.num_valid == len(sims):
         return ""
-    return f" (of the simulations that did not fail: {sims.num_valid} of {len(sims)})"
+    return f"; about the {sims.num_valid} of {len(sims)} simulations that did not fail"
 
 
 def _check_sizes(datasets: int, draws: int, level: float) -> None:

@@ -136,7 +136,8 @@ def test_failed_simulations_are_left_out_and_counted(gaussian, simulator):
     assert 40 < report.num_failed < 120
     assert len(report.sbc.uniform) == len(report.tarp.fractions) == report.num_datasets
     assert f"{report.num_failed} simulations failed and were left out" in report.summary()
-    assert report.verdict.endswith(f"did not fail: {report.num_datasets} of 400)")
+    about = f"; about the {report.num_datasets} of 400 simulations that did not fail"
+    assert report.verdict.endswith(about)
 
     def hopeless(key, theta):
         return jnp.where(theta[0] < 1.5, jnp.nan, simulator(key, theta))
