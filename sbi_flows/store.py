@@ -40,8 +40,9 @@ class SimulationStore:
         path: A folder, which is made if there is none, or the address of one that fsspec knows,
             `s3://...` say.
         chunk: Rows of a chunk, which is written when all of them are finished: what is lost when
-            the process is killed are the rows of chunks that are not. Those of a store that is
-            there may differ.
+            the process is killed are the rows of chunks that are not. A JAX simulator makes
+            several small ones at a time, 256 rows or more. Those of a store that is there may
+            differ.
 
     Raises:
         ValueError: `chunk` is not positive, or the folder holds something else.

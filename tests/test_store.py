@@ -15,6 +15,7 @@ import numpyro.distributions as dist
 import pytest
 
 import sbi_flows as sf
+from sbi_flows import simulating
 from sbi_flows.store import _gaps, _Sealed
 from simulators import external_simulator
 from tests import cases
@@ -61,6 +62,24 @@ def test_rows_do_not_depend_on_the_chunks_they_were_made_in(tmp_path):
     noise = np.asarray(whole.x["curve"][:]) - np.asarray(whole.theta)[:, [1, 2, 0]]
     assert np.unique(noise.round(5)).size == 150
     assert abs(noise.mean()) < 0.3 and abs(noise.std() - 1.0) < 0.2
+
+
+def test_small_chunks_are_simulated_together(tmp_path, monkeypatch):
+    made, simulate_call = [], simulating.simulate_call
+
+    def spy(prior, simulator, keys, theta, mesh):
+        made.append(len(keys))
+        return simulate_call(prior, simulator, keys, theta, mesh)
+
+    monkeypatch.setattr(simulating, "simulate_call", spy)
+    store, sims = stored(tmp_path / "s", 300)
+    assert made == [256, 256] and len(sims) == 300
+    assert [c.count for c in store._sealed()] == [16] * 18 + [12]
+    # those that are missing in the midst of others as well, and no more
+    for start in (16, 32, 288):
+        del store._rows[f"{start:012d}"]
+    same(sims, stored(tmp_path / "s", 300)[1])
+    assert made[2:] == [256, 256]
 
 
 def test_a_store_grows_and_is_opened_again(tmp_path):
