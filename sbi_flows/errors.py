@@ -38,6 +38,8 @@ class StoreBusy(SbiFlowsError):
 
 class CheckpointSpoilt(SbiFlowsError):
     """The file of `Training(checkpoint=...)` is not what was written."""
+
+
 class WeightsUneven(SbiFlowsError):
     """Draws with the weights of a correction are worth too few."""
 

@@ -31,7 +31,6 @@ MAY_IMPORT = {
     "store": {"prior", "data", "checksums", "execution", "failures", "simulating", "worker"},
     "classifier": set(),
     "validity": {"classifier", "prior", "data"},
-    "store": {"prior", "data", "execution", "failures", "simulating", "worker"},
     "networks": set(),
     "standardise": set(),
     "quantised": set(),
