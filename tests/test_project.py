@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accelerator, choosing, growth, profile, report
+from benchmarks import accelerator, batches, choosing, growth, profile, report
 from benchmarks.peers import report as peers_report
 from benchmarks.peers.compare import OURS
 
@@ -155,7 +155,9 @@ def test_the_figures_of_the_page_on_performance_are_those_of_the_result_files():
     (gpu,) = result_files("accelerator")
     tables += [accelerator.markdown(gpu["batches"], "rows a step")]
     tables += [accelerator.markdown(gpu["members"], "members")]
-    assert len(tables) == 6
+    (rows,) = result_files("batches")
+    tables += [batches.markdown(rows["batches"])]
+    assert len(tables) == 7
     for table in tables:
         assert [line for line in table if line not in lines] == []
     said = "\n".join(lines)
