@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accelerator, batches, choosing, growth, profile, report
+from benchmarks import accelerator, batches, choosing, growth, profile, report, uses
 from benchmarks.peers import report as peers_report
 from benchmarks.peers.compare import OURS
 
@@ -175,6 +175,17 @@ def test_the_table_of_the_page_on_choosing_is_that_of_the_runs():
     assert len(table) > 2
     lines = (ROOT / "docs" / "choosing.md").read_text().splitlines()
     assert [line for line in table if line not in lines] == []
+
+
+def test_the_page_on_the_uses_is_that_of_the_result_file():
+    (record,) = result_files("uses")
+    said = (ROOT / "docs" / "uses.md").read_text()
+    tables = [uses.costs(record), uses.quantiles(record["influenza"])]
+    lines = said.splitlines()
+    assert [line for table in tables for line in table if line not in lines] == []
+    assert f" is {record['eight_schools']['c2st']:.3f} " in said
+    inside = record["influenza"]["days_inside"]
+    assert f"Of the 14 counts {inside} are inside" in said
 
 
 def test_the_figures_of_the_readme_are_those_of_the_result_files():
