@@ -1,4 +1,5 @@
 from . import plots as plots
+from .artefact.files import load as load
 from .compilation import enable_compilation_cache as enable_compilation_cache
 from .composed import sample_composed as sample_composed
 from .data import Simulations as Simulations
@@ -24,6 +25,7 @@ from .diagnostics import predictive_check as predictive_check
 from .diagnostics import sbc as sbc
 from .diagnostics import tarp as tarp
 from .errors import CheckpointSpoilt as CheckpointSpoilt
+from .errors import ArtefactError as ArtefactError
 from .errors import SbiFlowsError as SbiFlowsError
 from .errors import SbiFlowsWarning as SbiFlowsWarning
 from .errors import SimulationFailed as SimulationFailed

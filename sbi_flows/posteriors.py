@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -40,6 +41,8 @@ class Posterior:
         shares: Weight of each ensemble in the mixture; they add up to 1.
         standardiser: Observation to features.
         observation: Shape and dtype of one observation (`jax.ShapeDtypeStruct` leaves).
+        record: What is known of the fit and not needed for draws, as plain JSON data, read-only:
+            settings, simulations, history, versions and, once saved with a report, the check.
     """
 
     prior: Prior
@@ -48,6 +51,7 @@ class Posterior:
     shares: tuple[float, ...]
     standardiser: Standardiser
     observation: Obs
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def members(self) -> int:
@@ -182,6 +186,24 @@ class Posterior:
         draws, log_prob = self.sample_and_log_prob(posterior_key, x, n)
         prior = self.prior.sample(prior_key, prior_draws)
         return arviz_groups(self.prior, draws, log_prob, prior, x)
+
+    def save(self, path: str | os.PathLike[str], *, report: Any = None) -> None:
+        """Write the posterior to one file, which `sf.load` reads; nothing in it is ever executed.
+
+        The file is complete or not there: one of the same name stays until the new one is written.
+
+        Args:
+            path: The file; by custom it ends in `.sbif`.
+            report: What `sf.check` found, which then travels in `record["check"]`.
+
+        Raises:
+            ValueError: A density, network or solver is of the user's own class, the observation is
+                of other containers than dicts, lists and tuples, or `report` is no report.
+            OSError: The file cannot be written.
+        """
+        from sbi_flows.artefact.files import save
+
+        save(self, path, report=report)
 
     def _draw(self, key: Key, x: Obs, n: int, *, with_log_prob: bool) -> tuple[Array, Array]:
         require_count(1, n=n)

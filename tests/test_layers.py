@@ -55,6 +55,7 @@ MAY_IMPORT = {
         "prior",
         "data",
         "quantised",
+        "record",
         "screening",
         "standardise",
         "training",
@@ -62,7 +63,17 @@ MAY_IMPORT = {
     "diagnostics": {"posteriors", "prior", "data", "simulating", "standardise"},
     "arviz_groups": {"prior"},
     "plots": {"posteriors", "prior", "data"},
-    "artefact": {"densities", "estimators", "networks", "posteriors", "prior", "data", "training"},
+    "record": {"data"},
+    "artefact": {
+        "densities",
+        "diagnostics",
+        "networks",
+        "posteriors",
+        "prior",
+        "prior_box",
+        "record",
+        "standardise",
+    },
 }
 OPEN = {"typing", "errors", "checks", "precision"}
 # methods such as `report.plot()` and `posterior.save()` may reach up when they are called

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from sbi_flows.densities.matching import Diffusion, FlowMatching
 from sbi_flows.errors import TrainingDiverged
 from sbi_flows.posteriors import Posterior
 from sbi_flows.precision import full_precision, products_in
+from sbi_flows.record import plain
 from sbi_flows.training import Training
 from sbi_flows.training.members import State
 from sbi_flows.typing import Key
@@ -123,7 +125,10 @@ def distil(
         errors.append(found)
     blueprints, weights = zip(*made, strict=True)
     joined = np.concatenate([found[:epochs] for found in errors], axis=1)
-    return dataclasses.replace(posterior, blueprints=blueprints, weights=weights), joined
+    taught = {"steps": steps, "training": plain(training), "errors": plain(joined)}
+    record = MappingProxyType({**posterior.record, "distilled": taught})
+    made_of = {"blueprints": blueprints, "weights": weights, "record": record}
+    return dataclasses.replace(posterior, **made_of), joined
 
 
 class _Student(NamedTuple):

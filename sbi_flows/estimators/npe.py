@@ -39,6 +39,7 @@ from sbi_flows.estimators.rows import (
 from sbi_flows.estimators.stacking import StackHistory
 from sbi_flows.posteriors import Posterior
 from sbi_flows.prior import Prior, PriorLike, as_prior
+from sbi_flows.record import of_fit
 from sbi_flows.screening import dependent_features
 from sbi_flows.standardise import Standardiser, flatten_rows
 from sbi_flows.training import History, Training, fit
@@ -205,9 +206,11 @@ class NPE:
             error.state = posterior(error.state)  # type: ignore[arg-type]
             raise
         seconds = time.perf_counter() - began
-        return posterior(weights), dataclasses.replace(
+        history = dataclasses.replace(
             history, emulator=emulator_history, kept=kept, seconds=seconds
         )
+        record = of_fit(self, simulations, history)
+        return dataclasses.replace(posterior(weights), record=record), history
 
     def _screened(self, rows: Rows) -> tuple[int, ...] | None:
         """Places of the entries of an observation that tell; None if that is not asked, or none."""

@@ -14,6 +14,7 @@ from sbi_flows.estimators.npe import NPE
 from sbi_flows.estimators.stacking import StackHistory, fit_each
 from sbi_flows.posteriors import Posterior
 from sbi_flows.prior import Prior
+from sbi_flows.record import of_fit
 from sbi_flows.typing import Key
 
 
@@ -104,5 +105,6 @@ class Stack:
             blueprints=tuple(p.blueprints[0] for p, _ in kept),
             weights=tuple(p.weights[0] for p, _ in kept),
             shares=tuple(share for _, share in kept),
+            record=of_fit(self, simulations, history),
         )
         return posterior, history

@@ -1,0 +1,135 @@
+"""The embedding in an artefact: one of the library's by its arguments, another by what it does.
+
+Public names: `encode`, `decode`, `Given`, `answers`, `compare`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sbi_flows.artefact.settings import MOST, MOST_LAYERS
+from sbi_flows.artefact.strict import checked, counted, fields
+from sbi_flows.densities.conditional import Blueprint, Embedding, Weights, graph_of
+from sbi_flows.errors import ArtefactError
+from sbi_flows.networks.graph import PointCloud
+from sbi_flows.networks.mlp import ResidualMLP
+from sbi_flows.precision import full_precision
+
+_CLASSES = {kind.__name__: kind for kind in (ResidualMLP, PointCloud)}
+
+TOLERANCE = 1e-3
+"""Of a given embedding's answers, as a share of the largest: devices and precisions differ."""
+
+
+def encode(embedding: Embedding | None) -> Any:
+    """The embedding as plain data: with its arguments, or with the name of the user's class."""
+    if embedding is None:
+        return None
+    arguments = _arguments(embedding)
+    if arguments is None:
+        return {"type": None, "arguments": {"name": _name(embedding)}}
+    kind = embedding.func if isinstance(embedding, functools.partial) else type(embedding)
+    return {"type": kind.__name__, "arguments": arguments}
+
+
+def is_given(value: Any) -> bool:
+    """Whether plain data name an embedding that the user has to give."""
+    return isinstance(value, dict) and value.get("type", "") is None
+
+
+def decode(value: Any, given: Embedding | None) -> Embedding | None:
+    """The embedding that the data describe, or the given one where they cannot.
+
+    Raises:
+        ArtefactError: The data are malformed, or none is given.
+    """
+    if value is None:
+        return None
+    kind, arguments = fields("embedding", value, "type", "arguments")
+    if kind is None:
+        (name,) = fields("embedding.arguments", arguments, "name")
+        if given is None:
+            raise ArtefactError(
+                f"its embedding is none of this library's: load(path, embedding=...) takes it, "
+                f"expected {checked('embedding', name, str, 'a name'):.80}"
+            )
+        return given
+    if not isinstance(kind, str) or kind not in _CLASSES:
+        raise ArtefactError(f"embedding: expected one of {list(_CLASSES)}, got {kind!r:.80}")
+    arguments = checked("embedding.arguments", arguments, dict, "an object")
+    for name, argument in arguments.items():
+        if name == "dropout" and isinstance(argument, float | int) and 0.0 <= argument < 1.0:
+            continue
+        layers = name in ("blocks", "rounds")
+        counted(f"embedding.{name}", argument, 0, MOST_LAYERS if layers else MOST)
+    inspect.signature(_CLASSES[kind].__init__).bind(None, **arguments, rngs=None)
+    return functools.partial(_CLASSES[kind], **arguments)
+
+
+def _arguments(embedding: Embedding) -> dict[str, Any] | None:
+    """Arguments of one of the library's classes; None for anything else."""
+    if isinstance(embedding, functools.partial) and embedding.func in _CLASSES.values():
+        signature = inspect.signature(embedding.func.__init__)
+        found = signature.bind_partial(None, *embedding.args, **embedding.keywords).arguments
+        del found["self"]
+        plain = all(isinstance(value, int | float) for value in found.values())
+        return dict(found) if plain else None
+    if type(embedding) is ResidualMLP:
+        blocks = list(embedding.blocks)
+        return {
+            "in_features": embedding.enter.in_features,
+            "out_features": embedding.leave.out_features,
+            "width": embedding.enter.out_features,
+            "blocks": len(blocks),
+            "dropout": blocks[0].dropout if blocks else 0.0,
+        }
+    if type(embedding) is PointCloud:
+        return {
+            "space": embedding.space,
+            "marks": embedding.marks,
+            "features": embedding.leave.leave.out_features,
+            "vectors": embedding.vectors,
+            "width": embedding.enter.out_features,
+            "rounds": len(embedding.messages),
+        }
+    return None
+
+
+def _name(embedding: Any) -> str:
+    made = getattr(embedding, "func", embedding)
+    return getattr(made, "__qualname__", type(made).__qualname__)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+@full_precision
+def answers(blueprint: Blueprint, weights: Weights) -> jax.Array:
+    """What the embeddings of all members make of two fixed observations, shape (M, 2, F)."""
+    count = 2 * blueprint.sizes.features
+    features = jnp.cos(jnp.arange(1.0, count + 1.0)).reshape(2, -1)
+
+    def one(own: Weights) -> jax.Array:
+        return nnx.merge(graph_of(blueprint), *own).context(features)
+
+    return jax.lax.map(one, weights)
+
+
+def compare(blueprint: Blueprint, weights: Weights, there: np.ndarray) -> None:
+    """Refuse an embedding that makes something else of an observation than the one that was saved.
+
+    Raises:
+        ArtefactError: It does.
+    """
+    found = np.asarray(answers(blueprint, weights), np.float64)
+    apart = np.abs(found - there)
+    if not np.all(apart <= TOLERANCE * np.max(np.abs(there), initial=1e-30)):
+        raise ArtefactError(
+            f"embedding: expected one that computes as the one that was saved, got "
+            f"{_name(blueprint.embedding)}, which differs by up to {np.max(apart):.2g}"
+        )

@@ -1,0 +1,236 @@
+"""A posterior as one file.
+
+Public names: `load`, `save`.
+
+The file holds no code and names none: a load builds objects of this library and of numpyro from
+tables of names, checks every array against the model before it is read, and runs nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbi_flows.artefact import embeddings, ensembles, priors
+from sbi_flows.artefact.container import Entry, File, packed
+from sbi_flows.artefact.distributions import Tensors
+from sbi_flows.artefact.strict import checked, counted, fields, items, number
+from sbi_flows.densities.conditional import Embedding, check_embedding
+from sbi_flows.errors import ArtefactError
+from sbi_flows.posteriors import Posterior
+from sbi_flows.prior import Prior, PriorLike, as_prior
+from sbi_flows.record import versions
+from sbi_flows.standardise import Standardiser
+
+FORMAT = 1
+"""Version of the document, which later versions of the library go on reading."""
+
+_PRECISIONS = ("float32", "float64")
+_STANDARDISER = ("standardiser/center", "standardiser/scale", "standardiser/floor")
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    prior: PriorLike | None = None,
+    embedding: Embedding | list[Embedding] | None = None,
+) -> Posterior:
+    """Read a posterior that `Posterior.save` wrote; safe for files from anywhere.
+
+    Nothing in the file is executed or imported, and memory stays within some three times its size.
+    What a posterior from an untrusted source says is another matter: check it as your own.
+
+    Draws for the same key are the same, bit for bit, on the same device with the same versions.
+    Where JAX computes in another precision than the file was written in, weights are rounded (or
+    widened) to it, and log densities then agree to about 1e-3.
+
+    Args:
+        path: The file.
+        prior: The prior, where the file only has its structure: a numpyro model whose parameters
+            depend on each other, or distributions of the user's own. It is compared with the
+            record.
+        embedding: The embedding, where it is none of this library's, likewise; of a stack with
+            several of these a list, in its order.
+
+    Returns:
+        The posterior; `record` holds what was known of its fit.
+
+    Raises:
+        ArtefactError: The file is no such file, was changed, or needs a prior or an embedding that
+            was not given or is another one.
+        ValueError: What was given is no prior or no embedding.
+        OSError: The file cannot be read.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist, sbi_flows as sf, tempfile
+        >>> prior = dist.Normal(0.0, 1.0).expand([1])
+        >>> noisy = lambda key, theta: theta + jax.random.normal(key, (1,))
+        >>> sims = sf.simulate(jax.random.key(0), prior, noisy, 200, progress=False)
+        >>> small = sf.MAF(transforms=1, hidden=(8,), context_width=0)
+        >>> npe = sf.NPE(prior, small, training=sf.Training(max_epochs=1), members=1)
+        >>> posterior, _ = npe.fit(jax.random.key(1), sims, progress=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     posterior.save(f"{folder}/small.sbif")
+        ...     again = load(f"{folder}/small.sbif")
+        >>> key, x = jax.random.key(2), sims.x[0]
+        >>> bool((again.sample(key, x, 5) == posterior.sample(key, x, 5)).all())
+        True
+    """
+    given = None if prior is None else as_prior(prior)
+    own = list(embedding) if isinstance(embedding, list | tuple) else [embedding]
+    for each in own:
+        if each is not None:
+            check_embedding(each)
+    with open(path, "rb") as file:
+        try:
+            return _loaded(File(file), given, own)
+        except ArtefactError as error:
+            raise ArtefactError(f"{os.fspath(path)}: {error}") from None
+        # whatever a library says to what it was never made for
+        except Exception as error:
+            raise ArtefactError(
+                f"{os.fspath(path)}: it describes no posterior that can be built: "
+                f"{type(error).__name__}: {str(error)[:500]}"
+            ) from error
+
+
+def save(posterior: Posterior, path: str | os.PathLike[str], *, report: Any = None) -> None:
+    """Write a posterior; see `Posterior.save`."""
+    path = Path(path)
+    content = packed(*_described(posterior, report))
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        with open(partial, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _described(posterior: Posterior, report: Any) -> tuple[dict[str, Any], Tensors]:
+    """The document and the tensors of a posterior."""
+    record = dict(posterior.record)
+    if report is not None:
+        from sbi_flows.diagnostics import Report
+        from sbi_flows.record import plain
+
+        if not isinstance(report, Report):
+            raise ValueError(f"report: expected an sf.Report, got {type(report).__name__}")
+        record["check"] = plain(report.to_dict())
+    standardiser, tensors = posterior.standardiser, Tensors()
+    precision = np.dtype(standardiser.center.dtype).name
+    x64 = precision == _PRECISIONS[1]
+    prior = priors.encode(posterior.prior, tensors)
+    for name, array in zip(_STANDARDISER, standardiser[:3], strict=True):
+        tensors[name] = np.asarray(array)
+    parts = zip(posterior.blueprints, posterior.weights, posterior.shares, strict=True)
+    written = []
+    for i, (blueprint, weights, share) in enumerate(parts):
+        own = ensembles.encode(i, blueprint, weights, posterior.observation, x64, tensors)
+        written.append({**own, "share": float(share)})
+    document = {
+        "format": FORMAT,
+        "written_by": versions(),
+        "precision": precision,
+        "prior": prior,
+        "observation": ensembles.observation_of(posterior.observation),
+        "linear": float(standardiser.linear),
+        "ensembles": written,
+        "record": record,
+    }
+    return document, tensors
+
+
+def _loaded(file: File, given: Prior | None, own: list[Embedding | None]) -> Posterior:
+    version = counted("format", file.document.get("format"), 1, 2**31)
+    if version > FORMAT:
+        raise ArtefactError(
+            f"format: expected one up to {FORMAT}, got {version}: a later version of sbi_flows "
+            f"wrote it ({str(file.document.get('written_by'))[:200]})"
+        )
+    names = ("format", "written_by", "precision", "prior", "observation", "linear")
+    _, _, precision, prior, observation, linear, parts, record = fields(
+        "document", file.document, *names, "ensembles", "record"
+    )
+    if precision not in _PRECISIONS:
+        raise ArtefactError(f"precision: expected one of {_PRECISIONS}, got {precision!r:.80}")
+    record = checked("record", record, dict, "an object")
+    observation = ensembles.observation_from(observation)
+    parts, shares = _shares(parts)
+    wanted = [embeddings.is_given(part.get("embedding")) for part in parts]
+    bounded, mine = _bounded(prior), _own(own, wanted)
+    found = [
+        ensembles.decode(i, part, bounded, observation, mine[i]) for i, part in enumerate(parts)
+    ]
+    _require_tensors(file.table, found, wanted, prior, observation, precision)
+    # from here on arrays are read: there are no others, and none is larger than it should be
+    made = priors.decode(prior, {n: file.tensor(n) for n in priors.referred(prior)}, given)
+    arrays = (file.tensor(name) for name in _STANDARDISER)
+    dtype = jnp.result_type(float)
+    standardiser = Standardiser(*(jnp.asarray(a, dtype) for a in arrays), number("linear", linear))
+    weights = tuple(ensembles.weights_of(ensemble, file.tensor) for ensemble in found)
+    for ensemble, stacked, asked in zip(found, weights, wanted, strict=True):
+        if asked:
+            embeddings.compare(ensemble.blueprint, stacked, file.tensor(ensemble.answered))
+    blueprints = tuple(ensemble.blueprint for ensemble in found)
+    return Posterior(
+        made, blueprints, weights, shares, standardiser, observation, MappingProxyType(record)
+    )
+
+
+def _require_tensors(
+    table: Mapping[str, Entry],
+    found: list[ensembles.Ensemble],
+    wanted: list[bool],
+    prior: Any,
+    observation: Any,
+    precision: str,
+) -> None:
+    """Refuse a table that lacks a tensor, has one too many, or one that is not as it should be."""
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(observation))
+    for name in _STANDARDISER:
+        ensembles.require_entry(name, Entry(np.dtype(precision), (count,), 0), table)
+    known = {*_STANDARDISER, *priors.referred(prior)}
+    for ensemble, asked in zip(found, wanted, strict=True):
+        known |= ensembles.require(ensemble, asked, table, precision == _PRECISIONS[1])
+    if odd := sorted(table.keys() ^ known):
+        raise ArtefactError(f"tensors: expected those of the posterior alone, not {odd[:3]}")
+
+
+def _shares(value: Any) -> tuple[list[dict[str, Any]], tuple[float, ...]]:
+    """The ensembles' own data, and their shares of the mixture."""
+    parts = items("ensembles", value, ensembles.MOST_ENSEMBLES)
+    parts = [dict(checked("ensembles", part, dict, "an object")) for part in parts]
+    shares = tuple(number("share", part.pop("share", None)) for part in parts)
+    if not shares or min(shares) <= 0.0 or abs(sum(shares) - 1.0) > 1e-6:
+        raise ArtefactError(f"share: expected positive ones that add up to 1, got {shares!r:.80}")
+    return parts, shares
+
+
+def _bounded(prior: Any) -> tuple[bool, ...]:
+    """Which standard coordinates are bounded, as the prior's record says."""
+    found = checked("prior", prior, dict, "an object").get("bounded")
+    found = items("prior.bounded", found, priors.MOST_ENTRIES)
+    return tuple(checked("prior.bounded", b, bool, "truth values") for b in found)
+
+
+def _own(given: list[Embedding | None], wanted: list[bool]) -> list[Embedding | None]:
+    """The user's embedding for each ensemble that needs one; one alone is that of all."""
+    count = sum(wanted)
+    if given == [None]:
+        return given * len(wanted)
+    if len(given) not in (1, count) or not count:
+        raise ArtefactError(f"embedding: expected {count} of them, got {len(given)}")
+    left = iter(given * count if len(given) == 1 else given)
+    return [next(left) if asked else None for asked in wanted]

@@ -1,0 +1,174 @@
+"""Settings objects as plain data, by names in one table.
+
+A density or what it is made of is written as `{"type": name, "fields": {...}}`. The names are those
+of the table below, never of a module; each value must be of the type that its field is annotated
+with, and the class then validates it as it does for a user.
+
+Public names: `encode`, `decode`, `DENSITIES`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from typing import Any, Literal, Union
+
+import jax
+import numpy as np
+
+from sbi_flows.artefact.strict import checked, counted, fields, items
+from sbi_flows.densities.cnf import CNF
+from sbi_flows.densities.distilled import Distilled
+from sbi_flows.densities.flow import MAF, NSF
+from sbi_flows.densities.matching import Diffusion, FlowMatching
+from sbi_flows.densities.mixture import GaussianMixture
+from sbi_flows.densities.ode import Solver
+from sbi_flows.densities.paths import EDM, VE, VP, Path, Straight
+from sbi_flows.densities.samplers import Ancestral, Heun, Sampler
+from sbi_flows.errors import ArtefactError
+from sbi_flows.networks.tokens import Tokens
+from sbi_flows.networks.velocity import Film, VelocitySettings
+
+DENSITIES = (NSF, MAF, GaussianMixture, CNF, FlowMatching, Diffusion, Distilled)
+
+_KINDS: dict[Any, tuple[type, ...]] = {
+    VelocitySettings: (Film, Tokens),
+    Path: (Straight, EDM, VP, VE),
+    Sampler: (Heun, Ancestral),
+}
+"""Classes that a protocol stands for."""
+
+SETTINGS = {
+    kind.__name__: kind for kinds in (DENSITIES, (Solver,), *_KINDS.values()) for kind in kinds
+}
+
+# all that the solvers of diffrax are for an ODE without stiffness, and its adjoints
+METHODS = (
+    *("Bosh3", "Dopri5", "Dopri8", "Euler", "Heun", "Midpoint", "Ralston", "Tsit5"),
+    *("Kvaerno3", "Kvaerno4", "Kvaerno5", "ImplicitEuler"),
+)
+ADJOINTS = ("RecursiveCheckpointAdjoint", "DirectAdjoint", "ImplicitAdjoint", "BacksolveAdjoint")
+
+MOST_LAYERS = 128
+"""Of a kind in a density: each of them takes time to build."""
+
+MOST_LENGTH = 2**16
+MOST = 2**31 - 1
+
+_LAYERS = {"blocks", "context_blocks", "hidden", "rounds"}
+
+
+def encode(name: str, value: Any) -> Any:
+    """Settings as plain data.
+
+    Raises:
+        ValueError: A part is of a class that is not in the table.
+    """
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int | np.integer):
+        return int(value)
+    if isinstance(value, float | np.floating) and math.isfinite(value):
+        return float(value)
+    if isinstance(value, tuple):
+        return [encode(name, part) for part in value]
+    kind = type(value).__name__
+    if type(value) is SETTINGS.get(kind):
+        parts = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {"type": kind, "fields": {n: encode(f"{name}.{n}", v) for n, v in parts.items()}}
+    if kind in (*METHODS, *ADJOINTS) and _is_plain_diffrax(value):
+        return {"type": kind, "fields": {}}
+    raise ValueError(
+        f"{name}: expected an object of this library that can be saved ({', '.join(SETTINGS)}), or "
+        f"a solver or adjoint of diffrax as it is made without arguments, got {value!r:.200}"
+    )
+
+
+def decode(name: str, value: Any, *allowed: type) -> Any:
+    """Settings of one of the allowed classes from plain data.
+
+    Raises:
+        ArtefactError: The data name no such class, or fit none of its fields.
+    """
+    kind, given = fields(name, value, "type", "fields")
+    known = {each.__name__: each for each in allowed}
+    if not isinstance(kind, str) or kind not in known:
+        raise ArtefactError(f"{name}: expected one of {sorted(known)}, got {kind!r:.80}")
+    annotations = _annotations(known[kind])
+    given = checked(f"{name}.fields", given, dict, "an object")
+    if not given.keys() <= annotations.keys():
+        unknown = sorted(given.keys() - annotations.keys())[:5]
+        raise ArtefactError(f"{name}: expected fields of {kind}, got {unknown}")
+    found = {n: _value(f"{name}.{n}", n, v, annotations[n]) for n, v in given.items()}
+    try:
+        return known[kind](**found)
+    except (ValueError, TypeError) as error:
+        raise ArtefactError(f"{name}: {error}") from None
+
+
+@functools.cache
+def _annotations(kind: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _value(name: str, field: str, value: Any, hint: Any) -> Any:
+    """A field's value, if it is of the annotated type."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _any_of(name, field, value, parts)
+    if origin is Literal:
+        if value not in parts or not isinstance(value, str):
+            raise ArtefactError(f"{name}: expected one of {parts}, got {value!r:.80}")
+        return value
+    if origin is tuple:
+        most = MOST_LAYERS if field in _LAYERS else MOST_LENGTH
+        given = enumerate(items(name, value, most))
+        return tuple(_value(f"{name}[{i}]", "", part, parts[0]) for i, part in given)
+    if hint is bool:
+        return checked(name, value, bool, "a truth value")
+    if hint is int:
+        return counted(name, value, -MOST, MOST_LAYERS if field in _LAYERS else MOST)
+    if hint is float:
+        return checked(name, value, (int, float), "a number")  # type: ignore[arg-type]
+    if hint is Any:
+        return None if value is None else _of_diffrax(name, field, value)
+    return decode(name, value, *_KINDS.get(hint, (hint,)))
+
+
+def _any_of(name: str, field: str, value: Any, hints: tuple) -> Any:
+    if value is None and type(None) in hints:
+        return None
+    hints = tuple(hint for hint in hints if hint is not type(None))
+    if all(isinstance(hint, type) and hint in SETTINGS.values() for hint in hints):
+        return decode(name, value, *hints)
+    for hint in hints[:-1]:
+        try:
+            return _value(name, field, value, hint)
+        except ArtefactError:
+            continue
+    return _value(name, field, value, hints[-1])
+
+
+def _of_diffrax(name: str, field: str, value: Any) -> Any:
+    import diffrax
+
+    kind, given = fields(name, value, "type", "fields")
+    known = METHODS if field == "method" else ADJOINTS
+    if kind not in known or given != {}:
+        raise ArtefactError(f"{name}: expected one of {known} without fields, got {kind!r:.80}")
+    return getattr(diffrax, kind)()
+
+
+def _is_plain_diffrax(value: Any) -> bool:
+    """Whether it is what its class makes without arguments."""
+    import diffrax
+
+    kind = getattr(diffrax, type(value).__name__, None)
+    if type(value) is not kind:
+        return False
+    (ours, tree), (plain, like) = (jax.tree.flatten(each) for each in (value, kind()))
+    return tree == like and len(ours) == len(plain) and all(map(np.array_equal, ours, plain))
