@@ -6,7 +6,6 @@ Public names: `encode`, `decode`, `Given`, `answers`, `compare`.
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any
 
 import jax
@@ -23,6 +22,12 @@ from sbi_flows.networks.mlp import ResidualMLP
 from sbi_flows.precision import full_precision
 
 _CLASSES = {kind.__name__: kind for kind in (ResidualMLP, PointCloud)}
+
+_ARGUMENTS = {
+    "ResidualMLP": ("in_features", "out_features", "width", "blocks", "dropout"),
+    "PointCloud": ("space", "marks", "features", "vectors", "width", "rounds"),
+}
+"""Names of a constructor's arguments; the first two may be given by their places."""
 
 TOLERANCE = 1e-3
 """Of a given embedding's answers, as a share of the largest: devices and precisions differ."""
@@ -64,23 +69,23 @@ def decode(value: Any, given: Embedding | None) -> Embedding | None:
     if not isinstance(kind, str) or kind not in _CLASSES:
         raise ArtefactError(f"embedding: expected one of {list(_CLASSES)}, got {kind!r:.80}")
     arguments = checked("embedding.arguments", arguments, dict, "an object")
+    if not arguments.keys() <= set(_ARGUMENTS[kind]):
+        raise ArtefactError(f"embedding: expected {_ARGUMENTS[kind]}, got {sorted(arguments)[:10]}")
     for name, argument in arguments.items():
         if name == "dropout" and isinstance(argument, float | int) and 0.0 <= argument < 1.0:
             continue
         layers = name in ("blocks", "rounds")
         counted(f"embedding.{name}", argument, 0, MOST_LAYERS if layers else MOST)
-    inspect.signature(_CLASSES[kind].__init__).bind(None, **arguments, rngs=None)
     return functools.partial(_CLASSES[kind], **arguments)
 
 
 def _arguments(embedding: Embedding) -> dict[str, Any] | None:
     """Arguments of one of the library's classes; None for anything else."""
     if isinstance(embedding, functools.partial) and embedding.func in _CLASSES.values():
-        signature = inspect.signature(embedding.func.__init__)
-        found = signature.bind_partial(None, *embedding.args, **embedding.keywords).arguments
-        del found["self"]
+        names = _ARGUMENTS[embedding.func.__name__]
+        found = {**dict(zip(names[:2], embedding.args, strict=False)), **embedding.keywords}
         plain = all(isinstance(value, int | float) for value in found.values())
-        return dict(found) if plain else None
+        return found if plain and found.keys() <= set(names) else None
     if type(embedding) is ResidualMLP:
         blocks = list(embedding.blocks)
         return {

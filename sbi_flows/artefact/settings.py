@@ -19,7 +19,7 @@ from typing import Any, Literal, Union
 import jax
 import numpy as np
 
-from sbi_flows.artefact.strict import checked, counted, fields, items
+from sbi_flows.artefact.strict import checked, counted, fields, items, number
 from sbi_flows.densities.cnf import CNF
 from sbi_flows.densities.distilled import Distilled
 from sbi_flows.densities.flow import MAF, NSF
@@ -133,7 +133,7 @@ def _value(name: str, field: str, value: Any, hint: Any) -> Any:
     if hint is int:
         return counted(name, value, -MOST, MOST_LAYERS if field in _LAYERS else MOST)
     if hint is float:
-        return checked(name, value, (int, float), "a number")  # type: ignore[arg-type]
+        return number(name, value)
     if hint is Any:
         return None if value is None else _of_diffrax(name, field, value)
     return decode(name, value, *_KINDS.get(hint, (hint,)))

@@ -1,0 +1,64 @@
+"""Posteriors that were never fitted, and the parts of the files that they are saved in."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import safe_open
+
+import sbi_flows as sf
+from sbi_flows.artefact.container import packed
+from sbi_flows.densities.conditional import Blueprint, Sizes, Weights, initial_weights
+from sbi_flows.standardise import Standardiser
+from tests.cases import perturbed
+
+EVENT = 3
+"""Length of an observation."""
+
+
+def ensemble(density: Any, bounded: tuple[bool, ...], like: Any = None, **settings: Any) -> Any:
+    """A blueprint with the weights of two members, away from their initial values."""
+    like = jax.ShapeDtypeStruct((EVENT,), jnp.float32) if like is None else like
+    tree, shapes = jax.tree.structure(like), tuple(leaf.shape for leaf in jax.tree.leaves(like))
+    if (kept := settings.get("kept")) is not None:
+        tree, shapes = jax.tree.structure(0), ((len(kept),),)
+    made = Blueprint(density, settings.get("embedding"), Sizes(bounded, tree, shapes), kept)
+
+    @jax.jit
+    def weights(keys):
+        return jax.vmap(lambda key: initial_weights(made, key, made.given_weights()))(keys)
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    return made, Weights(*perturbed(jax.random.key(1), weights(keys), 0.1))
+
+
+def posterior(prior: Any, *parts: Any, shares: tuple[float, ...] = (1.0,), like: Any = None):
+    """A posterior of these ensembles."""
+    like = jax.ShapeDtypeStruct((EVENT,), jnp.result_type(float)) if like is None else like
+    count = sum(leaf.size for leaf in jax.tree.leaves(like))
+    dtype = jnp.result_type(float)
+    standardiser = Standardiser(
+        jnp.linspace(-1.0, 1.0, count, dtype=dtype),
+        jnp.linspace(0.5, 2.0, count, dtype=dtype),
+        jnp.where(jnp.arange(count) == 1, 0.1, 0.0).astype(dtype),
+    )
+    blueprints, weights = zip(*parts, strict=True)
+    return sf.Posterior(sf.as_prior(prior), blueprints, weights, shares, standardiser, like)
+
+
+def opened(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Document and tensors of a file, as safetensors reads them."""
+    with safe_open(path, "np") as file:
+        document = json.loads(file.metadata()["sbi_flows"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    del document["sha256"]
+    return document, tensors
+
+
+def written(path: Path, document: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:
+    """A file with another content, its checksum in order."""
+    path.write_bytes(packed(document, tensors))
+    return path
