@@ -188,7 +188,11 @@ def _decoded(name: str, argument: str, value: Any, tensors: Mapping[str, Any]) -
     made = _named(name, _CLASSES, kind)
     expected = [argument.split(":")[0] for argument in _ARGUMENTS[kind].split()]
     values = zip(expected, fields(f"{name}: {kind}", given, *expected), strict=True)
-    return made(**{n: _decoded(name, n, v, tensors) for n, v in values})
+    arguments = {n: _decoded(name, n, v, tensors) for n, v in values}
+    try:
+        return made(**arguments)
+    except (ValueError, TypeError, AttributeError, AssertionError, IndexError) as error:
+        raise ArtefactError(f"{name}: {kind}: {str(error)[:200]}") from None
 
 
 def _named(name: str, known: Mapping[str, Any], kind: Any) -> Any:

@@ -1,0 +1,66 @@
+"""Writes the golden files of a format and what their posteriors say; run once for each format.
+
+python -m tests.golden.make
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+
+import sbi_flows as sf
+from tests.artefacts import ensemble, posterior
+
+HERE = Path(__file__).parent
+
+
+def spline() -> sf.Posterior:
+    """A mixture of a spline flow and Gaussians, of named parameters and a dict of observations."""
+    prior = sf.as_prior(
+        {
+            "rate": dist.LogNormal(0.5, 0.7),
+            "p": dist.Uniform(jnp.array([0.0, -1.0]), 2.0),
+            "cut": dist.TruncatedNormal(1.0, 0.5, low=0.0),
+        }
+    )
+    like = {"n": jax.ShapeDtypeStruct((), jnp.int32), "y": jax.ShapeDtypeStruct((2,), jnp.float32)}
+    flow = sf.NSF(transforms=1, bins=3, hidden=(6,), context_width=4, context_blocks=1)
+    mixture = sf.GaussianMixture(components=2, width=4, blocks=1)
+    parts = (
+        ensemble(flow, prior.bounded, like),
+        ensemble(mixture, prior.bounded, like, kept=(0, 2)),
+    )
+    return posterior(prior, *parts, shares=(0.75, 0.25), like=like)
+
+
+def matched() -> sf.Posterior:
+    """Flow matching with its sampler, of one array of parameters."""
+    prior = sf.as_prior(dist.Normal(0.0, 2.0).expand([2]).to_event(1))
+    flow = sf.FlowMatching(
+        network=sf.Film(width=6, blocks=1, frequencies=2), sampler=sf.Heun(steps=4)
+    )
+    return posterior(prior, ensemble(flow, prior.bounded))
+
+
+GOLDEN = {
+    "spline-1": (spline, {"n": 3, "y": jnp.array([0.5, -1.0])}),
+    "matched-1": (matched, jnp.array([0.3, 1.2, -0.7])),
+}
+"""Name, with the format's version, to what is saved and one observation."""
+
+
+def told(made: sf.Posterior, name: str) -> dict[str, list]:
+    """Draws at the observation and their log densities."""
+    draws, log_prob = made.sample_and_log_prob(jax.random.key(7), GOLDEN[name][1], 4)
+    return {"draws": np.asarray(draws).tolist(), "log_prob": np.asarray(log_prob).tolist()}
+
+
+if __name__ == "__main__":
+    said = {}
+    for name, (make, _) in GOLDEN.items():
+        make().save(HERE / f"{name}.sbif")
+        said[name] = told(sf.load(HERE / f"{name}.sbif"), name)
+    (HERE / "said.json").write_text(json.dumps(said, indent=1) + "\n")
