@@ -157,6 +157,10 @@ CHANGES = {
         set_to(-1.0, *SITE, "arguments", "scale"),
         "rate: LogNormal: .*invalid scale parameter",
     ),
+    "a text for a parameter": (
+        set_to("os.system", *SITE, "arguments", "scale"),
+        "rate: scale: expected a number, got 'os.system'",
+    ),
     "a distribution without its parameters": (
         set_to({"type": "Gamma", "arguments": {"rate": 1.0}}, *SITE),
         r"rate: Gamma: expected the keys \['concentration', 'rate'\], got \['rate'\]",

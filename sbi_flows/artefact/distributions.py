@@ -19,7 +19,7 @@ import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import constraints, transforms
 
-from sbi_flows.artefact.strict import checked, counted, fields, items
+from sbi_flows.artefact.strict import checked, counted, fields, items, number
 from sbi_flows.errors import ArtefactError
 
 Tensors = dict[str, np.ndarray]
@@ -119,11 +119,11 @@ def encode(name: str, value: Any, tensors: Tensors) -> Any:
     Raises:
         ValueError: A part is of a class that is not in the table.
     """
-    if value is None or isinstance(value, bool | str):
+    if isinstance(value, str):
         return value
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         return _encoded_array(name, value, tensors)
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         return value
     if isinstance(value, float) and not math.isnan(value):
         return value if math.isfinite(value) else {"number": str(value)}
@@ -177,9 +177,10 @@ def _decoded(name: str, argument: str, value: Any, tensors: Mapping[str, Any]) -
     if isinstance(value, int) and not isinstance(value, bool) and argument in _STEPS:
         return counted(f"{name}: {argument}", value, 0, MOST_STEPS)
     if not isinstance(value, dict):
-        return value
+        return value if argument == "sample_method" else number(f"{name}: {argument}", value)
     if "tensor" in value:
-        return _array(name, *fields(name, value, "tensor", "numpy"), tensors)
+        place, numpy = fields(name, value, "tensor", "numpy")
+        return _array(name, place, numpy, tensors)
     if "number" in value or "constraint" in value:
         (key,) = value
         known: dict[str, Any] = _INFINITE if key == "number" else _CONSTRAINTS

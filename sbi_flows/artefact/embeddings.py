@@ -1,10 +1,11 @@
 """The embedding in an artefact: one of the library's by its arguments, another by what it does.
 
-Public names: `encode`, `decode`, `Given`, `answers`, `compare`.
+Public names: `encode`, `decode`, `is_given`, `Made`, `answers`, `compare`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -27,21 +28,39 @@ _ARGUMENTS = {
     "ResidualMLP": ("in_features", "out_features", "width", "blocks", "dropout"),
     "PointCloud": ("space", "marks", "features", "vectors", "width", "rounds"),
 }
-"""Names of a constructor's arguments; the first two may be given by their places."""
 
 TOLERANCE = 1e-3
 """Of a given embedding's answers, as a share of the largest: devices and precisions differ."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A function of `nnx.Rngs` that makes one of the library's embeddings.
+
+    Attributes:
+        kind: Name of its class.
+        arguments: Names and values of what it is made with.
+    """
+
+    kind: str
+    arguments: tuple[tuple[str, Any], ...]
+
+    def __call__(self, rngs: nnx.Rngs) -> nnx.Module:
+        """A new one."""
+        return _CLASSES[self.kind](**dict(self.arguments), rngs=rngs)
 
 
 def encode(embedding: Embedding | None) -> Any:
     """The embedding as plain data: with its arguments, or with the name of the user's class."""
     if embedding is None:
         return None
-    arguments = _arguments(embedding)
-    if arguments is None:
-        return {"type": None, "arguments": {"name": _name(embedding)}}
-    kind = embedding.func if isinstance(embedding, functools.partial) else type(embedding)
-    return {"type": kind.__name__, "arguments": arguments}
+    module: Any = embedding
+    if not isinstance(module, nnx.Module):
+        module = nnx.eval_shape(lambda: embedding(nnx.Rngs(0)))  # type: ignore[operator]
+    kind = type(module).__name__
+    if type(module) is _CLASSES.get(kind):
+        return {"type": kind, "arguments": _arguments(module)}
+    return {"type": None, "arguments": {"name": type(module).__qualname__}}
 
 
 def is_given(value: Any) -> bool:
@@ -76,40 +95,30 @@ def decode(value: Any, given: Embedding | None) -> Embedding | None:
             continue
         layers = name in ("blocks", "rounds")
         counted(f"embedding.{name}", argument, 0, MOST_LAYERS if layers else MOST)
-    return functools.partial(_CLASSES[kind], **arguments)
+    return Made(kind, tuple(sorted(arguments.items())))
 
 
-def _arguments(embedding: Embedding) -> dict[str, Any] | None:
-    """Arguments of one of the library's classes; None for anything else."""
-    if isinstance(embedding, functools.partial) and embedding.func in _CLASSES.values():
-        names = _ARGUMENTS[embedding.func.__name__]
-        found = {**dict(zip(names[:2], embedding.args, strict=False)), **embedding.keywords}
-        plain = all(isinstance(value, int | float) for value in found.values())
-        return found if plain and found.keys() <= set(names) else None
-    if type(embedding) is ResidualMLP:
-        blocks = list(embedding.blocks)
-        return {
-            "in_features": embedding.enter.in_features,
-            "out_features": embedding.leave.out_features,
-            "width": embedding.enter.out_features,
-            "blocks": len(blocks),
-            "dropout": blocks[0].dropout if blocks else 0.0,
-        }
-    if type(embedding) is PointCloud:
-        return {
-            "space": embedding.space,
-            "marks": embedding.marks,
-            "features": embedding.leave.leave.out_features,
-            "vectors": embedding.vectors,
-            "width": embedding.enter.out_features,
-            "rounds": len(embedding.messages),
-        }
-    return None
-
-
-def _name(embedding: Any) -> str:
-    made = getattr(embedding, "func", embedding)
-    return getattr(made, "__qualname__", type(made).__qualname__)
+def _arguments(module: Any) -> dict[str, Any]:
+    """What one of the library's embeddings was made with."""
+    if isinstance(module, ResidualMLP):
+        blocks = list(module.blocks)
+        values = (
+            module.enter.in_features,
+            module.leave.out_features,
+            module.enter.out_features,
+            len(blocks),
+            blocks[0].dropout if blocks else 0.0,
+        )
+    else:
+        values = (
+            module.space,
+            module.marks,
+            module.leave.leave.out_features,
+            module.vectors,
+            module.enter.out_features,
+            len(module.messages),
+        )
+    return dict(zip(_ARGUMENTS[type(module).__name__], values, strict=True))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -136,5 +145,5 @@ def compare(blueprint: Blueprint, weights: Weights, there: np.ndarray) -> None:
     if not np.all(apart <= TOLERANCE * np.max(np.abs(there), initial=1e-30)):
         raise ArtefactError(
             f"embedding: expected one that computes as the one that was saved, got "
-            f"{_name(blueprint.embedding)}, which differs by up to {np.max(apart):.2g}"
+            f"one that differs by up to {np.max(apart):.2g}"
         )

@@ -137,7 +137,7 @@ def weights_of(ensemble: Ensemble, read: Any) -> Weights:
         ensemble: What they belong to.
         read: Function of a tensor's name to its array.
     """
-    template = _template(ensemble.blueprint, bool(jax.config.jax_enable_x64))
+    template = _template(ensemble.blueprint, jnp.result_type(float) == jnp.float64)
     leaves = {
         name: jnp.asarray(read(f"{ensemble.prefix}/{name}"), leaf.dtype)
         for name, leaf in _named(template).items()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -42,7 +42,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     prior: PriorLike | None = None,
-    embedding: Embedding | list[Embedding] | None = None,
+    embedding: Embedding | Sequence[Embedding] | None = None,
 ) -> Posterior:
     """Read a posterior that `Posterior.save` wrote; safe for files from anywhere.
 
@@ -86,7 +86,7 @@ def load(
         True
     """
     given = None if prior is None else as_prior(prior)
-    own = list(embedding) if isinstance(embedding, list | tuple) else [embedding]
+    own: list[Any] = list(embedding) if isinstance(embedding, list | tuple) else [embedding]
     for each in own:
         if each is not None:
             check_embedding(each)
@@ -176,9 +176,9 @@ def _loaded(file: File, given: Prior | None, own: list[Embedding | None]) -> Pos
     _require_tensors(file.table, found, wanted, prior, observation, precision)
     # from here on arrays are read: there are no others, and none is larger than it should be
     made = priors.decode(prior, {n: file.tensor(n) for n in priors.referred(prior)}, given)
-    arrays = (file.tensor(name) for name in _STANDARDISER)
     dtype = jnp.result_type(float)
-    standardiser = Standardiser(*(jnp.asarray(a, dtype) for a in arrays), number("linear", linear))
+    center, scale, floor = (jnp.asarray(file.tensor(name), dtype) for name in _STANDARDISER)
+    standardiser = Standardiser(center, scale, floor, number("linear", linear))
     weights = tuple(ensembles.weights_of(ensemble, file.tensor) for ensemble in found)
     for ensemble, stacked, asked in zip(found, weights, wanted, strict=True):
         if asked:

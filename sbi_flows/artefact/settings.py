@@ -77,7 +77,7 @@ def encode(name: str, value: Any) -> Any:
         return [encode(name, part) for part in value]
     kind = type(value).__name__
     if type(value) is SETTINGS.get(kind):
-        parts = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        parts = {f.name: getattr(value, f.name) for f in dataclasses.fields(SETTINGS[kind])}
         return {"type": kind, "fields": {n: encode(f"{name}.{n}", v) for n, v in parts.items()}}
     if kind in (*METHODS, *ADJOINTS) and _is_plain_diffrax(value):
         return {"type": kind, "fields": {}}
@@ -168,7 +168,7 @@ def _is_plain_diffrax(value: Any) -> bool:
     import diffrax
 
     kind = getattr(diffrax, type(value).__name__, None)
-    if type(value) is not kind:
+    if kind is None or type(value) is not kind:
         return False
     (ours, tree), (plain, like) = (jax.tree.flatten(each) for each in (value, kind()))
     return tree == like and len(ours) == len(plain) and all(map(np.array_equal, ours, plain))

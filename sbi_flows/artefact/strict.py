@@ -20,7 +20,10 @@ LONGEST = 20
 
 T = TypeVar("T")
 
-_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+# possessive: what could be tried again would be held for each character
+_BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[{]|[\]}]', re.DOTALL)
+
+_HALVES = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse(text: str, name: str) -> Any:
@@ -73,8 +76,8 @@ def parse(text: str, name: str) -> Any:
             parse_float=real,
             parse_constant=constant,
         )
-        # a pair of escapes may be a character, one of them is none
-        json.dumps(value, ensure_ascii=False).encode()
+        if _HALVES.search(text):  # a pair of these may be a character, one of them is none
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ArtefactError(f"{name}: expected JSON, got {error}") from None
     return value
