@@ -48,9 +48,9 @@ def bits(tree):
 
 
 def same_draws(first, second, x=X):
-    (draws, log_prob), again = (p.sample_and_log_prob(KEY, x, 5) for p in (first, second))
-    assert np.all(np.isfinite(log_prob))
-    return bits((draws, log_prob)) == bits(again)
+    draws, again = (p.sample(KEY, x, 5) for p in (first, second))
+    assert np.all(np.isfinite(draws))
+    return bits(draws) == bits(again)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,9 @@ def test_a_mixture_of_ensembles_with_a_dict_of_observations(tmp_path):
     loaded = sf.load(tmp_path / "a.sbif")
     assert (loaded.shares, loaded.observation) == (saved.shares, saved.observation)
     assert (loaded.prior.labels, repr(loaded)) == (prior.labels, repr(saved))
-    assert same_draws(saved, loaded, {"seen": jnp.array([0.1, 2.0]), "n": 3})
+    x = {"seen": jnp.array([0.1, 2.0]), "n": 3}
+    first, again = (p.sample_and_log_prob(KEY, x, 5) for p in (saved, loaded))
+    assert np.all(np.isfinite(first[1])) and bits(first) == bits(again)
 
 
 def test_the_file_is_one_of_safetensors_with_a_document_of_json(small, tmp_path):
@@ -299,7 +301,7 @@ def test_a_file_of_one_precision_loads_in_the_other(first, tmp_path):
     def made(x64):
         with jax.enable_x64(x64):
             prior = sf.as_prior({"a": dist.LogNormal(0.1, 1.0), "b": dist.Uniform(0.0, 0.3)})
-            return posterior(prior, ensemble(DENSITIES["NSF"], prior.bounded))
+            return posterior(prior, ensemble(SMALL, prior.bounded))
 
     def drawn(saved, x64):
         with jax.enable_x64(x64):
