@@ -24,8 +24,8 @@ from .diagnostics import coverage as coverage
 from .diagnostics import predictive_check as predictive_check
 from .diagnostics import sbc as sbc
 from .diagnostics import tarp as tarp
-from .errors import CheckpointSpoilt as CheckpointSpoilt
 from .errors import ArtefactError as ArtefactError
+from .errors import CheckpointSpoilt as CheckpointSpoilt
 from .errors import SbiFlowsError as SbiFlowsError
 from .errors import SbiFlowsWarning as SbiFlowsWarning
 from .errors import SimulationFailed as SimulationFailed

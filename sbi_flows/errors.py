@@ -42,6 +42,8 @@ class CheckpointSpoilt(SbiFlowsError):
 
 class WeightsUneven(SbiFlowsError):
     """Draws with the weights of a correction are worth too few."""
+
+
 class ArtefactError(SbiFlowsError):
     """A file is no posterior that `load` can read, or not the one that its record describes."""
 

@@ -49,7 +49,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
         return [plain(part) for part in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        told = [f.name for f in dataclasses.fields(value) if not f.metadata.get("local")]
+        parts = {name: plain(getattr(value, name)) for name in told}
         return {"type": type(value).__name__, **parts}
     return getattr(value, "__name__", type(value).__name__)
 

@@ -125,6 +125,7 @@ def test_what_was_fitted_comes_back_with_what_is_known_of_the_fit(sims, tmp_path
     assert record["check"] == {"verdict": "calibrated", "p": None, "ranks": [0, 1]}
     assert {**fitted.record} == {k: v for k, v in record.items() if k != "check"}
     assert record["estimator"]["training"]["learning_rate"] == 1e-3
+    assert "checkpoint" not in record["estimator"]["training"]
     assert (record["simulations"]["rows"], record["simulations"]["failed"]) == (200, 0)
     assert record["history"]["validation_loss"] == history.validation_loss.tolist()
     assert record["versions"]["jax"] == jax.__version__

@@ -84,7 +84,10 @@ class Training:
     ema_decay: float | None = 0.99
     devices: int | None = None
     matmul_precision: str | None = None
-    checkpoint: str | os.PathLike[str] | None = None
+    # local: a posterior that is given to others does not say where its fit was kept
+    checkpoint: str | os.PathLike[str] | None = dataclasses.field(
+        default=None, metadata={"local": True}
+    )
     checkpoint_every: int | None = None
 
     def __post_init__(self) -> None:
