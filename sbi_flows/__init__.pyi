@@ -2,6 +2,8 @@ from . import plots as plots
 from .artefact.files import load as load
 from .compilation import enable_compilation_cache as enable_compilation_cache
 from .composed import sample_composed as sample_composed
+from .conformal_sets import ConformalPosterior as ConformalPosterior
+from .conformal_sets import conformal as conformal
 from .data import Simulations as Simulations
 from .densities.cnf import CNF as CNF
 from .densities.flow import MAF as MAF
@@ -48,6 +50,8 @@ from .networks.velocity import Film as Film
 from .posteriors import Posterior as Posterior
 from .prior import Prior as Prior
 from .prior import as_prior as as_prior
+from .recalibration import RecalibratedPosterior as RecalibratedPosterior
+from .recalibration import recalibrate as recalibrate
 from .simulating import simulate as simulate
 from .simulating import simulate_at as simulate_at
 from .store import SimulationStore as SimulationStore

@@ -2,7 +2,7 @@
 
 Every calibration check needs the same draws: `draw_pass` takes them once, a chunk of data sets at
 a time in one compiled shape, and keeps only numbers per data set. Public names: `draw_pass`,
-`Ranks`.
+`Ranks`, `usable`, `chunks_of`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from sbi_flows.errors import SbiFlowsError
 from sbi_flows.typing import Key
 
 PosteriorLike = Any
-"""What has `prior`, `sample`, `log_prob` and `sample_and_log_prob` of a `Posterior`."""
+"""What has `prior`, `sample`, `log_prob` and `sample_and_log_prob` of a `Posterior`.
+
+Where its credible regions are not the highest-density regions of its draws, its
+`density_ranks(key, theta, x)` says the levels at which they first hold each truth.
+"""
 
 CHUNK = 4_000_000
 """Numbers (data sets x draws x D) held at once; 16 MB in single precision."""
@@ -131,7 +135,7 @@ def draw_pass(
     units = jnp.ones(dim) if scale is None else jnp.asarray(scale)
     draw_key, tie_key = jax.random.split(key)
     parts = []
-    chunks = _chunks(n, draws * dim)
+    chunks = chunks_of(n, draws * dim)
     keys = jax.random.split(draw_key, len(chunks))
     bar = tqdm(chunks, desc="draw", disable=not progress or len(chunks) < 2)
     for chunk_key, (rows, kept) in zip(keys, bar, strict=True):
@@ -146,6 +150,10 @@ def draw_pass(
         name: continuous_ranks(k, joined[name], joined[f"{name}_equal"], compared[name])
         for name, k in zip(("below", "denser", "nearer"), jax.random.split(tie_key, 3), strict=True)
     }
+    if density and hasattr(posterior, "density_ranks"):
+        uniform["denser"] = posterior.density_ranks(
+            jax.random.fold_in(tie_key, 3), valid.theta, valid.x
+        )
     return Ranks(
         theta=np.asarray(valid.theta),
         uniform=uniform["below"],
@@ -160,7 +168,7 @@ def draw_pass(
     )
 
 
-def _chunks(n: int, numbers: int) -> list[tuple[np.ndarray, int]]:
+def chunks_of(n: int, numbers: int) -> list[tuple[np.ndarray, int]]:
     """Row indices of equally long chunks (the last one wraps round), and how many to keep."""
     count = -(-n // max(1, CHUNK // numbers))
     size = -(-n // count)
