@@ -6,10 +6,14 @@ Public names: `check`, `Report`.
 from __future__ import annotations
 
 import dataclasses
+import os
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from sbi_flows.checks import require_count
 from sbi_flows.data import Simulations
@@ -47,6 +51,7 @@ class Report:
         num_datasets: Data sets checked.
         num_failed: Simulations left out because they failed.
         draws: Draws from each posterior.
+        command: Python that repeats the check, given the posterior and the simulator.
     """
 
     verdict: str
@@ -62,6 +67,7 @@ class Report:
     num_datasets: int
     num_failed: int
     draws: int
+    command: str
 
     def __repr__(self) -> str:
         """The text of `summary`."""
@@ -90,11 +96,11 @@ class Report:
         if self.num_failed:
             head += f"; {self.num_failed} simulations failed and were left out"
         verdict = textwrap.fill(self.verdict, 100)
-        lines = [verdict, "", head, table(labels, columns), joint, *self._warnings()]
+        lines = [verdict, "", head, table(labels, columns), joint, *self.notes()]
         lines.append("p-values are corrected for their number (Holm)")
         return "\n".join(lines)
 
-    def _warnings(self) -> list[str]:
+    def notes(self) -> list[str]:
         """What a calibrated posterior may still lack."""
         unlearned = self.sharpness.unlearned
         if not unlearned:
@@ -135,6 +141,26 @@ class Report:
             part.plot(ax).set_title(title, fontsize="medium")
         figure.suptitle(textwrap.fill(self.verdict, 110), fontsize="medium")
         return figure
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report as one self-contained page (`.html`), or as numbers (`.json`).
+
+        The page has the verdict, every check with its picture, sharpness, failures, versions and
+        the command that repeats the check; it loads nothing from anywhere. A file that is there is
+        replaced as a whole.
+
+        Args:
+            path: Where to write; the folder exists.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: Another ending, or a folder that is missing or cannot be written to.
+        """
+        from sbi_flows.diagnostics.page import save_report
+
+        return save_report(self, path)
 
 
 def check(
@@ -214,6 +240,23 @@ def check(
         num_datasets=len(valid),
         num_failed=ranks.num_failed,
         draws=draws,
+        command=_command(key, datasets, draws, level),
+    )
+
+
+def _command(key: Key, datasets: int, draws: int, level: float) -> str:
+    """What to type for the same numbers."""
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        numbers = np.asarray(jax.random.key_data(key)).tolist()
+        made = f"jax.random.wrap_key_data(\n    jnp.array({numbers}, dtype=jnp.uint32), "
+        made += f"impl={str(jax.random.key_impl(key))!r}\n)"
+    else:
+        made = f"jnp.array({np.asarray(key).tolist()}, dtype=jnp.uint32)"
+    wide = 'jax.config.update("jax_enable_x64", True)\n' * bool(jax.config.read("jax_enable_x64"))
+    return (
+        f"import jax\nimport jax.numpy as jnp\nimport sbi_flows as sf\n\n{wide}key = {made}\n"
+        "report = sf.check(\n    key, posterior, simulator, "
+        f"datasets={datasets}, draws={draws}, level={level!r}\n)\n"
     )
 
 

