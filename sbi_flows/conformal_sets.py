@@ -104,7 +104,8 @@ class ConformalPosterior:
         """Whether parameters are in the set of `level`.
 
         The sets of a larger level hold those of a smaller. Densities are ranked among draws by a
-        key of this object's own: the answer is the same every time.
+        key of this object's own: the answer is the same every time, but at the edge of a set not
+        always for one observation and for a batch that holds it.
 
         Args:
             theta: As for `Posterior.log_prob`.

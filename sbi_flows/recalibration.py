@@ -45,7 +45,8 @@ class RecalibratedPosterior:
     """A posterior whose draws are those of another, moved parameter by parameter.
 
     Its density is that of the moved draws exactly. T_x is taken from draws at x by a key of this
-    object's own, so that answers are the same every time.
+    object's own, so that answers are the same every time; for one observation and for a batch that
+    holds it the draws, and so T_x, differ a little.
 
     Attributes:
         posterior: The posterior that it was made of.

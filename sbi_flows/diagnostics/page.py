@@ -166,8 +166,8 @@ def _tarp(report: Report) -> str:
     found = report.tarp
     said = (
         "Coverage of regions around points that depend on the data, which a posterior that does "
-        f"not listen to the data fails. p alone {p_text(found.ks)}, area to the curve {found.atc:+.3f} "
-        "(negative is over-confident)."
+        f"not listen to the data fails. p alone {p_text(found.ks)}, area to the curve "
+        f"{found.atc:+.3f} (negative is over-confident)."
     )
     return _section(
         "Regions around points (TARP)",
