@@ -19,6 +19,7 @@ from .densities.paths import Straight as Straight
 from .densities.samplers import Ancestral as Ancestral
 from .densities.samplers import Heun as Heun
 from .diagnostics import Report as Report
+from .diagnostics import anomalies as anomalies
 from .diagnostics import c2st as c2st
 from .diagnostics import c2st_jax as c2st_jax
 from .diagnostics import check as check

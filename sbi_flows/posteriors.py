@@ -19,7 +19,8 @@ from sbi_flows.checks import real_array, real_arrays, require_count
 from sbi_flows.densities.conditional import Blueprint, Weights, by_solving
 from sbi_flows.errors import SolveFailed
 from sbi_flows.prior import Prior
-from sbi_flows.standardise import Standardiser
+from sbi_flows.standardise import Standardiser, entry_labels
+from sbi_flows.typicality import Typicality, spaces_of
 from sbi_flows.typing import Key, Obs
 
 ENTRIES = 2**18
@@ -43,6 +44,10 @@ class Posterior:
         observation: Shape and dtype of one observation (`jax.ShapeDtypeStruct` leaves).
         record: What is known of the fit and not needed for draws, as plain JSON data, read-only:
             settings, simulations, history, versions and, once saved with a report, the check.
+        typicality: What the training simulations look like; None gates no observation.
+
+    A draw or a density at a single observation warns, once, if that is not typical of the training
+    simulations at a level of 0.01; batches are for `misspecification` and `sf.anomalies` to judge.
     """
 
     prior: Prior
@@ -52,6 +57,7 @@ class Posterior:
     standardiser: Standardiser
     observation: Obs
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    typicality: Typicality | None = None
 
     @property
     def members(self) -> int:
@@ -110,6 +116,7 @@ class Posterior:
             SolveFailed: The ODE of a continuous flow was not solved.
         """
         features, single = self._features(x)
+        self._gate(features, single, stacklevel=4)
         theta = jnp.asarray(real_array("theta", theta), features.dtype)
         if theta.ndim == 0 or theta.shape[-1] != self.prior.dim:
             raise ValueError(
@@ -204,10 +211,35 @@ class Posterior:
         from sbi_flows.artefact.files import save
 
         save(self, path, report=report)
+    def misspecification(self, x: Obs, *, level: float = 0.05) -> Any:
+        """Whether an observation is typical of the training simulations, and which entries are not.
+
+        Args:
+            x: One observation.
+            level: Probability of flagging an observation that the simulator made.
+
+        Returns:
+            A `Misspecification`, whose text is a table and which plots itself.
+
+        Raises:
+            ValueError: x is a batch or does not fit, the level is not between 0 and 1, or the
+                posterior was made without its training simulations.
+        """
+        from sbi_flows.diagnostics.misspecification import misspecification
+
+        return misspecification(self, x, level=level)
+
+    def _gate(self, features: Array, single: bool, *, stacklevel: int) -> None:
+        """Warn once if a single observation is not typical of the training simulations."""
+        if single and self.typicality is not None:
+            labels = partial(entry_labels, self.observation)
+            values = partial(spaces_of, self.blueprints[0], self.weights[0], features)
+            self.typicality.gate(features, labels, values, stacklevel)
 
     def _draw(self, key: Key, x: Obs, n: int, *, with_log_prob: bool) -> tuple[Array, Array]:
         require_count(1, n=n)
         features, single = self._features(x)
+        self._gate(features, single, stacklevel=5)
         # many draws for an observation: split them up as if there were more observations
         pieces, each = _pieces(n, self.prior.dim)
         repeated = jnp.repeat(features, pieces, axis=0)

@@ -1,6 +1,6 @@
 """Observations as flat, robustly standardised feature vectors.
 
-Public names: `Standardiser`, `fit_standardiser`, `flatten_rows`, `unflatten_rows`.
+Public names: `Standardiser`, `fit_standardiser`, `flatten_rows`, `unflatten_rows`, `entry_labels`.
 """
 
 from __future__ import annotations
@@ -87,6 +87,19 @@ def unflatten_rows(rows: Array, tree: Any, shapes: Shapes) -> Obs:
         parts.append(jnp.reshape(rows[:, start : start + size], (len(rows), *shape)))
         start += size
     return jax.tree.unflatten(tree, parts)
+
+
+def entry_labels(like: Obs) -> tuple[str, ...]:
+    """Names of the entries of a flattened observation, given its shapes (`jax.ShapeDtypeStruct`).
+
+    They are x[0], x[1], ..., or by the keys of a dict; x for a single number.
+    """
+    names: list[str] = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(like):
+        name = jax.tree_util.keystr(path, simple=True, separator=".") or "x"
+        places = list(np.ndindex(leaf.shape))
+        names += [f"{name}[{', '.join(map(str, p))}]" if p else name for p in places]
+    return tuple(names)
 
 
 def _logarithms(rows: Array, floor: Array) -> Array:

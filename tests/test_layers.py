@@ -41,7 +41,17 @@ MAY_IMPORT = {
     "densities": {"bijectors", "networks", "prior", "data", "standardise"},
     "training": {"checksums", "densities", "networks", "prior", "data"},
     "mixtures": {"densities", "networks", "prior", "prior_maps"},
-    "posteriors": {"arviz_groups", "densities", "mixtures", "prior", "data", "standardise"},
+    "spaces": set(),
+    "typicality": {"densities", "spaces", "standardise"},
+    "posteriors": {
+        "arviz_groups",
+        "densities",
+        "mixtures",
+        "prior",
+        "data",
+        "standardise",
+        "typicality",
+    },
     "composed": {"densities", "mixtures", "posteriors", "prior"},
     "estimators": {
         "densities",
@@ -59,6 +69,7 @@ MAY_IMPORT = {
         "screening",
         "standardise",
         "training",
+        "typicality",
     },
     "diagnostics": {"posteriors", "prior", "data", "simulating", "standardise"},
     "quantile_maps": set(),
@@ -77,10 +88,15 @@ MAY_IMPORT = {
         "record",
         "standardise",
     },
+    "diagnostics": {"posteriors", "prior", "data", "simulating", "standardise", "typicality"},
+    "arviz_groups": {"prior"},
+    "plots": {"posteriors", "prior", "data"},
+    "plots_typicality": {"plots"},
+    "artefact": {"densities", "estimators", "networks", "posteriors", "prior", "data", "training"},
 }
 OPEN = {"typing", "errors", "checks", "precision"}
 # methods such as `report.plot()` and `posterior.save()` may reach up when they are called
-WITHIN_CALLS = {"plots", "artefact", "arviz_groups"}
+WITHIN_CALLS = {"plots", "plots_typicality", "artefact", "arviz_groups", "diagnostics"}
 # what a simulator may know of the library
 FOR_SIMULATORS = {"prior", "data", "execution", "processes", "worker", *OPEN}
 

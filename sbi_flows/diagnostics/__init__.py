@@ -6,6 +6,9 @@ from sbi_flows.diagnostics.check import Report as Report
 from sbi_flows.diagnostics.check import check as check
 from sbi_flows.diagnostics.coverage import Coverage as Coverage
 from sbi_flows.diagnostics.coverage import coverage as coverage
+from sbi_flows.diagnostics.misspecification import Anomalies as Anomalies
+from sbi_flows.diagnostics.misspecification import Misspecification as Misspecification
+from sbi_flows.diagnostics.misspecification import anomalies as anomalies
 from sbi_flows.diagnostics.predictive import Predictive as Predictive
 from sbi_flows.diagnostics.predictive import predictive_check as predictive_check
 from sbi_flows.diagnostics.sbc import SBC as SBC

@@ -21,7 +21,7 @@ from sbi_flows.diagnostics.tables import p_text, table
 from sbi_flows.errors import SimulationFailed
 from sbi_flows.posteriors import as_batch
 from sbi_flows.simulating import simulate_at
-from sbi_flows.standardise import fit_standardiser, flatten_rows
+from sbi_flows.standardise import entry_labels, fit_standardiser, flatten_rows
 from sbi_flows.typing import Key, Obs, Simulator
 
 MIN_DRAWS = 100
@@ -161,7 +161,7 @@ def _compared(simulated: Obs, observed: Obs, num_failed: int) -> Predictive:
     features = np.asarray(standardiser(simulated))
     feature = np.asarray(standardiser(observed))[0]
     return Predictive(
-        labels=_labels(observed),
+        labels=entry_labels(observation_shape(observed)),
         entry_p=np.minimum(1.0, 2.0 * np.minimum(position, 1.0 - position)),
         distance_p=_distance_p(features, feature),
         observed=feature,
@@ -179,13 +179,3 @@ def _distance_p(simulated: np.ndarray, observed: np.ndarray) -> float:
     model = LedoitWolf().fit(fitted)
     far = model.mahalanobis(np.concatenate([judged, observed[None]]))
     return float((1 + np.sum(far[:-1] >= far[-1])) / (1 + len(judged)))
-
-
-def _labels(batch: Obs) -> tuple[str, ...]:
-    """Names of the entries: x[0], x[1], ..., or by the keys of a dict; x for a single number."""
-    names: list[str] = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        name = jax.tree_util.keystr(path, simple=True, separator=".") or "x"
-        places = list(np.ndindex(leaf.shape[1:]))
-        names += [f"{name}[{', '.join(map(str, p))}]" if p else name for p in places]
-    return tuple(names)

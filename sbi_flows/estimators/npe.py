@@ -43,6 +43,7 @@ from sbi_flows.record import of_fit
 from sbi_flows.screening import dependent_features
 from sbi_flows.standardise import Standardiser, flatten_rows
 from sbi_flows.training import History, Training, fit
+from sbi_flows.typicality import fit_typicality
 from sbi_flows.typing import Key, Obs
 
 _EMULATED = (
@@ -170,10 +171,12 @@ class NPE:
         rows, standardiser = prepared(self.prior, valid.theta, valid.x)
         like = observation_shape(valid.x)
         kept = self._screened(rows)
-        blueprint = self._blueprint(like, kept)
+        blueprint, features = self._blueprint(like, kept), rows.features
 
         def posterior(weights: Weights) -> Posterior:
-            return Posterior(self.prior, (blueprint,), (weights,), (1.0,), standardiser, like)
+            known = fit_typicality(key, blueprint, weights, standardiser, features)
+            parts = (blueprint,), (weights,), (1.0,)
+            return Posterior(self.prior, *parts, standardiser, like, known)
 
         stream, emulator_history = None, None
         if sample is not None:

@@ -1,0 +1,58 @@
+"""The figure of a `Misspecification`: entries of an observation over those of simulations.
+
+Public names: `entries`.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sbi_flows.plots import COLOURS, GREY
+
+
+def entries(
+    labels: Sequence[str],
+    values: Mapping[str, Any],
+    *,
+    bands: Any,
+    off: Any,
+    title: str = "",
+) -> Any:
+    """Entries of an observation, one row each, over the bulk of the simulations.
+
+    Args:
+        labels: Names of the C entries, the first at the top.
+        values: Standardised values by name, shape (C,) each; the first has the bands behind it, of
+            any other two standard deviations are marked.
+        bands: Quantiles at 0.5, 5, 50, 95 and 99.5% of the simulations, shape (5, C).
+        off: Which entries are off, shape (C,).
+        title: Text above.
+
+    Returns:
+        The figure, with one axes a name.
+    """
+    import matplotlib.pyplot as plt
+
+    rows, bands, off = np.arange(len(labels)), np.asarray(bands), np.asarray(off)
+    size = (3.2 * len(values) + 1.2, 1.4 + 0.24 * len(labels))
+    figure = plt.figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
+    for i, (ax, (name, own)) in enumerate(zip(panels, values.items(), strict=True)):
+        if i == 0:
+            for low, high, shade in ((0, 4, 0.2), (1, 3, 0.35)):
+                span = bands[high] - bands[low]
+                ax.barh(rows, span, 0.7, left=bands[low], color=GREY, alpha=shade, lw=0)
+            ax.plot(bands[2], rows, "|", color=GREY, ms=8)
+        else:
+            ax.axvspan(-2, 2, color=GREY, alpha=0.2, lw=0)
+        colours = np.where(off, COLOURS[1], COLOURS[0])
+        ax.scatter(np.asarray(own), rows, c=colours, s=22, zorder=3)
+        ax.set_xlabel(f"sd from the simulations, {name}")
+    panels[0].set_yticks(rows, labels, fontsize="small")
+    panels[0].set_ylim(len(labels) - 0.5, -0.5)
+    figure.suptitle(textwrap.fill(title, 34 * len(values)), fontsize="medium")
+    return figure
