@@ -116,7 +116,7 @@ class Typicality:
         given = values()
         p = float(self.judged(given).p_value[0])
         if p <= LEVEL:
-            off = np.flatnonzero(self.off(given[0])[0])
+            off = np.flatnonzero(self.off(given[0])[0]).tolist()
             names = labels()
             where = ", ".join(names[i] for i in off[:5]) + ", ..." * (len(off) > 5)
             warnings.warn(

@@ -88,9 +88,9 @@ class Misspecification:
         order = self.order[:most]
         columns = {
             "z": [f"{self.z[i]:+.2f}" for i in order],
-            "p": [p_text(self.entry_p[i]) for i in order],
+            "p": [p_text(float(self.entry_p[i])) for i in order],
             "z given others": [f"{self.conditional_z[i]:+.2f}" for i in order],
-            "p ": [p_text(self.conditional_p[i]) for i in order],
+            "p ": [p_text(float(self.conditional_p[i])) for i in order],
             "": ["off" if self.labels[i] in self.off else "" for i in order],
         }
         return f"{self.verdict}\n{tests}\n{table([self.labels[i] for i in order], columns)}"
