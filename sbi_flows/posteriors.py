@@ -211,6 +211,7 @@ class Posterior:
         from sbi_flows.artefact.files import save
 
         save(self, path, report=report)
+
     def misspecification(self, x: Obs, *, level: float = 0.05) -> Any:
         """Whether an observation is typical of the training simulations, and which entries are not.
 

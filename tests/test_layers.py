@@ -71,7 +71,6 @@ MAY_IMPORT = {
         "training",
         "typicality",
     },
-    "diagnostics": {"posteriors", "prior", "data", "simulating", "standardise"},
     "quantile_maps": set(),
     "conformal_sets": {"diagnostics", "quantile_maps", "prior", "data"},
     "recalibration": {"diagnostics", "quantile_maps", "prior", "prior_maps", "data"},
@@ -89,10 +88,7 @@ MAY_IMPORT = {
         "standardise",
     },
     "diagnostics": {"posteriors", "prior", "data", "simulating", "standardise", "typicality"},
-    "arviz_groups": {"prior"},
-    "plots": {"posteriors", "prior", "data"},
     "plots_typicality": {"plots"},
-    "artefact": {"densities", "estimators", "networks", "posteriors", "prior", "data", "training"},
 }
 OPEN = {"typing", "errors", "checks", "precision"}
 # methods such as `report.plot()` and `posterior.save()` may reach up when they are called
