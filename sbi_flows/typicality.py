@@ -1,6 +1,6 @@
 """What the training simulations look like, kept with a posterior, and how far from them data lie.
 
-Public names: `Typicality`, `fit_typicality`, `spaces_of`, `LEVEL`.
+Public names: `Typicality`, `fit_typicality`, `spaces_of`, `widths`, `LEVEL`.
 
 The rows of a fit are split in three: moments come from the first part, ranks and kernels from the
 second, and the third says how large each statistic is when nothing is wrong. A p-value is the
@@ -249,6 +249,14 @@ def spaces_of(blueprint: Blueprint, weights: Weights, features: Any) -> tuple[np
         places = np.arange(start, start + size) % len(rows)
         parts.append(np.asarray(_embedded(blueprint, weights, rows[places])))
     return rows, np.concatenate(parts)[: len(rows)]
+
+
+def widths(blueprint: Blueprint, weights: Weights, features: int) -> tuple[int, ...]:
+    """Entries of what `spaces_of` makes of so many features."""
+    if blueprint.embedding is None:
+        return (features,)
+    like = jax.ShapeDtypeStruct((1, features), float)
+    return features, jax.eval_shape(partial(_embedded, blueprint), weights, like).shape[1]
 
 
 @partial(jax.jit, static_argnums=0)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbi_flows.artefact import embeddings, ensembles, priors
+from sbi_flows.artefact import embeddings, ensembles, gates, priors
 from sbi_flows.artefact.container import Entry, File, packed
 from sbi_flows.artefact.distributions import Tensors
 from sbi_flows.artefact.strict import checked, counted, fields, items, number
@@ -30,6 +30,7 @@ from sbi_flows.posteriors import Posterior
 from sbi_flows.prior import Prior, PriorLike, as_prior
 from sbi_flows.record import versions
 from sbi_flows.standardise import Standardiser
+from sbi_flows.typicality import widths
 
 FORMAT = 1
 """Version of the document, which later versions of the library go on reading."""
@@ -147,6 +148,7 @@ def _described(posterior: Posterior, report: Any) -> tuple[dict[str, Any], Tenso
         "observation": ensembles.observation_of(posterior.observation),
         "linear": float(standardiser.linear),
         "ensembles": written,
+        "typicality": gates.encode(posterior.typicality, tensors),
         "record": record,
     }
     return document, tensors
@@ -160,11 +162,12 @@ def _loaded(file: File, given: Prior | None, own: list[Embedding | None]) -> Pos
             f"wrote it ({str(file.document.get('written_by'))[:200]})"
         )
     names = ("format", "written_by", "precision", "prior", "observation", "linear")
-    _, _, precision, prior, observation, linear, parts, record = fields(
-        "document", file.document, *names, "ensembles", "record"
+    _, _, precision, prior, observation, linear, parts, spaces, record = fields(
+        "document", file.document, *names, "ensembles", "typicality", "record"
     )
     if precision not in _PRECISIONS:
         raise ArtefactError(f"precision: expected one of {_PRECISIONS}, got {precision!r:.80}")
+    spaces = counted("typicality", spaces, 0, gates.MOST_SPACES)
     record = checked("record", record, dict, "an object")
     observation = ensembles.observation_from(observation)
     parts, shares = _shares(parts)
@@ -173,7 +176,8 @@ def _loaded(file: File, given: Prior | None, own: list[Embedding | None]) -> Pos
     found = [
         ensembles.decode(i, part, bounded, observation, mine[i]) for i, part in enumerate(parts)
     ]
-    _require_tensors(file.table, found, wanted, prior, observation, precision)
+    known = {*priors.referred(prior), *gates.names(spaces)}
+    _require_tensors(file.table, found, wanted, known, observation, precision)
     # from here on arrays are read: there are no others, and none is larger than it should be
     made = priors.decode(prior, {n: file.tensor(n) for n in priors.referred(prior)}, given)
     dtype = jnp.result_type(float)
@@ -184,8 +188,11 @@ def _loaded(file: File, given: Prior | None, own: list[Embedding | None]) -> Pos
         if asked:
             embeddings.compare(ensemble.blueprint, stacked, file.tensor(ensemble.answered))
     blueprints = tuple(ensemble.blueprint for ensemble in found)
+    sizes = widths(blueprints[0], weights[0], len(center)) if spaces else ()
+    typicality = gates.decode(spaces, sizes, file.table, file.tensor)
+    facts = MappingProxyType(record)
     return Posterior(
-        made, blueprints, weights, shares, standardiser, observation, MappingProxyType(record)
+        made, blueprints, weights, shares, standardiser, observation, facts, typicality
     )
 
 
@@ -193,7 +200,7 @@ def _require_tensors(
     table: Mapping[str, Entry],
     found: list[ensembles.Ensemble],
     wanted: list[bool],
-    prior: Any,
+    others: set[str],
     observation: Any,
     precision: str,
 ) -> None:
@@ -201,7 +208,7 @@ def _require_tensors(
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(observation))
     for name in _STANDARDISER:
         ensembles.require_entry(name, Entry(np.dtype(precision), (count,), 0), table)
-    known = {*_STANDARDISER, *priors.referred(prior)}
+    known = {*_STANDARDISER, *others}
     for ensemble, asked in zip(found, wanted, strict=True):
         known |= ensembles.require(ensemble, asked, table, precision == _PRECISIONS[1])
     if odd := sorted(table.keys() ^ known):

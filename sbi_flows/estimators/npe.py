@@ -176,7 +176,7 @@ class NPE:
         def posterior(weights: Weights) -> Posterior:
             known = fit_typicality(key, blueprint, weights, standardiser, features)
             parts = (blueprint,), (weights,), (1.0,)
-            return Posterior(self.prior, *parts, standardiser, like, known)
+            return Posterior(self.prior, *parts, standardiser, like, typicality=known)
 
         stream, emulator_history = None, None
         if sample is not None:

@@ -3,6 +3,7 @@
 python -m tests.golden.make
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import numpyro.distributions as dist
 
 import sbi_flows as sf
+from sbi_flows.typicality import fit_typicality
 from tests.artefacts import ensemble, posterior
 
 HERE = Path(__file__).parent
@@ -37,12 +39,16 @@ def spline() -> sf.Posterior:
 
 
 def matched() -> sf.Posterior:
-    """Flow matching with its sampler, of one array of parameters."""
+    """Flow matching with its sampler, of one array of parameters, and a gate."""
     prior = sf.as_prior(dist.Normal(0.0, 2.0).expand([2]).to_event(1))
     flow = sf.FlowMatching(
         network=sf.Film(width=6, blocks=1, frequencies=2), sampler=sf.Heun(steps=4)
     )
-    return posterior(prior, ensemble(flow, prior.bounded))
+    made = posterior(prior, ensemble(flow, prior.bounded))
+    rows = jax.random.normal(jax.random.key(0), (24, 3))
+    (blueprint,), (weights,) = made.blueprints, made.weights
+    known = fit_typicality(jax.random.key(1), blueprint, weights, made.standardiser, rows)
+    return dataclasses.replace(made, typicality=known)
 
 
 GOLDEN = {
@@ -54,8 +60,12 @@ GOLDEN = {
 
 def told(made: sf.Posterior, name: str) -> dict[str, list]:
     """Draws at the observation and their log densities."""
-    draws, log_prob = made.sample_and_log_prob(jax.random.key(7), GOLDEN[name][1], 4)
-    return {"draws": np.asarray(draws).tolist(), "log_prob": np.asarray(log_prob).tolist()}
+    x = GOLDEN[name][1]
+    draws, log_prob = made.sample_and_log_prob(jax.random.key(7), x, 4)
+    said = {"draws": np.asarray(draws).tolist(), "log_prob": np.asarray(log_prob).tolist()}
+    if made.typicality is not None:
+        said["p_value"] = [made.misspecification(x).p_value]
+    return said
 
 
 if __name__ == "__main__":

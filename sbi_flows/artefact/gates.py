@@ -1,0 +1,88 @@
+"""What the training simulations look like, in an artefact.
+
+Public names: `encode`, `names`, `decode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from sbi_flows.artefact.container import Entry
+from sbi_flows.artefact.distributions import Tensors
+from sbi_flows.errors import ArtefactError
+from sbi_flows.spaces import Moments
+from sbi_flows.typicality import Typicality
+
+MOST_SPACES = 2
+
+_PREFIX = "typicality"
+
+
+def encode(typicality: Typicality | None, tensors: Tensors) -> int:
+    """Number of its spaces, 0 where there is none; its arrays become tensors."""
+    if typicality is None:
+        return 0
+    tensors |= {f"{_PREFIX}/{name}": array for name, array in typicality.to_arrays().items()}
+    return len(typicality.spaces)
+
+
+def names(spaces: int) -> set[str]:
+    """Names of its tensors."""
+    parts = [f"{i}.{part}" for i in range(spaces) for part in (*Moments._fields, "rows")]
+    return {f"{_PREFIX}/{name}" for name in (*parts, *["reference"] * (spaces > 0))}
+
+
+def decode(
+    spaces: int,
+    widths: Sequence[int],
+    table: Mapping[str, Entry],
+    read: Callable[[str], np.ndarray],
+) -> Typicality | None:
+    """What was encoded.
+
+    Args:
+        spaces: Number of its spaces.
+        widths: Entries of the features and of what an embedding makes of them.
+        table: The tensors of the file, these among them.
+        read: Function of a tensor's name to its array.
+
+    Raises:
+        ArtefactError: A tensor has another shape or dtype, or a number that cannot be.
+    """
+    if not spaces:
+        return None
+    if spaces != len(widths):
+        raise ArtefactError(f"{_PREFIX}: expected {len(widths)} spaces, got {spaces}")
+    _require("reference", np.float64, (None, 2 + 2 * spaces), table)
+    for i, width in enumerate(widths):
+        (count,) = _require(f"{i}.variances", np.float64, (None,), table)
+        _require(f"{i}.center", np.float64, (width,), table)
+        _require(f"{i}.scale", np.float64, (width,), table)
+        _require(f"{i}.directions", np.float64, (count - 1, width), table)
+        _require(f"{i}.rows", np.float32, (None, width), table)
+    arrays = {name.removeprefix(f"{_PREFIX}/"): read(name) for name in sorted(names(spaces))}
+    for name, array in arrays.items():
+        if not np.all(np.isfinite(array)):
+            raise ArtefactError(f"{_PREFIX}/{name}: expected finite numbers, got others")
+        if name.endswith((".scale", ".variances")) and np.any(array <= 0.0):
+            raise ArtefactError(f"{_PREFIX}/{name}: expected positive numbers, got others")
+    return Typicality.from_arrays(arrays)
+
+
+def _require(
+    name: str, dtype: type, shape: tuple[int | None, ...], table: Mapping[str, Entry]
+) -> tuple[int, ...]:
+    """The shape of a tensor, if it is this one; None stands for any positive number."""
+    name = f"{_PREFIX}/{name}"
+    found = table.get(name)
+    if (
+        found is None
+        or found.dtype != np.dtype(dtype)
+        or len(found.shape) != len(shape)
+        or any(n < 1 if m is None else n != m for n, m in zip(found.shape, shape, strict=True))
+    ):
+        wanted = f"{np.dtype(dtype).name}{['any' if n is None else n for n in shape]}"
+        raise ArtefactError(f"{name}: expected a tensor {wanted}, got {found or 'none'!s}")
+    return found.shape
