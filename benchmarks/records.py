@@ -19,6 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sbi_flows.whole import whole_file
+
 SCHEMA = 2
 """Version of the records' layout."""
 
@@ -122,8 +124,6 @@ def write_json(path: Path, record: Mapping[str, Any]) -> Path:
         ...     write_json(Path(folder, "a.json"), {"x": float("nan"), "y": 1}).read_text()
         '{"x": null, "y": 1}\n'
     """
-    from simulators.stored import whole_file  # not before it is needed: it brings JAX
-
     text = json.dumps(plain(record), allow_nan=False) + "\n"
     with whole_file(path) as file:
         file.write(text.encode())

@@ -1,6 +1,6 @@
 """Reference draws that were made before: the few that ship, and those of a folder of the user's.
 
-Public names: `FOLDER`, `cache_folder`, `load`, `save`, `whole_file`.
+Public names: `FOLDER`, `cache_folder`, `load`, `save`.
 
 Only samplers that take a minute are worth a file; the others draw in no time.
 """
@@ -8,14 +8,13 @@ Only samplers that take a minute are worth a file; the others draw in no time.
 from __future__ import annotations
 
 import os
-import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
+
+from sbi_flows.whole import whole_file
 
 FOLDER = Path(__file__).parent / "references"
 """What ships with the package."""
@@ -58,6 +57,7 @@ def save(
     """Write draws (N, D), their observation and what is known of the sampler, whole or not at all.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     draws = np.ones((3, 2))
         ...     path = save(Path(folder), "toy", 1, np.zeros(2), draws, {"rhat": 1.0})
@@ -71,17 +71,3 @@ def save(
     with whole_file(path) as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
     return path
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into, which takes its place when all is written: no reader sees a part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

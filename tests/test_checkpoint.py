@@ -235,7 +235,7 @@ def test_a_full_disk_costs_a_warning_and_no_fit(left, whole, monkeypatch):
     def full(number):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.warns(SbiFlowsWarning, match="cannot write .*: No space left.*; the fit") as said:
         assert_same(fit(left), whole)
     assert len(said) == 1

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -31,6 +30,7 @@ from sbi_flows.prior import Prior, PriorLike, as_prior
 from sbi_flows.record import versions
 from sbi_flows.standardise import Standardiser
 from sbi_flows.typicality import widths
+from sbi_flows.whole import whole_file
 
 FORMAT = 1
 """Version of the document, which later versions of the library go on reading."""
@@ -108,15 +108,8 @@ def save(posterior: Posterior, path: str | os.PathLike[str], *, report: Any = No
     """Write a posterior; see `Posterior.save`."""
     path = Path(path)
     content = packed(*_described(posterior, report))
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    try:
-        with open(partial, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(content)
 
 
 def _described(posterior: Posterior, report: Any) -> tuple[dict[str, Any], Tensors]:

@@ -14,15 +14,15 @@ import json
 import math
 import os
 import platform
-import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from html import escape
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sbi_flows.diagnostics.tables import p_text
+from sbi_flows.record import versions
+from sbi_flows.whole import whole_file
 
 if TYPE_CHECKING:
     from sbi_flows.diagnostics.check import Report
@@ -76,7 +76,8 @@ def save_report(report: Report, path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"path: expected a folder that exists, got {path.parent}")
     text = page(report) if path.suffix == ".html" else _json(report)
     try:
-        _write(path, text)
+        with whole_file(path) as file:
+            file.write(text.encode())
     except OSError as error:
         raise ValueError(f"path: cannot write {path}: {error.strerror or error}") from None
     return path
@@ -193,22 +194,17 @@ def _sharpness(report: Report) -> str:
 
 
 def _repeat(report: Report) -> str:
-    cells = [[name, number] for name, number in versions().items()]
+    cells = [[name, number] for name, number in environment().items()]
     said = "The same posterior, simulator and versions give the same numbers."
     code = f"<pre><code>{escape(report.command)}</code></pre>"
     return _section("To repeat this check", said, code + _table(["with", "version"], cells))
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, of packages and of the platform, by name."""
+def environment() -> dict[str, str]:
+    """Versions of Python and of packages, the platform and the device, by name."""
     import jax
 
-    found = {"Python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
+    found = versions(PACKAGES)
     device = jax.devices()[0]
     precision = "64" if jax.config.read("jax_enable_x64") else "32"
     found["platform"] = f"{platform.system()} on {platform.machine()}"
@@ -254,7 +250,7 @@ def _picture(part: Any, alt: str) -> str:
 
 
 def _json(report: Report) -> str:
-    held = {**report.to_dict(), "command": report.command, "versions": versions()}
+    held = {**report.to_dict(), "command": report.command, "versions": environment()}
     return json.dumps(_finite(held), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
@@ -265,22 +261,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-def _umask() -> int:
-    """What files that others may read are made with; asking sets it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

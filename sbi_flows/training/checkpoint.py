@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -29,6 +28,7 @@ from sbi_flows.errors import CheckpointSpoilt, SbiFlowsWarning
 from sbi_flows.training.devices import of_first
 from sbi_flows.training.fingerprint import unlike
 from sbi_flows.training.settings import Training
+from sbi_flows.whole import whole_file
 
 FORMAT = 1
 
@@ -135,16 +135,8 @@ class Checkpoint:
         document = json.dumps({"format": FORMAT, **self._parts})
         seal = {"sbi_flows": document, "sha256": _seal(document, arrays)}
         raw = safetensors.numpy.save(dict(arrays), seal)
-        # a name of this process's own: two that write at once never mix their files
-        partial = self.path.with_suffix(f".{os.getpid()}.partial")
-        try:
-            with open(partial, "wb") as file:
-                file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(self.path) as file:
+            file.write(raw)
 
     def _require_same(self, document: Mapping[str, Any]) -> None:
         advice = "; remove it, or name another folder, to start anew"

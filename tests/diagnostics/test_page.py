@@ -83,7 +83,7 @@ def test_the_page_has_all_that_was_found(report, text):
     assert report.command in words
     for title in ("All tests", "Ranks of", "Coverage", "(TARP)", "Sharpness", "To repeat"):
         assert title in words
-    for name in ("Python", "jax", "numpyro", "sbi-flows", "platform"):
+    for name in ("python", "jax", "numpyro", "sbi-flows", "platform"):
         assert name in words
     assert f"{report.sharpness.contraction[0]:.2f}" in words
 
