@@ -38,6 +38,25 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("tests")
 
 
+SLOW_EXAMPLES = (
+    "sbi_flows.composed.",
+    "sbi_flows.conformal_sets.",
+    "sbi_flows.estimators.distillation.",
+    "sbi_flows.estimators.emulator.",
+    "sbi_flows.estimators.truncated.",
+    "sbi_flows.recalibration.",
+    "simulators.numpyro_model.",
+)
+"""Modules whose examples fit or compile for long."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark slow examples, which cannot do so themselves."""
+    for item in items:
+        if isinstance(item, pytest.DoctestItem) and item.name.startswith(SLOW_EXAMPLES):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Allow rank promotion where the mark says so, for the test's fixtures as well."""

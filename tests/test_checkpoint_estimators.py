@@ -62,6 +62,7 @@ def killed(number, call):
             call()
 
 
+@pytest.mark.slow
 def test_each_fit_of_a_stack_goes_on(tmp_path, simulations, monkeypatch):
     """Six epochs in all: of an emulator, of the density that trains on its draws, and of another.
 
@@ -92,6 +93,7 @@ def test_each_fit_of_a_stack_goes_on(tmp_path, simulations, monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_a_fit_to_observations_on_disk_goes_on(tmp_path, simulations, monkeypatch):
     monkeypatch.setattr(stream, "BLOCK", 16)
     monkeypatch.setattr(stream, "CHUNK", 64)

@@ -232,8 +232,7 @@ def simulations():
     return sf.Simulations(sims.theta, x.at[7].set(jnp.nan))
 
 
-SLOW = ("diffusion", "CNF")  # what is theirs alone is tested beside this
-KINDS = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FLOWS]
+KINDS = [pytest.param(name, marks=pytest.mark.slow) for name in FLOWS]
 
 
 @pytest.fixture(scope="module", params=KINDS)

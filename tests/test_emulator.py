@@ -148,6 +148,7 @@ def test_an_emulator_improves_a_fit_to_few_simulations():
     assert emulated < plain - 0.05
 
 
+@pytest.mark.slow
 def test_failed_simulations_do_not_flatter_the_fit():
     """The observation says nothing: no fit can do better than the prior, on fresh rows or not."""
     key = jax.random.key(0)

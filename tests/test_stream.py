@@ -65,6 +65,7 @@ def test_rows_on_disk_that_are_not_finite_are_invalid(tmp_path, data):
 
 
 @pytest.mark.promotes  # numpyro's densities
+@pytest.mark.slow
 def test_a_fit_to_a_file_is_as_good_as_one_in_memory(small, stored, data):
     posterior, history = fit(stored)
     _, whole = fit(sf.Simulations(*data))

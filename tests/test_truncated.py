@@ -28,6 +28,7 @@ LOW, HIGH = [-0.5, 3.0, -1.0, -9.0, -9.0], [1.0, 6.0, 0.5, 9.0, 9.0]
 BOX = BoxPrior(BASE, LOW, HIGH)
 
 
+@pytest.mark.slow
 def test_draws_of_a_box_are_those_of_the_prior_that_lie_in_it():
     draws = np.asarray(BOX.sample(jax.random.key(0), 4000))
     assert np.all(BOX.contains(draws))

@@ -62,6 +62,7 @@ def test_tasks_without_a_file_of_their_own_are_refused(tmp_path, capsys, name):
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_samplers_are_compared_with_given_draws(tmp_path, capsys):
     rng = np.random.default_rng(0)
     x = np.full(10, 0.2)

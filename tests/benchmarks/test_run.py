@@ -115,6 +115,7 @@ def few(monkeypatch):
 
 
 @pytest.mark.promotes
+@pytest.mark.slow
 def test_a_run_writes_one_line_a_seed_and_prints_a_table(few, tmp_path, capsys):
     options = ["--tasks", "two_moons", "--budgets", "60", "--seeds", "2", *TINY]
     assert main(["run", *options, "--results", str(tmp_path / "results")]) == 0

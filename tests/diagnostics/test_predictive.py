@@ -40,6 +40,7 @@ def test_data_of_the_model_pass(gaussian, simulator):
     assert found.labels == ("x[0]", "x[1]")
 
 
+@pytest.mark.slow
 def test_levels_are_kept(gaussian):
     """Of data that the posterior has not seen, p-values are uniform."""
     posterior = First(gaussian())

@@ -124,6 +124,7 @@ def test_ranks_are_uniform_after_recalibration(gaussian, calibration, fresh, kno
     assert lost < 0.1 < 0.2 < float(exact - jnp.mean(wrong.log_prob(fresh.theta, fresh.x)))
 
 
+@pytest.mark.slow
 def test_a_shape_is_recalibrated_and_the_joint_sets_with_it(skewed, calibration, fresh):
     assert (sf.sbc(KEY, skewed, fresh, draws=100).ks < 1e-6).all()
     right = sf.recalibrate(KEY, skewed, calibration[:1_000], draws=150)
@@ -134,6 +135,7 @@ def test_a_shape_is_recalibrated_and_the_joint_sets_with_it(skewed, calibration,
     assert found.central[79] == pytest.approx([0.8, 0.8], abs=0.06)
 
 
+@pytest.mark.slow
 def test_check_takes_both(gaussian, simulator, calibration):
     wrong = gaussian(scale=1 / 1.5)
     sizes = {"datasets": 300, "draws": 100, "progress": False}
@@ -148,6 +150,7 @@ def test_check_takes_both(gaussian, simulator, calibration):
 
 @pytest.mark.promotes
 @pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.slow
 def test_a_recalibrated_density_integrates_to_one_inside_the_support(gaussian, x64):
     with jax.enable_x64(x64):
         prior = as_prior({"p": dist.Uniform(0.0, 1.0), "rate": dist.LogNormal(0.0, 1.0)})

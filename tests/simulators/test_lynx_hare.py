@@ -127,6 +127,7 @@ def assert_published(draws, *, mean_within: float, sd_factor: float) -> None:
 
 
 @pytest.mark.promotes
+@pytest.mark.slow
 def test_chains_start_near_the_posterior():
     x = lynx_hare().observation(1)
     starts, covariance = mcmc.starts(jax.random.key(0), model.numpyro_model, x)

@@ -88,6 +88,7 @@ def counts(events=None, size=None):
     numpyro.sample("size", dist.Exponential(rate), obs=size)
 
 
+@pytest.mark.slow
 def test_several_observed_sites_are_a_dict():
     data = {"events": np.array([1, 0, 4]), "size": np.float32(0.5)}
     task = from_numpyro(counts, ["events", "size"], data=data)

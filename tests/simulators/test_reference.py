@@ -91,7 +91,10 @@ def test_two_dimensional_posterior_on_a_grid(name, density, bound, x):
     assert stats.chi2(full.sum()).sf(statistic) > 1e-3
 
 
-@pytest.mark.parametrize(("theta3", "theta4"), [(0.3, 0.5), (0.02, 0.4), (0.03, -0.04)])
+@pytest.mark.parametrize(
+    ("theta3", "theta4"),
+    [(0.3, 0.5), *(pytest.param(*p, marks=pytest.mark.slow) for p in [(0.02, 0.4), (0.03, -0.04)])],
+)
 def test_slcp_covariance_on_a_grid(theta3, theta4):
     """The mean integrates out in closed form where the box does not cut; jitter small and large."""
     theta = jnp.array([0.3, -0.5, theta3, theta4, 0.8])
