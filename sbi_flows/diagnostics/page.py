@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 import os
 import platform
 import warnings
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sbi_flows.diagnostics.tables import p_text
-from sbi_flows.record import versions
+from sbi_flows.record import plain, versions
 from sbi_flows.whole import whole_file
 
 if TYPE_CHECKING:
@@ -251,13 +250,4 @@ def _picture(part: Any, alt: str) -> str:
 
 def _json(report: Report) -> str:
     held = {**report.to_dict(), "command": report.command, "versions": environment()}
-    return json.dumps(_finite(held), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for numbers that JSON has no words for."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(plain(held), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
