@@ -19,19 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from scipy import special
-from tqdm.auto import tqdm
 
 from sbi_flows.data import Simulations
-from sbi_flows.diagnostics.ranks import PosteriorLike, chunks_of, usable
+from sbi_flows.diagnostics.ranks import Derived, PosteriorLike, chunks_of, usable
 from sbi_flows.diagnostics.uniformity import continuous_ranks
 from sbi_flows.errors import SbiFlowsError
-from sbi_flows.prior import Prior
 from sbi_flows.quantile_maps import quantiles_of
 from sbi_flows.typing import Key, Obs
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class ConformalPosterior:
+class ConformalPosterior(Derived):
     """A posterior with credible sets that were measured on simulations.
 
     Draws and densities are those of the posterior that it was made of. Its sets are that one's
@@ -49,16 +47,6 @@ class ConformalPosterior:
     num_failed: int
     draws: int
     _key: Key
-
-    @property
-    def prior(self) -> Prior:
-        """The prior, which names the parameters."""
-        return self.posterior.prior
-
-    @property
-    def solved(self) -> bool:
-        """Whether densities are the solutions of an ODE."""
-        return getattr(self.posterior, "solved", False)
 
     @property
     def num_simulations(self) -> int:
@@ -248,11 +236,8 @@ def _scores(
     progress: bool = False,
 ) -> np.ndarray:
     """Scores of the truths of N data sets, shape (N,), in chunks of one shape."""
-    chunks = chunks_of(len(simulations), draws * simulations.theta.shape[1])
-    keys = jax.random.split(key, len(chunks))
-    bar = tqdm(chunks, desc="calibrate", disable=not progress or len(chunks) < 2)
-    found = []
-    for own, (rows, kept) in zip(keys, bar, strict=True):
+    numbers, found = draws * simulations.theta.shape[1], []
+    for own, rows, kept in chunks_of(key, len(simulations), numbers, "calibrate", progress):
         part = simulations[rows]
         found.append(np.asarray(_score(own, posterior, part.theta, part.x, draws))[:kept])
     return np.concatenate(found).astype(np.float64)

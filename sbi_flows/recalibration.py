@@ -23,10 +23,9 @@ import numpy as np
 from jax import Array
 from jax.scipy.special import ndtr, ndtri
 from jax.scipy.stats import norm
-from tqdm.auto import tqdm
 
 from sbi_flows.data import Simulations
-from sbi_flows.diagnostics.ranks import PosteriorLike, chunks_of, usable
+from sbi_flows.diagnostics.ranks import Derived, PosteriorLike, chunks_of, usable
 from sbi_flows.errors import SbiFlowsError
 from sbi_flows.prior import Prior
 from sbi_flows.prior_maps import HALF_WIDTH
@@ -41,7 +40,7 @@ COMPARED = 20
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class RecalibratedPosterior:
+class RecalibratedPosterior(Derived):
     """A posterior whose draws are those of another, moved parameter by parameter.
 
     Its density is that of the moved draws exactly. T_x is taken from draws at x by a key of this
@@ -62,16 +61,6 @@ class RecalibratedPosterior:
     num_failed: int
     draws: int
     _key: Key
-
-    @property
-    def prior(self) -> Prior:
-        """The prior, which names the parameters."""
-        return self.posterior.prior
-
-    @property
-    def solved(self) -> bool:
-        """Whether densities are the solutions of an ODE."""
-        return getattr(self.posterior, "solved", False)
 
     def __repr__(self) -> str:
         """What it was made of."""
@@ -177,10 +166,8 @@ def recalibrate(
     """
     valid = usable(posterior, simulations, draws)
     own, key = jax.random.split(key)
-    chunks = chunks_of(len(valid), draws * valid.theta.shape[1])
-    bar = tqdm(chunks, desc="calibrate", disable=not progress or len(chunks) < 2)
-    found = []
-    for chunk_key, (rows, kept) in zip(jax.random.split(key, len(chunks)), bar, strict=True):
+    numbers, found = draws * valid.theta.shape[1], []
+    for chunk_key, rows, kept in chunks_of(key, len(valid), numbers, "calibrate", progress):
         part = valid[rows]
         sample = posterior.sample(chunk_key, part.x, draws + COMPARED)
         found.append(np.asarray(_scores(posterior.prior, sample, part.theta))[:kept])

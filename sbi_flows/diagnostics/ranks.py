@@ -2,12 +2,13 @@
 
 Every calibration check needs the same draws: `draw_pass` takes them once, a chunk of data sets at
 a time in one compiled shape, and keeps only numbers per data set. Public names: `draw_pass`,
-`Ranks`, `usable`, `chunks_of`.
+`Ranks`, `Derived`, `usable`, `chunks_of`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 from sbi_flows.data import Simulations
 from sbi_flows.diagnostics.uniformity import continuous_ranks
 from sbi_flows.errors import SbiFlowsError
+from sbi_flows.prior import Prior
 from sbi_flows.typing import Key
 
 PosteriorLike = Any
@@ -27,6 +29,27 @@ PosteriorLike = Any
 Where its credible regions are not the highest-density regions of its draws, its
 `density_ranks(key, theta, x)` says the levels at which they first hold each truth.
 """
+
+
+class Derived:
+    """Abstract: what is made of a posterior and calibration simulations.
+
+    Attributes:
+        posterior: The posterior that it was made of.
+    """
+
+    posterior: PosteriorLike
+
+    @property
+    def prior(self) -> Prior:
+        """The prior, which names the parameters."""
+        return self.posterior.prior
+
+    @property
+    def solved(self) -> bool:
+        """Whether densities are the solutions of an ODE."""
+        return getattr(self.posterior, "solved", False)
+
 
 CHUNK = 4_000_000
 """Numbers (data sets x draws x D) held at once; 16 MB in single precision."""
@@ -135,10 +158,7 @@ def draw_pass(
     units = jnp.ones(dim) if scale is None else jnp.asarray(scale)
     draw_key, tie_key = jax.random.split(key)
     parts = []
-    chunks = chunks_of(n, draws * dim)
-    keys = jax.random.split(draw_key, len(chunks))
-    bar = tqdm(chunks, desc="draw", disable=not progress or len(chunks) < 2)
-    for chunk_key, (rows, kept) in zip(keys, bar, strict=True):
+    for chunk_key, rows, kept in chunks_of(draw_key, n, draws * dim, "draw", progress):
         part = valid[rows]
         sampled = _sample(chunk_key, posterior, part, draws, density)
         reduced = _reduce(*sampled, part.theta, points[rows], units)
@@ -168,11 +188,27 @@ def draw_pass(
     )
 
 
-def chunks_of(n: int, numbers: int) -> list[tuple[np.ndarray, int]]:
-    """Row indices of equally long chunks (the last one wraps round), and how many to keep."""
+def chunks_of(
+    key: Key, n: int, numbers: int, label: str, progress: bool
+) -> Iterator[tuple[Key, np.ndarray, int]]:
+    """Chunks of n data sets, equally long (the last one wraps round), under a progress bar.
+
+    Args:
+        key: Random key.
+        n: Number of data sets.
+        numbers: Numbers held for each at once.
+        label: What the bar says.
+        progress: Show it, if there are several chunks.
+
+    Yields:
+        A key, numbers of data sets, and how many of these to keep.
+    """
     count = -(-n // max(1, CHUNK // numbers))
     size = -(-n // count)
-    return [(np.arange(s, s + size) % n, min(size, n - s)) for s in range(0, n, size)]
+    starts = range(0, n, size)
+    bar = tqdm(starts, desc=label, disable=not progress or len(starts) < 2)
+    for own, start in zip(jax.random.split(key, len(starts)), bar, strict=True):
+        yield own, np.arange(start, start + size) % n, min(size, n - start)
 
 
 def _ranked(posterior: PosteriorLike) -> int:
