@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     batches.set_defaults(command=_batches)
     _add_folder(batches, "--results", "results")
+    _add_continuous(commands)
     accelerator = commands.add_parser(
         "accelerator",
         help="what a GPU does with a fit, beside its limits",
@@ -127,6 +128,30 @@ def _parser() -> argparse.ArgumentParser:
     _add_folder(accelerator, "--results", "results")
     _add_peers(commands)
     return parser
+
+
+def _add_continuous(commands: Any) -> None:
+    continuous = commands.add_parser(
+        "continuous",
+        help="densities of continuous flows: integrals, draws beside densities, and their time",
+        prog="benchmarks continuous",
+    )
+    continuous.set_defaults(command=_continuous)
+    continuous.add_argument(
+        "--densities",
+        nargs="+",
+        default=["NSF", "FlowMatching", "Diffusion"],
+        metavar="NAME",
+        help="(NSF FlowMatching Diffusion)",
+    )
+    continuous.add_argument(
+        "--peer-epochs",
+        type=int,
+        default=100,
+        metavar="N",
+        help="most epochs of sbi's flow matching, whose draws are timed; 0 without sbi (100)",
+    )
+    _add_folder(continuous, "--results", "results")
 
 
 def _add_peers(commands: Any) -> None:
@@ -234,6 +259,12 @@ def _batches(arguments: argparse.Namespace) -> None:
     from benchmarks import batches
 
     batches.run(folder)
+
+
+def _continuous(arguments: argparse.Namespace) -> None:
+    from benchmarks import continuous
+
+    continuous.run(_settings(continuous.Settings, arguments))
 
 
 def _accelerator(arguments: argparse.Namespace) -> None:

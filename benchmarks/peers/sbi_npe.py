@@ -1,6 +1,6 @@
-"""Neural posterior estimation of sbi.
+"""Neural posterior estimation of sbi, and its flow matching for the time of draws.
 
-Public name: `SbiNPE`.
+Public names: `SbiNPE`, `fmpe_sampler`.
 """
 
 from __future__ import annotations
@@ -215,6 +215,38 @@ class SbiNPE:
             return default_collate(rows)
 
         return collate
+
+
+def fmpe_sampler(
+    prior: sf.Prior, theta: np.ndarray, x: Obs, *, seed: int, epochs: int
+) -> Callable[[Obs, int], np.ndarray]:
+    """Fit `sbi.inference.FMPE` with its defaults, for at most so many epochs.
+
+    Args:
+        prior: The prior.
+        theta: Parameters, shape (N, D).
+        x: Observations, shape (N, *event).
+        seed: Seed of the fit.
+        epochs: Most epochs.
+
+    Returns:
+        A function of one observation (*event) and a number n: draws by its ODE, shape (n, D).
+    """
+    import torch  # pyright: ignore[reportMissingImports]
+    from sbi.inference import FMPE  # pyright: ignore[reportMissingImports]
+
+    torch.manual_seed(seed)
+    inference = FMPE(_torch_prior(prior), tracker=_NoTracker(), show_progress_bars=False)
+    inference.append_simulations(_tensor(theta), _tensor(flatten_rows(x)))
+    with _silent():
+        inference.train(max_num_epochs=epochs)
+    posterior = inference.build_posterior()
+
+    def draw(observed: Obs, n: int) -> np.ndarray:
+        row = _tensor(flatten_rows(jax.tree.map(lambda leaf: leaf[None], observed)))
+        return posterior.sample((n,), x=row, show_progress_bars=False).numpy()
+
+    return draw
 
 
 class _NoTracker:
