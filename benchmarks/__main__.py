@@ -105,6 +105,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     uses.set_defaults(command=_uses)
     _add_folder(uses, "--folder", "uses")
+    rounds = commands.add_parser(
+        "rounds", help="truncated rounds, beside exact posteriors", prog="benchmarks rounds"
+    )
+    rounds.set_defaults(command=_rounds)
+    rounds.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="(sir lynx_hare)")
+    rounds.add_argument(
+        "--observations-from", type=Path, metavar="DIR", help="as for `run`, where DIR has the task"
+    )
+    _add_folder(rounds, "--results", "results")
     speed = commands.add_parser(
         "speed", help="training steps, check and a cold process", prog="benchmarks speed"
     )
@@ -245,6 +254,12 @@ def _uses(arguments: argparse.Namespace) -> None:
     from benchmarks import uses
 
     uses.run(folder)
+
+
+def _rounds(arguments: argparse.Namespace) -> None:
+    from benchmarks import rounds
+
+    rounds.run(arguments.results, tuple(arguments.tasks), arguments.observations_from)
 
 
 def _speed(arguments: argparse.Namespace) -> None:

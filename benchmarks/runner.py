@@ -170,7 +170,7 @@ def run_one(
             jax.block_until_ready(sims)
     with clock("reference"):
         own = settings.observations_from is None
-        references = _references(keys["reference"], task, observed, settings.draws, own=own)
+        references = references_of(keys["reference"], task, observed, settings.draws, own=own)
     with clock("fit"):
         posterior, history = npe.fit(keys["fit"], sims)
     draw_keys = jax.random.split(keys["draw"], len(observed))
@@ -328,7 +328,7 @@ def _grid(settings: Settings) -> Iterator[Run]:
         yield Run(*cell)
 
 
-def _references(
+def references_of(
     key: Key, task: Task, observed: list[Obs], n: int, *, own: bool
 ) -> list[np.ndarray]:
     """Exact draws for each observation, the task's own or others; none without an exact sampler."""
