@@ -76,7 +76,7 @@ class Prior:
         self._standard = [m.standard_shape for m in self._maps.values()]
         self.dim = sum(self._sizes)
         self.standard_dim = sum(math.prod(s) for s in self._standard)
-        self.labels = tuple(label for n in self.names for label in _labels(n, self.event_shapes[n]))
+        self.labels = tuple(label for n in self.names for label in labels(n, self.event_shapes[n]))
         self.bounded = tuple(
             m.bounded for m in self._maps.values() for _ in range(math.prod(m.standard_shape))
         )
@@ -325,7 +325,8 @@ def _base(site: dist.Distribution) -> dist.Distribution:
     return site
 
 
-def _labels(name: str, shape: tuple[int, ...]) -> list[str]:
+def labels(name: str, shape: tuple[int, ...]) -> list[str]:
+    """Labels of the entries of a parameter: `alpha`, or `beta[0]`, `beta[1]`."""
     if not shape:
         return [name]
     import numpy as np

@@ -16,7 +16,7 @@ from jax.scipy.special import ndtr, ndtri
 from jax.scipy.stats import norm
 from jax.typing import ArrayLike
 
-from sbi_flows.prior import Prior
+from sbi_flows.prior import Prior, labels
 from sbi_flows.prior_maps import HALF_WIDTH, CdfMap, IntervalMap, NormalMap, positive
 from sbi_flows.typing import Key
 
@@ -100,6 +100,29 @@ class BoxPrior(Prior):
         width = np.where(np.isfinite(self.high - self.low), self.high - self.low, 1.0)
         low, high = _rows(y, self.low - _SLACK * width, self.high + _SLACK * width)
         return inside & jnp.all((y >= low) & (y <= high), axis=-1)
+
+    def near_sides(self, y: np.ndarray, share: float) -> dict[str, float]:
+        """How many rows lie next to each side of the box that cuts the prior.
+
+        Args:
+            y: Rows in the standard coordinates of the prior that was cut, shape (n, d).
+            share: What is next to a side, as a share of the width.
+
+        Returns:
+            Shares of the rows by side, such as `rate low`.
+        """
+        found: dict[str, float] = {}
+        maps = self.base._maps
+        names = [label for n, m in maps.items() for label in labels(n, m.standard_shape)]
+        width = self.high - self.low
+        whole = np.where(self._uniform, HALF_WIDTH, np.inf)
+        for i in np.flatnonzero(self._cut):
+            near = share * width[i]
+            if self.low[i] > -whole[i]:
+                found[f"{names[i]} low"] = float(np.mean(y[:, i] < self.low[i] + near))
+            if self.high[i] < whole[i]:
+                found[f"{names[i]} high"] = float(np.mean(y[:, i] > self.high[i] - near))
+        return found
 
     def from_standard(self, y: ArrayLike) -> Array:
         """Map standard coordinates (*, d) of the box to parameters (*, D)."""

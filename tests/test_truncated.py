@@ -94,6 +94,41 @@ def rounds_of(**settings):
     return sf.truncated_rounds(jax.random.key(0), SMALL, noisy, SEEN, **given)
 
 
+def test_rows_next_to_a_side_that_cuts_are_counted():
+    y = np.zeros((4, 5))
+    y[0, 0], y[1, 0] = -0.45, 0.95
+    y[:2, 1] = 5.9
+    y[:, 2] = -np.sqrt(3.0)  # the prior ends there
+    y[:, 3:] = 8.99  # has no CDF
+    wide = BoxPrior(BASE, [-0.5, 3.0, -9.0, -9.0, -9.0], [1.0, 6.0, 0.5, 9.0, 9.0])
+    assert wide.near_sides(y, 0.05) == {
+        "level low": 0.25,
+        "level high": 0.25,
+        "rate low": 0.5,
+        "rate high": 0.5,
+        "share high": 0.0,
+    }
+
+
+@pytest.mark.slow
+def test_a_posterior_that_presses_against_its_box_is_warned_of(monkeypatch):
+    left = []
+
+    def too_high(prior, current, y):
+        box = cut(prior, current, y)
+        # cut off what lies below the posterior's own mean
+        moved = BoxPrior(prior, np.maximum(box.low, y.mean(axis=0)), box.high) if not left else box
+        left.append(moved)
+        return moved
+
+    cut = truncated._box
+    monkeypatch.setattr(truncated, "_box", too_high)
+    with pytest.warns(sf.SbiFlowsWarning, match=r"round 2: .*place\[0\] low \(\d+%\)"):
+        _, rounds = rounds_of(rounds=2)
+    assert rounds[0].pressed == ()
+    assert rounds[1].pressed[0].startswith("place[0] low")
+
+
 @pytest.mark.slow
 def test_rounds_close_in_on_the_posterior_and_do_not_bias_it():
     posterior, rounds = rounds_of()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from sbi_flows.checks import require_count, require_fraction, require_object, require_positive
 from sbi_flows.data import Simulations
+from sbi_flows.errors import SbiFlowsWarning
 from sbi_flows.estimators.npe import NPE
 from sbi_flows.estimators.stack import Stack
 from sbi_flows.execution import Executor
@@ -43,6 +45,10 @@ puts a few anywhere."""
 MARGIN = 0.25
 """Share of their extent by which a box is wider than the draws, on either side."""
 
+EDGE, PRESSED = 0.05, 0.02
+"""Of a box that holds its posterior, hardly any draws lie in this share of its width next to a
+side, inside the margin; more than this share of them are a sign that something was cut off."""
+
 Estimator = TypeVar("Estimator", NPE, Stack)
 
 
@@ -56,12 +62,15 @@ class Round:
         rows: Number of rows that the posterior was fitted to: new ones, and those of earlier
             rounds that lie in the box.
         history: Of the fit.
+        pressed: Sides of the box that more of the posterior's draws lie next to than should, and
+            how many: an earlier round may have cut off what the posterior has beyond.
     """
 
     prior: Prior
     simulations: int
     rows: int
     history: Any
+    pressed: tuple[str, ...] = ()
 
     @property
     def mass(self) -> float:
@@ -87,7 +96,8 @@ def truncated_rounds(
     Each round simulates from the prior within a box, fits to all simulations in it, and cuts the
     box to what its posterior's draws at x fill, and a margin. In a box the simulations of all
     rounds are distributed as the prior is: no correction is needed, and none is made. A posterior
-    that misses a mode in an early round never sees it again; `Round.mass` says how much was cut.
+    that misses a mode in an early round never sees it again; `Round.mass` says how much was cut,
+    and a posterior that presses against a side of its box is warned of.
 
     Args:
         key: Random key.
@@ -149,8 +159,11 @@ def truncated_rounds(
         rows = _inside(current, parts)
         own = _of_round(estimator, r, current)
         posterior, history = own.fit(fit_key, rows, progress=progress)
-        done.append(Round(current, simulations, len(rows), history))
-        box = _box(prior, current, posterior.sample(draw_key, x, DRAWS))
+        y = np.asarray(prior.to_standard(posterior.sample(draw_key, x, DRAWS)), float)
+        pressed = _pressed(current, y)
+        _warn_of(pressed, r)
+        done.append(Round(current, simulations, len(rows), history, pressed))
+        box = _box(prior, current, y)
         if last or box.mass > paying * current.mass:
             return posterior, done
         kept.keep(r, box)
@@ -177,9 +190,25 @@ def _of_round(estimator: Estimator, r: int, prior: Prior) -> Estimator:
     return Stack([_of_round(part, r, prior) for part in estimator.estimators])
 
 
-def _box(prior: Prior, current: Prior, draws: Any) -> BoxPrior:
-    """What the draws fill, and a margin, within the present box."""
-    y = np.asarray(prior.to_standard(draws), float)
+def _pressed(current: Prior, y: np.ndarray) -> tuple[str, ...]:
+    """Sides that the posterior's draws, in the prior's standard coordinates, press against."""
+    near = current.near_sides(y, EDGE) if isinstance(current, BoxPrior) else {}
+    return tuple(f"{side} ({share:.0%})" for side, share in near.items() if share > PRESSED)
+
+
+def _warn_of(pressed: tuple[str, ...], r: int) -> None:
+    if pressed:
+        warnings.warn(
+            f"round {r + 1}: draws of the posterior lie next to sides of the box that an earlier "
+            f"round left: {', '.join(pressed)}; it may have cut off a part of the posterior. Give "
+            "each round more simulations, or the posterior summary statistics",
+            SbiFlowsWarning,
+            stacklevel=3,
+        )
+
+
+def _box(prior: Prior, current: Prior, y: np.ndarray) -> BoxPrior:
+    """What the draws fill, in standard coordinates, and a margin, within the present box."""
     low, high = np.quantile(y, (TAIL, 1.0 - TAIL), axis=0)
     margin = MARGIN * (high - low)
     low, high = low - margin, high + margin
