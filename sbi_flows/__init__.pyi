@@ -24,7 +24,9 @@ from .diagnostics import c2st as c2st
 from .diagnostics import c2st_jax as c2st_jax
 from .diagnostics import check as check
 from .diagnostics import coverage as coverage
+from .diagnostics import data_sensitivity as data_sensitivity
 from .diagnostics import predictive_check as predictive_check
+from .diagnostics import prior_sensitivity as prior_sensitivity
 from .diagnostics import sbc as sbc
 from .diagnostics import tarp as tarp
 from .errors import ArtefactError as ArtefactError

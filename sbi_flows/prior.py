@@ -117,6 +117,24 @@ class Prior:
         safe = jnp.where(inside[..., None], theta, self.center(theta.shape[:-1]))
         return jnp.where(inside, self._log_prob_inside(safe), -jnp.inf)
 
+    def site_log_probs(self, theta: ArrayLike) -> dict[str, Array]:
+        """Log density (*) of each site's own value at theta (*, D), by name.
+
+        They are those of the prior before it was cut, if it was; there are none where the
+        distribution of one site depends on the value of another.
+        """
+        theta = self._checked(theta)
+        if self._dependent:
+            return {}
+        batch, parts = theta.shape[:-1], {}
+        inside = self.unflatten(self.center(batch))
+        for name, value in self.unflatten(theta).items():
+            ok = jnp.reshape(self._sites[name].support(value), (*batch, -1)).all(axis=-1)
+            wide = jnp.reshape(ok, (*batch, *(1,) * len(self.event_shapes[name])))
+            safe = jnp.where(wide, value, inside[name])
+            parts[name] = jnp.where(ok, self._site_log_prob(name, safe, batch), -jnp.inf)
+        return parts
+
     def contains(self, theta: ArrayLike) -> Array:
         """Whether theta of shape (*, D) is finite and in the support; bool of shape (*)."""
         theta = self._checked(theta)
@@ -208,9 +226,12 @@ class Prior:
             return jnp.reshape(jax.vmap(self._log_density_model)(flat), theta.shape[:-1])
         total = jnp.zeros(theta.shape[:-1], theta.dtype)
         for name, value in self.unflatten(theta).items():
-            log_prob = self._sites[name].log_prob(value)
-            total += jnp.sum(jnp.reshape(log_prob, (*total.shape, -1)), axis=-1)
+            total += self._site_log_prob(name, value, total.shape)
         return total
+
+    def _site_log_prob(self, name: str, value: Array, batch: tuple[int, ...]) -> Array:
+        log_prob = self._sites[name].log_prob(value)
+        return jnp.sum(jnp.reshape(log_prob, (*batch, -1)), axis=-1)
 
     def _sample_rows(self, key: Key, n: int) -> Array:
         if self._model is not None:

@@ -72,6 +72,7 @@ MAY_IMPORT = {
         "typicality",
     },
     "quantile_maps": set(),
+    "reweighting": set(),
     "conformal_sets": {"diagnostics", "quantile_maps", "prior", "data"},
     "recalibration": {"diagnostics", "quantile_maps", "prior", "prior_maps", "data"},
     "arviz_groups": {"prior"},
@@ -94,15 +95,24 @@ MAY_IMPORT = {
         "prior",
         "data",
         "record",
+        "reweighting",
         "simulating",
         "standardise",
         "typicality",
     },
     "plots_typicality": {"plots"},
+    "plots_local": {"plots"},
 }
 OPEN = {"typing", "errors", "checks", "precision", "whole"}
 # methods such as `report.plot()` and `posterior.save()` may reach up when they are called
-WITHIN_CALLS = {"plots", "plots_typicality", "artefact", "arviz_groups", "diagnostics"}
+WITHIN_CALLS = {
+    "plots",
+    "plots_local",
+    "plots_typicality",
+    "artefact",
+    "arviz_groups",
+    "diagnostics",
+}
 # what a simulator may know of the library
 FOR_SIMULATORS = {"prior", "data", "execution", "processes", "worker", *OPEN}
 

@@ -6,6 +6,7 @@ from sbi_flows.diagnostics.check import Report as Report
 from sbi_flows.diagnostics.check import check as check
 from sbi_flows.diagnostics.coverage import Coverage as Coverage
 from sbi_flows.diagnostics.coverage import coverage as coverage
+from sbi_flows.diagnostics.discrepancies import Discrepancies as Discrepancies
 from sbi_flows.diagnostics.misspecification import Anomalies as Anomalies
 from sbi_flows.diagnostics.misspecification import Misspecification as Misspecification
 from sbi_flows.diagnostics.misspecification import anomalies as anomalies
@@ -13,6 +14,10 @@ from sbi_flows.diagnostics.predictive import Predictive as Predictive
 from sbi_flows.diagnostics.predictive import predictive_check as predictive_check
 from sbi_flows.diagnostics.sbc import SBC as SBC
 from sbi_flows.diagnostics.sbc import sbc as sbc
+from sbi_flows.diagnostics.sensitivity_to_data import DataSensitivity as DataSensitivity
+from sbi_flows.diagnostics.sensitivity_to_data import data_sensitivity as data_sensitivity
+from sbi_flows.diagnostics.sensitivity_to_prior import PriorSensitivity as PriorSensitivity
+from sbi_flows.diagnostics.sensitivity_to_prior import prior_sensitivity as prior_sensitivity
 from sbi_flows.diagnostics.sharpness import Sharpness as Sharpness
 from sbi_flows.diagnostics.tarp import TARP as TARP
 from sbi_flows.diagnostics.tarp import tarp as tarp

@@ -1,6 +1,6 @@
 """Do simulations at draws of the posterior look like the observation they were inferred from?
 
-Public names: `predictive_check`, `Predictive`.
+Public names: `predictive_check`, `Predictive`, `simulated_at`.
 
 Source: Gelman, Meng & Stern 1996, "Posterior predictive assessment of model fitness via realized
 discrepancies" (Statistica Sinica 6:733).
@@ -9,19 +9,31 @@ discrepancies" (Statistica Sinica 6:733).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 
 from sbi_flows.checks import require_count
-from sbi_flows.data import observation_shape
-from sbi_flows.diagnostics.ranks import PosteriorLike
+from sbi_flows.data import Simulations, observation_shape
+from sbi_flows.diagnostics.discrepancies import (
+    Discrepancies,
+    Discrepancy,
+    checked,
+    judged,
+    two_sided,
+)
+from sbi_flows.diagnostics.ranks import Derived, PosteriorLike
 from sbi_flows.diagnostics.tables import p_text, table
 from sbi_flows.errors import SimulationFailed
-from sbi_flows.posteriors import as_batch
+from sbi_flows.posteriors import Posterior, as_batch
+from sbi_flows.prior import Prior
 from sbi_flows.simulating import simulate_at
 from sbi_flows.standardise import entry_labels, fit_standardiser, flatten_rows
+from sbi_flows.typicality import spaces_of
 from sbi_flows.typing import Key, Obs, Simulator
 
 MIN_DRAWS = 100
@@ -43,6 +55,9 @@ class Predictive:
             interquartile range over 1.349 is 1, and values beyond 3 are on a logarithmic scale.
         simulated: The simulations, likewise, shape (n, C).
         num_failed: Simulations left out because they failed.
+        embedding_p: As `distance_p`, in the output of the posterior's embedding (of the first
+            member); None without one.
+        discrepancies: What the user's own discrepancies say; None without any.
     """
 
     labels: tuple[str, ...]
@@ -51,6 +66,8 @@ class Predictive:
     observed: np.ndarray
     simulated: np.ndarray
     num_failed: int
+    embedding_p: float | None = None
+    discrepancies: Discrepancies | None = None
 
     @property
     def worst_p(self) -> float:
@@ -65,6 +82,8 @@ class Predictive:
         """Both p-values, and the entries that fit worst, at most so many."""
         n = len(self.simulated)
         head = f"predictive check with {n} simulations: distance p {p_text(self.distance_p)}, "
+        if self.embedding_p is not None:
+            head += f"in the embedding {p_text(self.embedding_p)}, "
         head += f"worst of {len(self.labels)} entries p {p_text(self.worst_p)} (Bonferroni)"
         if self.num_failed:
             head += f"; {self.num_failed} simulations failed and were left out"
@@ -73,14 +92,18 @@ class Predictive:
             "p": [p_text(float(self.entry_p[i])) for i in order],
             "observed (sd)": [f"{self.observed[i]:+.2f}" for i in order],
         }
-        return f"{head}\n{table([self.labels[i] for i in order], columns)}"
+        text = f"{head}\n{table([self.labels[i] for i in order], columns)}"
+        return text if self.discrepancies is None else f"{text}\n{self.discrepancies.summary()}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and text, fit for JSON; the simulations are left out."""
+        tests = self.discrepancies
         return {
             "entry_p": {m: float(p) for m, p in zip(self.labels, self.entry_p, strict=True)},
             "worst_p": self.worst_p,
             "distance_p": self.distance_p,
+            "embedding_p": self.embedding_p,
+            "discrepancies": None if tests is None else tests.to_dict(),
             "num_simulations": len(self.simulated),
             "num_failed": self.num_failed,
         }
@@ -100,6 +123,7 @@ def predictive_check(
     x: Obs,
     *,
     draws: int = 1_000,
+    discrepancies: Mapping[str, Discrepancy] | None = None,
     progress: bool = True,
 ) -> Predictive:
     """Simulate at draws of the posterior, and compare with the observation.
@@ -113,14 +137,19 @@ def predictive_check(
         simulator: `(key, theta) -> x`.
         x: One observation.
         draws: Number of draws, one simulation each; at least 100.
+        discrepancies: What to compare beside the entries, by name: a number of one observation,
+            `lambda x: x.max()`, or of an observation and the parameters as the simulator gets them,
+            `lambda x, theta: ...`, which is compared draw by draw. JAX has to be able to trace it.
         progress: Show a progress bar.
 
     Returns:
         The p-values; printing shows them.
 
     Raises:
-        ValueError: x is a batch or has another shape than a simulation, or there are too few draws.
+        ValueError: x is a batch or has another shape than a simulation, or there are too few draws;
+            or a discrepancy is no function of one or two arguments that gives one real number.
         SimulationFailed: Fewer than half of the simulations, or than 100, succeeded.
+        SbiFlowsError: A discrepancy gave NaN.
 
     Example:
         >>> import jax, numpyro.distributions as dist, sbi_flows as sf
@@ -130,44 +159,74 @@ def predictive_check(
         >>> quick = sf.Training(max_epochs=2)
         >>> posterior, _ = sf.NPE(prior, training=quick, members=1).fit(jax.random.key(1), sims)
         >>> found = sf.predictive_check(
-        ...     jax.random.key(2), posterior, noisy, jax.numpy.array([0.3, -9.0])
+        ...     jax.random.key(2), posterior, noisy, jax.numpy.array([0.3, -9.0]),
+        ...     discrepancies={"range": lambda x: x.max() - x.min()},
         ... )
         >>> found.entry_p[0] > 0.05, found.entry_p[1] < 0.05, found.distance_p < 0.05
         (np.True_, np.True_, True)
+        >>> float(found.discrepancies.p[0]) < 0.05
+        True
     """
     require_count(MIN_DRAWS, draws=draws)
+    tests = checked(discrepancies, posterior.prior, x)
     draw_key, simulate_key = jax.random.split(key)
     theta = posterior.sample(draw_key, x, draws)
     if theta.ndim != 2:
         raise ValueError("x: expected one observation, got a batch")
-    sims = simulate_at(simulate_key, posterior.prior, simulator, theta, progress=progress)
-    valid = sims.only_valid()
+    valid = simulated_at(simulate_key, posterior.prior, simulator, theta, progress)
+    batch, _ = as_batch(x, observation_shape(valid.x))
+    found = _compared(valid.x, batch, draws - len(valid))
+    return dataclasses.replace(
+        found,
+        embedding_p=_embedding_p(posterior, valid.x, batch),
+        discrepancies=judged(tests, posterior.prior, valid, batch),
+    )
+
+
+def simulated_at(
+    key: Key, prior: Prior, simulator: Simulator, theta: Array, progress: bool
+) -> Simulations:
+    """The simulations at draws of a posterior (n, D) that succeeded.
+
+    Raises:
+        SimulationFailed: Fewer than half of them, or than 100.
+    """
+    draws = len(theta)
+    valid = simulate_at(key, prior, simulator, theta, progress=progress).only_valid()
     if len(valid) < max(MIN_DRAWS, draws // 2):
         raise SimulationFailed(
             f"{draws - len(valid)} of {draws} simulations at draws of the posterior failed: too "
             "few left to compare with"
         )
-    batch, _ = as_batch(x, observation_shape(valid.x))
-    return _compared(valid.x, batch, draws - len(valid))
+    return valid
 
 
 def _compared(simulated: Obs, observed: Obs, num_failed: int) -> Predictive:
     """Compare simulations (n, *event) with a batch of one observation."""
     standardiser = fit_standardiser(simulated)
     rows, own = flatten_rows(simulated), flatten_rows(observed)
-    below = np.mean(np.asarray(rows < own), axis=0) + np.mean(np.asarray(rows <= own), axis=0)
-    # the middle of the ties, and never beyond what so many simulations can say
-    position = (0.5 * below * len(rows) + 0.5) / (len(rows) + 1)
     features = np.asarray(standardiser(simulated))
     feature = np.asarray(standardiser(observed))[0]
     return Predictive(
         labels=entry_labels(observation_shape(observed)),
-        entry_p=np.minimum(1.0, 2.0 * np.minimum(position, 1.0 - position)),
+        entry_p=two_sided(np.asarray(rows), np.asarray(own)),
         distance_p=_distance_p(features, feature),
         observed=feature,
         simulated=features,
         num_failed=num_failed,
     )
+
+
+def _embedding_p(posterior: PosteriorLike, simulated: Obs, observed: Obs) -> float | None:
+    """`_distance_p` in the output of the embedding, where the posterior has one."""
+    while isinstance(posterior, Derived):
+        posterior = posterior.posterior
+    if not isinstance(posterior, Posterior) or posterior.blueprints[0].embedding is None:
+        return None
+    first = partial(spaces_of, posterior.blueprints[0], posterior.weights[0])
+    sets = (first(posterior.features(x))[1] for x in (simulated, observed))
+    simulations, (own,) = (np.asarray(rows, float) for rows in sets)
+    return _distance_p(simulations, own)
 
 
 def _distance_p(simulated: np.ndarray, observed: np.ndarray) -> float:
