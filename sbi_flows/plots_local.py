@@ -122,11 +122,10 @@ def histograms(simulated: Any, observed: Any, *, titles: Sequence[str]) -> Any:
 
 def _edges(simulated: np.ndarray, observed: np.ndarray) -> np.ndarray:
     """Edges of 40 bins over nearly all numbers; around each of few whole numbers."""
-    simulated = simulated[np.isfinite(simulated)]
-    bulk = np.quantile(simulated, [0.002, 0.998], method="nearest") if simulated.size else simulated
-    shown = np.concatenate([bulk, observed[np.isfinite(observed)]])
-    low, high = (shown.min(), shown.max()) if shown.size else (0.0, 1.0)
-    every = np.concatenate([simulated, shown])
+    sets = [values[np.isfinite(values)] for values in (simulated, observed)]
+    bulk = [np.quantile(v, [0.01, 0.99], method="nearest") for v in sets if v.size]
+    low, high = (np.min(bulk), np.max(bulk)) if bulk else (0.0, 1.0)
+    every = np.concatenate(sets)
     if high - low <= 60 and np.all(every == np.round(every)):
         return np.arange(low - 0.5, high + 1.0)
     return np.linspace(low, high if high > low else low + 1.0, 41)

@@ -127,7 +127,7 @@ def checked(discrepancies: Mapping[str, Discrepancy] | None, prior: Prior, x: Ob
     return {name: (test, _arguments(name, test, like, theta)) for name, test in _all(discrepancies)}
 
 
-def _all(discrepancies: Mapping[str, Discrepancy]) -> Any:
+def _all(discrepancies: Mapping) -> Any:
     for name, test in discrepancies.items():
         if not isinstance(name, str) or not callable(test):
             raise ValueError(

@@ -14,7 +14,7 @@ from flax import nnx
 from scipy.stats import norm
 
 import sbi_flows as sf
-from sbi_flows.diagnostics.discrepancies import two_sided
+from sbi_flows.diagnostics.discrepancies import checked, two_sided
 from sbi_flows.diagnostics.predictive import _distance_p
 from sbi_flows.prior import as_prior
 from tests.diagnostics.conftest import NOISE
@@ -138,9 +138,12 @@ def test_what_is_no_discrepancy_is_refused_before_any_work(gaussian, tests, said
 
     with pytest.raises(ValueError, match=said):
         judged(gaussian(), never, tests)
-    named = inspect.unwrap(sf.predictive_check)  # past the check of types
+
+
+def test_names_are_text():
+    past_types = inspect.unwrap(checked)
     with pytest.raises(ValueError, match=r"discrepancies\[1\]: expected a str name and a function"):
-        named(KEY, gaussian(), never, X, discrepancies={1: lambda x: x[0]})
+        past_types({1: lambda x: x[0]}, as_prior(dist.Normal(0, 1)), X)
 
 
 def test_a_discrepancy_of_nan_is_an_error(gaussian, simulator):
