@@ -1,6 +1,9 @@
 """Draws re-weighted to another density: weights with a smooth tail, and what they are worth.
 
 Public names: `Reweighting`, `reweighted`, `cjs_distance`.
+
+The smoothing is that of `psislw` of ArviZ 0.x, which ArviZ 1.x, supported too, has no longer by
+that name; a test compares the two.
 """
 
 from __future__ import annotations
