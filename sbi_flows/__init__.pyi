@@ -18,11 +18,13 @@ from .densities.paths import VP as VP
 from .densities.paths import Straight as Straight
 from .densities.samplers import Ancestral as Ancestral
 from .densities.samplers import Heun as Heun
+from .diagnostics import LocalCheck as LocalCheck
 from .diagnostics import Report as Report
 from .diagnostics import anomalies as anomalies
 from .diagnostics import c2st as c2st
 from .diagnostics import c2st_jax as c2st_jax
 from .diagnostics import check as check
+from .diagnostics import check_at as check_at
 from .diagnostics import coverage as coverage
 from .diagnostics import data_sensitivity as data_sensitivity
 from .diagnostics import predictive_check as predictive_check

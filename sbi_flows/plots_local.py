@@ -1,10 +1,11 @@
-"""Figures of what is asked at one observation: heat maps of sensitivity, and discrepancies.
+"""Figures of what is asked at one observation: sensitivity, discrepancies, and a local check.
 
-Public names: `heat_map`, `histograms`.
+Public names: `heat_map`, `histograms`, `probabilities`.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -129,3 +130,51 @@ def _edges(simulated: np.ndarray, observed: np.ndarray) -> np.ndarray:
     if high - low <= 60 and np.all(every == np.round(every)):
         return np.arange(low - 0.5, high + 1.0)
     return np.linspace(low, high if high > low else low + 1.0, 41)
+
+
+def probabilities(
+    labels: Sequence[str],
+    draws: Any,
+    probability: Any,
+    *,
+    points: Any,
+    curve: Any,
+    band: Any,
+    title: str = "",
+) -> Any:
+    """Probability of being a true parameter rather than a draw, along each parameter.
+
+    Args:
+        labels: Names of the D parameters.
+        draws: Draws at the observation, shape (n, D).
+        probability: Probability at each, shape (n,).
+        points: Where the curves are, shape (D, K).
+        curve: Mean probability there, shape (D, K).
+        band: Edges of what comes by chance, shape (2, D, K).
+        title: Text above.
+
+    Returns:
+        The figure, with one axes a parameter.
+    """
+    import matplotlib.pyplot as plt
+
+    draws, probability, band = np.asarray(draws), np.asarray(probability), np.asarray(band)
+    columns = min(3, len(labels))
+    rows = -(-len(labels) // columns)
+    size = (3.2 * columns + 0.8, 2.6 * rows + 0.8)
+    figure = plt.figure(figsize=size, layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    for i, (ax, label) in enumerate(zip(panels, labels, strict=False)):
+        ax.plot(draws[:, i], probability, ".", color=COLOURS[0], ms=2, alpha=0.25, mew=0)
+        chance = {"color": GREY, "alpha": 0.4, "lw": 0, "label": "90% by chance"}
+        ax.fill_between(points[i], *band[:, i], **chance)
+        ax.plot(points[i], curve[i], color=COLOURS[1], lw=1.6, label="mean")
+        ax.axhline(0.5, color=GREY, lw=0.8)
+        ax.set(xlabel=label, ylim=(0, 1))
+    for ax in panels[len(labels) :]:
+        ax.remove()
+    for ax in panels[::columns][:rows]:
+        ax.set_ylabel("probability of truth\n(above 1/2: too few draws)")
+    panels[0].legend(frameon=False, fontsize="small", loc="upper right")
+    figure.suptitle(textwrap.fill(title, 34 * columns), fontsize="medium")
+    return figure

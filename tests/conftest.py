@@ -41,6 +41,7 @@ hypothesis.settings.load_profile("tests")
 SLOW_EXAMPLES = (
     "sbi_flows.composed.",
     "sbi_flows.conformal_sets.",
+    "sbi_flows.diagnostics.lc2st.",
     "sbi_flows.estimators.distillation.",
     "sbi_flows.estimators.emulator.",
     "sbi_flows.estimators.truncated.",

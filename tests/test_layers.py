@@ -100,6 +100,7 @@ MAY_IMPORT = {
         "standardise",
         "typicality",
     },
+    "plots_local": {"plots"},
     "plots_typicality": {"plots"},
     "plots_local": {"plots"},
 }

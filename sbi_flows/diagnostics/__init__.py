@@ -7,6 +7,8 @@ from sbi_flows.diagnostics.check import check as check
 from sbi_flows.diagnostics.coverage import Coverage as Coverage
 from sbi_flows.diagnostics.coverage import coverage as coverage
 from sbi_flows.diagnostics.discrepancies import Discrepancies as Discrepancies
+from sbi_flows.diagnostics.lc2st import LocalCheck as LocalCheck
+from sbi_flows.diagnostics.lc2st import check_at as check_at
 from sbi_flows.diagnostics.misspecification import Anomalies as Anomalies
 from sbi_flows.diagnostics.misspecification import Misspecification as Misspecification
 from sbi_flows.diagnostics.misspecification import anomalies as anomalies

@@ -17,7 +17,7 @@ from sbi_flows.diagnostics.tarp import TARP
 from sbi_flows.diagnostics.uniformity import holm, ks_p_value
 
 OVER, UNDER, BIASED, SHAPE = "over-confident", "under-confident", "biased", "mis-shaped"
-JOINT = {"coverage": "HPD coverage", "tarp": "TARP"}
+JOINT = {"coverage": "HPD coverage", "tarp": "TARP", "classifier": "local C2ST"}
 
 
 @dataclasses.dataclass(frozen=True)
