@@ -224,15 +224,14 @@ def check_at(
     if not bool(jnp.all(jnp.isfinite(own))):
         raise SbiFlowsError("the posterior gave draws at the observation that are not finite")
     if not isinstance(simulations, Simulations):
-        simulations = simulate(
-            simulate_key, posterior.prior, simulator, simulations, progress=progress
-        )
+        made: Any = simulator
+        simulations = simulate(simulate_key, posterior.prior, made, simulations, progress=progress)
     valid = _valid(posterior, simulations)
     observed = as_batch(x_o, observation_shape(valid.x))[0]
     pairs, single, points = _pairs(pair_key, posterior, valid, observed, own, progress)
     found = classify(train_key, pairs, points, permutations)
     p_value = float(1 + np.sum(found.statistic[1:] >= found.statistic[0])) / (1 + permutations)
-    near = Near(*(np.asarray(leaf, float) for leaf in single), found.swapped)
+    near = Near(*single, found.swapped)
     errors = errors_of(near, np.asarray(own, float), found.probability)
     labels = tuple(posterior.prior.labels)
     findings = findings_of(errors, labels, p_value, level)
@@ -318,13 +317,14 @@ def _pairs(
     near, weight = neighbours(near_key, features, moments, both, NEAR, MIN_NEAR)
     at = tuple(leaf[near] for leaf in drawn.frame)
     # one truth far beyond all draws would be all that a width says
-    single = (
+    single = [
         np.clip((theta[near] - drawn.center[near]) / drawn.scale[near], -BEYOND, BEYOND)
         for theta in (np.asarray(sims.theta), drawn.theta)
-    )
+    ]
+    truth, draw = (in_frame(at, y[near]) for y in both)
     return (
-        Pairs(*(in_frame(at, y[near]) for y in both), weight),
-        Pairs(*single, weight),
+        Pairs(truth, draw, weight),
+        Pairs(single[0].astype(float), single[1].astype(float), weight),
         in_frame(frame, at_own),
     )
 
@@ -341,12 +341,12 @@ class _Drawn(NamedTuple):
         finite: Whether all are finite, shape (N,).
     """
 
-    theta: np.ndarray
-    standard: np.ndarray
-    center: np.ndarray
-    scale: np.ndarray
-    frame: tuple[np.ndarray, ...]
-    finite: np.ndarray
+    theta: Any
+    standard: Any
+    center: Any
+    scale: Any
+    frame: tuple[Any, ...]
+    finite: Any
 
 
 def _drawn(key: Key, posterior: PosteriorLike, sims: Simulations, progress: bool) -> _Drawn:
@@ -376,7 +376,7 @@ def _reduced(prior: Prior, sampled: Array) -> _Drawn:
 
 
 @partial(jax.jit, static_argnums=0)
-def _standard(prior: Prior, theta: Array) -> Array:
+def _standard(prior: Prior, theta: Any) -> Array:
     """Standard coordinates (*, d) of parameters (*, D), no farther out than `LIMIT`."""
     return jnp.clip(prior.to_standard(theta), -LIMIT, LIMIT)
 

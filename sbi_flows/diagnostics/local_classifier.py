@@ -60,9 +60,9 @@ class Pairs(NamedTuple):
         weight: Weight of each data set, shape (k,): 1 at the nearest.
     """
 
-    truth: Array | np.ndarray
-    draw: Array | np.ndarray
-    weight: Array | np.ndarray
+    truth: Any
+    draw: Any
+    weight: Any
 
 
 class Classified(NamedTuple):
@@ -210,7 +210,7 @@ def _probabilities(key: Key, pairs: Pairs, points: Array, swapped: Any) -> Array
     center = jnp.mean(rows, axis=0)[None]
     one = jnp.ones((1, 1), rows.dtype)
     features = _with_constant(rows - center, one)
-    # the normal prior of each coefficient has variance 1 over the number of features but waves
+    # the ridge: log odds of a prior standard deviation of about 1 from each kind of features
     curve = 0.25 * (features.T * weight[None]) @ features + jnp.eye(features.shape[1])
     factor = jax.scipy.linalg.cho_factor(curve)
 

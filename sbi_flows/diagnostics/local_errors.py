@@ -156,8 +156,8 @@ def findings_of(
     named = np.flatnonzero((errors.p <= level) & (np.abs(effects) >= LEAST) & enough)
     dim, pairs = len(labels), list(itertools.combinations(labels, 2))
     found = []
-    for i in named[np.argsort(-np.abs(errors.sure[named]), kind="stable")]:
-        p, effect, name = float(errors.p[i]), float(effects[i]), labels[i % dim]
+    for i in named[np.argsort(-np.abs(errors.sure[named]), kind="stable")].tolist():
+        p, effect, name = float(errors.p[i]), float(effects[i]), str(labels[i % dim])
         if i < dim:
             found.append(Finding(BIASED, name, p, effect, "shift"))
         elif i < 2 * dim:
