@@ -139,7 +139,7 @@ def neighbours(
         Numbers (k,), the nearest first, and weights (k,): 1 at the nearest, hardly any at the last.
     """
     place = np.asarray(_places(key, features, moments, both), float)
-    place -= place[:-1].mean(axis=0)
+    place = place - place[:-1].mean(axis=0)
     variances, axes = np.linalg.eigh(place[:-1].T @ place[:-1] / len(place))
     kept = np.flatnonzero(variances >= LEAST_SHARE * variances[-1])[-MOST_AXES:]
     place = place @ axes[:, kept]
