@@ -200,8 +200,8 @@ def check_at(
         SbiFlowsError: The posterior gave draws that are not finite.
 
     References:
-        Linhart, Gramfort & Rodrigues 2023, arXiv:2306.03580, algorithms 1 and 2, with the statistic
-        of equation 8. The neighbours, the frame of the posterior and a convex classifier are ours.
+        Linhart, Gramfort & Rodrigues 2023, L-C2ST, arXiv:2306.03580: the statistic and the
+        permutations. The neighbours, the frame of the posterior and a convex classifier are ours.
 
     Example:
         >>> import jax, numpyro.distributions as dist, sbi_flows as sf
