@@ -102,7 +102,6 @@ MAY_IMPORT = {
     },
     "plots_local": {"plots"},
     "plots_typicality": {"plots"},
-    "plots_local": {"plots"},
 }
 OPEN = {"typing", "errors", "checks", "precision", "whole"}
 # methods such as `report.plot()` and `posterior.save()` may reach up when they are called
