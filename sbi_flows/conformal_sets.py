@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -40,6 +41,7 @@ class ConformalPosterior(Derived):
         scores: Scores of the calibration data sets, increasing, shape (N,).
         num_failed: Simulations left out because they failed.
         draws: Draws that a density is ranked among.
+        record: What is known of it beyond the record of that posterior.
     """
 
     posterior: PosteriorLike
@@ -47,6 +49,7 @@ class ConformalPosterior(Derived):
     num_failed: int
     draws: int
     _key: Key
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def num_simulations(self) -> int:

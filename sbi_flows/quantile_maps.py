@@ -1,6 +1,6 @@
 """Monotone maps between quantiles, piecewise linear and straight at both ends.
 
-Public names: `Quantiles`, `quantiles_of`, `quantile_map`.
+Public names: `Quantiles`, `quantiles_of`, `quantile_map`, `increasing`.
 
 The ends go on beyond all draws, where the rank among them says no more: a truth that far out still
 has a score that tells how far.
@@ -96,10 +96,10 @@ def _quantiles(draws: Array, inner: np.ndarray) -> Array:
     step = 1.0 / (inner[quarter] - inner[0])
     first = values[..., :1] - step * (values[..., quarter, None] - values[..., :1])
     last = values[..., -1:] + step * (values[..., -1:] - values[..., -1 - quarter, None])
-    return _increasing(jnp.concatenate([first, values, last], axis=-1))
+    return increasing(jnp.concatenate([first, values, last], axis=-1))
 
 
-def _increasing(values: Array) -> Array:
+def increasing(values: Array) -> Array:
     """Set equal neighbours (*, K) apart by what the numbers can just hold."""
     largest = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
     least = 16.0 * jnp.finfo(values.dtype).eps * jnp.maximum(largest, 1e-30)

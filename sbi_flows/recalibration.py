@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -53,6 +54,7 @@ class RecalibratedPosterior(Derived):
         num_simulations: Calibration data sets N.
         num_failed: Simulations left out because they failed.
         draws: Draws at each data set that T_x is taken from.
+        record: What is known of it beyond the record of that posterior.
     """
 
     posterior: PosteriorLike
@@ -61,6 +63,7 @@ class RecalibratedPosterior(Derived):
     num_failed: int
     draws: int
     _key: Key
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
         """What it was made of."""

@@ -8,6 +8,7 @@ tables of names, checks every array against the model before it is read, and run
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -19,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbi_flows.artefact import embeddings, ensembles, gates, priors
+from sbi_flows.artefact import corrections, embeddings, ensembles, gates, priors
 from sbi_flows.artefact.container import Entry, File, packed
 from sbi_flows.artefact.distributions import Tensors
 from sbi_flows.artefact.strict import checked, counted, fields, items, number
 from sbi_flows.densities.conditional import Embedding, check_embedding
+from sbi_flows.diagnostics.ranks import Derived
 from sbi_flows.errors import ArtefactError
 from sbi_flows.posteriors import Posterior
 from sbi_flows.prior import Prior, PriorLike, as_prior
@@ -32,8 +34,9 @@ from sbi_flows.standardise import Standardiser
 from sbi_flows.typicality import widths
 from sbi_flows.whole import whole_file
 
-FORMAT = 1
-"""Version of the document, which later versions of the library go on reading."""
+FORMAT = 2
+"""Version of the document, which later versions of the library go on reading. A file is of the
+first version that can say what is in it: 1, or 2 if the posterior was corrected."""
 
 _PRECISIONS = ("float32", "float64")
 _STANDARDISER = ("standardiser/center", "standardiser/scale", "standardiser/floor")
@@ -44,7 +47,7 @@ def load(
     *,
     prior: PriorLike | None = None,
     embedding: Embedding | Sequence[Embedding] | None = None,
-) -> Posterior:
+) -> Posterior | Any:
     """Read a posterior that `Posterior.save` wrote; safe for files from anywhere.
 
     Nothing in the file is executed or imported, and memory stays within some three times its size.
@@ -63,7 +66,8 @@ def load(
             several of these a list, in its order.
 
     Returns:
-        The posterior; `record` holds what was known of its fit.
+        The posterior; `record` holds what was known of its fit. A `ConformalPosterior` or a
+        `RecalibratedPosterior` comes back as what it was.
 
     Raises:
         ArtefactError: The file is no such file, was changed, or needs a prior or an embedding that
@@ -104,7 +108,9 @@ def load(
             ) from error
 
 
-def save(posterior: Posterior, path: str | os.PathLike[str], *, report: Any = None) -> None:
+def save(
+    posterior: Posterior | Derived, path: str | os.PathLike[str], *, report: Any = None
+) -> None:
     """Write a posterior; see `Posterior.save`."""
     path = Path(path)
     content = packed(*_described(posterior, report))
@@ -112,16 +118,12 @@ def save(posterior: Posterior, path: str | os.PathLike[str], *, report: Any = No
         file.write(content)
 
 
-def _described(posterior: Posterior, report: Any) -> tuple[dict[str, Any], Tensors]:
+def _described(given: Posterior | Derived, report: Any) -> tuple[dict[str, Any], Tensors]:
     """The document and the tensors of a posterior."""
-    record = dict(posterior.record)
     if report is not None:
-        from sbi_flows.diagnostics import Report
-        from sbi_flows.record import plain
-
-        if not isinstance(report, Report):
-            raise ValueError(f"report: expected an sf.Report, got {type(report).__name__}")
-        record["check"] = plain(report.to_dict())
+        found = {"check": _plain_report(report)}
+        given = dataclasses.replace(given, record={**given.record, **found})  # type: ignore[type-var]
+    posterior, made = corrections.peeled(given)
     standardiser, tensors = posterior.standardiser, Tensors()
     precision = np.dtype(standardiser.center.dtype).name
     x64 = precision == _PRECISIONS[1]
@@ -134,7 +136,7 @@ def _described(posterior: Posterior, report: Any) -> tuple[dict[str, Any], Tenso
         own = ensembles.encode(i, blueprint, weights, posterior.observation, x64, tensors)
         written.append({**own, "share": float(share)})
     document = {
-        "format": FORMAT,
+        "format": FORMAT if made else 1,
         "written_by": versions(),
         "precision": precision,
         "prior": prior,
@@ -142,18 +144,30 @@ def _described(posterior: Posterior, report: Any) -> tuple[dict[str, Any], Tenso
         "linear": float(standardiser.linear),
         "ensembles": written,
         "typicality": gates.encode(posterior.typicality, tensors),
-        "record": record,
+        "record": dict(posterior.record),
     }
+    if made:
+        document["corrections"] = corrections.encode(made, posterior.prior.standard_dim, tensors)
     return document, tensors
 
 
-def _loaded(file: File, given: Prior | None, own: list[Embedding | None]) -> Posterior:
+def _plain_report(report: Any) -> Any:
+    from sbi_flows.diagnostics import Report
+    from sbi_flows.record import plain
+
+    if not isinstance(report, Report):
+        raise ValueError(f"report: expected an sf.Report, got {type(report).__name__}")
+    return plain(report.to_dict())
+
+
+def _loaded(file: File, given: Prior | None, own: list[Embedding | None]) -> Any:
     version = counted("format", file.document.get("format"), 1, 2**31)
     if version > FORMAT:
         raise ArtefactError(
             f"format: expected one up to {FORMAT}, got {version}: a later version of sbi_flows "
             f"wrote it ({str(file.document.get('written_by'))[:200]})"
         )
+    later = file.document.pop("corrections", None) if version > 1 else None
     names = ("format", "written_by", "precision", "prior", "observation", "linear")
     _, _, precision, prior, observation, linear, parts, spaces, record = fields(
         "document", file.document, *names, "ensembles", "typicality", "record"
@@ -170,6 +184,10 @@ def _loaded(file: File, given: Prior | None, own: list[Embedding | None]) -> Pos
         ensembles.decode(i, part, bounded, observation, mine[i]) for i, part in enumerate(parts)
     ]
     known = {*priors.referred(prior), *gates.names(spaces)}
+    made_later: list[corrections.Correction] = []
+    if version > 1:
+        made_later, theirs = corrections.require(later, len(bounded), file.table)
+        known |= theirs
     _require_tensors(file.table, found, wanted, known, observation, precision)
     # from here on arrays are read: there are no others, and none is larger than it should be
     made = priors.decode(prior, {n: file.tensor(n) for n in priors.referred(prior)}, given)
@@ -184,9 +202,10 @@ def _loaded(file: File, given: Prior | None, own: list[Embedding | None]) -> Pos
     sizes = widths(blueprints[0], weights[0], len(center)) if spaces else ()
     typicality = gates.decode(spaces, sizes, file.table, file.tensor)
     facts = MappingProxyType(record)
-    return Posterior(
+    posterior = Posterior(
         made, blueprints, weights, shares, standardiser, observation, facts, typicality
     )
+    return corrections.decode(made_later, posterior, file.tensor)
 
 
 def _require_tensors(

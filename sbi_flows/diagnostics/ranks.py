@@ -8,7 +8,8 @@ a time in one compiled shape, and keeps only numbers per data set. Public names:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -36,9 +37,12 @@ class Derived:
 
     Attributes:
         posterior: The posterior that it was made of.
+        record: What is known of it beyond the record of that posterior, as plain JSON data: the
+            check, once it was saved with a report.
     """
 
     posterior: PosteriorLike
+    record: Mapping[str, Any]
 
     @property
     def prior(self) -> Prior:
@@ -49,6 +53,22 @@ class Derived:
     def solved(self) -> bool:
         """Whether densities are the solutions of an ODE."""
         return getattr(self.posterior, "solved", False)
+
+    def save(self, path: str | os.PathLike[str], *, report: Any = None) -> None:
+        """Write it to one file, with the posterior that it was made of, as `Posterior.save` does.
+
+        Args:
+            path: The file; by custom it ends in `.sbif`.
+            report: What `sf.check` found of the corrected posterior, which then travels in
+                `record["check"]`.
+
+        Raises:
+            ValueError: It was made of another posterior than an `sf.Posterior`, or as that says.
+            OSError: The file cannot be written.
+        """
+        from sbi_flows.artefact.files import save
+
+        save(self, path, report=report)
 
 
 CHUNK = 4_000_000

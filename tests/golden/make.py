@@ -1,11 +1,12 @@
 """Writes the golden files of a format and what their posteriors say; run once for each format.
 
-python -m tests.golden.make
+`python -m tests.golden.make` writes those that are not there: one that is stays as it was written.
 """
 
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 import numpyro.distributions as dist
 
 import sbi_flows as sf
+from sbi_flows.quantile_maps import quantile_map
 from sbi_flows.typicality import fit_typicality
 from tests.artefacts import ensemble, posterior
 
@@ -51,26 +53,43 @@ def matched() -> sf.Posterior:
     return dataclasses.replace(made, typicality=known)
 
 
+def corrected() -> sf.ConformalPosterior:
+    """Sets of a recalibrated mixture of Gaussians, of a parameter without bounds and one with."""
+    prior = sf.as_prior({"a": dist.Normal(0.0, 2.0), "b": dist.Uniform(0.0, 1.0)})
+    mixture = sf.GaussianMixture(components=2, width=4, blocks=1)
+    made = posterior(prior, ensemble(mixture, prior.bounded))
+    draws = jax.random.normal(jax.random.key(2), (2, 60))
+    moved = sf.RecalibratedPosterior(
+        made, quantile_map(draws, 1.5 * draws + 0.1), 60, 1, 20, jax.random.key(3)
+    )
+    scores = np.sort(np.asarray(jax.random.normal(jax.random.key(4), (59,)), np.float64))
+    return sf.ConformalPosterior(moved, scores, 2, 20, jax.random.key(5), {"check": {"p": 0.5}})
+
+
 GOLDEN = {
     "spline-1": (spline, {"n": 3, "y": jnp.array([0.5, -1.0])}),
     "matched-1": (matched, jnp.array([0.3, 1.2, -0.7])),
+    "corrected-2": (corrected, jnp.array([0.3, 1.2, -0.7])),
 }
 """Name, with the format's version, to what is saved and one observation."""
 
 
-def told(made: sf.Posterior, name: str) -> dict[str, list]:
-    """Draws at the observation and their log densities."""
+def told(made: Any, name: str) -> dict[str, list]:
+    """Draws at the observation and their log densities, and what more the posterior knows."""
     x = GOLDEN[name][1]
     draws, log_prob = made.sample_and_log_prob(jax.random.key(7), x, 4)
     said = {"draws": np.asarray(draws).tolist(), "log_prob": np.asarray(log_prob).tolist()}
-    if made.typicality is not None:
+    if isinstance(made, sf.ConformalPosterior):
+        said |= {"level": [made.level(0.5)], "score": made.score(draws, x).tolist()}
+    elif made.typicality is not None:
         said["p_value"] = [made.misspecification(x).p_value]
     return said
 
 
 if __name__ == "__main__":
-    said = {}
+    said = json.loads((HERE / "said.json").read_text())
     for name, (make, _) in GOLDEN.items():
-        make().save(HERE / f"{name}.sbif")
-        said[name] = told(sf.load(HERE / f"{name}.sbif"), name)
+        if name not in said:
+            make().save(HERE / f"{name}.sbif")
+            said[name] = told(sf.load(HERE / f"{name}.sbif"), name)
     (HERE / "said.json").write_text(json.dumps(said, indent=1) + "\n")
