@@ -169,9 +169,10 @@ SPOILT = {
     "knots that fall": (tensor("0/values", lambda a: -a), "0/values: expected finite numbers that"),
     "infinite knots": (tensor("0/scores", lambda a: a * np.inf), "0/scores: expected finite"),
     "knots of one parameter": (
-        tensor("0/values", lambda a: a[:1].copy()),
-        r"0/values: expected a tensor of float32 or float64 \[2, 2 or more\], got float32\[1",
+        tensor("0/scores", lambda a: a[:1].copy()),
+        r"0/scores: expected a tensor of float32 or float64 \[2, 2 or more\], got float32\[1",
     ),
+    "values of one": (tensor("0/values", lambda a: a[:1].copy()), "0/values: expected a tensor"),
     "fewer knots": (tensor("0/values", lambda a: a[:, 1:].copy()), "0/values: expected a tensor"),
     "one knot": (tensor("0/scores", lambda a: a[:, :1].copy()), "0/scores: expected a tensor of"),
     "a scalar": (tensor("0/scores", lambda a: a[0, 0]), "0/scores: expected a tensor of"),

@@ -182,15 +182,19 @@ def _require_tensors(own: Correction, dim: int, table: Mapping[str, Entry]) -> s
     if own.kind == "conformal":
         require_entry(scores, Entry(np.dtype(np.float64), (own.simulations,), 0), table)
         return {key, scores}
-    for name in (scores, values):
-        entry = table.get(name)
-        known = entry is not None and entry.dtype.name in ("float32", "float64")
-        if not known or len(entry.shape) != 2 or entry.shape[0] != dim or entry.shape[1] < 2:
-            raise ArtefactError(
-                f"{name}: expected a tensor of float32 or float64 [{dim}, 2 or more], got "
-                f"{entry or 'none'!s}"
-            )
-    require_entry(values, Entry(table[values].dtype, table[scores].shape, 0), table)
+    entry = table.get(scores)
+    if (
+        entry is None
+        or entry.dtype.name not in ("float32", "float64")
+        or len(entry.shape) != 2
+        or entry.shape[0] != dim
+        or entry.shape[1] < 2
+    ):
+        raise ArtefactError(
+            f"{scores}: expected a tensor of float32 or float64 [{dim}, 2 or more], got "
+            f"{entry or 'none'!s}"
+        )
+    require_entry(values, entry, table)
     return {key, scores, values}
 
 
