@@ -13,7 +13,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,16 +21,20 @@ from tqdm.auto import tqdm
 
 from sbi_flows.checks import require_count
 from sbi_flows.checksums import checksum
-from sbi_flows.data import Lazy, Simulations
+from sbi_flows.data import Simulations
 from sbi_flows.errors import StoreBusy, StoreSpoilt
 from sbi_flows.execution import Executor
 from sbi_flows.failures import Failures
 from sbi_flows.prior import Prior, PriorLike, as_prior
 from sbi_flows.simulating import check_simulator, identity, report_failures, simulated_rows
+from sbi_flows.store_chunks import Column, Sealed, read, reading, sealed
 from sbi_flows.typing import Key, Simulator
 from sbi_flows.worker import bare
 
 FORMAT = 1
+
+MOST_NAME = 200
+"""Bytes of the name of an array of observations."""
 
 
 class SimulationStore:
@@ -61,18 +65,40 @@ class SimulationStore:
         import zarr
 
         require_count(1, chunk=chunk)
+        if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+            raise ValueError(f"path: expected a path, got {type(path).__name__}")
+        if not os.fspath(path):
+            raise ValueError("path: expected that of a folder, got an empty one")
         self.path, self.chunk = os.fspath(path), chunk
         try:
-            # what zarr says of its types would have to be narrowed at every use
-            self._root: Any = zarr.open_group(self.path, mode="a")
+            # what zarr says of its types would have to be narrowed at every use; codecs of the
+            # second version of its format may run code
+            self._root: Any = zarr.open_group(self.path, mode="a", zarr_format=3)
             self._rows: Any = self._root.require_group("rows")
-        except (OSError, TypeError, KeyError, ValueError) as error:
+            self._schema()
+        except Exception as error:
             raise ValueError(f"path: expected a store or none, got {self.path}: {error}") from error
+
+    def _schema(self) -> Mapping[str, Any] | None:
+        """What the store says of itself; None of a new one.
+
+        Raises:
+            ValueError: It is of no format that is known.
+        """
         schema = self._root.attrs.get("sbi_flows")
-        if schema is not None and schema.get("format") != FORMAT:
-            raise ValueError(
-                f"{self.path}: expected a store of format {FORMAT}, got {schema.get('format')}"
-            )
+        if schema is None:
+            return None
+        keys = {"format", "key", "prior", "simulator"}
+        if not isinstance(schema, Mapping) or schema.get("format", FORMAT) != FORMAT:
+            got = schema.get("format") if isinstance(schema, Mapping) else type(schema).__name__
+            raise ValueError(f"expected a store of format {FORMAT}, got {got!r:.80}")
+        prior = schema.get("prior")
+        labels = prior.get("labels") if isinstance(prior, Mapping) else None
+        if not keys <= schema.keys() or not isinstance(labels, list):
+            raise ValueError(f"expected a schema of {sorted(keys)}, got {sorted(schema)!r:.200}")
+        if not labels or not all(isinstance(label, str) for label in labels):
+            raise ValueError(f"expected labels of parameters, got {labels!r:.200}")
+        return schema
 
     def __len__(self) -> int:
         """Number of finished rows."""
@@ -166,13 +192,16 @@ class SimulationStore:
         """
         return self._opened(self._sealed())
 
-    def _opened(self, chunks: list[_Sealed]) -> Simulations:
+    def _opened(self, chunks: list[Sealed]) -> Simulations:
         if not chunks:
             raise ValueError(f"{self.path}: expected a store with rows, got none")
         names = [name for name in chunks[0].group if name.startswith("x.")]
-        x = {n[2:]: _Column([c.group[n] for c in chunks]) for n in names}
-        theta, valid = (np.concatenate([c.group[n][:] for c in chunks]) for n in ("theta", "valid"))
-        return Simulations(theta, bare(x), valid=valid)
+        x = {n[2:]: Column(self.path, chunks, n) for n in names}
+        theta, valid = (
+            np.concatenate([read(self.path, c, n) for c in chunks]) for n in ("theta", "valid")
+        )
+        with reading(self.path, "rows"):
+            return Simulations(theta, bare(x), valid=valid)
 
     def failures(self) -> Failures:
         """Rows that failed, with their parameters and reasons, beside all others."""
@@ -183,7 +212,13 @@ class SimulationStore:
             first += chunk.count
         failed = np.flatnonzero(~np.asarray(sims.valid))
         said = tuple(reasons.get(int(i), "gave NaN or infinity") for i in failed)
-        labels = tuple(self._root.attrs["sbi_flows"]["prior"]["labels"])
+        schema = self._schema()
+        labels = () if schema is None else tuple(schema["prior"]["labels"])
+        if len(labels) != sims.theta.shape[1]:
+            raise StoreSpoilt(
+                f"{self.path}: expected a label for each of {sims.theta.shape[1]} parameters, "
+                f"got {len(labels)}"
+            )
         return Failures(labels, np.asarray(sims.theta), failed, said)
 
     def verify(self) -> None:
@@ -193,7 +228,8 @@ class SimulationStore:
             StoreSpoilt: A chunk is not what was written.
         """
         for chunk in self._sealed():
-            if checksum({name: chunk.group[name][:] for name in chunk.group}) != chunk.checksum:
+            arrays = {name: read(self.path, chunk, name) for name in chunk.group}
+            if checksum(arrays) != chunk.checksum:
                 raise StoreSpoilt(
                     f"{self.path}: the rows from {chunk.start} on are not those that were written; "
                     f"remove rows/{chunk.start:012d} to have them made again"
@@ -203,6 +239,13 @@ class SimulationStore:
         self, start: int, theta: np.ndarray, x: dict[str, np.ndarray], reasons: dict[int, str]
     ) -> None:
         """Write a chunk, its seal last."""
+        for name in x:
+            # names become those of folders
+            if not name.isprintable() or set(name) & set("/\\") or len(name.encode()) > MOST_NAME:
+                raise ValueError(
+                    f"x: expected names without slashes of at most {MOST_NAME} bytes, got "
+                    f"{name!r:.80}"
+                )
         group = self._rows.create_group(f"{start:012d}", overwrite=True)
         arrays = {"theta": theta, **{f"x.{name}": value for name, value in x.items()}}
         finite = [np.isfinite(v.reshape(len(v), -1)).all(axis=1) for v in x.values()]
@@ -213,15 +256,9 @@ class SimulationStore:
         failed = {str(row): reason for row, reason in reasons.items()}
         group.attrs["seal"] = {"rows": len(theta), "sha256": checksum(arrays), "failed": failed}
 
-    def _sealed(self) -> list[_Sealed]:
+    def _sealed(self) -> list[Sealed]:
         """Finished chunks in the order of their rows."""
-        found = []
-        for name, group in sorted(self._rows.groups()):
-            seal = group.attrs.get("seal")
-            if seal is not None:
-                failed = {int(row): reason for row, reason in seal["failed"].items()}
-                found.append(_Sealed(int(name), seal["rows"], seal["sha256"], failed, group))
-        return found
+        return sealed(self.path, self._rows)
 
     def _require_same(self, key: Key, prior: Prior, simulator: Simulator) -> None:
         """Write the schema of a new store; refuse another prior, simulator or key."""
@@ -231,7 +268,7 @@ class SimulationStore:
             "prior": _described(prior),
             "simulator": identity(simulator, prior),
         }
-        there = self._root.attrs.get("sbi_flows")
+        there = self._schema()
         if there is None:
             self._root.attrs["sbi_flows"] = {**mine, "versions": _versions()}
             return
@@ -243,39 +280,10 @@ class SimulationStore:
                 )
 
 
-class _Sealed(NamedTuple):
-    start: int
-    count: int
-    checksum: str
-    failed: dict[int, str]
-    group: Any
-
-
-class _Column(Lazy):
-    """One array of the observations, over all chunks."""
-
-    def __init__(self, arrays: list[Any]) -> None:
-        self._arrays = arrays
-        self._ends = np.cumsum([a.shape[0] for a in arrays])
-        self.shape, self.dtype = (int(self._ends[-1]), *arrays[0].shape[1:]), arrays[0].dtype
-
-    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        """The rows of a slice or of these numbers, in memory."""
-        given = np.arange(len(self))[rows]
-        chunks = np.searchsorted(self._ends, given, side="right")
-        found = np.empty((len(given), *self.shape[1:]), self.dtype)
-        for c in np.unique(chunks):
-            own = chunks == c
-            first = self._ends[c] - self._arrays[c].shape[0]
-            # a chunk is one object on disk: it is read as a whole in any case
-            found[own] = self._arrays[c][:][given[own] - first]
-        return found
-
-
-def _gaps(chunks: list[_Sealed], n: int) -> Iterator[tuple[int, int]]:
+def _gaps(chunks: list[Sealed], n: int) -> Iterator[tuple[int, int]]:
     """Rows below n that are in no chunk."""
     start = 0
-    for chunk in [*chunks, _Sealed(n, 0, "", {}, None)]:
+    for chunk in [*chunks, Sealed(n, 0, "", {}, None)]:
         if start < min(chunk.start, n):
             yield start, min(chunk.start, n)
         start = max(start, chunk.start + chunk.count)
@@ -289,9 +297,12 @@ def _described(prior: Prior) -> dict[str, Any]:
 
 def _alike(there: Any, mine: Any) -> bool:
     """Whether two descriptions are the same, draws up to rounding."""
-    if not isinstance(there, Mapping) or "draws" not in there:
+    if not isinstance(mine, Mapping) or "draws" not in mine:
         return there == mine
-    first, second = np.asarray(there["draws"]), np.asarray(mine["draws"])
+    try:
+        first, second = (np.asarray(each["draws"], float) for each in (there, mine))
+    except (TypeError, ValueError, KeyError, OverflowError):
+        return False
     if there["labels"] != mine["labels"] or first.shape != second.shape:
         return False
     return bool(np.all(np.abs(first - second) <= 1e-3 * first.std(axis=0)))
@@ -300,7 +311,7 @@ def _alike(there: Any, mine: Any) -> bool:
 def _short(description: Any) -> str:
     if isinstance(description, Mapping) and "labels" in description:
         return f"of {', '.join(description['labels'])}"
-    return json.dumps(description)
+    return f"{json.dumps(description):.200}"
 
 
 def _versions() -> dict[str, str]:

@@ -16,7 +16,8 @@ import pytest
 
 import sbi_flows as sf
 from sbi_flows import simulating
-from sbi_flows.store import _gaps, _Sealed
+from sbi_flows.store import _gaps
+from sbi_flows.store_chunks import Sealed
 from simulators import external_simulator
 from tests import cases
 
@@ -198,7 +199,7 @@ def test_a_store_may_be_anywhere_that_fsspec_knows():
 
 
 def test_gaps_are_all_rows_that_are_missing():
-    chunks = [_Sealed(start, count, "", {}, None) for start, count in ((4, 4), (8, 2), (20, 5))]
+    chunks = [Sealed(start, count, "", {}, None) for start, count in ((4, 4), (8, 2), (20, 5))]
     assert list(_gaps(chunks, 30)) == [(0, 4), (10, 20), (25, 30)]
     assert list(_gaps(chunks, 22)) == [(0, 4), (10, 20)]
     assert list(_gaps(chunks, 15)) == [(0, 4), (10, 15)]
