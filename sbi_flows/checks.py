@@ -1,11 +1,13 @@
 """Checks of what the user gives, so that bad input fails before any long work.
 
-Public names: `require_real`, `real_array`, `real_arrays`, `require_count`, `require_positive`,
-`require_finite`, `require_fraction`, `require_object`, `writable_folder`.
+Public names: `require_real`, `plain_array`, `real_array`, `real_arrays`, `require_tree`,
+`require_room`, `require_key`, `require_count`, `require_positive`, `require_finite`,
+`require_fraction`, `require_object`, `writable_folder`.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+MOST_LEVELS = 32
+"""Dicts, lists and tuples within each other, at the most."""
+
+_HELD = {np.dtype(f"{kind}{8 * n}") for kind in ("int", "uint") for n in (1, 2, 4, 8)} | {
+    np.dtype(kind) for kind in (bool, np.float16, jnp.bfloat16, np.float32, np.float64)
+}
+"""What observations are kept in; numbers of other widths become floats."""
 
 
 def require_real(name: str, dtype: Any) -> None:
@@ -31,24 +41,51 @@ def require_real(name: str, dtype: Any) -> None:
         raise ValueError(f"{name}: expected real numbers, got dtype {dtype}")
 
 
+def plain_array(name: str, value: Any) -> Array | np.ndarray:
+    """The value as an array, whatever it holds; one of JAX as it is.
+
+    Raises:
+        ValueError: It makes no array, is masked in places, or claims more room than there is.
+    """
+    if isinstance(value, Array):
+        return value
+    if isinstance(value, np.ma.MaskedArray):
+        require_real(name, value.dtype)
+        if count := np.ma.count_masked(value):
+            raise ValueError(
+                f"{name}: expected numbers, or NaN for a failure, got {count} masked ones"
+            )
+    try:
+        array = np.asarray(value)
+    # lists of unequal lengths, and whatever an object says that is no array
+    except Exception as error:
+        raise ValueError(
+            f"{name}: expected an array, got {type(value).__name__}: {str(error)[:200]}"
+        ) from None
+    require_room(name, array.shape, array.dtype)
+    return array
+
+
 def real_array(name: str, value: Any) -> Array | np.ndarray:
     """The value as an array of real numbers, in a dtype that JAX holds.
 
     Returns:
         An array of JAX as it is. Of others, integers beyond the widest integer that JAX holds in
         its present precision become floats, as they would wrap round; floats beyond the widest
-        float become infinite, so that they are met as such.
+        float become infinite, so that they are met as such. The order of bytes is the machine's.
 
     Raises:
-        ValueError: The value holds no real numbers.
+        ValueError: The value holds no real numbers, or more than there is room for.
     """
-    if isinstance(value, Array):
-        require_real(name, value.dtype)
-        return value
-    array = np.asarray(value)
+    array = plain_array(name, value)
     require_real(name, array.dtype)
+    native = array.dtype.newbyteorder("=")
+    if native not in _HELD:
+        return array.astype(jnp.result_type(float))
+    if isinstance(array, Array):
+        return array
     with np.errstate(over="ignore"):
-        held = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+        held = array.astype(jax.dtypes.canonicalize_dtype(native), copy=False)
     if jnp.issubdtype(held.dtype, jnp.integer) and not np.array_equal(held, array):
         return array.astype(jnp.result_type(float))
     return held
@@ -58,8 +95,9 @@ def real_arrays(name: str, tree: Any) -> Any:
     """An array, or a tree of arrays, of real numbers; a list of numbers is an array.
 
     Raises:
-        ValueError: A leaf holds no real numbers.
+        ValueError: A leaf holds no real numbers, or there is no tree, as `require_tree` says.
     """
+    require_tree(name, tree)
 
     def leaf(value: Any) -> Array | np.ndarray:
         return real_array(name, value)
@@ -68,7 +106,63 @@ def real_arrays(name: str, tree: Any) -> Any:
         arrays = (Array, np.ndarray, dict)
         return isinstance(node, list | tuple) and not any(isinstance(v, arrays) for v in node)
 
-    return jax.tree.map(leaf, tree, is_leaf=holds_numbers)
+    # None would be no leaf, and its place in a dict be lost
+    return jax.tree.map(leaf, tree, is_leaf=lambda node: node is None or holds_numbers(node))
+
+
+def require_tree(name: str, tree: Any) -> None:
+    """Refuse dicts and lists that nest too deeply, or in themselves, or have keys without order.
+
+    Raises:
+        ValueError: They do.
+    """
+    level = [tree]
+    for _ in range(MOST_LEVELS):
+        containers = {id(node): node for node in level if isinstance(node, dict | list | tuple)}
+        level = []
+        for node in containers.values():
+            level += node.values() if isinstance(node, dict) else node
+            if isinstance(node, dict):
+                _require_ordered(name, node)
+        if not level:
+            return
+    raise ValueError(f"{name}: expected at most {MOST_LEVELS} levels of dicts and lists, got more")
+
+
+def _require_ordered(name: str, node: dict) -> None:
+    try:
+        sorted(node)
+    except TypeError:
+        kinds = sorted({type(key).__name__ for key in node})
+        raise ValueError(f"{name}: expected names as keys, got {', '.join(kinds)}") from None
+
+
+def require_room(name: str, shape: tuple[int, ...], dtype: Any) -> None:
+    """Refuse arrays larger than the memory of this machine: views that repeat a number, say.
+
+    Raises:
+        ValueError: They are.
+    """
+    # in Python's numbers, which do not wrap round
+    size = np.dtype(dtype).itemsize
+    for n in shape:
+        size *= int(n)
+    if hasattr(os, "sysconf") and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise ValueError(f"{name}: expected what fits in memory, got {size:,} bytes of {shape}")
+
+
+def require_key(name: str, key: Any) -> None:
+    """Refuse what is no single random key of JAX.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if isinstance(key, Array):
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if key.ndim == 0 if typed else (key.dtype == jnp.uint32 and key.ndim == 1):
+            return
+    got = f"{key.dtype}{list(key.shape)}" if isinstance(key, Array) else type(key).__name__
+    raise ValueError(f"{name}: expected a random key, as jax.random.key(0) makes it, got {got}")
 
 
 def require_count(least: int, **settings: Any) -> None:

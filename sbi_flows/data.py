@@ -14,12 +14,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
-from sbi_flows.checks import real_array, real_arrays, require_real
+from sbi_flows.checks import (
+    plain_array,
+    real_array,
+    real_arrays,
+    require_real,
+    require_room,
+    require_tree,
+)
 from sbi_flows.typing import Obs
 
-CHUNK = 16_384
-"""Rows of observations on disk that are looked at together."""
+CHUNK = 2**24
+"""Numbers of observations on disk that are looked at together."""
+
+MOST = 2**31 - 1
+"""Rows, and numbers in a row: what an index of 32 bits reaches."""
 
 
 class Lazy(abc.ABC):
@@ -89,13 +100,15 @@ class Simulations:
     ) -> None:
         """Validate arrays that the user already has; rows that are not finite are never valid."""
         theta = parameters(theta)
-        x = jax.tree.map(_held, x if _on_disk(x) else real_arrays("x", x))
-        _require_rows(x, len(theta))
+        n = len(theta)
+        require_tree("x", x)
+        x = x if _on_disk(x) else real_arrays("x", x)
+        _require_rows(x, n)
+        x = jax.tree.map(_held, x)
         finite = _finite_rows(x) if _on_disk(x) else valid_rows(x)
-        valid = finite if valid is None else jnp.asarray(valid, bool)
-        rounds = jnp.zeros(len(theta), jnp.int32) if round is None else jnp.asarray(round, int)
-        if valid.shape != (len(theta),) or rounds.shape != (len(theta),):
-            raise ValueError(f"valid and round: expected shape ({len(theta)},)")
+        valid = finite if valid is None else jnp.asarray(_whole("valid", valid, n, 1), bool)
+        none = jnp.zeros(n, jnp.int32)
+        rounds = none if round is None else jnp.asarray(_whole("round", round, n, MOST), int)
         for name, value in zip(_FIELDS, (theta, x, valid & finite, rounds), strict=True):
             object.__setattr__(self, name, value)
 
@@ -107,10 +120,10 @@ class Simulations:
         """The given rows (a slice or an index array) of every field.
 
         Raises:
-            ValueError: `rows` is a single number.
+            ValueError: `rows` is neither, or there are no such rows.
         """
-        if np.ndim(rows) == 0 and not isinstance(rows, slice):
-            raise ValueError(f"rows: expected a slice or an index array, got {rows!r}")
+        if not isinstance(rows, Tracer):
+            rows = _numbers(rows, len(self))
         return jax.tree.map(lambda leaf: _held(leaf[rows]), self)
 
     def __repr__(self) -> str:
@@ -158,18 +171,43 @@ def _on_disk(x: Obs) -> bool:
 
 
 def _held(leaf: Any) -> Array | np.memmap | Lazy:
-    """What is on disk as it is, as long as JAX can hold its numbers; else an array."""
+    """What is on disk stays there, as long as JAX can hold its numbers; else an array."""
     if not isinstance(leaf, np.memmap | Lazy):
         return jnp.asarray(real_array("x", leaf))
     require_real("x", leaf.dtype)
-    return leaf
+    return leaf if isinstance(leaf, Lazy) or _is_plain(leaf.dtype) else _Converted(leaf)
+
+
+def _is_plain(dtype: np.dtype) -> bool:
+    """Whether JAX takes such numbers from a disk as they are, and keeps their values."""
+    wide = dtype.kind in "iu" and jax.dtypes.canonicalize_dtype(dtype) != dtype
+    return dtype.isnative and dtype.kind in "biuf" and dtype.itemsize <= 8 and not wide
+
+
+class _Converted(Lazy):
+    """An array on disk whose numbers become others as they are read.
+
+    Those in the other order of bytes; integers that would wrap round, and floats of more than 64
+    bits, which become floats that JAX holds.
+    """
+
+    def __init__(self, array: np.memmap) -> None:
+        self._array, self.shape = array, array.shape
+        native = array.dtype.newbyteorder("=")
+        self.dtype = native if _is_plain(native) else np.dtype(jnp.result_type(float))
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """The rows of a slice or of these numbers, in memory."""
+        with np.errstate(over="ignore"):
+            return np.asarray(self._array[rows]).astype(self.dtype)
 
 
 def _finite_rows(x: Obs) -> Array:
     """What `valid_rows` says, a chunk at a time."""
     leaves = jax.tree.leaves(x)
-    starts = range(0, len(leaves[0]), CHUNK)
-    chunks = [valid_rows([jnp.asarray(a[i : i + CHUNK]) for a in leaves]) for i in starts]
+    size = max(1, CHUNK // sum(math.prod(a.shape[1:]) for a in leaves))
+    starts = range(0, len(leaves[0]), size)
+    chunks = [valid_rows([jnp.asarray(a[i : i + size]) for a in leaves]) for i in starts]
     return jnp.concatenate(chunks)
 
 
@@ -187,11 +225,13 @@ def observation_shape(x: Obs) -> Obs:
 
 def parameters(theta: Any) -> Array:
     """Validate theta; a finite float array (N, D)."""
-    given = np.asarray(theta)
+    given = plain_array("theta", theta)
     if given.ndim != 2 or given.dtype == np.bool_:
         raise ValueError(f"theta: expected a numeric array (N, D), got {given.dtype}{given.shape}")
     if not given.size:
         raise ValueError(f"theta: expected at least one row and column, got shape {given.shape}")
+    require_real("theta", given.dtype)
+    _require_sizes("theta", given.shape)
     held = np.asarray(real_array("theta", given)).astype(jnp.result_type(float), copy=False)
     bad = int(np.sum(~np.isfinite(held).all(axis=-1)))
     if bad:
@@ -204,5 +244,49 @@ def _require_rows(x: Obs, n: int) -> None:
     for leaf in leaves:
         if leaf.ndim < 1 or len(leaf) != n:
             raise ValueError(f"x: expected {n} rows as in theta, got shape {leaf.shape}")
+        _require_sizes("x", leaf.shape)
     if not any(leaf.size for leaf in leaves):
         raise ValueError("x: expected at least one number in each row, got none")
+
+
+def _require_sizes(name: str, shape: tuple[int, ...]) -> None:
+    """Refuse more rows, or larger ones, than can be numbered; and a row beyond the memory."""
+    if max(shape[0], math.prod(map(int, shape[1:]))) > MOST:
+        raise ValueError(
+            f"{name}: expected at most {MOST:,} rows, and numbers in each, got {shape}"
+        )
+    require_room(f"{name}: a row", shape[1:], jnp.result_type(float))
+
+
+def _whole(name: str, value: Any, n: int, most: int) -> np.ndarray:
+    """Whole numbers (n,) from zero to `most`."""
+    given = np.asarray(real_array(name, value))
+    if given.shape != (n,):
+        raise ValueError(f"{name}: expected shape ({n},), got {given.shape}")
+    if not np.all((given >= 0) & (given <= most) & (given == np.floor(given))):
+        raise ValueError(f"{name}: expected whole numbers from 0 to {most:,}, got others")
+    return given
+
+
+def _numbers(rows: Any, n: int) -> np.ndarray | slice:
+    """A slice as it is, or numbers of rows, of which there are n, from an index array or a mask."""
+    if isinstance(rows, slice):
+        try:
+            rows.indices(n)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"rows: expected a slice of whole numbers, got {error}") from None
+        return rows
+    given = plain_array("rows", rows)
+    require_real("rows", given.dtype)
+    given = np.asarray(given)
+    if given.dtype == bool and given.shape == (n,):
+        return np.flatnonzero(given)
+    whole = given.dtype.kind in "iu" or not given.size
+    if given.ndim != 1 or not whole:
+        raise ValueError(
+            f"rows: expected a slice or an index array, or {n} truth values, got "
+            f"{given.dtype}{list(given.shape)}"
+        )
+    if given.size and not (-n <= given.min() and given.max() < n):
+        raise ValueError(f"rows: expected numbers from {-n} to {n - 1}, got {given.max()}")
+    return given.astype(np.int64)

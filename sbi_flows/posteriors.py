@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from sbi_flows import mixtures
-from sbi_flows.checks import real_array, real_arrays, require_count
+from sbi_flows.checks import real_array, real_arrays, require_count, require_key, require_room
 from sbi_flows.densities.conditional import Blueprint, Weights, by_solving
 from sbi_flows.errors import SolveFailed
 from sbi_flows.prior import Prior
@@ -90,7 +90,8 @@ class Posterior:
 
         Raises:
             ValueError: x has another shape than the training rows, holds no real numbers, or holds
-                NaN or infinity; or n is not positive.
+                NaN or infinity; n is not positive, or more than there is room for; or `key` is no
+                random key.
             SolveFailed: The ODE of a continuous flow was not solved.
         """
         return self._draw(key, x, n, with_log_prob=False)[0]
@@ -239,7 +240,9 @@ class Posterior:
 
     def _draw(self, key: Key, x: Obs, n: int, *, with_log_prob: bool) -> tuple[Array, Array]:
         require_count(1, n=n)
+        require_key("key", key)
         features, single = self._features(x)
+        require_room("n", (len(features), int(n), self.prior.dim), features.dtype)
         self._gate(features, single, stacklevel=5)
         # many draws for an observation: split them up as if there were more observations
         pieces, each = _pieces(n, self.prior.dim)

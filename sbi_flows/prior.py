@@ -18,8 +18,15 @@ import numpyro.distributions as dist
 from jax import Array
 from jax.typing import ArrayLike
 
-from sbi_flows.checks import real_array
+from sbi_flows.checks import real_array, require_count, require_key, require_room
 from sbi_flows.precision import full_precision
+from sbi_flows.prior_checks import (
+    base_of,
+    require_model,
+    require_names,
+    require_parameters,
+    require_site,
+)
 from sbi_flows.prior_maps import SiteMap, keep_inside, site_map
 from sbi_flows.typing import Key
 
@@ -63,7 +70,7 @@ class Prior:
     ) -> None:
         """Validate the sites and build one bijection a site; use `as_prior` instead."""
         for name, site in sites.items():
-            _require_continuous(name, site)
+            require_site(name, site)
         self.names = tuple(sites)
         self.event_shapes = {n: (*d.batch_shape, *d.event_shape) for n, d in sites.items()}
         self.is_named = is_named
@@ -80,11 +87,12 @@ class Prior:
         self.bounded = tuple(
             m.bounded for m in self._maps.values() for _ in range(math.prod(m.standard_shape))
         )
+        require_names(self.names, self.labels)
 
     def __repr__(self) -> str:
         """Name the sites, their distributions and shapes."""
         sites = ", ".join(
-            f"{n}: {_base(d).__class__.__name__}{list(self.event_shapes[n])}"
+            f"{n}: {base_of(d).__class__.__name__}{list(self.event_shapes[n])}"
             for n, d in self._sites.items()
         )
         return f"Prior({sites})"
@@ -97,7 +105,7 @@ class Prior:
             and self.event_shapes == other.event_shapes
             and self.is_named == other.is_named
             and self._model is other._model
-            and all(type(_base(a)) is type(_base(b)) and _same(a, b) for a, b in pairs)
+            and all(type(base_of(a)) is type(base_of(b)) and _same(a, b) for a, b in pairs)
         )
 
     def sample(self, key: Key, n: int) -> Array:
@@ -105,7 +113,13 @@ class Prior:
 
         Returns:
             Array of shape (n, D).
+
+        Raises:
+            ValueError: `key` is no random key, or n no number of draws that there is room for.
         """
+        require_key("key", key)
+        require_count(0, n=n)
+        require_room("n", (n, self.dim), jnp.result_type(float))
         return _sample(self, key, n)
 
     def log_prob(self, theta: ArrayLike) -> Array:
@@ -141,17 +155,18 @@ class Prior:
         inside = jnp.all(jnp.isfinite(theta), axis=-1)
         for name, value in self.unflatten(theta).items():
             ok = self._sites[name].support(value)
-            inside &= jnp.all(jnp.reshape(ok, (*inside.shape, -1)), axis=-1)
+            inside &= jnp.all(ok, axis=tuple(range(inside.ndim, ok.ndim)))
         return inside
 
     def flatten(self, values: Mapping[str, Any]) -> Array:
         """Join named values `{name: (*, *event)}` into flat vectors (*, D)."""
-        missing = set(self.names) ^ set(values)
-        if missing:
-            raise ValueError(f"expected parameters {sorted(self.names)}, got {sorted(values)}")
+        if not isinstance(values, Mapping) or set(self.names) ^ set(values):
+            got = sorted(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
+            raise ValueError(f"values: expected parameters {sorted(self.names)}, got {got}")
         parts = []
         for name in self.names:
-            value, shape = jnp.asarray(values[name]), self.event_shapes[name]
+            shape = self.event_shapes[name]
+            value = jnp.asarray(real_array(name, values[name]))
             batch = value.shape[: value.ndim - len(shape)]
             if value.shape != (*batch, *shape):
                 raise ValueError(f"{name}: expected shape (*, *{shape}), got {value.shape}")
@@ -170,6 +185,10 @@ class Prior:
 
     def from_standard(self, y: ArrayLike) -> Array:
         """Map standard coordinates (*, standard_dim) to parameters (*, D), never outside."""
+        y = jnp.asarray(real_array("y", y))
+        y = y if jnp.issubdtype(y.dtype, jnp.floating) else y.astype(float)
+        if y.ndim == 0 or y.shape[-1] != self.standard_dim:
+            raise ValueError(f"y: expected shape (*, {self.standard_dim}), got {y.shape}")
         parts = self._split(y, [math.prod(s) for s in self._standard], self._standard)
         return self.flatten({n: self._maps[n].forward(v) for n, v in parts.items()})
 
@@ -182,7 +201,9 @@ class Prior:
         values = self.unflatten(theta)
         batch = jnp.shape(theta)[:-1]
         parts = [self._maps[n].inverse(v) for n, v in values.items()]
-        return jnp.concatenate([jnp.reshape(p, (*batch, -1)) for p in parts], axis=-1)
+        sizes = map(math.prod, self._standard)
+        rows = [jnp.reshape(p, (*batch, n)) for p, n in zip(parts, sizes, strict=True)]
+        return jnp.concatenate(rows, axis=-1)
 
     def standard_log_det(self, y: ArrayLike, theta: ArrayLike) -> Array:
         """Log absolute determinant of the Jacobian of `from_standard`.
@@ -264,7 +285,8 @@ def as_prior(prior: PriorLike) -> Prior:
         The prior, with batch axes of a distribution counted as part of its value.
 
     Raises:
-        ValueError: A site is discrete, observed, or has a support that depends on another site.
+        ValueError: A site is discrete, observed, or has a support that depends on another site; a
+            parameter of a distribution is out of range; or a model does not run.
 
     Example:
         >>> import numpyro.distributions as dist
@@ -302,19 +324,35 @@ def _sample(prior: Prior, key: Key, n: int) -> Array:
 
 def _from_model(model: Callable[[], Any]) -> Prior:
     """Trace a model twice: sites whose distribution changes depend on other sites."""
+    require_model(model)
     first, second = (_trace(model, seed) for seed in (0, 1))
     if set(first) != set(second):
         raise ValueError("prior model: expected the same sample sites at every call")
+    for name, site in first.items():
+        require_parameters(name, site)
     dependent = frozenset(n for n in first if not _same(first[n], second[n]))
     for name in dependent:
         if not _same(first[name].support, second[name].support):
             raise ValueError(f"prior site {name!r}: its support depends on another parameter")
-    return Prior(first, is_named=True, model=model, dependent=dependent)
+    prior = Prior(first, is_named=True, model=model, dependent=dependent)
+    try:
+        jax.eval_shape(prior._sample_model, jax.random.key(0))
+    except Exception as error:
+        raise ValueError(
+            f"prior model: expected one that JAX can trace, got {type(error).__name__}: "
+            f"{str(error)[:200]}"
+        ) from error
+    return prior
 
 
 def _trace(model: Callable[[], Any], seed: int) -> dict[str, dist.Distribution]:
     key = jax.random.key(seed)
-    trace = numpyro.handlers.trace(numpyro.handlers.seed(model, key)).get_trace()
+    try:
+        trace = numpyro.handlers.trace(numpyro.handlers.seed(model, key)).get_trace()
+    except Exception as error:
+        raise ValueError(
+            f"prior model: expected one that runs, got {type(error).__name__}: {str(error)[:200]}"
+        ) from error
     sites = {n: s for n, s in trace.items() if s["type"] == "sample"}
     observed = [n for n, s in sites.items() if s["is_observed"]]
     if observed:
@@ -330,20 +368,6 @@ def _same(a: Any, b: Any) -> bool:
         jnp.shape(x) == jnp.shape(y) and bool(jnp.all(jnp.asarray(x) == jnp.asarray(y)))
         for x, y in zip(left, right, strict=True)
     )
-
-
-def _require_continuous(name: str, site: dist.Distribution) -> None:
-    if site.support is None or site.support.is_discrete:
-        raise ValueError(
-            f"prior site {name!r}: expected a continuous distribution, got the discrete "
-            f"{_base(site).__class__.__name__}"
-        )
-
-
-def _base(site: dist.Distribution) -> dist.Distribution:
-    while isinstance(site, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
-        site = site.base_dist
-    return site
 
 
 def labels(name: str, shape: tuple[int, ...]) -> list[str]:

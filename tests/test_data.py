@@ -187,7 +187,7 @@ def test_arrays_that_do_not_fit_are_refused(theta, x, message):
 
 @pytest.mark.parametrize("field", ["valid", "round"])
 def test_a_field_of_the_wrong_length_is_refused(field):
-    with pytest.raises(ValueError, match=r"valid and round: expected shape \(4,\)"):
+    with pytest.raises(ValueError, match=rf"{field}: expected shape \(4,\), got"):
         sf.Simulations(GOOD, GOOD, **{field: np.ones(3, int)})
 
 
@@ -228,7 +228,7 @@ def test_rows_are_taken_from_every_field():
         np.testing.assert_array_equal(part.x["a"], [1, 2, 3])
         np.testing.assert_array_equal(part.round, [1, 2, 3])
     assert len(sims[sims.round > 9]) == 0
-    with pytest.raises(ValueError, match="rows: expected a slice or an index array, got 3"):
+    with pytest.raises(ValueError, match="rows: expected a slice or an index array, or 6"):
         sims[3]
 
 

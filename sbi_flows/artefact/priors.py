@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from numpyro.distributions.constraints import is_dependent
 
 from sbi_flows.artefact import distributions
 from sbi_flows.artefact.distributions import Tensors
@@ -24,9 +23,10 @@ from sbi_flows.artefact.strict import checked, counted, fields, items
 from sbi_flows.errors import ArtefactError
 from sbi_flows.prior import Prior
 from sbi_flows.prior_box import BoxPrior
+from sbi_flows.prior_checks import MOST_ENTRIES, MOST_NAME, require_site
 
-MOST_SITES, MOST_ENTRIES, MOST_NAME = 1024, 2**16, 256
-"""Sites of a prior, entries of its flat vector and characters of a name."""
+MOST_SITES = 1024
+"""Sites of a prior."""
 
 MOST_SPARE = 2**22
 """Numbers that the distributions may hold beyond twice those that are written."""
@@ -150,21 +150,13 @@ def _site(
     if found != shape or held > spare:
         raise ArtefactError(f"prior site {name!r}: expected shape {shape}, got {found}")
     site = distributions.decode(name, value, own)
-    for part in _parts(site):
-        for argument, constraint in part.arg_constraints.items():
-            values = part.__dict__.get(argument)
-            known = values is not None and not is_dependent(constraint)
-            if known and not np.all(constraint(values)):
-                raise ArtefactError(f"prior site {name!r}: {argument} is out of range")
+    try:
+        require_site(name, site)
+    except ValueError as error:
+        raise ArtefactError(str(error)) from None
     if any(np.any(np.isnan(np.asarray(leaf, float))) for leaf in jax.tree.leaves(site)):
         raise ArtefactError(f"prior site {name!r}: expected numbers, got NaN")
     return site
-
-
-def _parts(site: Any) -> list[dist.Distribution]:
-    """A distribution and those that it is made of."""
-    inner = [part for part in vars(site).values() if isinstance(part, dist.Distribution)]
-    return [site, *(deeper for part in inner for deeper in _parts(part))]
 
 
 def _cut(prior: Prior, tensors: Mapping[str, np.ndarray]) -> BoxPrior:

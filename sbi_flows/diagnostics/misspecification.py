@@ -258,7 +258,7 @@ def _values(posterior: Posterior, x: Obs) -> tuple[np.ndarray, ...]:
 
 
 def _check_level(level: float) -> None:
-    if not 0 < level < 1:
+    if not isinstance(level, int | float | np.number) or not 0 < level < 1:
         raise ValueError(f"level: expected a number between 0 and 1, got {level}")
 
 
