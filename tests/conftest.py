@@ -42,10 +42,16 @@ SLOW_EXAMPLES = (
     "sbi_flows.composed.",
     "sbi_flows.conformal_sets.",
     "sbi_flows.diagnostics.lc2st.",
+    "sbi_flows.diagnostics.misspecification.",
+    "sbi_flows.diagnostics.predictive.",
+    "sbi_flows.diagnostics.sensitivity_to_data.",
+    "sbi_flows.diagnostics.sensitivity_to_prior.",
     "sbi_flows.estimators.distillation.",
     "sbi_flows.estimators.emulator.",
     "sbi_flows.estimators.truncated.",
     "sbi_flows.recalibration.",
+    "sbi_flows.validity.",
+    "simulators.lynx_hare_fit.",
     "simulators.numpyro_model.",
 )
 """Modules whose examples fit or compile for long."""

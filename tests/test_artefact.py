@@ -82,6 +82,7 @@ def returned(name, tmp_path):
     return saved, loaded
 
 
+@pytest.mark.slow
 def test_a_mixture_of_ensembles_with_a_dict_of_observations(tmp_path):
     like = {"seen": jax.ShapeDtypeStruct((2,), jnp.float32), "n": jax.ShapeDtypeStruct((), "int32")}
     prior = sf.as_prior(PRIORS["dict"]())

@@ -128,6 +128,7 @@ def test_what_is_kept_does_not_change_the_defaults_of_another_estimator():
     assert default._without_emulator().training == sf.Training()
 
 
+@pytest.mark.slow
 def test_where_a_checkpoint_would_not_be_kept_it_is_refused(tmp_path, simulations):
     training = sf.Training(max_epochs=1, checkpoint=tmp_path)
     with pytest.raises(ValueError, match="checkpoint: expected that of the estimator, got one of"):

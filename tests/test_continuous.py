@@ -303,9 +303,8 @@ def test_what_is_drawn_does_not_depend_on_other_observations(fitted):
     assert np.max(np.abs(draws[1] - others[1])) > 0.05
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "diffusion")) for name in FLOWS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FLOWS)
 def test_one_parameter_and_one_number(name):
     sims = sf.simulate(
         jax.random.key(0),

@@ -97,6 +97,7 @@ def test_the_same_key_gives_the_same_student(teacher, simulations):
     np.testing.assert_array_equal(first, again)
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_what_was_learned(simulations, teacher, monkeypatch):
     from sbi_flows.estimators import distillation
 

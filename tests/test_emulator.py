@@ -161,6 +161,7 @@ def test_failed_simulations_do_not_flatter_the_fit():
     assert history.held_out_loss.mean() == pytest.approx(prior_loss, abs=0.25)
 
 
+@pytest.mark.slow
 def test_each_member_trains_on_draws_that_never_saw_its_held_out_rows(simulations, monkeypatch):
     """Member m gets the draws of member m of the emulator, which held out the same rows."""
     drawn = []

@@ -211,6 +211,7 @@ def test_a_bounded_posterior_integrates_to_one(boxed):
     assert 9 * density.mean() == pytest.approx(1.0, abs=0.06)
 
 
+@pytest.mark.slow
 @pytest.mark.promotes
 def test_the_mode_is_the_exact_one_and_tops_all_draws(gaussian, boxed):
     modes = gaussian.map(BATCH[:4])

@@ -79,6 +79,7 @@ def test_a_fit_to_a_file_is_as_good_as_one_in_memory(small, stored, data):
     assert abs(-np.mean(said) - history.best_loss.mean()) < 0.1
 
 
+@pytest.mark.slow
 def test_the_same_key_gives_the_same_fit(small, stored):
     first, second = fit(stored)[1], fit(stored)[1]
     np.testing.assert_array_equal(first.train_loss, second.train_loss)

@@ -54,6 +54,7 @@ def test_its_density_is_the_prior_s_over_the_mass_of_the_box():
     assert np.all(np.isneginf(BOX.log_prob(outside)))
 
 
+@pytest.mark.slow
 def test_its_standard_coordinates_are_a_bijection_with_this_jacobian():
     assert BOX.bounded == (True, True, True, False, False)
     y = jax.random.uniform(jax.random.key(0), (20, 5), minval=-1.7, maxval=1.7)

@@ -93,6 +93,7 @@ def test_the_same_key_gives_the_same(gaussian, simulator, narrow):
     np.testing.assert_array_equal(again.probability, narrow.probability)
 
 
+@pytest.mark.slow
 def test_p_values_of_the_exact_posterior_are_uniform(gaussian, simulator):
     posterior, options = gaussian(), {"draws": 200, "permutations": 19}
     sims = sf.simulate(jax.random.key(1), posterior.prior, simulator, 16_000, progress=False)

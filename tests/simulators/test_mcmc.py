@@ -20,6 +20,7 @@ def gaussian(x):
     numpyro.sample("x", dist.Normal(mean, jnp.array([0.5, 0.1])).to_event(1), obs=x)
 
 
+@pytest.mark.slow
 def test_a_conjugate_posterior_is_recovered():
     x = jnp.array([1.0, -2.0])
     sampler = mcmc.NutsReference(gaussian, ("mean",))
