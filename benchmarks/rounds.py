@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,19 @@ class Case:
         simulations: New simulations a round.
         rounds: Most rounds.
         summary: What the posterior is given of an observation.
+        density: The kind of posterior.
     """
 
     simulations: int
     rounds: int
     summary: Callable[[Any], Obs] = _same
+    density: sf.NSF | sf.MAF = field(default_factory=sf.NSF)
 
 
 CASES: Mapping[str, Case] = {
     "sir": Case(2_500, 4),
-    "lynx_hare": Case(15_000, 4, with_fit),
+    # one mode, close to a Gaussian
+    "lynx_hare": Case(15_000, 4, with_fit, sf.MAF()),
 }
 """Tasks by name."""
 
@@ -90,13 +94,14 @@ def run(
             found[name].append({"observation": i, **result})
             print(markdown({name: found[name][-1:]})[-1], flush=True)
     print("\n".join(markdown(found)), flush=True)
-    record = {**provenance(), "kind": "rounds", "rounds": found}
+    densities = {name: repr(CASES[name].density) for name in found}
+    record = {**provenance(), "kind": "rounds", "densities": densities, "rounds": found}
     write_json(folder / "rounds.json", record)
     return record
 
 
 def rounds_at(key: Key, task: Task, case: Case, x: Obs, reference: Any) -> dict[str, Any]:
-    """Rounds of `sf.NPE` as it is at one observation, beside draws of the exact posterior.
+    """Rounds of `sf.NPE` at one observation, beside draws of the exact posterior.
 
     Args:
         key: Random key.
@@ -118,7 +123,7 @@ def rounds_at(key: Key, task: Task, case: Case, x: Obs, reference: Any) -> dict[
     given = jax.jit(case.summary)(x)
     posterior, rounds = sf.truncated_rounds(
         rounds_key,
-        sf.NPE(task.prior),
+        sf.NPE(task.prior, case.density),
         simulator,
         given,
         simulations=case.simulations,

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accelerator, batches, choosing, growth, profile, report, uses
+from benchmarks import (
+    accelerator,
+    batches,
+    choosing,
+    continuous,
+    growth,
+    profile,
+    report,
+    rounds,
+    uses,
+)
 from benchmarks.peers import report as peers_report
 from benchmarks.peers.compare import OURS
 
@@ -186,6 +196,19 @@ def test_the_page_on_the_uses_is_that_of_the_result_file():
     assert f" is {record['eight_schools']['c2st']:.3f} " in said
     inside = record["influenza"]["days_inside"]
     assert f"Of the 14 counts {inside} are inside" in said
+
+
+@pytest.mark.parametrize(
+    ("page", "kind", "lines"),
+    [
+        ("simulators", "rounds", lambda record: rounds.markdown(record["rounds"])),
+        ("choosing", "continuous", continuous.markdown),
+    ],
+)
+def test_a_table_of_a_page_is_that_of_its_result_file(page, kind, lines):
+    (record,) = result_files(kind)
+    said = (ROOT / "docs" / f"{page}.md").read_text().splitlines()
+    assert [line for line in lines(record) if line not in said] == []
 
 
 def test_the_figures_of_the_readme_are_those_of_the_result_files():
