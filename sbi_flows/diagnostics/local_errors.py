@@ -92,15 +92,16 @@ def errors_of(near: Near, draws: np.ndarray, probability: np.ndarray) -> Errors:
     dim = draws.shape[1]
     effects = _effects(near)
     center, spread = effects[1:].mean(axis=0), np.maximum(effects[1:].std(axis=0), 1e-12)
-    sure = (effects - center) / spread
-    largest = np.abs(sure[1:]).max(axis=1)
-    beyond = np.sum(largest[:, None] >= np.abs(sure[0]), axis=0)
+    # the true labels among the others, or they would be farther out than those are by construction
+    away = effects - effects.mean(axis=0)
+    away = np.abs(away) / np.maximum(effects.std(axis=0), 1e-12)
+    beyond = np.sum(away[1:].max(axis=1)[:, None] >= away[0], axis=0)
     points, curves = _along(draws, probability)
     return Errors(
         shift=effects[0, :dim],
         width=np.exp(effects[0, dim : 2 * dim]),
         correlation=effects[0, 2 * dim :],
-        sure=sure[0],
+        sure=(effects[0] - center) / spread,
         p=(1 + beyond) / len(effects),
         points=points,
         curve=curves[..., 0],

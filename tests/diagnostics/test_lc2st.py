@@ -13,6 +13,7 @@ import pytest
 
 import sbi_flows as sf
 from sbi_flows.diagnostics.lc2st import LocalCheck
+from sbi_flows.diagnostics.local_errors import Near, errors_of
 
 KEY = jax.random.key(0)
 X_O = jnp.array([0.5, -0.3])
@@ -105,6 +106,21 @@ def test_p_values_of_the_exact_posterior_are_uniform(gaussian, simulator):
     # P(more than 6 of 40 at .05) = .003
     assert np.sum(p <= 0.05) <= 6
     assert 0.35 < p.mean() < 0.65
+
+
+@pytest.mark.parametrize("permutations", [19, 99])
+def test_p_values_of_parameters_hold_their_level_together(permutations):
+    rng = np.random.default_rng(0)
+
+    def smallest():
+        truth, draw = rng.normal(size=(2, 60, 6))
+        swapped = rng.random((60, 1 + permutations)) < 0.5
+        swapped[:, 0] = False
+        near = Near(truth, draw, np.ones(60), swapped)
+        return errors_of(near, truth, np.full(swapped.shape, 0.5)).p.min()
+
+    # 27 numbers each; 400 tests at .05 reject 20 on average
+    assert 8 <= sum(smallest() <= 0.05 for _ in range(400)) <= 34
 
 
 @pytest.mark.parametrize("scale, kind", [(1 / 1.5, "over-confident"), (1.5, "under-confident")])
