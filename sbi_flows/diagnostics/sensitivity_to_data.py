@@ -25,6 +25,8 @@ from sbi_flows.posteriors import as_batch
 from sbi_flows.standardise import Standardiser, entry_labels, fit_standardiser, flatten_rows
 from sbi_flows.typing import Key, Obs, Simulator
 
+_ENDS = ("min", "max")
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class DataSensitivity:
@@ -273,6 +275,10 @@ def _possible(
     down = np.minimum(np.round(low), row - (low < row))
     down = np.where(row >= 0, np.maximum(down, 0.0), down)
     up = np.maximum(np.round(high), row + (high > row))
+    # beyond what the dtype holds they would wrap round
+    kinds = [jnp.iinfo(d) if w else None for d, w in zip(dtypes, whole, strict=True)]
+    least, most = (np.array([getattr(k, m) if k else 0 for k in kinds], float) for m in _ENDS)
+    down, up = np.maximum(down, least), np.minimum(up, most)
     low = np.where(truth, 0.0, np.where(whole, down, low))
     return low, np.where(truth, 1.0, np.where(whole, up, high))
 

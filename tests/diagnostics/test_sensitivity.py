@@ -109,6 +109,14 @@ def test_a_count_is_not_moved_below_zero():
     np.testing.assert_array_equal(high, [3, 3, 3])
 
 
+def test_a_pixel_is_not_moved_beyond_what_it_holds():
+    like = jax.ShapeDtypeStruct((3,), jnp.uint8)
+    row = jnp.array([[255, 0, 128]], jnp.uint8)
+    low, high = _possible(like, row, np.array([251.0, -4, 124]), np.array([259.0, 4, 132]))
+    np.testing.assert_array_equal(low, [251, 0, 124])
+    np.testing.assert_array_equal(high, [255, 4, 132])
+
+
 @pytest.fixture(scope="module")
 def fitted():
     """A few epochs of a small flow with a feature that says nothing."""
