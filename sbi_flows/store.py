@@ -27,7 +27,7 @@ from sbi_flows.execution import Executor
 from sbi_flows.failures import Failures
 from sbi_flows.prior import Prior, PriorLike, as_prior
 from sbi_flows.simulating import check_simulator, identity, report_failures, simulated_rows
-from sbi_flows.store_chunks import Column, Sealed, read, reading, sealed
+from sbi_flows.store_chunks import Column, Sealed, opened, read, reading, sealed
 from sbi_flows.typing import Key, Simulator
 from sbi_flows.worker import bare
 
@@ -195,10 +195,11 @@ class SimulationStore:
     def _opened(self, chunks: list[Sealed]) -> Simulations:
         if not chunks:
             raise ValueError(f"{self.path}: expected a store with rows, got none")
-        names = [name for name in chunks[0].group if name.startswith("x.")]
-        x = {n[2:]: Column(self.path, chunks, n) for n in names}
+        there = opened(self.path, chunks)
+        names = [name for name in there[0].arrays if name.startswith("x.")]
+        x = {n[2:]: Column(self.path, there, n) for n in names}
         theta, valid = (
-            np.concatenate([read(self.path, c, n) for c in chunks]) for n in ("theta", "valid")
+            np.concatenate([read(self.path, c, n) for c in there]) for n in ("theta", "valid")
         )
         with reading(self.path, "rows"):
             return Simulations(theta, bare(x), valid=valid)
@@ -227,8 +228,9 @@ class SimulationStore:
         Raises:
             StoreSpoilt: A chunk is not what was written.
         """
-        for chunk in self._sealed():
-            arrays = {name: read(self.path, chunk, name) for name in chunk.group}
+        chunks = self._sealed()
+        for chunk, there in zip(chunks, opened(self.path, chunks), strict=True):
+            arrays = {name: read(self.path, there, name) for name in there.arrays}
             if checksum(arrays) != chunk.checksum:
                 raise StoreSpoilt(
                     f"{self.path}: the rows from {chunk.start} on are not those that were written; "

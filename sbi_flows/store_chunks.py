@@ -1,6 +1,6 @@
 """The chunks of a store as they are read: nothing in a file is believed before it is checked.
 
-Public names: `Sealed`, `sealed`, `read`, `Column`, `reading`.
+Public names: `Sealed`, `sealed`, `Opened`, `opened`, `read`, `Column`, `reading`.
 """
 
 from __future__ import annotations
@@ -56,8 +56,22 @@ def reading(path: str, what: str) -> Iterator[None]:
         ) from error
 
 
+class Opened(NamedTuple):
+    """A finished chunk whose arrays were looked at.
+
+    Attributes:
+        start: Number of its first row.
+        count: Its number of rows.
+        arrays: Its arrays by name, which are on disk.
+    """
+
+    start: int
+    count: int
+    arrays: dict[str, Any]
+
+
 def sealed(path: str, rows: Any) -> list[Sealed]:
-    """Finished chunks in the order of their rows, all of them alike.
+    """Finished chunks in the order of their rows; their arrays are not looked at.
 
     Args:
         path: Of the store, for errors.
@@ -68,44 +82,58 @@ def sealed(path: str, rows: Any) -> list[Sealed]:
     """
     with reading(path, "groups of rows"):
         groups = sorted(rows.groups())
-    found, first = [], None
+    found = []
     for name, group in groups:
         with reading(path, f"rows/{name:.40}"):
             seal = group.attrs.get("seal")
             if seal is None:
                 continue
             chunk = _sealed(name, seal, group)
-            layout = _layout(chunk)
-        first = layout if first is None else first
-        if layout != first:
-            raise StoreSpoilt(f"{path}: expected chunks of one layout, rows/{name} has another")
         if found and chunk.start < found[-1].start + found[-1].count:
             raise StoreSpoilt(f"{path}: expected each row once, rows/{name} has some again")
         found.append(chunk)
     return found
 
 
-def read(path: str, chunk: Sealed, name: str) -> np.ndarray:
+def opened(path: str, chunks: list[Sealed]) -> list[Opened]:
+    """The arrays of chunks, all of one layout.
+
+    Raises:
+        StoreSpoilt: They are of several, or of one that cannot be.
+    """
+    found, first = [], None
+    for chunk in chunks:
+        name = f"rows/{chunk.start:012d}"
+        with reading(path, name):
+            own = Opened(chunk.start, chunk.count, dict(chunk.group.arrays()))
+            layout = _layout(own)
+        first = layout if first is None else first
+        if layout != first:
+            raise StoreSpoilt(f"{path}: expected chunks of one layout, {name} has another")
+        found.append(own)
+    return found
+
+
+def read(path: str, chunk: Opened, name: str) -> np.ndarray:
     """An array of a chunk, in the order of bytes of this machine.
 
     Raises:
         StoreSpoilt: It cannot be read.
     """
     with reading(path, f"rows/{chunk.start:012d}/{name}"):
-        array = chunk.group[name][:]
+        array = chunk.arrays[name][:]
         return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 class Column(Lazy):
     """One array of the observations, over all chunks."""
 
-    def __init__(self, path: str, chunks: list[Sealed], name: str) -> None:
+    def __init__(self, path: str, chunks: list[Opened], name: str) -> None:
         self._path, self._chunks, self._name = path, chunks, name
         self._ends = np.cumsum([chunk.count for chunk in chunks])
-        with reading(path, name):
-            first = chunks[0].group[name]
-            self.shape = (int(self._ends[-1]), *first.shape[1:])
-            self.dtype = first.dtype.newbyteorder("=")
+        first = chunks[0].arrays[name]
+        self.shape = (int(self._ends[-1]), *first.shape[1:])
+        self.dtype = first.dtype.newbyteorder("=")
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         """The rows of a slice or of these numbers, in memory."""
@@ -131,11 +159,10 @@ def _sealed(name: str, seal: Any, group: Any) -> Sealed:
     return chunk
 
 
-def _layout(chunk: Sealed) -> dict[str, tuple]:
+def _layout(chunk: Opened) -> dict[str, tuple]:
     """Shape of a row and dtype of each array, after a look at what zarr would do to read it."""
     found = {}
-    for name in chunk.group:
-        array = chunk.group[name]
+    for name, array in chunk.arrays.items():
         codecs = {type(codec).__name__ for codec in array.metadata.codecs}
         if not codecs <= CODECS or np.dtype(array.dtype).kind not in "biuf":
             raise ValueError(f"{name} of {array.dtype} by {sorted(codecs)}")

@@ -100,6 +100,17 @@ def test_a_store_grows_and_is_opened_again(tmp_path):
         assert len(again.simulate(KEY, PRIOR, noisy, 30)) == 50
 
 
+def test_rows_are_counted_without_a_look_at_the_arrays(tmp_path):
+    """A store of many chunks has several arrays in each, and a request for each is slow."""
+    stored(tmp_path / "s")
+    for file in (tmp_path / "s").glob("rows/*/theta/zarr.json"):
+        file.unlink()
+    store = sf.SimulationStore(tmp_path / "s")
+    assert len(store) == 50
+    with pytest.raises(sf.StoreSpoilt, match="rows/000000000000"):
+        store.simulations()
+
+
 def test_what_is_asked_for_is_read_by_rows(tmp_path):
     _, sims = stored(tmp_path / "s", chunk=7)
     column, whole = sims.x["curve"], np.asarray(sims.x["curve"][:])
