@@ -1,7 +1,7 @@
 """Checks of what the user gives, so that bad input fails before any long work.
 
 Public names: `require_real`, `plain_array`, `real_array`, `real_arrays`, `require_tree`,
-`require_room`, `require_key`, `require_count`, `require_positive`, `require_finite`,
+`require_room`, `random_key`, `require_count`, `require_positive`, `require_finite`,
 `require_fraction`, `require_object`, `writable_folder`.
 """
 
@@ -151,17 +151,19 @@ def require_room(name: str, shape: tuple[int, ...], dtype: Any) -> None:
         raise ValueError(f"{name}: expected what fits in memory, got {size:,} bytes of {shape}")
 
 
-def require_key(name: str, key: Any) -> None:
-    """Refuse what is no single random key of JAX.
+def random_key(name: str, key: Any) -> Array:
+    """The single random key of JAX that is given.
 
     Raises:
         ValueError: It is none.
     """
-    if isinstance(key, Array):
+    # the older keys, arrays of numbers, may be of NumPy: read from a file, or sent by a process
+    held = isinstance(key, Array | np.ndarray)
+    if held:
         typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         if key.ndim == 0 if typed else (key.dtype == jnp.uint32 and key.ndim == 1):
-            return
-    got = f"{key.dtype}{list(key.shape)}" if isinstance(key, Array) else type(key).__name__
+            return jnp.asarray(key)
+    got = f"{key.dtype}{list(key.shape)}" if held else type(key).__name__
     raise ValueError(f"{name}: expected a random key, as jax.random.key(0) makes it, got {got}")
 
 

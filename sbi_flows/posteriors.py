@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from sbi_flows import mixtures
-from sbi_flows.checks import real_array, real_arrays, require_count, require_key, require_room
+from sbi_flows.checks import random_key, real_array, real_arrays, require_count, require_room
 from sbi_flows.densities.conditional import Blueprint, Weights, by_solving
 from sbi_flows.errors import SolveFailed
 from sbi_flows.prior import Prior
@@ -240,7 +240,7 @@ class Posterior:
 
     def _draw(self, key: Key, x: Obs, n: int, *, with_log_prob: bool) -> tuple[Array, Array]:
         require_count(1, n=n)
-        require_key("key", key)
+        key = random_key("key", key)
         features, single = self._features(x)
         require_room("n", (len(features), int(n), self.prior.dim), features.dtype)
         self._gate(features, single, stacklevel=5)

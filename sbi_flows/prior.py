@@ -18,7 +18,7 @@ import numpyro.distributions as dist
 from jax import Array
 from jax.typing import ArrayLike
 
-from sbi_flows.checks import real_array, require_count, require_key, require_room
+from sbi_flows.checks import random_key, real_array, require_count, require_room
 from sbi_flows.precision import full_precision
 from sbi_flows.prior_checks import (
     base_of,
@@ -117,7 +117,7 @@ class Prior:
         Raises:
             ValueError: `key` is no random key, or n no number of draws that there is room for.
         """
-        require_key("key", key)
+        key = random_key("key", key)
         require_count(0, n=n)
         require_room("n", (n, self.dim), jnp.result_type(float))
         return _sample(self, key, n)

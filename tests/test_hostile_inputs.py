@@ -153,6 +153,12 @@ def test_keys_that_are_none(posteriors, key):
     assert outcome(lambda: inspect.unwrap(sf.Prior.sample)(PRIOR, key, 3)) == "refused"
 
 
+def test_older_keys_of_numpy_are_keys():
+    old = jax.random.PRNGKey(1)
+    first, second = (inspect.unwrap(sf.Prior.sample)(PRIOR, k, 3) for k in (old, np.asarray(old)))
+    np.testing.assert_array_equal(first, second)
+
+
 def wrong(kind, *parameters):
     return kind(*parameters, validate_args=False)
 
