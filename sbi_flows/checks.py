@@ -91,19 +91,24 @@ def real_array(name: str, value: Any) -> Array | np.ndarray:
     return held
 
 
-def real_arrays(name: str, tree: Any) -> Any:
+def real_arrays(name: str, tree: Any, *, kept: tuple[type, ...] = ()) -> Any:
     """An array, or a tree of arrays, of real numbers; a list of numbers is an array.
+
+    Args:
+        name: What it is called in errors.
+        tree: The array or the tree.
+        kept: Kinds of leaves that stay as they are.
 
     Raises:
         ValueError: A leaf holds no real numbers, or there is no tree, as `require_tree` says.
     """
     require_tree(name, tree)
 
-    def leaf(value: Any) -> Array | np.ndarray:
-        return real_array(name, value)
+    def leaf(value: Any) -> Any:
+        return value if isinstance(value, kept) else real_array(name, value)
 
     def holds_numbers(node: Any) -> bool:
-        arrays = (Array, np.ndarray, dict)
+        arrays = (Array, np.ndarray, dict, *kept)
         return isinstance(node, list | tuple) and not any(isinstance(v, arrays) for v in node)
 
     # None would be no leaf, and its place in a dict be lost

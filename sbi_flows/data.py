@@ -22,7 +22,6 @@ from sbi_flows.checks import (
     real_arrays,
     require_real,
     require_room,
-    require_tree,
 )
 from sbi_flows.typing import Obs
 
@@ -101,8 +100,7 @@ class Simulations:
         """Validate arrays that the user already has; rows that are not finite are never valid."""
         theta = parameters(theta)
         n = len(theta)
-        require_tree("x", x)
-        x = x if _on_disk(x) else real_arrays("x", x)
+        x = real_arrays("x", x, kept=_DISK)
         _require_rows(x, n)
         x = jax.tree.map(_held, x)
         finite = _finite_rows(x) if _on_disk(x) else valid_rows(x)
@@ -166,13 +164,16 @@ def _from_children(_: None, children: Any) -> Simulations:
 jax.tree_util.register_pytree_with_keys(Simulations, _children, _from_children)
 
 
+_DISK = (np.memmap, Lazy)
+
+
 def _on_disk(x: Obs) -> bool:
-    return any(isinstance(leaf, np.memmap | Lazy) for leaf in jax.tree.leaves(x))
+    return any(isinstance(leaf, _DISK) for leaf in jax.tree.leaves(x))
 
 
 def _held(leaf: Any) -> Array | np.memmap | Lazy:
     """What is on disk stays there, as long as JAX can hold its numbers; else an array."""
-    if not isinstance(leaf, np.memmap | Lazy):
+    if not isinstance(leaf, _DISK):
         return jnp.asarray(real_array("x", leaf))
     require_real("x", leaf.dtype)
     return leaf if isinstance(leaf, Lazy) or _is_plain(leaf.dtype) else _Converted(leaf)

@@ -114,6 +114,14 @@ def test_integers_on_disk_do_not_wrap_round(tmp_path):
     np.testing.assert_array_equal(simulations("x", file)[:2].x, np.full((2, 1), 2.0**40))
 
 
+def test_what_is_on_disk_may_stand_beside_what_is_not(tmp_path):
+    file = np.memmap(tmp_path / "x", np.float32, "w+", shape=(5, 3))
+    found = simulations("x", {"a": file, "b": [1.0, 2.0, float("nan"), 4.0, 5.0]})
+    assert found.on_disk and found.valid.tolist() == [True, True, False, True, True]
+    with pytest.raises(ValueError, match="got dtype object"):
+        simulations("x", {"a": file, "b": None})
+
+
 ARGUMENTS = {
     "masked": (lambda: simulations("x", np.ma.masked_array(GOOD, GOOD > 3)), "got 11 masked ones"),
     "None in a dict": (lambda: simulations("x", {"a": GOOD, "b": None}), "got dtype object"),
