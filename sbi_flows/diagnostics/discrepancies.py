@@ -142,7 +142,8 @@ def _arguments(name: str, test: Discrepancy, x: Obs, theta: Any) -> int:
     if count not in (1, 2):
         raise ValueError(f"{field}: expected a function of x, or of x and theta, got {count}")
     try:
-        out = jax.eval_shape(test, *(x, theta)[:count])
+        # JAX keeps weak references to functions, which those of NumPy do not allow
+        out = jax.eval_shape(lambda *given: test(*given), *(x, theta)[:count])
     except (jax.errors.JAXTypeError, jax.errors.NonConcreteBooleanIndexError) as error:
         raise ValueError(
             f"{field}: expected a function that JAX can trace, got {type(error).__name__}: {error}"

@@ -56,6 +56,13 @@ def test_an_observation_that_does_not_fit_is_seen_by_the_right_one(gaussian, sim
     np.testing.assert_allclose(found.discrepancies.adjusted, [2 * first, second])
 
 
+def test_functions_of_numpy_that_jax_traces_are_taken(gaussian, simulator):
+    found = judged(gaussian(), simulator, {"a": np.max, "b": jnp.max}, draws=200).discrepancies
+    np.testing.assert_array_equal(found.simulated[:, 0], found.simulated[:, 1])
+    with pytest.raises(ValueError, match="expected a function that JAX can trace"):
+        judged(gaussian(), simulator, {"a": np.ptp})
+
+
 def test_those_of_the_parameters_are_compared_draw_by_draw(gaussian, simulator):
     """The sum of squared residuals of a simulation is chi-squared, of the observation larger."""
 
