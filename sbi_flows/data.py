@@ -288,6 +288,7 @@ def _numbers(rows: Any, n: int) -> np.ndarray | slice:
             f"rows: expected a slice or an index array, or {n} truth values, got "
             f"{given.dtype}{list(given.shape)}"
         )
-    if given.size and not (-n <= given.min() and given.max() < n):
-        raise ValueError(f"rows: expected numbers from {-n} to {n - 1}, got {given.max()}")
+    beyond = given[(given < -n) | (given >= n)]
+    if beyond.size:
+        raise ValueError(f"rows: expected numbers from {-n} to {n - 1}, got {beyond[0]}")
     return given.astype(np.int64)

@@ -127,6 +127,7 @@ ARGUMENTS = {
     "None in a dict": (lambda: simulations("x", {"a": GOOD, "b": None}), "got dtype object"),
     "keys": (lambda: simulations("x", {"a": GOOD, 1: GOOD}), "names as keys, got int, str"),
     "beyond": (lambda: simulations("x", GOOD)[np.array([5])], "numbers from -5 to 4, got 5"),
+    "before": (lambda: simulations("x", GOOD)[np.array([-6, 3])], "to 4, got -6"),
     "half": (lambda: simulations("valid", np.full(5, 0.5)), "valid: expected whole numbers from 0"),
     "NaN": (lambda: simulations("valid", np.full(5, np.nan)), "valid: expected whole numbers"),
 }
