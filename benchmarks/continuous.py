@@ -71,6 +71,8 @@ class Settings:
         for name in ("budget", "observations", "draws", "repeats"):
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name}: expected at least 1, got {getattr(self, name)}")
+        if self.peer_epochs < 0:
+            raise BadInput(f"--peer-epochs: expected zero or more, got {self.peer_epochs}")
         if self.peer_epochs and importlib.util.find_spec("sbi") is None:
             raise BadInput("--peer-epochs: expected 0 where sbi is not installed (extra `peers`)")
 

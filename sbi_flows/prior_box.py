@@ -116,7 +116,7 @@ class BoxPrior(Prior):
         names = [label for n, m in maps.items() for label in labels(n, m.standard_shape)]
         width = self.high - self.low
         whole = np.where(self._uniform, HALF_WIDTH, np.inf)
-        for i in np.flatnonzero(self._cut):
+        for i in np.flatnonzero(self._cut & np.isfinite(width)):
             near = share * width[i]
             if self.low[i] > -whole[i]:
                 found[f"{names[i]} low"] = float(np.mean(y[:, i] < self.low[i] + near))
