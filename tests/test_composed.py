@@ -85,6 +85,7 @@ def test_both_modes_are_drawn_and_narrow_with_each_observation():
     assert np.abs(alone).std() > 1.5 * sd
 
 
+@pytest.mark.slow
 def test_the_same_key_gives_the_same_draws_as_many_as_asked_for(boxed):
     x = np.array([[0.3, 0.1], [0.8, 0.0]])
 
@@ -97,6 +98,7 @@ def test_the_same_key_gives_the_same_draws_as_many_as_asked_for(boxed):
     assert not np.array_equal(first, other)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_composed_is_refused(boxed):
     with pytest.raises(ValueError, match="x: expected a batch of observations, got one"):
         sf.sample_composed(jax.random.key(0), boxed, np.ones(2), 5)

@@ -322,6 +322,7 @@ def test_one_parameter_and_one_number(name):
     assert draws.std() == pytest.approx(math.sqrt(0.5), abs=0.12)
 
 
+@pytest.mark.slow
 def test_a_solve_that_fails_says_at_which_observations(simulations):
     hurried = sf.FlowMatching(network=SMALL, solver=sf.Solver(max_steps=1), sampler=None)
     npe = sf.NPE(PRIOR, hurried, training=sf.Training(max_epochs=1), members=1)

@@ -85,6 +85,7 @@ def test_draws_are_those_of_the_teacher_and_densities_too(teachers, simulations,
     )
 
 
+@pytest.mark.slow
 def test_the_same_key_gives_the_same_student(teacher, simulations):
     brief = dataclasses.replace(BRIEF, max_epochs=1)
 
@@ -116,6 +117,7 @@ def test_an_interrupt_keeps_what_was_learned(simulations, teacher, monkeypatch):
     assert fast.sample(jax.random.key(3), X, 7).shape == (7, 1)
 
 
+@pytest.mark.slow
 def test_an_interrupt_before_anything_was_learned_is_one(simulations, teacher, monkeypatch):
     from sbi_flows.estimators import distillation
 
@@ -127,6 +129,7 @@ def test_an_interrupt_before_anything_was_learned_is_one(simulations, teacher, m
         sf.distil(jax.random.key(2), teacher, simulations, training=BRIEF)
 
 
+@pytest.mark.slow
 def test_what_is_no_continuous_flow_is_refused(simulations, teacher):
     spline = sf.NSF(transforms=1, hidden=(8,), context_width=8, context_blocks=1)
     brief = sf.Training(max_epochs=1)

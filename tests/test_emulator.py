@@ -89,6 +89,7 @@ def test_the_same_key_gives_the_same_draws(drawn, simulations):
     assert not np.array_equal(draw(simulations, key=2)[0].features, drawn[0].features)
 
 
+@pytest.mark.slow
 def test_densities_are_mixed_by_held_out_density(simulations):
     mixture = sf.GaussianMixture(components=2, width=8, blocks=1)
     both = dataclasses.replace(EMULATOR, densities=(mixture, SMALL), simulations=300)
@@ -204,6 +205,7 @@ def test_parameters_are_rare_where_simulations_failed():
     assert not np.isin(found[:, 0], np.asarray(y[:, 0])).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "why"),
     [

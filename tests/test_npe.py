@@ -55,6 +55,7 @@ def fitted(simulations):
 MARKS = {
     "MAF": [pytest.mark.newest],
     "NSF without trunk": [pytest.mark.slow],
+    "mixture": [pytest.mark.slow],
     "coupling MAF": [pytest.mark.slow],
     "coupling NSF": [pytest.mark.slow],
 }
@@ -206,6 +207,7 @@ class RowMeans(nnx.Module):
         return self.linear(jnp.mean(x, axis=2))
 
 
+@pytest.mark.slow
 def test_a_factory_embeds_images_and_each_member_has_its_own(simulations):
     images = jnp.repeat(simulations.x[:, :, None], 4, axis=2)
     estimator = sf.NPE(GAUSSIAN, TINY, training=QUICK, members=2, embedding=RowMeans)
@@ -263,6 +265,7 @@ def test_what_is_no_embedding_is_refused(embedding, message, simulations):
         estimator.fit(jax.random.key(1), simulations, progress=False)
 
 
+@pytest.mark.slow
 def test_a_fit_that_diverges_leaves_a_posterior_that_works(simulations):
     optimizer = optax.scale_by_schedule(lambda step: jnp.where(step < 10, -1e-2, jnp.nan))
     # 1800 rows are 7 steps an epoch

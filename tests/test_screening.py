@@ -77,6 +77,7 @@ def noisy():
     return prior, sf.simulate(jax.random.key(0), prior, simulator, 500, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.promotes
 def test_a_screened_posterior_looks_at_the_entries_that_tell(noisy):
     prior, sims = noisy

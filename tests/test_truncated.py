@@ -45,6 +45,7 @@ def test_draws_of_a_box_are_those_of_the_prior_that_lie_in_it():
     assert np.mean(BOX.contains(inside)) == pytest.approx(BOX.mass, abs=2e-4)
 
 
+@pytest.mark.slow
 def test_its_density_is_the_prior_s_over_the_mass_of_the_box():
     draws = BOX.sample(jax.random.key(0), 50)
     expected = np.asarray(BASE.log_prob(draws)) - np.log(BOX.mass)

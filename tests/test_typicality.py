@@ -263,6 +263,7 @@ def test_a_single_observation_warns_once_and_a_batch_never(posterior):
         posterior.log_prob(jnp.ones(2), far)
 
 
+@pytest.mark.slow
 def test_too_few_simulations_never_warn_and_the_report_says_why(simulations):
     few = fit(simulations[:60], members=1)
     with warnings.catch_warnings():

@@ -86,6 +86,7 @@ def test_a_record_and_a_table(fakes, tmp_path, capsys):
     assert "ours / sbi" in said.out and f"written: {file}" in said.out
 
 
+@pytest.mark.slow
 @pytest.mark.promotes
 def test_the_same_data_and_turns_for_all(fakes, tmp_path):
     made = []
@@ -193,6 +194,7 @@ def require(make):
         pytest.importorskip(package)
 
 
+@pytest.mark.slow
 @pytest.mark.promotes
 @pytest.mark.parametrize(
     "distribution",
@@ -228,6 +230,7 @@ def test_a_contestant_draws_inside_and_integrates_to_one(make, distribution):
     assert described["parameters"] > 100 and json.dumps(described)
 
 
+@pytest.mark.slow
 @pytest.mark.promotes
 @pytest.mark.parametrize("make", MAKERS)
 def test_a_contestant_is_watched_after_each_epoch(make):

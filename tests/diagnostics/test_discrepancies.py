@@ -168,6 +168,7 @@ class Summaries(nnx.Module):
         return self.scale[...] * jnp.stack([x.mean(axis=1), jnp.log(x.std(axis=1) + 1e-3)], axis=1)
 
 
+@pytest.mark.slow
 def test_the_distance_is_told_in_the_embedding_too():
     """Six equal numbers are typical, each and together: that they do not scatter is not."""
     prior = {"a": dist.Normal(0, 1)}

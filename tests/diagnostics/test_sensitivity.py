@@ -132,6 +132,7 @@ def fitted():
     return npe.fit(jax.random.key(2), sims, progress=False)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.promotes
 def test_a_fitted_posterior_is_moved_in_units_of_its_training(fitted, gaussian):
     x = {"y": jnp.array([1.5, 0.7]), "z": 0.1}

@@ -39,6 +39,7 @@ def test_standard_errors_are_the_size_of_the_errors(simulations):
     assert np.all((np.median(scaled, axis=0) > 0.3) & (np.median(scaled, axis=0) < 1.5))
 
 
+@pytest.mark.slow
 def test_extreme_counts_give_finite_numbers_and_failed_ones_none():
     extreme = jnp.stack([jnp.full((21, 2), -370.0), jnp.full((21, 2), 70.0), jnp.zeros((21, 2))])
     assert np.all(np.isfinite(fit_all(jnp.tile(extreme, (171, 1, 1))[:512])))
