@@ -42,16 +42,18 @@ class Case:
         rounds: Most rounds.
         summary: What the posterior is given of an observation.
         density: The kind of posterior.
+        paying: As of `sf.truncated_rounds`; 1 spends the whole budget, whatever it pays.
     """
 
     simulations: int
     rounds: int
     summary: Callable[[Any], Obs] = _same
     density: sf.NSF | sf.MAF = field(default_factory=sf.NSF)
+    paying: float = 0.7
 
 
 CASES: Mapping[str, Case] = {
-    "sir": Case(2_500, 4),
+    "sir": Case(2_500, 4, paying=1.0),
     # one mode, close to a Gaussian
     "lynx_hare": Case(15_000, 4, with_fit, sf.MAF()),
 }
@@ -128,6 +130,7 @@ def rounds_at(key: Key, task: Task, case: Case, x: Obs, reference: Any) -> dict[
         given,
         simulations=case.simulations,
         rounds=case.rounds,
+        paying=case.paying,
     )
     exact = np.asarray(reference, np.float64)
     draws = np.asarray(posterior.sample(draw_key, given, len(exact)), np.float64)
