@@ -166,6 +166,8 @@ def test_the_check_draws_from_the_prior_that_was_cut():
 def test_rounds_end_when_they_do_not_pay():
     _, rounds = rounds_of(rounds=10, paying=0.05)
     assert len(rounds) < 5
+    _, rounds = rounds_of(rounds=6, paying=1.0)
+    assert len(rounds) == 6
 
 
 @pytest.mark.slow

@@ -106,7 +106,8 @@ def truncated_rounds(
         x: The observation, one.
         simulations: New simulations of a round.
         rounds: Most rounds.
-        paying: The rounds end when the next box would hold more than this share of the present one.
+        paying: The rounds end when the next box would hold more than this share of the present
+            one; at 1 none is left out, and later ones add simulations in a box that hardly shrinks.
         folder: Where the simulations and the boxes are kept, so that rounds which are finished are
             not repeated after an interrupt; None keeps nothing.
         executor: As for `sf.simulate`.
@@ -139,7 +140,8 @@ def truncated_rounds(
     require_object("estimator", estimator, (NPE, Stack), "an sf.NPE or an sf.Stack")
     require_count(1, simulations=simulations, rounds=rounds)
     require_positive(paying=paying)
-    require_fraction(paying=paying)
+    if paying != 1:
+        require_fraction(paying=paying)
     current = _prior_of(estimator)
     prior = current.base if isinstance(current, BoxPrior) else current
     # refuses priors that cannot be cut
