@@ -158,7 +158,7 @@ def _add_continuous(commands: Any) -> None:
         type=int,
         default=100,
         metavar="N",
-        help="most epochs of sbi's flow matching, whose draws are timed; 0 without sbi (100)",
+        help="most epochs of sbi's flow matching, timed where it is installed; 0 for none (100)",
     )
     _add_folder(continuous, "--results", "results")
 

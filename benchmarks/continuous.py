@@ -6,7 +6,6 @@ Public names: `DENSITIES`, `Settings`, `run`, `density_study`, `markdown`.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +19,7 @@ from scipy.spatial.distance import cdist
 import sbi_flows as sf
 from benchmarks.peers.measure import interleaved
 from benchmarks.peers.sbi_npe import fmpe_sampler
+from benchmarks.peers.table import choose
 from benchmarks.records import BadInput, Clock, provenance, writable_folder, write_json
 from simulators import Task, two_moons
 
@@ -73,8 +73,6 @@ class Settings:
                 raise BadInput(f"--{name}: expected at least 1, got {getattr(self, name)}")
         if self.peer_epochs < 0:
             raise BadInput(f"--peer-epochs: expected zero or more, got {self.peer_epochs}")
-        if self.peer_epochs and importlib.util.find_spec("sbi") is None:
-            raise BadInput("--peer-epochs: expected 0 where sbi is not installed (extra `peers`)")
 
 
 class Grid(NamedTuple):
@@ -110,7 +108,7 @@ def run(settings: Settings) -> dict[str, Any]:
         calls[name] = lambda posterior=posterior: jax.block_until_ready(
             posterior.sample(draw_key, observed, n)
         )
-    if settings.peer_epochs:
+    if settings.peer_epochs and choose(("sbi",)):
         with clock("fit sbi"):
             theta, x = np.asarray(sims.theta), np.asarray(sims.x)
             draw = fmpe_sampler(posterior.prior, theta, x, seed=SEED, epochs=settings.peer_epochs)

@@ -88,21 +88,14 @@ def histograms(simulated: Any, observed: Any, *, titles: Sequence[str]) -> Any:
     Raises:
         ValueError: Shapes that do not agree.
     """
-    import matplotlib.pyplot as plt
-
     simulated, observed = np.asarray(simulated, float), np.asarray(observed, float)
     if simulated.shape != observed.shape or simulated.shape[1:] != (len(titles),):
         raise ValueError(
             f"observed: expected shape (n, {len(titles)}) as simulated has, got "
             f"{observed.shape} and {simulated.shape}"
         )
-    across = min(COLUMNS, len(titles))
-    down = -(-len(titles) // across)
-    figure = plt.figure(figsize=(2.6 * across + 0.6, 2.1 * down + 0.4), layout="constrained")
-    panels = figure.subplots(down, across, squeeze=False).ravel()
-    for ax in panels[len(titles) :]:
-        ax.remove()
-    for i, (ax, title) in enumerate(zip(panels, titles, strict=False)):
+    panels = _panels(len(titles), (2.6, 2.1), (0.6, 0.4))
+    for i, (ax, title) in enumerate(zip(panels, titles, strict=True)):
         values, own = simulated[:, i], observed[:, i]
         edges = _edges(values, own)
         ax.hist(values, edges, color=GREY, alpha=0.5, lw=0, label="simulated")
@@ -114,11 +107,29 @@ def histograms(simulated: Any, observed: Any, *, titles: Sequence[str]) -> Any:
         ax.set(yticks=[])
         ax.tick_params(labelsize="small")
         ax.spines[["left", "right", "top"]].set_visible(False)
+    figure = panels[0].figure
     handles = panels[0].get_legend_handles_labels()[0]
     figure.legend(
         handles=handles, frameon=False, fontsize="small", ncols=2, loc="outside upper left"
     )
     return figure
+
+
+def _panels(
+    number: int, each: tuple[float, float], more: tuple[float, float], **shared: Any
+) -> np.ndarray:
+    """So many axes in rows of `COLUMNS`, sizes in inches."""
+    import matplotlib.pyplot as plt
+
+    across = min(COLUMNS, number)
+    down = -(-number // across)
+    size = (each[0] * across + more[0], each[1] * down + more[1])
+    grid = plt.figure(figsize=size, layout="constrained").subplots(
+        down, across, squeeze=False, **shared
+    )
+    for ax in grid.ravel()[number:]:
+        ax.remove()
+    return grid.ravel()[:number]
 
 
 def _edges(simulated: np.ndarray, observed: np.ndarray) -> np.ndarray:
@@ -156,25 +167,18 @@ def probabilities(
     Returns:
         The figure, with one axes a parameter.
     """
-    import matplotlib.pyplot as plt
-
     draws, probability, band = np.asarray(draws), np.asarray(probability), np.asarray(band)
-    columns = min(3, len(labels))
-    rows = -(-len(labels) // columns)
-    size = (3.2 * columns + 0.8, 2.6 * rows + 0.8)
-    figure = plt.figure(figsize=size, layout="constrained")
-    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
-    for i, (ax, label) in enumerate(zip(panels, labels, strict=False)):
+    panels = _panels(len(labels), (3.2, 2.6), (0.8, 0.8), sharey=True)
+    for i, (ax, label) in enumerate(zip(panels, labels, strict=True)):
         ax.plot(draws[:, i], probability, ".", color=COLOURS[0], ms=2, alpha=0.25, mew=0)
         chance = {"color": GREY, "alpha": 0.4, "lw": 0, "label": "90% by chance"}
         ax.fill_between(points[i], *band[:, i], **chance)
         ax.plot(points[i], curve[i], color=COLOURS[1], lw=1.6, label="mean")
         ax.axhline(0.5, color=GREY, lw=0.8)
         ax.set(xlabel=label, ylim=(0, 1))
-    for ax in panels[len(labels) :]:
-        ax.remove()
-    for ax in panels[::columns][:rows]:
+    for ax in panels[::COLUMNS]:
         ax.set_ylabel("probability of truth\n(above 1/2: too few draws)")
     panels[0].legend(frameon=False, fontsize="small", loc="upper right")
-    figure.suptitle(textwrap.fill(title, 34 * columns), fontsize="medium")
+    figure = panels[0].figure
+    figure.suptitle(textwrap.fill(title, 34 * min(COLUMNS, len(labels))), fontsize="medium")
     return figure

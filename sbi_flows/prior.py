@@ -1,7 +1,8 @@
 """The prior: named parameters, a flat vector, and a bijection to standard coordinates.
 
-Public names: `Prior`, `as_prior`. A prior is given as a numpyro distribution, a dict of them, or a
-numpyro model function with latent sites only; `as_prior` turns any of these into a `Prior` once.
+Public names: `Prior`, `as_prior`, `labels`. A prior is given as a numpyro distribution, a dict of
+them, or a numpyro model function with latent sites only; `as_prior` turns any of these into a
+`Prior` once.
 """
 
 from __future__ import annotations

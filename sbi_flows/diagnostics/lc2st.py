@@ -30,7 +30,7 @@ from sbi_flows.diagnostics.local_classifier import (
     neighbours,
 )
 from sbi_flows.diagnostics.local_errors import Errors, Near, errors_of, findings_of, verdict_of
-from sbi_flows.diagnostics.ranks import Derived, PosteriorLike, chunks_of, usable
+from sbi_flows.diagnostics.ranks import PosteriorLike, chunks_of, innermost, usable
 from sbi_flows.diagnostics.tables import p_text, table
 from sbi_flows.diagnostics.verdict import Finding
 from sbi_flows.errors import SbiFlowsError, SimulationFailed
@@ -384,8 +384,7 @@ def _standard(prior: Prior, theta: Any) -> Array:
 def _features(posterior: PosteriorLike, x: Obs, observed: Obs) -> np.ndarray:
     """What an embedding makes of the N data sets and, last, of the observation, else entries."""
     joined = jax.tree.map(lambda a, b: np.concatenate([a, np.asarray(b, a.dtype)]), x, observed)
-    while isinstance(posterior, Derived):
-        posterior = posterior.posterior
+    posterior = innermost(posterior)
     if not isinstance(posterior, Posterior):
         return np.asarray(fit_standardiser(x)(joined))
     features = posterior.features(joined)

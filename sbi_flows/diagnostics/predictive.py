@@ -26,7 +26,7 @@ from sbi_flows.diagnostics.discrepancies import (
     judged,
     two_sided,
 )
-from sbi_flows.diagnostics.ranks import Derived, PosteriorLike
+from sbi_flows.diagnostics.ranks import PosteriorLike, innermost
 from sbi_flows.diagnostics.tables import p_text, table
 from sbi_flows.errors import SimulationFailed
 from sbi_flows.posteriors import Posterior, as_batch
@@ -219,8 +219,7 @@ def _compared(simulated: Obs, observed: Obs, num_failed: int) -> Predictive:
 
 def _embedding_p(posterior: PosteriorLike, simulated: Obs, observed: Obs) -> float | None:
     """`_distance_p` in the output of the embedding, where the posterior has one."""
-    while isinstance(posterior, Derived):
-        posterior = posterior.posterior
+    posterior = innermost(posterior)
     if not isinstance(posterior, Posterior) or posterior.blueprints[0].embedding is None:
         return None
     first = partial(spaces_of, posterior.blueprints[0], posterior.weights[0])

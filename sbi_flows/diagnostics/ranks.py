@@ -2,7 +2,7 @@
 
 Every calibration check needs the same draws: `draw_pass` takes them once, a chunk of data sets at
 a time in one compiled shape, and keeps only numbers per data set. Public names: `draw_pass`,
-`Ranks`, `Derived`, `usable`, `chunks_of`.
+`Ranks`, `Derived`, `innermost`, `usable`, `chunks_of`.
 """
 
 from __future__ import annotations
@@ -69,6 +69,13 @@ class Derived:
         from sbi_flows.artefact.files import save
 
         save(self, path, report=report)
+
+
+def innermost(posterior: PosteriorLike) -> PosteriorLike:
+    """What a posterior was made of in the first place, or the posterior itself."""
+    while isinstance(posterior, Derived):
+        posterior = posterior.posterior
+    return posterior
 
 
 CHUNK = 4_000_000
