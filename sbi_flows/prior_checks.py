@@ -1,6 +1,7 @@
 """What a prior is refused for before anything is drawn from it.
 
-Public names: `require_site`, `require_names`, `require_parameters`, `require_model`.
+Public names: `require_site`, `require_names`, `require_parameters`, `require_model`,
+`base_of`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from sbi_flows.checks import real_arrays, require_count, require_positive
 from sbi_flows.data import observation_shape
 from sbi_flows.diagnostics.predictive import MIN_DRAWS, simulated_at
-from sbi_flows.diagnostics.ranks import Derived, PosteriorLike
+from sbi_flows.diagnostics.ranks import PosteriorLike, innermost
 from sbi_flows.diagnostics.tables import table
 from sbi_flows.errors import SbiFlowsError
 from sbi_flows.posteriors import as_batch
@@ -180,9 +180,7 @@ def data_sensitivity(
     """
     require_count(MIN_DRAWS, draws=draws)
     require_positive(step=step)
-    base = posterior
-    while isinstance(base, Derived):
-        base = base.posterior
+    base = innermost(posterior)
     own: Any = getattr(base, "standardiser", None)
     if simulator is not None and unit is not None:
         raise ValueError("unit: expected none beside a simulator, got both")
