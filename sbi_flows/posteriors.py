@@ -235,7 +235,7 @@ class Posterior:
         """Warn once if a single observation is not typical of the training simulations."""
         if single and self.typicality is not None:
             labels = partial(entry_labels, self.observation)
-            values = partial(spaces_of, self.blueprints[0], self.weights[0], features)
+            values = partial(self._spaces, features)
             self.typicality.gate(features, labels, values, stacklevel)
 
     def _draw(self, key: Key, x: Obs, n: int, *, with_log_prob: bool) -> tuple[Array, Array]:
@@ -292,6 +292,13 @@ class Posterior:
     def features(self, x: Obs) -> Array:
         """Standardised features (B, C) of a batch of observations, or (1, C) of one."""
         return self._features(x)[0]
+
+    def spaces(self, x: Obs) -> tuple[np.ndarray, ...]:
+        """`features`, and where there is an embedding what the first member makes of them."""
+        return self._spaces(self.features(x))
+
+    def _spaces(self, features: Array) -> tuple[np.ndarray, ...]:
+        return spaces_of(self.blueprints[0], self.weights[0], features)
 
     def is_single(self, x: Obs) -> bool:
         """Whether x is one observation, and no batch of them."""

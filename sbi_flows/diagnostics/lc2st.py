@@ -38,7 +38,6 @@ from sbi_flows.posteriors import Posterior, as_batch
 from sbi_flows.prior import Prior
 from sbi_flows.simulating import simulate
 from sbi_flows.standardise import fit_standardiser
-from sbi_flows.typicality import spaces_of
 from sbi_flows.typing import Key, Obs, Simulator
 
 MIN_SIMULATIONS, MIN_NEAR, MIN_DRAWS, MIN_PERMUTATIONS = 400, 200, 200, 19
@@ -387,5 +386,4 @@ def _features(posterior: PosteriorLike, x: Obs, observed: Obs) -> np.ndarray:
     posterior = innermost(posterior)
     if not isinstance(posterior, Posterior):
         return np.asarray(fit_standardiser(x)(joined))
-    features = posterior.features(joined)
-    return spaces_of(posterior.blueprints[0], posterior.weights[0], features)[-1]
+    return posterior.spaces(joined)[-1]

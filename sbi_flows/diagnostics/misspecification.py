@@ -19,7 +19,7 @@ from sbi_flows.checks import require_object
 from sbi_flows.diagnostics.tables import p_text, table
 from sbi_flows.posteriors import Posterior
 from sbi_flows.standardise import entry_labels
-from sbi_flows.typicality import Typicality, spaces_of
+from sbi_flows.typicality import Typicality
 from sbi_flows.typing import Obs
 
 
@@ -189,7 +189,7 @@ def misspecification(posterior: Posterior, x: Obs, *, level: float = 0.05) -> Mi
     known = _known(posterior, level)
     if not posterior.is_single(x):
         raise ValueError("x: expected one observation, got a batch; sf.anomalies takes batches")
-    values = _values(posterior, x)
+    values = posterior.spaces(x)
     judged, space = known.judged(values), known.spaces[0]
     z = space.standard(values[0])
     errors = space.errors(z)[1]
@@ -241,7 +241,7 @@ def anomalies(posterior: Posterior, xs: Obs) -> Anomalies:
     known = _known(posterior, 0.5)
     if posterior.is_single(xs):
         raise ValueError("xs: expected a batch, got one observation; see misspecification")
-    judged = known.judged(_values(posterior, xs))
+    judged = known.judged(posterior.spaces(xs))
     return Anomalies(p_value=judged.p_value, score=judged.score, tests=judged.tests)
 
 
@@ -251,10 +251,6 @@ def _known(posterior: Posterior, level: float) -> Typicality:
     if posterior.typicality is None:
         raise ValueError("posterior: expected one that knows its simulations, got none")
     return posterior.typicality
-
-
-def _values(posterior: Posterior, x: Obs) -> tuple[np.ndarray, ...]:
-    return spaces_of(posterior.blueprints[0], posterior.weights[0], posterior.features(x))
 
 
 def _check_level(level: float) -> None:

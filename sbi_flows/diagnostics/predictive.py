@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -33,7 +32,6 @@ from sbi_flows.posteriors import Posterior, as_batch
 from sbi_flows.prior import Prior
 from sbi_flows.simulating import simulate_at
 from sbi_flows.standardise import entry_labels, fit_standardiser, flatten_rows
-from sbi_flows.typicality import spaces_of
 from sbi_flows.typing import Key, Obs, Simulator
 
 MIN_DRAWS = 100
@@ -222,8 +220,7 @@ def _embedding_p(posterior: PosteriorLike, simulated: Obs, observed: Obs) -> flo
     posterior = innermost(posterior)
     if not isinstance(posterior, Posterior) or posterior.blueprints[0].embedding is None:
         return None
-    first = partial(spaces_of, posterior.blueprints[0], posterior.weights[0])
-    sets = (first(posterior.features(x))[1] for x in (simulated, observed))
+    sets = (posterior.spaces(x)[1] for x in (simulated, observed))
     simulations, (own,) = (np.asarray(rows, float) for rows in sets)
     return _distance_p(simulations, own)
 
