@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 import sbi_flows as sf
 import simulators
 from benchmarks.records import BadInput, provenance, writable_folder, write_json
-from benchmarks.runner import observations_of, references_of
+from benchmarks.runner import describe, observations_of, references_of
 from benchmarks.settings import Settings
 from sbi_flows.diagnostics import c2st_jax
 from sbi_flows.typing import Key, Obs
@@ -41,21 +40,29 @@ class Case:
         simulations: New simulations a round.
         rounds: Most rounds.
         summary: What the posterior is given of an observation.
-        density: The kind of posterior.
+        estimator: Prior to estimator.
         paying: As of `sf.truncated_rounds`; 1 spends the whole budget, whatever it pays.
     """
 
     simulations: int
     rounds: int
     summary: Callable[[Any], Obs] = _same
-    density: sf.NSF | sf.MAF = field(default_factory=sf.NSF)
+    estimator: Callable[[Any], sf.NPE] = sf.NPE
     paying: float = 0.7
 
 
+def _emulated(prior: Any) -> sf.NPE:
+    return sf.NPE(prior, emulator=sf.Emulator(), members=2)
+
+
+def _affine(prior: Any) -> sf.NPE:
+    return sf.NPE(prior, sf.MAF())
+
+
 CASES: Mapping[str, Case] = {
-    "sir": Case(2_500, 4, paying=1.0),
+    "sir": Case(5_000, 2, estimator=_emulated, paying=1.0),
     # one mode, close to a Gaussian
-    "lynx_hare": Case(15_000, 4, with_fit, sf.MAF()),
+    "lynx_hare": Case(15_000, 4, with_fit, _affine),
 }
 """Tasks by name."""
 
@@ -96,8 +103,8 @@ def run(
             found[name].append({"observation": i, **result})
             print(markdown({name: found[name][-1:]})[-1], flush=True)
     print("\n".join(markdown(found)), flush=True)
-    densities = {name: repr(CASES[name].density) for name in found}
-    record = {**provenance(), "kind": "rounds", "densities": densities, "rounds": found}
+    used = {name: describe(CASES[name].estimator(simulators.get(name).prior)) for name in found}
+    record = {**provenance(), "kind": "rounds", "estimators": used, "rounds": found}
     write_json(folder / "rounds.json", record)
     return record
 
@@ -125,7 +132,7 @@ def rounds_at(key: Key, task: Task, case: Case, x: Obs, reference: Any) -> dict[
     given = jax.jit(case.summary)(x)
     posterior, rounds = sf.truncated_rounds(
         rounds_key,
-        sf.NPE(task.prior, case.density),
+        case.estimator(task.prior),
         simulator,
         given,
         simulations=case.simulations,
