@@ -211,6 +211,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.* requires ndarray or scalar arguments:DeprecationWarning")
 @pytest.mark.parametrize("name", REFUSED)
 def test_priors_that_are_none(name):
     given = REFUSED[name]()
@@ -240,6 +241,7 @@ def stores(tmp_path_factory):
     return Stores(tmp_path_factory.mktemp("stores"))
 
 
+@pytest.mark.filterwarnings("ignore:Object at .* is not recognized as a component")
 @settings(max_examples=20)
 @given(seed=SEEDS)
 def test_spoilt_stores(stores, seed):

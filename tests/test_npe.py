@@ -162,7 +162,9 @@ def test_constant_and_heavy_tailed_features_do_no_harm(named):
     posterior, _, sims = named
     x = jax.tree.map(lambda leaf: leaf[0], sims.x)
     for strange in ({"outlier": jnp.float32(1e9)}, {"constant": jnp.full(2, 50.0)}):
-        draws, log_prob = posterior.sample_and_log_prob(jax.random.key(3), x | strange, 100)
+        (name,) = strange
+        with pytest.warns(sf.SbiFlowsWarning, match=rf"not typical .*: {name}"):
+            draws, log_prob = posterior.sample_and_log_prob(jax.random.key(3), x | strange, 100)
         assert np.all(np.isfinite(draws))
         assert np.all(np.isfinite(log_prob))
 

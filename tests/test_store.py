@@ -100,6 +100,7 @@ def test_a_store_grows_and_is_opened_again(tmp_path):
         assert len(again.simulate(KEY, PRIOR, noisy, 30)) == 50
 
 
+@pytest.mark.filterwarnings("ignore:Object at theta is not recognized as a component")
 def test_rows_are_counted_without_a_look_at_the_arrays(tmp_path):
     """A store of many chunks has several arrays in each, and a request for each is slow."""
     stored(tmp_path / "s")
