@@ -100,6 +100,14 @@ def test_a_store_grows_and_is_opened_again(tmp_path):
         assert len(again.simulate(KEY, PRIOR, noisy, 30)) == 50
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_chunk_that_was_hardly_begun_is_not_missed(tmp_path):
+    _, sims = stored(tmp_path / "s")
+    (tmp_path / "s" / "rows" / "000000000050").mkdir()
+    (tmp_path / "s" / "rows" / "000000000050" / "zarr.json.partial").touch()
+    same(sims, sf.SimulationStore(tmp_path / "s").simulations())
+
+
 @pytest.mark.filterwarnings("ignore:Object at theta is not recognized as a component")
 def test_rows_are_counted_without_a_look_at_the_arrays(tmp_path):
     """A store of many chunks has several arrays in each, and a request for each is slow."""
