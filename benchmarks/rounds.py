@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +52,10 @@ class Case:
     paying: float = 0.7
 
 
-def _emulated(prior: Any) -> sf.NPE:
-    return sf.NPE(prior, emulator=sf.Emulator(), members=2)
-
-
-def _affine(prior: Any) -> sf.NPE:
-    return sf.NPE(prior, sf.MAF())
-
-
 CASES: Mapping[str, Case] = {
-    "sir": Case(5_000, 2, estimator=_emulated, paying=1.0),
+    "sir": Case(5_000, 2, estimator=partial(sf.NPE, emulator=sf.Emulator(), members=2), paying=1.0),
     # one mode, close to a Gaussian
-    "lynx_hare": Case(15_000, 4, with_fit, _affine),
+    "lynx_hare": Case(15_000, 4, with_fit, partial(sf.NPE, density=sf.MAF())),
 }
 """Tasks by name."""
 
@@ -90,8 +83,10 @@ def run(
         raise BadInput(f"--tasks: expected names out of {', '.join(CASES)}; got {got}")
     folder = writable_folder(folder, "--results")
     found: dict[str, list[dict[str, Any]]] = {}
+    used: dict[str, dict[str, Any]] = {}
     for name in tasks or CASES:
         task, source = simulators.get(name), observations_from
+        used[name] = describe(CASES[name].estimator(task.prior))
         if source is not None and not (source / f"{name}.npz").exists():
             source = None
         observed = observations_of(task, Settings(tasks=(name,), observations_from=source))
@@ -103,7 +98,6 @@ def run(
             found[name].append({"observation": i, **result})
             print(markdown({name: found[name][-1:]})[-1], flush=True)
     print("\n".join(markdown(found)), flush=True)
-    used = {name: describe(CASES[name].estimator(simulators.get(name).prior)) for name in found}
     record = {**provenance(), "kind": "rounds", "estimators": used, "rounds": found}
     write_json(folder / "rounds.json", record)
     return record
