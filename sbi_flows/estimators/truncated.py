@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbi_flows.checks import require_count, require_fraction, require_object, require_positive
+from sbi_flows.checks import require_count, require_object, require_positive
 from sbi_flows.data import Simulations
 from sbi_flows.errors import SbiFlowsWarning
 from sbi_flows.estimators.npe import NPE
@@ -140,8 +140,8 @@ def truncated_rounds(
     require_object("estimator", estimator, (NPE, Stack), "an sf.NPE or an sf.Stack")
     require_count(1, simulations=simulations, rounds=rounds)
     require_positive(paying=paying)
-    if paying != 1:
-        require_fraction(paying=paying)
+    if paying > 1:
+        raise ValueError(f"paying: expected a number in (0, 1], got {paying!r}")
     current = _prior_of(estimator)
     prior = current.base if isinstance(current, BoxPrior) else current
     # refuses priors that cannot be cut
