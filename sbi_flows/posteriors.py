@@ -294,7 +294,7 @@ class Posterior:
         return self._features(x)[0]
 
     def spaces(self, x: Obs) -> tuple[np.ndarray, ...]:
-        """`features`, and where there is an embedding what the first member makes of them."""
+        """Features (B, C) and, where there is an embedding, what its first member makes of them."""
         return self._spaces(self.features(x))
 
     def _spaces(self, features: Array) -> tuple[np.ndarray, ...]:

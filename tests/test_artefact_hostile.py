@@ -45,7 +45,7 @@ def target(tmp_path_factory):
     return tmp_path_factory.mktemp("hostile") / "x.sbif"
 
 
-@settings(max_examples=100)
+@settings(max_examples=200)
 @given(which=st.integers(0, len(ATTACKS) - 1), seed=st.integers(0, 2**32))
 def test_spoilt_and_forged_files_are_refused_by_name(target, which, seed):
     target.write_bytes(ATTACKS[which].make(seed))
