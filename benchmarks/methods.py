@@ -13,7 +13,7 @@ import jax
 
 import sbi_flows as sf
 from benchmarks.records import BadInput
-from sbi_flows.typing import Key
+from sbi_flows.core.typing import Key
 from simulators import Task
 
 DEFAULT = "stack"

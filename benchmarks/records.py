@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sbi_flows.whole import whole_file
+from sbi_flows.core.files import whole_file
 
 SCHEMA = 2
 """Version of the records' layout."""
@@ -100,7 +100,7 @@ def now() -> str:
 
 
 def writable_folder(path: Path, option: str) -> Path:
-    """`sbi_flows.checks.writable_folder`, as bad input of an option.
+    """`sbi_flows.core.checks.writable_folder`, as bad input of an option.
 
     Raises:
         BadInput: It cannot be made or written to; the message names the option.

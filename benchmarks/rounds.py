@@ -20,8 +20,8 @@ import simulators
 from benchmarks.records import BadInput, provenance, writable_folder, write_json
 from benchmarks.runner import describe, observations_of, references_of
 from benchmarks.settings import Settings
+from sbi_flows.core.typing import Key, Obs
 from sbi_flows.diagnostics import c2st_jax
-from sbi_flows.typing import Key, Obs
 from simulators import Task
 from simulators.lynx_hare_fit import with_fit
 

@@ -18,8 +18,8 @@ import optax
 from jax import Array
 from jax.scipy.special import logit
 
-from sbi_flows.precision import full_precision
-from sbi_flows.typing import Key
+from sbi_flows.core.precision import full_precision
+from sbi_flows.core.typing import Key
 
 ROWS = 50_000
 """Rows that are used, at most."""

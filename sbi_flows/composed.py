@@ -26,15 +26,15 @@ from flax import nnx
 from jax import Array
 
 from sbi_flows import mixtures
-from sbi_flows.checks import require_count, require_object
+from sbi_flows.core.checks import require_count, require_object
+from sbi_flows.core.precision import full_precision
+from sbi_flows.core.typing import Key, Obs
 from sbi_flows.densities.conditional import Blueprint, Conditional, Weights, graph_of
 from sbi_flows.densities.matching import Diffusion, FlowMatching, Matching
 from sbi_flows.densities.paths import Path
 from sbi_flows.densities.samplers import VelocityFunction, score
 from sbi_flows.posteriors import ENTRIES, Posterior
-from sbi_flows.precision import full_precision
 from sbi_flows.prior import Prior
-from sbi_flows.typing import Key, Obs
 
 FIRST, LAST = 3.0, 0.03
 """Ratios of noise to signal from the first to the last level; training sees few smaller ones."""

@@ -16,14 +16,14 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from sbi_flows.checks import (
+from sbi_flows.core.checks import (
     plain_array,
     real_array,
     real_arrays,
     require_real,
     require_room,
 )
-from sbi_flows.typing import Obs
+from sbi_flows.core.typing import Obs
 
 CHUNK = 2**24
 """Numbers of observations on disk that are looked at together."""

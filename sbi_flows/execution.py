@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbi_flows.checks import require_count
+from sbi_flows.core.checks import require_count
+from sbi_flows.core.typing import Key
 from sbi_flows.processes import Limits, Process, packed
-from sbi_flows.typing import Key
 from sbi_flows.worker import Job, Row
 
 _WAITING = 64

@@ -17,13 +17,13 @@ import optax
 from flax import nnx
 from jax import Array
 
+from sbi_flows.core.precision import full_precision
+from sbi_flows.core.typing import Key
 from sbi_flows.densities.base import sample_each
 from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
 from sbi_flows.networks.mlp import hashed_words
-from sbi_flows.precision import full_precision
 from sbi_flows.prior import Prior
 from sbi_flows.prior_maps import HALF_WIDTH
-from sbi_flows.typing import Key
 
 Parts: TypeAlias = tuple[tuple[Blueprint, float], ...]
 """What is static about a mixture: the blueprint and the share of each ensemble."""

@@ -15,13 +15,13 @@ import numpy as np
 from jax import Array
 
 from sbi_flows import mixtures
-from sbi_flows.checks import random_key, real_array, real_arrays, require_count, require_room
+from sbi_flows.core.checks import random_key, real_array, real_arrays, require_count, require_room
+from sbi_flows.core.errors import SolveFailed
+from sbi_flows.core.typing import Key, Obs
 from sbi_flows.densities.conditional import Blueprint, Weights, by_solving
-from sbi_flows.errors import SolveFailed
 from sbi_flows.prior import Prior
 from sbi_flows.standardise import Standardiser, entry_labels
 from sbi_flows.typicality import Typicality, spaces_of
-from sbi_flows.typing import Key, Obs
 
 ENTRIES = 2**18
 """Parameter entries (draws times d) in one compiled call, which bounds the memory."""

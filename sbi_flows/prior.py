@@ -19,8 +19,9 @@ import numpyro.distributions as dist
 from jax import Array
 from jax.typing import ArrayLike
 
-from sbi_flows.checks import random_key, real_array, require_count, require_room
-from sbi_flows.precision import full_precision
+from sbi_flows.core.checks import random_key, real_array, require_count, require_room
+from sbi_flows.core.precision import full_precision
+from sbi_flows.core.typing import Key
 from sbi_flows.prior_checks import (
     base_of,
     require_model,
@@ -29,7 +30,6 @@ from sbi_flows.prior_checks import (
     require_site,
 )
 from sbi_flows.prior_maps import SiteMap, keep_inside, site_map
-from sbi_flows.typing import Key
 
 PriorLike = Any
 """A numpyro `Distribution`, a dict `{name: Distribution}`, a numpyro model or a `Prior`."""

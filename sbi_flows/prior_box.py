@@ -16,9 +16,9 @@ from jax.scipy.special import ndtr, ndtri
 from jax.scipy.stats import norm
 from jax.typing import ArrayLike
 
+from sbi_flows.core.typing import Key
 from sbi_flows.prior import Prior, labels
 from sbi_flows.prior_maps import HALF_WIDTH, CdfMap, IntervalMap, NormalMap, positive
-from sbi_flows.typing import Key
 
 _EDGE = 1e-6
 """Share of the box next to a face in which coordinates are those of its inner end."""

@@ -20,7 +20,7 @@ from jax import Array
 from jax.core import Tracer
 from numpyro.distributions.constraints import is_dependent
 
-from sbi_flows.checks import plain_array, require_real
+from sbi_flows.core.checks import plain_array, require_real
 
 MOST_NAME = 256
 """Characters of a name."""

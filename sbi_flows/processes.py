@@ -19,7 +19,7 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-from sbi_flows.errors import SimulationFailed
+from sbi_flows.core.errors import SimulationFailed
 from sbi_flows.worker import OUT_OF_MEMORY, PRINTED, Job, Row, by_name, encoded, row_of
 
 _SAID = 2_000

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sbi_flows.typing import Key
+from sbi_flows.core.typing import Key
 
 MOST_STEPS = 2**16
 """Numbers that many steps apart are not taken for multiples of a step: rounding makes any so."""

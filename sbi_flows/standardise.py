@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sbi_flows.typing import Obs
+from sbi_flows.core.typing import Obs
 
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 

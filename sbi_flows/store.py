@@ -19,16 +19,16 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from sbi_flows.checks import require_count
-from sbi_flows.checksums import checksum
+from sbi_flows.core.checks import require_count
+from sbi_flows.core.checksums import checksum
+from sbi_flows.core.errors import StoreBusy, StoreSpoilt
+from sbi_flows.core.typing import Key, Simulator
 from sbi_flows.data import Simulations
-from sbi_flows.errors import StoreBusy, StoreSpoilt
 from sbi_flows.execution import Executor
 from sbi_flows.failures import Failures
 from sbi_flows.prior import Prior, PriorLike, as_prior
 from sbi_flows.simulating import check_simulator, identity, report_failures, simulated_rows
 from sbi_flows.store_chunks import Column, Sealed, opened, read, reading, sealed
-from sbi_flows.typing import Key, Simulator
 from sbi_flows.worker import bare
 
 FORMAT = 1

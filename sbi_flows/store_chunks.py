@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sbi_flows.checks import require_room
+from sbi_flows.core.checks import require_room
+from sbi_flows.core.errors import SbiFlowsError, StoreSpoilt
 from sbi_flows.data import MOST, Lazy
-from sbi_flows.errors import SbiFlowsError, StoreSpoilt
 
 CODECS = {"BytesCodec", "ZstdCodec", "GzipCodec", "BloscCodec", "Crc32cCodec"}
 """Those of zarr that only turn bytes into numbers."""

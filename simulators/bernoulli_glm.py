@@ -11,8 +11,8 @@ import numpyro
 import numpyro.distributions as dist
 from jax import Array
 
-from sbi_flows.precision import full_precision
-from sbi_flows.typing import Key
+from sbi_flows.core.precision import full_precision
+from sbi_flows.core.typing import Key
 from simulators import mcmc
 from simulators.task import Task
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
 
-from sbi_flows.typing import Key
+from sbi_flows.core.typing import Key
 from simulators.task import Task
 
 DIM = 10

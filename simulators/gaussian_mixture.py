@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
 
-from sbi_flows.typing import Key
+from sbi_flows.core.typing import Key
 from simulators.sampling import log_interval_mass, truncated_normal
 from simulators.task import Task
 

@@ -11,7 +11,7 @@ import numpyro
 import numpyro.distributions as dist
 from jax import Array
 
-from sbi_flows.typing import Key
+from sbi_flows.core.typing import Key
 from simulators import mcmc, ode
 from simulators.lynx_hare_model import vector_field
 from simulators.task import Task

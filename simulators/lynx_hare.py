@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sbi_flows.typing import Key
+from sbi_flows.core.typing import Key
 from simulators import mcmc
 from simulators.lynx_hare_model import YEARS, checked, numpyro_model, prior, solve
 from simulators.task import Task

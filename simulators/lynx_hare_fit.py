@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sbi_flows.precision import full_precision
+from sbi_flows.core.precision import full_precision
 from simulators.lynx_hare_model import YEARS, vector_field
 
 STEPS_A_YEAR = 6

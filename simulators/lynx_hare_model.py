@@ -15,7 +15,7 @@ import numpyro.distributions as dist
 from jax import Array
 from numpyro.infer import MCMC
 
-from sbi_flows.typing import Key
+from sbi_flows.core.typing import Key
 from simulators import mcmc, ode
 
 YEARS = 21

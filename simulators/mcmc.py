@@ -20,8 +20,8 @@ from numpyro import handlers
 from numpyro.infer import MCMC, NUTS
 from numpyro.infer.util import potential_energy
 
-from sbi_flows.precision import full_precision
-from sbi_flows.typing import Key
+from sbi_flows.core.precision import full_precision
+from sbi_flows.core.typing import Key
 from simulators.task import ReferenceFailed
 
 CHAINS = 4

@@ -17,9 +17,9 @@ from jax import Array
 from numpyro import handlers
 from numpyro.infer.util import log_density
 
-from sbi_flows.precision import full_precision
+from sbi_flows.core.precision import full_precision
+from sbi_flows.core.typing import Key, Obs
 from sbi_flows.prior import as_prior
-from sbi_flows.typing import Key, Obs
 from simulators import mcmc
 from simulators.task import Task
 

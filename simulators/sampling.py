@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.scipy.special import log_ndtr, ndtr, ndtri
 
-from sbi_flows.typing import Key
+from sbi_flows.core.typing import Key
 
 
 def rejection(

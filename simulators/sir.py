@@ -12,7 +12,7 @@ import numpyro
 import numpyro.distributions as dist
 from jax import Array
 
-from sbi_flows.typing import Key
+from sbi_flows.core.typing import Key
 from simulators import mcmc, ode
 from simulators.task import Task
 

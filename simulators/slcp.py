@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array, lax
 
-from sbi_flows.precision import full_precision
-from sbi_flows.typing import Key
+from sbi_flows.core.precision import full_precision
+from sbi_flows.core.typing import Key
 from simulators.sampling import rejection
 from simulators.task import Task
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sbi_flows.typing import Key
+from sbi_flows.core.typing import Key
 from simulators.slcp import slcp
 from simulators.task import Task
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sbi_flows.whole import whole_file
+from sbi_flows.core.files import whole_file
 
 FOLDER = Path(__file__).parent / "references"
 """What ships with the package."""

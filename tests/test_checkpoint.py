@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 import sbi_flows as sf
-from sbi_flows.errors import SbiFlowsWarning
+from sbi_flows.core.errors import SbiFlowsWarning
 from sbi_flows.training import checkpoint, ensemble
 from tests import test_training
 from tests.cases import unchecked

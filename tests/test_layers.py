@@ -264,7 +264,10 @@ def test_an_upward_import_is_found(unit, source):
 @pytest.mark.parametrize(
     ("unit", "source"),
     [
-        ("data", "from sbi_flows.prior import Prior, as_prior\nfrom sbi_flows.typing import Key"),
+        (
+            "data",
+            "from sbi_flows.prior import Prior, as_prior\nfrom sbi_flows.core.typing import Key",
+        ),
         ("densities", "from sbi_flows.densities.base import Density"),
         ("posteriors", "def plot(self):\n    from sbi_flows.plots import corner"),
     ],

@@ -14,7 +14,7 @@ from flax import nnx
 from scipy import stats
 
 import sbi_flows as sf
-from sbi_flows.errors import SimulationFailed, TrainingDiverged
+from sbi_flows.core.errors import SimulationFailed, TrainingDiverged
 from sbi_flows.networks import ResidualMLP
 from tests import cases
 

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 import sbi_flows as sf
-from sbi_flows.errors import SbiFlowsWarning, TrainingDiverged
+from sbi_flows.core.errors import SbiFlowsWarning, TrainingDiverged
 from sbi_flows.estimators.stacking import _without_small, stacking_weights
 from tests import cases
 

@@ -8,8 +8,8 @@ import pytest
 
 import sbi_flows as sf
 from sbi_flows import training
+from sbi_flows.core.errors import SbiFlowsError, TrainingDiverged
 from sbi_flows.densities.conditional import Blueprint, Sizes, Weights
-from sbi_flows.errors import SbiFlowsError, TrainingDiverged
 from sbi_flows.training import ensemble, fitting, members
 
 ROWS, DIM, MEMBERS, BATCH = 300, 2, 2, 64

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from sbi_flows.typing import Obs
+from sbi_flows.core.typing import Obs
 
 Watch: TypeAlias = Callable[[], None]
 """Called after each epoch, when `sample` and `log_prob` use the weights of this epoch."""

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from benchmarks.peers.contestant import Contestant
-from sbi_flows.typing import Obs
+from sbi_flows.core.typing import Obs
 
 
 class Data(NamedTuple):

@@ -25,7 +25,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from sbi_flows.artefact.strict import checked, counted, fields, items, parse, written
-from sbi_flows.errors import ArtefactError
+from sbi_flows.core.errors import ArtefactError
 
 MOST_HEADER = 2**22
 """Bytes of the header: as Python objects they take some twenty times as much."""

@@ -20,7 +20,7 @@ import numpyro.distributions as dist
 from numpyro.distributions import constraints, transforms
 
 from sbi_flows.artefact.strict import checked, counted, fields, items, number
-from sbi_flows.errors import ArtefactError
+from sbi_flows.core.errors import ArtefactError
 
 Tensors = dict[str, np.ndarray]
 """By name; what is written is added."""

@@ -16,11 +16,11 @@ from flax import nnx
 
 from sbi_flows.artefact.settings import MOST, MOST_LAYERS
 from sbi_flows.artefact.strict import checked, counted, fields
+from sbi_flows.core.errors import ArtefactError
+from sbi_flows.core.precision import full_precision
 from sbi_flows.densities.conditional import Blueprint, Embedding, Weights, graph_of
-from sbi_flows.errors import ArtefactError
 from sbi_flows.networks.graph import PointCloud
 from sbi_flows.networks.mlp import ResidualMLP
-from sbi_flows.precision import full_precision
 
 _CLASSES = {kind.__name__: kind for kind in (ResidualMLP, PointCloud)}
 

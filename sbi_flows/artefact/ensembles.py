@@ -25,9 +25,9 @@ from sbi_flows.artefact import container, embeddings, settings
 from sbi_flows.artefact.container import Entry
 from sbi_flows.artefact.distributions import Tensors
 from sbi_flows.artefact.strict import checked, counted, fields, items
+from sbi_flows.core.errors import ArtefactError
+from sbi_flows.core.typing import Obs
 from sbi_flows.densities.conditional import Blueprint, Embedding, Sizes, Weights, initial_weights
-from sbi_flows.errors import ArtefactError
-from sbi_flows.typing import Obs
 
 MOST_ENSEMBLES, MOST_MEMBERS, MOST_LEAVES = 64, 2**12, 2**10
 

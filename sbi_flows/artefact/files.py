@@ -24,15 +24,15 @@ from sbi_flows.artefact import corrections, embeddings, ensembles, gates, priors
 from sbi_flows.artefact.container import Entry, File, packed
 from sbi_flows.artefact.distributions import Tensors
 from sbi_flows.artefact.strict import checked, counted, fields, items, number
+from sbi_flows.core.errors import ArtefactError
+from sbi_flows.core.files import whole_file
+from sbi_flows.core.record import versions
 from sbi_flows.densities.conditional import Embedding, check_embedding
 from sbi_flows.diagnostics.ranks import Derived
-from sbi_flows.errors import ArtefactError
 from sbi_flows.posteriors import Posterior
 from sbi_flows.prior import Prior, PriorLike, as_prior
-from sbi_flows.record import versions
 from sbi_flows.standardise import Standardiser
 from sbi_flows.typicality import widths
-from sbi_flows.whole import whole_file
 
 FORMAT = 2
 """Version of the document, which later versions of the library go on reading. A file is of the
@@ -152,8 +152,8 @@ def _described(given: Posterior | Derived, report: Any) -> tuple[dict[str, Any],
 
 
 def _plain_report(report: Any) -> Any:
+    from sbi_flows.core.record import plain
     from sbi_flows.diagnostics import Report
-    from sbi_flows.record import plain
 
     if not isinstance(report, Report):
         raise ValueError(f"report: expected an sf.Report, got {type(report).__name__}")

@@ -11,7 +11,7 @@ import numpy as np
 
 from sbi_flows.artefact.container import Entry
 from sbi_flows.artefact.distributions import Tensors
-from sbi_flows.errors import ArtefactError
+from sbi_flows.core.errors import ArtefactError
 from sbi_flows.spaces import Moments
 from sbi_flows.typicality import Typicality
 

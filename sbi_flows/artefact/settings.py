@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from sbi_flows.artefact.strict import checked, counted, fields, items, number
+from sbi_flows.core.errors import ArtefactError
 from sbi_flows.densities.cnf import CNF
 from sbi_flows.densities.distilled import Distilled
 from sbi_flows.densities.flow import MAF, NSF
@@ -28,7 +29,6 @@ from sbi_flows.densities.mixture import GaussianMixture
 from sbi_flows.densities.ode import Solver
 from sbi_flows.densities.paths import EDM, VE, VP, Path, Straight
 from sbi_flows.densities.samplers import Ancestral, Heun, Sampler
-from sbi_flows.errors import ArtefactError
 from sbi_flows.networks.tokens import Tokens
 from sbi_flows.networks.velocity import Film, VelocitySettings
 

@@ -10,7 +10,7 @@ import math
 import re
 from typing import Any, NoReturn, TypeVar
 
-from sbi_flows.errors import ArtefactError
+from sbi_flows.core.errors import ArtefactError
 
 DEEPEST = 48
 """Lists and objects within each other, at the most."""
@@ -39,7 +39,7 @@ def parse(text: str, name: str) -> Any:
         >>> parse('{"a": 1, "a": 2}', "document")
         Traceback (most recent call last):
         ...
-        sbi_flows.errors.ArtefactError: document: expected each key once, got 'a' twice
+        sbi_flows.core.errors.ArtefactError: document: expected each key once, got 'a' twice
     """
     depth = 0
     for found in _BRACKETS.finditer(text):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sbi_flows.precision import FULL
+from sbi_flows.core.precision import FULL
 
 
 class LU(NamedTuple):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sbi_flows.precision import FULL
+from sbi_flows.core.precision import FULL
 
 MIN_BIN = 1e-3
 """Smallest width and height of a bin, as a fraction of the box."""

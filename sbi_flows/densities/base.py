@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sbi_flows.checks import require_object
-from sbi_flows.typing import Key
+from sbi_flows.core.checks import require_object
+from sbi_flows.core.typing import Key
 
 
 class Density(nnx.Module):

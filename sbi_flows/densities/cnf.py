@@ -21,11 +21,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from sbi_flows.core.typing import Key
 from sbi_flows.densities.base import Density, StandardNormal
 from sbi_flows.densities.ode import Continuous, Solver, check_parts, slopes, turned
 from sbi_flows.networks.mlp import split_keys
 from sbi_flows.networks.velocity import Film, VelocitySettings
-from sbi_flows.typing import Key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,12 +24,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sbi_flows.checks import require_count, require_object
+from sbi_flows.core.checks import require_count, require_object
+from sbi_flows.core.typing import Key
 from sbi_flows.densities.base import Density
 from sbi_flows.densities.matching import Diffusion, FlowMatching, Matching
 from sbi_flows.densities.ode import Velocity
 from sbi_flows.densities.samplers import Heun, aimed, onward, point
-from sbi_flows.typing import Key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,11 +21,11 @@ from sbi_flows.bijectors.coupling import Coupling
 from sbi_flows.bijectors.linear import LU, LULinear, lu
 from sbi_flows.bijectors.repeated import Repeated
 from sbi_flows.bijectors.spline import RationalQuadraticSpline
-from sbi_flows.checks import require_count, require_fraction, require_positive
+from sbi_flows.core.checks import require_count, require_fraction, require_positive
+from sbi_flows.core.typing import Key
 from sbi_flows.densities.base import Density, Pushed, StandardNormal
 from sbi_flows.networks.conditioner import Conditioned, Conditioner
 from sbi_flows.networks.mlp import ResidualMLP, split_key, split_keys
-from sbi_flows.typing import Key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

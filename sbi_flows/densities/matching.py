@@ -20,14 +20,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sbi_flows.checks import require_object
+from sbi_flows.core.checks import require_object
+from sbi_flows.core.typing import Key
 from sbi_flows.densities.base import Density
 from sbi_flows.densities.ode import Continuous, Solver, check_parts
 from sbi_flows.densities.paths import EDM, Path, Straight
 from sbi_flows.densities.samplers import Heun, Sampler
 from sbi_flows.networks.mlp import hashed_normal, hashed_uniform, split_key, split_keys
 from sbi_flows.networks.velocity import Film, VelocitySettings
-from sbi_flows.typing import Key
 
 STRATA = 4
 """Places on the path at which each row is validated, always the same ones."""

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sbi_flows.checks import require_count, require_fraction
+from sbi_flows.core.checks import require_count, require_fraction
+from sbi_flows.core.typing import Key
 from sbi_flows.densities.base import Density
 from sbi_flows.networks.mlp import ResidualMLP
-from sbi_flows.typing import Key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,11 +22,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sbi_flows.checks import require_count, require_object, require_positive
+from sbi_flows.core.checks import require_count, require_object, require_positive
+from sbi_flows.core.typing import Key
 from sbi_flows.densities.base import Density, OfVectors, StandardNormal
 from sbi_flows.networks.mlp import hashed_normal, hashed_words
 from sbi_flows.networks.velocity import VelocitySettings
-from sbi_flows.typing import Key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.scipy.special import ndtri
 
-from sbi_flows.checks import require_finite, require_positive
+from sbi_flows.core.checks import require_finite, require_positive
 
 
 @runtime_checkable

@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sbi_flows.checks import require_count
+from sbi_flows.core.checks import require_count
+from sbi_flows.core.typing import Key
 from sbi_flows.densities.paths import Path
-from sbi_flows.typing import Key
 
 VelocityFunction = Callable[[Array, Array], Array]
 """Velocity (*, d) at points (*, d) and an angle ()."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sbi_flows.checks import require_real
+from sbi_flows.core.checks import require_real
 
 
 def c2st(

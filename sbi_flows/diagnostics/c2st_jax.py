@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sbi_flows.core.precision import full_precision
 from sbi_flows.diagnostics.c2st import checked_sets, standardised_rows
-from sbi_flows.precision import full_precision
 
 BATCH = 200
 RATE, DECAYS, EPSILON = 1e-3, (0.9, 0.999), 1e-8

@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbi_flows.checks import require_count
+from sbi_flows.core.checks import require_count
+from sbi_flows.core.errors import SimulationFailed
+from sbi_flows.core.typing import Key, Simulator
 from sbi_flows.data import Simulations
 from sbi_flows.diagnostics.coverage import Coverage, coverage_of
 from sbi_flows.diagnostics.ranks import MIN_DATASETS, MIN_DRAWS, PosteriorLike, draw_pass
@@ -25,9 +27,7 @@ from sbi_flows.diagnostics.sharpness import Sharpness, sharpness_of
 from sbi_flows.diagnostics.tables import p_text, table
 from sbi_flows.diagnostics.tarp import TARP, tarp_of
 from sbi_flows.diagnostics.verdict import UNDER, Finding, Test, findings_of, tests_of, verdict_of
-from sbi_flows.errors import SimulationFailed
 from sbi_flows.simulating import simulate
-from sbi_flows.typing import Key, Simulator
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbi_flows.checks import real_arrays
+from sbi_flows.core.checks import real_arrays
+from sbi_flows.core.errors import SbiFlowsError
+from sbi_flows.core.typing import Obs
 from sbi_flows.data import Simulations
 from sbi_flows.diagnostics.tables import p_text, table
 from sbi_flows.diagnostics.uniformity import holm
-from sbi_flows.errors import SbiFlowsError
 from sbi_flows.prior import Prior
-from sbi_flows.typing import Obs
 
 Discrepancy: TypeAlias = Callable[..., Any]
 """`x -> number`, or `(x, theta) -> number`, of one observation."""

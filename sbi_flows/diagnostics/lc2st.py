@@ -18,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sbi_flows.checks import require_count
+from sbi_flows.core.checks import require_count
+from sbi_flows.core.errors import SbiFlowsError, SimulationFailed
+from sbi_flows.core.typing import Key, Obs, Simulator
 from sbi_flows.data import Simulations, observation_shape
 from sbi_flows.diagnostics.local_classifier import (
     LIMIT,
@@ -33,12 +35,10 @@ from sbi_flows.diagnostics.local_errors import Errors, Near, errors_of, findings
 from sbi_flows.diagnostics.ranks import PosteriorLike, chunks_of, innermost, usable
 from sbi_flows.diagnostics.tables import p_text, table
 from sbi_flows.diagnostics.verdict import Finding
-from sbi_flows.errors import SbiFlowsError, SimulationFailed
 from sbi_flows.posteriors import Posterior, as_batch
 from sbi_flows.prior import Prior
 from sbi_flows.simulating import simulate
 from sbi_flows.standardise import fit_standardiser
-from sbi_flows.typing import Key, Obs, Simulator
 
 MIN_SIMULATIONS, MIN_NEAR, MIN_DRAWS, MIN_PERMUTATIONS = 400, 200, 200, 19
 NEAR = 0.25

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sbi_flows.precision import full_precision
-from sbi_flows.typing import Key
+from sbi_flows.core.precision import full_precision
+from sbi_flows.core.typing import Key
 
 MOMENTS = 64
 """Draws that a posterior's frame at a data set is made of."""

@@ -19,9 +19,9 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sbi_flows.core.files import whole_file
+from sbi_flows.core.record import plain, versions
 from sbi_flows.diagnostics.tables import p_text
-from sbi_flows.record import plain, versions
-from sbi_flows.whole import whole_file
 
 if TYPE_CHECKING:
     from sbi_flows.diagnostics.check import Report

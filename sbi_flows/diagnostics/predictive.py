@@ -16,7 +16,9 @@ import jax
 import numpy as np
 from jax import Array
 
-from sbi_flows.checks import require_count
+from sbi_flows.core.checks import require_count
+from sbi_flows.core.errors import SimulationFailed
+from sbi_flows.core.typing import Key, Obs, Simulator
 from sbi_flows.data import Simulations, observation_shape
 from sbi_flows.diagnostics.discrepancies import (
     Discrepancies,
@@ -27,12 +29,10 @@ from sbi_flows.diagnostics.discrepancies import (
 )
 from sbi_flows.diagnostics.ranks import PosteriorLike, innermost
 from sbi_flows.diagnostics.tables import p_text, table
-from sbi_flows.errors import SimulationFailed
 from sbi_flows.posteriors import Posterior, as_batch
 from sbi_flows.prior import Prior
 from sbi_flows.simulating import simulate_at
 from sbi_flows.standardise import entry_labels, fit_standardiser, flatten_rows
-from sbi_flows.typing import Key, Obs, Simulator
 
 MIN_DRAWS = 100
 

@@ -18,11 +18,11 @@ import numpy as np
 from jax import Array
 from tqdm.auto import tqdm
 
+from sbi_flows.core.errors import SbiFlowsError
+from sbi_flows.core.typing import Key
 from sbi_flows.data import Simulations
 from sbi_flows.diagnostics.uniformity import continuous_ranks
-from sbi_flows.errors import SbiFlowsError
 from sbi_flows.prior import Prior
-from sbi_flows.typing import Key
 
 PosteriorLike = Any
 """What has `prior`, `sample`, `log_prob` and `sample_and_log_prob` of a `Posterior`.

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from scipy import linalg, special
 
+from sbi_flows.core.typing import Key
 from sbi_flows.data import Simulations
-from sbi_flows.typing import Key
 
 MAX_FEATURES = 256
 MAX_ROWS = 500

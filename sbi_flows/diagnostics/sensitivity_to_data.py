@@ -15,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from sbi_flows.checks import real_arrays, require_count, require_positive
+from sbi_flows.core.checks import real_arrays, require_count, require_positive
+from sbi_flows.core.errors import SbiFlowsError
+from sbi_flows.core.typing import Key, Obs, Simulator
 from sbi_flows.data import observation_shape
 from sbi_flows.diagnostics.predictive import MIN_DRAWS, simulated_at
 from sbi_flows.diagnostics.ranks import PosteriorLike, innermost
 from sbi_flows.diagnostics.tables import table
-from sbi_flows.errors import SbiFlowsError
 from sbi_flows.posteriors import as_batch
 from sbi_flows.standardise import Standardiser, entry_labels, fit_standardiser, flatten_rows
-from sbi_flows.typing import Key, Obs, Simulator
 
 _ENDS = ("min", "max")
 

@@ -19,13 +19,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from sbi_flows.checks import require_count
+from sbi_flows.core.checks import require_count
+from sbi_flows.core.errors import SbiFlowsError, WeightsUneven
+from sbi_flows.core.typing import Key, Obs
 from sbi_flows.diagnostics.ranks import PosteriorLike
 from sbi_flows.diagnostics.tables import table
-from sbi_flows.errors import SbiFlowsError, WeightsUneven
 from sbi_flows.prior import Prior, PriorLike, as_prior
 from sbi_flows.reweighting import Reweighting, cjs_distance, reweighted
-from sbi_flows.typing import Key, Obs
 
 MIN_DRAWS = 500
 PRIOR_DRAWS = 10_000

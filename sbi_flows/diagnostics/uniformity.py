@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from scipy import special
 
-from sbi_flows.typing import Key
+from sbi_flows.core.typing import Key
 
 SEED = 20_230_221
 """Of the simulated null distributions, so that a band is the same in every run."""

@@ -18,18 +18,18 @@ from flax import nnx
 from jax import Array
 from tqdm.auto import tqdm
 
-from sbi_flows.checks import require_count, require_object
+from sbi_flows.core.checks import require_count, require_object
+from sbi_flows.core.errors import TrainingDiverged
+from sbi_flows.core.precision import full_precision, products_in
+from sbi_flows.core.record import plain
+from sbi_flows.core.typing import Key
 from sbi_flows.data import Simulations
 from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
 from sbi_flows.densities.distilled import Distilled, student_of
 from sbi_flows.densities.matching import Diffusion, FlowMatching
-from sbi_flows.errors import TrainingDiverged
 from sbi_flows.posteriors import Posterior
-from sbi_flows.precision import full_precision, products_in
-from sbi_flows.record import plain
 from sbi_flows.training import Training
 from sbi_flows.training.members import State
-from sbi_flows.typing import Key
 
 ROWS, PASSES = 2**12, 4
 """Paths of an epoch, at most, and passes over them; each epoch has new ones, of other noise."""

@@ -24,18 +24,18 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from sbi_flows.checks import require_count
+from sbi_flows.core.checks import require_count
+from sbi_flows.core.errors import SbiFlowsError, TrainingDiverged
+from sbi_flows.core.precision import full_precision
+from sbi_flows.core.typing import Key
 from sbi_flows.densities.base import DensitySettings, check_settings
 from sbi_flows.densities.conditional import Blueprint, Sizes, Weights, graph_of
 from sbi_flows.densities.flow import MAF, NSF
-from sbi_flows.errors import SbiFlowsError, TrainingDiverged
 from sbi_flows.estimators.stacking import StackHistory, fit_each
-from sbi_flows.precision import full_precision
 from sbi_flows.prior import Prior
 from sbi_flows.quantised import Grid, dequantised, find_grid, quantised
 from sbi_flows.standardise import Standardiser
 from sbi_flows.training import History, Training, fit
-from sbi_flows.typing import Key
 
 CHUNK = 2_500
 """Draws in one compiled call."""

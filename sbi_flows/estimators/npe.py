@@ -14,7 +14,10 @@ import jax
 import numpy as np
 from jax import Array
 
-from sbi_flows.checks import require_count, require_fraction, require_positive
+from sbi_flows.core.checks import require_count, require_fraction, require_positive
+from sbi_flows.core.errors import SbiFlowsWarning, SimulationFailed, TrainingDiverged
+from sbi_flows.core.record import of_fit
+from sbi_flows.core.typing import Key, Obs
 from sbi_flows.data import Simulations, observation_shape
 from sbi_flows.densities.base import DensitySettings, check_settings
 from sbi_flows.densities.conditional import (
@@ -25,7 +28,6 @@ from sbi_flows.densities.conditional import (
     check_embedding,
 )
 from sbi_flows.densities.flow import NSF
-from sbi_flows.errors import SbiFlowsWarning, SimulationFailed, TrainingDiverged
 from sbi_flows.estimators.emulator import Emulator, EmulatorFailed, Seen, emulate
 from sbi_flows.estimators.rows import (
     Rows,
@@ -39,12 +41,10 @@ from sbi_flows.estimators.rows import (
 from sbi_flows.estimators.stacking import StackHistory
 from sbi_flows.posteriors import Posterior
 from sbi_flows.prior import Prior, PriorLike, as_prior
-from sbi_flows.record import of_fit
 from sbi_flows.screening import dependent_features
 from sbi_flows.standardise import Standardiser, flatten_rows
 from sbi_flows.training import History, Training, fit
 from sbi_flows.typicality import fit_typicality
-from sbi_flows.typing import Key, Obs
 
 _EMULATED = (
     NSF(hidden=(128, 128), context_width=128, dropout=0.0),

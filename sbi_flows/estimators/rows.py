@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sbi_flows.core.precision import full_precision
+from sbi_flows.core.typing import Key, Obs
 from sbi_flows.data import Simulations
 from sbi_flows.densities.conditional import Blueprint
 from sbi_flows.estimators.emulator import Emulated
-from sbi_flows.precision import full_precision
 from sbi_flows.prior import Prior
 from sbi_flows.standardise import Standardiser, fit_standardiser
 from sbi_flows.training import Stream
-from sbi_flows.typing import Key, Obs
 
 SAMPLE = 2**16
 """Rows in memory of simulations that are not."""

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from sbi_flows.errors import SbiFlowsWarning, TrainingDiverged
+from sbi_flows.core.errors import SbiFlowsWarning, TrainingDiverged
 from sbi_flows.training import History
 
 LEAST = 0.01

@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbi_flows.checks import require_count, require_object, require_positive
+from sbi_flows.core.checks import require_count, require_object, require_positive
+from sbi_flows.core.errors import SbiFlowsWarning
+from sbi_flows.core.typing import Key, Obs, Simulator
 from sbi_flows.data import Simulations
-from sbi_flows.errors import SbiFlowsWarning
 from sbi_flows.estimators.npe import NPE
 from sbi_flows.estimators.stack import Stack
 from sbi_flows.execution import Executor
@@ -32,7 +33,6 @@ from sbi_flows.prior import Prior
 from sbi_flows.prior_box import BoxPrior
 from sbi_flows.simulating import identity, simulate
 from sbi_flows.store import SimulationStore
-from sbi_flows.typing import Key, Obs, Simulator
 from sbi_flows.worker import bare
 
 DRAWS = 10_000

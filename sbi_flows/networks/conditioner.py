@@ -22,8 +22,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from sbi_flows.core.typing import Key
 from sbi_flows.networks.mlp import dropout, split_key
-from sbi_flows.typing import Key
 
 
 class Conditioner(nnx.Module):

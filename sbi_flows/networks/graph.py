@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sbi_flows.checks import require_count
+from sbi_flows.core.checks import require_count
 from sbi_flows.networks.mlp import ResidualMLP
 
 _PAIRS = 2**20

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 from jax.scipy.special import ndtri
 
-from sbi_flows.typing import Key
+from sbi_flows.core.typing import Key
 
 
 class ResidualMLP(nnx.Module):

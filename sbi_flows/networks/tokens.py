@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sbi_flows.checks import require_count
+from sbi_flows.core.checks import require_count
+from sbi_flows.core.typing import Key
 from sbi_flows.networks.mlp import dropout, split_key
 from sbi_flows.networks.shapes import align
 from sbi_flows.networks.velocity import Told, ToldNetwork, VelocityNetwork
-from sbi_flows.typing import Key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

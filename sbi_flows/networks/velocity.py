@@ -23,10 +23,10 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from sbi_flows.checks import require_count, require_fraction
+from sbi_flows.core.checks import require_count, require_fraction
+from sbi_flows.core.typing import Key
 from sbi_flows.networks.mlp import ResidualMLP, dropout, split_key
 from sbi_flows.networks.shapes import align
-from sbi_flows.typing import Key
 
 LOG_NOISE = 9.0
 """Largest absolute log noise-to-signal ratio that a network tells from larger ones."""

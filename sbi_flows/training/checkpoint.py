@@ -22,13 +22,13 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from sbi_flows.checks import writable_folder
-from sbi_flows.checksums import checksum
-from sbi_flows.errors import CheckpointSpoilt, SbiFlowsWarning
+from sbi_flows.core.checks import writable_folder
+from sbi_flows.core.checksums import checksum
+from sbi_flows.core.errors import CheckpointSpoilt, SbiFlowsWarning
+from sbi_flows.core.files import whole_file
 from sbi_flows.training.devices import of_first
 from sbi_flows.training.fingerprint import unlike
 from sbi_flows.training.settings import Training
-from sbi_flows.whole import whole_file
 
 FORMAT = 1
 

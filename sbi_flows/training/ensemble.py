@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sbi_flows.core.precision import inherited
+from sbi_flows.core.typing import Key
 from sbi_flows.densities.conditional import (
     Blueprint,
     Weights,
@@ -31,13 +33,11 @@ from sbi_flows.densities.conditional import (
     unraveled,
 )
 from sbi_flows.densities.ode import Effort
-from sbi_flows.precision import inherited
 from sbi_flows.training import members as programs
 from sbi_flows.training.devices import from_words, mesh_of, on_mesh, to_host, words_of
 from sbi_flows.training.members import Best, Group, Plan, Source, State, Units
 from sbi_flows.training.settings import Training
 from sbi_flows.training.stream import Stream
-from sbi_flows.typing import Key
 
 
 class Ensemble:

@@ -23,10 +23,10 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from sbi_flows.core.typing import Key
 from sbi_flows.densities.conditional import Blueprint, graph_of, initial_weights
 from sbi_flows.training.devices import words_of
 from sbi_flows.training.settings import Training
-from sbi_flows.typing import Key
 
 SUMS = 4
 

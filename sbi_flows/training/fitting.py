@@ -15,9 +15,10 @@ import numpy as np
 from jax import Array
 from tqdm.auto import tqdm
 
+from sbi_flows.core.errors import SbiFlowsWarning, TrainingDiverged
+from sbi_flows.core.typing import Key
 from sbi_flows.densities.conditional import Blueprint, Weights, by_likelihood, by_solving
 from sbi_flows.densities.ode import Effort
-from sbi_flows.errors import SbiFlowsWarning, TrainingDiverged
 from sbi_flows.training.checkpoint import Checkpoint
 from sbi_flows.training.devices import to_host
 from sbi_flows.training.ensemble import Ensemble
@@ -26,7 +27,6 @@ from sbi_flows.training.history import History
 from sbi_flows.training.members import Best
 from sbi_flows.training.settings import Training
 from sbi_flows.training.stream import Stream
-from sbi_flows.typing import Key
 
 
 def fit(

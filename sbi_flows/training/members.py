@@ -18,6 +18,8 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
+from sbi_flows.core.precision import full_precision, products_in
+from sbi_flows.core.typing import Key
 from sbi_flows.densities.conditional import (
     Blueprint,
     Conditional,
@@ -29,10 +31,8 @@ from sbi_flows.densities.conditional import (
 from sbi_flows.densities.ode import Effort
 from sbi_flows.densities.start import fit_linear_start
 from sbi_flows.networks.mlp import hashed_words, split_keys
-from sbi_flows.precision import full_precision, products_in
 from sbi_flows.training.devices import MEMBERS, split_rows
 from sbi_flows.training.settings import Training
-from sbi_flows.typing import Key
 
 ROWS = 2**14
 """Rows at once where they are not a batch of the training, which bounds the memory."""

@@ -12,7 +12,7 @@ import jax
 import optax
 from jax import Array
 
-from sbi_flows.checks import require_count, require_positive
+from sbi_flows.core.checks import require_count, require_positive
 
 STEPS = 128
 """Steps of an epoch, at the least, by default."""

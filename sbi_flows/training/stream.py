@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from sbi_flows.typing import Key
+from sbi_flows.core.typing import Key
 
 BLOCK = 1024
 """Rows that are read as one: neighbours in a file, which is what disks are fast at."""

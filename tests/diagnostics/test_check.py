@@ -10,9 +10,9 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 
+from sbi_flows.core.errors import SbiFlowsWarning, SimulationFailed
 from sbi_flows.diagnostics import check
 from sbi_flows.diagnostics.verdict import _joint_kind
-from sbi_flows.errors import SbiFlowsWarning, SimulationFailed
 from sbi_flows.prior import as_prior
 
 KEY = jax.random.key(0)

@@ -11,9 +11,9 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 
+from sbi_flows.core.errors import SbiFlowsWarning
 from sbi_flows.diagnostics import check
 from sbi_flows.diagnostics.page import page
-from sbi_flows.errors import SbiFlowsWarning
 from sbi_flows.prior import as_prior
 
 HOSTILE = "<script>alert('x')</script>&\"$\\foo$ --><b>"

@@ -9,12 +9,12 @@ import numpyro.distributions as dist
 import pytest
 from jax import Array
 
+from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.data import Simulations
 from sbi_flows.diagnostics import ranks as module
 from sbi_flows.diagnostics.ranks import Ranks, draw_pass
 from sbi_flows.diagnostics.references import crude_posterior, prior_scale
 from sbi_flows.diagnostics.sharpness import sharpness_of
-from sbi_flows.errors import SbiFlowsError
 from sbi_flows.prior import Prior, as_prior
 
 N, D, DRAWS = 70, 2, 20

@@ -11,7 +11,7 @@ import numpyro.distributions as dist
 import pytest
 
 import sbi_flows as sf
-from sbi_flows.errors import SimulationFailed
+from sbi_flows.core.errors import SimulationFailed
 from sbi_flows.execution import Processes
 from sbi_flows.processes import Limits, Process, packed
 from sbi_flows.worker import Job

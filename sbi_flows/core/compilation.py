@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from sbi_flows.checks import writable_folder
+from sbi_flows.core.checks import writable_folder
 
 LEAST_SECONDS = 0.1
 """Programs that compile faster than that are not worth a file."""
