@@ -252,7 +252,7 @@ def test_simulators_know_prior_and_data_only(path):
         ("networks", "from sbi_flows import densities"),
         ("diagnostics", "import sbi_flows.training"),
         ("posteriors", "def f():\n    from sbi_flows.training import fit"),
-        ("posteriors", "from sbi_flows.plots import corner"),
+        ("posteriors", "from sbi_flows.plots.figures import corner"),
         ("data", "import sbi_flows as sf"),
         ("data", "from simulators import two_moons"),
     ],
@@ -269,7 +269,7 @@ def test_an_upward_import_is_found(unit, source):
             "from sbi_flows.prior import Prior, as_prior\nfrom sbi_flows.core.typing import Key",
         ),
         ("densities", "from sbi_flows.densities.base import Density"),
-        ("posteriors", "def plot(self):\n    from sbi_flows.plots import corner"),
+        ("posteriors", "def plot(self):\n    from sbi_flows.plots.figures import corner"),
     ],
 )
 def test_a_downward_import_passes(unit, source):

@@ -85,7 +85,7 @@ class Coverage:
 
     def plot(self, ax: Any | None = None) -> Any:
         """Expected coverage of the joint regions against their level, with the binomial band."""
-        from sbi_flows.plots import coverage_curve
+        from sbi_flows.plots.figures import coverage_curve
 
         curve = {"HPD": self.expected}
         return coverage_curve(self.levels, curve, band=(self.lower, self.upper), ax=ax)

@@ -90,7 +90,7 @@ class Discrepancies:
 
     def plot(self) -> Any:
         """Histograms of the simulations with the observation as a line; a figure."""
-        from sbi_flows.plots_local import histograms
+        from sbi_flows.plots.local import histograms
 
         titles = [f"{m}: p {p_text(float(p))}" for m, p in zip(self.labels, self.p, strict=True)]
         return histograms(self.simulated, self.observed, titles=titles)

@@ -138,7 +138,7 @@ class LocalCheck:
 
     def plot(self, most: int = 6) -> Any:
         """Probability of being a true parameter along each of the first parameters; a figure."""
-        from sbi_flows.plots_local import probabilities
+        from sbi_flows.plots.local import probabilities
 
         some = slice(0, most)
         return probabilities(

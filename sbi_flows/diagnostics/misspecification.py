@@ -120,7 +120,7 @@ class Misspecification:
 
     def plot(self, most: int = 20) -> Any:
         """The entries that are farthest out over the bulk of the simulations; a figure."""
-        from sbi_flows.plots_typicality import entries
+        from sbi_flows.plots.typicality import entries
 
         at = self.order[:most]
         return entries(

@@ -114,7 +114,7 @@ class DataSensitivity:
 
     def plot(self, most: int = 20, ax: Any = None) -> Any:
         """Shifts as a heat map of parameters and of the most influential entries; the axes."""
-        from sbi_flows.plots_local import heat_map
+        from sbi_flows.plots.local import heat_map
 
         at = np.sort(self.order[:most])
         label = f"shift of the mean (posterior sd) from {self.step:g} below to {self.step:g} above"

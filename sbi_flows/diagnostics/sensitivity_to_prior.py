@@ -162,7 +162,7 @@ class PriorSensitivity:
 
     def plot(self, ax: Any = None) -> Any:
         """Shifts as a heat map of parameters and weights, what cannot be told in grey; the axes."""
-        from sbi_flows.plots_local import heat_map
+        from sbi_flows.plots.local import heat_map
 
         shifts = np.stack([row.shift for row in self.rows], axis=1)
         names = [row.name for row in self.rows]

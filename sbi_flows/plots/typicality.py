@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sbi_flows.plots import COLOURS, GREY
+from sbi_flows.plots.figures import COLOURS, GREY
 
 
 def entries(
