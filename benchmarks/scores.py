@@ -15,7 +15,7 @@ from jax import Array
 import sbi_flows as sf
 from sbi_flows.core.precision import FULL
 from sbi_flows.core.typing import Key, Obs
-from sbi_flows.prior_maps import HALF_WIDTH
+from sbi_flows.prior.maps import HALF_WIDTH
 from simulators import Task
 
 ROWS = 2_000

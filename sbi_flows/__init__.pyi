@@ -53,8 +53,8 @@ from .networks.mlp import ResidualMLP as ResidualMLP
 from .networks.tokens import Tokens as Tokens
 from .networks.velocity import Film as Film
 from .posteriors import Posterior as Posterior
-from .prior import Prior as Prior
-from .prior import as_prior as as_prior
+from .prior.prior import Prior as Prior
+from .prior.prior import as_prior as as_prior
 from .recalibration import RecalibratedPosterior as RecalibratedPosterior
 from .recalibration import recalibrate as recalibrate
 from .simulating import simulate as simulate

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from sbi_flows.core.typing import Obs
-from sbi_flows.prior import Prior
+from sbi_flows.prior.prior import Prior
 
 
 def arviz_groups(prior: Prior, draws: Array, log_prob: Array, prior_draws: Array, x: Obs) -> Any:

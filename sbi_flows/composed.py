@@ -34,7 +34,7 @@ from sbi_flows.densities.matching import Diffusion, FlowMatching, Matching
 from sbi_flows.densities.paths import Path
 from sbi_flows.densities.samplers import VelocityFunction, score
 from sbi_flows.posteriors import ENTRIES, Posterior
-from sbi_flows.prior import Prior
+from sbi_flows.prior.prior import Prior
 
 FIRST, LAST = 3.0, 0.03
 """Ratios of noise to signal from the first to the last level; training sees few smaller ones."""

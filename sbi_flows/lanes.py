@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key, Obs, Simulator
-from sbi_flows.prior import Prior
+from sbi_flows.prior.prior import Prior
 
 CHUNK = 16_384
 """Simulations of a device in one compiled call; the same shape for every chunk."""

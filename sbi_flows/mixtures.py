@@ -22,8 +22,8 @@ from sbi_flows.core.typing import Key
 from sbi_flows.densities.base import sample_each
 from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
 from sbi_flows.networks.mlp import hashed_words
-from sbi_flows.prior import Prior
-from sbi_flows.prior_maps import HALF_WIDTH
+from sbi_flows.prior.maps import HALF_WIDTH
+from sbi_flows.prior.prior import Prior
 
 Parts: TypeAlias = tuple[tuple[Blueprint, float], ...]
 """What is static about a mixture: the blueprint and the share of each ensemble."""

@@ -19,7 +19,7 @@ from sbi_flows.core.checks import random_key, real_array, real_arrays, require_c
 from sbi_flows.core.errors import SolveFailed
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.densities.conditional import Blueprint, Weights, by_solving
-from sbi_flows.prior import Prior
+from sbi_flows.prior.prior import Prior
 from sbi_flows.standardise import Standardiser, entry_labels
 from sbi_flows.typicality import Typicality, spaces_of
 

@@ -27,7 +27,7 @@ from sbi_flows.core.typing import Key, Simulator
 from sbi_flows.data import Simulations, parameters
 from sbi_flows.execution import Executor, Outside, Row, Task, row_seeds
 from sbi_flows.lanes import simulate_call, spread, spread_for_store, with_present_state
-from sbi_flows.prior import Prior, PriorLike, as_prior
+from sbi_flows.prior.prior import Prior, PriorLike, as_prior
 from sbi_flows.worker import PRINTED, bare, by_name
 
 _REASONS = 8

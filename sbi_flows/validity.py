@@ -45,7 +45,7 @@ from sbi_flows.core.errors import WeightsUneven
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key
 from sbi_flows.data import Simulations, parameters
-from sbi_flows.prior import Prior, PriorLike, as_prior
+from sbi_flows.prior.prior import Prior, PriorLike, as_prior
 
 LEAST = 20
 """Failed simulations, and valid ones, from which anything can be learned."""

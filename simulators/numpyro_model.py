@@ -19,7 +19,7 @@ from numpyro.infer.util import log_density
 
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key, Obs
-from sbi_flows.prior import as_prior
+from sbi_flows.prior.prior import as_prior
 from simulators import mcmc
 from simulators.task import Task
 

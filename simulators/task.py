@@ -18,7 +18,7 @@ from jax import Array
 from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key, Obs, Simulator
-from sbi_flows.prior import Prior, PriorLike, as_prior
+from sbi_flows.prior.prior import Prior, PriorLike, as_prior
 from simulators import stored
 
 SampleReference: TypeAlias = Callable[[Key, Array, int], Array]

@@ -206,7 +206,7 @@ def test_a_prior_of_slightly_other_numbers_is_another_one():
 
 
 def test_a_prior_that_was_cut_comes_back_cut():
-    from sbi_flows.prior_box import BoxPrior
+    from sbi_flows.prior.box import BoxPrior
 
     base, tensors = sf.as_prior({"a": dist.Normal(0, 1), "b": dist.Uniform(np.float64(0.1), 3)}), {}
     box = BoxPrior(base, [-1.0, -1.0], [0.5, np.inf])

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies
 
 from sbi_flows.bijectors import RationalQuadraticSpline, TruncatedAutoregression
-from sbi_flows.prior_maps import HALF_WIDTH
+from sbi_flows.prior.maps import HALF_WIDTH
 from tests import cases
 
 SUPPORTS = {f"support of {name}": cases.support(name) for name in cases.PRIORS}

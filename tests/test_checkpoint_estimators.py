@@ -15,7 +15,7 @@ import sbi_flows as sf
 from sbi_flows.densities.conditional import Blueprint, Sizes
 from sbi_flows.estimators import rows as estimator_rows
 from sbi_flows.estimators import truncated
-from sbi_flows.prior_box import BoxPrior
+from sbi_flows.prior.box import BoxPrior
 from sbi_flows.training import ensemble, stream
 from sbi_flows.training.fingerprint import parts, unlike
 from tests.test_checkpoint import Killed, kill_before

@@ -266,7 +266,7 @@ def test_an_upward_import_is_found(unit, source):
     [
         (
             "data",
-            "from sbi_flows.prior import Prior, as_prior\nfrom sbi_flows.core.typing import Key",
+            "from sbi_flows.prior.prior import Prior, as_prior\nfrom sbi_flows.core.typing import Key",
         ),
         ("densities", "from sbi_flows.densities.base import Density"),
         ("posteriors", "def plot(self):\n    from sbi_flows.plots.figures import corner"),
@@ -277,7 +277,7 @@ def test_a_downward_import_passes(unit, source):
 
 
 def test_a_simulator_that_imports_the_library_is_found():
-    assert beyond_simulators("from sbi_flows.prior import as_prior") == []
+    assert beyond_simulators("from sbi_flows.prior.prior import as_prior") == []
     assert beyond_simulators("import sbi_flows as sf") == ["line 1: sbi_flows"]
     assert len(beyond_simulators("from sbi_flows.training import fit")) == 1
 

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from sbi_flows.densities.start import fit_linear_start
-from sbi_flows.prior_maps import HALF_WIDTH
+from sbi_flows.prior.maps import HALF_WIDTH
 
 ROWS, HELD_OUT, FRESH = 4000, 400, 20_000
 MIXING = np.array([[1.0, 0.6], [0.0, 1.0], [0.5, -0.5]])

@@ -11,7 +11,7 @@ from scipy.stats import kstest, truncnorm
 
 import sbi_flows as sf
 from sbi_flows.estimators import truncated
-from sbi_flows.prior_box import BoxPrior
+from sbi_flows.prior.box import BoxPrior
 from tests import cases
 
 pytestmark = pytest.mark.promotes

@@ -23,7 +23,7 @@ from jax.scipy.stats import norm
 import sbi_flows as sf
 from benchmarks.peers.contestant import Fit, Recipe, Watch
 from sbi_flows.core.typing import Obs
-from sbi_flows.prior_maps import HALF_WIDTH
+from sbi_flows.prior.maps import HALF_WIDTH
 from sbi_flows.standardise import fit_standardiser
 
 

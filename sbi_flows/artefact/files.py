@@ -30,7 +30,7 @@ from sbi_flows.core.record import versions
 from sbi_flows.densities.conditional import Embedding, check_embedding
 from sbi_flows.diagnostics.ranks import Derived
 from sbi_flows.posteriors import Posterior
-from sbi_flows.prior import Prior, PriorLike, as_prior
+from sbi_flows.prior.prior import Prior, PriorLike, as_prior
 from sbi_flows.standardise import Standardiser
 from sbi_flows.typicality import widths
 

@@ -21,9 +21,9 @@ from sbi_flows.artefact import distributions
 from sbi_flows.artefact.distributions import Tensors
 from sbi_flows.artefact.strict import checked, counted, fields, items
 from sbi_flows.core.errors import ArtefactError
-from sbi_flows.prior import Prior
-from sbi_flows.prior_box import BoxPrior
-from sbi_flows.prior_checks import MOST_ENTRIES, MOST_NAME, require_site
+from sbi_flows.prior.box import BoxPrior
+from sbi_flows.prior.checks import MOST_ENTRIES, MOST_NAME, require_site
+from sbi_flows.prior.prior import Prior
 
 MOST_SITES = 1024
 """Sites of a prior."""

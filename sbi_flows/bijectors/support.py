@@ -6,7 +6,7 @@ import distrax
 import jax.numpy as jnp
 from jax import Array
 
-from sbi_flows.prior import Prior
+from sbi_flows.prior.prior import Prior
 
 
 class Support(distrax.Bijector):

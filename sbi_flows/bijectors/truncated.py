@@ -15,7 +15,7 @@ from jax.scipy.special import ndtr, ndtri
 from jax.scipy.stats import norm
 
 from sbi_flows.networks.shapes import align
-from sbi_flows.prior_maps import HALF_WIDTH, positive
+from sbi_flows.prior.maps import HALF_WIDTH, positive
 
 _FAR = 8.0
 """Standard deviations from the mean beyond which the map continues as a straight line."""

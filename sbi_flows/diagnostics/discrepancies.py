@@ -23,7 +23,7 @@ from sbi_flows.core.typing import Obs
 from sbi_flows.data import Simulations
 from sbi_flows.diagnostics.tables import p_text, table
 from sbi_flows.diagnostics.uniformity import holm
-from sbi_flows.prior import Prior
+from sbi_flows.prior.prior import Prior
 
 Discrepancy: TypeAlias = Callable[..., Any]
 """`x -> number`, or `(x, theta) -> number`, of one observation."""

@@ -36,7 +36,7 @@ from sbi_flows.diagnostics.ranks import PosteriorLike, chunks_of, innermost, usa
 from sbi_flows.diagnostics.tables import p_text, table
 from sbi_flows.diagnostics.verdict import Finding
 from sbi_flows.posteriors import Posterior, as_batch
-from sbi_flows.prior import Prior
+from sbi_flows.prior.prior import Prior
 from sbi_flows.simulating import simulate
 from sbi_flows.standardise import fit_standardiser
 

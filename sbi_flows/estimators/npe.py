@@ -40,7 +40,7 @@ from sbi_flows.estimators.rows import (
 )
 from sbi_flows.estimators.stacking import StackHistory
 from sbi_flows.posteriors import Posterior
-from sbi_flows.prior import Prior, PriorLike, as_prior
+from sbi_flows.prior.prior import Prior, PriorLike, as_prior
 from sbi_flows.screening import dependent_features
 from sbi_flows.standardise import Standardiser, flatten_rows
 from sbi_flows.training import History, Training, fit

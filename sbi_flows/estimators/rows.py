@@ -20,7 +20,7 @@ from sbi_flows.core.typing import Key, Obs
 from sbi_flows.data import Simulations
 from sbi_flows.densities.conditional import Blueprint
 from sbi_flows.estimators.emulator import Emulated
-from sbi_flows.prior import Prior
+from sbi_flows.prior.prior import Prior
 from sbi_flows.standardise import Standardiser, fit_standardiser
 from sbi_flows.training import Stream
 

@@ -15,7 +15,7 @@ from sbi_flows.data import Simulations
 from sbi_flows.estimators.npe import NPE
 from sbi_flows.estimators.stacking import StackHistory, fit_each
 from sbi_flows.posteriors import Posterior
-from sbi_flows.prior import Prior
+from sbi_flows.prior.prior import Prior
 
 
 @dataclasses.dataclass(frozen=True, init=False)

@@ -29,8 +29,8 @@ from sbi_flows.estimators.npe import NPE
 from sbi_flows.estimators.stack import Stack
 from sbi_flows.execution import Executor
 from sbi_flows.posteriors import Posterior, as_batch
-from sbi_flows.prior import Prior
-from sbi_flows.prior_box import BoxPrior
+from sbi_flows.prior.box import BoxPrior
+from sbi_flows.prior.prior import Prior
 from sbi_flows.simulating import identity, simulate
 from sbi_flows.store import SimulationStore
 from sbi_flows.worker import bare

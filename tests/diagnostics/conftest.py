@@ -8,7 +8,7 @@ import numpyro.distributions as dist
 import pytest
 from jax import Array
 
-from sbi_flows.prior import Prior, as_prior
+from sbi_flows.prior.prior import Prior, as_prior
 
 NOISE = 0.5
 

@@ -13,7 +13,7 @@ import pytest
 from sbi_flows.core.errors import SbiFlowsWarning, SimulationFailed
 from sbi_flows.diagnostics import check
 from sbi_flows.diagnostics.verdict import _joint_kind
-from sbi_flows.prior import as_prior
+from sbi_flows.prior.prior import as_prior
 
 KEY = jax.random.key(0)
 SIZES = {"datasets": 400, "draws": 200, "progress": False}

@@ -16,7 +16,7 @@ from scipy.stats import norm
 import sbi_flows as sf
 from sbi_flows.diagnostics.discrepancies import checked, two_sided
 from sbi_flows.diagnostics.predictive import _distance_p
-from sbi_flows.prior import as_prior
+from sbi_flows.prior.prior import as_prior
 from tests.diagnostics.conftest import NOISE
 
 KEY = jax.random.key(0)

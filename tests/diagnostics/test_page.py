@@ -14,7 +14,7 @@ import pytest
 from sbi_flows.core.errors import SbiFlowsWarning
 from sbi_flows.diagnostics import check
 from sbi_flows.diagnostics.page import page
-from sbi_flows.prior import as_prior
+from sbi_flows.prior.prior import as_prior
 
 HOSTILE = "<script>alert('x')</script>&\"$\\foo$ --><b>"
 UNICODE = "β_减速_é"

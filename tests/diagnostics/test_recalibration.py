@@ -11,7 +11,7 @@ import pytest
 import sbi_flows as sf
 from sbi_flows.conformal_sets import order_of
 from sbi_flows.core.errors import SbiFlowsError
-from sbi_flows.prior import as_prior
+from sbi_flows.prior.prior import as_prior
 from sbi_flows.quantile_maps import quantile_map, quantiles_of
 
 KEY = jax.random.key(3)

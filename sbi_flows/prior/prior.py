@@ -22,14 +22,14 @@ from jax.typing import ArrayLike
 from sbi_flows.core.checks import random_key, real_array, require_count, require_room
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key
-from sbi_flows.prior_checks import (
+from sbi_flows.prior.checks import (
     base_of,
     require_model,
     require_names,
     require_parameters,
     require_site,
 )
-from sbi_flows.prior_maps import SiteMap, keep_inside, site_map
+from sbi_flows.prior.maps import SiteMap, keep_inside, site_map
 
 PriorLike = Any
 """A numpyro `Distribution`, a dict `{name: Distribution}`, a numpyro model or a `Prior`."""

@@ -17,8 +17,8 @@ from jax.scipy.stats import norm
 from jax.typing import ArrayLike
 
 from sbi_flows.core.typing import Key
-from sbi_flows.prior import Prior, labels
-from sbi_flows.prior_maps import HALF_WIDTH, CdfMap, IntervalMap, NormalMap, positive
+from sbi_flows.prior.maps import HALF_WIDTH, CdfMap, IntervalMap, NormalMap, positive
+from sbi_flows.prior.prior import Prior, labels
 
 _EDGE = 1e-6
 """Share of the box next to a face in which coordinates are those of its inner end."""

@@ -9,7 +9,7 @@ import pytest
 from jax.scipy.stats import norm
 
 import sbi_flows as sf
-from sbi_flows.prior_maps import HALF_WIDTH
+from sbi_flows.prior.maps import HALF_WIDTH
 from tests import cases
 
 # numpyro promotes ranks in many distributions and transforms

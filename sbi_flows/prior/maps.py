@@ -18,7 +18,7 @@ from jax.scipy.special import ndtr, ndtri
 from jax.scipy.stats import norm
 from numpyro.distributions.transforms import AbsTransform, biject_to
 
-from sbi_flows.prior_tails import tails_of
+from sbi_flows.prior.tails import tails_of
 
 HALF_WIDTH = math.sqrt(3.0)
 """Half the width of an interval in standard coordinates: its uniform has variance 1."""
