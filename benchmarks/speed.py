@@ -25,7 +25,7 @@ from benchmarks.peers.flowjax_flow import flowjax_peer
 from benchmarks.records import ROOT, provenance, write_json
 from sbi_flows.diagnostics import check
 from sbi_flows.diagnostics.tables import table
-from sbi_flows.standardise import fit_standardiser
+from sbi_flows.observations.standardise import fit_standardiser
 from simulators import slcp, two_moons
 
 TRANSFORMS, HIDDEN, BINS, BOUND = 5, (50, 50), 10, 5.0

@@ -19,9 +19,9 @@ from sbi_flows.core.checks import random_key, real_array, real_arrays, require_c
 from sbi_flows.core.errors import SolveFailed
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.densities.conditional import Blueprint, Weights, by_solving
+from sbi_flows.observations.standardise import Standardiser, entry_labels
+from sbi_flows.observations.typicality import Typicality, spaces_of
 from sbi_flows.prior.prior import Prior
-from sbi_flows.standardise import Standardiser, entry_labels
-from sbi_flows.typicality import Typicality, spaces_of
 
 ENTRIES = 2**18
 """Parameter entries (draws times d) in one compiled call, which bounds the memory."""
@@ -227,7 +227,7 @@ class Posterior:
             ValueError: x is a batch or does not fit, the level is not between 0 and 1, or the
                 posterior was made without its training simulations.
         """
-        from sbi_flows.diagnostics.misspecification import misspecification
+        from sbi_flows.observations.misspecification import misspecification
 
         return misspecification(self, x, level=level)
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 import sbi_flows as sf
 from sbi_flows.artefact.container import packed
 from sbi_flows.densities.conditional import Blueprint, Sizes, Weights, initial_weights
-from sbi_flows.standardise import Standardiser
+from sbi_flows.observations.standardise import Standardiser
 from tests.cases import perturbed
 
 EVENT = 3

@@ -42,7 +42,7 @@ SLOW_EXAMPLES = (
     "sbi_flows.composed.",
     "sbi_flows.conformal_sets.",
     "sbi_flows.diagnostics.lc2st.",
-    "sbi_flows.diagnostics.misspecification.",
+    "sbi_flows.observations.misspecification.",
     "sbi_flows.diagnostics.predictive.",
     "sbi_flows.diagnostics.sensitivity_to_data.",
     "sbi_flows.diagnostics.sensitivity_to_prior.",

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import sbi_flows as sf
-from sbi_flows.typicality import fit_typicality
+from sbi_flows.observations.typicality import fit_typicality
 from tests.artefacts import ensemble, opened, posterior, written
 
 pytestmark = pytest.mark.promotes

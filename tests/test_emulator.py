@@ -13,8 +13,8 @@ import sbi_flows as sf
 from sbi_flows.core.errors import SbiFlowsWarning
 from sbi_flows.densities.conditional import Blueprint, Sizes, Weights
 from sbi_flows.estimators import emulator as module
-from sbi_flows.quantised import find_grid
-from sbi_flows.standardise import fit_standardiser
+from sbi_flows.observations.quantised import find_grid
+from sbi_flows.observations.standardise import fit_standardiser
 from tests import cases
 
 pytestmark = pytest.mark.promotes

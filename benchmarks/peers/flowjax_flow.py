@@ -23,8 +23,8 @@ from jax.scipy.stats import norm
 import sbi_flows as sf
 from benchmarks.peers.contestant import Fit, Recipe, Watch
 from sbi_flows.core.typing import Obs
+from sbi_flows.observations.standardise import fit_standardiser
 from sbi_flows.prior.maps import HALF_WIDTH
-from sbi_flows.standardise import fit_standardiser
 
 
 class FlowjaxFlow:

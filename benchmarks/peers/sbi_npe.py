@@ -20,8 +20,8 @@ import numpy as np
 import sbi_flows as sf
 from benchmarks.peers.contestant import Fit, Recipe, Watch
 from sbi_flows.core.typing import Obs
+from sbi_flows.observations.standardise import flatten_rows
 from sbi_flows.prior.maps import HALF_WIDTH
-from sbi_flows.standardise import flatten_rows
 
 ACCEPTANCE_DRAWS = 100
 """Draws at each of many observations behind the share of the flow inside the prior's support."""

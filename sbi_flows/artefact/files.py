@@ -29,10 +29,10 @@ from sbi_flows.core.files import whole_file
 from sbi_flows.core.record import versions
 from sbi_flows.densities.conditional import Embedding, check_embedding
 from sbi_flows.diagnostics.ranks import Derived
+from sbi_flows.observations.standardise import Standardiser
+from sbi_flows.observations.typicality import widths
 from sbi_flows.posteriors import Posterior
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
-from sbi_flows.standardise import Standardiser
-from sbi_flows.typicality import widths
 
 FORMAT = 2
 """Version of the document, which later versions of the library go on reading. A file is of the

@@ -12,8 +12,8 @@ import numpy as np
 from sbi_flows.artefact.container import Entry
 from sbi_flows.artefact.distributions import Tensors
 from sbi_flows.core.errors import ArtefactError
-from sbi_flows.spaces import Moments
-from sbi_flows.typicality import Typicality
+from sbi_flows.observations.spaces import Moments
+from sbi_flows.observations.typicality import Typicality
 
 MOST_SPACES = 2
 

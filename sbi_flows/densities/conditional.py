@@ -21,7 +21,7 @@ from sbi_flows.densities.base import Density, DensitySettings, Pushed
 from sbi_flows.densities.ode import Effort, OdeFlow
 from sbi_flows.densities.start import LinearStart
 from sbi_flows.networks.mlp import fast_key, split_key
-from sbi_flows.standardise import Shapes, unflatten_rows
+from sbi_flows.observations.standardise import Shapes, unflatten_rows
 
 Embedding = nnx.Module | Callable[[nnx.Rngs], nnx.Module]
 """A flax module, or a function `rngs -> module`, that maps observations (B, *event) to (B, F)."""

@@ -9,9 +9,6 @@ from sbi_flows.diagnostics.coverage import coverage as coverage
 from sbi_flows.diagnostics.discrepancies import Discrepancies as Discrepancies
 from sbi_flows.diagnostics.lc2st import LocalCheck as LocalCheck
 from sbi_flows.diagnostics.lc2st import check_at as check_at
-from sbi_flows.diagnostics.misspecification import Anomalies as Anomalies
-from sbi_flows.diagnostics.misspecification import Misspecification as Misspecification
-from sbi_flows.diagnostics.misspecification import anomalies as anomalies
 from sbi_flows.diagnostics.predictive import Predictive as Predictive
 from sbi_flows.diagnostics.predictive import predictive_check as predictive_check
 from sbi_flows.diagnostics.sbc import SBC as SBC
@@ -23,3 +20,6 @@ from sbi_flows.diagnostics.sensitivity_to_prior import prior_sensitivity as prio
 from sbi_flows.diagnostics.sharpness import Sharpness as Sharpness
 from sbi_flows.diagnostics.tarp import TARP as TARP
 from sbi_flows.diagnostics.tarp import tarp as tarp
+from sbi_flows.observations.misspecification import Anomalies as Anomalies
+from sbi_flows.observations.misspecification import Misspecification as Misspecification
+from sbi_flows.observations.misspecification import anomalies as anomalies

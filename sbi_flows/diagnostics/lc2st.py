@@ -35,10 +35,10 @@ from sbi_flows.diagnostics.local_errors import Errors, Near, errors_of, findings
 from sbi_flows.diagnostics.ranks import PosteriorLike, chunks_of, innermost, usable
 from sbi_flows.diagnostics.tables import p_text, table
 from sbi_flows.diagnostics.verdict import Finding
+from sbi_flows.observations.standardise import fit_standardiser
 from sbi_flows.posteriors import Posterior, as_batch
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulating import simulate
-from sbi_flows.standardise import fit_standardiser
 
 MIN_SIMULATIONS, MIN_NEAR, MIN_DRAWS, MIN_PERMUTATIONS = 400, 200, 200, 19
 NEAR = 0.25

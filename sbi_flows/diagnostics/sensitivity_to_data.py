@@ -22,8 +22,13 @@ from sbi_flows.data import observation_shape
 from sbi_flows.diagnostics.predictive import MIN_DRAWS, simulated_at
 from sbi_flows.diagnostics.ranks import PosteriorLike, innermost
 from sbi_flows.diagnostics.tables import table
+from sbi_flows.observations.standardise import (
+    Standardiser,
+    entry_labels,
+    fit_standardiser,
+    flatten_rows,
+)
 from sbi_flows.posteriors import as_batch
-from sbi_flows.standardise import Standardiser, entry_labels, fit_standardiser, flatten_rows
 
 _ENDS = ("min", "max")
 

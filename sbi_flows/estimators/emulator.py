@@ -32,9 +32,9 @@ from sbi_flows.densities.base import DensitySettings, check_settings
 from sbi_flows.densities.conditional import Blueprint, Sizes, Weights, graph_of
 from sbi_flows.densities.flow import MAF, NSF
 from sbi_flows.estimators.stacking import StackHistory, fit_each
+from sbi_flows.observations.quantised import Grid, dequantised, find_grid, quantised
+from sbi_flows.observations.standardise import Standardiser
 from sbi_flows.prior.prior import Prior
-from sbi_flows.quantised import Grid, dequantised, find_grid, quantised
-from sbi_flows.standardise import Standardiser
 from sbi_flows.training import History, Training, fit
 
 CHUNK = 2_500

@@ -39,12 +39,12 @@ from sbi_flows.estimators.rows import (
     stream_of,
 )
 from sbi_flows.estimators.stacking import StackHistory
+from sbi_flows.observations.screening import dependent_features
+from sbi_flows.observations.standardise import Standardiser, flatten_rows
+from sbi_flows.observations.typicality import fit_typicality
 from sbi_flows.posteriors import Posterior
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
-from sbi_flows.screening import dependent_features
-from sbi_flows.standardise import Standardiser, flatten_rows
 from sbi_flows.training import History, Training, fit
-from sbi_flows.typicality import fit_typicality
 
 _EMULATED = (
     NSF(hidden=(128, 128), context_width=128, dropout=0.0),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies
 from hypothesis.extra import numpy as arrays
 
-from sbi_flows.standardise import fit_standardiser, flatten_rows, unflatten_rows
+from sbi_flows.observations.standardise import fit_standardiser, flatten_rows, unflatten_rows
 
 RNG = np.random.default_rng(0)
 FEATURES = {

@@ -12,11 +12,11 @@ import pytest
 from flax import nnx
 
 import sbi_flows as sf
-from sbi_flows import typicality
 from sbi_flows.densities.conditional import Blueprint, Sizes, Weights
-from sbi_flows.spaces import normal_scores
-from sbi_flows.standardise import fit_standardiser, flatten_rows
-from sbi_flows.typicality import Typicality, fit_typicality
+from sbi_flows.observations import typicality
+from sbi_flows.observations.spaces import normal_scores
+from sbi_flows.observations.standardise import fit_standardiser, flatten_rows
+from sbi_flows.observations.typicality import Typicality, fit_typicality
 
 pytestmark = pytest.mark.promotes
 

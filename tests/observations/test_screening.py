@@ -7,9 +7,9 @@ import numpyro.distributions as dist
 import pytest
 
 import sbi_flows as sf
-from sbi_flows import screening
 from sbi_flows.estimators import stacking
-from sbi_flows.screening import dependent_features
+from sbi_flows.observations import screening
+from sbi_flows.observations.screening import dependent_features
 from simulators.slcp_distractors import distractors, slcp_distractors
 from tests import cases
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sbi_flows.quantised import dequantised, find_grid, quantised
+from sbi_flows.observations.quantised import dequantised, find_grid, quantised
 
 N = 1_000
 RNG = np.random.default_rng(0)

@@ -28,8 +28,8 @@ from sbi_flows.core.errors import SbiFlowsWarning
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key
 from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
-from sbi_flows.spaces import Moments, Space, fit_space
-from sbi_flows.standardise import Standardiser
+from sbi_flows.observations.spaces import Moments, Space, fit_space
+from sbi_flows.observations.standardise import Standardiser
 
 LEVEL = 0.01
 """P-value at which a draw or a density warns; so many observations of a correct model do."""

@@ -18,9 +18,9 @@ from scipy.special import ndtr
 from sbi_flows.core.checks import require_object
 from sbi_flows.core.typing import Obs
 from sbi_flows.diagnostics.tables import p_text, table
+from sbi_flows.observations.standardise import entry_labels
+from sbi_flows.observations.typicality import Typicality
 from sbi_flows.posteriors import Posterior
-from sbi_flows.standardise import entry_labels
-from sbi_flows.typicality import Typicality
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

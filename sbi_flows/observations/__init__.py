@@ -1,0 +1,1 @@
+"""Observations: shapes, batches, standardisation, and which are typical of the simulations."""
