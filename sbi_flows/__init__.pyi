@@ -14,7 +14,6 @@ from .core.errors import StoreBusy as StoreBusy
 from .core.errors import StoreSpoilt as StoreSpoilt
 from .core.errors import TrainingDiverged as TrainingDiverged
 from .core.errors import WeightsUneven as WeightsUneven
-from .data import Simulations as Simulations
 from .densities.cnf import CNF as CNF
 from .densities.flow import MAF as MAF
 from .densities.flow import NSF as NSF
@@ -46,8 +45,6 @@ from .estimators.emulator import Emulator as Emulator
 from .estimators.npe import NPE as NPE
 from .estimators.stack import Stack as Stack
 from .estimators.truncated import truncated_rounds as truncated_rounds
-from .execution import Dask as Dask
-from .execution import Processes as Processes
 from .networks.graph import PointCloud as PointCloud
 from .networks.mlp import ResidualMLP as ResidualMLP
 from .networks.tokens import Tokens as Tokens
@@ -57,10 +54,13 @@ from .prior.prior import Prior as Prior
 from .prior.prior import as_prior as as_prior
 from .recalibration import RecalibratedPosterior as RecalibratedPosterior
 from .recalibration import recalibrate as recalibrate
-from .simulating import simulate as simulate
-from .simulating import simulate_at as simulate_at
-from .store import SimulationStore as SimulationStore
+from .simulations.executors import Dask as Dask
+from .simulations.executors import Processes as Processes
+from .simulations.simulate import simulate as simulate
+from .simulations.simulate import simulate_at as simulate_at
+from .simulations.simulations import Simulations as Simulations
+from .simulations.store import SimulationStore as SimulationStore
+from .simulations.validity import Validity as Validity
+from .simulations.validity import fit_validity as fit_validity
 from .training import History as History
 from .training import Training as Training
-from .validity import Validity as Validity
-from .validity import fit_validity as fit_validity

@@ -21,9 +21,9 @@ import numpy as np
 from sbi_flows.core.checks import require_count, require_finite, require_positive
 from sbi_flows.core.errors import SimulationFailed
 from sbi_flows.core.typing import Key, Obs
-from sbi_flows.execution import Executor, Processes, row_seeds
-from sbi_flows.processes import Limits
-from sbi_flows.worker import Job, bare
+from sbi_flows.simulations.executors import Executor, Processes, row_seeds
+from sbi_flows.simulations.processes import Limits
+from sbi_flows.simulations.worker import Job, bare
 
 Shape = tuple[int, ...] | Mapping[str, tuple[int, ...]]
 

@@ -50,7 +50,7 @@ SLOW_EXAMPLES = (
     "sbi_flows.estimators.emulator.",
     "sbi_flows.estimators.truncated.",
     "sbi_flows.recalibration.",
-    "sbi_flows.validity.",
+    "sbi_flows.simulations.validity.",
     "simulators.lynx_hare_fit.",
     "simulators.numpyro_model.",
 )

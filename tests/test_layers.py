@@ -248,7 +248,7 @@ def test_simulators_know_prior_and_data_only(path):
 @pytest.mark.parametrize(
     ("unit", "source"),
     [
-        ("prior", "from sbi_flows.data import Simulations"),
+        ("prior", "from sbi_flows.simulations.simulations import Simulations"),
         ("networks", "from sbi_flows import densities"),
         ("diagnostics", "import sbi_flows.training"),
         ("posteriors", "def f():\n    from sbi_flows.training import fit"),

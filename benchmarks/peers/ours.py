@@ -15,9 +15,9 @@ import optax
 import sbi_flows as sf
 from benchmarks.peers.contestant import Fit, Recipe, Watch
 from sbi_flows.core.typing import Obs
-from sbi_flows.data import observation_shape
 from sbi_flows.densities.conditional import Blueprint, Sizes, Weights
 from sbi_flows.observations.standardise import fit_standardiser
+from sbi_flows.simulations.simulations import observation_shape
 from sbi_flows.training.ensemble import Ensemble
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sbi_flows.data import Simulations
+from sbi_flows.simulations.simulations import Simulations
 
 PACKAGES = ("sbi-flows", "jax", "flax", "numpyro")
 

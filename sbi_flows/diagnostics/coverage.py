@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from sbi_flows.core.typing import Key
-from sbi_flows.data import Simulations
 from sbi_flows.diagnostics.ranks import PosteriorLike, Ranks, draw_pass
 from sbi_flows.diagnostics.tables import p_text, table
 from sbi_flows.diagnostics.uniformity import ks_p_value
+from sbi_flows.simulations.simulations import Simulations
 
 LEVELS = np.arange(1, 100) / 100
 

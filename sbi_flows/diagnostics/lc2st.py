@@ -21,7 +21,6 @@ from jax import Array
 from sbi_flows.core.checks import require_count
 from sbi_flows.core.errors import SbiFlowsError, SimulationFailed
 from sbi_flows.core.typing import Key, Obs, Simulator
-from sbi_flows.data import Simulations, observation_shape
 from sbi_flows.diagnostics.local_classifier import (
     LIMIT,
     MOMENTS,
@@ -38,7 +37,8 @@ from sbi_flows.diagnostics.verdict import Finding
 from sbi_flows.observations.standardise import fit_standardiser
 from sbi_flows.posteriors import Posterior, as_batch
 from sbi_flows.prior.prior import Prior
-from sbi_flows.simulating import simulate
+from sbi_flows.simulations.simulate import simulate
+from sbi_flows.simulations.simulations import Simulations, observation_shape
 
 MIN_SIMULATIONS, MIN_NEAR, MIN_DRAWS, MIN_PERMUTATIONS = 400, 200, 200, 19
 NEAR = 0.25

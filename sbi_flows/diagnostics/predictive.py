@@ -19,7 +19,6 @@ from jax import Array
 from sbi_flows.core.checks import require_count
 from sbi_flows.core.errors import SimulationFailed
 from sbi_flows.core.typing import Key, Obs, Simulator
-from sbi_flows.data import Simulations, observation_shape
 from sbi_flows.diagnostics.discrepancies import (
     Discrepancies,
     Discrepancy,
@@ -32,7 +31,8 @@ from sbi_flows.diagnostics.tables import p_text, table
 from sbi_flows.observations.standardise import entry_labels, fit_standardiser, flatten_rows
 from sbi_flows.posteriors import Posterior, as_batch
 from sbi_flows.prior.prior import Prior
-from sbi_flows.simulating import simulate_at
+from sbi_flows.simulations.simulate import simulate_at
+from sbi_flows.simulations.simulations import Simulations, observation_shape
 
 MIN_DRAWS = 100
 

@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 
 from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.core.typing import Key
-from sbi_flows.data import Simulations
 from sbi_flows.diagnostics.uniformity import continuous_ranks
 from sbi_flows.prior.prior import Prior
+from sbi_flows.simulations.simulations import Simulations
 
 PosteriorLike = Any
 """What has `prior`, `sample`, `log_prob` and `sample_and_log_prob` of a `Posterior`.

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import linalg, special
 
 from sbi_flows.core.typing import Key
-from sbi_flows.data import Simulations
+from sbi_flows.simulations.simulations import Simulations
 
 MAX_FEATURES = 256
 MAX_ROWS = 500

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 
 from sbi_flows.core.typing import Key
-from sbi_flows.data import Simulations
 from sbi_flows.diagnostics.ranks import PosteriorLike, Ranks, draw_pass, usable
 from sbi_flows.diagnostics.references import crude_posterior, prior_scale
 from sbi_flows.diagnostics.tables import p_text
 from sbi_flows.diagnostics.uniformity import ecdf_band, ks_p_value
+from sbi_flows.simulations.simulations import Simulations
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

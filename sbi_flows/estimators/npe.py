@@ -18,7 +18,6 @@ from sbi_flows.core.checks import require_count, require_fraction, require_posit
 from sbi_flows.core.errors import SbiFlowsWarning, SimulationFailed, TrainingDiverged
 from sbi_flows.core.record import of_fit
 from sbi_flows.core.typing import Key, Obs
-from sbi_flows.data import Simulations, observation_shape
 from sbi_flows.densities.base import DensitySettings, check_settings
 from sbi_flows.densities.conditional import (
     Blueprint,
@@ -44,6 +43,7 @@ from sbi_flows.observations.standardise import Standardiser, flatten_rows
 from sbi_flows.observations.typicality import fit_typicality
 from sbi_flows.posteriors import Posterior
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
+from sbi_flows.simulations.simulations import Simulations, observation_shape
 from sbi_flows.training import History, Training, fit
 
 _EMULATED = (

@@ -17,11 +17,11 @@ from jax import Array
 
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key, Obs
-from sbi_flows.data import Simulations
 from sbi_flows.densities.conditional import Blueprint
 from sbi_flows.estimators.emulator import Emulated
 from sbi_flows.observations.standardise import Standardiser, fit_standardiser
 from sbi_flows.prior.prior import Prior
+from sbi_flows.simulations.simulations import Simulations
 from sbi_flows.training import Stream
 
 SAMPLE = 2**16

@@ -24,16 +24,16 @@ import numpy as np
 from sbi_flows.core.checks import require_count, require_object, require_positive
 from sbi_flows.core.errors import SbiFlowsWarning
 from sbi_flows.core.typing import Key, Obs, Simulator
-from sbi_flows.data import Simulations
 from sbi_flows.estimators.npe import NPE
 from sbi_flows.estimators.stack import Stack
-from sbi_flows.execution import Executor
 from sbi_flows.posteriors import Posterior, as_batch
 from sbi_flows.prior.box import BoxPrior
 from sbi_flows.prior.prior import Prior
-from sbi_flows.simulating import identity, simulate
-from sbi_flows.store import SimulationStore
-from sbi_flows.worker import bare
+from sbi_flows.simulations.executors import Executor
+from sbi_flows.simulations.simulate import identity, simulate
+from sbi_flows.simulations.simulations import Simulations
+from sbi_flows.simulations.store import SimulationStore
+from sbi_flows.simulations.worker import bare
 
 DRAWS = 10_000
 """Draws of a posterior whose extent is the next box."""

@@ -10,12 +10,12 @@ import pytest
 from jax import Array
 
 from sbi_flows.core.errors import SbiFlowsError
-from sbi_flows.data import Simulations
 from sbi_flows.diagnostics import ranks as module
 from sbi_flows.diagnostics.ranks import Ranks, draw_pass
 from sbi_flows.diagnostics.references import crude_posterior, prior_scale
 from sbi_flows.diagnostics.sharpness import sharpness_of
 from sbi_flows.prior.prior import Prior, as_prior
+from sbi_flows.simulations.simulations import Simulations
 
 N, D, DRAWS = 70, 2, 20
 

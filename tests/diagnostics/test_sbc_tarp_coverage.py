@@ -9,7 +9,7 @@ from sbi_flows.diagnostics import coverage, sbc, tarp
 from sbi_flows.diagnostics.coverage import coverage_of
 from sbi_flows.diagnostics.ranks import draw_pass
 from sbi_flows.diagnostics.tarp import tarp_from_fractions, tarp_of
-from sbi_flows.simulating import simulate
+from sbi_flows.simulations.simulate import simulate
 
 KEY = jax.random.key(1)
 N, DRAWS = 400, 200

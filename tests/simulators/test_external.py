@@ -12,9 +12,9 @@ import pytest
 
 import sbi_flows as sf
 from sbi_flows.core.errors import SimulationFailed
-from sbi_flows.execution import Processes
-from sbi_flows.processes import Limits, Process, packed
-from sbi_flows.worker import Job
+from sbi_flows.simulations.executors import Processes
+from sbi_flows.simulations.processes import Limits, Process, packed
+from sbi_flows.simulations.worker import Job
 from simulators import executable, external_simulator
 
 pytestmark = pytest.mark.promotes

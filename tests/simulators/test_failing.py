@@ -11,7 +11,7 @@ import numpyro.distributions as dist
 import pytest
 
 import sbi_flows as sf
-from sbi_flows.execution import row_seeds
+from sbi_flows.simulations.executors import row_seeds
 from simulators import external_simulator
 from tests import cases
 

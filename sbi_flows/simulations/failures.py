@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sbi_flows.worker import PRINTED
+from sbi_flows.simulations.worker import PRINTED
 
 _PARTS = ("lowest third", "middle third", "highest third")
 

@@ -8,13 +8,13 @@ import sys
 import jax
 import pytest
 
-from sbi_flows import lanes
+from sbi_flows.simulations import batching as lanes
 
 SIMULATE = """
 import hashlib, json, sys
 import jax, jax.numpy as jnp, numpy as np, numpyro.distributions as dist
 import sbi_flows as sf
-from sbi_flows import lanes
+from sbi_flows.simulations import batching as lanes
 
 prior = {"rate": dist.HalfNormal(1.0), "place": dist.Normal(0.0, 1.0).expand([2])}
 mixing = jax.device_put(jax.random.normal(jax.random.key(9), (2, 30)), jax.devices()[0])

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from sbi_flows.core.errors import SimulationFailed
-from sbi_flows.worker import OUT_OF_MEMORY, PRINTED, Job, Row, by_name, encoded, row_of
+from sbi_flows.simulations.worker import OUT_OF_MEMORY, PRINTED, Job, Row, by_name, encoded, row_of
 
 _SAID = 2_000
 """Bytes of what a simulation has printed that a failure report quotes, at the most."""
@@ -74,7 +74,7 @@ def packed(job: Job) -> bytes:
 _COMMAND = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[3])
-from sbi_flows.worker import serve
+from sbi_flows.simulations.worker import serve
 serve(int(sys.argv[1]), int(sys.argv[2]))
 """
 

@@ -39,13 +39,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sbi_flows.classifier import Net, fit_classifier, mean_probability
 from sbi_flows.core.checks import real_array, require_count
 from sbi_flows.core.errors import WeightsUneven
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key
-from sbi_flows.data import Simulations, parameters
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
+from sbi_flows.simulations.classifier import Net, fit_classifier, mean_probability
+from sbi_flows.simulations.simulations import Simulations, parameters
 
 LEAST = 20
 """Failed simulations, and valid ones, from which anything can be learned."""

@@ -23,8 +23,8 @@ import numpy as np
 
 from sbi_flows.core.checks import require_count
 from sbi_flows.core.typing import Key
-from sbi_flows.processes import Limits, Process, packed
-from sbi_flows.worker import Job, Row
+from sbi_flows.simulations.processes import Limits, Process, packed
+from sbi_flows.simulations.worker import Job, Row
 
 _WAITING = 64
 """Finished rows a worker that wait to be read, at the most."""

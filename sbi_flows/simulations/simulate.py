@@ -24,11 +24,16 @@ from sbi_flows.core.checks import require_count, require_object, require_real
 from sbi_flows.core.errors import SbiFlowsWarning, SimulationFailed
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key, Simulator
-from sbi_flows.data import Simulations, parameters
-from sbi_flows.execution import Executor, Outside, Row, Task, row_seeds
-from sbi_flows.lanes import simulate_call, spread, spread_for_store, with_present_state
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
-from sbi_flows.worker import PRINTED, bare, by_name
+from sbi_flows.simulations.batching import (
+    simulate_call,
+    spread,
+    spread_for_store,
+    with_present_state,
+)
+from sbi_flows.simulations.executors import Executor, Outside, Row, Task, row_seeds
+from sbi_flows.simulations.simulations import Simulations, parameters
+from sbi_flows.simulations.worker import PRINTED, bare, by_name
 
 _REASONS = 8
 """Reasons of failures that a warning names."""

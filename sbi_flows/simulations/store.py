@@ -23,13 +23,18 @@ from sbi_flows.core.checks import require_count
 from sbi_flows.core.checksums import checksum
 from sbi_flows.core.errors import StoreBusy, StoreSpoilt
 from sbi_flows.core.typing import Key, Simulator
-from sbi_flows.data import Simulations
-from sbi_flows.execution import Executor
-from sbi_flows.failures import Failures
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
-from sbi_flows.simulating import check_simulator, identity, report_failures, simulated_rows
-from sbi_flows.store_chunks import Column, Sealed, opened, read, reading, sealed
-from sbi_flows.worker import bare
+from sbi_flows.simulations.chunks import Column, Sealed, opened, read, reading, sealed
+from sbi_flows.simulations.executors import Executor
+from sbi_flows.simulations.failures import Failures
+from sbi_flows.simulations.simulate import (
+    check_simulator,
+    identity,
+    report_failures,
+    simulated_rows,
+)
+from sbi_flows.simulations.simulations import Simulations
+from sbi_flows.simulations.worker import bare
 
 FORMAT = 1
 

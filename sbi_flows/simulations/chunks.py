@@ -14,7 +14,7 @@ import numpy as np
 
 from sbi_flows.core.checks import require_room
 from sbi_flows.core.errors import SbiFlowsError, StoreSpoilt
-from sbi_flows.data import MOST, Lazy
+from sbi_flows.simulations.simulations import MOST, Lazy
 
 CODECS = {"BytesCodec", "ZstdCodec", "GzipCodec", "BloscCodec", "Crc32cCodec"}
 """Those of zarr that only turn bytes into numbers."""

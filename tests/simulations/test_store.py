@@ -15,9 +15,9 @@ import numpyro.distributions as dist
 import pytest
 
 import sbi_flows as sf
-from sbi_flows import simulating
-from sbi_flows.store import _gaps
-from sbi_flows.store_chunks import Sealed
+from sbi_flows.simulations import simulate as simulating
+from sbi_flows.simulations.chunks import Sealed
+from sbi_flows.simulations.store import _gaps
 from simulators import external_simulator
 from tests import cases
 
@@ -96,7 +96,7 @@ def test_a_store_grows_and_is_opened_again(tmp_path):
         raise AssertionError("simulated again")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sbi_flows.simulating.simulate_call", failing)
+        patch.setattr("sbi_flows.simulations.simulate.simulate_call", failing)
         assert len(again.simulate(KEY, PRIOR, noisy, 30)) == 50
 
 

@@ -10,8 +10,9 @@ import pytest
 from tqdm import tqdm
 
 import sbi_flows as sf
-from sbi_flows import lanes, simulating
 from sbi_flows.core.errors import SbiFlowsError, SbiFlowsWarning, SimulationFailed
+from sbi_flows.simulations import batching as lanes
+from sbi_flows.simulations import simulate as simulating
 
 PRIOR = sf.as_prior(dist.Normal(0.0, 1.0).expand([2]))
 NAMED = sf.as_prior({"mean": dist.Normal(0.0, 1.0), "noise": dist.HalfNormal(1.0).expand([2])})
