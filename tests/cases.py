@@ -16,7 +16,7 @@ from jax import Array
 from numpyro.distributions import transforms
 
 import sbi_flows as sf
-from sbi_flows.bijectors import (
+from sbi_flows.densities.bijectors import (
     Autoregressive,
     Coupling,
     LULinear,

@@ -16,14 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sbi_flows.bijectors.autoregressive import Autoregressive
-from sbi_flows.bijectors.coupling import Coupling
-from sbi_flows.bijectors.linear import LU, LULinear, lu
-from sbi_flows.bijectors.repeated import Repeated
-from sbi_flows.bijectors.spline import RationalQuadraticSpline
 from sbi_flows.core.checks import require_count, require_fraction, require_positive
 from sbi_flows.core.typing import Key
 from sbi_flows.densities.base import Density, Pushed, StandardNormal
+from sbi_flows.densities.bijectors.autoregressive import Autoregressive
+from sbi_flows.densities.bijectors.coupling import Coupling
+from sbi_flows.densities.bijectors.linear import LU, LULinear, lu
+from sbi_flows.densities.bijectors.repeated import Repeated
+from sbi_flows.densities.bijectors.spline import RationalQuadraticSpline
 from sbi_flows.networks.conditioner import Conditioned, Conditioner
 from sbi_flows.networks.mlp import ResidualMLP, split_key, split_keys
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from sbi_flows.bijectors.truncated import TruncatedAutoregression
+from sbi_flows.densities.bijectors.truncated import TruncatedAutoregression
 from sbi_flows.networks.shapes import align
 
 PENALTIES = (1e-6, 1e-3, 1e-2, 1e-1, 1.0, jnp.inf)

@@ -11,7 +11,7 @@ import distrax
 import jax.numpy as jnp
 from jax import Array
 
-from sbi_flows.bijectors.autoregressive import Transformer
+from sbi_flows.densities.bijectors.autoregressive import Transformer
 
 
 class Coupling(distrax.Bijector):

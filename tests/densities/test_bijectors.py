@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from sbi_flows.bijectors import RationalQuadraticSpline, TruncatedAutoregression
+from sbi_flows.densities.bijectors import RationalQuadraticSpline, TruncatedAutoregression
 from sbi_flows.prior.maps import HALF_WIDTH
 from tests import cases
 

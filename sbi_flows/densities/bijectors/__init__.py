@@ -1,0 +1,12 @@
+"""Bijectors behind the distrax interface."""
+
+from sbi_flows.densities.bijectors.autoregressive import Autoregressive as Autoregressive
+from sbi_flows.densities.bijectors.coupling import Coupling as Coupling
+from sbi_flows.densities.bijectors.linear import LULinear as LULinear
+from sbi_flows.densities.bijectors.linear import lu as lu
+from sbi_flows.densities.bijectors.repeated import Repeated as Repeated
+from sbi_flows.densities.bijectors.spline import RationalQuadraticSpline as RationalQuadraticSpline
+from sbi_flows.densities.bijectors.support import Support as Support
+from sbi_flows.densities.bijectors.truncated import (
+    TruncatedAutoregression as TruncatedAutoregression,
+)
