@@ -1,8 +1,4 @@
 from . import plots as plots
-from .artefact.files import load as load
-from .composed import sample_composed as sample_composed
-from .conformal_sets import ConformalPosterior as ConformalPosterior
-from .conformal_sets import conformal as conformal
 from .core.compilation import enable_compilation_cache as enable_compilation_cache
 from .core.errors import ArtefactError as ArtefactError
 from .core.errors import CheckpointSpoilt as CheckpointSpoilt
@@ -49,11 +45,15 @@ from .networks.graph import PointCloud as PointCloud
 from .networks.mlp import ResidualMLP as ResidualMLP
 from .networks.tokens import Tokens as Tokens
 from .networks.velocity import Film as Film
-from .posteriors import Posterior as Posterior
+from .posteriors.composed import sample_composed as sample_composed
+from .posteriors.conformal import ConformalPosterior as ConformalPosterior
+from .posteriors.conformal import conformal as conformal
+from .posteriors.direct import Posterior as Posterior
+from .posteriors.files import load as load
+from .posteriors.recalibrated import RecalibratedPosterior as RecalibratedPosterior
+from .posteriors.recalibrated import recalibrate as recalibrate
 from .prior.prior import Prior as Prior
 from .prior.prior import as_prior as as_prior
-from .recalibration import RecalibratedPosterior as RecalibratedPosterior
-from .recalibration import recalibrate as recalibrate
 from .simulations.executors import Dask as Dask
 from .simulations.executors import Processes as Processes
 from .simulations.simulate import simulate as simulate

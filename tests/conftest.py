@@ -39,8 +39,8 @@ hypothesis.settings.load_profile("tests")
 
 
 SLOW_EXAMPLES = (
-    "sbi_flows.composed.",
-    "sbi_flows.conformal_sets.",
+    "sbi_flows.posteriors.composed.",
+    "sbi_flows.posteriors.conformal.",
     "sbi_flows.diagnostics.lc2st.",
     "sbi_flows.observations.misspecification.",
     "sbi_flows.diagnostics.predictive.",
@@ -49,7 +49,7 @@ SLOW_EXAMPLES = (
     "sbi_flows.estimators.distillation.",
     "sbi_flows.estimators.emulator.",
     "sbi_flows.estimators.truncated.",
-    "sbi_flows.recalibration.",
+    "sbi_flows.posteriors.recalibrated.",
     "sbi_flows.simulations.validity.",
     "simulators.lynx_hare_fit.",
     "simulators.numpyro_model.",

@@ -35,7 +35,7 @@ from sbi_flows.diagnostics.ranks import PosteriorLike, chunks_of, innermost, usa
 from sbi_flows.diagnostics.tables import p_text, table
 from sbi_flows.diagnostics.verdict import Finding
 from sbi_flows.observations.standardise import fit_standardiser
-from sbi_flows.posteriors import Posterior, as_batch
+from sbi_flows.posteriors.direct import Posterior, as_batch
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.simulate import simulate
 from sbi_flows.simulations.simulations import Simulations, observation_shape

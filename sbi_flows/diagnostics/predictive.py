@@ -29,7 +29,7 @@ from sbi_flows.diagnostics.discrepancies import (
 from sbi_flows.diagnostics.ranks import PosteriorLike, innermost
 from sbi_flows.diagnostics.tables import p_text, table
 from sbi_flows.observations.standardise import entry_labels, fit_standardiser, flatten_rows
-from sbi_flows.posteriors import Posterior, as_batch
+from sbi_flows.posteriors.direct import Posterior, as_batch
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.simulate import simulate_at
 from sbi_flows.simulations.simulations import Simulations, observation_shape

@@ -66,7 +66,7 @@ class Derived:
             ValueError: It was made of another posterior than an `sf.Posterior`, or as that says.
             OSError: The file cannot be written.
         """
-        from sbi_flows.artefact.files import save
+        from sbi_flows.posteriors.files import save
 
         save(self, path, report=report)
 

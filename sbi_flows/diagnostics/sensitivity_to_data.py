@@ -27,7 +27,7 @@ from sbi_flows.observations.standardise import (
     fit_standardiser,
     flatten_rows,
 )
-from sbi_flows.posteriors import as_batch
+from sbi_flows.posteriors.direct import as_batch
 from sbi_flows.simulations.simulations import observation_shape
 
 _ENDS = ("min", "max")

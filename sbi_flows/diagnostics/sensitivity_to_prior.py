@@ -24,8 +24,8 @@ from sbi_flows.core.errors import SbiFlowsError, WeightsUneven
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.diagnostics.ranks import PosteriorLike
 from sbi_flows.diagnostics.tables import table
+from sbi_flows.posteriors.reweighting import Reweighting, cjs_distance, reweighted
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
-from sbi_flows.reweighting import Reweighting, cjs_distance, reweighted
 
 MIN_DRAWS = 500
 PRIOR_DRAWS = 10_000

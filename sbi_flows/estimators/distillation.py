@@ -26,7 +26,7 @@ from sbi_flows.core.typing import Key
 from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
 from sbi_flows.densities.distilled import Distilled, student_of
 from sbi_flows.densities.matching import Diffusion, FlowMatching
-from sbi_flows.posteriors import Posterior
+from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.simulations.simulations import Simulations
 from sbi_flows.training import Training
 from sbi_flows.training.members import State

@@ -41,7 +41,7 @@ from sbi_flows.estimators.stacking import StackHistory
 from sbi_flows.observations.screening import dependent_features
 from sbi_flows.observations.standardise import Standardiser, flatten_rows
 from sbi_flows.observations.typicality import fit_typicality
-from sbi_flows.posteriors import Posterior
+from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
 from sbi_flows.simulations.simulations import Simulations, observation_shape
 from sbi_flows.training import History, Training, fit

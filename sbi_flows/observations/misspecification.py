@@ -20,7 +20,7 @@ from sbi_flows.core.typing import Obs
 from sbi_flows.diagnostics.tables import p_text, table
 from sbi_flows.observations.standardise import entry_labels
 from sbi_flows.observations.typicality import Typicality
-from sbi_flows.posteriors import Posterior
+from sbi_flows.posteriors.direct import Posterior
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

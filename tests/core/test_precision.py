@@ -10,9 +10,9 @@ import pytest
 from jax.extend import core
 
 import sbi_flows as sf
-from sbi_flows import mixtures
 from sbi_flows.core.precision import inherited, products_in
 from sbi_flows.densities.conditional import Blueprint, Sizes, Weights, initial_weights
+from sbi_flows.posteriors import mixtures
 from sbi_flows.training import members
 from tests.cases import PRIORS
 

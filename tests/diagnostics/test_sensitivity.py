@@ -11,8 +11,8 @@ import pytest
 
 import sbi_flows as sf
 from sbi_flows.diagnostics.sensitivity_to_data import _possible
+from sbi_flows.posteriors.reweighting import cjs_distance, reweighted
 from sbi_flows.prior.prior import as_prior
-from sbi_flows.reweighting import cjs_distance, reweighted
 from tests.diagnostics.conftest import NOISE
 
 KEY = jax.random.key(4)

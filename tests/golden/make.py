@@ -15,7 +15,7 @@ import numpyro.distributions as dist
 
 import sbi_flows as sf
 from sbi_flows.observations.typicality import fit_typicality
-from sbi_flows.quantile_maps import quantile_map
+from sbi_flows.posteriors.quantile_maps import quantile_map
 from tests.artefacts import ensemble, posterior
 
 HERE = Path(__file__).parent

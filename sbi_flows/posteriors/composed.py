@@ -25,7 +25,6 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from sbi_flows import mixtures
 from sbi_flows.core.checks import require_count, require_object
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key, Obs
@@ -33,7 +32,8 @@ from sbi_flows.densities.conditional import Blueprint, Conditional, Weights, gra
 from sbi_flows.densities.matching import Diffusion, FlowMatching, Matching
 from sbi_flows.densities.paths import Path
 from sbi_flows.densities.samplers import VelocityFunction, score
-from sbi_flows.posteriors import ENTRIES, Posterior
+from sbi_flows.posteriors import mixtures
+from sbi_flows.posteriors.direct import ENTRIES, Posterior
 from sbi_flows.prior.prior import Prior
 
 FIRST, LAST = 3.0, 0.03

@@ -9,7 +9,7 @@ import numpyro.distributions as dist
 import pytest
 
 import sbi_flows as sf
-from sbi_flows.artefact.corrections import MOST_CORRECTIONS
+from sbi_flows.posteriors.corrections import MOST_CORRECTIONS
 from tests.artefacts import ensemble, opened, posterior, written
 from tests.golden.make import GOLDEN, HERE
 

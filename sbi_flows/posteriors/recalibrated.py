@@ -28,9 +28,9 @@ from jax.scipy.stats import norm
 from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.diagnostics.ranks import Derived, PosteriorLike, chunks_of, usable
+from sbi_flows.posteriors.quantile_maps import Quantiles, quantile_map, quantiles_of
 from sbi_flows.prior.maps import HALF_WIDTH
 from sbi_flows.prior.prior import Prior
-from sbi_flows.quantile_maps import Quantiles, quantile_map, quantiles_of
 from sbi_flows.simulations.simulations import Simulations
 
 SMOOTH = {"spacing": 0.75, "furthest": 1.5}

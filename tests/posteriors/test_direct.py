@@ -9,8 +9,8 @@ import numpyro.distributions as dist
 import pytest
 
 import sbi_flows as sf
-from sbi_flows import posteriors
-from sbi_flows.arviz_groups import arviz_groups
+from sbi_flows.posteriors import direct as posteriors
+from sbi_flows.posteriors.arviz import arviz_groups
 
 pytestmark = pytest.mark.promotes
 

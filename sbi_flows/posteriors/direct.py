@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sbi_flows import mixtures
 from sbi_flows.core.checks import random_key, real_array, real_arrays, require_count, require_room
 from sbi_flows.core.errors import SolveFailed
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.densities.conditional import Blueprint, Weights, by_solving
 from sbi_flows.observations.standardise import Standardiser, entry_labels
 from sbi_flows.observations.typicality import Typicality, spaces_of
+from sbi_flows.posteriors import mixtures
 from sbi_flows.prior.prior import Prior
 
 ENTRIES = 2**18
@@ -185,7 +185,7 @@ class Posterior:
         Raises:
             ValueError: x is a batch or does not fit, or a number of draws is not positive.
         """
-        from sbi_flows.arviz_groups import arviz_groups
+        from sbi_flows.posteriors.arviz import arviz_groups
 
         require_count(1, n=n, prior_draws=prior_draws)
         if not self.is_single(x):
@@ -209,7 +209,7 @@ class Posterior:
                 of other containers than dicts, lists and tuples, or `report` is no report.
             OSError: The file cannot be written.
         """
-        from sbi_flows.artefact.files import save
+        from sbi_flows.posteriors.files import save
 
         save(self, path, report=report)
 

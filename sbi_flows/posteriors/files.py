@@ -31,7 +31,7 @@ from sbi_flows.densities.conditional import Embedding, check_embedding
 from sbi_flows.diagnostics.ranks import Derived
 from sbi_flows.observations.standardise import Standardiser
 from sbi_flows.observations.typicality import widths
-from sbi_flows.posteriors import Posterior
+from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
 
 FORMAT = 2

@@ -9,10 +9,10 @@ import numpyro.distributions as dist
 import pytest
 
 import sbi_flows as sf
-from sbi_flows.conformal_sets import order_of
 from sbi_flows.core.errors import SbiFlowsError
+from sbi_flows.posteriors.conformal import order_of
+from sbi_flows.posteriors.quantile_maps import quantile_map, quantiles_of
 from sbi_flows.prior.prior import as_prior
-from sbi_flows.quantile_maps import quantile_map, quantiles_of
 
 KEY = jax.random.key(3)
 LEVELS = (0.5, 0.8, 0.95)
