@@ -19,7 +19,7 @@ from benchmarks import profile
 from benchmarks.growth import BASE, training
 from benchmarks.peers.measure import interleaved
 from benchmarks.records import now, provenance, write_json
-from sbi_flows.diagnostics.tables import table
+from sbi_flows.core.tables import table
 
 ROWS = 100_000
 BATCHES = (256, 1_024, 4_096, 16_384)

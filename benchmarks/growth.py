@@ -16,8 +16,8 @@ import numpy as np
 
 import sbi_flows as sf
 from benchmarks.peers.measure import interleaved
+from sbi_flows.core.tables import table
 from sbi_flows.densities.conditional import Blueprint, Sizes
-from sbi_flows.diagnostics.tables import table
 from sbi_flows.training.ensemble import Ensemble
 
 BASE = {"rows": 10_000, "dim": 4, "features": 8, "members": 1, "batch": 128}

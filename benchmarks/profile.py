@@ -18,7 +18,7 @@ import jax
 from benchmarks.growth import BASE, training
 from benchmarks.peers.measure import interleaved
 from sbi_flows.core.precision import products_in
-from sbi_flows.diagnostics.tables import table
+from sbi_flows.core.tables import table
 
 KINDS = {
     "products and sums": ("dot", "ynn_fusion", "gemm", "cublas"),

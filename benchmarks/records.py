@@ -105,7 +105,7 @@ def writable_folder(path: Path, option: str) -> Path:
     Raises:
         BadInput: It cannot be made or written to; the message names the option.
     """
-    from sbi_flows import checks  # not before it is needed: it brings JAX
+    from sbi_flows.core import checks  # not before it is needed: it brings JAX
 
     try:
         return checks.writable_folder(option, path)

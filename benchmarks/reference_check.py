@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 import simulators
 from benchmarks.records import BadInput, provenance, write_json
+from sbi_flows.core.tables import table
 from sbi_flows.core.typing import Key
 from sbi_flows.diagnostics import c2st_jax
-from sbi_flows.diagnostics.tables import table
 from simulators import Task
 from simulators.task import ReferenceFailed
 

@@ -29,9 +29,9 @@ from benchmarks.records import BadInput, Clock, now, provenance, writable_folder
 from benchmarks.scores import held_out_loss, mmd, normalisation
 from benchmarks.settings import Settings
 from benchmarks.store import Run, Store
+from sbi_flows.core.tables import table
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.diagnostics import c2st_jax, check
-from sbi_flows.diagnostics.tables import table
 from sbi_flows.estimators.stacking import StackHistory
 from simulators import ReferenceFailed, Task
 

@@ -23,8 +23,8 @@ from benchmarks import growth, profile
 from benchmarks.peers.contestant import Recipe
 from benchmarks.peers.flowjax_flow import flowjax_peer
 from benchmarks.records import ROOT, provenance, write_json
+from sbi_flows.core.tables import table
 from sbi_flows.diagnostics import check
-from sbi_flows.diagnostics.tables import table
 from sbi_flows.observations.standardise import fit_standardiser
 from simulators import slcp, two_moons
 

@@ -14,8 +14,8 @@ import numpy as np
 import sbi_flows as sf
 from benchmarks.records import Clock, provenance, write_json
 from sbi_flows import plots
+from sbi_flows.core.tables import table
 from sbi_flows.diagnostics import check
-from sbi_flows.diagnostics.tables import table
 from simulators import Task, eight_schools, influenza
 
 SEED = 1

@@ -1,4 +1,4 @@
-"""Imports point downward only, and nothing heavy is imported before it is used."""
+"""Twelve rooms, imports that point downward only, and nothing heavy before it is used."""
 
 import ast
 import dataclasses
@@ -14,129 +14,32 @@ import sbi_flows
 
 ROOT = Path(__file__).parents[1]
 
-# Each unit of sbi_flows (a module, or a folder of modules) and the units that it may import; a new
-# one needs a line here. `typing`, `errors`, `checks`, `precision` and `whole` are open to all.
-MAY_IMPORT = {
-    "prior_tails": set(),
-    "prior_maps": {"prior_tails"},
-    "prior_checks": set(),
-    "prior": {"prior_checks", "prior_maps"},
-    "prior_box": {"prior", "prior_maps"},
-    "worker": set(),
-    "processes": {"worker"},
-    "execution": {"processes", "worker"},
-    "data": {"prior"},
-    "lanes": {"prior"},
-    "simulating": {"prior", "data", "execution", "lanes", "worker"},
-    "failures": {"worker"},
-    "store_chunks": {"data"},
-    "store": {
-        "prior",
-        "data",
-        "checksums",
-        "execution",
-        "failures",
-        "simulating",
-        "store_chunks",
-        "worker",
-    },
-    "classifier": set(),
-    "validity": {"classifier", "prior", "data"},
-    "networks": set(),
-    "standardise": set(),
-    "quantised": set(),
-    "screening": set(),
-    "compilation": set(),
-    "checksums": set(),
-    "bijectors": {"networks", "prior", "prior_maps"},
-    "densities": {"bijectors", "networks", "prior", "data", "standardise"},
-    "training": {"checksums", "densities", "networks", "prior", "data"},
-    "mixtures": {"densities", "networks", "prior", "prior_maps"},
-    "spaces": set(),
-    "typicality": {"densities", "spaces", "standardise"},
-    "posteriors": {
-        "arviz_groups",
-        "densities",
-        "mixtures",
-        "prior",
-        "data",
-        "standardise",
-        "typicality",
-    },
-    "composed": {"densities", "mixtures", "posteriors", "prior"},
-    "estimators": {
-        "densities",
-        "execution",
-        "prior_box",
-        "simulating",
-        "store",
-        "worker",
-        "networks",
-        "posteriors",
-        "prior",
-        "data",
-        "quantised",
-        "record",
-        "screening",
-        "standardise",
-        "training",
-        "typicality",
-    },
-    "quantile_maps": set(),
-    "reweighting": set(),
-    "conformal_sets": {"diagnostics", "quantile_maps", "prior", "data"},
-    "recalibration": {"diagnostics", "quantile_maps", "prior", "prior_maps", "data"},
-    "arviz_groups": {"prior"},
-    "plots": {"posteriors", "prior", "data"},
-    "record": {"data"},
-    "artefact": {
-        "conformal_sets",
-        "densities",
-        "diagnostics",
-        "networks",
-        "posteriors",
-        "prior",
-        "prior_box",
-        "prior_checks",
-        "quantile_maps",
-        "recalibration",
-        "record",
-        "spaces",
-        "standardise",
-        "typicality",
-    },
-    "diagnostics": {
-        "posteriors",
-        "prior",
-        "data",
-        "record",
-        "reweighting",
-        "simulating",
-        "standardise",
-        "typicality",
-    },
-    "plots_local": {"plots"},
-    "plots_typicality": {"plots"},
-}
-OPEN = {"typing", "errors", "checks", "precision", "whole"}
-# methods such as `report.plot()` and `posterior.save()` may reach up when they are called
-WITHIN_CALLS = {
+ROOMS = (
+    "core",
     "plots",
-    "plots_local",
-    "plots_typicality",
+    "prior",
+    "observations",
+    "simulations",
+    "networks",
+    "densities",
+    "training",
     "artefact",
-    "arviz_groups",
+    "posteriors",
+    "estimators",
     "diagnostics",
-}
+)
+"""The folders of sbi_flows from the ground upward: a file may import from its own folder and from
+those before it, wherever in the file the import stands."""
+
 # what a simulator may know of the library
-FOR_SIMULATORS = {"prior", "data", "execution", "processes", "worker", *OPEN}
+FOR_SIMULATORS = {"core", "prior", "simulations"}
 
 HEAVY = {"arviz", "dask", "diffrax", "matplotlib", "pandas", "sklearn", "xarray", "zarr"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-    """One imported name; `deferred` inside a function body."""
+    """One imported name; `deferred` inside a function body or for type checkers alone."""
 
     name: str
     line: int
@@ -147,11 +50,10 @@ class Import:
         return self.name.split(".")[0]
 
     @property
-    def unit(self) -> str:
-        """Unit of sbi_flows; a name exported by the package itself counts as `__init__`."""
+    def room(self) -> str:
+        """Folder of sbi_flows; a name exported by the package itself counts as `__init__`."""
         parts = self.name.split(".")
-        known = len(parts) > 1 and (parts[1] in MAY_IMPORT or parts[1] in OPEN)
-        return parts[1] if known else "__init__"
+        return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "__init__"
 
 
 def imports(source: str) -> Iterator[Import]:
@@ -166,22 +68,20 @@ def _walk(node: ast.AST, *, deferred: bool) -> Iterator[Import]:
         names = (f"{node.module}.{alias.name}" for alias in node.names)
         yield from (Import(name, node.lineno, deferred) for name in names)
     deferred |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    # a block for type checkers alone is never run
     checkers_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
     for child in ast.iter_child_nodes(node):
         yield from _walk(child, deferred=deferred or checkers_only)
 
 
-def upward(unit: str, source: str) -> list[str]:
-    """Imports by which a module of sbi_flows reaches beyond its layer."""
-    allowed = MAY_IMPORT.get(unit, set()) | OPEN | {unit}
-    found = []
-    for imported in imports(source):
-        late = imported.deferred and imported.unit in WITHIN_CALLS
-        own = imported.package == "sbi_flows" and (imported.unit in allowed or late)
-        if imported.package in {"sbi_flows", "simulators", "benchmarks", "tests"} and not own:
-            found.append(f"line {imported.line}: {unit} imports {imported.name}")
-    return found
+def upward(room: str, source: str) -> list[str]:
+    """Imports by which a module of a room reaches a room above it, or leaves the house."""
+    below = set(ROOMS[: ROOMS.index(room) + 1])
+    return [
+        f"line {i.line}: {room} imports {i.name}"
+        for i in imports(source)
+        if i.package in {"simulators", "benchmarks", "tests"}
+        or (i.package == "sbi_flows" and i.room not in below)
+    ]
 
 
 def beyond_simulators(source: str) -> list[str]:
@@ -190,7 +90,7 @@ def beyond_simulators(source: str) -> list[str]:
         f"line {i.line}: {i.name}"
         for i in imports(source)
         if i.package in {"benchmarks", "tests"}
-        or (i.package == "sbi_flows" and i.unit not in FOR_SIMULATORS)
+        or (i.package == "sbi_flows" and i.room not in FOR_SIMULATORS)
     ]
 
 
@@ -205,16 +105,65 @@ def modules(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
 
-def unit_of(path: Path) -> str:
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def edges(sources: dict[str, str]) -> dict[str, set[str]]:
+    """For each module, the others of the same sources that it imports, anywhere in the file."""
+    graph: dict[str, set[str]] = {}
+    for name, source in sources.items():
+        found = set()
+        for imported in imports(source):
+            whole, parent = imported.name, imported.name.rpartition(".")[0]
+            found |= {each for each in (whole, parent) if each in sources}
+            if whole in sources:  # a module, not a name in its package's `__init__`
+                found.discard(parent)
+        graph[name] = found - {name}
+    return graph
+
+
+def require_no_circle(sources: dict[str, str]) -> None:
+    """Raise `graphlib.CycleError` where files import each other in a circle."""
+    graphlib.TopologicalSorter(edges(sources)).prepare()
+
+
+def room_of(path: Path) -> str:
     return path.relative_to(ROOT / "sbi_flows").parts[0].removesuffix(".py")
 
 
-def test_every_unit_has_its_layer():
-    units = {unit_of(path) for path in modules("sbi_flows")}
-    assert units, "no modules found"
-    assert units - {"__init__"} <= MAY_IMPORT.keys() | OPEN, (
-        "give the new unit a line in MAY_IMPORT"
-    )
+def test_the_house_has_twelve_rooms_and_no_file_outside():
+    assert {room_of(path) for path in modules("sbi_flows")} == {"__init__", *ROOMS}
+    assert len(ROOMS) == len(set(ROOMS)) == 12
+
+
+def test_every_room_says_what_lives_there():
+    for room in ROOMS:
+        source = (ROOT / "sbi_flows" / room / "__init__.py").read_text()
+        assert ast.get_docstring(ast.parse(source)), room
+
+
+@pytest.mark.parametrize("path", modules("sbi_flows"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_downward(path):
+    room, source = room_of(path), path.read_text()
+    if room == "__init__":
+        packages = {i.package for i in imports(source)}
+        assert not packages & {"simulators", "benchmarks", "tests"}
+    else:
+        assert upward(room, source) == []
+    assert heavy(source) == []
+
+
+@pytest.mark.parametrize("package", ["sbi_flows", "simulators", "benchmarks"])
+def test_no_files_import_each_other_in_a_circle(package):
+    require_no_circle({module_name(path): path.read_text() for path in modules(package)})
+
+
+def test_a_circle_is_found_in_function_bodies_too():
+    one, two = "from p.b import f", "def f():\n    from p import a"
+    with pytest.raises(graphlib.CycleError):
+        require_no_circle({"p": "", "p.a": one, "p.b": two})
+    require_no_circle({"p": "", "p.a": one, "p.b": "from p.c import g", "p.c": ""})
 
 
 def test_what_the_package_offers_is_there_when_it_is_asked_for():
@@ -224,56 +173,37 @@ def test_what_the_package_offers_is_there_when_it_is_asked_for():
         _ = sbi_flows.nothing
 
 
-def test_layers_have_no_cycle():
-    order = list(graphlib.TopologicalSorter(MAY_IMPORT).static_order())
-    assert set(order) == MAY_IMPORT.keys()
-
-
-@pytest.mark.parametrize("path", modules("sbi_flows"), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_downward(path):
-    unit, source = unit_of(path), path.read_text()
-    if unit == "__init__":
-        packages = {i.package for i in imports(source)}
-        assert not packages & {"simulators", "benchmarks", "tests"}
-    else:
-        assert upward(unit, source) == []
-    assert heavy(source) == []
-
-
 @pytest.mark.parametrize("path", modules("simulators"), ids=lambda p: str(p.relative_to(ROOT)))
-def test_simulators_know_prior_and_data_only(path):
+def test_simulators_know_prior_and_simulations_only(path):
     assert beyond_simulators(path.read_text()) == []
 
 
 @pytest.mark.parametrize(
-    ("unit", "source"),
+    ("room", "source"),
     [
         ("prior", "from sbi_flows.simulations.simulations import Simulations"),
         ("networks", "from sbi_flows import densities"),
-        ("diagnostics", "import sbi_flows.training"),
-        ("posteriors", "def f():\n    from sbi_flows.training import fit"),
-        ("posteriors", "from sbi_flows.plots.figures import corner"),
-        ("data", "import sbi_flows as sf"),
-        ("data", "from simulators import two_moons"),
+        ("training", "import sbi_flows.diagnostics"),
+        ("posteriors", "def f():\n    from sbi_flows.estimators.npe import NPE"),
+        ("posteriors", "if TYPE_CHECKING:\n    from sbi_flows.diagnostics.check import Report"),
+        ("simulations", "import sbi_flows as sf"),
+        ("simulations", "from simulators import two_moons"),
     ],
 )
-def test_an_upward_import_is_found(unit, source):
-    assert len(upward(unit, source)) == 1
+def test_an_upward_import_is_found(room, source):
+    assert len(upward(room, source)) == 1
 
 
 @pytest.mark.parametrize(
-    ("unit", "source"),
+    ("room", "source"),
     [
-        (
-            "data",
-            "from sbi_flows.prior.prior import Prior, as_prior\nfrom sbi_flows.core.typing import Key",
-        ),
+        ("simulations", "from sbi_flows.prior.prior import Prior\nimport sbi_flows.core.typing"),
         ("densities", "from sbi_flows.densities.base import Density"),
-        ("posteriors", "def plot(self):\n    from sbi_flows.plots.figures import corner"),
+        ("posteriors", "def plot(self):\n    from sbi_flows.plots import corner"),
     ],
 )
-def test_a_downward_import_passes(unit, source):
-    assert upward(unit, source) == []
+def test_a_downward_import_passes(room, source):
+    assert upward(room, source) == []
 
 
 def test_a_simulator_that_imports_the_library_is_found():
@@ -301,6 +231,13 @@ def test_importing_the_library_loads_nothing_large():
     """What the library offers is imported when it is first asked for, and JAX with it."""
     loaded = loaded_by("import sbi_flows")
     assert "sbi_flows" in loaded
+    assert not {"jax", "flax", "distrax", "numpyro", "optax", "scipy", *HEAVY} & loaded
+
+
+@pytest.mark.newest
+def test_a_worker_process_loads_no_jax():
+    loaded = loaded_by("import sbi_flows.simulations.worker")
+    assert "sbi_flows.simulations.worker" in loaded
     assert not {"jax", "flax", "distrax", "numpyro", "optax", "scipy", *HEAVY} & loaded
 
 

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sbi_flows.diagnostics.tables import table
+from sbi_flows.core.tables import table
 
 Contestants = Mapping[str, Mapping[str, Any]]
 

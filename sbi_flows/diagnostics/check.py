@@ -17,15 +17,17 @@ import numpy as np
 
 from sbi_flows.core.checks import require_count
 from sbi_flows.core.errors import SimulationFailed
+from sbi_flows.core.tables import p_text, table
 from sbi_flows.core.typing import Key, Simulator
 from sbi_flows.diagnostics.coverage import Coverage, coverage_of
-from sbi_flows.diagnostics.ranks import MIN_DATASETS, MIN_DRAWS, PosteriorLike, draw_pass
+from sbi_flows.diagnostics.ranks import draw_pass
 from sbi_flows.diagnostics.references import crude_posterior, prior_scale
 from sbi_flows.diagnostics.sbc import SBC, sbc_of
 from sbi_flows.diagnostics.sharpness import Sharpness, sharpness_of
-from sbi_flows.diagnostics.tables import p_text, table
 from sbi_flows.diagnostics.tarp import TARP, tarp_of
 from sbi_flows.diagnostics.verdict import UNDER, Finding, Test, findings_of, tests_of, verdict_of
+from sbi_flows.posteriors.base import PosteriorLike
+from sbi_flows.posteriors.passes import MIN_DATASETS, MIN_DRAWS
 from sbi_flows.simulations.simulate import simulate
 from sbi_flows.simulations.simulations import Simulations
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from sbi_flows.core.checks import real_arrays
 from sbi_flows.core.errors import SbiFlowsError
+from sbi_flows.core.tables import p_text, table
 from sbi_flows.core.typing import Obs
-from sbi_flows.diagnostics.tables import p_text, table
 from sbi_flows.diagnostics.uniformity import holm
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.simulations import Simulations

@@ -20,6 +20,7 @@ from jax import Array
 
 from sbi_flows.core.checks import require_count
 from sbi_flows.core.errors import SbiFlowsError, SimulationFailed
+from sbi_flows.core.tables import p_text, table
 from sbi_flows.core.typing import Key, Obs, Simulator
 from sbi_flows.diagnostics.local_classifier import (
     LIMIT,
@@ -31,11 +32,11 @@ from sbi_flows.diagnostics.local_classifier import (
     neighbours,
 )
 from sbi_flows.diagnostics.local_errors import Errors, Near, errors_of, findings_of, verdict_of
-from sbi_flows.diagnostics.ranks import PosteriorLike, chunks_of, innermost, usable
-from sbi_flows.diagnostics.tables import p_text, table
 from sbi_flows.diagnostics.verdict import Finding
 from sbi_flows.observations.standardise import fit_standardiser
+from sbi_flows.posteriors.base import PosteriorLike, innermost
 from sbi_flows.posteriors.direct import Posterior, as_batch
+from sbi_flows.posteriors.passes import chunks_of, usable
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.simulate import simulate
 from sbi_flows.simulations.simulations import Simulations, observation_shape

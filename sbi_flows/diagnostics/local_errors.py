@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sbi_flows.core.tables import p_text
 from sbi_flows.diagnostics import verdict
-from sbi_flows.diagnostics.tables import p_text
 from sbi_flows.diagnostics.verdict import BIASED, OVER, SHAPE, UNDER, Finding
 
 POINTS = 20

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from sbi_flows.core.files import whole_file
 from sbi_flows.core.record import plain, versions
-from sbi_flows.diagnostics.tables import p_text
+from sbi_flows.core.tables import p_text
 
 if TYPE_CHECKING:
     from sbi_flows.diagnostics.check import Report

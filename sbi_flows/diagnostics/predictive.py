@@ -18,6 +18,7 @@ from jax import Array
 
 from sbi_flows.core.checks import require_count
 from sbi_flows.core.errors import SimulationFailed
+from sbi_flows.core.tables import p_text, table
 from sbi_flows.core.typing import Key, Obs, Simulator
 from sbi_flows.diagnostics.discrepancies import (
     Discrepancies,
@@ -26,9 +27,8 @@ from sbi_flows.diagnostics.discrepancies import (
     judged,
     two_sided,
 )
-from sbi_flows.diagnostics.ranks import PosteriorLike, innermost
-from sbi_flows.diagnostics.tables import p_text, table
 from sbi_flows.observations.standardise import entry_labels, fit_standardiser, flatten_rows
+from sbi_flows.posteriors.base import PosteriorLike, innermost
 from sbi_flows.posteriors.direct import Posterior, as_batch
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.simulate import simulate_at

@@ -2,92 +2,29 @@
 
 Every calibration check needs the same draws: `draw_pass` takes them once, a chunk of data sets at
 a time in one compiled shape, and keeps only numbers per data set. Public names: `draw_pass`,
-`Ranks`, `Derived`, `innermost`, `usable`, `chunks_of`.
+`Ranks`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from tqdm.auto import tqdm
 
 from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.core.typing import Key
-from sbi_flows.diagnostics.uniformity import continuous_ranks
-from sbi_flows.prior.prior import Prior
+from sbi_flows.posteriors.base import PosteriorLike
+from sbi_flows.posteriors.passes import chunks_of, continuous_ranks, usable
 from sbi_flows.simulations.simulations import Simulations
-
-PosteriorLike = Any
-"""What has `prior`, `sample`, `log_prob` and `sample_and_log_prob` of a `Posterior`.
-
-Where its credible regions are not the highest-density regions of its draws, its
-`density_ranks(key, theta, x)` says the levels at which they first hold each truth.
-"""
-
-
-class Derived:
-    """Abstract: what is made of a posterior and calibration simulations.
-
-    Attributes:
-        posterior: The posterior that it was made of.
-        record: What is known of it beyond the record of that posterior, as plain JSON data: the
-            check, once it was saved with a report.
-    """
-
-    posterior: PosteriorLike
-    record: Mapping[str, Any]
-
-    @property
-    def prior(self) -> Prior:
-        """The prior, which names the parameters."""
-        return self.posterior.prior
-
-    @property
-    def solved(self) -> bool:
-        """Whether densities are the solutions of an ODE."""
-        return getattr(self.posterior, "solved", False)
-
-    def save(self, path: str | os.PathLike[str], *, report: Any = None) -> None:
-        """Write it to one file, with the posterior that it was made of, as `Posterior.save` does.
-
-        Args:
-            path: The file; by custom it ends in `.sbif`.
-            report: What `sf.check` found of the corrected posterior, which then travels in
-                `record["check"]`.
-
-        Raises:
-            ValueError: It was made of another posterior than an `sf.Posterior`, or as that says.
-            OSError: The file cannot be written.
-        """
-        from sbi_flows.posteriors.files import save
-
-        save(self, path, report=report)
-
-
-def innermost(posterior: PosteriorLike) -> PosteriorLike:
-    """What a posterior was made of in the first place, or the posterior itself."""
-    while isinstance(posterior, Derived):
-        posterior = posterior.posterior
-    return posterior
-
-
-CHUNK = 4_000_000
-"""Numbers (data sets x draws x D) held at once; 16 MB in single precision."""
 
 DENSITY_DRAWS, SOLVED_DRAWS = 100, 7
 """Draws of each posterior whose density is evaluated: a share out of 100 is fine enough to rank a
 thousand data sets by. Fewer where each density is an ODE to solve: the ranks, random between
 their steps, are uniform all the same, and the tests lose little; levels are blurred."""
-
-MIN_DATASETS = 50
-MIN_DRAWS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,29 +58,6 @@ class Ranks:
     draws: int
     labels: tuple[str, ...]
     num_failed: int
-
-
-def usable(posterior: PosteriorLike, simulations: Simulations, draws: int) -> Simulations:
-    """The simulations that succeeded, after the checks that come before any work.
-
-    Raises:
-        ValueError: Too few data sets succeeded, too few draws, or parameters of another width.
-    """
-    if draws < MIN_DRAWS:
-        raise ValueError(f"draws: expected at least {MIN_DRAWS}, got {draws}")
-    dim = simulations.theta.shape[1]
-    if dim != posterior.prior.dim:
-        raise ValueError(
-            f"simulations: expected {posterior.prior.dim} parameters "
-            f"{posterior.prior.labels} as the posterior has, got {dim}"
-        )
-    valid = simulations.only_valid()
-    if len(valid) < MIN_DATASETS:
-        raise ValueError(
-            f"simulations: expected at least {MIN_DATASETS} that succeeded, "
-            f"got {len(valid)} of {len(simulations)}"
-        )
-    return valid
 
 
 def draw_pass(
@@ -213,29 +127,6 @@ def draw_pass(
         labels=tuple(posterior.prior.labels),
         num_failed=len(simulations) - n,
     )
-
-
-def chunks_of(
-    key: Key, n: int, numbers: int, label: str, progress: bool
-) -> Iterator[tuple[Key, np.ndarray, int]]:
-    """Chunks of n data sets, equally long (the last one wraps round), under a progress bar.
-
-    Args:
-        key: Random key.
-        n: Number of data sets.
-        numbers: Numbers held for each at once.
-        label: What the bar says.
-        progress: Show it, if there are several chunks.
-
-    Yields:
-        A key, numbers of data sets, and how many of these to keep.
-    """
-    count = -(-n // max(1, CHUNK // numbers))
-    size = -(-n // count)
-    starts = range(0, n, size)
-    bar = tqdm(starts, desc=label, disable=not progress or len(starts) < 2)
-    for own, start in zip(jax.random.split(key, len(starts)), bar, strict=True):
-        yield own, np.arange(start, start + size) % n, min(size, n - start)
 
 
 def _ranked(posterior: PosteriorLike) -> int:

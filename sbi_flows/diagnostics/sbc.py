@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from scipy import special
 
+from sbi_flows.core.tables import p_text, table
 from sbi_flows.core.typing import Key
-from sbi_flows.diagnostics.ranks import PosteriorLike, Ranks, draw_pass
-from sbi_flows.diagnostics.tables import p_text, table
+from sbi_flows.diagnostics.ranks import Ranks, draw_pass
 from sbi_flows.diagnostics.uniformity import ecdf_band, ks_p_value, log_gamma, normal_p_values
+from sbi_flows.posteriors.base import PosteriorLike
 from sbi_flows.simulations.simulations import Simulations
 
 

@@ -17,16 +17,16 @@ from tqdm.auto import tqdm
 
 from sbi_flows.core.checks import real_arrays, require_count, require_positive
 from sbi_flows.core.errors import SbiFlowsError
+from sbi_flows.core.tables import table
 from sbi_flows.core.typing import Key, Obs, Simulator
 from sbi_flows.diagnostics.predictive import MIN_DRAWS, simulated_at
-from sbi_flows.diagnostics.ranks import PosteriorLike, innermost
-from sbi_flows.diagnostics.tables import table
 from sbi_flows.observations.standardise import (
     Standardiser,
     entry_labels,
     fit_standardiser,
     flatten_rows,
 )
+from sbi_flows.posteriors.base import PosteriorLike, innermost
 from sbi_flows.posteriors.direct import as_batch
 from sbi_flows.simulations.simulations import observation_shape
 

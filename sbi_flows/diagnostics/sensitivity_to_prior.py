@@ -21,9 +21,9 @@ import numpy as np
 
 from sbi_flows.core.checks import require_count
 from sbi_flows.core.errors import SbiFlowsError, WeightsUneven
+from sbi_flows.core.tables import table
 from sbi_flows.core.typing import Key, Obs
-from sbi_flows.diagnostics.ranks import PosteriorLike
-from sbi_flows.diagnostics.tables import table
+from sbi_flows.posteriors.base import PosteriorLike
 from sbi_flows.posteriors.reweighting import Reweighting, cjs_distance, reweighted
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
 

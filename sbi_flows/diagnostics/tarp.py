@@ -11,11 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from sbi_flows.core.tables import p_text
 from sbi_flows.core.typing import Key
-from sbi_flows.diagnostics.ranks import PosteriorLike, Ranks, draw_pass, usable
+from sbi_flows.diagnostics.ranks import Ranks, draw_pass
 from sbi_flows.diagnostics.references import crude_posterior, prior_scale
-from sbi_flows.diagnostics.tables import p_text
 from sbi_flows.diagnostics.uniformity import ecdf_band, ks_p_value
+from sbi_flows.posteriors.base import PosteriorLike
+from sbi_flows.posteriors.passes import usable
 from sbi_flows.simulations.simulations import Simulations
 
 

@@ -11,37 +11,11 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-import jax
 import numpy as np
 from scipy import special
 
-from sbi_flows.core.typing import Key
-
 SEED = 20_230_221
 """Of the simulated null distributions, so that a band is the same in every run."""
-
-
-def continuous_ranks(key: Key, below: Any, equal: Any, draws: int) -> np.ndarray:
-    """Spread integer ranks among `draws` draws evenly over (0, 1).
-
-    A rank takes one of `draws` + 1 values, so that a Kolmogorov-Smirnov test on rank / draws sees
-    steps. Ties with the true value are broken at random, and each rank is then placed at random
-    within its own cell of width 1 / (draws + 1); both make it uniform exactly under the null.
-
-    Args:
-        key: Random key.
-        below: Number of draws below the true value, integers of any shape.
-        equal: Number of draws equal to the true value, same shape.
-        draws: Number of draws.
-
-    Returns:
-        Values in (0, 1), float64, the shape of `below`.
-    """
-    below, equal = np.asarray(below), np.asarray(equal)
-    # on the host, in double precision: a cell next to 1 must not round to 1
-    rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,))))
-    rank = below + rng.integers(0, equal + 1)
-    return (rank + rng.uniform(1e-9, 1.0 - 1e-9, below.shape)) / (draws + 1)
 
 
 def ks_p_value(uniform: Any, *, alternative: str = "two-sided") -> float:

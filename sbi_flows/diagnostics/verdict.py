@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sbi_flows.core.tables import p_text
 from sbi_flows.diagnostics.coverage import Coverage
 from sbi_flows.diagnostics.sbc import SBC
-from sbi_flows.diagnostics.tables import p_text
 from sbi_flows.diagnostics.tarp import TARP
 from sbi_flows.diagnostics.uniformity import holm, ks_p_value
 

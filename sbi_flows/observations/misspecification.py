@@ -16,8 +16,8 @@ import numpy as np
 from scipy.special import ndtr
 
 from sbi_flows.core.checks import require_object
+from sbi_flows.core.tables import p_text, table
 from sbi_flows.core.typing import Obs
-from sbi_flows.diagnostics.tables import p_text, table
 from sbi_flows.observations.standardise import entry_labels
 from sbi_flows.observations.typicality import Typicality
 from sbi_flows.posteriors.direct import Posterior

@@ -1,3 +1,3 @@
 """Posteriors: draws, densities and modes for one observation or a batch of them."""
 
-from sbi_flows.posteriors.direct.direct import Posterior as Posterior
+from sbi_flows.posteriors.direct import Posterior as Posterior

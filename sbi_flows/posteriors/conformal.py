@@ -23,8 +23,8 @@ from scipy import special
 
 from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.core.typing import Key, Obs
-from sbi_flows.diagnostics.ranks import Derived, PosteriorLike, chunks_of, usable
-from sbi_flows.diagnostics.uniformity import continuous_ranks
+from sbi_flows.posteriors.base import Derived, PosteriorLike
+from sbi_flows.posteriors.passes import chunks_of, continuous_ranks, usable
 from sbi_flows.posteriors.quantile_maps import quantiles_of
 from sbi_flows.simulations.simulations import Simulations
 

@@ -21,9 +21,9 @@ from sbi_flows.artefact.distributions import Tensors
 from sbi_flows.artefact.ensembles import require_entry
 from sbi_flows.artefact.strict import checked, counted, fields, items
 from sbi_flows.core.errors import ArtefactError
-from sbi_flows.diagnostics.ranks import MIN_DRAWS
 from sbi_flows.posteriors.conformal import ConformalPosterior
 from sbi_flows.posteriors.direct import Posterior
+from sbi_flows.posteriors.passes import MIN_DRAWS
 from sbi_flows.posteriors.quantile_maps import Quantiles, increasing
 from sbi_flows.posteriors.recalibrated import RecalibratedPosterior
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbi_flows.artefact import corrections, embeddings, ensembles, gates, priors
+from sbi_flows.artefact import embeddings, ensembles, gates, priors
 from sbi_flows.artefact.container import Entry, File, packed
 from sbi_flows.artefact.distributions import Tensors
 from sbi_flows.artefact.strict import checked, counted, fields, items, number
@@ -28,9 +28,10 @@ from sbi_flows.core.errors import ArtefactError
 from sbi_flows.core.files import whole_file
 from sbi_flows.core.record import versions
 from sbi_flows.densities.conditional import Embedding, check_embedding
-from sbi_flows.diagnostics.ranks import Derived
 from sbi_flows.observations.standardise import Standardiser
 from sbi_flows.observations.typicality import widths
+from sbi_flows.posteriors import corrections
+from sbi_flows.posteriors.base import Derived
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
 

@@ -27,7 +27,8 @@ from jax.scipy.stats import norm
 
 from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.core.typing import Key, Obs
-from sbi_flows.diagnostics.ranks import Derived, PosteriorLike, chunks_of, usable
+from sbi_flows.posteriors.base import Derived, PosteriorLike
+from sbi_flows.posteriors.passes import chunks_of, usable
 from sbi_flows.posteriors.quantile_maps import Quantiles, quantile_map, quantiles_of
 from sbi_flows.prior.maps import HALF_WIDTH
 from sbi_flows.prior.prior import Prior

@@ -3,7 +3,7 @@
 Import `Prior`, `PriorLike` and `as_prior` from here.
 """
 
-from sbi_flows.prior.prior.prior import Prior as Prior
-from sbi_flows.prior.prior.prior import PriorLike as PriorLike
-from sbi_flows.prior.prior.prior import as_prior as as_prior
-from sbi_flows.prior.prior.prior import labels as labels
+from sbi_flows.prior.prior import Prior as Prior
+from sbi_flows.prior.prior import PriorLike as PriorLike
+from sbi_flows.prior.prior import as_prior as as_prior
+from sbi_flows.prior.prior import labels as labels

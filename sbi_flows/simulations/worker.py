@@ -1,4 +1,4 @@
-"""The process that runs simulations one by one for `sbi_flows.simulations.executors`; it never imports JAX.
+"""Worker process that runs simulations one by one; it never imports JAX.
 
 It is sent the `Job`, says that it is ready, is sent a seed and parameters at a time, and answers
 each with a `Row`. The job alone, a function of the user's, is code that this process loads, from

@@ -12,8 +12,9 @@ import pytest
 from flax import nnx
 
 import sbi_flows as sf
-from sbi_flows.artefact import files, priors
+from sbi_flows.artefact import priors
 from sbi_flows.densities.distilled import Distilled
+from sbi_flows.posteriors import files
 from tests.artefacts import EVENT, ensemble, opened, posterior, written
 from tests.cases import DENSITIES, PRIORS, hierarchy, unchecked
 from tests.cases import prior as prior_of

@@ -6,7 +6,6 @@ import pytest
 from scipy import stats
 
 from sbi_flows.diagnostics.uniformity import (
-    continuous_ranks,
     ecdf_band,
     gamma_quantile,
     holm,
@@ -14,6 +13,7 @@ from sbi_flows.diagnostics.uniformity import (
     log_gamma,
     normal_p_values,
 )
+from sbi_flows.posteriors.passes import continuous_ranks
 
 
 def brute_force_gamma(ranks, draws):
