@@ -22,7 +22,6 @@ from sbi_flows.densities.bijectors import (
     LULinear,
     RationalQuadraticSpline,
     Repeated,
-    Support,
     TruncatedAutoregression,
     lu,
 )
@@ -197,6 +196,22 @@ def _truncated_params(key: Array, dim: int) -> Any:
 
 def _truncated(params: Any, dim: int) -> distrax.Bijector:
     return TruncatedAutoregression(*params, tuple(i % 2 == 0 for i in range(dim)))
+
+
+class Support(distrax.Bijector):
+    """The map of a prior from standard coordinates (*, d) to its support (*, D), as a bijector."""
+
+    def __init__(self, prior: sf.Prior) -> None:
+        super().__init__(event_ndims_in=1)
+        self._prior = prior
+
+    def forward_and_log_det(self, x: Array) -> tuple[Array, Array]:
+        theta = self._prior.from_standard(x)
+        return theta, self._prior.standard_log_det(x, theta)
+
+    def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
+        x = self._prior.to_standard(y)
+        return x, -self._prior.standard_log_det(x, y)
 
 
 def support(name: str) -> BijectorCase:

@@ -6,7 +6,6 @@ from sbi_flows.densities.bijectors.linear import LULinear as LULinear
 from sbi_flows.densities.bijectors.linear import lu as lu
 from sbi_flows.densities.bijectors.repeated import Repeated as Repeated
 from sbi_flows.densities.bijectors.spline import RationalQuadraticSpline as RationalQuadraticSpline
-from sbi_flows.densities.bijectors.support import Support as Support
 from sbi_flows.densities.bijectors.truncated import (
     TruncatedAutoregression as TruncatedAutoregression,
 )
