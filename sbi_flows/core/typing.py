@@ -10,14 +10,10 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
-import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
 Key: TypeAlias = jax.Array
 """A typed JAX random key, as `jax.random.key(0)` makes it."""
-
-Theta: TypeAlias = Float[Array, "*batch dim"] | Float[np.ndarray, "*batch dim"]
-"""Parameters as flat vectors, last axis of length D."""
 
 Obs: TypeAlias = PyTree
 """One observation `(*event)` or a batch of them `(B, *event)`, or a dict of such arrays."""

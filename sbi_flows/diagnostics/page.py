@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sbi_flows.core.files import whole_file
-from sbi_flows.core.record import plain, versions
+from sbi_flows.core.record import to_json_data
 from sbi_flows.core.tables import p_text
+from sbi_flows.core.versions import versions
 
 if TYPE_CHECKING:
     from sbi_flows.diagnostics.check import Report
@@ -250,4 +251,4 @@ def _picture(part: Any, alt: str) -> str:
 
 def _json(report: Report) -> str:
     held = {**report.to_dict(), "command": report.command, "versions": environment()}
-    return json.dumps(plain(held), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    return json.dumps(to_json_data(held), indent=1, allow_nan=False, ensure_ascii=False) + "\n"

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from scipy import linalg, special
 
+from sbi_flows.core.arrays import squared_distances
 from sbi_flows.core.typing import Key
 from sbi_flows.simulations.simulations import Simulations
 
@@ -77,15 +78,10 @@ def _scores(rng: np.random.Generator, x: Any) -> np.ndarray:
 
 def _kernel_ridge(features: np.ndarray, target: np.ndarray, at: np.ndarray) -> np.ndarray:
     """Predict the target (n, D) of features (n, P) at other features (m, P); shape (m, D)."""
-    squared = _squared_distances(features, features)
+    squared = squared_distances(features, features)
     width = np.median(squared)
     if width <= 0:
         return np.broadcast_to(target.mean(axis=0), (len(at), target.shape[1]))
     kernel = np.exp(-squared / width) + RIDGE * np.eye(len(features))
     weights = linalg.solve(kernel, target - target.mean(axis=0), assume_a="pos")
-    return target.mean(axis=0) + np.exp(-_squared_distances(at, features) / width) @ weights
-
-
-def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    squares = np.sum(a**2, axis=1)[:, None] + np.sum(b**2, axis=1)[None] - 2.0 * a @ b.T
-    return np.maximum(squares, 0.0)
+    return target.mean(axis=0) + np.exp(-squared_distances(at, features) / width) @ weights

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from sbi_flows.core.checks import require_count, require_object
 from sbi_flows.core.errors import TrainingDiverged
 from sbi_flows.core.precision import full_precision, products_in
-from sbi_flows.core.record import plain
+from sbi_flows.core.record import to_json_data
 from sbi_flows.core.typing import Key
 from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
 from sbi_flows.densities.distilled import Distilled, student_of
@@ -125,7 +125,7 @@ def distil(
         errors.append(found)
     blueprints, weights = zip(*made, strict=True)
     joined = np.concatenate([found[:epochs] for found in errors], axis=1)
-    taught = {"steps": steps, "training": plain(training), "errors": plain(joined)}
+    taught = {"steps": steps, "training": to_json_data(training), "errors": to_json_data(joined)}
     record = MappingProxyType({**posterior.record, "distilled": taught})
     made_of = {"blueprints": blueprints, "weights": weights, "record": record}
     return dataclasses.replace(posterior, **made_of), joined

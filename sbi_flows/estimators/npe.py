@@ -16,7 +16,6 @@ from jax import Array
 
 from sbi_flows.core.checks import require_count, require_fraction, require_positive
 from sbi_flows.core.errors import SbiFlowsWarning, SimulationFailed, TrainingDiverged
-from sbi_flows.core.record import of_fit
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.densities.base import DensitySettings, check_settings
 from sbi_flows.densities.conditional import (
@@ -45,6 +44,7 @@ from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
 from sbi_flows.simulations.simulations import Simulations, observation_shape
 from sbi_flows.training import History, Training, fit
+from sbi_flows.training.record import of_fit
 
 _EMULATED = (
     NSF(hidden=(128, 128), context_width=128, dropout=0.0),

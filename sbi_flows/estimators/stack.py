@@ -9,13 +9,13 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
-from sbi_flows.core.record import of_fit
 from sbi_flows.core.typing import Key
 from sbi_flows.estimators.npe import NPE
 from sbi_flows.estimators.stacking import StackHistory, fit_each
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.simulations import Simulations
+from sbi_flows.training.record import of_fit
 
 
 @dataclasses.dataclass(frozen=True, init=False)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import ndtri
 
+from sbi_flows.core.arrays import squared_distances
+
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.5)
 """Shares of the mean variance that a covariance is shrunk by, of which held-out rows choose; what
 depends on other features to less than a thousandth of a standard deviation is not looked at."""
@@ -77,7 +79,7 @@ class Space:
         Up to a constant that the rows share: less twice the mean kernel between both. Kernels are
         rational quadratic, of several widths.
         """
-        squares = _squared_distances(z, self.rows[:CENTRES]) / self._width
+        squares = squared_distances(z, self.rows[:CENTRES]) / self._width
         kernels = sum(1.0 / (1.0 + squares / scale) for scale in SCALES)
         return -2.0 * np.mean(np.asarray(kernels), axis=1)
 
@@ -112,7 +114,7 @@ class Space:
     def _width(self) -> float:
         """Median squared distance between two rows."""
         some = self.rows[:200]
-        pairs = _squared_distances(some, some)[~np.eye(len(some), dtype=bool)]
+        pairs = squared_distances(some, some)[~np.eye(len(some), dtype=bool)]
         return max(float(np.median(pairs)), 1e-12) if pairs.size else 1.0
 
 
@@ -165,9 +167,3 @@ def normal_scores(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
         ranks[:, i] = 0.5 * (low + high)
     beyond = np.maximum(values - ordered[-1], 0.0) - np.maximum(ordered[0] - values, 0.0)
     return ndtri((ranks + 0.5) / (len(ordered) + 1)) + beyond
-
-
-def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Between rows (n, C) and (m, C), shape (n, m)."""
-    squares = np.sum(a**2, axis=1)[:, None] + np.sum(b**2, axis=1) - 2.0 * a @ b.T
-    return np.maximum(squares, 0.0)

@@ -26,7 +26,8 @@ from sbi_flows.artefact.distributions import Tensors
 from sbi_flows.artefact.strict import checked, counted, fields, items, number
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.core.files import whole_file
-from sbi_flows.core.record import versions
+from sbi_flows.core.record import to_json_data
+from sbi_flows.core.versions import versions
 from sbi_flows.densities.conditional import Embedding, check_embedding
 from sbi_flows.observations.standardise import Standardiser
 from sbi_flows.observations.typicality import widths
@@ -153,12 +154,11 @@ def _described(given: Posterior | Derived, report: Any) -> tuple[dict[str, Any],
 
 
 def _plain_report(report: Any) -> Any:
-    from sbi_flows.core.record import plain
     from sbi_flows.diagnostics import Report
 
     if not isinstance(report, Report):
         raise ValueError(f"report: expected an sf.Report, got {type(report).__name__}")
-    return plain(report.to_dict())
+    return to_json_data(report.to_dict())
 
 
 def _loaded(file: File, given: Prior | None, own: list[Embedding | None]) -> Any:

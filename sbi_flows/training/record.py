@@ -1,0 +1,68 @@
+"""The record of a fit, as plain JSON data that are saved with the posterior.
+
+Public names: `of_fit`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from sbi_flows.core.record import to_json_data
+from sbi_flows.core.versions import versions
+from sbi_flows.simulations.simulations import Simulations
+
+_PER_ROW = {"held_out", "held_out_loss", "solver_steps", "solver_evaluations"}
+"""Fields of a history with one number per simulation, of which the record keeps at most the mean."""
+
+
+def of_fit(estimator: Any, simulations: Simulations, history: Any) -> Mapping[str, Any]:
+    """Return a read-only record of a fit: its settings, simulations, history and versions.
+
+    Args:
+        estimator: The estimator, a frozen dataclass of settings.
+        simulations: The simulations that it was fitted to.
+        history: The history of the fit, or the histories of a stack.
+    """
+    record = {
+        "estimator": to_json_data(estimator),
+        "simulations": _provenance(simulations),
+        "history": _summary(history),
+        "versions": versions(),
+    }
+    return MappingProxyType(record)
+
+
+def _provenance(simulations: Simulations) -> dict[str, Any]:
+    """Return the number of simulations, of failures and of rounds, and a hash of theta."""
+    theta = np.ascontiguousarray(simulations.theta)
+    return {
+        "rows": len(simulations),
+        "failed": len(simulations) - simulations.num_valid,
+        "rounds": len(np.unique(simulations.round)),
+        "on_disk": simulations.on_disk,
+        "theta_sha256": hashlib.sha256(theta.tobytes()).hexdigest(),
+    }
+
+
+def _summary(history: Any) -> Any:
+    """Return a history, or those of a stack, without the numbers of single simulations."""
+    if not dataclasses.is_dataclass(history):
+        return to_json_data(history)
+    summary: dict[str, Any] = {"type": type(history).__name__}
+    for field in dataclasses.fields(history):
+        value = getattr(history, field.name)
+        if field.name == "histories":
+            summary[field.name] = [_summary(each) for each in value]
+        elif field.name == "emulator":
+            summary[field.name] = _summary(value)
+        elif field.name not in _PER_ROW:
+            summary[field.name] = to_json_data(value)
+        elif value is not None and field.name != "held_out":
+            summary[f"mean_{field.name}"] = to_json_data(np.mean(value))
+    return summary
