@@ -231,7 +231,7 @@ def _references(arguments: argparse.Namespace) -> None:
         reference_check.run(arguments.check, tuple(arguments.tasks), folder)
         return
     from benchmarks import references
-    from simulators import stored
+    from simulators.adapters import stored
 
     references.run(arguments.folder or stored.cache_folder(), tuple(arguments.tasks))
 

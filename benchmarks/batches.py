@@ -17,7 +17,7 @@ import numpy as np
 import sbi_flows as sf
 from benchmarks.peers.measure import interleaved
 from benchmarks.records import provenance, write_json
-from simulators.registry import get
+from simulators.adapters.registry import get
 
 BATCHES = (32, 64, 128, 256, 512)
 """Rows a step."""

@@ -20,8 +20,8 @@ from benchmarks.records import Clock, provenance, write_json
 from benchmarks.runner import describe
 from sbi_flows.diagnostics import check
 from simulators import lynx_hare
-from simulators.lynx_hare_fit import with_fit
-from simulators.lynx_hare_model import nuts
+from simulators.gallery.lynx_hare_fit import with_fit
+from simulators.gallery.lynx_hare_model import nuts
 
 SEED = 1
 SIMULATIONS = 100_000

@@ -41,7 +41,7 @@ def save_figures(
     """
     import matplotlib
 
-    from simulators.lynx_hare import FIRST_YEAR
+    from simulators.gallery.lynx_hare import FIRST_YEAR
 
     interactive = matplotlib.get_backend()
     matplotlib.use("Agg")  # files only: no display is needed, and none is opened

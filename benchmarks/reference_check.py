@@ -21,7 +21,7 @@ from sbi_flows.core.tables import table
 from sbi_flows.core.typing import Key
 from sbi_flows.diagnostics import c2st_jax
 from simulators import Task
-from simulators.task import ReferenceFailed
+from simulators.adapters.task import ReferenceFailed
 
 
 def run(folder: Path, tasks: tuple[str, ...], results: Path) -> Path:

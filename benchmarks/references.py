@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 
 import simulators
 from benchmarks.records import BadInput, writable_folder
-from simulators import Task, stored
-from simulators.mcmc import NutsReference
+from simulators import Task
+from simulators.adapters import stored
+from simulators.adapters.mcmc import NutsReference
 
 DRAWS = 10_000
 

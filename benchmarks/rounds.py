@@ -23,7 +23,7 @@ from benchmarks.settings import Settings
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.diagnostics import c2st_jax
 from simulators import Task
-from simulators.lynx_hare_fit import with_fit
+from simulators.gallery.lynx_hare_fit import with_fit
 
 SEED = 1
 DRAWS = 10_000

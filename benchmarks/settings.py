@@ -15,7 +15,8 @@ from typing import Any
 import simulators
 from benchmarks import methods
 from benchmarks.records import BadInput
-from simulators import Task, registry
+from simulators import Task
+from simulators.adapters import registry
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

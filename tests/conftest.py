@@ -51,8 +51,8 @@ SLOW_EXAMPLES = (
     "sbi_flows.estimators.truncated.",
     "sbi_flows.posteriors.recalibrated.",
     "sbi_flows.simulations.validity.",
-    "simulators.lynx_hare_fit.",
-    "simulators.numpyro_model.",
+    "simulators.gallery.lynx_hare_fit.",
+    "simulators.adapters.numpyro_model.",
 )
 """Modules whose examples fit or compile for long."""
 

@@ -13,7 +13,7 @@ import pytest
 import sbi_flows as sf
 from benchmarks import demo
 from benchmarks.demo_figures import save_figures
-from simulators.lynx_hare import PELTS
+from simulators.gallery.lynx_hare import PELTS
 
 LABELS = ("a", "b[0]", "b[1]")
 

@@ -12,7 +12,8 @@ import pytest
 import simulators
 from benchmarks import references
 from benchmarks.__main__ import main
-from simulators import Task, mcmc, stored
+from simulators import Task
+from simulators.adapters import mcmc, stored
 
 pytestmark = pytest.mark.promotes
 

@@ -10,7 +10,7 @@ import sbi_flows as sf
 from sbi_flows.estimators import stacking
 from sbi_flows.observations import screening
 from sbi_flows.observations.screening import dependent_features
-from simulators.slcp_distractors import distractors, slcp_distractors
+from simulators.tasks.slcp_distractors import distractors, slcp_distractors
 from tests import cases
 
 

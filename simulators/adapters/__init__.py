@@ -1,0 +1,1 @@
+"""Parts that every task is made of: tasks, references, and adapters for other kinds of models."""

@@ -1,0 +1,95 @@
+"""Tasks by name, for command lines and tables; in code, call the constructors themselves.
+
+Public names: `ENTRY_POINTS`, `get`, `names`, `list`, `offered`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+
+from simulators.adapters.task import Task
+from simulators.gallery.eight_schools import eight_schools
+from simulators.gallery.influenza import influenza, influenza_ode
+from simulators.gallery.lynx_hare import lynx_hare
+from simulators.tasks.bernoulli_glm import bernoulli_glm, bernoulli_glm_raw
+from simulators.tasks.gaussian_linear import gaussian_linear
+from simulators.tasks.gaussian_linear_uniform import gaussian_linear_uniform
+from simulators.tasks.gaussian_mixture import gaussian_mixture
+from simulators.tasks.lotka_volterra import lotka_volterra
+from simulators.tasks.sir import sir
+from simulators.tasks.slcp import slcp
+from simulators.tasks.slcp_distractors import slcp_distractors
+from simulators.tasks.two_moons import two_moons
+
+_CONSTRUCTORS: dict[str, Callable[[], Task]] = {
+    constructor.__name__: constructor
+    for constructor in (
+        bernoulli_glm,
+        bernoulli_glm_raw,
+        eight_schools,
+        gaussian_linear,
+        gaussian_linear_uniform,
+        gaussian_mixture,
+        influenza,
+        influenza_ode,
+        lotka_volterra,
+        lynx_hare,
+        sir,
+        slcp,
+        slcp_distractors,
+        two_moons,
+    )
+}
+
+
+ENTRY_POINTS = "sbi_flows.simulators"
+"""Group of entry points by which other packages offer tasks."""
+
+
+def get(name: str) -> Task:
+    """The task of this name, one of ours or of a package that offers it.
+
+    Raises:
+        ValueError: There is none, and the message lists the names; or the package offers something
+            else.
+
+    Example:
+        >>> get("slcp").dim
+        5
+    """
+    if name in _CONSTRUCTORS:
+        return _CONSTRUCTORS[name]()
+    others = offered()
+    if name not in others:
+        raise ValueError(f"task: expected one of {', '.join(list())}, got {name!r}")
+    found = others[name].load()
+    task = found() if callable(found) else found
+    if not isinstance(task, Task):
+        raise ValueError(f"{others[name].value}: expected a Task, got {type(task).__name__}")
+    return task
+
+
+def names() -> tuple[str, ...]:
+    """Names of our own tasks, in alphabetical order.
+
+    Example:
+        >>> names()[:2]
+        ('bernoulli_glm', 'bernoulli_glm_raw')
+    """
+    return tuple(sorted(_CONSTRUCTORS))
+
+
+def list() -> tuple[str, ...]:
+    """Names of all tasks, those that installed packages offer included.
+
+    Example:
+        >>> set(names()) <= set(list())
+        True
+    """
+    return tuple(sorted({*_CONSTRUCTORS, *offered()}))
+
+
+def offered() -> dict[str, importlib.metadata.EntryPoint]:
+    """Entry points of the tasks that installed packages offer, by name."""
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}

@@ -1,0 +1,189 @@
+"""What a task is: a prior, a simulator, fixed observations and, where there is one, a reference.
+
+Public names: `Task`, `ReferenceFailed`, `SampleReference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sbi_flows.core.errors import SbiFlowsError
+from sbi_flows.core.precision import full_precision
+from sbi_flows.core.typing import Key, Obs, Simulator
+from sbi_flows.prior.prior import Prior, PriorLike, as_prior
+from simulators.adapters import stored
+
+SampleReference: TypeAlias = Callable[[Key, Array, int], Array]
+"""`(key, x, n) -> (n, D)` draws of the exact posterior given any one observation x."""
+
+OBSERVATION_SEED = 2101_04653
+REFERENCE_SEED = 4653_2101
+
+
+class ReferenceFailed(SbiFlowsError):
+    """The exact sampler gave no draws: an impossible observation, or chains that disagree."""
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Task:
+    """A simulation-based inference problem to try a method on.
+
+    Observation i is the simulator's output at a draw from the prior, both from fixed keys, unless
+    the task comes with real data.
+
+    Attributes:
+        name: Name in the registry.
+        prior: What `sf.as_prior` takes: a numpyro distribution over a vector, a dict of named ones,
+            or a model.
+        simulator: `(key, theta) -> x` on one parameter vector (a named dict where the prior is a
+            dict), traceable by JAX.
+        citation: Where the task comes from.
+        sample_reference: `(key, x, n) -> (n, D)` draws of the exact posterior for any observation
+            x, NaN where none could be made; None where there is no such sampler.
+        num_observations: How many observations there are.
+        observed: Real observations, shape (num_observations, *event), instead of simulated ones; of
+            dicts of arrays, a tuple.
+        stored_as: Name of the files that reference draws are kept in, where a sampler takes long.
+
+    Example:
+        >>> from simulators import two_moons
+        >>> task = two_moons()
+        >>> task
+        Task('two_moons', D=2, observations=10)
+        >>> task.observation(1).shape, task.reference(1, n=100).shape
+        ((2,), (100, 2))
+    """
+
+    name: str
+    prior: PriorLike
+    simulator: Simulator
+    citation: str
+    sample_reference: SampleReference | None = None
+    num_observations: int = 10
+    observed: np.ndarray | tuple[Obs, ...] | None = None
+    stored_as: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_observations < 1:
+            raise ValueError(
+                f"num_observations: expected at least one, got {self.num_observations}"
+            )
+        if self.observed is not None and len(self.observed) != self.num_observations:
+            raise ValueError(
+                f"observed: expected {self.num_observations} rows, got {len(self.observed)}"
+            )
+
+    def __repr__(self) -> str:
+        return f"Task({self.name!r}, D={self.dim}, observations={self.num_observations})"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """One label for each of the D parameters."""
+        return self._flat_prior.labels
+
+    @property
+    def dim(self) -> int:
+        """Number of parameters, D."""
+        return self._flat_prior.dim
+
+    def observation(self, i: int) -> Obs:
+        """Observation i, shape (*event); the same one in every process and precision.
+
+        Raises:
+            ValueError: i is not between 1 and `num_observations`.
+        """
+        self._check_index(i)
+        if self.observed is not None:
+            return jax.tree.map(jnp.asarray, self.observed[i - 1])
+        # random bits differ between float32 and float64: one precision, one set of observations
+        with jax.enable_x64(False):
+            theta, noise_key = self._draw(i)
+            return _simulate(self._flat_prior, self.simulator, noise_key, theta)
+
+    def true_parameters(self, i: int) -> Array:
+        """The parameters behind observation i as a flat vector, shape (D,).
+
+        Raises:
+            ValueError: i is out of range, or the observation is real data.
+        """
+        self._check_index(i)
+        if self.observed is not None:
+            raise ValueError(f"{self.name}: observation {i} is real data without known parameters")
+        with jax.enable_x64(False):
+            return self._draw(i)[0]
+
+    def reference(self, i: int, n: int = 10_000) -> Array:
+        """Draw n times from the exact posterior given observation i; shape (n, D).
+
+        Raises:
+            ValueError: i is out of range, n is not positive, or the task has no exact sampler.
+            ReferenceFailed: The sampler could not make the draws.
+        """
+        x = self.observation(i)
+        if self.sample_reference is None:
+            raise ValueError(f"{self.name}: expected a task with an exact sampler, got none")
+        if n < 1:
+            raise ValueError(f"n: expected at least one draw, got {n}")
+        kept = self._stored(i, n)
+        if kept is not None:
+            return kept
+        draws = self.sample_reference(self.reference_key(i), x, n)
+        missing = int(jnp.sum(~jnp.all(jnp.isfinite(draws), axis=-1)))
+        if missing:
+            raise ReferenceFailed(
+                f"{self.name}: {missing} of {n} reference draws could not be made for "
+                f"observation {i}"
+            )
+        return draws
+
+    def stored_observation(self, i: int) -> np.ndarray:
+        """Observation i as the reference sampler reads it, which tells its file from others."""
+        return np.asarray(
+            getattr(self.sample_reference, "prepare", jnp.asarray)(self.observation(i))
+        )
+
+    def reference_key(self, i: int) -> Key:
+        """Key of the reference draws given observation i."""
+        return jax.random.fold_in(jax.random.key(REFERENCE_SEED), i)
+
+    def _stored(self, i: int, n: int) -> Array | None:
+        """Draws that were made before, spread over all that are there; None for too few."""
+        if self.stored_as is None:
+            return None
+        folders = (stored.cache_folder(), stored.FOLDER)
+        rows = stored.load(self.stored_as, i, self.stored_observation(i), folders)
+        if rows is None or len(rows) < n:
+            return None
+        return jnp.asarray(rows[np.linspace(0, len(rows) - 1, n).astype(int)])
+
+    @cached_property
+    def _flat_prior(self) -> Prior:
+        return as_prior(self.prior)
+
+    def _draw(self, i: int) -> tuple[Array, Key]:
+        key = jax.random.fold_in(jax.random.key(OBSERVATION_SEED), i)
+        prior_key, noise_key = jax.random.split(key)
+        with jax.numpy_rank_promotion("allow"):  # numpyro does so in some distributions
+            return self._flat_prior.sample(prior_key, 1)[0], noise_key
+
+    def _check_index(self, i: Any) -> None:
+        if isinstance(i, bool) or not isinstance(i, int | np.integer):
+            raise ValueError(f"observation: expected an integer, got {i!r}")
+        if not 1 <= i <= self.num_observations:
+            raise ValueError(
+                f"observation: expected 1 to {self.num_observations} for {self.name}, got {i}"
+            )
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+@full_precision
+def _simulate(prior: Prior, simulator: Simulator, key: Key, theta: Array) -> Obs:
+    return simulator(key, prior.structured(theta))

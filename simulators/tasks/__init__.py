@@ -1,0 +1,1 @@
+"""Standard benchmark tasks of simulation-based inference, one file each."""
