@@ -18,7 +18,7 @@ from sbi_flows.estimators import truncated
 from sbi_flows.prior.box import BoxPrior
 from sbi_flows.training import ensemble, stream
 from sbi_flows.training.fingerprint import parts, unlike
-from tests.test_checkpoint import Killed, kill_before
+from tests.training.test_checkpoint import Killed, kill_before
 
 pytestmark = pytest.mark.promotes
 

@@ -17,11 +17,11 @@ import safetensors.numpy
 import sbi_flows as sf
 from sbi_flows.core.errors import SbiFlowsWarning
 from sbi_flows.training import checkpoint, ensemble
-from tests import test_training
 from tests.cases import unchecked
-from tests.test_training import COMPILED, MEMBERS
+from tests.training import test_training
+from tests.training.test_training import COMPILED, MEMBERS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EPOCHS, LONG = 6, 200
 
 
@@ -277,7 +277,7 @@ def test_settings_that_mean_nothing_are_refused(setting, value, message):
 CHILD = """
 import sys
 import tests.conftest
-from tests.test_checkpoint import LONG, fit
+from tests.training.test_checkpoint import LONG, fit
 print("began", flush=True)
 fit(sys.argv[1], max_epochs=LONG, patience=LONG)
 """

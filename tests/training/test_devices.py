@@ -43,7 +43,7 @@ if "PROCESS" in os.environ:
     jax.distributed.initialize(os.environ["ADDRESS"], 2, int(os.environ["PROCESS"]))
 import numpy as np
 from sbi_flows.training import ensemble
-from tests.test_training import fit
+from tests.training.test_training import fit
 jax.config.update("jax_compilation_cache_dir", os.environ["CACHE"])
 devices = int(os.environ["DEVICES"]) or None
 whole, epoch, calls = fit(), ensemble.Ensemble.epoch, []
@@ -77,7 +77,7 @@ def _start(
     variables = {"XLA_FLAGS": flags, "CACHE": str(tmp_path / "cache"), "DEVICES": str(most)}
     return subprocess.Popen(
         [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env=os.environ | variables | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

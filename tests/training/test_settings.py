@@ -7,7 +7,7 @@ import pytest
 import sbi_flows as sf
 from sbi_flows import training
 from tests.cases import unchecked
-from tests.test_training import DIM, blueprint
+from tests.training.test_training import DIM, blueprint
 
 
 @pytest.mark.parametrize(
