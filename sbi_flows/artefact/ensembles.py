@@ -66,6 +66,8 @@ def encode(
         "kept": None if blueprint.kept is None else list(blueprint.kept),
         "members": members,
     }
+    if not blueprint.linear_start:  # files of the default have no such key
+        found["linear_start"] = False
     leaves = _named(weights)
     arrays = {f"{own.prefix}/{name}": np.asarray(leaf) for name, leaf in leaves.items()}
     there = {name: (array.dtype, array.shape) for name, array in arrays.items()}
@@ -86,6 +88,8 @@ def decode(
         ArtefactError: The data are malformed.
     """
     name = f"ensembles[{i}]"
+    value = dict(checked(name, value, dict, "an object"))
+    linear_start = checked(f"{name}.linear_start", value.pop("linear_start", True), bool, "a flag")
     density, embedding, kept, members = fields(
         name, value, "density", "embedding", "kept", "members"
     )
@@ -97,7 +101,7 @@ def decode(
         if not kept or any(a >= b for a, b in itertools.pairwise(kept)):
             raise ArtefactError(f"{name}.kept: expected places in rising order")
     sizes = _sizes(bounded, observation, kept)
-    blueprint = Blueprint(built, embeddings.decode(embedding, given), sizes, kept)
+    blueprint = Blueprint(built, embeddings.decode(embedding, given), sizes, kept, linear_start)
     members = counted(f"{name}.members", members, 1, MOST_MEMBERS)
     return Ensemble(blueprint, members, f"ensembles/{i}")
 

@@ -19,7 +19,7 @@ from jax import Array
 from sbi_flows.core.typing import Key
 from sbi_flows.densities.base import Density, DensitySettings, Pushed
 from sbi_flows.densities.ode import Effort, OdeFlow
-from sbi_flows.densities.start import LinearStart
+from sbi_flows.densities.start import LinearStart, standard_truncation
 from sbi_flows.networks.mlp import fast_key, split_key
 from sbi_flows.observations.standardise import Shapes, unflatten_rows
 
@@ -31,10 +31,14 @@ class Conditional(nnx.Module):
     """The whole trained model; `features` are standardised and flat, shape (B, C)."""
 
     def __init__(
-        self, start: LinearStart, density: Density, embedding: nnx.Module | None, sizes: Sizes
+        self,
+        start: LinearStart | None,
+        density: Density,
+        embedding: nnx.Module | None,
+        sizes: Sizes,
     ) -> None:
-        """Hold the parts; the start is no trainable parameter."""
-        self.start = nnx.Variable(start)
+        """Store the parts; the linear start, if there is one, is not a trainable parameter."""
+        self.start = nnx.data(None if start is None else nnx.Variable(start))
         self.density = density
         self.embedding = nnx.data(embedding)
         self.sizes = sizes
@@ -64,10 +68,22 @@ class Conditional(nnx.Module):
         return -log_prob, effort
 
     def whitener(self, features: Array, *, mean: bool = False) -> distrax.Bijector:
-        """Noise to standard coordinates given features (B, C), or given their mean."""
+        """Return the bijector from noise to standard coordinates.
+
+        Without a linear start it is the identity for unbounded coordinates; a bounded one is a
+        standard normal truncated to the prior's box.
+
+        Args:
+            features: Shape (B, C).
+            mean: Condition on the mean of the features, so that the bijector has no batch shape.
+        """
+        bounded = self.sizes.bounded
+        if self.start is None:
+            batch_shape = () if mean else features.shape[:-1]
+            return standard_truncation(batch_shape, bounded, features.dtype)
         start = self.start.get_value()
         line = features @ start.weight
-        return start.around(jnp.mean(line, axis=0) if mean else line, self.sizes.bounded)
+        return start.around(jnp.mean(line, axis=0) if mean else line, bounded)
 
     def context(self, features: Array, key: Key | None = None) -> Array:
         """What the density is conditioned on, given features (B, C); a key turns dropout on."""
@@ -111,19 +127,22 @@ class Blueprint:
         embedding: What the density is conditioned on instead of the features; None for these.
         sizes: Those of the data, or of the part of it that the model is given.
         kept: Places of the features that the model is given; None for all.
+        linear_start: Whether the model has a `LinearStart`, which a fit sets before training.
+            Without one, `Conditional.start` is None, and a fit has no start to set.
     """
 
     density: DensitySettings
     embedding: Embedding | None
     sizes: Sizes
     kept: tuple[int, ...] | None = None
+    linear_start: bool = True
 
     def given(self, features: Array) -> Array:
         """Of all features (*, C), those that the model is given."""
         return features if self.kept is None else features[..., np.asarray(self.kept)]
 
     def build(self, key: Key) -> Conditional:
-        """Make the module with its initial weights and a start that ignores the observation."""
+        """Build the model with its initial weights; its start ignores the observation."""
         first, second = jax.random.split(key)
         d, features = self.sizes.dim, self.sizes.features
         embedding, context_dim = self._embedding(first), features
@@ -133,8 +152,7 @@ class Blueprint:
             if out.ndim != 2 or out.shape[0] != 2:
                 raise ValueError(f"embedding: expected output (B, F), got {out.shape} for B = 2")
             context_dim = out.shape[1]
-        zeros = jnp.zeros(d)
-        start = LinearStart(jnp.zeros((features, d)), jnp.ones(d), zeros, jnp.zeros((d, d)), zeros)
+        start = LinearStart.standard(features, d) if self.linear_start else None
         density = self.density.build(second, d, context_dim)
         return Conditional(start, density, embedding, self.sizes)
 

@@ -13,7 +13,7 @@ one gain an entry.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,12 @@ class LinearStart(NamedTuple):
     chain: Array
     log_scale: Array
 
+    @classmethod
+    def standard(cls, features: int, dim: int) -> LinearStart:
+        """Return the start that ignores the observation: mean zero and unit scale."""
+        zeros = jnp.zeros(dim)
+        return cls(jnp.zeros((features, dim)), jnp.ones(dim), zeros, jnp.zeros((dim, dim)), zeros)
+
     def bijector(self, c: Array, bounded: tuple[bool, ...]) -> TruncatedAutoregression:
         """Noise to standard coordinates given features c (*, C)."""
         return self.around(c @ self.weight, bounded)
@@ -57,6 +63,24 @@ class LinearStart(NamedTuple):
         """The same, given c @ weight of shape (*, d)."""
         mean = align(self.gain, line) * line + align(self.bias, line)
         return TruncatedAutoregression(mean, self.chain, self.log_scale, bounded)
+
+
+def standard_truncation(
+    batch_shape: tuple[int, ...], bounded: tuple[bool, ...], dtype: Any
+) -> TruncatedAutoregression:
+    """Return the bijector from noise to standard coordinates of a model without a linear start.
+
+    It is that of `LinearStart.standard`: the identity for unbounded coordinates, and a standard
+    normal truncated to the prior's box for bounded ones.
+
+    Args:
+        batch_shape: Batch shape of the bijector.
+        bounded: Which of the d coordinates are bounded.
+        dtype: Dtype of the coordinates.
+    """
+    dim = len(bounded)
+    mean, zeros = jnp.zeros((*batch_shape, dim), dtype), jnp.zeros(dim, dtype)
+    return TruncatedAutoregression(mean, jnp.zeros((dim, dim), dtype), zeros, bounded)
 
 
 def fit_linear_start(

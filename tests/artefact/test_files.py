@@ -1,5 +1,6 @@
 """Posteriors that were saved and loaded: the same draws, the same facts, and who gives what."""
 
+import dataclasses
 import inspect
 import json
 
@@ -13,6 +14,7 @@ from flax import nnx
 
 import sbi_flows as sf
 from sbi_flows.artefact import priors
+from sbi_flows.densities.conditional import Weights
 from sbi_flows.densities.distilled import Distilled
 from sbi_flows.posteriors import files
 from tests.artefacts import EVENT, ensemble, opened, posterior, written
@@ -68,6 +70,26 @@ def test_every_density_comes_back_bit_for_bit(name, tmp_path):
 @pytest.mark.parametrize("name", [*DENSITIES, *CONTINUOUS])
 def test_every_density_draws_the_same(name, tmp_path):
     assert same_draws(*returned(name, tmp_path))
+
+
+def test_a_posterior_without_a_linear_start_comes_back(small, tmp_path):
+    blueprint, weights = small.blueprints[0], small.weights[0]
+    blueprint = dataclasses.replace(blueprint, linear_start=False)
+    part = blueprint, Weights(weights.params, {})
+    saved, path = posterior(FLAT, part), tmp_path / "a.sbif"
+    saved.save(path)
+    document, tensors = opened(path)
+    assert document["ensembles"][0]["linear_start"] is False
+    assert not any("start" in name for name in tensors)
+    loaded = sf.load(path, prior=FLAT)
+    assert loaded.blueprints == saved.blueprints
+    assert bits(loaded.weights) == bits(saved.weights)
+    assert same_draws(saved, loaded)
+    small.save(path)
+    assert "linear_start" not in opened(path)[0]["ensembles"][0]
+    document["ensembles"][0]["linear_start"] = 0
+    with pytest.raises(sf.ArtefactError, match="linear_start: expected a flag, got 0"):
+        sf.load(written(path, document, tensors))
 
 
 def returned(name, tmp_path):
