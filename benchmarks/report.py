@@ -357,7 +357,7 @@ def _picture(cells: list[Cell]) -> bytes:
     """C2ST against seconds of fitting, a line a task; PNG."""
     from matplotlib.figure import Figure
 
-    from sbi_flows.plots.figures import COLOURS, STYLES
+    from sbi_flows.plots.style import COLOURS, STYLES
 
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()

@@ -86,7 +86,7 @@ class Coverage:
 
     def plot(self, ax: Any | None = None) -> Any:
         """Expected coverage of the joint regions against their level, with the binomial band."""
-        from sbi_flows.plots.figures import coverage_curve
+        from sbi_flows.plots.calibration import coverage_curve
 
         curve = {"HPD": self.expected}
         return coverage_curve(self.levels, curve, band=(self.lower, self.upper), ax=ax)

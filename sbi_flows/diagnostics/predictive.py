@@ -108,7 +108,7 @@ class Predictive:
 
     def plot(self, ax: Any = None) -> Any:
         """Bands of the simulations with the observation over them, entry by entry; the axes."""
-        from sbi_flows.plots.figures import predictive
+        from sbi_flows.plots.posterior import predictive
 
         label = ["standardised"]
         return predictive(self.observed, self.simulated, time_label="entry", labels=label, ax=ax)

@@ -87,7 +87,7 @@ class SBC:
 
     def plot(self, ax: Any | None = None) -> Any:
         """Difference of the ranks' ECDF from uniform, with its simultaneous 95% band."""
-        from sbi_flows.plots.figures import rank_ecdf
+        from sbi_flows.plots.calibration import rank_ecdf
 
         band = ecdf_band(len(self.uniform))
         return rank_ecdf(self.uniform, band=band, labels=self.labels, ax=ax)

@@ -66,7 +66,7 @@ class TARP:
 
     def plot(self, ax: Any | None = None) -> Any:
         """Expected coverage against credibility level, with the simultaneous band."""
-        from sbi_flows.plots.figures import coverage_curve
+        from sbi_flows.plots.calibration import coverage_curve
 
         curve = {"TARP": self.expected}
         return coverage_curve(self.levels, curve, band=(self.lower, self.upper), ax=ax)

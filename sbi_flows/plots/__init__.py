@@ -1,7 +1,7 @@
-"""Figures of values, with matplotlib; no function here knows a posterior or a report."""
+"""Figures with matplotlib. Functions here draw arrays; they know no posterior and no report."""
 
-from sbi_flows.plots.figures import corner as corner
-from sbi_flows.plots.figures import coverage_curve as coverage_curve
-from sbi_flows.plots.figures import loss_curves as loss_curves
-from sbi_flows.plots.figures import predictive as predictive
-from sbi_flows.plots.figures import rank_ecdf as rank_ecdf
+from sbi_flows.plots.calibration import coverage_curve as coverage_curve
+from sbi_flows.plots.calibration import rank_ecdf as rank_ecdf
+from sbi_flows.plots.posterior import corner as corner
+from sbi_flows.plots.posterior import predictive as predictive
+from sbi_flows.plots.training import loss_curves as loss_curves

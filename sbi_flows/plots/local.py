@@ -1,4 +1,4 @@
-"""Figures of what is asked at one observation: sensitivity, discrepancies, and a local check.
+"""Figures for one observation: sensitivity, discrepancies and the local check.
 
 Public names: `heat_map`, `histograms`, `probabilities`.
 """
@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sbi_flows.plots.figures import COLOURS, GREY
+from sbi_flows.plots.style import COLOURS, GREY
 
-NUMBERS = 200
-"""Most cells that have their number written into them."""
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-COLUMNS = 3
-"""Panels side by side."""
+MAX_LABELLED_CELLS = 200
+"""Largest number of heat map cells that have their value printed in them."""
+
+PANELS_PER_ROW = 3
 
 
 def heat_map(
@@ -26,22 +29,22 @@ def heat_map(
     rows: Sequence[str],
     columns: Sequence[str],
     label: str = "",
-    ax: Any = None,
-) -> Any:
-    """Signed numbers as colours: white at zero, blue below, vermilion above, grey where NaN.
+    ax: Axes | None = None,
+) -> Axes:
+    """Plot signed values as colours: zero white, negative blue, positive vermilion, NaN grey.
 
     Args:
         values: Shape (R, K).
         rows: Names of the R rows, the first at the top.
         columns: Names of the K columns.
-        label: What the colours mean.
-        ax: Axes to draw on.
+        label: Label of the colour bar.
+        ax: Axes to draw on; new axes by default.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: Names of another number than the values have.
+        ValueError: The numbers of names are not R and K.
     """
     import matplotlib.pyplot as plt
     from matplotlib.colors import LinearSegmentedColormap
@@ -50,23 +53,19 @@ def heat_map(
     if values.shape != (len(rows), len(columns)):
         raise ValueError(f"values: expected shape {(len(rows), len(columns))}, got {values.shape}")
     if ax is None:
-        size = (2.2 + 0.62 * len(columns), 1.8 + 0.36 * len(rows))
-        ax = plt.subplots(figsize=(max(size[0], 4.4), size[1]), layout="constrained")[1]
+        width, height = 2.2 + 0.62 * len(columns), 1.8 + 0.36 * len(rows)
+        ax = plt.subplots(figsize=(max(width, 4.4), height), layout="constrained")[1]
     colours = LinearSegmentedColormap.from_list("signed", [COLOURS[0], "white", COLOURS[1]])
     colours = colours.with_extremes(bad=GREY)
-    finite = np.abs(values[np.isfinite(values)])
-    most = max(float(finite.max()) if finite.size else 0.0, 1e-12)
-    image = ax.imshow(values, cmap=colours, vmin=-most, vmax=most, aspect="auto")
+    magnitudes = np.abs(values[np.isfinite(values)])
+    limit = max(float(magnitudes.max()) if magnitudes.size else 0.0, 1e-12)
+    image = ax.imshow(values, cmap=colours, vmin=-limit, vmax=limit, aspect="auto")
     ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(len(rows)), rows)
     ax.tick_params(length=0, labelsize="small")
     ax.spines[:].set_visible(False)
-    if values.size <= NUMBERS:
-        for (i, j), value in np.ndenumerate(values):
-            dark = np.isfinite(value) and abs(value) > 0.7 * most
-            style = {"ha": "center", "va": "center", "fontsize": "x-small"}
-            text = f"{value:+.2f}" if np.isfinite(value) else "?"
-            ax.text(j, i, text, color="white" if dark else "black", **style)
+    if values.size <= MAX_LABELLED_CELLS:
+        _print_values(ax, values, limit)
     bar = ax.figure.colorbar(image, ax=ax, location="bottom", shrink=0.8, aspect=30)
     bar.set_label(label, fontsize="small")
     bar.ax.tick_params(labelsize="small")
@@ -74,19 +73,31 @@ def heat_map(
     return ax
 
 
-def histograms(simulated: Any, observed: Any, *, titles: Sequence[str]) -> Any:
-    """One panel a number: its histogram over simulations, the observed one a line.
+def _print_values(ax: Axes, values: np.ndarray, limit: float) -> None:
+    """Print each value in its cell: white text on strong colours, "?" for NaN."""
+    for (i, j), value in np.ndenumerate(values):
+        is_dark = np.isfinite(value) and abs(value) > 0.7 * limit
+        text = f"{value:+.2f}" if np.isfinite(value) else "?"
+        style = {"ha": "center", "va": "center", "fontsize": "x-small"}
+        style["color"] = "white" if is_dark else "black"
+        ax.text(j, i, text, None, **style)
+
+
+def histograms(simulated: Any, observed: Any, *, titles: Sequence[str]) -> Figure:
+    """Plot one panel per quantity: a histogram of its simulated values and its observed value.
+
+    The observed value is a vertical line. If it differs between rows, it is a second histogram.
 
     Args:
-        simulated: Shape (n, K).
-        observed: Shape (n, K): where it differs from row to row, a second histogram.
-        titles: Text above each panel.
+        simulated: Simulated values, shape (n, K).
+        observed: Observed values, shape (n, K).
+        titles: Titles of the K panels.
 
     Returns:
         The figure, with K axes.
 
     Raises:
-        ValueError: Shapes that do not agree.
+        ValueError: The shapes of `simulated`, `observed` and `titles` do not agree.
     """
     simulated, observed = np.asarray(simulated, float), np.asarray(observed, float)
     if simulated.shape != observed.shape or simulated.shape[1:] != (len(titles),):
@@ -96,13 +107,13 @@ def histograms(simulated: Any, observed: Any, *, titles: Sequence[str]) -> Any:
         )
     panels = _panels(len(titles), (2.6, 2.1), (0.6, 0.4))
     for i, (ax, title) in enumerate(zip(panels, titles, strict=True)):
-        values, own = simulated[:, i], observed[:, i]
-        edges = _edges(values, own)
-        ax.hist(values, edges, color=GREY, alpha=0.5, lw=0, label="simulated")
-        if np.ptp(own) > 0:
-            ax.hist(own, edges, histtype="step", color=COLOURS[1], lw=1.4, label="observed")
+        edges = _bin_edges(simulated[:, i], observed[:, i])
+        ax.hist(simulated[:, i], edges, color=GREY, alpha=0.5, lw=0, label="simulated")
+        if np.ptp(observed[:, i]) > 0:
+            style = {"histtype": "step", "color": COLOURS[1], "lw": 1.4}
+            ax.hist(observed[:, i], edges, label="observed", **style)
         else:
-            ax.axvline(own[0], color=COLOURS[1], lw=1.6, label="observed")
+            ax.axvline(observed[0, i], color=COLOURS[1], lw=1.6, label="observed")
         ax.set_title(title, fontsize="small")
         ax.set(yticks=[])
         ax.tick_params(labelsize="small")
@@ -116,29 +127,40 @@ def histograms(simulated: Any, observed: Any, *, titles: Sequence[str]) -> Any:
 
 
 def _panels(
-    number: int, each: tuple[float, float], more: tuple[float, float], **shared: Any
+    count: int,
+    panel_inches: tuple[float, float],
+    margin_inches: tuple[float, float],
+    **shared: Any,
 ) -> np.ndarray:
-    """So many axes in rows of `COLUMNS`, sizes in inches."""
+    """Make a figure of `count` axes in rows of `PANELS_PER_ROW`; return the axes, shape (count,).
+
+    `shared` are keyword arguments of `Figure.subplots`.
+    """
     import matplotlib.pyplot as plt
 
-    across = min(COLUMNS, number)
-    down = -(-number // across)
-    size = (each[0] * across + more[0], each[1] * down + more[1])
-    grid = plt.figure(figsize=size, layout="constrained").subplots(
-        down, across, squeeze=False, **shared
+    columns = min(PANELS_PER_ROW, count)
+    rows = -(-count // columns)
+    size = (
+        panel_inches[0] * columns + margin_inches[0],
+        panel_inches[1] * rows + margin_inches[1],
     )
-    for ax in grid.ravel()[number:]:
+    figure = plt.figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, **shared)
+    for ax in grid.ravel()[count:]:
         ax.remove()
-    return grid.ravel()[:number]
+    return grid.ravel()[:count]
 
 
-def _edges(simulated: np.ndarray, observed: np.ndarray) -> np.ndarray:
-    """Edges of 40 bins over nearly all numbers; around each of few whole numbers."""
+def _bin_edges(simulated: np.ndarray, observed: np.ndarray) -> np.ndarray:
+    """Return edges of 40 bins over the central 98% of the values.
+
+    Integers that span at most 60 get one bin each.
+    """
     sets = [values[np.isfinite(values)] for values in (simulated, observed)]
-    bulk = [np.quantile(v, [0.01, 0.99], method="nearest") for v in sets if v.size]
-    low, high = (np.min(bulk), np.max(bulk)) if bulk else (0.0, 1.0)
-    every = np.concatenate(sets)
-    if high - low <= 60 and np.all(every == np.round(every)):
+    central = [np.quantile(v, [0.01, 0.99], method="nearest") for v in sets if v.size]
+    low, high = (np.min(central), np.max(central)) if central else (0.0, 1.0)
+    values = np.concatenate(sets)
+    if high - low <= 60 and np.all(values == np.round(values)):
         return np.arange(low - 0.5, high + 1.0)
     return np.linspace(low, high if high > low else low + 1.0, 41)
 
@@ -152,33 +174,36 @@ def probabilities(
     curve: Any,
     band: Any,
     title: str = "",
-) -> Any:
-    """Probability of being a true parameter rather than a draw, along each parameter.
+) -> Figure:
+    """Plot a classifier's probability of "true parameter" against each parameter.
+
+    The classifier separates true parameters from posterior draws. Above 1/2 the posterior has too
+    little mass.
 
     Args:
         labels: Names of the D parameters.
-        draws: Draws at the observation, shape (n, D).
-        probability: Probability at each, shape (n,).
-        points: Where the curves are, shape (D, K).
-        curve: Mean probability there, shape (D, K).
-        band: Edges of what comes by chance, shape (2, D, K).
-        title: Text above.
+        draws: Posterior draws at the observation, shape (n, D).
+        probability: Probability at each draw, shape (n,).
+        points: Parameter values of the mean curve, shape (D, K).
+        curve: Mean probability at these values, shape (D, K).
+        band: Lower and upper edge of the 90% band under the null hypothesis, shape (2, D, K).
+        title: Title of the figure.
 
     Returns:
-        The figure, with one axes a parameter.
+        The figure, with one axes per parameter.
     """
     draws, probability, band = np.asarray(draws), np.asarray(probability), np.asarray(band)
     panels = _panels(len(labels), (3.2, 2.6), (0.8, 0.8), sharey=True)
     for i, (ax, label) in enumerate(zip(panels, labels, strict=True)):
         ax.plot(draws[:, i], probability, ".", color=COLOURS[0], ms=2, alpha=0.25, mew=0)
-        chance = {"color": GREY, "alpha": 0.4, "lw": 0, "label": "90% by chance"}
-        ax.fill_between(points[i], *band[:, i], **chance)
+        null_band = {"color": GREY, "alpha": 0.4, "lw": 0, "label": "90% by chance"}
+        ax.fill_between(points[i], *band[:, i], **null_band)
         ax.plot(points[i], curve[i], color=COLOURS[1], lw=1.6, label="mean")
         ax.axhline(0.5, color=GREY, lw=0.8)
         ax.set(xlabel=label, ylim=(0, 1))
-    for ax in panels[::COLUMNS]:
+    for ax in panels[::PANELS_PER_ROW]:
         ax.set_ylabel("probability of truth\n(above 1/2: too few draws)")
     panels[0].legend(frameon=False, fontsize="small", loc="upper right")
     figure = panels[0].figure
-    figure.suptitle(textwrap.fill(title, 34 * min(COLUMNS, len(labels))), fontsize="medium")
+    figure.suptitle(textwrap.fill(title, 34 * min(PANELS_PER_ROW, len(labels))), fontsize="medium")
     return figure

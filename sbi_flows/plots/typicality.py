@@ -1,4 +1,4 @@
-"""The figure of a `Misspecification`: entries of an observation over those of simulations.
+"""Figure of a misspecification test: entries of an observation against the simulations.
 
 Public names: `entries`.
 """
@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sbi_flows.plots.figures import COLOURS, GREY
+from sbi_flows.plots.style import COLOURS, GREY
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def entries(
@@ -21,36 +24,36 @@ def entries(
     bands: Any,
     off: Any,
     title: str = "",
-) -> Any:
-    """Entries of an observation, one row each, over the bulk of the simulations.
+) -> Figure:
+    """Plot the entries of an observation, one row each, over quantile bands of the simulations.
 
     Args:
         labels: Names of the C entries, the first at the top.
-        values: Standardised values by name, shape (C,) each; the first has the bands behind it, of
-            any other two standard deviations are marked.
-        bands: Quantiles at 0.5, 5, 50, 95 and 99.5% of the simulations, shape (5, C).
-        off: Which entries are off, shape (C,).
-        title: Text above.
+        values: Standardised values by name, shape (C,) each, one panel per name. The first panel
+            shows `bands`; every other panel marks plus and minus two standard deviations.
+        bands: Quantiles of the simulations at 0.5, 5, 50, 95 and 99.5%, shape (5, C).
+        off: True for entries to highlight, shape (C,).
+        title: Title of the figure.
 
     Returns:
-        The figure, with one axes a name.
+        The figure, with one axes per name.
     """
     import matplotlib.pyplot as plt
 
     rows, bands, off = np.arange(len(labels)), np.asarray(bands), np.asarray(off)
-    size = (3.2 * len(values) + 1.2, 1.4 + 0.24 * len(labels))
-    figure = plt.figure(figsize=size, layout="constrained")
+    size_inches = (3.2 * len(values) + 1.2, 1.4 + 0.24 * len(labels))
+    figure = plt.figure(figsize=size_inches, layout="constrained")
     panels = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
-    for i, (ax, (name, own)) in enumerate(zip(panels, values.items(), strict=True)):
+    for i, (ax, (name, observed)) in enumerate(zip(panels, values.items(), strict=True)):
         if i == 0:
-            for low, high, shade in ((0, 4, 0.2), (1, 3, 0.35)):
+            for low, high, alpha in ((0, 4, 0.2), (1, 3, 0.35)):
                 span = bands[high] - bands[low]
-                ax.barh(rows, span, 0.7, left=bands[low], color=GREY, alpha=shade, lw=0)
+                ax.barh(rows, span, 0.7, left=bands[low], color=GREY, alpha=alpha, lw=0)
             ax.plot(bands[2], rows, "|", color=GREY, ms=8)
         else:
             ax.axvspan(-2, 2, color=GREY, alpha=0.2, lw=0)
         colours = np.where(off, COLOURS[1], COLOURS[0])
-        ax.scatter(np.asarray(own), rows, c=colours, s=22, zorder=3)
+        ax.scatter(np.asarray(observed), rows, c=colours, s=22, zorder=3)
         ax.set_xlabel(f"sd from the simulations, {name}")
     panels[0].set_yticks(rows, labels, fontsize="small")
     panels[0].set_ylim(len(labels) - 0.5, -0.5)

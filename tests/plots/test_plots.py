@@ -1,4 +1,4 @@
-"""Figures: the right numbers on the right axes, and clear refusals."""
+"""Figures show the expected numbers on the expected axes and reject invalid input."""
 
 import types
 
