@@ -1,7 +1,10 @@
 """Checks of a posterior: classifier two-sample test, ranks, coverage, and the verdict."""
 
+from sbi_flows.diagnostics.c2st import ClassifierBackend as ClassifierBackend
+from sbi_flows.diagnostics.c2st import CompiledMLP as CompiledMLP
+from sbi_flows.diagnostics.c2st import SklearnMLP as SklearnMLP
 from sbi_flows.diagnostics.c2st import c2st as c2st
-from sbi_flows.diagnostics.c2st_jax import c2st_jax as c2st_jax
+from sbi_flows.diagnostics.c2st import c2st_jax as c2st_jax
 from sbi_flows.diagnostics.check import Report as Report
 from sbi_flows.diagnostics.check import check as check
 from sbi_flows.diagnostics.coverage import Coverage as Coverage

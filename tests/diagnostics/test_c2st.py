@@ -1,10 +1,10 @@
-"""The classifier two-sample test against accuracies that are known."""
+"""The classifier two-sample test against known accuracies."""
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from sbi_flows.diagnostics import c2st
+from sbi_flows.diagnostics import CompiledMLP, SklearnMLP, c2st
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +27,18 @@ def test_units_do_not_matter(draws):
     units, offset = np.array([1e-6, 1e3]), np.array([1.0, -1e6])
     moved = c2st(reference * units + offset, samples * units + offset, folds=2)
     assert moved == pytest.approx(c2st(reference, samples, folds=2), abs=0.01)
+
+
+def test_the_default_backend_takes_many_pairs_too(draws):
+    sets = draws[:, :120].reshape(2, 2, 60, 2)
+    expected = [c2st(a, b, folds=2) for a, b in zip(*sets, strict=True)]
+    assert list(c2st(*sets, folds=2)) == expected
+    assert list(c2st(*sets, folds=2, backend=SklearnMLP(jobs=2))) == expected
+
+
+def test_jobs_belong_to_the_default_backend(draws):
+    with pytest.raises(ValueError, match="jobs: expected None beside a backend"):
+        c2st(*draws, jobs=2, backend=CompiledMLP())
 
 
 def test_a_constant_column_says_nothing(draws):
