@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from benchmarks.records import BadInput, writable_folder
+from benchmarks.suite.records import BadInput, writable_folder
 
 T = TypeVar("T")
 
@@ -215,8 +215,8 @@ def _settings(kind: Callable[..., T], arguments: argparse.Namespace, **more: Any
 
 def _run(arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
-    from benchmarks import runner
-    from benchmarks.settings import Settings
+    from benchmarks.suite import runner
+    from benchmarks.suite.settings import Settings
 
     import_seconds = time.perf_counter() - began
     settings = _settings(Settings, arguments)
@@ -226,65 +226,65 @@ def _run(arguments: argparse.Namespace) -> None:
 def _references(arguments: argparse.Namespace) -> None:
     if arguments.check is not None:
         folder = writable_folder(arguments.results, "--results")
-        from benchmarks import reference_check
+        from benchmarks.suite import reference_check
 
         reference_check.run(arguments.check, tuple(arguments.tasks), folder)
         return
-    from benchmarks import references
+    from benchmarks.suite import references
     from simulators.adapters import stored
 
     references.run(arguments.folder or stored.cache_folder(), tuple(arguments.tasks))
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from benchmarks import report
+    from benchmarks.suite import report
 
     report.run(arguments.results, arguments.out)
 
 
 def _demo(arguments: argparse.Namespace) -> None:
     folder = writable_folder(arguments.folder, "--folder")
-    from benchmarks import demo
+    from benchmarks.demonstrations import demo
 
     demo.run(folder)
 
 
 def _uses(arguments: argparse.Namespace) -> None:
     folder = writable_folder(arguments.folder, "--folder")
-    from benchmarks import uses
+    from benchmarks.demonstrations import uses
 
     uses.run(folder)
 
 
 def _rounds(arguments: argparse.Namespace) -> None:
-    from benchmarks import rounds
+    from benchmarks.demonstrations import rounds
 
     rounds.run(arguments.results, tuple(arguments.tasks), arguments.observations_from)
 
 
 def _speed(arguments: argparse.Namespace) -> None:
     folder = writable_folder(arguments.results, "--results")
-    from benchmarks import speed
+    from benchmarks.speed import speed
 
     speed.run(folder)
 
 
 def _batches(arguments: argparse.Namespace) -> None:
     folder = writable_folder(arguments.results, "--results")
-    from benchmarks import batches
+    from benchmarks.speed import batches
 
     batches.run(folder)
 
 
 def _continuous(arguments: argparse.Namespace) -> None:
-    from benchmarks import continuous
+    from benchmarks.demonstrations import continuous
 
     continuous.run(_settings(continuous.Settings, arguments))
 
 
 def _accelerator(arguments: argparse.Namespace) -> None:
     folder = writable_folder(arguments.results, "--results")
-    from benchmarks import accelerator
+    from benchmarks.speed import accelerator
 
     accelerator.run(folder, arguments.rows)
 

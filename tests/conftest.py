@@ -21,7 +21,7 @@ import hypothesis
 import jax
 import pytest
 
-from benchmarks.memory import drop_programs
+from benchmarks.suite.memory import drop_programs
 
 CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 

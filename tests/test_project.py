@@ -10,19 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import (
-    accelerator,
-    batches,
-    choosing,
-    continuous,
-    growth,
-    profile,
-    report,
-    rounds,
-    uses,
-)
+from benchmarks.demonstrations import choosing, continuous, rounds, uses
 from benchmarks.peers import report as peers_report
 from benchmarks.peers.compare import OURS
+from benchmarks.speed import accelerator, batches, growth, profile
+from benchmarks.suite import report
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ("sbi_flows", "simulators")

@@ -30,7 +30,7 @@ from benchmarks.peers.measure import (
 from benchmarks.peers.ours import Ours
 from benchmarks.peers.report import text
 from benchmarks.peers.table import Peer, choose
-from benchmarks.records import BadInput, Clock, provenance, writable_folder, write_json
+from benchmarks.suite.records import BadInput, Clock, provenance, writable_folder, write_json
 from sbi_flows.diagnostics import c2st_jax
 from simulators import Task
 

@@ -14,7 +14,7 @@ import sbi_flows as sf
 from benchmarks.peers.contestant import Contestant, Recipe
 from benchmarks.peers.flowjax_flow import FlowjaxFlow
 from benchmarks.peers.sbi_npe import SbiNPE
-from benchmarks.records import BadInput
+from benchmarks.suite.records import BadInput
 
 
 class Peer(NamedTuple):

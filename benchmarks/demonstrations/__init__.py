@@ -1,0 +1,1 @@
+"""Analyses from beginning to end: real data, truncated rounds, and the choice of a density."""

@@ -1,0 +1,187 @@
+"""Lynx and hare end to end: simulate, fit, the posterior at the real pelts, NUTS beside it, checks.
+
+Public names: `run`, `comparison`, `within_targets`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sbi_flows as sf
+from benchmarks.demonstrations.demo_figures import save_figures
+from benchmarks.suite.records import Clock, provenance, write_json
+from benchmarks.suite.runner import describe
+from sbi_flows.diagnostics import check
+from simulators import lynx_hare
+from simulators.gallery.lynx_hare_fit import with_fit
+from simulators.gallery.lynx_hare_model import nuts
+
+SEED = 1
+SIMULATIONS = 100_000
+MEMBERS = 2
+# The posterior has one mode: affine layers, and a wide network that reads the two series.
+DENSITY = sf.MAF(context_width=128, dropout=0.0)
+TRAINING = sf.Training(batch_size=256, max_epochs=8, validation_fraction=0.03)
+DRAWS = 10_000
+PREDICTIONS = 1_000
+CHECK_DATASETS, CHECK_DRAWS = 500, 500
+
+MAX_SHIFT = 0.75
+MAX_RATIO = 1.5
+"""What counts as agreement with NUTS: shift of a mean in NUTS sds, factor between the sds."""
+
+
+def run(folder: Path) -> dict[str, Any]:
+    """Run the demonstration, print what it finds, and write figures and files into the folder.
+
+    Args:
+        folder: Where the files go; it exists and is writable.
+
+    Returns:
+        The record that is also written as `summary.json`.
+    """
+    began = time.perf_counter()
+    clock = Clock(say=lambda line: print(f"  {line}", flush=True))
+    simulate_key, fit_key, draw_key, nuts_key, predict_key, check_key = jax.random.split(
+        jax.random.key(SEED), 6
+    )
+    task = lynx_hare()
+    x = task.observation(1)
+    inputs = jax.jit(with_fit)(x)
+
+    def simulator(key: jax.Array, theta: Any) -> dict[str, jax.Array]:
+        return with_fit(task.simulator(key, theta))
+
+    print(f"lynx and hare, 1900-1920: {task.dim} parameters, {SIMULATIONS:,} simulations")
+    with clock("simulate"):
+        sims = sf.simulate(simulate_key, task.prior, simulator, SIMULATIONS)
+        jax.block_until_ready(sims)
+    npe = sf.NPE(task.prior, DENSITY, training=TRAINING, members=MEMBERS)
+    with clock("fit"):
+        posterior, history = npe.fit(fit_key, sims)
+    print(f"  {history}")
+    with clock("draw"):
+        idata = posterior.to_arviz(draw_key, inputs, n=DRAWS)
+    with clock("NUTS"):
+        reference = _nuts(nuts_key, x)
+    compared = comparison(idata, reference, posterior.prior.labels)
+    with clock("check"):
+        report = check(check_key, posterior, simulator, datasets=CHECK_DATASETS, draws=CHECK_DRAWS)
+    draws = {
+        name: flat_draws(data, posterior.prior)
+        for name, data in {"NPE": idata, "NUTS": reference}.items()
+    }
+    with clock("figures"):
+        predictions = _predict(predict_key, task, posterior.prior, draws["NPE"][:PREDICTIONS])
+        files = save_figures(folder, posterior.prior.labels, draws, x, predictions, report, history)
+        files.append(folder / "posterior.nc")
+        idata.to_netcdf(str(files[-1]))
+    agreed = within_targets(compared)
+    record = {
+        **provenance(),
+        "kind": "demo",
+        "seed": SEED,
+        "simulations": {"total": len(sims), "valid": sims.num_valid},
+        "estimator": describe(npe),
+        "history": {"epochs": history.epochs, "best_loss": history.best_loss},
+        "comparison": {label: dict(row) for label, row in compared.iterrows()},
+        "within_targets": agreed,
+        "check": report.to_dict(),
+        "seconds": {**clock.seconds, "total": time.perf_counter() - began},
+    }
+    files.append(write_json(folder / "summary.json", record))
+    _say(compared, agreed, report, record["seconds"], files)
+    return record
+
+
+def comparison(idata: Any, reference: Any, labels: tuple[str, ...]) -> Any:
+    """ArviZ summaries of two posteriors side by side, with their distance.
+
+    Args:
+        idata: Draws of the posterior to judge, as ArviZ data.
+        reference: Draws to judge it by.
+        labels: Labels of the parameters, in order.
+
+    Returns:
+        A data frame, one row a parameter: mean, sd and 90% highest-density interval of both, the
+        difference of the means in the reference's sds, the ratio of the sds, and the reference's
+        R-hat.
+    """
+    import pandas as pd
+
+    ours, theirs = (summary(data).loc[list(labels)] for data in (idata, reference))
+    interval = [column for column in ours.columns if column.startswith("hdi")]
+    low, high = interval[0], interval[1]
+    return pd.DataFrame(
+        {
+            "mean": ours["mean"],
+            "sd": ours["sd"],
+            "5%": ours[low],
+            "95%": ours[high],
+            "NUTS mean": theirs["mean"],
+            "NUTS sd": theirs["sd"],
+            "NUTS 5%": theirs[low],
+            "NUTS 95%": theirs[high],
+            "shift/sd": (ours["mean"] - theirs["mean"]).abs() / theirs["sd"],
+            "sd ratio": ours["sd"] / theirs["sd"],
+            "NUTS R-hat": theirs["r_hat"],
+        }
+    )
+
+
+def summary(idata: Any) -> Any:
+    """ArviZ's summary with unrounded numbers and 90% highest-density intervals."""
+    import arviz as az
+
+    old = int(az.__version__.split(".")[0]) < 1
+    interval: Any = {"hdi_prob": 0.9} if old else {"ci_prob": 0.9, "ci_kind": "hdi"}
+    return az.summary(idata, kind="all", round_to="none", **interval)
+
+
+def within_targets(compared: Any) -> bool:
+    """Whether every mean and every sd of a comparison agrees with the reference."""
+    ratio = compared["sd ratio"]
+    far = (compared["shift/sd"] > MAX_SHIFT) | (ratio > MAX_RATIO) | (ratio < 1 / MAX_RATIO)
+    return not bool(far.any())
+
+
+def flat_draws(idata: Any, prior: sf.Prior) -> np.ndarray:
+    """The posterior draws of ArviZ data as rows (n, D) in the prior's order, chains joined."""
+    group = idata["posterior"]
+    columns = [np.asarray(group[name]) for name in prior.names]
+    chains, draws = columns[0].shape[:2]
+    return np.concatenate([c.reshape(chains * draws, -1) for c in columns], axis=1)
+
+
+def _nuts(key: jax.Array, x: jax.Array) -> Any:
+    import arviz as az
+
+    return az.from_numpyro(nuts(key, x))
+
+
+def _predict(key: jax.Array, task: Any, prior: sf.Prior, draws: np.ndarray) -> np.ndarray:
+    """One simulation at each draw, shape (n, 21, 2)."""
+    keys = jax.random.split(key, len(draws))
+    return np.asarray(jax.jit(jax.vmap(task.simulator))(keys, prior.structured(jnp.asarray(draws))))
+
+
+def _say(
+    compared: Any, agreed: bool, report: Any, seconds: Mapping[str, float], files: list[Path]
+) -> None:
+    print("\nposterior at the real data, beside NUTS on the same model")
+    print(compared.to_string(float_format=lambda v: f"{v:.3g}"))
+    worst = compared["sd ratio"].map(lambda r: max(r, 1 / r)).max()
+    print(
+        f"\nlargest shift {compared['shift/sd'].max():.2f} sd (target {MAX_SHIFT}), largest factor "
+        f"between sds {worst:.2f} (target {MAX_RATIO}): {'agreed' if agreed else 'NOT agreed'}"
+    )
+    print(f"\n{report.summary()}\n")
+    print("written: " + ", ".join(str(path) for path in files))
+    print(", ".join(f"{phase} {s:.0f} s" for phase, s in seconds.items()))

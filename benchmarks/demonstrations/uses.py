@@ -1,0 +1,174 @@
+"""Two real uses end to end: an epidemic simulated in processes, a hierarchical model beside NUTS.
+
+Public names: `run`, `influenza_use`, `schools_use`, `costs`, `quantiles`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import sbi_flows as sf
+from benchmarks.suite.records import Clock, provenance, write_json
+from sbi_flows import plots
+from sbi_flows.core.tables import table
+from sbi_flows.diagnostics import check
+from simulators import Task, eight_schools, influenza
+
+SEED = 1
+DRAWS, PREDICTIONS = 10_000, 300
+DPI = 130
+
+
+def run(folder: Path) -> dict[str, Any]:
+    """Run both, print what they find, and write pictures and a record into the folder.
+
+    Args:
+        folder: Where the files go; it exists and is writable.
+
+    Returns:
+        The record, also written as `uses.json`.
+    """
+    import matplotlib
+
+    interactive = matplotlib.get_backend()
+    matplotlib.use("Agg")
+    try:
+        found = {"influenza": influenza_use(folder), "eight_schools": schools_use(folder)}
+    finally:
+        matplotlib.use(interactive)
+    record = {**provenance(), "kind": "uses", **found}
+    write_json(folder / "uses.json", record)
+    return record
+
+
+def influenza_use(folder: Path, simulations: int = 20_000, datasets: int = 500) -> dict[str, Any]:
+    """The school's influenza: posterior, check, and simulations at draws beside the counts."""
+    task = influenza()
+    fitted = _fitted(task, simulations, datasets)
+    sims = sf.simulate_at(
+        jax.random.key(SEED + 1),
+        task.prior,
+        task.simulator,
+        fitted["draws"][:PREDICTIONS],
+        progress=False,
+    )
+    axes = plots.predictive(
+        task.observation(1),
+        np.asarray(sims.x),
+        time=1 + np.arange(len(task.observation(1))),
+        labels=["boys in bed"],
+        time_label="day",
+    )
+    _save(axes, folder / "influenza.png")
+    _save(
+        plots.corner({"NPE": fitted["draws"]}, labels=task.labels), folder / "influenza-corner.png"
+    )
+    counts = np.asarray(task.observation(1))
+    low, high = np.nanquantile(np.asarray(sims.x, float), (0.05, 0.95), axis=0)
+    inside = int(np.sum((low <= counts) & (counts <= high)))
+    print(f"  {inside} of {len(counts)} days inside the central 90% of predictions", flush=True)
+    return {**fitted["record"], "days": len(counts), "days_inside": inside}
+
+
+def schools_use(folder: Path, simulations: int = 50_000, datasets: int = 500) -> dict[str, Any]:
+    """Eight schools: the posterior of the effects beside NUTS on the same model."""
+    task = eight_schools()
+    fitted = _fitted(task, simulations, datasets)
+    reference = np.asarray(task.reference(1, DRAWS))
+    score = float(sf.c2st(reference, fitted["draws"]))
+    print(f"  C2ST against NUTS: {score:.3f}", flush=True)
+
+    def effects(draws: np.ndarray) -> np.ndarray:
+        mean, spread, standardised = draws[:, :1], draws[:, 1:2], draws[:, 2:]
+        return mean + spread * standardised
+
+    sets = {"NPE": effects(fitted["draws"]), "NUTS": effects(reference)}
+    names = [f"school {name}" for name in "ABCDEFGH"]
+    _save(_intervals(sets, names), folder / "eight_schools.png")
+    return {**fitted["record"], "c2st": score}
+
+
+def costs(record: dict[str, Any]) -> list[str]:
+    """Lines of a table: what each use cost and found, from the record of `run`."""
+    lines = [
+        ["use", "simulations", "simulate, s", "fit, s", "10,000 draws, s", "check, s", "verdict"],
+        ["---"] * 7,
+    ]
+    for name in ("influenza", "eight_schools"):
+        use = record[name]
+        seconds = [f"{use['seconds'][part]:.0f}" for part in ("simulate", "fit", "draw", "check")]
+        total = f"{use['simulations']['total']:,}"
+        lines.append([f"`{name}`", total, *seconds, use["check"]["verdict"]])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def quantiles(use: dict[str, Any]) -> list[str]:
+    """Lines of a table: quantiles of a use's parameters."""
+    rows = [["parameter", "5%", "median", "95%"], ["---"] * 4]
+    rows += [[f"`{k}`", *(f"{v:.2f}" for v in row)] for k, row in use["quantiles"].items()]
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _fitted(task: Task, simulations: int, datasets: int) -> dict[str, Any]:
+    """Simulate, fit the default ensemble, draw and check."""
+    simulate_key, fit_key, draw_key, check_key = jax.random.split(jax.random.key(SEED), 4)
+    print(f"{task.name}: {task.dim} parameters, {simulations:,} simulations", flush=True)
+    clock = Clock(say=lambda line: print(f"  {line}", flush=True))
+    with clock("simulate"):
+        sims = sf.simulate(simulate_key, task.prior, task.simulator, simulations)
+        jax.block_until_ready(sims)
+    with clock("fit"):
+        posterior, history = sf.NPE(task.prior).fit(fit_key, sims)
+    with clock("draw"):
+        draws = np.asarray(posterior.sample(draw_key, task.observation(1), DRAWS))
+    with clock("check"):
+        report = check(check_key, posterior, task.simulator, datasets=datasets, draws=500)
+    print(f"  {report.verdict}", flush=True)
+    low, middle, high = np.quantile(draws, (0.05, 0.5, 0.95), axis=0)
+    columns = {
+        name: [f"{v:.3g}" for v in values]
+        for name, values in (("5%", low), ("median", middle), ("95%", high))
+    }
+    print(table(list(task.labels), columns), flush=True)
+    record = {
+        "simulations": {"total": len(sims), "valid": sims.num_valid},
+        "history": {"epochs": history.epochs, "held_out_loss": float(history.held_out_loss.mean())},
+        "quantiles": {
+            label: [float(v) for v in row]
+            for label, row in zip(task.labels, np.stack([low, middle, high], 1), strict=True)
+        },
+        "check": report.to_dict(),
+        "seconds": dict(clock.seconds),
+    }
+    return {"draws": draws, "record": record}
+
+
+def _intervals(sets: dict[str, np.ndarray], names: list[str]) -> Any:
+    """Medians, halves and 90% intervals of each column, set beside set."""
+    import matplotlib.pyplot as plt
+
+    _, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for k, (label, draws) in enumerate(sets.items()):
+        places = np.arange(len(names)) + 0.25 * (k - 0.5)
+        quantiles = np.quantile(draws, (0.05, 0.25, 0.5, 0.75, 0.95), axis=0)
+        ax.hlines(places, quantiles[0], quantiles[4], color=f"C{k}", lw=1.2)
+        ax.hlines(places, quantiles[1], quantiles[3], color=f"C{k}", lw=3.5)
+        ax.plot(quantiles[2], places, "o", color=f"C{k}", ms=4, label=label)
+    ax.set_yticks(np.arange(len(names)), names)
+    ax.invert_yaxis()
+    ax.set_xlabel("effect of coaching (points)")
+    ax.legend(frameon=False, loc="lower right")
+    return np.array([ax])
+
+
+def _save(axes: Any, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure = np.ravel(axes)[0].figure
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+    print(f"  {path}", flush=True)

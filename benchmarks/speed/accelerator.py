@@ -1,0 +1,157 @@
+"""What a GPU does with a fit: batches, ensembles, precisions, and the limits beside them.
+
+Public names: `run`, `measured`, `limits`, `markdown`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import sbi_flows as sf
+from benchmarks.peers.measure import interleaved
+from benchmarks.speed import profile
+from benchmarks.speed.growth import BASE, training
+from benchmarks.suite.records import now, provenance, write_json
+from sbi_flows.core.tables import table
+
+ROWS = 100_000
+BATCHES = (256, 1_024, 4_096, 16_384)
+MEMBERS = (1, 8, 32)
+PRECISIONS = ("highest", "tensorfloat32", "bfloat16")
+WIDE, WIDE_BATCH = sf.NSF(hidden=(512, 512), context_width=512), 4_096
+"""A flow and a batch whose products are large enough for an accelerator's units."""
+
+LAUNCHES = 256
+
+
+def run(folder: Path, rows: int = ROWS) -> dict[str, Any]:
+    """Measure, print and write a record into the folder, anew after each part.
+
+    Args:
+        folder: Where the record goes; it exists and is writable.
+        rows: Simulations that the timed fits have.
+
+    Returns:
+        The record.
+    """
+    record = {**provenance(), "kind": "accelerator"}
+    stamp = now().replace("-", "").replace(":", "")[:15]
+    path = folder / f"accelerator-{stamp}.json"
+    for name, part in measured(rows=rows):
+        print(f"\n{name}\n{_text(name, part)}", flush=True)
+        record[name] = part
+        write_json(path, record)
+    print(f"written: {path}")
+    return record
+
+
+def measured(*, rows: int = ROWS, repeats: int = 3) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every part in turn: its name and what was found.
+
+    Args:
+        rows: Simulations that the timed fits have.
+        repeats: Timings of each.
+
+    Returns:
+        `limits`: microseconds of the smallest kernel and operations a second by precision.
+        `batches`, `members`: microseconds a step, and steps and rows a second, by batch size and by
+        number of members. `step`: as `profile.step_profile`. `precision`: the same for a wide flow
+        by precision, and its validation loss after the epochs that were timed.
+    """
+    sizes = {**BASE, "rows": rows, "batch": BATCHES[0]}
+    yield "limits", limits()
+    yield "batches", _steps({f"{b}": {**sizes, "batch": b} for b in BATCHES}, repeats)
+    yield "members", _steps({f"{m}": {**sizes, "members": m} for m in MEMBERS}, repeats)
+    yield "step", profile.step_profile(sizes=sizes)
+    wide = {**sizes, "batch": WIDE_BATCH}
+    fits = {p: _steps({p: wide}, 10 * repeats, WIDE, p)[p] for p in PRECISIONS}
+    yield "precision", fits
+
+
+def markdown(part: dict[str, dict[str, float]], first: str) -> list[str]:
+    """Fits that were timed as the lines of a Markdown table, and their time beside the first's."""
+    (base, *_) = (value["step_us"] for value in part.values())
+    lines = [[first, "microseconds a step", "rows a second, millions", "time of the first"]]
+    lines += [["---"] * 4]
+    lines += [
+        [
+            f"{int(name):,}",
+            f"{value['step_us']:.0f}",
+            f"{value['rows_per_second'] / 1e6:.2f}",
+            f"{value['step_us'] / base:.2f}",
+        ]
+        for name, value in part.items()
+    ]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def limits(*, size: int = 4_096, repeats: int = 5) -> dict[str, Any]:
+    """What no step can beat: the time of a kernel that does next to nothing, and of arithmetic.
+
+    Returns:
+        `launch_us`, of each of many small kernels in a row; `rate`, operations a second of a
+        product of two square matrices of this size, by precision.
+    """
+
+    def chain(x: jax.Array) -> jax.Array:
+        for _ in range(LAUNCHES):
+            x = jnp.cos(x) / jnp.sum(x)  # the sum ends a kernel
+        return x
+
+    small = jax.jit(chain)
+    x = jnp.ones(32)
+    seconds = profile.seconds(lambda: jax.block_until_ready(small(x)), repeats)
+    matrix = jax.random.normal(jax.random.key(0), (size, size))
+    rates = {}
+    for precision in PRECISIONS:
+        rates[precision] = profile.rate(matrix, precision, repeats)
+    return {"launch_us": 1e6 * seconds / LAUNCHES, "rate": rates}
+
+
+def _steps(
+    fits: dict[str, dict[str, int]],
+    repeats: int,
+    density: sf.NSF | None = None,
+    precision: str | None = None,
+) -> dict[str, dict[str, float]]:
+    """Of an epoch of each of the fits, which take turns."""
+    with contextlib.ExitStack() as stack:
+        calls, steps, ensembles = {}, {}, {}
+        for name, sizes in fits.items():
+            ensemble = stack.enter_context(training(sizes, density, precision))
+            ensembles[name] = ensemble
+            calls[name] = partial(ensemble.epoch, jax.random.key(0))
+            steps[name] = (sizes["rows"] - ensemble.held_out.shape[1]) // sizes["batch"]
+        timings = interleaved(calls, repeats, "epochs")
+    return {
+        name: {
+            "step_us": 1e6 * timings[name].median / steps[name],
+            "steps_per_second": steps[name] / timings[name].median,
+            "rows_per_second": sizes["members"]
+            * sizes["batch"]
+            * steps[name]
+            / timings[name].median,
+            "first_seconds": timings[name].first,
+            "loss": float(ensembles[name].best_loss.mean()),
+        }
+        for name, sizes in fits.items()
+    }
+
+
+def _text(name: str, part: dict[str, Any]) -> str:
+    if name == "step":
+        return profile.text(part)
+    if name == "limits":
+        rates = ", ".join(f"{rate / 1e12:.1f} TFLOP/s {p}" for p, rate in part["rate"].items())
+        return f"{part['launch_us']:.2f} us a kernel; {rates}"
+    columns = next(iter(part.values()))
+    return table(
+        list(part), {key: [f"{value[key]:.5g}" for value in part.values()] for key in columns}
+    )

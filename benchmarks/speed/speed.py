@@ -1,0 +1,244 @@
+"""How fast: training steps beside flowjax, a calibration check, a cold process, and how it grows.
+
+Public names: `run`, `training_speed`, `check_speed`, `cold_process`, `large_fit`.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm.auto import tqdm
+
+import sbi_flows as sf
+from benchmarks.peers.contestant import Recipe
+from benchmarks.peers.flowjax_flow import flowjax_peer
+from benchmarks.speed import growth, profile
+from benchmarks.suite.records import ROOT, provenance, write_json
+from sbi_flows.core.tables import table
+from sbi_flows.diagnostics import check
+from sbi_flows.observations.standardise import fit_standardiser
+from simulators import slcp, two_moons
+
+TRANSFORMS, HIDDEN, BINS, BOUND = 5, (50, 50), 10, 5.0
+BATCH, LEARNING_RATE, HELD_OUT = 200, 5e-4, 0.1
+
+COLD = """
+import jax, sbi_flows as sf
+from simulators import two_moons
+task = two_moons()
+sims = sf.simulate(jax.random.key(0), task.prior, task.simulator, {budget}, progress=False)
+posterior, history = sf.NPE(task.prior).fit(jax.random.key(1), sims, progress=False)
+jax.block_until_ready(posterior.sample(jax.random.key(2), task.observation(1), 10_000))
+"""
+
+
+LARGE = """
+import jax, sbi_flows as sf
+from benchmarks.suite.memory import peak_memory_gib
+from simulators import slcp
+task = slcp()
+sims = sf.simulate(jax.random.key(0), task.prior, task.simulator, {budget}, progress=False)
+before = peak_memory_gib()
+training = sf.Training(max_epochs=1)
+sf.NPE(task.prior, training=training).fit(jax.random.key(1), sims, progress=False)
+print(sum(a.nbytes for a in (sims.theta, sims.x)) / 2**30, before, peak_memory_gib())
+"""
+
+
+def run(folder: Path) -> dict[str, Any]:
+    """Measure everything, print it, and write a record into the folder.
+
+    Args:
+        folder: Where the record goes; it exists and is writable.
+
+    Returns:
+        The record.
+    """
+    training = training_speed()
+    print(_training_text(training), flush=True)
+    checked = check_speed()
+    print(
+        f"check of {checked['datasets']} data sets x {checked['draws']} draws on two_moons, "
+        f"compiled: {checked['seconds']:.1f} s (first call {checked['first_seconds']:.1f} s)",
+        flush=True,
+    )
+    cold = cold_process()
+    print(
+        f"two_moons, {cold['budget']:,} simulations, cold process to 10,000 draws: "
+        f"{cold['seconds']:.1f} s"
+    )
+    large = large_fit()
+    print(
+        f"slcp, {large['budget']:,} simulations of {large['data_gib']:.2f} GiB, an epoch: peak "
+        f"{large['peak_gib']:.2f} GiB"
+    )
+    step = profile.step_profile()
+    print(profile.text(step))
+    grown = {axis: growth.growth(axis, sizes) for axis, sizes in growth.AXES.items()}
+    print(growth.text(grown))
+    record = {
+        **provenance(),
+        "kind": "speed",
+        "large": large,
+        "step": step,
+        "growth": grown,
+        "training": training,
+        "check": checked,
+        "cold": cold,
+    }
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+    print(f"written: {write_json(folder / f'speed-{stamp}.json', record)}")
+    return record
+
+
+def training_speed(
+    *, simulations: int = 10_000, epochs: int = 20, repeats: int = 5
+) -> dict[str, Any]:
+    """Training steps a second of a coupling spline flow on slcp, ours and flowjax's.
+
+    Both fit the same rows in the same coordinates, one member, the same batch size and number of
+    epochs, validation after each epoch and the bookkeeping of their own `fit` included, compilation
+    excluded; the repeats alternate, so that a busy machine slows both.
+
+    Returns:
+        Sizes; `steps_per_second` of each repeat by library; their `median`; `ratio`, ours over
+        flowjax's, None where flowjax is not installed. `ours, defaults` adds the network in front
+        of the layers and the dropout that `sf.NSF` has by default, which flowjax has not.
+    """
+    task = slcp()
+    sims = sf.simulate(jax.random.key(0), task.prior, task.simulator, simulations, progress=False)
+    sizes: dict[str, Any] = {"transforms": TRANSFORMS, "hidden": HIDDEN, "bins": BINS}
+    plain = sf.NSF(coupling=True, bound=BOUND, context_width=0, dropout=0.0, **sizes)
+    richer = sf.NSF(coupling=True, bound=BOUND, **sizes)
+    fits: dict[str, Callable[[], float]] = {
+        "ours": _our_fit(task, sims, plain, epochs),
+        "ours, defaults": _our_fit(task, sims, richer, epochs),
+    }
+    peer = flowjax_peer(
+        sf.as_prior(task.prior).to_standard(sims.theta),
+        fit_standardiser(sims.x)(sims.x),
+        Recipe(
+            bound=BOUND,
+            batch=BATCH,
+            learning_rate=LEARNING_RATE,
+            held_out=HELD_OUT,
+            clip_norm=None,
+            **sizes,
+        ),
+        epochs=epochs,
+    )
+    if peer is not None:
+        fits["flowjax"] = peer
+    # whole batches alone, in both libraries
+    steps = epochs * (round((1 - HELD_OUT) * simulations) // BATCH)
+    rates: dict[str, list[float]] = {name: [] for name in fits}
+    for fit in fits.values():
+        fit()  # compiles
+    for _ in tqdm(range(repeats), desc="training speed"):
+        for name, fit in fits.items():
+            rates[name].append(steps / fit())
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    return {
+        **sizes,
+        "batch": BATCH,
+        "simulations": simulations,
+        "steps": steps,
+        "steps_per_second": rates,
+        "median": median,
+        "ratio": median["ours"] / median["flowjax"] if "flowjax" in median else None,
+    }
+
+
+def check_speed(
+    *, budget: int = 10_000, datasets: int = 1_000, draws: int = 1_000, repeats: int = 3
+) -> dict[str, Any]:
+    """Seconds of `check` on two_moons with the default estimator, after a briefer fit.
+
+    Returns:
+        Sizes, `seconds` (median once compiled) and `first_seconds` (compilation included).
+    """
+    task = two_moons()
+    sims = sf.simulate(jax.random.key(0), task.prior, task.simulator, budget, progress=False)
+    brief = sf.Training(max_epochs=2)  # what the weights are does not change the work
+    posterior, _ = sf.NPE(task.prior, training=brief).fit(jax.random.key(1), sims, progress=False)
+    seconds = []
+    for i in range(repeats + 1):
+        began = time.perf_counter()
+        check(
+            jax.random.key(i),
+            posterior,
+            task.simulator,
+            datasets=datasets,
+            draws=draws,
+            progress=False,
+        )
+        seconds.append(time.perf_counter() - began)
+    return {
+        "datasets": datasets,
+        "draws": draws,
+        "seconds": statistics.median(seconds[1:]),
+        "first_seconds": seconds[0],
+    }
+
+
+def cold_process(budget: int = 10_000) -> dict[str, Any]:
+    """Seconds of a new Python process from its start to 10,000 draws on two_moons, and its end.
+
+    Everything is at its default, and nothing is compiled before: a compilation cache that the
+    environment names is left aside.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    began = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-c", COLD.format(budget=budget)], cwd=ROOT, env=environment, check=True
+    )
+    return {"budget": budget, "seconds": time.perf_counter() - began}
+
+
+def large_fit(budget: int = 1_000_000) -> dict[str, Any]:
+    """Peak memory of a new process that fits the default estimator to many simulations of slcp."""
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE.format(budget=budget)],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    data, before, peak = map(float, done.stdout.split())
+    return {"budget": budget, "data_gib": data, "before_gib": before, "peak_gib": peak}
+
+
+def _our_fit(task: Any, sims: sf.Simulations, density: sf.NSF, epochs: int) -> Callable[[], float]:
+    training = sf.Training(
+        batch_size=BATCH,
+        max_epochs=epochs,
+        patience=epochs,
+        validation_fraction=HELD_OUT,
+        learning_rate=LEARNING_RATE,
+    )
+    npe = sf.NPE(task.prior, density, training=training, members=1)
+
+    def fit() -> float:
+        began = time.perf_counter()
+        posterior, _ = npe.fit(jax.random.key(1), sims, progress=False)
+        jax.block_until_ready(posterior.weights)
+        return time.perf_counter() - began
+
+    return fit
+
+
+def _training_text(training: dict[str, Any]) -> str:
+    median = training["median"]
+    rates = table(list(median), {"steps a second": (f"{m:.0f}" for m in median.values())})
+    if training["ratio"] is None:
+        return f"{rates}\nflowjax is not installed: pip install 'sbi-flows[peers]' to compare"
+    return f"{rates}\nours / flowjax: {training['ratio']:.2f}"
