@@ -25,7 +25,7 @@ MAX_LINES = 400
 RUNS_CODE = {"dill", "joblib", "marshal", "shelve"}  # and whatever has "pickle" in its name
 # a function of the user's goes from the one to the other, its own child, over a pipe: see the test
 LOADING = ("dumps(", "loads(", "load(", "dump(", "Unpickler")
-SENDS, LOADS = "sbi_flows/processes.py", "sbi_flows/worker.py"
+SENDS, LOADS = "sbi_flows/simulations/processes.py", "sbi_flows/simulations/worker.py"
 NETWORK = {"aiohttp", "ftplib", "http", "httpx", "requests", "smtplib", "socket", "urllib"}
 # name of the import -> name of the distribution, where they differ
 DISTRIBUTIONS = {"dask": "distributed", "lazy_loader": "lazy-loader", "sklearn": "scikit-learn"}
