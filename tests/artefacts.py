@@ -29,7 +29,7 @@ def ensemble(density: Any, bounded: tuple[bool, ...], like: Any = None, **settin
 
     @jax.jit
     def weights(keys):
-        return jax.vmap(lambda key: initial_weights(made, key, made.given_weights()))(keys)
+        return jax.vmap(lambda key: initial_weights(made, key, made.embedding_weights()))(keys)
 
     keys = jax.random.split(jax.random.key(0), 2)
     return made, Weights(*perturbed(jax.random.key(1), weights(keys), 0.1))

@@ -125,7 +125,7 @@ def _arguments(module: Any) -> dict[str, Any]:
 @full_precision
 def answers(blueprint: Blueprint, weights: Weights) -> jax.Array:
     """What the embeddings of all members make of two fixed observations, shape (M, 2, F)."""
-    count = 2 * blueprint.sizes.features
+    count = 2 * blueprint.sizes.feature_count
     features = jnp.cos(jnp.arange(1.0, count + 1.0)).reshape(2, -1)
 
     def one(own: Weights) -> jax.Array:

@@ -57,13 +57,13 @@ def encode(
     """
     members = len(jax.tree.leaves(weights)[0])
     own = Ensemble(blueprint, members, f"ensembles/{i}")
-    if blueprint.sizes != _sizes(blueprint.sizes.bounded, observation, blueprint.kept):
+    if blueprint.sizes != _sizes(blueprint.sizes.bounded, observation, blueprint.feature_indices):
         raise ValueError(f"blueprints[{i}]: expected the sizes of the observation, got others")
     described = embeddings.encode(blueprint.embedding)
     found = {
         "density": settings.encode("density", blueprint.density),
         "embedding": described,
-        "kept": None if blueprint.kept is None else list(blueprint.kept),
+        "kept": None if blueprint.feature_indices is None else list(blueprint.feature_indices),
         "members": members,
     }
     if not blueprint.linear_start:  # files of the default have no such key
@@ -169,7 +169,7 @@ def _expected(ensemble: Ensemble, x64: bool) -> dict[str, Entry]:
 def _template(blueprint: Blueprint, x64: bool) -> Weights:
     """Shapes and dtypes of a member's weights, without computing any."""
     with jax.enable_x64(x64):
-        build = functools.partial(initial_weights, blueprint, given=None)
+        build = functools.partial(initial_weights, blueprint, embedding_weights=None)
         return Weights(*jax.eval_shape(lambda: build(jax.random.key(0))))
 
 

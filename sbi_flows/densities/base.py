@@ -25,8 +25,8 @@ class Density(nnx.Module):
         solved: Whether draws and densities solve an ODE; where that fails they are NaN.
     """
 
-    likelihood: ClassVar[bool] = True
-    solved: ClassVar[bool] = False
+    has_likelihood_loss: ClassVar[bool] = True
+    needs_ode: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(self, context: Array, *, key: Key | None = None) -> distrax.Distribution:
@@ -40,7 +40,7 @@ class Density(nnx.Module):
         return -self(context, key=key).log_prob(z)
 
 
-class Pushed(distrax.Transformed):
+class TransformedDistribution(distrax.Transformed):
     """Draws of a distribution, mapped by a bijector that takes any leading axes.
 
     `distrax.Transformed` maps `n` draws by `vmap`, which puts their axis before those over which a
@@ -56,7 +56,7 @@ class Pushed(distrax.Transformed):
         return y, log_prob - log_det
 
 
-class OfVectors(distrax.Distribution):
+class VectorDistribution(distrax.Distribution):
     """Abstract distribution over vectors.
 
     Args:
@@ -85,7 +85,7 @@ class OfVectors(distrax.Distribution):
         return self._dtype
 
 
-class StandardNormal(OfVectors):
+class StandardNormal(VectorDistribution):
     """Independent standard normal entries."""
 
     def log_prob(self, value: Array) -> Array:
@@ -96,7 +96,7 @@ class StandardNormal(OfVectors):
         return jax.random.normal(key, (n, *self._shape), self._dtype)
 
 
-def sample_each(
+def sample_per_context(
     conditional: Callable[[Array], distrax.DistributionLike], contexts: Array, keys: Key, n: int
 ) -> Array:
     """Draw n times for each of B contexts, with a key each: shape (n, B, d).
@@ -128,7 +128,7 @@ def _from_noise(
     """The noise that a distribution is made of, and the map from there, if it is made so."""
     if isinstance(distribution, StandardNormal):
         return distribution, lambda noise: noise
-    if not isinstance(distribution, Pushed):
+    if not isinstance(distribution, TransformedDistribution):
         return None
     found = _from_noise(distribution.distribution)
     if found is None:
@@ -137,7 +137,7 @@ def _from_noise(
     return base, lambda noise: distribution.bijector.forward(inner(noise))
 
 
-def check_settings(name: str, density: Any) -> None:
+def check_density(name: str, density: Any) -> None:
     """Refuse what describes no density.
 
     Raises:

@@ -23,7 +23,13 @@ from jax import Array
 
 from sbi_flows.core.typing import Key
 from sbi_flows.densities.base import Density, StandardNormal
-from sbi_flows.densities.ode import Continuous, Solver, check_parts, slopes, turned
+from sbi_flows.densities.ode import (
+    Continuous,
+    Solver,
+    check_networks,
+    field_derivatives,
+    reversed_ends,
+)
 from sbi_flows.networks.mlp import split_keys
 from sbi_flows.networks.velocity import Film, VelocitySettings
 
@@ -66,7 +72,7 @@ class CNF:
 
     def __post_init__(self) -> None:
         """Refuse parts that are none."""
-        check_parts(network=self.network, solver=self.solver, training=self.training)
+        check_networks(network=self.network, solver=self.solver, training=self.training)
         for name in ("kinetic", "jacobian"):
             value = getattr(self, name)
             if not 0.0 <= value < float("inf"):
@@ -98,14 +104,16 @@ class _CNF(Continuous):
         def field(angle: Array, state: tuple[Array, Array, Array], arrays: Any) -> tuple:
             network, given = nnx.merge(graph, arrays[0]), arrays[1]
             # one mask of the dropout a solve: the field is the same at all times
-            found = slopes(lambda z: network(z, angle, given, key=network_key), state[0], probes)
+            found = field_derivatives(
+                lambda z: network(z, angle, given, key=network_key), state[0], probes
+            )
             speed = jnp.sum(found.value**2, axis=-1)
             cost = settings.kinetic * speed + settings.jacobian * found.squares
             return found.value, found.divergence, cost
 
         zeros = jnp.zeros(z.shape[:-1], z.dtype)
         start = z, zeros, zeros
-        noise, change, cost = settings.training(field, start, arrays, turned(_ENDS))
+        noise, change, cost = settings.training(field, start, arrays, reversed_ends(_ENDS))
         base = StandardNormal(z.shape, z.dtype)
         # the solve runs backward: what it adds up along the way is negative
         return -base.log_prob(noise) - change - cost

@@ -17,8 +17,8 @@ from flax import nnx
 from jax import Array
 
 from sbi_flows.core.typing import Key
-from sbi_flows.densities.base import Density, DensitySettings, Pushed
-from sbi_flows.densities.ode import Effort, OdeFlow
+from sbi_flows.densities.base import Density, DensitySettings, TransformedDistribution
+from sbi_flows.densities.ode import OdeFlow, SolverStats
 from sbi_flows.densities.start import LinearStart, standard_truncation
 from sbi_flows.networks.mlp import fast_key, split_key
 from sbi_flows.observations.standardise import Shapes, unflatten_rows
@@ -46,28 +46,28 @@ class Conditional(nnx.Module):
     def __call__(self, features: Array) -> distrax.Distribution:
         """Distribution over standard coordinates given features (B, C)."""
         density = self.density(self.context(features))
-        return Pushed(density, self.whitener(features))
+        return TransformedDistribution(density, self.start_bijector(features))
 
     def whiten(self, y: Array, features: Array) -> tuple[Array, Array]:
         """Standard coordinates (B, d) to the noise (B, d) that the density models, and log det.
 
         The start is no trainable parameter, so a fit does this once and not every step.
         """
-        return self.whitener(features).inverse_and_log_det(y)
+        return self.start_bijector(features).inverse_and_log_det(y)
 
     def loss(self, key: Key | None, noise: Array, features: Array) -> Array:
         """Training loss of each row: noise (B, d), features (B, C) to (B,)."""
         first, second = split_key(key, 2)
         return self.density.loss(second, noise, self.context(features, first))
 
-    def solved(self, noise: Array, features: Array) -> tuple[Array, Effort]:
+    def negative_log_prob(self, noise: Array, features: Array) -> tuple[Array, SolverStats]:
         """Negative log density (B,) by solving an ODE, in nats, and the work of each solve."""
         flow = self.density(self.context(features))
         assert isinstance(flow, OdeFlow)
-        log_prob, effort = flow.log_prob_and_effort(noise)
+        log_prob, effort = flow.log_prob_and_stats(noise)
         return -log_prob, effort
 
-    def whitener(self, features: Array, *, mean: bool = False) -> distrax.Bijector:
+    def start_bijector(self, features: Array, *, at_mean: bool = False) -> distrax.Bijector:
         """Return the bijector from noise to standard coordinates.
 
         Without a linear start it is the identity for unbounded coordinates; a bounded one is a
@@ -75,15 +75,15 @@ class Conditional(nnx.Module):
 
         Args:
             features: Shape (B, C).
-            mean: Condition on the mean of the features, so that the bijector has no batch shape.
+            at_mean: Condition on the mean of the features, so that the bijector has no batch shape.
         """
         bounded = self.sizes.bounded
         if self.start is None:
-            batch_shape = () if mean else features.shape[:-1]
+            batch_shape = () if at_mean else features.shape[:-1]
             return standard_truncation(batch_shape, bounded, features.dtype)
         start = self.start.get_value()
         line = features @ start.weight
-        return start.around(jnp.mean(line, axis=0) if mean else line, bounded)
+        return start.from_predictor(jnp.mean(line, axis=0) if at_mean else line, bounded)
 
     def context(self, features: Array, key: Key | None = None) -> Array:
         """What the density is conditioned on, given features (B, C); a key turns dropout on."""
@@ -113,7 +113,7 @@ class Sizes:
         return len(self.bounded)
 
     @property
-    def features(self) -> int:
+    def feature_count(self) -> int:
         """C, the length of the flat feature vector."""
         return sum(math.prod(shape) for shape in self.shapes)
 
@@ -126,7 +126,7 @@ class Blueprint:
         density: The density.
         embedding: What the density is conditioned on instead of the features; None for these.
         sizes: Those of the data, or of the part of it that the model is given.
-        kept: Places of the features that the model is given; None for all.
+        feature_indices: Indices of the features that the model uses; None for all.
         linear_start: Whether the model has a `LinearStart`, which a fit sets before training.
             Without one, `Conditional.start` is None, and a fit has no start to set.
     """
@@ -134,17 +134,21 @@ class Blueprint:
     density: DensitySettings
     embedding: Embedding | None
     sizes: Sizes
-    kept: tuple[int, ...] | None = None
+    feature_indices: tuple[int, ...] | None = None
     linear_start: bool = True
 
-    def given(self, features: Array) -> Array:
+    def select_features(self, features: Array) -> Array:
         """Of all features (*, C), those that the model is given."""
-        return features if self.kept is None else features[..., np.asarray(self.kept)]
+        return (
+            features
+            if self.feature_indices is None
+            else features[..., np.asarray(self.feature_indices)]
+        )
 
     def build(self, key: Key) -> Conditional:
         """Build the model with its initial weights; its start ignores the observation."""
         first, second = jax.random.split(key)
-        d, features = self.sizes.dim, self.sizes.features
+        d, features = self.sizes.dim, self.sizes.feature_count
         embedding, context_dim = self._embedding(first), features
         if embedding is not None:
             x = unflatten_rows(jnp.zeros((2, features)), self.sizes.tree, self.sizes.shapes)
@@ -163,7 +167,7 @@ class Blueprint:
             return nnx.clone(self.embedding)
         return _trainable(self.embedding(nnx.Rngs(key)))
 
-    def given_weights(self) -> Any:
+    def embedding_weights(self) -> Any:
         """Weights, as they are now, of an embedding that is given as a module; None otherwise."""
         if not isinstance(self.embedding, nnx.Module):
             return None
@@ -227,7 +231,7 @@ def _template(blueprint: Blueprint) -> _Template:
     model = nnx.eval_shape(lambda: blueprint.build(jax.random.key(0)))
     graph, params, _ = nnx.split(model, nnx.Param, ...)
     density = model.density
-    return _Template(graph, nnx.as_pure(params), density.likelihood, density.solved)
+    return _Template(graph, nnx.as_pure(params), density.has_likelihood_loss, density.needs_ode)
 
 
 class _Template(NamedTuple):
@@ -235,8 +239,8 @@ class _Template(NamedTuple):
 
     graph: nnx.GraphDef
     weights: Any
-    likelihood: bool
-    solved: bool
+    has_likelihood_loss: bool
+    needs_ode: bool
 
 
 def graph_of(blueprint: Blueprint) -> nnx.GraphDef:
@@ -244,17 +248,17 @@ def graph_of(blueprint: Blueprint) -> nnx.GraphDef:
     return _template(blueprint).graph
 
 
-def by_likelihood(blueprint: Blueprint) -> bool:
+def has_likelihood_loss(blueprint: Blueprint) -> bool:
     """Whether the density is trained by its likelihood."""
-    return _template(blueprint).likelihood
+    return _template(blueprint).has_likelihood_loss
 
 
-def by_solving(blueprint: Blueprint) -> bool:
+def needs_ode(blueprint: Blueprint) -> bool:
     """Whether the density solves an ODE, and is NaN where that fails."""
-    return _template(blueprint).solved
+    return _template(blueprint).needs_ode
 
 
-def initial_weights(blueprint: Blueprint, key: Key, given: Any) -> tuple[Any, Any]:
+def initial_weights(blueprint: Blueprint, key: Key, embedding_weights: Any) -> tuple[Any, Any]:
     """Trainable weights and the other arrays of a new model.
 
     The weights of an embedding that was given as a module come as an argument: the module itself is
@@ -264,16 +268,18 @@ def initial_weights(blueprint: Blueprint, key: Key, given: Any) -> tuple[Any, An
     key = fast_key(key)
     _, params, rest = nnx.split(blueprint.build(key), nnx.Param, ...)
     params = nnx.as_pure(params)
-    return params if given is None else {**params, "embedding": given}, nnx.as_pure(rest)
+    if embedding_weights is not None:
+        params = {**params, "embedding": embedding_weights}
+    return params, nnx.as_pure(rest)
 
 
-def raveled(params: Any) -> Array:
+def ravel_weights(params: Any) -> Array:
     """All trainable weights as one vector, which is what an optimiser is fast at."""
     return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(params)])
 
 
-def unraveled(blueprint: Blueprint, vector: Array | np.ndarray) -> Any:
-    """The trainable weights that `raveled` made a vector of; any axes before it stay."""
+def unravel_weights(blueprint: Blueprint, vector: Array | np.ndarray) -> Any:
+    """The trainable weights that `ravel_weights` made a vector of; any axes before it stay."""
     shapes, tree = jax.tree.flatten(_template(blueprint).weights)
     ends = np.cumsum([math.prod(s.shape) for s in shapes])[:-1]
     split = np.split if isinstance(vector, np.ndarray) else jnp.split

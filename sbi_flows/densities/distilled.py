@@ -1,6 +1,6 @@
 """A continuous flow with a second network that draws in a few evaluations.
 
-Public names: `Distilled`, `student_of`.
+Public names: `Distilled`, `add_student`.
 
 What the student learns is where the teacher's ODE leads: a step of it goes as far as many of the
 sampler's. Where it stands at the angle `now`, it aims at a data point, as the sampler does, but at
@@ -29,7 +29,7 @@ from sbi_flows.core.typing import Key
 from sbi_flows.densities.base import Density
 from sbi_flows.densities.matching import Diffusion, FlowMatching, Matching
 from sbi_flows.densities.ode import Velocity
-from sbi_flows.densities.samplers import Heun, aimed, onward, point
+from sbi_flows.densities.samplers import Heun, point, step_toward, target_of_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class _Distilled(Matching):
             z, angles = noise, self._angles(noise.dtype)
             for now, then in itertools.pairwise(angles):
                 aim = point(z, student(z, now, student.arrays), now)
-                z = onward(z, aim, now, then)
+                z = step_toward(z, aim, now, then)
             return z
 
         return self.flow(context, key, self.path.ends, draw)
@@ -101,7 +101,7 @@ class _Distilled(Matching):
         angles = self._angles(paths.dtype)
         for now, then, z, after in zip(angles[:-1], angles[1:], paths[:-1], paths[1:], strict=True):
             aim = point(z, self.student(z, now, given), now)
-            found.append(jnp.sum((aim - aimed(z, after, now, then)) ** 2, axis=-1))
+            found.append(jnp.sum((aim - target_of_step(z, after, now, then)) ** 2, axis=-1))
         return jnp.stack(found)
 
     @property
@@ -118,7 +118,7 @@ class _Distilled(Matching):
         return self.path.steps(self._heun.steps).astype(dtype)[:: self._between]
 
 
-def student_of(arrays: Mapping[str, Any]) -> dict[str, Any]:
+def add_student(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Arrays of a distilled density, from those of its teacher, at which the student starts."""
     density = arrays.get("density", {})
     if "network" not in density:  # a network without arrays of this kind

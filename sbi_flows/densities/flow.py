@@ -18,7 +18,7 @@ from jax import Array
 
 from sbi_flows.core.checks import require_count, require_fraction, require_positive
 from sbi_flows.core.typing import Key
-from sbi_flows.densities.base import Density, Pushed, StandardNormal
+from sbi_flows.densities.base import Density, StandardNormal, TransformedDistribution
 from sbi_flows.densities.bijectors.autoregressive import Autoregressive
 from sbi_flows.densities.bijectors.coupling import Coupling
 from sbi_flows.densities.bijectors.linear import LU, LULinear, lu
@@ -163,7 +163,7 @@ class Flow(Density):
             return nnx.merge(graph, own).bijectors(given, key)
 
         layers = Repeated(layer, (arrays, given, keys), written_out=key is not None)
-        return Pushed(base, layers)
+        return TransformedDistribution(base, layers)
 
 
 class Given(NamedTuple):

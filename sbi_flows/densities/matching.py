@@ -23,7 +23,7 @@ from jax import Array
 from sbi_flows.core.checks import require_object
 from sbi_flows.core.typing import Key
 from sbi_flows.densities.base import Density
-from sbi_flows.densities.ode import Continuous, Solver, check_parts
+from sbi_flows.densities.ode import Continuous, Solver, check_networks
 from sbi_flows.densities.paths import EDM, Path, Straight
 from sbi_flows.densities.samplers import Heun, Sampler
 from sbi_flows.networks.mlp import hashed_normal, hashed_uniform, split_key, split_keys
@@ -45,7 +45,7 @@ class _Settings:
 
     def __post_init__(self) -> None:
         """Refuse parts that are none."""
-        check_parts(network=self.network, solver=self.solver)
+        check_networks(network=self.network, solver=self.solver)
         if self.sampler is not None:
             require_object("sampler", self.sampler, Sampler, "one such as sf.Heun()")
 
@@ -115,7 +115,7 @@ class Diffusion(_Settings):
 class Matching(Continuous):
     """Flow of a velocity that was learned by regression."""
 
-    likelihood: ClassVar[bool] = False
+    has_likelihood_loss: ClassVar[bool] = False
 
     def __init__(self, settings: _Settings, key: Key, dim: int, context_dim: int) -> None:
         """Make the network, whose velocity is zero at first."""

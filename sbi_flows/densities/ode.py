@@ -1,7 +1,7 @@
 """The density that a velocity makes of noise: one ODE, solved either way.
 
-Public names: `Solver`, `Effort`, `Velocity`, `OdeFlow`, `Continuous`, `turned`, `slopes`,
-`check_parts`.
+Public names: `Solver`, `SolverStats`, `Velocity`, `OdeFlow`, `Continuous`, `reversed_ends`,
+`field_derivatives`, `check_networks`.
 
 Sources: Chen et al. 2018, "Neural Ordinary Differential Equations" (arXiv:1806.07366), for the
 change of density along a solution; Grathwohl et al. 2018, "FFJORD" (arXiv:1810.01367), for the
@@ -24,7 +24,7 @@ from jax import Array
 
 from sbi_flows.core.checks import require_count, require_object, require_positive
 from sbi_flows.core.typing import Key
-from sbi_flows.densities.base import Density, OfVectors, StandardNormal
+from sbi_flows.densities.base import Density, StandardNormal, VectorDistribution
 from sbi_flows.networks.mlp import hashed_normal, hashed_words
 from sbi_flows.networks.velocity import VelocitySettings
 
@@ -84,11 +84,11 @@ class Solver:
         Returns:
             The state at the end; NaN throughout where the solve failed.
         """
-        return self.counted(field, start, args, ends)[0]
+        return self.solve(field, start, args, ends)[0]
 
-    def counted(
+    def solve(
         self, field: Callable, start: Any, args: Any, ends: tuple[float, float]
-    ) -> tuple[Any, Effort]:
+    ) -> tuple[Any, SolverStats]:
         """What a call returns, and how much work it was."""
         import diffrax
 
@@ -121,7 +121,7 @@ class Solver:
             tableau: Any = method.tableau
             # a step may begin with the last evaluation of the one before
             evaluations = steps * (tableau.num_stages - tableau.fsal) + tableau.fsal
-        return state, Effort(steps, evaluations)
+        return state, SolverStats(steps, evaluations)
 
     def probes_of(self, key: Key, dim: int, dtype: Any) -> Array:
         """Directions (K, d) whose outer products add up to the identity, exactly or on average."""
@@ -134,7 +134,7 @@ class Solver:
         return signs.astype(dtype) / math.sqrt(self.probes)
 
 
-class Effort(NamedTuple):
+class SolverStats(NamedTuple):
     """Work of a solve: its steps, and evaluations of the field; -1 where these are not known."""
 
     steps: Array
@@ -158,7 +158,7 @@ class Velocity(NamedTuple):
         return nnx.merge(self.graph, state)(z, angle, given)
 
 
-class OdeFlow(OfVectors):
+class OdeFlow(VectorDistribution):
     """The distribution of points that begin as standard normal noise and follow a velocity.
 
     Args:
@@ -190,18 +190,18 @@ class OdeFlow(OfVectors):
 
         Each context has a solve of its own, whose steps do not depend on the others.
         """
-        return self.log_prob_and_effort(value)[0]
+        return self.log_prob_and_stats(value)[0]
 
-    def log_prob_and_effort(self, value: Array) -> tuple[Array, Effort]:
+    def log_prob_and_stats(self, value: Array) -> tuple[Array, SolverStats]:
         """Log density (*draws, *batch), and the work of the solve for each context, (*batch)."""
         if not self.batch_shape:
-            (noise, change), effort = self._solve(value, turned(self._ends))
+            (noise, change), effort = self._solve(value, reversed_ends(self._ends))
             return self._base.log_prob(noise) + change, effort
         state, given = self._velocity.arrays
 
-        def one(given: Any, value: Array) -> tuple[Array, Effort]:
+        def one(given: Any, value: Array) -> tuple[Array, SolverStats]:
             velocity = self._velocity._replace(arrays=(state, given))
-            return self._like(velocity, self._shape[1:]).log_prob_and_effort(value)
+            return self._like(velocity, self._shape[1:]).log_prob_and_stats(value)
 
         axis = -len(self._shape)
         return jax.vmap(one, in_axes=(0, axis), out_axes=(axis + 1, 0))(given, value)
@@ -229,18 +229,22 @@ class OdeFlow(OfVectors):
     def _like(self, velocity: Velocity, shape: tuple[int, ...]) -> OdeFlow:
         return OdeFlow(velocity, shape, self._dtype, self._ends, self._solver, self._sampler)
 
-    def _solve(self, z: Array, ends: tuple[float, float]) -> tuple[tuple[Array, Array], Effort]:
+    def _solve(
+        self, z: Array, ends: tuple[float, float]
+    ) -> tuple[tuple[Array, Array], SolverStats]:
         """Where points end with the integral of the divergence on their way (*), and the work."""
         probes = self._solver.probes_of(jax.random.key(0), z.shape[-1], z.dtype)
 
         def field(angle: Array, state: tuple[Array, Array], arrays: Any) -> tuple[Array, Array]:
-            return slopes(lambda z: self._velocity(z, angle, arrays), state[0], probes)[:2]
+            return field_derivatives(lambda z: self._velocity(z, angle, arrays), state[0], probes)[
+                :2
+            ]
 
         start = z, jnp.zeros(z.shape[:-1], z.dtype)
-        return self._solver.counted(field, start, self._velocity.arrays, ends)
+        return self._solver.solve(field, start, self._velocity.arrays, ends)
 
 
-def turned(ends: tuple[float, float]) -> tuple[float, float]:
+def reversed_ends(ends: tuple[float, float]) -> tuple[float, float]:
     """From data to noise."""
     return ends[1], ends[0]
 
@@ -248,7 +252,7 @@ def turned(ends: tuple[float, float]) -> tuple[float, float]:
 class Continuous(Density):
     """Abstract density whose distribution follows a velocity network."""
 
-    solved: ClassVar[bool] = True
+    needs_ode: ClassVar[bool] = True
 
     def __init__(
         self, network: VelocitySettings, solver: Solver, key: Key, dim: int, context_dim: int
@@ -275,7 +279,7 @@ class Continuous(Density):
         return OdeFlow(velocity, shape, context.dtype, ends, self.solver, sampler)
 
 
-class Slopes(NamedTuple):
+class FieldDerivatives(NamedTuple):
     """A field at points (*, d), its divergence (*) and the sum of its Jacobian's squares (*)."""
 
     value: Array
@@ -283,7 +287,9 @@ class Slopes(NamedTuple):
     squares: Array
 
 
-def slopes(function: Callable[[Array], Array], z: Array, probes: Array) -> Slopes:
+def field_derivatives(
+    function: Callable[[Array], Array], z: Array, probes: Array
+) -> FieldDerivatives:
     """Evaluate a field with what its Jacobian does along probes (K, d): see `Solver.probes_of`."""
 
     def along(probe: Array) -> tuple[Array, Array, Array]:
@@ -298,14 +304,14 @@ def slopes(function: Callable[[Array], Array], z: Array, probes: Array) -> Slope
         # a derivative computes them again, or it would hold those of all batches
         one = jax.checkpoint(lambda probe: along(probe)[1:])
         divergence, squares = jax.lax.map(one, probes, batch_size=_ABREAST)
-    return Slopes(value, jnp.sum(divergence, axis=0), jnp.sum(squares, axis=0))
+    return FieldDerivatives(value, jnp.sum(divergence, axis=0), jnp.sum(squares, axis=0))
 
 
 _ABREAST = 8
 """Probes at once: each of them takes the memory that the network takes."""
 
 
-def check_parts(network: Any, **solvers: Any) -> None:
+def check_networks(network: Any, **solvers: Any) -> None:
     """Refuse what is no velocity network, and what are no solvers.
 
     Raises:

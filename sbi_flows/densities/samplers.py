@@ -1,6 +1,6 @@
 """Samplers that take a fixed number of steps along a Gaussian path.
 
-Public names: `Sampler`, `Heun`, `Ancestral`, `point`, `score`, `onward`, `aimed`.
+Public names: `Sampler`, `Heun`, `Ancestral`, `point`, `score`, `step_toward`, `target_of_step`.
 
 A step turns by an angle: with the velocity v at a point z, the point of the data is
 sin(angle) z + cos(angle) v and the noise is cos(angle) z - sin(angle) v. What is held fixed over a
@@ -67,14 +67,14 @@ class Heun:
         def step(z: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
             now, then = ends
             aim = point(z, velocity(z, now), now)
-            guess = onward(z, aim, now, then)
+            guess = step_toward(z, aim, now, then)
             average = 0.5 * (aim + point(guess, velocity(guess, then), then))
-            return onward(z, average, now, then), z
+            return step_toward(z, average, now, then), z
 
         z, before = jax.lax.scan(step, noise, (angles[:-2], angles[1:-1]))
         # at the data end a second evaluation would divide by a vanishing noise
         now, then = angles[-2], angles[-1]
-        end = onward(z, point(z, velocity(z, now), now), now, then)
+        end = step_toward(z, point(z, velocity(z, now), now), now, then)
         return jnp.concatenate([before, jnp.stack([z, end])])
 
 
@@ -130,14 +130,14 @@ def score(z: Array, velocity: Array, angle: Array) -> Array:
     return jnp.tan(angle) * velocity - z
 
 
-def onward(z: Array, aim: Array, now: Array, then: Array) -> Array:
+def step_toward(z: Array, aim: Array, now: Array, then: Array) -> Array:
     """Where a path at z leads that aims at this data point."""
     # its noise times cos(now) is z - sin(now) * aim; the ratio stays finite at the data end
     ratio = jnp.cos(then) / jnp.cos(now)
     return jnp.sin(then) * aim + ratio * (z - jnp.sin(now) * aim)
 
 
-def aimed(z: Array, after: Array, now: Array, then: Array) -> Array:
-    """The data point at which a path aims that leads from z to `after`: the inverse of `onward`."""
+def target_of_step(z: Array, after: Array, now: Array, then: Array) -> Array:
+    """Return the data point of the step from z to `after`: the inverse of `step_toward`."""
     ratio = jnp.cos(then) / jnp.cos(now)
     return (after - ratio * z) / (jnp.sin(then) - ratio * jnp.sin(now))

@@ -57,9 +57,9 @@ class LinearStart(NamedTuple):
 
     def bijector(self, c: Array, bounded: tuple[bool, ...]) -> TruncatedAutoregression:
         """Noise to standard coordinates given features c (*, C)."""
-        return self.around(c @ self.weight, bounded)
+        return self.from_predictor(c @ self.weight, bounded)
 
-    def around(self, line: Array, bounded: tuple[bool, ...]) -> TruncatedAutoregression:
+    def from_predictor(self, line: Array, bounded: tuple[bool, ...]) -> TruncatedAutoregression:
         """The same, given c @ weight of shape (*, d)."""
         mean = align(self.gain, line) * line + align(self.bias, line)
         return TruncatedAutoregression(mean, self.chain, self.log_scale, bounded)
@@ -180,7 +180,7 @@ def _polish(start: LinearStart, y: Array, line: Array, bounded: tuple[bool, ...]
 
 
 def _loss(start: LinearStart, y: Array, line: Array, bounded: tuple[bool, ...]) -> Array:
-    return -start.around(line, bounded).log_prob(y)
+    return -start.from_predictor(line, bounded).log_prob(y)
 
 
 def _argmax(scores: Array) -> Array:

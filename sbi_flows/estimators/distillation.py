@@ -24,7 +24,7 @@ from sbi_flows.core.precision import full_precision, products_in
 from sbi_flows.core.record import to_json_data
 from sbi_flows.core.typing import Key
 from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
-from sbi_flows.densities.distilled import Distilled, student_of
+from sbi_flows.densities.distilled import Distilled, add_student
 from sbi_flows.densities.matching import Diffusion, FlowMatching
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.simulations.simulations import Simulations
@@ -111,7 +111,7 @@ def distil(
     for i, (blueprint, weights) in enumerate(parts):
         density = Distilled(teacher=blueprint.density, steps=steps)  # type: ignore[arg-type]
         student = _Student(dataclasses.replace(blueprint, density=density), training)
-        given, own = blueprint.given(features), jax.random.fold_in(key, i)
+        given, own = blueprint.select_features(features), jax.random.fold_in(key, i)
         weights, found = student.taught(own, weights, given, epochs, progress=progress)
         epochs = len(found)  # an interrupt is one of all parts
         if not np.all(np.isfinite(found)):
@@ -141,8 +141,8 @@ class _Student(NamedTuple):
         self, key: Key, weights: Weights, features: Array, epochs: int, *, progress: bool
     ) -> tuple[Weights, np.ndarray]:
         """Weights of teacher and student, and the errors (epochs, M) until these are not finite."""
-        weights = weights._replace(rest=student_of(weights.rest))
-        student = student_of(weights.params)["density"]["student"]
+        weights = weights._replace(rest=add_student(weights.rest))
+        student = add_student(weights.params)["density"]["student"]
         optimiser = self.training.transform(1, 1.0)
         state = State(student, student, jax.vmap(optimiser.init)(student))
         errors: list[np.ndarray] = []

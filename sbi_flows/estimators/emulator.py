@@ -28,7 +28,7 @@ from sbi_flows.core.checks import require_count
 from sbi_flows.core.errors import SbiFlowsError, TrainingDiverged
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key
-from sbi_flows.densities.base import DensitySettings, check_settings
+from sbi_flows.densities.base import DensitySettings, check_density
 from sbi_flows.densities.conditional import Blueprint, Sizes, Weights, graph_of
 from sbi_flows.densities.flow import MAF, NSF
 from sbi_flows.estimators.stacking import StackHistory, fit_each
@@ -98,7 +98,7 @@ class Emulator:
         if not densities:
             raise ValueError("densities: expected one or more densities such as sf.MAF(), got none")
         for density in densities:
-            check_settings("densities", density)
+            check_density("densities", density)
         object.__setattr__(self, "densities", densities)
         if not isinstance(self.training, Training):
             raise ValueError(f"training: expected sf.Training, got {type(self.training).__name__}")

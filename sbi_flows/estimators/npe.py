@@ -17,7 +17,7 @@ from jax import Array
 from sbi_flows.core.checks import require_count, require_fraction, require_positive
 from sbi_flows.core.errors import SbiFlowsWarning, SimulationFailed, TrainingDiverged
 from sbi_flows.core.typing import Key, Obs
-from sbi_flows.densities.base import DensitySettings, check_settings
+from sbi_flows.densities.base import DensitySettings, check_density
 from sbi_flows.densities.conditional import (
     Blueprint,
     Embedding,
@@ -124,7 +124,7 @@ class NPE:
         if emulator is not None and not isinstance(emulator, Emulator):
             raise ValueError(f"emulator: expected sf.Emulator, got {type(emulator).__name__}")
         if density is not None:
-            check_settings("density", density)
+            check_density("density", density)
         if embedding is not None:
             check_embedding(embedding)
         if training is not None and not isinstance(training, Training):
@@ -181,9 +181,12 @@ class NPE:
         stream, emulator_history = None, None
         if sample is not None:
             stream = stream_of(self.prior, blueprint, standardiser, simulations, sample)
-        rows = rows._replace(features=blueprint.given(rows.features))
+        rows = rows._replace(features=blueprint.select_features(rows.features))
         if self.emulator is not None:
-            x, own = blueprint.given(flatten_rows(valid.x)), standardiser.of(blueprint.kept)
+            x, own = (
+                blueprint.select_features(flatten_rows(valid.x)),
+                standardiser.of(blueprint.feature_indices),
+            )
             try:
                 rows, emulator_history = self._emulated(
                     key, simulations, rows, x, own, progress=progress
@@ -230,7 +233,7 @@ class NPE:
         """What to build for observations like this one, or for some of their entries."""
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(like))
         sizes = Sizes(self.prior.bounded, jax.tree.structure(like), shapes)
-        if kept is None or len(kept) == sizes.features:
+        if kept is None or len(kept) == sizes.feature_count:
             return Blueprint(self.density, self.embedding, sizes)
         sizes = Sizes(self.prior.bounded, jax.tree.structure(0), ((len(kept),),))
         return Blueprint(self.density, None, sizes, kept)

@@ -94,4 +94,4 @@ def stream_of(
 def _read(
     prior: Prior, blueprint: Blueprint, standardiser: Standardiser, theta: Array, x: Obs
 ) -> tuple[Array, Array]:
-    return prior.to_standard(theta), blueprint.given(standardiser(x))
+    return prior.to_standard(theta), blueprint.select_features(standardiser(x))

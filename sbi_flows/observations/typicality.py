@@ -263,7 +263,7 @@ def widths(blueprint: Blueprint, weights: Weights, features: int) -> tuple[int, 
 @full_precision
 def _embedded(blueprint: Blueprint, weights: Weights, features: Array) -> Array:
     own = jax.tree.map(lambda leaf: leaf[0], weights)
-    return nnx.merge(graph_of(blueprint), *own).context(blueprint.given(features))
+    return nnx.merge(graph_of(blueprint), *own).context(blueprint.select_features(features))
 
 
 def _combined(reference: np.ndarray, found: np.ndarray, p: np.ndarray) -> np.ndarray:

@@ -95,7 +95,7 @@ def sample_composed(
     for blueprint, weights, share, own in parts:
         each = math.ceil(n * share / mixtures.count(weights))
         plan = _Plan(posterior.prior, blueprint, each, levels, steps)
-        draws.append(_ensemble(plan, weights, blueprint.given(features), own))
+        draws.append(_ensemble(plan, weights, blueprint.select_features(features), own))
     found = jnp.concatenate(draws)
     # what is left over by whole shares comes from any of the members alike
     return found[jax.random.permutation(order_key, len(found))[:n]]
@@ -155,7 +155,7 @@ class _Product(NamedTuple):
         density = model.density
         assert isinstance(density, Matching)
         velocity = density.velocity(model.context(features), None)
-        each, middle = model.whitener(features), model.whitener(features, mean=True)
+        each, middle = model.start_bijector(features), model.start_bijector(features, at_mean=True)
         function = partial(velocity, arrays=velocity.arrays)
         return cls(prior, function, each, middle, len(features))
 

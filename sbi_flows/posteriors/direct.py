@@ -17,7 +17,7 @@ from jax import Array
 from sbi_flows.core.checks import random_key, real_array, real_arrays, require_count, require_room
 from sbi_flows.core.errors import SolveFailed
 from sbi_flows.core.typing import Key, Obs
-from sbi_flows.densities.conditional import Blueprint, Weights, by_solving
+from sbi_flows.densities.conditional import Blueprint, Weights, needs_ode
 from sbi_flows.observations.standardise import Standardiser, entry_labels
 from sbi_flows.observations.typicality import Typicality, spaces_of
 from sbi_flows.posteriors import mixtures
@@ -67,7 +67,7 @@ class Posterior:
     @property
     def solved(self) -> bool:
         """Whether densities are the solutions of an ODE, many times the work of others."""
-        return any(map(by_solving, self.blueprints))
+        return any(map(needs_ode, self.blueprints))
 
     def __repr__(self) -> str:
         """Prior, densities with their shares, and the number of models."""

@@ -19,7 +19,7 @@ from jax import Array
 
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key
-from sbi_flows.densities.base import sample_each
+from sbi_flows.densities.base import sample_per_context
 from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
 from sbi_flows.networks.mlp import hashed_words
 from sbi_flows.prior.maps import HALF_WIDTH
@@ -36,7 +36,7 @@ def count(weights: Weights) -> int:
 
 def _member(blueprint: Blueprint, weights: Weights, features: Array) -> distrax.Distribution:
     """One member's distributions over standard coordinates for features (B, C)."""
-    return nnx.merge(graph_of(blueprint), *weights)(blueprint.given(features))
+    return nnx.merge(graph_of(blueprint), *weights)(blueprint.select_features(features))
 
 
 def _mixture(parts: Parts, weights: tuple[Weights, ...], y: Array, features: Array) -> Array:
@@ -97,7 +97,7 @@ def _ensemble_draws(
 
     def one(inputs: tuple[Weights, Key]) -> Array:
         member, member_keys = inputs
-        return sample_each(partial(_member, blueprint, member), features, member_keys, share)
+        return sample_per_context(partial(_member, blueprint, member), features, member_keys, share)
 
     y = jax.lax.map(one, (weights, jnp.swapaxes(own[:, 1:], 0, 1)))
 

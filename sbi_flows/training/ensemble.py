@@ -28,11 +28,11 @@ from sbi_flows.core.typing import Key
 from sbi_flows.densities.conditional import (
     Blueprint,
     Weights,
-    by_likelihood,
-    by_solving,
-    unraveled,
+    has_likelihood_loss,
+    needs_ode,
+    unravel_weights,
 )
-from sbi_flows.densities.ode import Effort
+from sbi_flows.densities.ode import SolverStats
 from sbi_flows.training import members as programs
 from sbi_flows.training.devices import from_words, mesh_of, on_mesh, to_host, words_of
 from sbi_flows.training.members import Best, Group, Plan, Source, State, Units
@@ -106,7 +106,7 @@ class Ensemble:
         rates = jnp.asarray(np.resize(training.learning_rate, members), y.dtype)
         train, held_out = folds
         given = [(keys[s], train[s], held_out[s], rates[s]) for s in self._slices]
-        source = Source(y, features, offset, blueprint.given_weights())
+        source = Source(y, features, offset, blueprint.embedding_weights())
         prepare = partial(programs.prepare, blueprint, settings, source)
         # each program is compiled before the members share it: threads that met one that nobody
         # had compiled would each do so
@@ -140,7 +140,7 @@ class Ensemble:
     def more_advice(self) -> str:
         """What else may help where a loss is not finite."""
         blueprint = self._plan.blueprint
-        if not (by_solving(blueprint) and by_likelihood(blueprint)):
+        if not (needs_ode(blueprint) and has_likelihood_loss(blueprint)):
             return ""
         return "; so may more max_steps of the solver, as an ODE that is not solved has no density"
 
@@ -195,13 +195,13 @@ class Ensemble:
         pairs = zip(self._states, self._groups, strict=True)
         return tuple(group.best._replace(params=state.average) for state, group in pairs)
 
-    def densities(self, best: tuple[Best, ...]) -> tuple[np.ndarray, Effort]:
+    def densities(self, best: tuple[Best, ...]) -> tuple[np.ndarray, SolverStats]:
         """Negative log density (M, V) of the validation rows at these weights, as `units` say.
 
         For densities that solve an ODE; with it the work of each solve.
         """
 
-        def of(pair: tuple[Best, Group]) -> tuple[Array, Effort]:
+        def of(pair: tuple[Best, Group]) -> tuple[Array, SolverStats]:
             return programs.densities(self._plan, *pair, self._features)
 
         first, *others = zip(best, self._groups, strict=True)
@@ -212,7 +212,7 @@ class Ensemble:
     def weights(self, best: tuple[Best, ...]) -> Weights:
         """Best weights and the arrays that are not trained, stacked over all members."""
         # by numpy: the arrays are on the host already, and nothing needs to be compiled
-        params = unraveled(self._plan.blueprint, _joined([b.params for b in best]))
+        params = unravel_weights(self._plan.blueprint, _joined([b.params for b in best]))
         rest = [group.rest for group in self._groups]
         rest = jax.tree.map(lambda *leaves: _joined(leaves), *rest)
         return Weights(*jax.tree.map(jnp.asarray, (params, rest)))

@@ -107,13 +107,13 @@ def _density(blueprint: Blueprint) -> dict[str, Any]:
     """Its settings; with an embedding, or where these do not tell, its programs as well."""
     said = {
         "density": repr(blueprint.density),
-        "features": repr(blueprint.kept),
+        "features": repr(blueprint.feature_indices),
         "bounded": repr(blueprint.sizes.bounded),
     }
     if blueprint.embedding is None and " at 0x" not in said["density"]:
         return said
     said = {name: _without_addresses(text) for name, text in said.items()}
-    given = blueprint.given_weights()
+    given = blueprint.embedding_weights()
     weights = jax.tree.leaves(given)
     said |= {f"weights {i}": _sums(jnp.ravel(leaf)) for i, leaf in enumerate(weights)}
     return said | {"program": _programs(blueprint, given)}
@@ -122,13 +122,13 @@ def _density(blueprint: Blueprint) -> dict[str, Any]:
 def _programs(blueprint: Blueprint, given: Any) -> str:
     """SHA-256 of what makes the initial weights, and of the loss."""
     key, sizes = jax.random.key(0), blueprint.sizes
-    make = partial(initial_weights, blueprint, given=given)
+    make = partial(initial_weights, blueprint, embedding_weights=given)
     params, rest = jax.eval_shape(make, key)
 
     def loss(params: Any, rest: Any, key: Key, noise: Array, features: Array) -> Array:
         return nnx.merge(graph_of(blueprint), params, rest).loss(key, noise, features)
 
-    row = [jax.ShapeDtypeStruct((2, width), float) for width in (sizes.dim, sizes.features)]
+    row = [jax.ShapeDtypeStruct((2, width), float) for width in (sizes.dim, sizes.feature_count)]
     return _program(make, key) + _program(loss, params, rest, key, *row)
 
 
@@ -138,7 +138,9 @@ def _settings(blueprint: Blueprint, training: Training) -> dict[str, Any]:
     said = {f.name: repr(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
     if training.optimizer is None:
         return said
-    params = jax.eval_shape(partial(initial_weights, blueprint, given=None), jax.random.key(0))[0]
+    params = jax.eval_shape(
+        partial(initial_weights, blueprint, embedding_weights=None), jax.random.key(0)
+    )[0]
     transform = training.transform(1, 1.0)
     state = jax.eval_shape(transform.init, params)
     update = _program(transform.update, params, state, params)

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from sbi_flows.core.errors import SbiFlowsWarning, TrainingDiverged
 from sbi_flows.core.typing import Key
-from sbi_flows.densities.conditional import Blueprint, Weights, by_likelihood, by_solving
-from sbi_flows.densities.ode import Effort
+from sbi_flows.densities.conditional import Blueprint, Weights, has_likelihood_loss, needs_ode
+from sbi_flows.densities.ode import SolverStats
 from sbi_flows.training.checkpoint import Checkpoint
 from sbi_flows.training.devices import to_host
 from sbi_flows.training.ensemble import Ensemble
@@ -84,7 +84,7 @@ def fit(
         start_key, blueprint, training, y, features, offset, members, own, stream
     ) as ensemble:
         row_units = np.asarray(ensemble.units.held_out)
-        likelihood = by_likelihood(blueprint)
+        likelihood = has_likelihood_loss(blueprint)
         units = np.stack([ensemble.units.train, row_units.mean(axis=1)]) * likelihood
         start_loss = ensemble.best_loss + units[1]
         _require_finite(start_loss, 0, ensemble)
@@ -147,12 +147,12 @@ def _resumed(ensemble: Ensemble, file: Checkpoint, arrays: Mapping[str, np.ndarr
 
 def _held_out(
     ensemble: Ensemble, best: tuple[Best, ...], blueprint: Blueprint
-) -> tuple[np.ndarray, Effort | None]:
+) -> tuple[np.ndarray, SolverStats | None]:
     """Negative log density (M, V) of each validation row before `units` are added, and its work."""
-    if not by_solving(blueprint):
+    if not needs_ode(blueprint):
         return np.concatenate([to_host(b.crossed) for b in best]), None
     losses, effort = ensemble.densities(best)
-    if by_likelihood(blueprint):
+    if has_likelihood_loss(blueprint):
         return np.concatenate([to_host(b.crossed) for b in best]), effort
     unsolved = int(np.sum(np.isnan(losses)))
     if unsolved:

@@ -25,10 +25,10 @@ from sbi_flows.densities.conditional import (
     Conditional,
     graph_of,
     initial_weights,
-    raveled,
-    unraveled,
+    ravel_weights,
+    unravel_weights,
 )
-from sbi_flows.densities.ode import Effort
+from sbi_flows.densities.ode import SolverStats
 from sbi_flows.densities.start import fit_linear_start
 from sbi_flows.networks.mlp import hashed_words, split_keys
 from sbi_flows.training.devices import MEMBERS, split_rows
@@ -94,7 +94,7 @@ class Group(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What all members are made from: see `Ensemble`; `given` is `Blueprint.given_weights`."""
+    """What all members are made from: see `Ensemble`; `given` is `Blueprint.embedding_weights`."""
 
     y: Array
     features: Array
@@ -143,11 +143,11 @@ def _transform(
     transform = training.transform(steps, rate)
     if training.optimizer is None:
         return transform
-    unravel = partial(unraveled, blueprint)
+    unravel = partial(unravel_weights, blueprint)
 
     def update(gradient: Array, state: Any, params: Array) -> tuple[Array, Any]:
         updates, state = transform.update(unravel(gradient), state, unravel(params))
-        return raveled(updates), state
+        return ravel_weights(updates), state
 
     return optax.GradientTransformation(lambda params: transform.init(unravel(params)), update)
 
@@ -169,7 +169,12 @@ def _start(
         model = nnx.merge(graph_of(blueprint), params, rest)
         noise, log_det = _by_rows(lambda places: model.whiten(y[places], features[places]), rows)
         units = offset[rows] - log_det
-        return raveled(params), rest, noise, Units(units[: len(train)].mean(), units[len(train) :])
+        return (
+            ravel_weights(params),
+            rest,
+            noise,
+            Units(units[: len(train)].mean(), units[len(train) :]),
+        )
 
     # in turn, as their generator would give members side by side other weights than each alone
     params, rest = jax.lax.map(lambda key: initial_weights(blueprint, key, given), keys)
@@ -257,14 +262,14 @@ def score(
 
 @partial(jax.jit, static_argnums=0)
 @full_precision
-def densities(plan: Plan, best: Best, group: Group, features: Array) -> tuple[Array, Effort]:
+def densities(plan: Plan, best: Best, group: Group, features: Array) -> tuple[Array, SolverStats]:
     """Negative log density (m, V) of the validation rows' noise at the best weights, by an ODE."""
 
-    def one(best: Best, group: Group) -> tuple[Array, Effort]:
+    def one(best: Best, group: Group) -> tuple[Array, SolverStats]:
         model = _model(plan.blueprint, best.params, group.rest)
         noise = group.noise[len(group.train) :]
         return _by_rows(
-            lambda places: model.solved(noise[places], features[group.held_out[places]]),
+            lambda places: model.negative_log_prob(noise[places], features[group.held_out[places]]),
             jnp.arange(len(noise)),
         )
 
@@ -361,4 +366,4 @@ def _losses(plan: Plan, params: Array, rest: Any) -> Any:
 
 
 def _model(blueprint: Blueprint, params: Array, rest: Any) -> Conditional:
-    return nnx.merge(graph_of(blueprint), unraveled(blueprint, params), rest)
+    return nnx.merge(graph_of(blueprint), unravel_weights(blueprint, params), rest)

@@ -25,7 +25,9 @@ def test_without_a_linear_start_the_model_is_the_same_before_a_fit():
     y = jax.random.uniform(jax.random.key(2), (5, 3), minval=-1.7, maxval=1.7)
     for a, b in zip(default.whiten(y, features), without.whiten(y, features), strict=True):
         np.testing.assert_array_equal(a, b)
-    mean, expected = (m.whitener(features, mean=True).forward(y) for m in (without, default))
+    mean, expected = (
+        m.start_bijector(features, at_mean=True).forward(y) for m in (without, default)
+    )
     np.testing.assert_array_equal(mean, expected)
     log_prob = without(features).log_prob(y)
     np.testing.assert_array_equal(log_prob, default(features).log_prob(y))
@@ -41,7 +43,7 @@ def test_without_a_linear_start_noise_is_moved_only_where_the_prior_is_bounded()
     assert noise[0, 0] > 2.0
     assert noise[0, 2] < -2.0
     assert np.all(np.isfinite(log_det))
-    draws = model.whitener(jnp.zeros((1, FEATURES))).forward(10 * jnp.ones((1, 3)))
+    draws = model.start_bijector(jnp.zeros((1, FEATURES))).forward(10 * jnp.ones((1, 3)))
     np.testing.assert_allclose(draws, [[np.sqrt(3.0), 10.0, np.sqrt(3.0)]], rtol=1e-6)
 
 

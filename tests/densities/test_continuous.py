@@ -13,7 +13,7 @@ from flax import nnx
 from jax.scipy.stats import multivariate_normal, norm
 
 import sbi_flows as sf
-from sbi_flows.densities.ode import OdeFlow, Velocity, slopes
+from sbi_flows.densities.ode import OdeFlow, Velocity, field_derivatives
 from sbi_flows.densities.samplers import Ancestral, Heun
 from sbi_flows.networks.velocity import VelocityNetwork
 from tests import cases
@@ -135,7 +135,9 @@ def test_a_sampler_that_draws_no_fresh_noise_follows_the_ode():
 def test_the_divergence_is_exact_or_a_projection():
     matrix = jnp.array([[1.0, 2.0, 0.0], [0.5, -3.0, 1.0], [0.0, 0.3, 0.25]])
     z = jax.random.normal(jax.random.key(0), (5, 3))
-    found = slopes(lambda z: z @ matrix, z, sf.Solver().probes_of(jax.random.key(0), 3, z.dtype))
+    found = field_derivatives(
+        lambda z: z @ matrix, z, sf.Solver().probes_of(jax.random.key(0), 3, z.dtype)
+    )
     np.testing.assert_allclose(found.value, z @ matrix, rtol=1e-6)
     np.testing.assert_allclose(found.divergence, np.full(5, -1.75), rtol=1e-5)
     np.testing.assert_allclose(found.squares, np.full(5, np.sum(matrix**2)), rtol=1e-5)
@@ -143,14 +145,14 @@ def test_the_divergence_is_exact_or_a_projection():
         solver = sf.Solver(exact_up_to=2, probes=4000, noise=noise)
         probes = solver.probes_of(jax.random.key(1), 3, z.dtype)
         assert probes.shape == (4000, 3)
-        found = slopes(lambda z: z @ matrix, z, probes)
+        found = field_derivatives(lambda z: z @ matrix, z, probes)
         assert float(found.divergence[0]) == pytest.approx(-1.75, abs=0.25)
 
 
 def test_many_directions_in_turn_add_up_to_the_same():
     matrix = jax.random.normal(jax.random.key(0), (12, 12))
     z = jax.random.normal(jax.random.key(1), (5, 12))
-    found = slopes(lambda z: jnp.tanh(z @ matrix), z, jnp.eye(12))
+    found = field_derivatives(lambda z: jnp.tanh(z @ matrix), z, jnp.eye(12))
     each = jax.vmap(jax.jacfwd(lambda z: jnp.tanh(z @ matrix)))(z)
     np.testing.assert_allclose(found.value, jnp.tanh(z @ matrix), rtol=1e-5)
     np.testing.assert_allclose(found.divergence, jnp.trace(each, axis1=1, axis2=2), rtol=1e-4)

@@ -21,6 +21,6 @@ def test_the_work_of_a_solve_is_counted_or_not_known():
             return -z
 
         solver = sf.Solver(method=method)
-        _, effort = solver.counted(field, jnp.ones(2), None, (0.0, 1.0))
+        _, effort = solver.solve(field, jnp.ones(2), None, (0.0, 1.0))
         jax.effects_barrier()
         assert int(effort.evaluations) == (len(counted) if known else -1)

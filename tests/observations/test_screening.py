@@ -111,7 +111,7 @@ def test_a_stack_of_a_screened_estimator_and_one_that_is_not(noisy, monkeypatch)
     first, second = history.histories
     assert (first.kept, second.kept) == ((0, 2), None)
     assert first.emulator is not None
-    assert [b.kept for b in posterior.blueprints] == [(0, 2), None]
+    assert [b.feature_indices for b in posterior.blueprints] == [(0, 2), None]
     draws, log_prob = posterior.sample_and_log_prob(jax.random.key(2), sims.x[0], 20)
     np.testing.assert_allclose(log_prob, posterior.log_prob(draws, sims.x[0]), rtol=1e-3, atol=1e-3)
 
@@ -124,7 +124,7 @@ def test_nothing_is_left_out_where_nothing_tells(noisy):
     with pytest.warns(sf.SbiFlowsWarning, match="no entry of the observation passes screening=1e-"):
         posterior, history = npe.fit(jax.random.key(1), shuffled, progress=False)
     assert history.kept is None
-    assert posterior.blueprints[0].kept is None
+    assert posterior.blueprints[0].feature_indices is None
 
 
 @pytest.mark.parametrize(
