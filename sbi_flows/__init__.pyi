@@ -49,7 +49,7 @@ from .posteriors.composed import sample_composed as sample_composed
 from .posteriors.conformal import ConformalPosterior as ConformalPosterior
 from .posteriors.conformal import conformal as conformal
 from .posteriors.direct import Posterior as Posterior
-from .posteriors.files import load as load
+from .posteriors.reading import load as load
 from .posteriors.recalibrated import RecalibratedPosterior as RecalibratedPosterior
 from .posteriors.recalibrated import recalibrate as recalibrate
 from .prior.prior import Prior as Prior

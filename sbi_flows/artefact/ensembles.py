@@ -29,7 +29,7 @@ from sbi_flows.core.errors import ArtefactError
 from sbi_flows.core.typing import Obs
 from sbi_flows.densities.conditional import Blueprint, Embedding, Sizes, Weights, initial_weights
 
-MOST_ENSEMBLES, MOST_MEMBERS, MOST_LEAVES = 64, 2**12, 2**10
+MAX_ENSEMBLES, MOST_MEMBERS, MOST_LEAVES = 64, 2**12, 2**10
 
 DTYPES = {np.dtype(kind).name: np.dtype(kind) for kind in container.DTYPES.values()}
 

@@ -15,7 +15,7 @@ from sbi_flows.core.errors import ArtefactError
 from sbi_flows.observations.spaces import Moments
 from sbi_flows.observations.typicality import Typicality
 
-MOST_SPACES = 2
+MAX_SPACES = 2
 
 _PREFIX = "typicality"
 

@@ -7,7 +7,7 @@ Shapes: theta is `(*, D)`, x is `(*, *event)` or a dict of such arrays; order is
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 from jaxtyping import PyTree
@@ -20,3 +20,17 @@ Obs: TypeAlias = PyTree
 
 Simulator: TypeAlias = Callable[[Key, Any], Obs]
 """`(key, theta) -> x` on one parameter vector (or named dict); traceable by JAX."""
+
+
+@runtime_checkable
+class CheckReport(Protocol):
+    """The report of a check, as it is saved with a posterior; `sf.Report` is one."""
+
+    @property
+    def verdict(self) -> str:
+        """The result in one sentence."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers of the report as plain data."""
+        ...

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import abc
 import os
 from collections.abc import Mapping
 from typing import Any
 
+from sbi_flows.artefact.layers import SavedPosterior
+from sbi_flows.posteriors.writing import save
 from sbi_flows.prior.prior import Prior
 
 PosteriorLike = Any
@@ -50,9 +53,11 @@ class Derived:
             ValueError: It was made of another posterior than an `sf.Posterior`, or as that says.
             OSError: The file cannot be written.
         """
-        from sbi_flows.posteriors.files import save
-
         save(self, path, report=report)
+
+    @abc.abstractmethod
+    def to_saved(self) -> SavedPosterior:
+        """Return what a file says of the posterior; see `Savable`."""
 
 
 def innermost(posterior: PosteriorLike) -> PosteriorLike:

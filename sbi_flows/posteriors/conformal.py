@@ -13,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,15 @@ import numpy as np
 from jax import Array
 from scipy import special
 
+from sbi_flows.artefact.layers import Layer, LayerCodec, SavedPosterior
 from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.posteriors.base import Derived, PosteriorLike
+from sbi_flows.posteriors.codec_calibrated import Calibration, calibrated_layer, calibration_of
+from sbi_flows.posteriors.codec_conformal import CONFORMAL
 from sbi_flows.posteriors.passes import chunks_of, continuous_ranks, usable
 from sbi_flows.posteriors.quantile_maps import quantiles_of
+from sbi_flows.posteriors.writing import content_of
 from sbi_flows.simulations.simulations import Simulations
 
 
@@ -143,6 +148,31 @@ class ConformalPosterior(Derived):
         below = np.searchsorted(self.scores, new, side="left")
         equal = np.searchsorted(self.scores, new, side="right") - below
         return continuous_ranks(key, below, equal, self.num_simulations)
+
+    codec: ClassVar[LayerCodec] = CONFORMAL
+
+    def to_saved(self) -> SavedPosterior:
+        """Return what a file says of the posterior.
+
+        Raises:
+            ValueError: A part of the posterior cannot be written.
+        """
+        counts = (self.num_simulations, self.num_failed, self.draws)
+        calibration = Calibration(*counts, self._key, self.record)
+        arrays = {"scores": np.asarray(self.scores)}
+        return content_of(self.posterior).derive(calibrated_layer(CONFORMAL, calibration, arrays))
+
+    @classmethod
+    def from_layer(cls, posterior: PosteriorLike, layer: Layer) -> ConformalPosterior:
+        """Rebuild the posterior from what a file says of it, and the posterior that it was made of.
+
+        Args:
+            posterior: The posterior that it was made of.
+            layer: What was read from the file.
+        """
+        _, num_failed, draws, key, record = calibration_of(layer)
+        facts = MappingProxyType(dict(record))
+        return cls(posterior, layer.tensors["scores"], num_failed, draws, key, facts)
 
     def _bound(self, level: float) -> float:
         """The largest score inside the set of a level."""

@@ -14,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sbi_flows.artefact.layers import SavedPosterior
 from sbi_flows.core.checks import random_key, real_array, real_arrays, require_count, require_room
 from sbi_flows.core.errors import SolveFailed
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.densities.conditional import Blueprint, Weights, needs_ode
 from sbi_flows.observations.standardise import Standardiser, entry_labels
 from sbi_flows.observations.typicality import Typicality, spaces_of
-from sbi_flows.posteriors import mixtures
+from sbi_flows.posteriors import codec_direct, mixtures
+from sbi_flows.posteriors.writing import save
 from sbi_flows.prior.prior import Prior
 
 ENTRIES = 2**18
@@ -209,9 +211,26 @@ class Posterior:
                 of other containers than dicts, lists and tuples, or `report` is no report.
             OSError: The file cannot be written.
         """
-        from sbi_flows.posteriors.files import save
-
         save(self, path, report=report)
+
+    def to_saved(self) -> SavedPosterior:
+        """Return what a file says of the posterior.
+
+        Raises:
+            ValueError: A part of the posterior cannot be written.
+        """
+        return codec_direct.encode(
+            codec_direct.Contents(
+                prior=self.prior,
+                blueprints=self.blueprints,
+                weights=self.weights,
+                shares=self.shares,
+                standardiser=self.standardiser,
+                observation=self.observation,
+                record=self.record,
+                typicality=self.typicality,
+            )
+        )
 
     def misspecification(self, x: Obs, *, level: float = 0.05) -> Any:
         """Whether an observation is typical of the training simulations, and which entries are not.

@@ -16,7 +16,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +26,15 @@ from jax import Array
 from jax.scipy.special import ndtr, ndtri
 from jax.scipy.stats import norm
 
+from sbi_flows.artefact.layers import Layer, LayerCodec, SavedPosterior
 from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.posteriors.base import Derived, PosteriorLike
+from sbi_flows.posteriors.codec_calibrated import Calibration, calibrated_layer, calibration_of
+from sbi_flows.posteriors.codec_recalibrated import RECALIBRATED, quantiles_in
 from sbi_flows.posteriors.passes import chunks_of, usable
 from sbi_flows.posteriors.quantile_maps import Quantiles, quantile_map, quantiles_of
+from sbi_flows.posteriors.writing import content_of
 from sbi_flows.prior.maps import HALF_WIDTH
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.simulations import Simulations
@@ -102,6 +107,33 @@ class RecalibratedPosterior(Derived):
         safe = jnp.where(inside[..., None], theta, self.prior.center(inside.shape))
         origin, log_det = self._moved(safe, x, back=True)
         return jnp.where(inside, self.posterior.log_prob(origin, x) + log_det, -jnp.inf)
+
+    codec: ClassVar[LayerCodec] = RECALIBRATED
+
+    def to_saved(self) -> SavedPosterior:
+        """Return what a file says of the posterior.
+
+        Raises:
+            ValueError: A part of the posterior cannot be written.
+        """
+        counts = (self.num_simulations, self.num_failed, self.draws)
+        calibration = Calibration(*counts, self._key, self.record)
+        arrays = {name: np.asarray(knots) for name, knots in self.correction._asdict().items()}
+        layer = calibrated_layer(RECALIBRATED, calibration, arrays)
+        return content_of(self.posterior).derive(layer)
+
+    @classmethod
+    def from_layer(cls, posterior: PosteriorLike, layer: Layer) -> RecalibratedPosterior:
+        """Rebuild the posterior from what a file says of it, and the posterior that it was made of.
+
+        Args:
+            posterior: The posterior that it was made of.
+            layer: What was read from the file.
+        """
+        num_simulations, num_failed, draws, key, record = calibration_of(layer)
+        counts = (num_simulations, num_failed, draws)
+        facts = MappingProxyType(dict(record))
+        return cls(posterior, quantiles_in(layer), *counts, key, facts)
 
     def _moved(self, theta: Array, x: Obs, *, back: bool = False) -> tuple[Array, Array]:
         """Moved parameters, the shape of theta, and the log determinants (*)."""

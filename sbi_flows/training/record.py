@@ -18,7 +18,7 @@ from sbi_flows.core.versions import versions
 from sbi_flows.simulations.simulations import Simulations
 
 _PER_ROW = {"held_out", "held_out_loss", "solver_steps", "solver_evaluations"}
-"""Fields of a history with one number per simulation, of which the record keeps at most the mean."""
+"""Fields of a history with one number per simulation. At most their mean is recorded."""
 
 
 def of_fit(estimator: Any, simulations: Simulations, history: Any) -> Mapping[str, Any]:

@@ -14,9 +14,9 @@ from flax import nnx
 
 import sbi_flows as sf
 from sbi_flows.artefact import priors
+from sbi_flows.core import files
 from sbi_flows.densities.conditional import Weights
 from sbi_flows.densities.distilled import Distilled
-from sbi_flows.posteriors import files
 from tests.artefacts import EVENT, ensemble, opened, posterior, written
 from tests.cases import DENSITIES, PRIORS, hierarchy, unchecked
 from tests.cases import prior as prior_of
@@ -151,6 +151,7 @@ def test_what_was_fitted_comes_back_with_what_is_known_of_the_fit(sims, tmp_path
     fitted, history = npe.fit(jax.random.key(1), rows, progress=False)
     found = {"verdict": "calibrated", "p": np.float32(np.nan), "ranks": np.arange(2)}
     monkeypatch.setattr(sf.Report, "to_dict", lambda _: found)
+    monkeypatch.setattr(sf.Report, "verdict", "calibrated", raising=False)
     fitted.save(tmp_path / "a.sbif", report=object.__new__(sf.Report))
     loaded = sf.load(tmp_path / "a.sbif", prior=FLAT)
     assert same_draws(fitted, loaded, rows.x[0])

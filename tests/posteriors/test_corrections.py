@@ -9,7 +9,7 @@ import numpyro.distributions as dist
 import pytest
 
 import sbi_flows as sf
-from sbi_flows.posteriors.corrections import MOST_CORRECTIONS
+from sbi_flows.artefact.layers import MAX_LAYERS
 from tests.artefacts import ensemble, opened, posterior, written
 from tests.golden.make import GOLDEN, HERE
 
@@ -76,6 +76,7 @@ def test_only_files_that_need_it_are_of_the_second_format(corrected, tmp_path):
 
 def test_the_check_of_a_corrected_posterior_is_its_own(corrected, tmp_path, monkeypatch):
     monkeypatch.setattr(sf.Report, "to_dict", lambda _: {"verdict": "calibrated"})
+    monkeypatch.setattr(sf.Report, "verdict", "calibrated", raising=False)
     corrected.save(tmp_path / "a.sbif", report=object.__new__(sf.Report))
     again = sf.load(tmp_path / "a.sbif")
     assert again.record == {"check": {"verdict": "calibrated"}}
@@ -118,7 +119,7 @@ def test_what_was_made_of_another_posterior_is_refused(corrected, tmp_path):
     base = corrected.posterior
     within = dataclasses.replace(base, posterior=Sampled(base.prior))
     deep = corrected
-    for _ in range(MOST_CORRECTIONS):
+    for _ in range(MAX_LAYERS):
         deep = dataclasses.replace(corrected, posterior=deep)
     odd = {
         r"expected an sf\.Posterior, or what .* got Sampled, which cannot be saved": within,

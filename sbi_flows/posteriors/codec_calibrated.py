@@ -1,0 +1,94 @@
+"""What the layers of posteriors that were calibrated on simulations have in common.
+
+A calibrated posterior ranks values among draws that it makes with a random key of its own. The
+layer holds the key and the number of draws, so that a loaded posterior gives the same answers.
+
+Public names: `FIELD_NAMES`, `Calibration`, `calibrated_layer`, `require_calibration`,
+`calibration_of`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbi_flows.artefact.container import Entry
+from sbi_flows.artefact.distributions import Tensors
+from sbi_flows.artefact.ensembles import require_entry
+from sbi_flows.artefact.layers import Header, Layer, LayerCodec
+from sbi_flows.artefact.strict import counted
+from sbi_flows.core.errors import ArtefactError
+from sbi_flows.core.typing import Key
+from sbi_flows.posteriors.passes import MIN_DRAWS
+
+FIELD_NAMES = ("simulations", "failed", "draws", "key")
+
+MAX_DRAWS = 2**20
+"""Maximum number of draws at one observation."""
+
+MAX_SIMULATIONS = 2**53
+
+_KEY_WORDS = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}
+"""Number of 32-bit words of a random key, for each of JAX's generators."""
+
+
+class Calibration(NamedTuple):
+    """Attributes that calibrated posteriors have in common.
+
+    Attributes:
+        num_simulations: Number of calibration simulations.
+        num_failed: Number of simulations left out because they failed.
+        draws: Number of draws at each observation.
+        key: Random key of these draws.
+        record: Record of the posterior.
+    """
+
+    num_simulations: int
+    num_failed: int
+    draws: int
+    key: Key
+    record: Mapping[str, Any]
+
+
+def calibrated_layer(codec: LayerCodec, calibration: Calibration, arrays: Tensors) -> Layer:
+    """Return the layer of a calibrated posterior.
+
+    Args:
+        codec: Codec of its kind.
+        calibration: The attributes that calibrated posteriors have in common.
+        arrays: Arrays of this kind alone, by name.
+    """
+    key = calibration.key
+    fields = {
+        "simulations": int(calibration.num_simulations),
+        "failed": int(calibration.num_failed),
+        "draws": int(calibration.draws),
+        "key": str(jax.random.key_impl(key)),
+    }
+    tensors = {"key": np.asarray(jax.random.key_data(key)), **arrays}
+    return Layer(codec, fields, tensors, calibration.record)
+
+
+def require_calibration(header: Header, table: Mapping[str, Entry]) -> None:
+    """Raise ArtefactError if a common field is invalid, or the tensor of the key is missing."""
+    name, values = header.name, header.fields
+    generator = values["key"]
+    if not isinstance(generator, str) or generator not in _KEY_WORDS:
+        raise ArtefactError(f"{name}.key: expected one of {[*_KEY_WORDS]}, got {generator!r:.80}")
+    counted(f"{name}.simulations", values["simulations"], 1, MAX_SIMULATIONS)
+    counted(f"{name}.failed", values["failed"], 0, MAX_SIMULATIONS)
+    counted(f"{name}.draws", values["draws"], MIN_DRAWS, MAX_DRAWS)
+    wanted = Entry(np.dtype(np.uint32), (_KEY_WORDS[generator],), 0)
+    require_entry(f"{header.prefix}/key", wanted, table)
+
+
+def calibration_of(layer: Layer) -> Calibration:
+    """Return the common attributes of a layer that was read."""
+    words, values = jnp.asarray(layer.tensors["key"]), layer.fields
+    key = jax.random.wrap_key_data(words, impl=values["key"])
+    counts = (values["simulations"], values["failed"], values["draws"])
+    return Calibration(*counts, key, layer.record)

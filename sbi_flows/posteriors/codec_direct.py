@@ -1,0 +1,233 @@
+"""Codec of direct posteriors: prior, observation, ensembles of networks, standardiser and gate.
+
+Nothing in a file is trusted. Reading has two steps: `require_header` checks the JSON document and
+`require_tensors` the table of tensors, both without reading an array; `decode` then reads arrays
+whose sizes are known and expected.
+
+Public names: `Contents`, `encode`, `DirectHeader`, `require_header`, `require_tensors`, `decode`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbi_flows.artefact import embeddings, ensembles, gates, priors
+from sbi_flows.artefact.container import Entry, File
+from sbi_flows.artefact.distributions import Tensors
+from sbi_flows.artefact.layers import SavedPosterior
+from sbi_flows.artefact.strict import checked, counted, fields, items, number
+from sbi_flows.core.errors import ArtefactError
+from sbi_flows.core.typing import Obs
+from sbi_flows.densities.conditional import Blueprint, Embedding, Weights
+from sbi_flows.observations.standardise import Standardiser
+from sbi_flows.observations.typicality import Typicality, widths
+from sbi_flows.prior.prior import Prior
+
+_PRECISIONS = ("float32", "float64")
+_STANDARDISER = ("standardiser/center", "standardiser/scale", "standardiser/floor")
+_FIELD_NAMES = (
+    *("format", "written_by", "precision", "prior", "observation", "linear"),
+    *("ensembles", "typicality", "record"),
+)
+
+
+class Contents(NamedTuple):
+    """The attributes of a direct posterior; see `Posterior`."""
+
+    prior: Prior
+    blueprints: tuple[Blueprint, ...]
+    weights: tuple[Weights, ...]
+    shares: tuple[float, ...]
+    standardiser: Standardiser
+    observation: Obs
+    record: Mapping[str, Any]
+    typicality: Typicality | None
+
+
+def encode(contents: Contents) -> SavedPosterior:
+    """Convert a direct posterior to JSON fields and tensors.
+
+    Raises:
+        ValueError: A density, network or solver is of the user's own class, or the observation is
+            made of other containers than dicts, lists and tuples.
+    """
+    standardiser, tensors = contents.standardiser, Tensors()
+    precision = np.dtype(standardiser.center.dtype).name
+    prior = priors.encode(contents.prior, tensors)
+    for name, array in zip(_STANDARDISER, standardiser[:3], strict=True):
+        tensors[name] = np.asarray(array)
+    parts = zip(contents.blueprints, contents.weights, contents.shares, strict=True)
+    written = []
+    for i, (blueprint, weights, share) in enumerate(parts):
+        x64 = precision == "float64"
+        part = ensembles.encode(i, blueprint, weights, contents.observation, x64, tensors)
+        written.append({**part, "share": float(share)})
+    document = {
+        "precision": precision,
+        "prior": prior,
+        "observation": ensembles.observation_of(contents.observation),
+        "linear": float(standardiser.linear),
+        "ensembles": written,
+        "typicality": gates.encode(contents.typicality, tensors),
+    }
+    return SavedPosterior(document, tensors, contents.record)
+
+
+class DirectHeader(NamedTuple):
+    """The validated JSON of a direct posterior, before its arrays are read.
+
+    Attributes:
+        precision: Precision in which the file was written: "float32" or "float64".
+        prior: JSON data of the prior.
+        bounded: Whether each standard coordinate of the prior is bounded.
+        observation: Shape and dtype of one observation.
+        linear: Half-width of the standardiser's linear range.
+        ensembles: What the ensembles are built from.
+        shares: Weight of each ensemble in the mixture.
+        needs_embedding: Whether the user has to supply the embedding, for each ensemble.
+        spaces: Number of spaces of the gate, 0 for a posterior without one.
+        record: Record of the fit.
+    """
+
+    precision: str
+    prior: dict[str, Any]
+    bounded: tuple[bool, ...]
+    observation: Obs
+    linear: float
+    ensembles: tuple[ensembles.Ensemble, ...]
+    shares: tuple[float, ...]
+    needs_embedding: tuple[bool, ...]
+    spaces: int
+    record: dict[str, Any]
+
+
+def require_header(
+    document: Mapping[str, Any], user_embeddings: list[Embedding | None]
+) -> DirectHeader:
+    """Check the document of a file.
+
+    Args:
+        document: The document, without the list of layers.
+        user_embeddings: The embeddings that the user supplied; [None] for none.
+
+    Raises:
+        ArtefactError: The document is malformed, or an embedding is missing.
+    """
+    _, _, precision, prior, observation, linear, parts, spaces, record = fields(
+        "document", document, *_FIELD_NAMES
+    )
+    if precision not in _PRECISIONS:
+        raise ArtefactError(f"precision: expected one of {_PRECISIONS}, got {precision!r:.80}")
+    spaces = counted("typicality", spaces, 0, gates.MAX_SPACES)
+    record = checked("record", record, dict, "an object")
+    observation = ensembles.observation_from(observation)
+    parts, shares = _shares(parts)
+    needs_embedding = tuple(embeddings.is_given(part.get("embedding")) for part in parts)
+    bounded = _bounded(prior)
+    found = tuple(
+        ensembles.decode(i, part, bounded, observation, embedding)
+        for i, (part, embedding) in enumerate(
+            zip(parts, _embedding_of_each(user_embeddings, needs_embedding), strict=True)
+        )
+    )
+    return DirectHeader(
+        precision=precision,
+        prior=prior,
+        bounded=bounded,
+        observation=observation,
+        linear=number("linear", linear),
+        ensembles=found,
+        shares=shares,
+        needs_embedding=needs_embedding,
+        spaces=spaces,
+        record=record,
+    )
+
+
+def require_tensors(header: DirectHeader, table: Mapping[str, Entry]) -> set[str]:
+    """Check that a table holds all tensors of a direct posterior, and return their names.
+
+    Raises:
+        ArtefactError: A tensor is missing, or has another shape or dtype.
+    """
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(header.observation))
+    for name in _STANDARDISER:
+        ensembles.require_entry(name, Entry(np.dtype(header.precision), (size,), 0), table)
+    names = {*_STANDARDISER, *priors.referred(header.prior), *gates.names(header.spaces)}
+    x64 = header.precision == "float64"
+    for ensemble, is_given in zip(header.ensembles, header.needs_embedding, strict=True):
+        names |= ensembles.require(ensemble, is_given, table, x64)
+    return names
+
+
+def decode(header: DirectHeader, file: File, user_prior: Prior | None) -> Contents:
+    """Read the arrays of a direct posterior.
+
+    Args:
+        header: Its JSON. The table of tensors has to be checked.
+        file: The file.
+        user_prior: The prior that the user supplied, if any.
+
+    Raises:
+        ArtefactError: An array holds impossible numbers, the prior is missing, or a prior or
+            embedding of the user's differs from the one that was saved.
+    """
+    arrays = {name: file.tensor(name) for name in priors.referred(header.prior)}
+    prior = priors.decode(header.prior, arrays, user_prior)
+    dtype = jnp.result_type(float)
+    center, scale, floor = (jnp.asarray(file.tensor(name), dtype) for name in _STANDARDISER)
+    weights = tuple(ensembles.weights_of(ensemble, file.tensor) for ensemble in header.ensembles)
+    for ensemble, stacked, is_given in zip(
+        header.ensembles, weights, header.needs_embedding, strict=True
+    ):
+        if is_given:
+            embeddings.compare(ensemble.blueprint, stacked, file.tensor(ensemble.answered))
+    blueprints = tuple(ensemble.blueprint for ensemble in header.ensembles)
+    sizes = widths(blueprints[0], weights[0], len(center)) if header.spaces else ()
+    return Contents(
+        prior=prior,
+        blueprints=blueprints,
+        weights=weights,
+        shares=header.shares,
+        standardiser=Standardiser(center, scale, floor, header.linear),
+        observation=header.observation,
+        record=MappingProxyType(header.record),
+        typicality=gates.decode(header.spaces, sizes, file.table, file.tensor),
+    )
+
+
+def _shares(value: Any) -> tuple[list[dict[str, Any]], tuple[float, ...]]:
+    """Return the JSON data of the ensembles, and their weights in the mixture."""
+    parts = items("ensembles", value, ensembles.MAX_ENSEMBLES)
+    parts = [dict(checked("ensembles", part, dict, "an object")) for part in parts]
+    shares = tuple(number("share", part.pop("share", None)) for part in parts)
+    if not shares or min(shares) <= 0.0 or abs(sum(shares) - 1.0) > 1e-6:
+        raise ArtefactError(f"share: expected positive ones that add up to 1, got {shares!r:.80}")
+    return parts, shares
+
+
+def _bounded(prior: Any) -> tuple[bool, ...]:
+    """Return whether each standard coordinate is bounded, from the JSON data of a prior."""
+    flags = checked("prior", prior, dict, "an object").get("bounded")
+    flags = items("prior.bounded", flags, priors.MOST_ENTRIES)
+    return tuple(checked("prior.bounded", flag, bool, "truth values") for flag in flags)
+
+
+def _embedding_of_each(
+    user_embeddings: list[Embedding | None], needs_embedding: tuple[bool, ...]
+) -> list[Embedding | None]:
+    """Assign the user's embeddings to the ensembles that need one; a single one serves them all."""
+    count = sum(needs_embedding)
+    if user_embeddings == [None]:
+        return [None] * len(needs_embedding)
+    if len(user_embeddings) not in (1, count) or not count:
+        raise ArtefactError(f"embedding: expected {count} of them, got {len(user_embeddings)}")
+    remaining = iter(user_embeddings * count if len(user_embeddings) == 1 else user_embeddings)
+    return [next(remaining) if needed else None for needed in needs_embedding]

@@ -1,0 +1,133 @@
+"""Load a posterior from one file.
+
+The file holds no code and names none: loading builds objects of this library and of numpyro from
+tables of names, and checks every array against the model before it is read.
+
+Public name: `load`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sbi_flows.artefact.container import File
+from sbi_flows.artefact.layers import Header, read_layer, require_layers
+from sbi_flows.artefact.strict import counted
+from sbi_flows.core.errors import ArtefactError
+from sbi_flows.densities.conditional import Embedding, check_embedding
+from sbi_flows.posteriors import codec_direct
+from sbi_flows.posteriors.conformal import ConformalPosterior
+from sbi_flows.posteriors.direct import Posterior
+from sbi_flows.posteriors.recalibrated import RecalibratedPosterior
+from sbi_flows.posteriors.writing import DIRECT_FORMAT
+from sbi_flows.prior.prior import Prior, PriorLike, as_prior
+
+DERIVED = (ConformalPosterior, RecalibratedPosterior)
+"""Kinds of derived posteriors that can be loaded. Each has a codec and a method `from_layer`."""
+
+_KINDS = {kind.codec.kind: kind for kind in DERIVED}
+_CODECS = {name: kind.codec for name, kind in _KINDS.items()}
+
+MAX_FORMAT = max([DIRECT_FORMAT, *(codec.file_format for codec in _CODECS.values())])
+"""Latest version of the file format that this version of the library reads."""
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    prior: PriorLike | None = None,
+    embedding: Embedding | Sequence[Embedding] | None = None,
+) -> Any:
+    """Read a posterior that `Posterior.save` wrote; safe for files from unknown sources.
+
+    Nothing in the file is executed or imported, and loading needs about three times the memory of
+    the file's size. A file from an untrusted source can still hold a wrong posterior: check it.
+
+    Draws for the same key are identical on the same device with the same versions. Where JAX
+    computes in another precision than the one in which the file was written, weights are converted
+    to it, and log densities agree to about 1e-3.
+
+    Args:
+        path: The file.
+        prior: The prior, needed where the file holds its structure only: a numpyro model whose
+            parameters depend on each other, or distributions of your own class. It is compared
+            with the saved one.
+        embedding: The embedding, needed where it is not one of this library's. It is compared with
+            the saved one. For a stack with several such embeddings a list, in the stack's order.
+
+    Returns:
+        The posterior, of the class that was saved. Its `record` holds the facts of its fit.
+
+    Raises:
+        ArtefactError: The file is not a saved posterior or was changed, or it needs a prior or an
+            embedding that was not supplied or differs from the saved one.
+        ValueError: `prior` is not a prior, or `embedding` is not an embedding.
+        OSError: The file cannot be read.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist, sbi_flows as sf, tempfile
+        >>> prior = dist.Normal(0.0, 1.0).expand([1])
+        >>> noisy = lambda key, theta: theta + jax.random.normal(key, (1,))
+        >>> sims = sf.simulate(jax.random.key(0), prior, noisy, 200, progress=False)
+        >>> small = sf.MAF(transforms=1, hidden=(8,), context_width=0)
+        >>> npe = sf.NPE(prior, small, training=sf.Training(max_epochs=1), members=1)
+        >>> posterior, _ = npe.fit(jax.random.key(1), sims, progress=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     posterior.save(f"{folder}/small.sbif")
+        ...     again = load(f"{folder}/small.sbif")
+        >>> key, x = jax.random.key(2), sims.x[0]
+        >>> bool((again.sample(key, x, 5) == posterior.sample(key, x, 5)).all())
+        True
+    """
+    user_prior = None if prior is None else as_prior(prior)
+    user_embeddings: list[Any]
+    user_embeddings = list(embedding) if isinstance(embedding, list | tuple) else [embedding]
+    for each in user_embeddings:
+        if each is not None:
+            check_embedding(each)
+    with open(path, "rb") as file:
+        try:
+            return _read(File(file), user_prior, user_embeddings)
+        except ArtefactError as error:
+            raise ArtefactError(f"{os.fspath(path)}: {error}") from None
+        # a library may raise any error on arguments that none of our checks refused
+        except Exception as error:
+            raise ArtefactError(
+                f"{os.fspath(path)}: it describes no posterior that can be built: "
+                f"{type(error).__name__}: {str(error)[:500]}"
+            ) from error
+
+
+def _read(file: File, user_prior: Prior | None, user_embeddings: list[Any]) -> Any:
+    """Check the document and the table of tensors, then read the arrays and build the posterior."""
+    document = dict(file.document)
+    version = _require_version(document)
+    corrections = document.pop("corrections", None) if version > DIRECT_FORMAT else None
+    direct = codec_direct.require_header(document, user_embeddings)
+    headers: list[Header] = []
+    if version > DIRECT_FORMAT:
+        headers = require_layers(corrections, _CODECS, len(direct.bounded), file.table)
+    names = codec_direct.require_tensors(direct, file.table)
+    names |= {f"{h.prefix}/{name}" for h in headers for name in h.tensor_names}
+    if odd := sorted(file.table.keys() ^ names):
+        raise ArtefactError(f"tensors: expected those of the posterior alone, not {odd[:3]}")
+    # only now arrays are read: all are expected, and each has the size that the model needs
+    contents = codec_direct.decode(direct, file, user_prior)
+    posterior: Any = Posterior(**contents._asdict())
+    for header in headers:
+        layer = read_layer(header, file.tensor)
+        posterior = _KINDS[header.codec.kind].from_layer(posterior, layer)
+    return posterior
+
+
+def _require_version(document: Mapping[str, Any]) -> int:
+    """Return the version of the file's format, or raise ArtefactError if it is too new."""
+    version = counted("format", document.get("format"), 1, 2**31)
+    if version > MAX_FORMAT:
+        raise ArtefactError(
+            f"format: expected one up to {MAX_FORMAT}, got {version}: a later version of sbi_flows "
+            f"wrote it ({str(document.get('written_by'))[:200]})"
+        )
+    return version

@@ -1,0 +1,87 @@
+"""Save a posterior to one file.
+
+The file holds no code and names none. Its format is described in `sbi_flows.artefact.container`.
+
+Public names: `Savable`, `content_of`, `save`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from sbi_flows.artefact.container import packed
+from sbi_flows.artefact.distributions import Tensors
+from sbi_flows.artefact.layers import SavedPosterior, write_layers
+from sbi_flows.core.files import whole_file
+from sbi_flows.core.record import to_json_data
+from sbi_flows.core.typing import CheckReport
+from sbi_flows.core.versions import versions
+
+DIRECT_FORMAT = 1
+"""Version of the file format that holds a direct posterior. A layer may need a later one."""
+
+
+@runtime_checkable
+class Savable(Protocol):
+    """A posterior that can be written to a file."""
+
+    def to_saved(self) -> SavedPosterior:
+        """Return what the file says of the posterior.
+
+        Raises:
+            ValueError: A part of the posterior cannot be written.
+        """
+        ...
+
+
+def content_of(posterior: object) -> SavedPosterior:
+    """Return what a file says of the posterior that another one was derived from.
+
+    Raises:
+        ValueError: It cannot be saved.
+    """
+    if not isinstance(posterior, Savable):
+        raise ValueError(
+            "posterior: expected an sf.Posterior, or what conformal or recalibrate made of one, "
+            f"got {type(posterior).__name__}, which cannot be saved"
+        )
+    return posterior.to_saved()
+
+
+def save(posterior: Savable, path: str | os.PathLike[str], *, report: object = None) -> None:
+    """Write a posterior to a file; see `Posterior.save`."""
+    path = Path(path)
+    content = posterior.to_saved()
+    if report is not None:
+        content = content.add_to_record(check=_check_record(report))
+    data = packed(*_document(content))
+    with whole_file(path) as file:
+        file.write(data)
+
+
+def _document(content: SavedPosterior) -> tuple[dict[str, Any], Tensors]:
+    """Return the JSON document and the tensors of a file.
+
+    The file has the first version of the format that can hold its content, so that earlier versions
+    of the library can read it wherever possible.
+    """
+    tensors = dict(content.tensors)
+    document: dict[str, Any] = {
+        "format": max([DIRECT_FORMAT, *(layer.codec.file_format for layer in content.layers)]),
+        "written_by": versions(),
+        **content.fields,
+        "record": dict(content.record),
+    }
+    if content.layers:
+        dim = len(content.fields["prior"]["bounded"])
+        document["corrections"] = write_layers(content.layers, dim, tensors)
+    return document, tensors
+
+
+def _check_record(report: object) -> Any:
+    """Return the numbers of a report as plain JSON data."""
+    if not isinstance(report, CheckReport):
+        raise ValueError(f"report: expected an sf.Report, got {type(report).__name__}")
+    return to_json_data(report.to_dict())
