@@ -2,9 +2,14 @@
 
 prior + simulator -> Simulations -> estimator.fit -> Posterior -> diagnostics, plots, ArviZ
 
-What the package offers is listed in `__init__.pyi`, and imported when it is first used.
+The names that the package offers are listed in `__init__.pyi`. Each is imported when it is first
+used.
 """
 
 import lazy_loader
 
+from sbi_flows.core import moved as _moved
+
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+_moved.install()
