@@ -1,11 +1,13 @@
-"""Checks of a posterior: classifier two-sample test, ranks, coverage, and the verdict."""
+"""Checks of a posterior: calibration, one observation, predictions, sensitivity; and their reports.
+
+Files outside this package import from here what the list below names.
+"""
 
 from sbi_flows.diagnostics.c2st import ClassifierBackend as ClassifierBackend
 from sbi_flows.diagnostics.c2st import CompiledMLP as CompiledMLP
 from sbi_flows.diagnostics.c2st import SklearnMLP as SklearnMLP
 from sbi_flows.diagnostics.c2st import c2st as c2st
 from sbi_flows.diagnostics.c2st import c2st_jax as c2st_jax
-from sbi_flows.diagnostics.check import Report as Report
 from sbi_flows.diagnostics.check import check as check
 from sbi_flows.diagnostics.coverage import Coverage as Coverage
 from sbi_flows.diagnostics.coverage import coverage as coverage
@@ -14,6 +16,7 @@ from sbi_flows.diagnostics.lc2st import LocalCheck as LocalCheck
 from sbi_flows.diagnostics.lc2st import check_at as check_at
 from sbi_flows.diagnostics.predictive import Predictive as Predictive
 from sbi_flows.diagnostics.predictive import predictive_check as predictive_check
+from sbi_flows.diagnostics.report import Report as Report
 from sbi_flows.diagnostics.sbc import SBC as SBC
 from sbi_flows.diagnostics.sbc import sbc as sbc
 from sbi_flows.diagnostics.sensitivity_to_data import DataSensitivity as DataSensitivity
@@ -23,6 +26,8 @@ from sbi_flows.diagnostics.sensitivity_to_prior import prior_sensitivity as prio
 from sbi_flows.diagnostics.sharpness import Sharpness as Sharpness
 from sbi_flows.diagnostics.tarp import TARP as TARP
 from sbi_flows.diagnostics.tarp import tarp as tarp
+from sbi_flows.diagnostics.verdict import Finding as Finding
+from sbi_flows.diagnostics.verdict import Test as Test
 from sbi_flows.observations.misspecification import Anomalies as Anomalies
 from sbi_flows.observations.misspecification import Misspecification as Misspecification
 from sbi_flows.observations.misspecification import anomalies as anomalies

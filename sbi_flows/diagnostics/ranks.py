@@ -1,8 +1,9 @@
-"""One pass of posterior draws over many data sets, reduced to ranks as it goes.
+"""Posterior draws for many data sets, reduced to ranks chunk by chunk.
 
-Every calibration check needs the same draws: `draw_pass` takes them once, a chunk of data sets at
-a time in one compiled shape, and keeps only numbers per data set. Public names: `draw_pass`,
-`Ranks`.
+All calibration checks need the same draws. `draw_pass` makes them once, for one chunk of data sets
+of fixed shape at a time, and keeps only a few numbers per data set.
+
+Names for this package: `draw_pass`, `Ranks`.
 """
 
 from __future__ import annotations
@@ -21,31 +22,36 @@ from sbi_flows.posteriors.base import PosteriorLike
 from sbi_flows.posteriors.passes import chunks_of, continuous_ranks, usable
 from sbi_flows.simulations.simulations import Simulations
 
-DENSITY_DRAWS, SOLVED_DRAWS = 100, 7
-"""Draws of each posterior whose density is evaluated: a share out of 100 is fine enough to rank a
-thousand data sets by. Fewer where each density is an ODE to solve: the ranks, random between
-their steps, are uniform all the same, and the tests lose little; levels are blurred."""
+DENSITY_DRAWS, ODE_DENSITY_DRAWS = 100, 7
+"""Number of draws per posterior whose density is evaluated; fewer if each density needs an ODE.
+
+100 draws resolve density ranks finely enough for a thousand data sets. With 7, ranks of a correct
+posterior are still uniform, because each is placed at random within its step; tests lose little
+power, but coverage curves are smoothed.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """What is left of a draw pass over N data sets; N counts only simulations that succeeded.
+    """Ranks of true parameters among posterior draws for N data sets.
 
-    All of `uniform`, `density` and `distance` are uniform on (0, 1) for a correct posterior.
+    Failed simulations are not among the N data sets. For a correct posterior, all entries of
+    `uniform`, `density` and `distance` are uniform on (0, 1).
 
     Attributes:
-        theta: True parameters, shape (N, D).
+        theta: True parameters, shape (N, D), in the parameters' units.
         uniform: Continuous rank of each true parameter among its draws, shape (N, D).
-        density: Continuous share of draws denser under the posterior than the truth, shape (N,);
-            None where no density was asked for.
-        distance: Continuous share of draws nearer to the reference point than the truth, shape
+        density: Continuous share of draws with a higher posterior density than the truth, shape
+            (N,); None if densities were not requested.
+        distance: Continuous share of draws closer to the reference point than the truth, shape
             (N,); None without reference points.
-        log_prob: Posterior log density of the truth, shape (N,), nats; None as for `density`.
-        mean: Posterior means, shape (N, D).
-        sd: Posterior standard deviations, shape (N, D).
+        log_prob: Posterior log density of the truth in nats, shape (N,); None if densities were
+            not requested, or if the posterior has credible regions of its own.
+        mean: Posterior means, shape (N, D), in the parameters' units.
+        sd: Posterior standard deviations, shape (N, D), in the parameters' units.
         draws: Number of draws from each posterior.
         labels: Names of the D parameters.
-        num_failed: Simulations left out because they failed.
+        num_failed: Number of failed simulations that were left out.
     """
 
     theta: np.ndarray
@@ -77,18 +83,18 @@ def draw_pass(
         key: Random key.
         posterior: The posterior to check.
         simulations: Pairs (theta, x) from the prior and the simulator; failed rows are left out.
-        draws: Draws from each posterior; they must be independent (thin Markov chains).
-        references: Reference points for the distances of TARP, shape (N, D) over the rows that
-            succeeded; none leaves the distances out.
+        draws: Draws from each posterior. They must be independent (thin Markov chains).
+        references: Reference points for the distances of TARP, shape (N, D), one per valid row;
+            without them, no distances are computed.
         scale: Unit of each parameter in those distances, shape (D,); ones by default.
-        density: Whether to evaluate the posterior's density too.
+        density: Rank posterior densities as well.
         progress: Show a progress bar over chunks of data sets.
 
     Returns:
-        The ranks, on the host.
+        The ranks, as NumPy arrays.
 
     Raises:
-        ValueError: As `usable` says, or references of another shape.
+        ValueError: The input fails the checks of `usable`, or references have another shape.
         SbiFlowsError: The posterior gave NaN, or draws that are not finite.
     """
     valid = usable(posterior, simulations, draws)
@@ -98,50 +104,67 @@ def draw_pass(
     points = jnp.zeros((n, dim)) if references is None else jnp.asarray(references)
     units = jnp.ones(dim) if scale is None else jnp.asarray(scale)
     draw_key, tie_key = jax.random.split(key)
-    parts = []
-    for chunk_key, rows, kept in chunks_of(draw_key, n, draws * dim, "draw", progress):
+    ranked = _num_density_draws(posterior, draws) if density else 0
+    chunks = []
+    for chunk_key, rows, count in chunks_of(draw_key, n, draws * dim, "draw", progress):
         part = valid[rows]
-        sampled = _sample(chunk_key, posterior, part, draws, density)
-        reduced = _reduce(*sampled, part.theta, points[rows], units)
-        parts.append(jax.tree.map(lambda leaf, m=kept: np.asarray(leaf)[:m], reduced))
-    joined = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-    _require_finite(joined["finite"])
-    compared = {"below": draws, "denser": min(draws, _ranked(posterior)), "nearer": draws}
-    uniform = {
-        name: continuous_ranks(k, joined[name], joined[f"{name}_equal"], compared[name])
-        for name, k in zip(("below", "denser", "nearer"), jax.random.split(tie_key, 3), strict=True)
-    }
-    if density and hasattr(posterior, "density_ranks"):
-        uniform["denser"] = posterior.density_ranks(
-            jax.random.fold_in(tie_key, 3), valid.theta, valid.x
-        )
+        arrays = _draws_and_densities(chunk_key, posterior, part, draws, ranked)
+        reduced = _reduce(*arrays, part.theta, points[rows], units)
+        chunks.append(jax.tree.map(lambda leaf, m=count: np.asarray(leaf)[:m], reduced))
+    counts = {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
+    _require_finite(counts["finite"])
+    below, denser, nearer = _uniform_ranks(tie_key, counts, draws, ranked)
+    if density and not ranked:
+        level_key = jax.random.fold_in(tie_key, 3)
+        denser = posterior.density_ranks(level_key, valid.theta, valid.x)
     return Ranks(
         theta=np.asarray(valid.theta),
-        uniform=uniform["below"],
-        density=uniform["denser"] if density else None,
-        distance=None if references is None else uniform["nearer"],
-        log_prob=joined["log_prob"] if density else None,
-        mean=joined["mean"],
-        sd=joined["sd"],
+        uniform=below,
+        density=denser if density else None,
+        distance=None if references is None else nearer,
+        log_prob=counts["log_prob"] if ranked else None,
+        mean=counts["mean"],
+        sd=counts["sd"],
         draws=draws,
         labels=tuple(posterior.prior.labels),
         num_failed=len(simulations) - n,
     )
 
 
-def _ranked(posterior: PosteriorLike) -> int:
-    """Most draws of each posterior whose density is evaluated."""
-    return SOLVED_DRAWS if getattr(posterior, "solved", False) else DENSITY_DRAWS
+def _num_density_draws(posterior: PosteriorLike, draws: int) -> int:
+    """Return the number of draws per data set whose density is evaluated.
+
+    It is 0 if the posterior has credible regions of its own: these give the levels directly.
+    """
+    if hasattr(posterior, "density_ranks"):
+        return 0
+    most = ODE_DENSITY_DRAWS if getattr(posterior, "solved", False) else DENSITY_DRAWS
+    return min(draws, most)
 
 
-def _sample(
-    key: Key, posterior: PosteriorLike, part: Simulations, draws: int, density: bool
+def _uniform_ranks(
+    key: Key, counts: dict[str, np.ndarray], draws: int, ranked: int
+) -> list[np.ndarray]:
+    """Turn counts of draws below, denser and nearer than the truth into continuous ranks."""
+    among = {"below": draws, "denser": ranked, "nearer": draws}
+    keys = jax.random.split(key, 3)
+    return [
+        continuous_ranks(k, counts[name], counts[f"{name}_equal"], number)
+        for k, (name, number) in zip(keys, among.items(), strict=True)
+    ]
+
+
+def _draws_and_densities(
+    key: Key, posterior: PosteriorLike, part: Simulations, draws: int, ranked: int
 ) -> tuple[Array, Array, Array]:
-    """Draws (B, L, D), log densities of the first (B, at most L), and that of the truth (B,)."""
+    """Draw (B, L, D) and evaluate log densities of the first draws (B, ranked) and truths (B,).
+
+    Densities are zeros of shape (B, 1) and (B,) if `ranked` is 0.
+    """
     sample = posterior.sample(key, part.x, draws)
-    if not density:
+    if not ranked:
         return sample, jnp.zeros((len(part), 1)), jnp.zeros(len(part))
-    log_prob = posterior.log_prob(sample[:, : _ranked(posterior)], part.x)
+    log_prob = posterior.log_prob(sample[:, :ranked], part.x)
     return sample, log_prob, posterior.log_prob(part.theta, part.x)
 
 
@@ -149,19 +172,19 @@ def _sample(
 def _reduce(
     sample: Array, log_prob: Array, log_truth: Array, theta: Array, points: Array, units: Array
 ) -> dict[str, Array]:
-    """Counts and moments of each data set's draws; the draws themselves are not kept."""
+    """Reduce the draws of each data set to counts and moments."""
     truth, point = theta[:, None], points[:, None]
     unit = units[None, None]
-    away = jnp.sum(((sample - point) / unit) ** 2, axis=-1)
-    truth_away = jnp.sum(((truth - point) / unit) ** 2, axis=-1)
+    distance = jnp.sum(((sample - point) / unit) ** 2, axis=-1)
+    truth_distance = jnp.sum(((truth - point) / unit) ** 2, axis=-1)
     finite = jnp.all(jnp.isfinite(sample), axis=(1, 2)) & ~jnp.any(jnp.isnan(log_prob), axis=1)
     return {
         "below": jnp.sum(sample < truth, axis=1),
         "below_equal": jnp.sum(sample == truth, axis=1),
         "denser": jnp.sum(log_prob > log_truth[:, None], axis=1),
         "denser_equal": jnp.sum(log_prob == log_truth[:, None], axis=1),
-        "nearer": jnp.sum(away < truth_away, axis=1),
-        "nearer_equal": jnp.sum(away == truth_away, axis=1),
+        "nearer": jnp.sum(distance < truth_distance, axis=1),
+        "nearer_equal": jnp.sum(distance == truth_distance, axis=1),
         "mean": jnp.mean(sample, axis=1),
         "sd": jnp.std(sample, axis=1),
         "log_prob": log_truth,
@@ -170,6 +193,7 @@ def _reduce(
 
 
 def _require_finite(finite: np.ndarray) -> None:
+    """Raise SbiFlowsError unless all entries are true."""
     if not np.all(finite):
         raise SbiFlowsError(
             f"the posterior of {int(np.sum(~finite))} of {len(finite)} data sets gave NaN, or "

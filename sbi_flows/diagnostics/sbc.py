@@ -1,4 +1,4 @@
-"""Simulation-based calibration: where the truth ranks among posterior draws, per parameter.
+"""Simulation-based calibration (SBC): ranks of true parameters among posterior draws.
 
 Public names: `sbc`, `SBC`.
 """
@@ -6,7 +6,7 @@ Public names: `sbc`, `SBC`.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import special
@@ -15,29 +15,38 @@ from sbi_flows.core.tables import p_text, table
 from sbi_flows.core.typing import Key
 from sbi_flows.diagnostics.ranks import Ranks, draw_pass
 from sbi_flows.diagnostics.uniformity import ecdf_band, ks_p_value, log_gamma, normal_p_values
+from sbi_flows.plots.calibration import rank_ecdf
 from sbi_flows.posteriors.base import PosteriorLike
 from sbi_flows.simulations.simulations import Simulations
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class SBC:
-    """Ranks of the true parameters, and tests that they are uniform. Arrays run over parameters.
+    """Ranks of the true parameters of N data sets, and tests of their uniformity.
 
     Attributes:
         labels: Names of the D parameters.
         draws: Number of draws L from each posterior.
-        uniform: Continuous ranks in (0, 1), shape (N, D): ties broken and each integer rank spread
-            over its cell at random, so that the tests for continuous values are exact.
+        uniform: Continuous ranks in (0, 1), shape (N, D). Ties are broken at random and each
+            integer rank is placed at random within its cell, so that tests for continuous
+            variables are exact.
         ks: P-values of the Kolmogorov-Smirnov test, shape (D,).
-        location: P-values of the test for a shift, shape (D,); see `normal_p_values`.
-        spread: P-values of the test for a wrong width, shape (D,).
-        log_gamma: log(gamma / its 5% null quantile), shape (D,); below 0 rejects at 5%.
-        shift: How far the posterior lies too high, in its own standard deviations, shape (D,).
-        width: How many times too wide the posterior is, shape (D,); below 1 is too narrow.
-        num_failed: Simulations left out because they failed.
-        beyond: Whether significantly many truths lie beyond all draws, shape (D,). How far beyond,
-            ranks do not tell: shift and width are then bounds of what is wrong, and a posterior
-            that only seems too wide because of it is not tested for that (its p-value is 1).
+        location: P-values of the test for a shift (`normal_p_values`), shape (D,).
+        spread: P-values of the test for a wrong width (`normal_p_values`), shape (D,).
+        log_gamma: Logarithm of gamma divided by its 5% null quantile, shape (D,); below 0 rejects
+            at 5%.
+        shift: Posterior mean minus true mean, in posterior standard deviations, shape (D,);
+            positive if the posterior lies too high.
+        width: Posterior width divided by the correct width, shape (D,); below 1 if the posterior
+            is too narrow.
+        num_failed: Number of failed simulations that were left out.
+        beyond: True where significantly many truths lie outside the range of all draws, shape
+            (D,). Ranks do not tell how far outside: shift and width are then lower bounds of the
+            error. A posterior that only appears too wide for this reason is not tested for width
+            (its p-value is 1).
     """
 
     labels: tuple[str, ...]
@@ -58,12 +67,12 @@ class SBC:
         return np.minimum((self.uniform * (self.draws + 1)).astype(int), self.draws)
 
     def __repr__(self) -> str:
-        """The table of `summary`."""
+        """Return the table of `summary`."""
         return self.summary()
 
     def summary(self) -> str:
-        """One line a parameter."""
-        head = f"SBC: {len(self.uniform)} data sets x {self.draws} draws"
+        """Return a table of p-values and effect sizes, one line per parameter."""
+        title = f"SBC: {len(self.uniform)} data sets x {self.draws} draws"
         columns = {
             "KS p": map(p_text, self.ks),
             "shift p": map(p_text, self.location),
@@ -72,10 +81,10 @@ class SBC:
             "shift (sd)": (f"{s:+.2f}" for s in self.shift),
             "width": (f"x{w:.2f}" for w in self.width),
         }
-        return f"{head}\n{table(self.labels, columns)}"
+        return f"{title}\n{table(self.labels, columns)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers by parameter, fit for JSON; the ranks themselves are left out."""
+        """Return p-values and effect sizes by parameter as JSON data, without the ranks."""
         names = ("ks", "location", "spread", "log_gamma", "shift", "width")
         return {
             "draws": self.draws,
@@ -85,10 +94,8 @@ class SBC:
             },
         }
 
-    def plot(self, ax: Any | None = None) -> Any:
-        """Difference of the ranks' ECDF from uniform, with its simultaneous 95% band."""
-        from sbi_flows.plots.calibration import rank_ecdf
-
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Plot the ECDF of the ranks minus uniform, with its simultaneous 95% band."""
         band = ecdf_band(len(self.uniform))
         return rank_ecdf(self.uniform, band=band, labels=self.labels, ax=ax)
 
@@ -101,34 +108,36 @@ def sbc(
     draws: int = 1_000,
     progress: bool = False,
 ) -> SBC:
-    """Simulation-based calibration of a posterior on simulations that it has not seen.
+    """Run simulation-based calibration on simulations that the posterior was not trained on.
 
     Args:
         key: Random key.
         posterior: The posterior to check; only its `sample` is used.
-        simulations: Fresh pairs (theta, x) from the prior and the simulator, 200 or more for any
-            power; failed rows are left out and counted.
-        draws: Independent draws from each posterior.
+        simulations: Pairs (theta, x) from the prior and the simulator, at least 50, better 200 or
+            more; failed rows are left out and counted.
+        draws: Independent draws from each posterior, at least 20.
         progress: Show a progress bar.
 
     Returns:
-        Ranks, p-values (not corrected for their number) and effect sizes per parameter.
+        Ranks, p-values (not corrected for multiple tests) and effect sizes per parameter.
 
     Raises:
-        ValueError: Fewer than 50 simulations that succeeded, fewer than 20 draws, or parameters
-            of another width than the posterior's.
+        ValueError: Fewer than 50 simulations succeeded, there are fewer than 20 draws, or the
+            number of parameters differs from the posterior's.
         SbiFlowsError: The posterior gave draws that are not finite.
 
     References:
         Talts et al. 2018, Validating Bayesian Inference Algorithms with Simulation-Based
-        Calibration, arXiv:1804.06788, algorithm 1. Modrak et al. 2023, arXiv:2211.02383.
+        Calibration, arXiv:1804.06788, algorithm 1.
+        Modrak et al. 2023, Simulation-Based Calibration Checking for Bayesian Computation,
+        arXiv:2211.02383.
     """
     ranks = draw_pass(key, posterior, simulations, draws=draws, density=False, progress=progress)
     return sbc_of(ranks)
 
 
 def sbc_of(ranks: Ranks) -> SBC:
-    """The tests of SBC on ranks that a draw pass has taken."""
+    """Run the tests of SBC on the ranks of a draw pass."""
     v = special.ndtri(ranks.uniform)
     location, spread = normal_p_values(ranks.uniform)
     columns, width = ranks.uniform.T, 1.0 / v.std(axis=0, ddof=1)
@@ -149,7 +158,7 @@ def sbc_of(ranks: Ranks) -> SBC:
 
 
 def _beyond_all_draws(uniform: np.ndarray, draws: int) -> np.ndarray:
-    """Whether the two outermost ranks are too frequent, at the level .001; shape (D,)."""
+    """Test at level 0.001 whether the lowest and highest rank are too frequent, shape (D,)."""
     share = 1.0 / (draws + 1)
     outermost = np.sum((uniform < share) | (uniform > 1.0 - share), axis=0)
     return special.bdtrc(outermost - 1, len(uniform), 2.0 * share) < 1e-3

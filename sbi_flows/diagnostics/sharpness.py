@@ -1,4 +1,6 @@
-"""How much narrower than the prior a posterior is: calibration alone does not ask.
+"""Sharpness: width of the posterior relative to the prior.
+
+Calibration does not measure sharpness: a posterior equal to the prior is calibrated.
 
 Public name: `Sharpness`.
 """
@@ -10,20 +12,21 @@ from typing import Any
 
 import numpy as np
 
+from sbi_flows.core.tables import table
 from sbi_flows.diagnostics.ranks import Ranks
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Sharpness:
-    """What the posterior learns beyond the prior at a typical data set; arrays (D,).
+    """Information gained over the prior at a typical data set, per parameter.
 
     Attributes:
         labels: Names of the D parameters.
-        contraction: 1 - posterior variance / prior variance, the median over data sets; 0 learns
-            nothing, 1 everything.
-        sd: Median of the posterior standard deviations, in the parameters' units.
-        movement: Variance of the posterior mean over data sets / prior variance; 0 when the
-            posterior does not answer to the data.
+        contraction: 1 - posterior variance / prior variance, the median over data sets, shape
+            (D,): 0 if nothing is learned, 1 if the parameter is known exactly.
+        sd: Median posterior standard deviation, in the parameters' units, shape (D,).
+        movement: Variance of the posterior mean over data sets / prior variance, shape (D,): 0 if
+            the posterior does not depend on the data.
     """
 
     labels: tuple[str, ...]
@@ -33,13 +36,29 @@ class Sharpness:
 
     @property
     def unlearned(self) -> tuple[str, ...]:
-        """Parameters whose posterior is the prior: as wide, and not answering to the data."""
-        # a tenth: with 50 data sets the prior's variance itself is known to no better than that
-        flat = (self.contraction < 0.1) & (self.movement < 0.05)
-        return tuple(m for m, is_flat in zip(self.labels, flat, strict=True) if is_flat)
+        """Names of parameters whose posterior is the prior: as wide, and independent of the data.
+
+        The limits are a contraction below 0.1 and a movement below 0.05, because 50 data sets
+        determine the prior variance to about 10%.
+        """
+        is_unlearned = (self.contraction < 0.1) & (self.movement < 0.05)
+        return tuple(m for m, flag in zip(self.labels, is_unlearned, strict=True) if flag)
+
+    def __repr__(self) -> str:
+        """Return the table of `summary`."""
+        return self.summary()
+
+    def summary(self) -> str:
+        """Return a table of contraction, standard deviation and movement per parameter."""
+        columns = {
+            "contraction": (f"{c:.2f}" for c in self.contraction),
+            "posterior sd": (f"{s:.4g}" for s in self.sd),
+            "movement": (f"{m:.2f}" for m in self.movement),
+        }
+        return table(self.labels, columns)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers by parameter, fit for JSON."""
+        """Return contraction, standard deviation and movement by parameter as JSON data."""
         return {
             label: {"contraction": float(c), "sd": float(s), "movement": float(m)}
             for label, c, s, m in zip(
@@ -49,11 +68,14 @@ class Sharpness:
 
 
 def sharpness_of(ranks: Ranks) -> Sharpness:
-    """Sharpness from the moments that a draw pass has kept.
+    """Compute sharpness from the posterior moments of a draw pass.
 
-    The contraction is that of Schad et al. 2021, Toward a principled Bayesian workflow,
-    arXiv:1904.12765, eq. 7. The median over data sets, as the variance of a heavy-tailed posterior
-    at one of them can exceed the sum of all others.
+    The median over data sets is used, because the variance of one heavy-tailed posterior can
+    exceed the sum of all others.
+
+    References:
+        Schad et al. 2021, Toward a principled Bayesian workflow, arXiv:1904.12765, eq. 7 (the
+        contraction).
     """
     prior = np.var(ranks.theta, axis=0, dtype=np.float64)
     prior = np.where(prior > 0, prior, 1.0)

@@ -1,4 +1,4 @@
-"""TARP: coverage of regions around reference points, which tests the joint posterior.
+"""TARP: coverage of regions around reference points, a test of the joint posterior.
 
 Public names: `tarp`, `TARP`.
 """
@@ -6,7 +6,7 @@ Public names: `tarp`, `TARP`.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -16,26 +16,30 @@ from sbi_flows.core.typing import Key
 from sbi_flows.diagnostics.ranks import Ranks, draw_pass
 from sbi_flows.diagnostics.references import crude_posterior, prior_scale
 from sbi_flows.diagnostics.uniformity import ecdf_band, ks_p_value
+from sbi_flows.plots.calibration import coverage_curve
 from sbi_flows.posteriors.base import PosteriorLike
 from sbi_flows.posteriors.passes import usable
 from sbi_flows.simulations.simulations import Simulations
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class TARP:
-    """Shares of draws nearer to a reference point than the truth, and the test of them.
+    """Share of draws that are closer to a reference point than the truth, for N data sets.
 
     Attributes:
         fractions: Continuous shares f in (0, 1), shape (N,).
         levels: Credibility levels alpha of the curve, shape (K,).
-        expected: Expected coverage probability at each level, the ECDF of f, shape (K,).
-        lower: Lower edge of the simultaneous 95% band, shape (K,).
-        upper: Upper edge of it, shape (K,).
-        ks: P-value of the Kolmogorov-Smirnov test of f against U(0, 1). It is taken on f itself:
-            comparing the curve with its levels as if they were samples has no power.
-        atc: Area between curve and diagonal above level .5; about 0 when calibrated, positive when
-            over-dispersed, negative when under-dispersed.
-        num_failed: Simulations left out because they failed.
+        expected: Expected coverage probability at each level, which is the ECDF of f, shape (K,).
+        lower: Lower edge of the simultaneous 95% band at each level, shape (K,).
+        upper: Upper edge of this band, shape (K,).
+        ks: P-value of the Kolmogorov-Smirnov test of f against U(0, 1). The test uses f itself; a
+            test that treats the curve and its levels as two samples has no power.
+        atc: Area between curve and diagonal above level 0.5: about 0 if calibrated, positive if
+            the posterior is over-dispersed, negative if it is under-dispersed.
+        num_failed: Number of failed simulations that were left out.
     """
 
     fractions: np.ndarray
@@ -48,15 +52,15 @@ class TARP:
     num_failed: int
 
     def __repr__(self) -> str:
-        """The line of `summary`."""
+        """Return the line of `summary`."""
         return self.summary()
 
     def summary(self) -> str:
-        """One line: the p-value and the area to the curve."""
+        """Return one line with the p-value and the area to the curve (ATC)."""
         return f"TARP: {len(self.fractions)} data sets, KS p {p_text(self.ks)}, ATC {self.atc:+.3f}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, fit for JSON."""
+        """Return p-value, area and curve as JSON data, without the fractions."""
         return {
             "ks": self.ks,
             "atc": self.atc,
@@ -64,10 +68,8 @@ class TARP:
             "expected": self.expected.tolist(),
         }
 
-    def plot(self, ax: Any | None = None) -> Any:
-        """Expected coverage against credibility level, with the simultaneous band."""
-        from sbi_flows.plots.calibration import coverage_curve
-
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Plot expected coverage against credibility level, with the simultaneous 95% band."""
         curve = {"TARP": self.expected}
         return coverage_curve(self.levels, curve, band=(self.lower, self.upper), ax=ax)
 
@@ -81,29 +83,29 @@ def tarp(
     draws: int = 1_000,
     progress: bool = False,
 ) -> TARP:
-    """Test of accuracy with random points (TARP): a check of the joint posterior.
+    """Run tests of accuracy with random points (TARP), a check of the joint posterior.
 
-    Distances are Euclidean in units of each parameter's prior width. By default a reference point
-    is a draw from a crude posterior fitted to the simulations alone (`crude_posterior`). It
-    depends on x, without which a posterior equal to the prior would pass, and is random, without
-    which an error could hide behind one point of view.
+    Distances are Euclidean, in units of each parameter's prior width. By default, a reference point
+    is a draw from a crude posterior that is fitted to the simulations alone (`crude_posterior`).
+    It depends on x; otherwise a posterior equal to the prior would pass. It is random; otherwise
+    an error might not show from a single point.
 
     Args:
         key: Random key.
         posterior: The posterior to check; only its `sample` is used.
-        simulations: Fresh pairs (theta, x) from the prior and the simulator; failed rows are left
-            out and counted.
-        references: Points of one's own, shape (N, D) over the rows that succeeded; they may depend
-            on x and on chance but not on the truth of their row.
-        draws: Independent draws from each posterior.
+        simulations: Pairs (theta, x) from the prior and the simulator that the posterior was not
+            trained on, at least 50; failed rows are left out and counted.
+        references: Reference points, shape (N, D), one per valid row, in the parameters' units.
+            They may depend on x and on random numbers, but not on the truth of their row.
+        draws: Independent draws from each posterior, at least 20.
         progress: Show a progress bar.
 
     Returns:
-        The fractions, the curve, the p-value and the area to the curve.
+        The fractions, the coverage curve, the p-value and the area to the curve.
 
     Raises:
-        ValueError: Fewer than 50 simulations that succeeded, fewer than 20 draws, or references
-            of another shape.
+        ValueError: Fewer than 50 simulations succeeded, there are fewer than 20 draws, the number
+            of parameters differs from the posterior's, or references have another shape.
         SbiFlowsError: The posterior gave draws that are not finite.
 
     References:
@@ -128,14 +130,14 @@ def tarp(
 
 
 def tarp_of(ranks: Ranks) -> TARP:
-    """The test of TARP on fractions that a draw pass has taken."""
+    """Run the test of TARP on the distance ranks of a draw pass."""
     if ranks.distance is None:
         raise ValueError("ranks: expected a draw pass with reference points, got one without")
     return tarp_from_fractions(ranks.distance, num_failed=ranks.num_failed)
 
 
 def tarp_from_fractions(fractions: Any, *, num_failed: int = 0) -> TARP:
-    """The test of TARP on fractions f (N,) in (0, 1)."""
+    """Run the test of TARP on fractions f in (0, 1), shape (N,)."""
     fractions = np.asarray(fractions, np.float64)
     levels, lower, upper = ecdf_band(len(fractions))
     return TARP(
@@ -145,7 +147,7 @@ def tarp_from_fractions(fractions: Any, *, num_failed: int = 0) -> TARP:
         lower=lower,
         upper=upper,
         ks=ks_p_value(fractions),
-        # the integral of the ECDF from .5 to 1 less that of the diagonal, without a grid
+        # The exact integral of ECDF minus diagonal from 0.5 to 1.
         atc=float(np.mean(1.0 - np.maximum(fractions, 0.5)) - 0.375),
         num_failed=num_failed,
     )

@@ -1,9 +1,10 @@
-"""Tests that numbers which should be uniform on (0, 1) are, and the correction for many tests.
+"""Tests of uniformity on (0, 1), and a correction for multiple tests.
 
-Every check of a posterior ends here: for a correct posterior the ranks, the density ranks and the
-TARP fractions, made continuous by `continuous_ranks`, are independent and exactly uniform.
-Public names: `continuous_ranks`, `ks_p_value`, `normal_p_values`, `log_gamma`, `gamma_quantile`,
-`ecdf_band`, `holm`.
+For a correct posterior, the ranks, density ranks and TARP fractions that `continuous_ranks` returns
+are independent and exactly uniform. All checks of a posterior test this.
+
+Names for this package: `ks_p_value`, `normal_p_values`, `log_gamma`, `gamma_quantile`, `ecdf_band`,
+`holm`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-SEED = 20_230_221
-"""Of the simulated null distributions, so that a band is the same in every run."""
+NULL_SEED = 20_230_221
+"""Seed of simulated null distributions, so that a band is the same in every run."""
+
+MAX_NULL_ENTRIES = 4_000_000
+"""Largest number of random values of a null distribution that are held in memory at once."""
 
 
 def ks_p_value(uniform: Any, *, alternative: str = "two-sided") -> float:
-    """P-value of a one-sample Kolmogorov-Smirnov test of values (N,) against U(0, 1).
+    """Return the p-value of a Kolmogorov-Smirnov test of values (N,) against U(0, 1).
 
     `alternative` is that of `scipy.stats.kstest`: "less" rejects values that are too large.
     """
@@ -29,16 +33,17 @@ def ks_p_value(uniform: Any, *, alternative: str = "two-sided") -> float:
 
 
 def normal_p_values(uniform: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Exact two-sided tests of location and of spread for uniform values (N, ...), along axis 0.
+    """Test the location and the spread of uniform values (N, ...) along axis 0, exactly.
 
-    v = Phi^-1(u) is standard normal under the null, so that Student's t of its mean and its sum of
-    squared deviations have their textbook distributions. A posterior that is shifted moves only
-    the mean of v, one that is too narrow or too wide by a factor moves only its standard deviation
-    (exactly so for a normal posterior); this is what lets the verdict tell them apart. The mean is
-    judged by the standard deviation found, or a posterior too narrow would seem biased as well.
+    v = Phi^-1(u) is standard normal under the null hypothesis. So the t statistic of its mean and
+    the sum of its squared deviations have their textbook distributions. A posterior that is shifted
+    changes only the mean of v; one that is too narrow or too wide by a factor changes only its
+    standard deviation (exactly so for a normal posterior). The verdict distinguishes the two by
+    this. The mean is tested in units of the standard deviation of v; otherwise a posterior that is
+    too narrow would also appear biased.
 
     Returns:
-        P-values of the location and of the spread, each of the shape of one row.
+        Two-sided p-values of the location and of the spread, each with the shape of one row.
     """
     v = special.ndtri(np.asarray(uniform, np.float64))
     n = len(v)
@@ -50,65 +55,67 @@ def normal_p_values(uniform: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def log_gamma(uniform: Any, draws: int, *, level: float = 0.05) -> float:
-    """Log of the rank statistic gamma over its null quantile; below 0 rejects at `level`.
+    """Return the logarithm of the rank statistic gamma divided by its null quantile.
 
-    gamma = 2 min_i min{F(R_i; N, z_i), 1 - F(R_i - 1; N, z_i)} with z_i = i / (S + 1), R_i the
-    number of ranks below i and F the binomial distribution function: the smallest tail probability
-    of the ranks' ECDF over all S cuts.
+    A value below 0 rejects uniformity at `level`. The statistic is
+    gamma = 2 min_i min{F(R_i; N, z_i), 1 - F(R_i - 1; N, z_i)} with z_i = i / (S + 1), where R_i is
+    the number of ranks below i and F the binomial distribution function: the smallest tail
+    probability of the ranks' ECDF over all S cuts.
 
     Args:
         uniform: Continuous ranks in (0, 1), shape (N,).
-        draws: Number of draws S that the ranks were taken among.
+        draws: Number S of draws that each rank refers to.
         level: Level of the null quantile.
 
     References:
         Modrak et al. 2023, Simulation-Based Calibration Checking for Bayesian Computation,
-        arXiv:2211.02383, eqs. 8 and 9. Saeilynoja et al. 2022, Graphical Test for Discrete
-        Uniformity and its Applications, arXiv:2103.10522.
+        arXiv:2211.02383, eqs. 8 and 9.
+        Saeilynoja et al. 2022, Graphical Test for Discrete Uniformity and its Applications,
+        arXiv:2103.10522.
     """
     uniform = np.asarray(uniform)
     n = len(uniform)
     counts = np.bincount(np.minimum((uniform * (draws + 1)).astype(int), draws), minlength=draws)
     below = np.cumsum(counts[:draws])
     cuts = np.arange(1, draws + 1) / (draws + 1)
-    gamma = max(float(np.min(_tail(below, n, cuts))), np.finfo(float).tiny)
+    gamma = max(float(np.min(_two_sided_tail(below, n, cuts))), np.finfo(float).tiny)
     return float(np.log(gamma) - np.log(gamma_quantile(n, draws, level)))
 
 
 @lru_cache(maxsize=64)
 def gamma_quantile(n: int, cuts: int, level: float = 0.05, repeats: int = 2_000) -> float:
-    """The `level` quantile of gamma for n uniform values and evenly spaced cuts, by simulation.
+    """Simulate the `level` quantile of gamma for n uniform values and evenly spaced cuts.
 
-    The seed is fixed and the answer cached: the same sizes give the same number.
+    The seed is fixed and the result is cached: the same sizes always give the same number.
     """
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(NULL_SEED)
     smallest = np.ones(repeats)
-    rows_at_once = max(1, 4_000_000 // max(n, cuts))
-    for start in range(0, repeats, rows_at_once):
-        rows = min(rows_at_once, repeats - start)
-        # how many of n uniform values lie in each of cuts + 1 cells, then below each cut
+    max_rows = max(1, MAX_NULL_ENTRIES // max(n, cuts))
+    for start in range(0, repeats, max_rows):
+        rows = min(max_rows, repeats - start)
+        # Count the values in each of cuts + 1 cells, then below each cut.
         cells = rng.integers(0, cuts + 1, (rows, n)) + (cuts + 1) * np.arange(rows)[:, None]
         counts = np.bincount(cells.ravel(), minlength=rows * (cuts + 1))
         below = np.cumsum(counts.reshape(rows, cuts + 1), axis=1)[:, :cuts]
-        # few distinct counts occur at a cut, and the binomial tail is what costs
-        pairs, where = np.unique(below + (n + 1) * np.arange(cuts), return_inverse=True)
-        tail = _tail(pairs % (n + 1), n, (pairs // (n + 1) + 1) / (cuts + 1))
-        smallest[start : start + rows] = tail[where].reshape(rows, cuts).min(axis=1)
+        # The binomial tail is the expensive part, and few distinct counts occur at each cut.
+        pairs, inverse = np.unique(below + (n + 1) * np.arange(cuts), return_inverse=True)
+        tail = _two_sided_tail(pairs % (n + 1), n, (pairs // (n + 1) + 1) / (cuts + 1))
+        smallest[start : start + rows] = tail[inverse].reshape(rows, cuts).min(axis=1)
     return float(np.quantile(smallest, level))
 
 
 def ecdf_band(
     n: int, cuts: int = 99, level: float = 0.05
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Simultaneous band that the ECDF of n uniform values leaves with probability `level`.
+    """Compute a simultaneous band for the ECDF of n uniform values.
 
     Args:
         n: Number of values.
-        cuts: Number of evenly spaced points at which the ECDF is looked at.
-        level: Probability that a correct posterior leaves the band anywhere.
+        cuts: Number of evenly spaced points at which the ECDF is evaluated.
+        level: Probability that the ECDF of uniform values leaves the band at any point.
 
     Returns:
-        The points, the lower and the upper edge of the band, each of shape (cuts,).
+        The points, and the lower and the upper edge of the band, each of shape (cuts,).
 
     References:
         Saeilynoja et al. 2022, Graphical Test for Discrete Uniformity and its Applications,
@@ -123,10 +130,10 @@ def ecdf_band(
 
 
 def holm(p_values: Any) -> np.ndarray:
-    """P-values adjusted for the family of tests (Holm's step-down), in the given order.
+    """Adjust p-values for multiple tests by Holm's step-down method; the order is kept.
 
-    Rejecting where the adjusted value is at most `level` rejects any true hypothesis with
-    probability at most `level`, however the tests depend on each other.
+    Rejecting where the adjusted value is at most `level` rejects any true hypothesis with a
+    probability of at most `level`, whatever the dependence between the tests.
 
     Example:
         >>> holm([0.01, 0.04, 0.03]).round(2)
@@ -140,6 +147,6 @@ def holm(p_values: Any) -> np.ndarray:
     return adjusted
 
 
-def _tail(below: np.ndarray, n: int, cuts: np.ndarray) -> np.ndarray:
-    """Twice the smaller binomial tail of seeing `below` of n values under each cut."""
+def _two_sided_tail(below: np.ndarray, n: int, cuts: np.ndarray) -> np.ndarray:
+    """Return twice the smaller binomial tail probability of `below` of n values under each cut."""
     return 2.0 * np.minimum(special.bdtr(below, n, cuts), special.bdtrc(below - 1, n, cuts))

@@ -1,6 +1,6 @@
-"""From p-values to words: which tests reject together, and what they say about the posterior.
+"""From p-values to a verdict: which tests reject, and what they say about the posterior.
 
-Public names: `Test`, `Finding`, `tests_of`, `findings_of`, `verdict_of`.
+Public names: `Test`, `Finding`. For this package: `tests_of`, `findings_of`, `verdict_of`.
 """
 
 from __future__ import annotations
@@ -17,21 +17,27 @@ from sbi_flows.diagnostics.tarp import TARP
 from sbi_flows.diagnostics.uniformity import holm, ks_p_value
 
 OVER, UNDER, BIASED, SHAPE = "over-confident", "under-confident", "biased", "mis-shaped"
-JOINT = {"coverage": "HPD coverage", "tarp": "TARP", "classifier": "local C2ST"}
+
+JOINT_TEST_TITLES = {"coverage": "HPD coverage", "tarp": "TARP", "classifier": "local C2ST"}
+"""Names of tests of the joint posterior as they appear in a verdict."""
+
+JOINT_KIND_LEVEL = 0.01
+"""Level of the one-sided tests that decide in which direction a joint test rejects."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Test:
-    """One test of the family that is corrected together.
+    """One test of a family that is corrected together for the number of tests.
 
     Attributes:
-        name: "shift", "width" or "ranks" of a parameter; "coverage" or "tarp" of all jointly.
-        parameter: Label of the parameter, or None for a joint test.
-        p_value: P-value by itself.
+        name: "shift", "width" or "ranks" for one parameter; "coverage" or "tarp" for all
+            parameters jointly.
+        parameter: Name of the parameter; None for a joint test.
+        p_value: P-value of this test alone.
         adjusted: P-value corrected for the whole family (Holm).
     """
 
-    __test__ = False  # not a test class of pytest's
+    __test__ = False  # pytest does not collect this class
 
     name: str
     parameter: str | None
@@ -41,16 +47,18 @@ class Test:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with the posterior.
+    """One error of a posterior that a test has found.
 
     Attributes:
         kind: "over-confident", "under-confident", "biased" or "mis-shaped".
-        parameter: Label of the parameter, or None where only the joint posterior shows it.
+        parameter: Name of the parameter; None if only the joint posterior shows the error.
         p_value: Corrected p-value.
-        effect: Shift in posterior standard deviations (too high is positive) for "biased"; how
-            many times too wide (below 1 is too narrow) for a wrong width; None otherwise.
-        test: Name of the test that found it.
-        at_least: The effect is a lower bound: too many truths lie beyond all draws.
+        effect: For "biased", the shift in posterior standard deviations (positive is too high).
+            For a wrong width, posterior width divided by correct width. For a wrong correlation of
+            two parameters, the difference of the correlations. None for other errors.
+        test: Name of the test that found the error.
+        at_least: True if the effect is a lower bound, because too many truths lie outside the
+            range of all draws.
     """
 
     kind: str
@@ -62,7 +70,7 @@ class Finding:
 
 
 def tests_of(sbc: SBC, tarp: TARP, coverage: Coverage) -> tuple[Test, ...]:
-    """Every test of a check: three a parameter and two joint ones, corrected together."""
+    """Return all tests of a check: three per parameter and two joint ones, corrected together."""
     named: list[tuple[str, str | None, float]] = []
     for i, label in enumerate(sbc.labels):
         named.append(("shift", label, float(sbc.location[i])))
@@ -76,38 +84,39 @@ def tests_of(sbc: SBC, tarp: TARP, coverage: Coverage) -> tuple[Test, ...]:
 def findings_of(
     tests: Sequence[Test], sbc: SBC, tarp: TARP, coverage: Coverage, level: float
 ) -> tuple[Finding, ...]:
-    """What the rejected tests say, the surest first.
+    """Translate rejected tests into findings, in order of their p-values.
 
-    A parameter's shift and width say what is wrong with it; its ranks alone say only that
-    something is. The joint tests speak where no parameter does, as they reject for the same
-    reasons. Coverage comes before TARP, whose direction is that of distances to a crude guess.
+    Tests of shift and width name the error of a parameter; a test of the ranks alone only says that
+    there is one. Joint tests are reported only if no parameter has a finding, because they reject
+    for the same reasons. Coverage has priority over TARP, whose distances refer to a crude guess
+    and give a less reliable direction.
     """
     rejected = {(t.parameter, t.name): t for t in tests if t.adjusted <= level}
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for i, label in enumerate(sbc.labels):
         shift, width = rejected.get((label, "shift")), rejected.get((label, "width"))
-        ranks, beyond = rejected.get((label, "ranks")), bool(sbc.beyond[i])
+        ranks, is_bound = rejected.get((label, "ranks")), bool(sbc.beyond[i])
         if shift:
             effect = float(sbc.shift[i])
-            found.append(Finding(BIASED, label, shift.adjusted, effect, "shift", beyond))
+            findings.append(Finding(BIASED, label, shift.adjusted, effect, "shift", is_bound))
         if width:
             kind = OVER if sbc.width[i] < 1 else UNDER
             effect = float(sbc.width[i])
-            found.append(Finding(kind, label, width.adjusted, effect, "width", beyond))
+            findings.append(Finding(kind, label, width.adjusted, effect, "width", is_bound))
         if ranks and not (shift or width):
-            found.append(Finding(SHAPE, label, ranks.adjusted, None, "ranks"))
+            findings.append(Finding(SHAPE, label, ranks.adjusted, None, "ranks"))
     joint = {"coverage": coverage.density_ranks, "tarp": tarp.fractions}
     for name, values in joint.items():
         test = rejected.get((None, name))
-        if test and not found:
-            found.append(Finding(_joint_kind(values), None, test.adjusted, None, name))
-    return tuple(sorted(found, key=lambda f: f.p_value))
+        if test and not findings:
+            findings.append(Finding(_joint_kind(values), None, test.adjusted, None, name))
+    return tuple(sorted(findings, key=lambda f: f.p_value))
 
 
 def verdict_of(
     findings: Sequence[Finding], tests: Sequence[Test], labels: Sequence[str], level: float
 ) -> str:
-    """The findings in one sentence; `labels` name all parameters."""
+    """Return the findings as one sentence; `labels` are the names of all parameters."""
     if not findings:
         smallest = min(t.adjusted for t in tests)
         return (
@@ -119,30 +128,39 @@ def verdict_of(
 
 
 def _joint_kind(values: np.ndarray) -> str:
-    """Too large throughout: the truth lies too far out. Some of each, or neither: another shape."""
-    large, small = (ks_p_value(values, alternative=side) < 0.01 for side in ("less", "greater"))
-    return SHAPE if large == small else OVER if large else UNDER
+    """Return the kind of error of density ranks or TARP fractions (N,) that are not uniform.
+
+    Values that are too large mean over-confidence, values that are too small under-confidence. If
+    one-sided tests find both or neither, the posterior is mis-shaped.
+    """
+    too_large, too_small = (
+        ks_p_value(values, alternative=side) < JOINT_KIND_LEVEL for side in ("less", "greater")
+    )
+    return SHAPE if too_large == too_small else OVER if too_large else UNDER
 
 
 def _clause(findings: Sequence[Finding], labels: Sequence[str]) -> str:
-    """One kind of finding: "biased in alpha (0.50 posterior sd too high; corrected p 2e-09)"."""
+    """Describe findings of one kind.
+
+    For example "biased in alpha (0.50 posterior sd too high; corrected p 2e-09)".
+    """
     kind = findings[0].kind
     p = f"corrected p {'at most ' * (len(findings) > 1)}{p_text(max(f.p_value for f in findings))}"
     if findings[0].parameter is None:
-        tests = " and ".join(JOINT[f.test] for f in findings)
+        tests = " and ".join(JOINT_TEST_TITLES[f.test] for f in findings)
         return f"{kind} as a whole, located in no single parameter ({tests}; {p})"
-    found = {f.parameter for f in findings}
-    where = ", ".join(label for label in labels if label in found)
-    if len(found) == len(labels) > 1:
-        where = "every parameter"
-    size = _size(kind, [f.effect for f in findings if f.effect is not None])
+    affected = {f.parameter for f in findings}
+    parameters = ", ".join(label for label in labels if label in affected)
+    if len(affected) == len(labels) > 1:
+        parameters = "every parameter"
+    size = _effect_text(kind, [f.effect for f in findings if f.effect is not None])
     if size and any(f.at_least for f in findings):
         size = f"at least {size}"
-    return f"{kind} in {where} ({size}{p})"
+    return f"{kind} in {parameters} ({size}{p})"
 
 
-def _size(kind: str, effects: Sequence[float]) -> str:
-    """Size of a shift or of a wrong width, as a range over parameters; empty for other kinds."""
+def _effect_text(kind: str, effects: Sequence[float]) -> str:
+    """Describe shifts or wrong widths as a range over parameters; empty for other kinds."""
     if not effects:
         return ""
     if kind == BIASED:

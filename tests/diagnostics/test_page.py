@@ -1,4 +1,4 @@
-"""The report as a file: whole, safe whatever names are in it, and needing nothing else."""
+"""The report as a file: complete, self-contained, and safe with any parameter name."""
 
 import base64
 import html.parser
@@ -13,7 +13,6 @@ import pytest
 
 from sbi_flows.core.errors import SbiFlowsWarning
 from sbi_flows.diagnostics import check
-from sbi_flows.diagnostics.page import page
 from sbi_flows.prior.prior import as_prior
 
 HOSTILE = "<script>alert('x')</script>&\"$\\foo$ --><b>"
@@ -23,7 +22,7 @@ VOID = {"meta", "img", "br"}
 
 
 class Parsed(html.parser.HTMLParser):
-    """Tags in balance, what they load, and the text between them."""
+    """HTML parser that collects tags, loaded resources, alternative texts and plain text."""
 
     def __init__(self, text):
         super().__init__()
@@ -47,7 +46,7 @@ class Parsed(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def report(gaussian):
-    """Of a narrow posterior with hostile names, and a simulator that fails at times."""
+    """Report of a narrow posterior with hostile parameter names and failing simulations."""
     prior = as_prior({HOSTILE: dist.Normal(0, 1), UNICODE: dist.Normal(0, 1)})
 
     def failing(key, theta):
@@ -100,11 +99,11 @@ def test_no_name_acts_on_the_page(text):
 
 
 def test_the_same_report_is_the_same_page(report, text):
-    assert page(report) == text
+    assert report.to_html() == text
 
 
 def test_colours_can_be_read(text):
-    """At least 4.5 to 1, as WCAG 2 asks, on light paper and on dark."""
+    """Contrast is at least 4.5 to 1 (WCAG 2), on light and on dark background."""
 
     def luminance(colour):
         parts = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255

@@ -1,4 +1,4 @@
-"""The draw pass against numpy, in whole and in chunks."""
+"""The draw pass agrees with NumPy, in one chunk and in several."""
 
 import dataclasses
 
@@ -10,10 +10,11 @@ import pytest
 from jax import Array
 
 from sbi_flows.core.errors import SbiFlowsError
-from sbi_flows.diagnostics import ranks as module
+from sbi_flows.diagnostics import ranks
 from sbi_flows.diagnostics.ranks import Ranks, draw_pass
 from sbi_flows.diagnostics.references import crude_posterior, prior_scale
 from sbi_flows.diagnostics.sharpness import sharpness_of
+from sbi_flows.posteriors import passes
 from sbi_flows.prior.prior import Prior, as_prior
 from sbi_flows.simulations.simulations import Simulations
 
@@ -22,7 +23,7 @@ N, D, DRAWS = 70, 2, 20
 
 @dataclasses.dataclass
 class Grid:
-    """Draws that no key changes: fixed offsets around x, density falling with their distance."""
+    """Posterior with fixed draws around x, whatever the key; density decreases with distance."""
 
     prior: Prior
     sizes: list[int] = dataclasses.field(default_factory=list)
@@ -57,7 +58,7 @@ def simulations():
 
 def test_pass_is_what_numpy_counts(posterior, simulations):
     points, scale = np.ones((N, D)), np.array([1.0, 3.0])
-    ranks = draw_pass(
+    result = draw_pass(
         jax.random.key(0), posterior, simulations, draws=DRAWS, references=points, scale=scale
     )
     valid = simulations.only_valid()
@@ -69,23 +70,35 @@ def test_pass_is_what_numpy_counts(posterior, simulations):
     def integer(uniform):
         return np.floor(uniform * (DRAWS + 1)).astype(int)
 
-    assert len(x) == N and ranks.num_failed == 5
-    assert (integer(ranks.uniform) == np.sum(draws < theta, axis=1)).all()
-    assert (integer(ranks.density) == np.sum(log_prob > log_truth[:, None], axis=1)).all()
-    assert (integer(ranks.distance) == np.sum(away < truth_away, axis=1)).all()
-    np.testing.assert_allclose(ranks.mean, draws.mean(axis=1), atol=1e-5)
-    np.testing.assert_allclose(ranks.sd, draws.std(axis=1), rtol=1e-5)
-    np.testing.assert_allclose(ranks.log_prob, log_truth, rtol=1e-5)
+    assert len(x) == N and result.num_failed == 5
+    assert (integer(result.uniform) == np.sum(draws < theta, axis=1)).all()
+    assert (integer(result.density) == np.sum(log_prob > log_truth[:, None], axis=1)).all()
+    assert (integer(result.distance) == np.sum(away < truth_away, axis=1)).all()
+    np.testing.assert_allclose(result.mean, draws.mean(axis=1), atol=1e-5)
+    np.testing.assert_allclose(result.sd, draws.std(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(result.log_prob, log_truth, rtol=1e-5)
 
 
 def test_chunks_of_one_shape_change_nothing(posterior, simulations, monkeypatch):
     whole = draw_pass(jax.random.key(0), posterior, simulations, draws=DRAWS)
     assert posterior.sizes == [N]
-    monkeypatch.setattr(module, "CHUNK", 25 * DRAWS * D)
+    monkeypatch.setattr(passes, "CHUNK", 25 * DRAWS * D)
     split = draw_pass(jax.random.key(0), posterior, simulations, draws=DRAWS)
     assert posterior.sizes[1:] == [24, 24, 24]
     for name in ("uniform", "density", "log_prob", "mean", "sd", "theta"):
         np.testing.assert_allclose(getattr(split, name), getattr(whole, name), rtol=1e-6)
+
+
+def test_a_posterior_with_its_own_regions_ranks_no_densities(posterior, simulations):
+    levels = np.linspace(0.01, 0.99, N)
+    posterior.density_ranks = lambda key, theta, x: levels
+    calls = []
+    log_prob = posterior.log_prob
+    posterior.log_prob = lambda theta, x: calls.append(theta.shape) or log_prob(theta, x)
+    result = draw_pass(jax.random.key(0), posterior, simulations, draws=DRAWS)
+    np.testing.assert_array_equal(result.density, levels)
+    assert result.log_prob is None
+    assert calls == [(N, DRAWS, D)]  # by `Grid.sample` itself
 
 
 def test_a_posterior_that_gives_nan_is_an_error(posterior, simulations, monkeypatch):
@@ -160,14 +173,14 @@ def test_fewer_densities_are_ranked_where_each_of_them_is_solved_for(posterior, 
         return log_prob(theta, x)
 
     posterior.log_prob = counted
-    for solved, count in ((False, DRAWS), (True, module.SOLVED_DRAWS)):
+    for solved, count in ((False, DRAWS), (True, ranks.ODE_DENSITY_DRAWS)):
         posterior.solved = solved
-        # draws come with densities of their own in this class; the two that follow are asked for
+        # `Grid.sample` calls log_prob once; the two later calls are made by `draw_pass`
         asked.clear()
-        ranks = draw_pass(jax.random.key(0), posterior, simulations, draws=DRAWS)
+        result = draw_pass(jax.random.key(0), posterior, simulations, draws=DRAWS)
         assert asked[1:] == [(count,), ()]
-        # steps of 1 / (count + 1), each entry random within one
+        # each entry is random within a step of 1 / (count + 1)
         theta, x = simulations.only_valid().theta, simulations.only_valid().x
         draws = posterior.sample(jax.random.key(0), x, DRAWS)[:, :count]
         denser = np.sum(log_prob(draws, x) > log_prob(theta, x)[:, None], axis=1)
-        np.testing.assert_array_equal(np.floor(ranks.density * (count + 1)), denser)
+        np.testing.assert_array_equal(np.floor(result.density * (count + 1)), denser)
