@@ -1,8 +1,9 @@
 """Settings of every test session: strict JAX, few threads, a compilation cache, no display."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tests.compiler import quicker_to_compile
 
@@ -77,3 +78,20 @@ def few_memory_maps() -> Iterator[None]:
     """Drop compiled programs between modules before the process runs out of memory maps."""
     yield
     drop_programs()
+
+
+@pytest.fixture(scope="session")
+def gaussian() -> Callable[..., Any]:
+    """Return the function that makes exact, or wrong, posteriors of a Gaussian model."""
+    # imported here, as the library is type-checked from its first import on
+    from tests.gaussian import make_gaussian
+
+    return make_gaussian
+
+
+@pytest.fixture(scope="session")
+def simulator() -> Callable[..., jax.Array]:
+    """Return the simulator of the Gaussian model."""
+    from tests.gaussian import add_noise
+
+    return add_noise

@@ -17,7 +17,7 @@ import sbi_flows as sf
 from sbi_flows.diagnostics.discrepancies import checked, two_sided
 from sbi_flows.diagnostics.predictive import _distance_p
 from sbi_flows.prior.prior import as_prior
-from tests.diagnostics.conftest import NOISE
+from tests.gaussian import NOISE
 
 KEY = jax.random.key(0)
 X = jnp.array([1.0, -2.0])

@@ -13,7 +13,7 @@ import sbi_flows as sf
 from sbi_flows.diagnostics.sensitivity_to_data import _possible
 from sbi_flows.posteriors.reweighting import cjs_distance, reweighted
 from sbi_flows.prior.prior import as_prior
-from tests.diagnostics.conftest import NOISE
+from tests.gaussian import NOISE
 
 KEY = jax.random.key(4)
 X = jnp.array([0.3, -0.8])

@@ -1,11 +1,10 @@
-"""An exact posterior with knobs that spoil it: theta ~ N(0, I), x ~ N(theta, s^2 I)."""
+"""Exact posterior of theta ~ N(0, I), x ~ N(theta, s^2 I), with options that make it wrong."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
-import pytest
 from jax import Array
 
 from sbi_flows.prior.prior import Prior, as_prior
@@ -19,12 +18,13 @@ def add_noise(key: Array, theta: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-    """The conjugate posterior, or a spoilt one; knobs are one number a parameter.
+    """The conjugate posterior, or a wrong one.
 
     Attributes:
-        scale: Factor on the posterior's standard deviation.
-        shift: Added to its mean, in exact standard deviations.
-        blind: Ignore the data: the posterior is the prior.
+        prior: The prior, which names the D parameters.
+        scale: Factor on the posterior's standard deviation, one per parameter.
+        shift: Shift of its mean in exact standard deviations, one per parameter.
+        blind: If true, the posterior ignores the data and equals the prior.
     """
 
     prior: Prior
@@ -33,13 +33,13 @@ class Gaussian:
     blind: bool = False
 
     def moments(self, x: Array) -> tuple[Array, Array]:
-        """Mean and sd, shape (*, D) both."""
+        """Return mean and standard deviation, shape (*, D) each."""
         variance = 1.0 if self.blind else NOISE**2 / (1 + NOISE**2)
         weight = 0.0 if self.blind else 1 / (1 + NOISE**2)
         sd = jnp.broadcast_to(variance**0.5, x.shape)
-        wide = (1,) * (x.ndim - 1)
-        shift = jnp.reshape(jnp.asarray(self.shift), (*wide, -1))
-        scale = jnp.reshape(jnp.asarray(self.scale), (*wide, -1))
+        leading = (1,) * (x.ndim - 1)
+        shift = jnp.reshape(jnp.asarray(self.shift), (*leading, -1))
+        scale = jnp.reshape(jnp.asarray(self.scale), (*leading, -1))
         return weight * x + shift * sd, scale * sd
 
     def sample(self, key: Array, x: Array, n: int) -> Array:
@@ -60,20 +60,10 @@ class Gaussian:
 
 
 def make_gaussian(dim=2, *, scale=1.0, shift=0.0, blind=False, prior=None) -> Gaussian:
-    """The posterior in `dim` dimensions; knobs a number, or one a parameter."""
+    """Make the posterior of `dim` parameters; scale and shift are a number or one per parameter."""
     prior = as_prior(dist.Normal(0, 1).expand([dim])) if prior is None else prior
-    knobs = [
-        tuple(float(v) for v in knob) if isinstance(knob, tuple) else (float(knob),) * dim
-        for knob in (scale, shift)
+    factors = [
+        tuple(float(v) for v in option) if isinstance(option, tuple) else (float(option),) * dim
+        for option in (scale, shift)
     ]
-    return Gaussian(prior, *knobs, blind=blind)
-
-
-@pytest.fixture(scope="session")
-def gaussian():
-    return make_gaussian
-
-
-@pytest.fixture(scope="session")
-def simulator():
-    return add_noise
+    return Gaussian(prior, *factors, blind=blind)
