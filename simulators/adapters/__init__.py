@@ -1,1 +1,5 @@
-"""Parts that every task is made of: tasks, references, and adapters for other kinds of models."""
+"""The task class, the registry, adapters for programs and numpyro models, and samplers.
+
+Import `Task`, `ReferenceFailed`, `external_simulator`, `executable`, `from_numpyro`, `get`, `list`
+and `names` from the package `simulators`.
+"""

@@ -1,4 +1,4 @@
-"""Simulators that are no JAX functions: any Python function, and executables.
+"""Adapters for simulators that JAX cannot trace: Python functions and executables.
 
 Public names: `external_simulator`, `executable`, `ExternalSimulator`.
 """
@@ -30,17 +30,17 @@ Shape = tuple[int, ...] | Mapping[str, tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ExternalSimulator:
-    """A function of a seed and parameters, with what one simulation may take.
+    """Simulator that runs a Python function in worker processes, with limits on each simulation.
 
-    `sf.simulate`, `sf.check` and `sf.predictive_check` take it as they take a JAX function; a
-    simulation that raises, hangs, dies or takes too much memory costs one row, whose reason they
-    report. It runs in processes of its own, so that it has to be importable there or picklable by
-    cloudpickle, and sees no change of this process.
+    `sf.simulate`, `sf.check` and `sf.predictive_check` take it in place of a JAX function. A
+    simulation that raises, hangs, dies or exceeds its memory gives one invalid row, and its reason
+    is reported. The function must be importable in the worker processes or picklable by
+    cloudpickle. It does not see later changes of this process.
 
     Attributes:
-        job: The function, its outputs and its memory.
-        limits: Time and retries.
-        executor: Where it runs if `sf.simulate` is not told.
+        job: The function, its outputs and its memory limit.
+        limits: Time limit and number of retries.
+        executor: Executor that runs the simulations unless `sf.simulate` gets another one.
     """
 
     job: Job
@@ -48,10 +48,14 @@ class ExternalSimulator:
     executor: Executor
 
     def __call__(self, key: Key, theta: Any) -> Obs:
-        """One simulation, of named parameters where theta is a dict.
+        """Run one simulation.
+
+        Args:
+            key: Random key.
+            theta: Parameter vector, or a dict if the prior is named.
 
         Raises:
-            SimulationFailed: It failed; the message says why.
+            SimulationFailed: The simulation failed; the message gives the reason.
         """
         theta = jax.tree.map(np.asarray, theta)
         tasks = [(0, row_seeds(key[None])[0], theta)]
@@ -61,7 +65,7 @@ class ExternalSimulator:
         return bare(row.x)
 
     def __repr__(self) -> str:
-        """The function and its outputs."""
+        """Name the function and its outputs."""
         name = getattr(self.job.function, "__qualname__", repr(self.job.function))
         return f"ExternalSimulator({name}, {self.job.outputs})"
 
@@ -76,23 +80,25 @@ def external_simulator(
     memory: float | None = None,
     executor: Executor | None = None,
 ) -> Any:
-    """Make a simulator of any Python function `(seed, theta) -> x`; works as a decorator.
+    """Make a simulator from a Python function `(seed, theta) -> x`; works as a decorator.
 
     Args:
-        function: It takes a whole number, which all of its randomness should come from, and the
-            parameters: a NumPy array, or a dict of them where the prior is named.
-        shape: Shape of the array that it returns, or a dict of the shapes of several.
-        dtype: Type of their numbers, or a dict of these.
-        timeout: Seconds after which a simulation is stopped.
-        retries: How often one that failed is run again, with the same seed.
-        memory: GiB that a process may take beyond what it has at its start (Linux).
-        executor: Where it runs; `Processes()`, as many as there are cores, by default.
+        function: Function of an integer seed, from which all of its randomness should come, and
+            the parameters: a NumPy array, or a dict of arrays if the prior is named.
+        shape: Shape of the returned array, or a dict of shapes if it returns a dict.
+        dtype: Data type of the returned array, or a dict of types.
+        timeout: Time limit of a simulation in seconds.
+        retries: Number of times that a failed simulation is repeated, with the same seed.
+        memory: Memory in GiB that a worker process may use beyond what it uses at its start
+            (Linux only).
+        executor: Executor of the simulations, by default `Processes()`: one process per core.
 
     Returns:
-        The simulator, or without a function a decorator that makes one.
+        The simulator, or a decorator if `function` is left out.
 
     Raises:
-        ValueError: A shape, a type or a number is none, or memory cannot be limited here.
+        ValueError: An argument has the wrong type or is out of range, or this operating system
+            cannot limit memory.
 
     Example:
         >>> import jax, numpy as np, numpyro.distributions as dist, sbi_flows as sf
@@ -114,13 +120,13 @@ def external_simulator(
             executor=executor,
         )
     if not callable(function):
-        raise ValueError(f"function: expected one, got {type(function).__name__}")
+        raise ValueError(f"function: expected a function, got {type(function).__name__}")
     require_count(0, retries=retries)
     if timeout is not None:
         require_positive(timeout=timeout)
         require_finite(timeout=timeout)
     if executor is not None and not isinstance(executor, Executor):
-        raise ValueError(f"executor: expected one such as Processes(), got {executor!r}")
+        raise ValueError(f"executor: expected an executor such as Processes(), got {executor!r}")
     job = Job(function, _outputs(shape, dtype), _bytes(memory))
     limits = Limits(seconds=timeout, retries=retries)
     return ExternalSimulator(job, limits, Processes() if executor is None else executor)
@@ -134,26 +140,26 @@ def executable(
     files: Mapping[str, str] | None = None,
     **settings: Any,
 ) -> ExternalSimulator:
-    """Make a simulator of a program that is started anew for each simulation.
+    """Make a simulator from a program that is started once for each simulation.
 
-    It runs in an empty folder of its own, which is removed afterwards, and without a shell.
+    Each run has its own empty working folder, which is removed afterwards. No shell is used. A run
+    fails if its exit status is not 0.
 
     Args:
-        arguments: The program and its arguments, in which `{seed}` and the names of the parameters
-            in braces stand for their values; of a prior without names, `{theta[0]}` and so on.
+        arguments: The program and its arguments. `{seed}` and the parameter names in braces are
+            replaced by their values; `{theta[0]}` and so on if the prior has no names.
         shape: As for `external_simulator`.
-        read: What makes the observation of the folder of a run; by default the numbers in the file
-            `stdout`, where what the program prints is found, in the order in which they stand
-            there.
-        files: Files that are written into the folder before, by their names, with the same braces
-            (which have to be doubled where they stand for themselves).
-        settings: The others of `external_simulator`.
+        read: Function that reads the observation from the working folder. By default it reads all
+            numbers in the file `stdout`, which holds the program's output.
+        files: Names and contents of input files to write into the working folder. Braces are
+            replaced as in `arguments`; double a brace to keep it.
+        settings: Further arguments of `external_simulator`.
 
     Returns:
-        The simulator. A program that ends with another status than 0 has failed.
+        The simulator.
 
     Raises:
-        ValueError: There are no arguments, or one of the settings does not fit.
+        ValueError: `arguments` is no list of strings or is empty, or a setting is invalid.
 
     Example:
         >>> import jax, sys
@@ -162,14 +168,14 @@ def executable(
         >>> program(jax.random.key(0), {"rate": 0.5})
         array([1.5])
     """
-    given = isinstance(arguments, str) or not arguments
-    if given or not all(isinstance(a, str) for a in arguments):
+    is_list = bool(arguments) and not isinstance(arguments, str)
+    if not is_list or not all(isinstance(a, str) for a in arguments):
         raise ValueError(f"arguments: expected a list of strings, got {arguments!r}")
     program = arguments[0]
     if os.sep in program and "{" not in program:  # it runs in another folder
         program = os.path.abspath(program)
-    first = shape if isinstance(shape, tuple) else ()
-    reader = functools.partial(_numbers, first) if read is None else read
+    array_shape = shape if isinstance(shape, tuple) else ()
+    reader = functools.partial(_read_numbers, array_shape) if read is None else read
     command = _Command((program, *arguments[1:]), reader, dict(files or {}))
     return external_simulator(command, shape=shape, **settings)
 
@@ -192,7 +198,7 @@ class _Command:
             return self.read(folder)
 
 
-def _numbers(shape: tuple[int, ...], folder: Path) -> np.ndarray:
+def _read_numbers(shape: tuple[int, ...], folder: Path) -> np.ndarray:
     return np.array((folder / "stdout").read_text().split(), float).reshape(shape)
 
 
@@ -200,11 +206,13 @@ def _outputs(shape: Shape, dtype: Any) -> dict[str, tuple[tuple[int, ...], str]]
     shapes = dict(shape) if isinstance(shape, Mapping) else {"": shape}
     dtypes = dict(dtype) if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
     if not shapes or set(shapes) != set(dtypes):
-        raise ValueError(f"dtype: expected one for each of {sorted(shapes)}, got {sorted(dtypes)}")
+        raise ValueError(
+            f"dtype: expected a type for each of {sorted(shapes)}, got {sorted(dtypes)}"
+        )
     outputs = {}
     for name, sizes in shapes.items():
         if not isinstance(sizes, tuple) or not all(isinstance(n, int) and n >= 0 for n in sizes):
-            raise ValueError(f"shape: expected a tuple of whole numbers, got {sizes!r}")
+            raise ValueError(f"shape: expected a tuple of integers >= 0, got {sizes!r}")
         try:
             kind = np.dtype(dtypes[name])
         except TypeError:
@@ -221,5 +229,5 @@ def _bytes(memory: float | None) -> int | None:
     require_positive(memory=memory)
     require_finite(memory=memory)
     if sys.platform != "linux":
-        raise ValueError(f"memory: expected none on {sys.platform}, where it cannot be limited")
+        raise ValueError(f"memory: expected None, as {sys.platform} cannot limit it, got {memory}")
     return int(memory * 2**30)

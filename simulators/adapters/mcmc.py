@@ -1,4 +1,4 @@
-"""NUTS for the reference posteriors: chains that start near the posterior and must agree.
+"""NUTS for reference posteriors, with chains that start near the posterior.
 
 Public names: `nuts`, `NutsReference`, `starts`.
 """
@@ -26,6 +26,8 @@ from simulators.adapters.task import ReferenceFailed
 
 CHAINS = 4
 MAX_RHAT = 1.02
+MAX_DIVERGED = 0.01
+"""Maximum fraction of divergent steps."""
 
 
 def nuts(
@@ -39,19 +41,21 @@ def nuts(
 ) -> MCMC:
     """Run NUTS on a numpyro model, all chains in one vectorised program.
 
+    Each chain starts at a draw of a Gaussian approximation to the posterior (see `starts`), whose
+    covariance is the inverse mass matrix.
+
     Args:
         key: Random key.
-        model: A numpyro model of the observation x, differentiable in forward mode; a module-level
-            function, so that a second run finds it compiled.
+        model: A numpyro model, a function of the observation x, differentiable in forward mode. If
+            it is a module-level function, a second run needs no compilation.
         x: The observation.
-        chains: Number of chains, each from another draw of a rough posterior; its covariance is
-            the first mass matrix.
-        warmup: Steps of each chain that adapt its step size.
-        draws: Draws of each chain.
+        chains: Number of chains.
+        warmup: Number of warm-up steps of each chain, which adapt its step size.
+        draws: Number of draws of each chain.
 
     Returns:
-        The finished run: `arviz.from_numpyro` and `.get_samples(group_by_chain=True)` read it. Its
-        extra fields hold `diverging` and `num_steps`.
+        The finished run, for `arviz.from_numpyro` or `.get_samples(group_by_chain=True)`. Its extra
+        fields are `diverging` and `num_steps`.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -62,7 +66,7 @@ def nuts(
         >>> run.get_samples()["mean"].shape
         (400,)
     """
-    with jax.numpy_rank_promotion("allow"):  # numpyro does so
+    with jax.numpy_rank_promotion("allow"):  # numpyro promotes ranks
         return _nuts(key, model, x, chains, warmup, draws)
 
 
@@ -76,9 +80,9 @@ def _nuts(
         model,
         dense_mass=True,
         inverse_mass_matrix={tuple(sorted(first)): covariance},
-        adapt_mass_matrix=False,  # a short warm-up would only blur it
-        # adaptation first tries ten times as much: at 10 posterior sds energies overflow, and a
-        # chain that is caught there does not come back
+        adapt_mass_matrix=False,  # a short warm-up would give a worse estimate
+        # Adaptation first tries ten times this step. At 10 posterior standard deviations energies
+        # overflow, and a chain that gets there does not return.
         step_size=0.1,
         forward_mode_differentiation=True,
         max_tree_depth=(6, 10),
@@ -102,12 +106,12 @@ def _nuts(
 
 @dataclasses.dataclass(frozen=True)
 class NutsReference:
-    """A reference sampler `(key, x, n) -> (n, D)` that runs NUTS.
+    """Reference sampler that runs NUTS.
 
     Attributes:
         model: As for `nuts`.
-        sites: Names of the sites, in the order of the columns.
-        prepare: What the model observes, from a task's observation.
+        sites: Names of the latent sites, in the order of the parameters.
+        prepare: Function that converts a task's observation to the model's argument.
     """
 
     model: Callable[[Array], None]
@@ -115,23 +119,31 @@ class NutsReference:
     prepare: Callable[[Array], Array] = jnp.asarray
 
     def __call__(self, key: Key, x: Array, n: int) -> Array:
-        """Draw n rows (n, D) from the posterior, from all chains alike.
+        """Draw from the posterior given x, evenly from all chains, shape (n, D).
 
         Raises:
-            ReferenceFailed: The chains disagree (split R-hat above 1.02) or over 1% diverged.
+            ReferenceFailed: Split R-hat exceeds 1.02, or more than 1% of the steps diverged.
         """
         return self.diagnosed(key, x, n)[0]
 
     def diagnosed(self, key: Key, x: Array, n: int) -> tuple[Array, dict[str, float]]:
-        """The rows, and beside them the worst R-hat, the least ESS and the share that diverged."""
+        """Draw as `__call__` does, and return diagnostics of the chains as well.
+
+        Returns:
+            The draws, shape (n, D), and a dict with `rhat` (the largest split R-hat), `ess` (the
+            smallest effective sample size) and `diverged` (the fraction of divergent steps).
+
+        Raises:
+            ReferenceFailed: As `__call__`.
+        """
         run = nuts(key, self.model, self.prepare(x), draws=max(1000, -(-n // CHAINS)))
-        found = _diagnostics(run)
-        _require_converged(found)
+        diagnostics = _diagnostics(run)
+        _require_converged(diagnostics)
         chains = run.get_samples(group_by_chain=True)
         parts = [jnp.reshape(chains[m], (*chains[m].shape[:2], -1)) for m in self.sites]
         rows = jnp.concatenate(parts, axis=-1)
         rows = jnp.reshape(rows, (-1, rows.shape[-1]))
-        return rows[jnp.linspace(0, len(rows) - 1, n).astype(int)], found
+        return rows[jnp.linspace(0, len(rows) - 1, n).astype(int)], diagnostics
 
 
 def _diagnostics(run: MCMC) -> dict[str, float]:
@@ -145,11 +157,12 @@ def _diagnostics(run: MCMC) -> dict[str, float]:
     }
 
 
-def _require_converged(found: dict[str, float]) -> None:
-    if not found["rhat"] <= MAX_RHAT or found["diverged"] > 0.01:
+def _require_converged(diagnostics: dict[str, float]) -> None:
+    rhat, diverged = diagnostics["rhat"], diagnostics["diverged"]
+    if not rhat <= MAX_RHAT or diverged > MAX_DIVERGED:
         raise ReferenceFailed(
-            f"NUTS: expected R-hat <= {MAX_RHAT} and at most 1% divergences, got R-hat "
-            f"{found['rhat']:.3f} and {found['diverged']:.1%}"
+            f"NUTS: expected R-hat <= {MAX_RHAT} and at most {MAX_DIVERGED:.0%} divergences, got "
+            f"R-hat {rhat:.3f} and {diverged:.1%}"
         )
 
 
@@ -158,23 +171,36 @@ def _require_converged(found: dict[str, float]) -> None:
 def starts(
     key: Key, model: Callable[[Array], None], x: Array, n: int = 2048, rounds: int = 24
 ) -> tuple[dict[str, Array], Array]:
-    """Unconstrained draws (n, *event) of each site close to the posterior, and their covariance.
+    """Draw from a Gaussian approximation to the posterior, in unconstrained coordinates.
 
-    Chains that start at draws of the prior may be caught in spurious modes (a large noise explains
-    any data). A Gaussian is moved from the prior to the posterior instead, by importance sampling
-    in rounds; in each, the weights are tempered until the effective sample size is a tenth of n.
+    Chains that start at draws of the prior can be caught in spurious modes, because a large noise
+    explains any data. Therefore a Gaussian is moved from the prior to the posterior by rounds of
+    importance sampling. In each round, the weights are tempered so that the effective sample size
+    is at least n / 10.
 
-    Source: Cappe et al. 2004, "Population Monte Carlo", J. Comput. Graph. Stat. 13.
+    Args:
+        key: Random key.
+        model: A numpyro model, a function of the observation.
+        x: The observation.
+        n: Number of draws in each round.
+        rounds: Number of rounds.
+
+    Returns:
+        Draws of each latent site, shape (n, *event), and the covariance of the Gaussian, whose
+        entries are the sites in the order of their names.
+
+    References:
+        Cappe et al. 2004, Population Monte Carlo, J. Comput. Graph. Stat. 13.
     """
     trace_key, prior_key, key = jax.random.split(key, 3)
     sites = _latent_sites(trace_key, model, x)
     keys = jax.random.split(prior_key, len(sites))
-    first = {
+    prior_draws = {
         m: dist.biject_to(d.support)._inverse(d.sample(k, (n,)))
         for (m, d), k in zip(sites.items(), keys, strict=True)
     }
-    unravel = ravel_pytree({m: v[0] for m, v in first.items()})[1]
-    rows = jax.vmap(lambda u: ravel_pytree(u)[0])(first)
+    unravel = ravel_pytree({m: v[0] for m, v in prior_draws.items()})[1]
+    rows = jax.vmap(lambda u: ravel_pytree(u)[0])(prior_draws)
 
     def log_joint(u: Array) -> Array:
         return -potential_energy(model, (x,), {}, unravel(u))
@@ -186,8 +212,8 @@ def starts(
         log_weight = jax.vmap(log_joint)(u) - proposal.log_prob(u)
         weight = _tempered(jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight))
         mean = weight @ u
-        away = u - mean[None]
-        covariance = (weight[:, None] * away).T @ away + 1e-6 * jnp.eye(len(mean))
+        centred = u - mean[None]
+        covariance = (weight[:, None] * centred).T @ centred + 1e-6 * jnp.eye(len(mean))
         chosen = jax.random.choice(choice_key, n, (n,), p=weight)
         return (mean, covariance), u[chosen]
 
@@ -199,7 +225,7 @@ def starts(
 def _latent_sites(
     key: Key, model: Callable[[Array], None], x: Array
 ) -> dict[str, dist.Distribution]:
-    """Distributions of the latent sites, which must not depend on each other."""
+    """Return the distributions of the latent sites, which must be independent of each other."""
     trace: dict[str, Any] = handlers.trace(handlers.seed(model, key)).get_trace(x)
     return {
         name: site["fn"]
@@ -209,7 +235,10 @@ def _latent_sites(
 
 
 def _tempered(log_weight: Array) -> Array:
-    """Normalised weights, flattened as little as leaves a tenth of them effective."""
+    """Return normalised weights, raised to the largest power <= 1 with enough effective draws.
+
+    The effective sample size of the result is at least a tenth of the number of weights.
+    """
 
     def weights(power: Array) -> Array:
         return jax.nn.softmax(jnp.where(jnp.isfinite(log_weight), power * log_weight, -jnp.inf))
@@ -217,8 +246,8 @@ def _tempered(log_weight: Array) -> Array:
     def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = 0.5 * (low + high)
-        enough = 1.0 / jnp.sum(weights(middle) ** 2) >= 0.1 * len(log_weight)
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+        is_enough = 1.0 / jnp.sum(weights(middle) ** 2) >= 0.1 * len(log_weight)
+        return jnp.where(is_enough, middle, low), jnp.where(is_enough, high, middle)
 
     low, high = jax.lax.fori_loop(0, 20, halve, (jnp.zeros(()), jnp.ones(())))
     return weights(jnp.where(high == 1.0, 1.0, low))

@@ -1,4 +1,4 @@
-"""A numpyro model as a task: its latent sites are the parameters, its observed sites the data.
+"""Adapter from a numpyro model to a task: latent sites are parameters, observed sites are data.
 
 Public names: `from_numpyro`, `NumpyroTask`.
 """
@@ -19,7 +19,7 @@ from numpyro.infer.util import log_density
 
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key, Obs
-from sbi_flows.prior.prior import as_prior
+from sbi_flows.prior import as_prior
 from simulators.adapters import mcmc
 from simulators.adapters.task import Task
 
@@ -28,10 +28,10 @@ Model = Callable[[], Any]
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class NumpyroTask(Task):
-    """A task whose prior, simulator and exact posterior are those of one numpyro model.
+    """Task whose prior, simulator and exact posterior come from one numpyro model.
 
     Attributes:
-        model: The model without its data, a function of nothing.
+        model: The model without its data, a function without arguments.
         sites: Names of the observed sites.
     """
 
@@ -39,10 +39,15 @@ class NumpyroTask(Task):
     sites: tuple[str, ...]
 
     def log_joint(self, theta: Mapping[str, Any], x: Obs) -> Array:
-        """Log density of named parameters and an observation together, shape ()."""
+        """Compute the joint log density of named parameters theta and an observation x, shape ().
+
+        Args:
+            theta: Value of each latent site.
+            x: The observation, as the task's simulator returns it.
+        """
         values = {k: jnp.asarray(v) for k, v in theta.items()}
         with jax.numpy_rank_promotion("allow"):
-            return _log_joint(_Given(self.model, self.sites), values, x)
+            return _log_joint(_Conditioned(self.model, self.sites), values, x)
 
 
 def from_numpyro(
@@ -53,25 +58,25 @@ def from_numpyro(
     name: str | None = None,
     citation: str = "a numpyro model",
 ) -> NumpyroTask:
-    """Make a task of a numpyro model.
+    """Make a task from a numpyro model.
 
     Args:
-        model: The model. Its continuous latent sites are the named parameters, those in plates as
-            arrays; deterministic sites are left out.
-        observed: Names of the sites that are data. They are simulated, whatever their `obs` is.
-        arguments: Arguments of the model, other than its data where that may be left out.
-        data: What was really observed: an array, or with several sites a dict; without, an
-            observation is a simulation at a draw of the prior.
-        name: Name of the task; that of the model by default.
-        citation: Where the model comes from.
+        model: The model. Its continuous latent sites are the named parameters; sites in plates are
+            arrays. Deterministic sites are ignored.
+        observed: Names of the observed sites. The simulator draws them, whatever their `obs` is.
+        arguments: Positional arguments of the model. Leave out the data if they are optional.
+        data: The real observation: an array, or a dict if there are several observed sites. By
+            default, observations are simulated at draws of the prior.
+        name: Name of the task, by default that of the model.
+        citation: Source of the model.
 
     Returns:
-        The task: its simulator gives an array, or a dict of arrays where several sites are
-        observed; its reference draws come from NUTS, which must converge.
+        The task. Its simulator returns an array, or a dict of arrays if there are several observed
+        sites. Its reference draws come from NUTS.
 
     Raises:
-        ValueError: There are no such sites, others have data, a latent site is discrete, the model
-            has factors, or the data have another shape.
+        ValueError: An observed site does not exist, another site has data, a latent site is
+            discrete, the model has factors, or the data have another shape.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
@@ -84,29 +89,32 @@ def from_numpyro(
         >>> round(float(task.reference(1, n=1000).mean()), 1)
         0.6
     """
-    names = (observed,) if isinstance(observed, str) else tuple(observed)
-    bare = partial(model, *arguments) if arguments else model
-    first = _simulated_sites(bare, names)
-    prior = as_prior(handlers.block(handlers.condition(bare, first), hide=list(names)))
-    like = first[names[0]] if len(names) == 1 else first
+    sites = (observed,) if isinstance(observed, str) else tuple(observed)
+    no_data_model = partial(model, *arguments) if arguments else model
+    simulated = _simulate_sites(no_data_model, sites)
+    conditioned = handlers.condition(no_data_model, simulated)
+    prior = as_prior(handlers.block(conditioned, hide=list(sites)))
+    template = simulated[sites[0]] if len(sites) == 1 else simulated
     return NumpyroTask(
         name=name or getattr(model, "__name__", type(model).__name__),
         prior=prior,
-        simulator=partial(_simulated, bare, names),
+        simulator=partial(_simulate, no_data_model, sites),
         citation=citation,
         sample_reference=mcmc.NutsReference(
-            _Given(bare, names), prior.names, prepare=partial(jax.tree.map, jnp.asarray)
+            _Conditioned(no_data_model, sites),
+            prior.names,
+            prepare=partial(jax.tree.map, jnp.asarray),
         ),
         num_observations=10 if data is None else 1,
-        observed=None if data is None else (_fitting(data, like),),
-        model=bare,
-        sites=names,
+        observed=None if data is None else (_as_simulated(data, template),),
+        model=no_data_model,
+        sites=sites,
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Given:
-    """The model of an observation, as NUTS takes it."""
+class _Conditioned:
+    """Model as a function of the observation, the form that NUTS takes."""
 
     model: Model
     sites: tuple[str, ...]
@@ -119,15 +127,16 @@ def _named(sites: tuple[str, ...], x: Obs) -> dict[str, Any]:
     return {sites[0]: x} if len(sites) == 1 else dict(x)
 
 
-def _simulated(model: Model, sites: tuple[str, ...], key: Key, theta: dict[str, Array]) -> Obs:
+def _simulate(model: Model, sites: tuple[str, ...], key: Key, theta: dict[str, Array]) -> Obs:
+    """Simulate the observed sites at theta; a dict if there are several."""
     run = handlers.seed(handlers.substitute(model, theta), key)
     trace = handlers.trace(handlers.uncondition(run)).get_trace()
     x = {name: trace[name]["value"] for name in sites}
     return x[sites[0]] if len(sites) == 1 else x
 
 
-def _simulated_sites(model: Model, sites: tuple[str, ...]) -> dict[str, Array]:
-    """A simulation of the observed sites at a draw of the prior, if they are what they should be.
+def _simulate_sites(model: Model, sites: tuple[str, ...]) -> dict[str, Array]:
+    """Simulate the observed sites at a draw of the prior, after checking that they exist.
 
     Raises:
         ValueError: See `from_numpyro`.
@@ -138,7 +147,7 @@ def _simulated_sites(model: Model, sites: tuple[str, ...]) -> dict[str, Array]:
             trace = handlers.trace(run).get_trace()
         except TypeError as error:
             raise ValueError(
-                f"model: expected one that runs without its data, got {error}"
+                f"model: expected a model that runs without its data, got {error}"
             ) from error
     sampled = {name: site for name, site in trace.items() if site["type"] == "sample"}
     missing = set(sites) - set(sampled)
@@ -147,27 +156,28 @@ def _simulated_sites(model: Model, sites: tuple[str, ...]) -> dict[str, Array]:
     others = [n for n, s in sampled.items() if n not in sites and s["infer"].get("was_observed")]
     if others:
         raise ValueError(
-            f"observed: expected all sites with data, which factors cannot be, got none of {others}"
+            f"observed: expected every site with data, got {sorted(sites)}, which leaves out "
+            f"{others} (factors are not supported)"
         )
     return {name: sampled[name]["value"] for name in sites}
 
 
-def _fitting(data: Obs, like: Obs) -> Obs:
-    """The data as arrays of the types and shapes that the model simulates.
+def _as_simulated(data: Obs, template: Obs) -> Obs:
+    """Convert the data to arrays of the dtypes that the model simulates.
 
     Raises:
-        ValueError: They are of another shape.
+        ValueError: They have another shape than a simulation.
     """
-    if jax.tree.structure(data) != jax.tree.structure(like):
-        raise ValueError(f"data: expected {_in_words(like)}, got {_in_words(data)}")
+    if jax.tree.structure(data) != jax.tree.structure(template):
+        raise ValueError(f"data: expected {_in_words(template)}, got {_in_words(data)}")
 
-    def one(given: Any, wanted: Array) -> np.ndarray:
-        value = np.asarray(given)
-        if value.shape != wanted.shape:
-            raise ValueError(f"data: expected shape {wanted.shape}, got {value.shape}")
-        return value.astype(wanted.dtype)
+    def convert(leaf: Any, expected: Array) -> np.ndarray:
+        value = np.asarray(leaf)
+        if value.shape != expected.shape:
+            raise ValueError(f"data: expected shape {expected.shape}, got {value.shape}")
+        return value.astype(expected.dtype)
 
-    return jax.tree.map(one, data, like)
+    return jax.tree.map(convert, data, template)
 
 
 def _in_words(x: Obs) -> str:
@@ -175,5 +185,5 @@ def _in_words(x: Obs) -> str:
 
 
 @full_precision
-def _log_joint(given: _Given, theta: dict[str, Array], x: Obs) -> Array:
-    return log_density(given, (x,), {}, theta)[0]
+def _log_joint(model: _Conditioned, theta: dict[str, Array], x: Obs) -> Array:
+    return log_density(model, (x,), {}, theta)[0]

@@ -1,4 +1,4 @@
-"""Ordinary differential equations, solved so that a failure is an invalid simulation.
+"""ODE solver for simulators; a failed solve returns NaN, which marks an invalid simulation.
 
 Public names: `solve`.
 """
@@ -22,20 +22,20 @@ def solve(
     tolerance: float,
     max_steps: int,
 ) -> Array:
-    """States at given times, by Tsit5 with adaptive steps.
+    """Solve an ODE by Tsit5 with adaptive steps.
 
     Args:
-        vector_field: `(t, y, args) -> dy/dt`, shape (S,).
-        y0: State at the first of the times, shape (S,).
-        args: What the vector field needs beside time and state.
-        times: Increasing times, shape (T,), the first one included.
-        dt0: First step.
-        tolerance: Relative and absolute tolerance of the steps.
-        max_steps: Bound on the number of steps, rejected ones included.
+        vector_field: Function `(t, y, args)` that returns dy/dt, shape (S,).
+        y0: Initial state, at `times[0]`, shape (S,).
+        args: Third argument of the vector field.
+        times: Increasing times, shape (T,).
+        dt0: Initial step size.
+        tolerance: Relative and absolute tolerance of the step-size control.
+        max_steps: Maximum number of steps, rejected steps included.
 
     Returns:
-        Shape (T, S); all NaN if the steps did not suffice. Differentiable in forward mode
-        (`jax.jvp`, `jax.jacfwd`).
+        The states at `times`, shape (T, S). All are NaN if `max_steps` is reached. They are
+        differentiable in forward mode (`jax.jvp`, `jax.jacfwd`).
 
     References:
         Tsitouras 2011, Comput. Math. Appl. 62 (the method).

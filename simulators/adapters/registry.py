@@ -1,4 +1,6 @@
-"""Tasks by name, for command lines and tables; in code, call the constructors themselves.
+"""Registry of tasks by name, for command lines and tables.
+
+In code, call the constructors instead.
 
 Public names: `ENTRY_POINTS`, `get`, `names`, `list`, `offered`.
 """
@@ -44,15 +46,15 @@ _CONSTRUCTORS: dict[str, Callable[[], Task]] = {
 
 
 ENTRY_POINTS = "sbi_flows.simulators"
-"""Group of entry points by which other packages offer tasks."""
+"""Group of the entry points with which other packages add tasks."""
 
 
 def get(name: str) -> Task:
-    """The task of this name, one of ours or of a package that offers it.
+    """Return the task of this name, from this package or from an installed one.
 
     Raises:
-        ValueError: There is none, and the message lists the names; or the package offers something
-            else.
+        ValueError: No task has this name (the message lists all names), or the entry point of this
+            name is not a `Task`.
 
     Example:
         >>> get("slcp").dim
@@ -60,18 +62,19 @@ def get(name: str) -> Task:
     """
     if name in _CONSTRUCTORS:
         return _CONSTRUCTORS[name]()
-    others = offered()
-    if name not in others:
+    entry_points = offered()
+    if name not in entry_points:
         raise ValueError(f"task: expected one of {', '.join(list())}, got {name!r}")
-    found = others[name].load()
-    task = found() if callable(found) else found
+    loaded = entry_points[name].load()
+    task = loaded() if callable(loaded) else loaded
     if not isinstance(task, Task):
-        raise ValueError(f"{others[name].value}: expected a Task, got {type(task).__name__}")
+        value = entry_points[name].value
+        raise ValueError(f"{value}: expected a Task, got {type(task).__name__}")
     return task
 
 
 def names() -> tuple[str, ...]:
-    """Names of our own tasks, in alphabetical order.
+    """Return the names of this package's tasks in alphabetical order.
 
     Example:
         >>> names()[:2]
@@ -81,7 +84,7 @@ def names() -> tuple[str, ...]:
 
 
 def list() -> tuple[str, ...]:
-    """Names of all tasks, those that installed packages offer included.
+    """Return the names of all tasks, including those of installed packages.
 
     Example:
         >>> set(names()) <= set(list())
@@ -91,5 +94,5 @@ def list() -> tuple[str, ...]:
 
 
 def offered() -> dict[str, importlib.metadata.EntryPoint]:
-    """Entry points of the tasks that installed packages offer, by name."""
+    """Return the entry points of tasks in installed packages, by name."""
     return {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}

@@ -1,4 +1,4 @@
-"""Exact samplers that the reference posteriors are made of.
+"""Exact samplers used by the reference posteriors.
 
 Public names: `rejection`, `truncated_normal`, `log_interval_mass`.
 """
@@ -18,17 +18,17 @@ from sbi_flows.core.typing import Key
 def rejection(
     key: Key, propose: Callable[[Key], tuple[Array, Array]], n: int, max_rounds: int = 10_000
 ) -> Array:
-    """Collect the first n draws that are accepted.
+    """Draw by rejection sampling.
 
     Args:
         key: Random key.
-        propose: `key -> (draws (m, D), accepted (m,))`, the same m in every call.
-        n: Number of draws to collect.
-        max_rounds: Bound on the number of calls of `propose`.
+        propose: Function of a key that returns proposals, shape (m, D), and which of them are
+            accepted, shape (m,). m is the same in every call.
+        n: Number of draws.
+        max_rounds: Maximum number of calls of `propose`.
 
     Returns:
-        Draws of shape (n, D), independent of each other; the last rows are NaN if the rounds did
-        not suffice.
+        Independent draws, shape (n, D). If `max_rounds` is reached, the last rows are NaN.
 
     Example:
         >>> import jax
@@ -44,7 +44,7 @@ def rejection(
         _, count, rounds = state
         return (count < n) & (rounds < max_rounds)
 
-    def again(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def one_round(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         draws, count, rounds = state
         proposed, accepted = propose(jax.random.fold_in(key, rounds))
         place = count + jnp.cumsum(accepted) - 1
@@ -52,23 +52,23 @@ def rejection(
         return draws, count + jnp.sum(accepted), rounds + 1
 
     start = (jnp.full((n, *rows.shape[1:]), jnp.nan, rows.dtype), jnp.asarray(0), jnp.asarray(0))
-    return lax.while_loop(unfinished, again, start)[0]
+    return lax.while_loop(unfinished, one_round, start)[0]
 
 
 def truncated_normal(key: Key, loc: Array, scale: float, low: float, high: float, n: int) -> Array:
-    """Normal variables conditioned to an interval, by the inverse CDF.
+    """Draw from normal distributions truncated to an interval, by the inverse CDF.
 
     Args:
         key: Random key.
-        loc: Location of each entry, shape (D,).
-        scale: Standard deviation.
+        loc: Mean of each entry before truncation, shape (D,).
+        scale: Standard deviation before truncation.
         low: Lower end of the interval.
         high: Upper end of the interval.
         n: Number of draws.
 
     Returns:
-        Draws of shape (n, D), all in [low, high]; NaN in entries whose interval lies so far in the
-        tail (13 standard deviations in float32) that its probability is zero in floating point.
+        Draws in [low, high], shape (n, D). An entry is NaN if its interval lies so far in the tail
+        (13 standard deviations in float32) that its probability is zero in floating point.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -80,12 +80,12 @@ def truncated_normal(key: Key, loc: Array, scale: float, low: float, high: float
     a, b = ndtr(lower)[None], ndtr(upper)[None]
     u = jax.random.uniform(key, (n, *loc.shape), loc.dtype)
     z = jnp.where(b > 0, ndtri(a + u * (b - a)), jnp.nan)
-    # the clip mends rounding (u = 0 would give -inf as well); it leaves NaN as it is
+    # The clip corrects rounding errors, and -inf at u = 0. It leaves NaN unchanged.
     return jnp.clip(loc[None] + scale * sign[None] * z, low, high)
 
 
 def log_interval_mass(loc: Array, scale: float, low: float, high: float) -> Array:
-    """Log probability that N(loc, scale^2) gives to [low, high]; finite far in the tails.
+    """Compute the log probability of [low, high] under N(loc, scale^2), finite far in the tails.
 
     Example:
         >>> import jax.numpy as jnp
@@ -98,7 +98,10 @@ def log_interval_mass(loc: Array, scale: float, low: float, high: float) -> Arra
 
 
 def _lower_tail(a: Array, b: Array) -> tuple[Array, Array, Array]:
-    """Mirror intervals of the upper half, where CDFs round to 1, to the lower half."""
+    """Mirror intervals above the mean, where CDFs round to 1, to below it.
+
+    Returns the lower ends, the upper ends, and the sign (-1 for mirrored intervals).
+    """
     upper_half = a + b > 0
     lower = jnp.where(upper_half, -b, a)
     upper = jnp.where(upper_half, -a, b)

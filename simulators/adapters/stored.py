@@ -1,8 +1,8 @@
-"""Reference draws that were made before: the few that ship, and those of a folder of the user's.
+"""Files of reference draws: those that ship with the package and those in the user's cache.
+
+Only the draws of slow samplers (about a minute) are stored.
 
 Public names: `FOLDER`, `cache_folder`, `load`, `save`.
-
-Only samplers that take a minute are worth a file; the others draw in no time.
 """
 
 from __future__ import annotations
@@ -17,25 +17,41 @@ import numpy as np
 from sbi_flows.core.files import whole_file
 
 FOLDER = Path(__file__).parents[1] / "references"
-"""What ships with the package."""
+"""Folder of the reference draws that ship with the package."""
 
-VARIABLE = "SBI_FLOWS_CACHE"
+CACHE_VARIABLE = "SBI_FLOWS_CACHE"
+"""Environment variable that names the cache folder."""
 
-TOLERANCE = 1e-3
-"""Relative, of an observation: an adaptive solver's steps differ between compilers and devices, by
-far less than any task's noise."""
+RELATIVE_TOLERANCE = 1e-3
+"""Relative difference up to which two observations are the same.
+
+The steps of an adaptive ODE solver differ between compilers and devices. These differences are far
+smaller than the noise of any task.
+"""
 
 
 def cache_folder() -> Path:
-    """Where references are kept that do not ship: `$SBI_FLOWS_CACHE`, or below the home folder."""
-    given = os.environ.get(VARIABLE)
-    return Path(given) if given else Path.home() / ".cache" / "sbi_flows" / "references"
+    """Return the folder of the user's reference draws.
+
+    It is `$SBI_FLOWS_CACHE` if this is set, else `~/.cache/sbi_flows/references`.
+    """
+    folder = os.environ.get(CACHE_VARIABLE)
+    return Path(folder) if folder else Path.home() / ".cache" / "sbi_flows" / "references"
 
 
 def load(task: str, i: int, x: np.ndarray, folders: tuple[Path, ...]) -> np.ndarray | None:
-    """Draws (N, D) for observation i of a task, from the first folder that has them.
+    """Read reference draws (N, D) from the first folder that holds a file for observation i.
 
-    Files that cannot be read, or that belong to another observation than x, are passed over.
+    Files that cannot be read, or that were made for another observation than x, are skipped.
+
+    Args:
+        task: Name in the file names, `Task.stored_as`.
+        i: Number of the observation.
+        x: The observation, as `Task.stored_observation` returns it.
+        folders: Folders to search, in order.
+
+    Returns:
+        The draws, or None if no folder holds them.
 
     Example:
         >>> load("no_such_task", 1, np.zeros(2), (FOLDER,)) is None
@@ -44,7 +60,7 @@ def load(task: str, i: int, x: np.ndarray, folders: tuple[Path, ...]) -> np.ndar
     for folder in folders:
         try:
             with np.load(folder / f"{task}-{i}.npz", allow_pickle=False) as file:
-                if np.allclose(file["x"], x, rtol=TOLERANCE, atol=1e-5):
+                if np.allclose(file["x"], x, rtol=RELATIVE_TOLERANCE, atol=1e-5):
                     return np.asarray(file["draws"])
         except (OSError, KeyError, ValueError, zipfile.BadZipFile):
             continue
@@ -52,9 +68,16 @@ def load(task: str, i: int, x: np.ndarray, folders: tuple[Path, ...]) -> np.ndar
 
 
 def save(
-    folder: Path, task: str, i: int, x: np.ndarray, draws: np.ndarray, found: Mapping[str, float]
+    folder: Path,
+    task: str,
+    i: int,
+    x: np.ndarray,
+    draws: np.ndarray,
+    diagnostics: Mapping[str, float],
 ) -> Path:
-    """Write draws (N, D), their observation and what is known of the sampler, whole or not at all.
+    """Write reference draws (N, D), their observation x and the sampler's diagnostics to a file.
+
+    The write is atomic. Returns the path of the file.
 
     Example:
         >>> import tempfile
@@ -67,7 +90,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{task}-{i}.npz"
     arrays = {"x": x, "draws": np.asarray(draws, np.float32)}
-    arrays |= {name: np.asarray(value) for name, value in found.items()}
+    arrays |= {name: np.asarray(value) for name, value in diagnostics.items()}
     with whole_file(path) as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
     return path

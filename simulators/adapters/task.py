@@ -1,4 +1,4 @@
-"""What a task is: a prior, a simulator, fixed observations and, where there is one, a reference.
+"""The class of a simulation-based inference task.
 
 Public names: `Task`, `ReferenceFailed`, `SampleReference`.
 """
@@ -18,40 +18,40 @@ from jax import Array
 from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key, Obs, Simulator
-from sbi_flows.prior.prior import Prior, PriorLike, as_prior
+from sbi_flows.prior import Prior, PriorLike, as_prior
 from simulators.adapters import stored
 
 SampleReference: TypeAlias = Callable[[Key, Array, int], Array]
-"""`(key, x, n) -> (n, D)` draws of the exact posterior given any one observation x."""
+"""Function of a key, one observation x and n: draws of the exact posterior, shape (n, D)."""
 
 OBSERVATION_SEED = 2101_04653
 REFERENCE_SEED = 4653_2101
 
 
 class ReferenceFailed(SbiFlowsError):
-    """The exact sampler gave no draws: an impossible observation, or chains that disagree."""
+    """Failure of a reference sampler: an impossible observation, or chains that disagree."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Task:
-    """A simulation-based inference problem to try a method on.
+    """Simulation-based inference problem: a prior, a simulator, observations and a reference.
 
-    Observation i is the simulator's output at a draw from the prior, both from fixed keys, unless
-    the task comes with real data.
+    Observation i is simulated at a draw from the prior. Both use fixed keys. A task with real data
+    has these as its observations instead.
 
     Attributes:
         name: Name in the registry.
-        prior: What `sf.as_prior` takes: a numpyro distribution over a vector, a dict of named ones,
-            or a model.
-        simulator: `(key, theta) -> x` on one parameter vector (a named dict where the prior is a
-            dict), traceable by JAX.
-        citation: Where the task comes from.
-        sample_reference: `(key, x, n) -> (n, D)` draws of the exact posterior for any observation
-            x, NaN where none could be made; None where there is no such sampler.
-        num_observations: How many observations there are.
-        observed: Real observations, shape (num_observations, *event), instead of simulated ones; of
-            dicts of arrays, a tuple.
-        stored_as: Name of the files that reference draws are kept in, where a sampler takes long.
+        prior: Any argument of `sf.as_prior`: a numpyro distribution over a vector, a dict of named
+            distributions, or a model.
+        simulator: Function `(key, theta) -> x` of one parameter vector, or of a dict if the prior
+            is a dict. JAX can trace it, or it is an `ExternalSimulator`.
+        citation: Source of the task.
+        sample_reference: Function `(key, x, n)` that returns draws of the exact posterior given x,
+            shape (n, D). Draws that could not be made are NaN. None if there is no exact sampler.
+        num_observations: Number of observations.
+        observed: Real observations, shape (num_observations, *event), or a tuple of dicts of
+            arrays. None if the observations are simulated.
+        stored_as: Name of the files that hold reference draws; None if these are drawn anew.
 
     Example:
         >>> from simulators import two_moons
@@ -86,16 +86,21 @@ class Task:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """One label for each of the D parameters."""
+        """Label of each of the D parameters."""
         return self._flat_prior.labels
 
     @property
     def dim(self) -> int:
-        """Number of parameters, D."""
+        """Number D of parameters."""
         return self._flat_prior.dim
 
     def observation(self, i: int) -> Obs:
-        """Observation i, shape (*event); the same one in every process and precision.
+        """Return observation i, shape (*event).
+
+        It is the same in every process and precision.
+
+        Args:
+            i: Number of the observation, from 1 to `num_observations`.
 
         Raises:
             ValueError: i is not between 1 and `num_observations`.
@@ -109,53 +114,55 @@ class Task:
             return _simulate(self._flat_prior, self.simulator, noise_key, theta)
 
     def true_parameters(self, i: int) -> Array:
-        """The parameters behind observation i as a flat vector, shape (D,).
+        """Return the parameters at which observation i was simulated, shape (D,).
 
         Raises:
             ValueError: i is out of range, or the observation is real data.
         """
         self._check_index(i)
         if self.observed is not None:
-            raise ValueError(f"{self.name}: observation {i} is real data without known parameters")
+            raise ValueError(f"{self.name}: observation {i} is real data, its parameters unknown")
         with jax.enable_x64(False):
             return self._draw(i)[0]
 
     def reference(self, i: int, n: int = 10_000) -> Array:
-        """Draw n times from the exact posterior given observation i; shape (n, D).
+        """Draw from the exact posterior given observation i, shape (n, D).
 
         Raises:
             ValueError: i is out of range, n is not positive, or the task has no exact sampler.
-            ReferenceFailed: The sampler could not make the draws.
+            ReferenceFailed: The sampler failed.
         """
         x = self.observation(i)
         if self.sample_reference is None:
             raise ValueError(f"{self.name}: expected a task with an exact sampler, got none")
         if n < 1:
             raise ValueError(f"n: expected at least one draw, got {n}")
-        kept = self._stored(i, n)
-        if kept is not None:
-            return kept
+        stored_draws = self._stored_draws(i, n)
+        if stored_draws is not None:
+            return stored_draws
         draws = self.sample_reference(self.reference_key(i), x, n)
-        missing = int(jnp.sum(~jnp.all(jnp.isfinite(draws), axis=-1)))
-        if missing:
+        num_failed = int(jnp.sum(~jnp.all(jnp.isfinite(draws), axis=-1)))
+        if num_failed:
             raise ReferenceFailed(
-                f"{self.name}: {missing} of {n} reference draws could not be made for "
+                f"{self.name}: {num_failed} of {n} reference draws could not be made for "
                 f"observation {i}"
             )
         return draws
 
     def stored_observation(self, i: int) -> np.ndarray:
-        """Observation i as the reference sampler reads it, which tells its file from others."""
-        return np.asarray(
-            getattr(self.sample_reference, "prepare", jnp.asarray)(self.observation(i))
-        )
+        """Return observation i as the reference sampler takes it.
+
+        A file of reference draws holds it too, so that draws for another observation are found.
+        """
+        prepare = getattr(self.sample_reference, "prepare", jnp.asarray)
+        return np.asarray(prepare(self.observation(i)))
 
     def reference_key(self, i: int) -> Key:
-        """Key of the reference draws given observation i."""
+        """Return the random key of the reference draws for observation i."""
         return jax.random.fold_in(jax.random.key(REFERENCE_SEED), i)
 
-    def _stored(self, i: int, n: int) -> Array | None:
-        """Draws that were made before, spread over all that are there; None for too few."""
+    def _stored_draws(self, i: int, n: int) -> Array | None:
+        """Read n stored reference draws, evenly spread over the file; None if it holds fewer."""
         if self.stored_as is None:
             return None
         folders = (stored.cache_folder(), stored.FOLDER)

@@ -1,4 +1,4 @@
-"""Eight schools: a hierarchical model of parallel experiments, and their real results.
+"""Eight schools: a hierarchical model of eight parallel experiments, with their real results.
 
 Public names: `eight_schools`.
 """
@@ -15,10 +15,10 @@ from jax import Array
 from simulators.adapters.numpyro_model import NumpyroTask, from_numpyro
 
 EFFECTS = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
-"""Estimated effect of coaching on the score of a test, in points, of each school."""
+"""Estimated effect of coaching on test scores in each school, in points."""
 
 ERRORS = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-"""Standard errors of these."""
+"""Standard errors of the estimated effects, in points."""
 
 CITATION = (
     "Rubin 1981, Estimation in Parallel Randomized Experiments, J. Educ. Stat. 6; as in Gelman et "
@@ -28,14 +28,15 @@ CITATION = (
 
 @cache
 def eight_schools() -> NumpyroTask:
-    """A normal hierarchy: schools' effects around a common mean, seen with known errors.
+    """Make the eight schools task: a normal hierarchy, with known standard errors.
 
     mean ~ N(0, 5), spread ~ HalfNormal(10), effect_i = mean + spread * standardised_i with
-    standardised_i ~ N(0, 1), and y_i ~ N(effect_i, error_i).
+    standardised_i ~ N(0, 1), and y_i ~ N(effect_i, error_i). Second arguments are standard
+    deviations.
 
     Returns:
-        The task: theta of shape (10,) (`mean`, `spread` and eight of `standardised`), x of shape
-        (8,). The reference is NUTS.
+        The task: theta of shape (10,) (`mean`, `spread` and eight entries of `standardised`), x of
+        shape (8,). The reference sampler is NUTS.
 
     References:
         Rubin 1981, J. Educ. Stat. 6:377.

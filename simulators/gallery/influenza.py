@@ -1,4 +1,4 @@
-"""Influenza in an English boarding school, 1978: an epidemic with real counts.
+"""Influenza in an English boarding school, 1978: an epidemic with real daily counts.
 
 Public names: `influenza`, `influenza_ode`, `boys_in_bed`.
 """
@@ -23,23 +23,24 @@ from simulators.adapters.task import Task
 
 BOYS = 763
 DAYS = 14
-STEPS = 12
-"""Steps a day of the stochastic model."""
+STEPS_PER_DAY = 12
+"""Time steps per day of the stochastic model."""
 
 STAGES = 4
-"""Shape of the gamma distribution of stays in bed, and stages of a stay in the ODE.
+"""Shape of the gamma distribution of the time in bed, and number of its stages in the ODE.
 
-With a single one many would be up again within hours and some lie for weeks, which the counts deny.
+With one stage (an exponential distribution) many boys would get up within hours and some would
+stay in bed for weeks, which the counts exclude.
 """
 
 COUNTS = np.array([3, 8, 26, 76, 225, 298, 258, 233, 189, 128, 68, 29, 14, 4])
-"""Boys in bed on each of 14 days."""
+"""Number of boys in bed on each of 14 days."""
 
 CITATION = "Anonymous 1978, Influenza in a boarding school, British Medical Journal 1:587 (data)"
 
 
 def prior() -> dict[str, dist.Distribution]:
-    """The prior, by name.
+    """Return the prior of each parameter, by name.
 
     Example:
         >>> list(prior())
@@ -54,11 +55,14 @@ def prior() -> dict[str, dist.Distribution]:
 
 
 def boys_in_bed(seed: int, theta: Mapping[str, Any]) -> np.ndarray:
-    """Simulate the counts (14,): infections and falling ill by binomial draws, then stays in bed.
+    """Simulate the number of boys in bed on each day, shape (14,).
+
+    Infections and onsets of illness are binomial draws in each time step; the times in bed are
+    gamma draws.
 
     Args:
-        seed: Of all randomness.
-        theta: As `prior` names it.
+        seed: Seed of the random numbers.
+        theta: Value of each parameter of `prior`.
 
     Example:
         >>> boys_in_bed(0, {"r0": 4.0, "before": 1.0, "in_bed": 2.0, "first": 3.0}).shape
@@ -66,33 +70,34 @@ def boys_in_bed(seed: int, theta: Mapping[str, Any]) -> np.ndarray:
     """
     rng = np.random.default_rng(seed)
     infectious = min(max(1, rng.poisson(theta["first"])), BOYS)
-    well, ill = BOYS - infectious, np.zeros(DAYS * STEPS, int)
-    rate = theta["r0"] / theta["before"] / BOYS / STEPS
-    falls_ill = -math.expm1(-1 / (theta["before"] * STEPS))
-    for step in range(len(ill)):
-        infected = rng.binomial(well, -math.expm1(-rate * infectious))
-        ill[step] = rng.binomial(infectious, falls_ill)
-        well -= infected
-        infectious += infected - ill[step]
-    days = (1 + np.repeat(np.arange(len(ill)), ill)) / STEPS
-    up = days + rng.gamma(STAGES, theta["in_bed"] / STAGES, len(days))
+    susceptible, onsets = BOYS - infectious, np.zeros(DAYS * STEPS_PER_DAY, int)
+    rate = theta["r0"] / theta["before"] / BOYS / STEPS_PER_DAY
+    onset_probability = -math.expm1(-1 / (theta["before"] * STEPS_PER_DAY))
+    for step in range(len(onsets)):
+        infected = rng.binomial(susceptible, -math.expm1(-rate * infectious))
+        onsets[step] = rng.binomial(infectious, onset_probability)
+        susceptible -= infected
+        infectious += infected - onsets[step]
+    start = (1 + np.repeat(np.arange(len(onsets)), onsets)) / STEPS_PER_DAY
+    end = start + rng.gamma(STAGES, theta["in_bed"] / STAGES, len(start))
     morning = np.arange(1, DAYS + 1)[:, None]
-    return np.sum((days <= morning) & (morning < up), axis=1)
+    return np.sum((start <= morning) & (morning < end), axis=1)
 
 
 @cache
 def influenza() -> Task:
-    """A stochastic epidemic in a closed school of 763 boys, and how many of them were in bed.
+    """Make the influenza task: a stochastic epidemic in a closed school of 763 boys.
 
-    A boy who is infected is infectious for `before` days on average, falls ill and stays in bed for
-    `in_bed` days, by a gamma distribution of shape 4; one infectious boy among all others would
-    infect `r0` of them. About `first` boys are infectious a day before the first count. Priors: r0
+    The observation is the number of boys in bed on each of 14 days. An infected boy is infectious
+    for `before` days on average. Then he falls ill and stays in bed for `in_bed` days on average,
+    with a gamma distribution of shape 4. One infectious boy in a susceptible school infects `r0`
+    others on average. About `first` boys are infectious one day before the first count. Priors: r0
     ~ LogNormal(log 3, .5), before ~ LogNormal(0, .5), in_bed ~ LogNormal(log 3, .4), first ~
     LogNormal(log 3, .7).
 
     Returns:
-        The task: four named parameters, x of shape (14,), whole numbers. The simulator is a plain
-        NumPy function that runs in worker processes; there is no reference.
+        The task: four named parameters, x of shape (14,), integers. The simulator is a NumPy
+        function that runs in worker processes. There is no reference sampler.
 
     References:
         British Medical Journal 1978, 1:587.
@@ -113,11 +118,11 @@ def influenza() -> Task:
 
 @cache
 def influenza_ode() -> NumpyroTask:
-    """The same epidemic as an ODE with negative binomial counts, a numpyro model.
+    """Make the influenza task with an ODE and negative binomial counts, as a numpyro model.
 
     Returns:
-        The task: the parameters of `influenza` and `concentration`, that of the counts; x of shape
-        (14,). The reference is NUTS.
+        The task: the parameters of `influenza` and `concentration`, that of the negative binomial
+        distribution; x of shape (14,). The reference sampler is NUTS.
 
     References:
         British Medical Journal 1978, 1:587.
@@ -140,7 +145,7 @@ def _model(counts: Array | None = None) -> None:
 
 
 def expected_in_bed(theta: Mapping[str, Array]) -> Array:
-    """Boys in bed (14,) by the ODE; NaN where it was not solved.
+    """Solve the ODE for the expected number of boys in bed, shape (14,); NaN if the solve fails.
 
     Example:
         >>> theta = {"r0": 4.0, "before": 1.0, "in_bed": 2.0, "first": 3.0}
@@ -151,14 +156,15 @@ def expected_in_bed(theta: Mapping[str, Array]) -> Array:
     start = jnp.concatenate([jnp.stack([BOYS - first, first]), jnp.zeros(STAGES)])
     times = jnp.arange(DAYS + 1.0)
     states = ode.solve(_field, start, dict(theta), times, dt0=0.05, tolerance=1e-4, max_steps=1024)
-    # a mean that is zero, or below by rounding, has no distribution
+    # The negative binomial distribution needs a positive mean.
     return jnp.maximum(jnp.sum(states[1:, 2:], axis=1), 1e-3)
 
 
 def _field(time: Any, state: Array, theta: Mapping[str, Array]) -> Array:
-    well, infectious, in_bed = state[0], state[1], state[2:]
-    infections = theta["r0"] / theta["before"] * well * infectious / BOYS
-    ill = infectious / theta["before"]
-    better = in_bed * (STAGES / theta["in_bed"])
-    arrive = jnp.concatenate([ill[None], better[:-1]])
-    return jnp.concatenate([jnp.stack([-infections, infections - ill]), arrive - better])
+    """Compute the rates of change of the susceptible, the infectious, and each stage in bed."""
+    susceptible, infectious, in_bed = state[0], state[1], state[2:]
+    infections = theta["r0"] / theta["before"] * susceptible * infectious / BOYS
+    onsets = infectious / theta["before"]
+    outflow = in_bed * (STAGES / theta["in_bed"])
+    inflow = jnp.concatenate([onsets[None], outflow[:-1]])
+    return jnp.concatenate([jnp.stack([-infections, infections - onsets]), inflow - outflow])

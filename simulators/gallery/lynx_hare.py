@@ -1,4 +1,4 @@
-"""Lynx and hare: Lotka-Volterra with the pelts that the Hudson's Bay Company counted, 1900-1920."""
+"""Lynx and hare: Lotka-Volterra and the pelts counted by the Hudson's Bay Company, 1900-1920."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax import Array
 from sbi_flows.core.typing import Key
 from simulators.adapters import mcmc
 from simulators.adapters.task import Task
-from simulators.gallery.lynx_hare_model import YEARS, checked, numpyro_model, prior, solve
+from simulators.gallery.lynx_hare_model import YEARS, as_log_counts, numpyro_model, prior, solve
 
 FIRST_YEAR = 1900
 
@@ -41,7 +41,7 @@ PELTS = np.array(
         (24.7, 8.6),
     ]
 )
-"""Hare and lynx pelts in thousands, one row a year from 1900 to 1920."""
+"""Numbers of hare and lynx pelts in thousands, one row per year from 1900 to 1920."""
 
 CITATION = (
     "Hewitt 1921, The Conservation of the Wild Life of Canada (data); Carpenter 2018, "
@@ -51,7 +51,7 @@ CITATION = (
 
 @cache
 def lynx_hare() -> Task:
-    """Lotka-Volterra dynamics under log-normal noise, and one real observation of 21 years.
+    """Make the lynx and hare task: Lotka-Volterra with log-normal noise and 21 years of real data.
 
     With hare u and lynx v in thousands,
 
@@ -59,18 +59,18 @@ def lynx_hare() -> Task:
 
     and every count is LogNormal(log u(t), sigma[0]) or LogNormal(log v(t), sigma[1]). Priors:
     alpha, gamma ~ N(1, .5) and beta, delta ~ N(.05, .05), all truncated to positive values;
-    sigma ~ LogNormal(-1, 1); z0 ~ LogNormal(log 10, 1). The sds are second arguments here. In
-    numbered notation alpha, beta, gamma, delta are theta_1, ..., theta_4.
+    sigma ~ LogNormal(-1, 1); z0 ~ LogNormal(log 10, 1). Second arguments are standard deviations.
+    In numbered notation alpha, beta, gamma, delta are theta_1, ..., theta_4.
 
-    The observation is the LOG count, shape (21, 2): over the prior log counts go from about -370
-    to 70, of which counts in float32 would lose most to underflow. A solve that does not end
-    within its step limit gives NaN throughout, an invalid simulation.
+    The observation is the LOG count, shape (21, 2). Over the prior, log counts range from about
+    -370 to 70; most counts would underflow in float32. If the solver reaches its step limit, the
+    simulation is NaN, that is, invalid.
 
     Returns:
         The task: theta named `alpha` (hare growth, 1/year), `beta` (predation, per thousand lynx
         and year), `gamma` (lynx decline, 1/year), `delta` (lynx growth, per thousand hares and
         year), `sigma` (2,) and `z0` (2,), hare first; x of shape (21, 2), log thousands. The
-        reference is NUTS on the same likelihood, about a minute.
+        reference sampler is NUTS on the same likelihood; it takes about a minute.
 
     References:
         Hewitt 1921 (data); Carpenter 2018, Stan case studies 5 (model and prior).
@@ -87,7 +87,7 @@ def lynx_hare() -> Task:
         simulator=_simulator,
         citation=CITATION,
         stored_as="lynx_hare",
-        sample_reference=mcmc.NutsReference(numpyro_model, tuple(prior()), prepare=checked),
+        sample_reference=mcmc.NutsReference(numpyro_model, tuple(prior()), prepare=as_log_counts),
         num_observations=1,
         observed=np.log(PELTS, dtype=np.float32, casting="same_kind")[None],
     )

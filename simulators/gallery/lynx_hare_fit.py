@@ -1,13 +1,15 @@
-"""A least-squares fit of the lynx-and-hare model, as summary statistics of its counts.
+"""Least-squares fit of the lynx-and-hare model, used as summary statistics of the counts.
+
+A network finds it hard to infer the phases and amplitudes of two coupled series; a fit of the
+equations finds it easy. The fit may be inaccurate: the posterior is conditioned on it and on the
+counts, and learns the errors.
 
 Public names: `with_fit`, `least_squares_fit`.
 
-Phases and amplitudes of two coupled series are hard for a network to read and easy for a fit of the
-equations. The estimate need not be right: the posterior is learnt given it, and given the counts.
-
-Sources: Marquardt 1963, "An Algorithm for Least-Squares Estimation of Nonlinear Parameters" (SIAM
-J. Appl. Math. 11), for the damping; Fearnhead & Prangle 2012 (arXiv:1004.1112) for estimates as
-summary statistics.
+References:
+    Marquardt 1963, An Algorithm for Least-Squares Estimation of Nonlinear Parameters, SIAM J. Appl.
+    Math. 11 (the damping).
+    Fearnhead and Prangle 2012, arXiv:1004.1112 (estimates as summary statistics).
 """
 
 from __future__ import annotations
@@ -22,21 +24,24 @@ from jax import Array
 from sbi_flows.core.precision import full_precision
 from simulators.gallery.lynx_hare_model import YEARS, vector_field
 
-STEPS_A_YEAR = 6
+STEPS_PER_YEAR = 6
 ITERATIONS = 8
 CENTRE = (-0.1, -3.1, -0.1, -3.1, math.log(10.0), math.log(10.0))
 SPREAD = (0.6, 0.9, 0.6, 0.9, 1.0, 1.0)
-"""Rough mean and sd of the prior over log alpha, beta, gamma, delta and z0: the fit's own prior."""
+"""Approximate prior mean and standard deviation of log alpha, beta, gamma, delta and z0.
 
-_CLIP = 30.0
-"""Log counts beyond it, where the prior's rare explosions lie, count as this."""
+They define a Gaussian penalty in the fit.
+"""
 
-_SIGMA2 = 0.04
-"""Added to the sums of squares, as of one more count: no sd becomes zero."""
+_MAX_LOG_COUNT = 30.0
+"""Log counts are clipped to this magnitude; under the prior, some populations explode."""
+
+_VARIANCE_PRIOR = 0.04
+"""Squared residual of one additional pseudo-count, which keeps the noise variances positive."""
 
 
 def with_fit(log_counts: Array) -> dict[str, Array]:
-    """The log counts (21, 2) and beside them, as a second input, the fit to them.
+    """Return the log counts (21, 2) together with the least-squares fit to them (14,).
 
     Example:
         >>> from simulators import lynx_hare
@@ -48,17 +53,19 @@ def with_fit(log_counts: Array) -> dict[str, Array]:
 
 @full_precision
 def least_squares_fit(log_counts: Array) -> Array:
-    """Fit the six dynamical parameters to log counts, from the slopes of the series onwards.
+    """Fit the six dynamical parameters to log counts by the Levenberg-Marquardt method.
 
-    Levenberg-Marquardt with a fixed number of iterations and fixed Runge-Kutta steps, so that many
-    series are fitted side by side; each species' noise sd is estimated along.
+    The initial guess comes from the slopes of the series. The numbers of iterations and of
+    Runge-Kutta steps are fixed, so that `jax.vmap` can fit many series at once. The noise standard
+    deviation of each species is estimated as well.
 
     Args:
         log_counts: Log thousands of hare and lynx, shape (21, 2).
 
     Returns:
-        Shape (14,): log of alpha, beta, gamma, delta, z0[0], z0[1]; log sds of the residuals of
-        both species; log standard errors of the first six. NaN where the counts are NaN.
+        Array of shape (14,): the logs of alpha, beta, gamma, delta, z0[0], z0[1]; the log standard
+        deviations of the residuals of both species; the log standard errors of the first six. All
+        are NaN if a count is NaN.
 
     Example:
         >>> from simulators import lynx_hare
@@ -67,7 +74,7 @@ def least_squares_fit(log_counts: Array) -> Array:
         [0.55, 0.03, 0.79, 0.02]
     """
     log_counts = jnp.asarray(log_counts)
-    data = jnp.clip(log_counts, -_CLIP, _CLIP)
+    data = jnp.clip(log_counts, -_MAX_LOG_COUNT, _MAX_LOG_COUNT)
     q = _from_slopes(data)
     point = _linearise(q, data)
 
@@ -84,13 +91,13 @@ def least_squares_fit(log_counts: Array) -> Array:
     variance = jnp.diagonal(jnp.linalg.inv(point.hessian))
     errors = 0.5 * jnp.log(jnp.maximum(variance, 1e-8))
     fit = jnp.concatenate([point.q, 0.5 * jnp.log(point.sigma2), errors])
-    # one that met no finite point anywhere says no more than that
+    # A fit that reached no finite point returns zeros.
     fit = jnp.where(jnp.isfinite(fit), fit, 0.0)
     return jnp.where(jnp.all(jnp.isfinite(log_counts)), fit, jnp.nan)
 
 
 class _Point(NamedTuple):
-    """Parameters (6,), residual variances (2,), and the loss there with its derivatives."""
+    """Parameters (6,), residual variances (2,), and the loss at them with its derivatives."""
 
     q: Array
     sigma2: Array
@@ -100,24 +107,28 @@ class _Point(NamedTuple):
 
 
 def _linearise(q: Array, data: Array) -> _Point:
-    """Profile likelihood over the noise sds, times a Gaussian prior; Gauss-Newton derivatives."""
+    """Compute the loss at parameters q (6,) with its gradient and Gauss-Newton Hessian.
+
+    The loss is the negative log of the likelihood, maximised over the noise variances, times a
+    Gaussian prior.
+    """
     centre, spread = jnp.asarray(CENTRE), jnp.asarray(SPREAD)
-    solution, push = jax.linearize(_solve, q)
-    jacobian = jax.vmap(push, out_axes=-1)(jnp.eye(6))
+    solution, tangent_map = jax.linearize(_solve, q)
+    jacobian = jax.vmap(tangent_map, out_axes=-1)(jnp.eye(6))
     residual = solution - data
-    sigma2 = (jnp.sum(residual**2, axis=0) + _SIGMA2) / (YEARS + 1)
-    off = (q - centre) / spread
-    loss = 0.5 * YEARS * jnp.sum(jnp.log(sigma2)) + 0.5 * jnp.sum(off**2)
+    sigma2 = (jnp.sum(residual**2, axis=0) + _VARIANCE_PRIOR) / (YEARS + 1)
+    deviation = (q - centre) / spread
+    loss = 0.5 * YEARS * jnp.sum(jnp.log(sigma2)) + 0.5 * jnp.sum(deviation**2)
     loss = jnp.where(jnp.isfinite(loss), loss, jnp.inf)
     scaled = jacobian / sigma2[None, :, None]
-    gradient = jnp.einsum("tka,tk->a", scaled, residual) + off / spread
+    gradient = jnp.einsum("tka,tk->a", scaled, residual) + deviation / spread
     hessian = jnp.einsum("tka,tkb->ab", scaled, jacobian) + jnp.diag(1 / spread**2)
     return _Point(q, sigma2, loss, gradient, hessian)
 
 
 def _solve(q: Array) -> Array:
-    """Log populations (21, 2) by the classical Runge-Kutta method."""
-    h = 1.0 / STEPS_A_YEAR
+    """Solve for the log populations (21, 2) by the classical Runge-Kutta method."""
+    h = 1.0 / STEPS_PER_YEAR
     alpha, beta, gamma, delta = jnp.exp(q[:4])
     theta = {"alpha": alpha, "beta": beta, "gamma": gamma, "delta": delta}
 
@@ -129,7 +140,7 @@ def _solve(q: Array) -> Array:
         return y + h / 6 * (a + 2 * b + 2 * c + d), None
 
     def year(y: Array, _: None) -> tuple[Array, Array]:
-        y, _ = jax.lax.scan(step, y, length=STEPS_A_YEAR)
+        y, _ = jax.lax.scan(step, y, length=STEPS_PER_YEAR)
         return y, y
 
     _, later = jax.lax.scan(year, q[4:], length=YEARS - 1)
@@ -137,7 +148,7 @@ def _solve(q: Array) -> Array:
 
 
 def _from_slopes(data: Array) -> Array:
-    """First guess: yearly slopes of one log series regressed on the other's level."""
+    """Estimate the parameters by regressing yearly slopes of one log series on the other series."""
     level = jnp.exp(jnp.clip(data, -5.0, 6.0))
     middle, slope = (level[1:] + level[:-1]) / 2, jnp.diff(jnp.clip(data, -8.0, 8.0), axis=0)
     hare = _regress(middle[:, 1], slope[:, 0])
@@ -147,7 +158,7 @@ def _from_slopes(data: Array) -> Array:
 
 
 def _regress(level: Array, slope: Array) -> Array:
-    """Log of (rate, interaction) in slope = rate - interaction * level, by ridge regression."""
+    """Fit slope = rate - interaction * level by ridge regression; return the logs of both."""
     design = jnp.stack([jnp.ones_like(level), -level], axis=-1)
     weights, centre = jnp.array([1.2, 120.0]), jnp.array([1.0, 0.05])
     gram = design.T @ design + jnp.diag(weights)

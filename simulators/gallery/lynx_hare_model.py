@@ -1,6 +1,6 @@
-"""The Lotka-Volterra model of `lynx_hare`: its prior, its ODE, and the numpyro model for NUTS.
+"""Model of the lynx and hare task: its prior, its ODE, and the numpyro model for NUTS.
 
-Public names: `prior`, `vector_field`, `solve`, `numpyro_model`, `nuts`, `checked`.
+Public names: `prior`, `vector_field`, `solve`, `numpyro_model`, `nuts`, `as_log_counts`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from simulators.tasks.lotka_volterra import vector_field as vector_field
 
 YEARS = 21
 TOLERANCE = 3e-6
-"""Relative and absolute, on log populations: errors stay below a hundredth over the prior."""
+"""Relative and absolute tolerance in log populations; errors over the prior are below 0.01."""
 MAX_STEPS = 512
 
 
 def prior() -> dict[str, dist.Distribution]:
-    """The prior, by name; `sigma` and `z0` hold the hare's entry, then the lynx's.
+    """Return the prior of each parameter, by name; `sigma` and `z0` have the hare's entry first.
 
     Example:
         >>> list(prior())
@@ -50,21 +50,20 @@ def solve(
     tolerance: float = TOLERANCE,
     max_steps: int = MAX_STEPS,
 ) -> Array:
-    """Log populations of hare and lynx at the end of 0, 1, ..., 20 years.
+    """Solve for the log populations of hare and lynx after 0, 1, ..., 20 years.
 
-    In log populations the equations are alpha - beta exp(v) and -gamma + delta exp(u): populations
-    may fall to exp(-300) without underflow, and their eigenvalues are imaginary, so that an
-    explicit solver (Tsit5) needs no tiny steps for stability.
+    The equations for the log populations are du/dt = alpha - beta exp(v) and dv/dt = -gamma +
+    delta exp(u). Populations as small as exp(-300) do not underflow. The eigenvalues are imaginary,
+    so that an explicit solver (Tsit5) is stable with moderate steps.
 
     Args:
-        theta: `alpha`, `beta`, `gamma`, `delta` (one number each) and `z0` (2,); others are
-            ignored.
-        tolerance: Relative and absolute tolerance of the adaptive steps.
-        max_steps: Bound on the number of steps, rejected ones included.
+        theta: Scalars `alpha`, `beta`, `gamma`, `delta`, and `z0` (2,); other entries are ignored.
+        tolerance: Relative and absolute tolerance of the step-size control.
+        max_steps: Maximum number of steps, rejected steps included.
 
     Returns:
-        Shape (21, 2), log thousands; all NaN if the steps did not suffice. Differentiable in
-        forward mode (`jax.jvp`, `jax.jacfwd`).
+        Log thousands, shape (21, 2). All are NaN if `max_steps` is reached. They are differentiable
+        in forward mode (`jax.jvp`, `jax.jacfwd`).
 
     Example:
         >>> import jax.numpy as jnp
@@ -84,9 +83,9 @@ def solve(
 
 
 def numpyro_model(log_counts: Array | None = None) -> None:
-    """The same model for numpyro's samplers; sites are the prior's, and `log_counts` (21, 2).
+    """Define the model for numpyro: the sites of `prior`, and `log_counts` of shape (21, 2).
 
-    Use forward-mode differentiation, as `nuts` does.
+    Samplers must differentiate in forward mode, as `nuts` does.
 
     Example:
         >>> import jax
@@ -101,16 +100,16 @@ def numpyro_model(log_counts: Array | None = None) -> None:
 
 
 def nuts(key: Key, log_counts: Array, *, warmup: int = 150, draws: int = 1000) -> MCMC:
-    """Run NUTS on the model; arguments and result are those of `simulators.adapters.mcmc.nuts`.
+    """Run NUTS on the model; arguments and result are those of `simulators.mcmc.nuts`.
 
     Raises:
-        ValueError: The counts have another shape than (21, 2) or are not finite.
+        ValueError: The log counts are not finite or have another shape than (21, 2).
     """
-    return mcmc.nuts(key, numpyro_model, checked(log_counts), warmup=warmup, draws=draws)
+    return mcmc.nuts(key, numpyro_model, as_log_counts(log_counts), warmup=warmup, draws=draws)
 
 
-def checked(log_counts: Any) -> Array:
-    """The log counts as an array, or ValueError where they are not finite (21, 2)."""
+def as_log_counts(log_counts: Any) -> Array:
+    """Convert log counts to an array; raise ValueError unless they are finite, shape (21, 2)."""
     log_counts = jnp.asarray(log_counts, jnp.result_type(float))
     if log_counts.shape != (YEARS, 2):
         raise ValueError(f"log_counts: expected shape ({YEARS}, 2), got {log_counts.shape}")

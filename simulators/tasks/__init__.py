@@ -1,1 +1,4 @@
-"""Standard benchmark tasks of simulation-based inference, one file each."""
+"""Standard benchmark tasks of simulation-based inference, one file each.
+
+Import their constructors, such as `two_moons`, from the package `simulators`.
+"""

@@ -1,4 +1,4 @@
-"""Bernoulli GLM: a neuron's filter from its spikes, as ten statistics or as the raw train."""
+"""Bernoulli GLM: a neuron's stimulus filter from ten statistics of its spikes or the raw train."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from simulators.adapters import mcmc
 from simulators.adapters.task import Task
 
 BINS = 100
-FILTER = 9
-"""Length of the stimulus filter."""
-SEED = 42
-"""Of the white-noise stimulus."""
+"""Number of time bins."""
+FILTER_LENGTH = 9
+STIMULUS_SEED = 42
 
 CITATION = (
     "Goncalves et al. 2020, Training deep neural density estimators to identify mechanistic models "
@@ -31,15 +30,15 @@ CITATION = (
 
 @cache
 def bernoulli_glm() -> Task:
-    """The Bernoulli GLM task: offset and filter from ten sufficient statistics of 100 time bins.
+    """Make the Bernoulli GLM task: offset and filter from ten sufficient statistics of 100 bins.
 
-    A spike falls into bin t with probability sigmoid((X theta)_t); the row X_t holds 1 and the
-    last nine values of a fixed white-noise stimulus. The observation is X' y. Priors: theta_0 ~
-    N(0, 2) and theta_1:9 ~ N(0, (F'F)^-1), a variance and a covariance, where F = D^2 +
+    Bin t holds a spike, y_t = 1, with probability sigmoid((X theta)_t). Row t of X holds 1 and the
+    last nine values of a fixed white-noise stimulus. The observation is X' y. The priors are
+    theta_0 ~ N(0, 2) and theta_1:9 ~ N(0, (F'F)^-1), where 2 is a variance, F = D^2 +
     diag(sqrt(i / 9)) and D takes first differences, so that filters are smooth.
 
     Returns:
-        The task: theta of shape (10,), x of shape (10,). The reference is NUTS.
+        The task: theta of shape (10,), x of shape (10,). The reference sampler is NUTS.
 
     References:
         Goncalves et al. 2020, eLife 9:e56261; Lueckmann et al. 2021, arXiv:2101.04653, task T.5.
@@ -60,11 +59,11 @@ def bernoulli_glm() -> Task:
 
 @cache
 def bernoulli_glm_raw() -> Task:
-    """The Bernoulli GLM task with the raw spike train as observation.
+    """Make the Bernoulli GLM task with the raw spike train as observation.
 
     Returns:
-        The task of `bernoulli_glm`, but x is the train of zeros and ones, shape (100,), float; its
-        posterior is the same.
+        The task: theta of shape (10,), as in `bernoulli_glm`; x of shape (100,), floats 0 and 1.
+        The posterior is that of `bernoulli_glm` given the statistics of the train.
 
     References:
         Lueckmann et al. 2021, arXiv:2101.04653, task T.6.
@@ -85,28 +84,29 @@ def bernoulli_glm_raw() -> Task:
 
 @cache
 def design_matrix() -> np.ndarray:
-    """The matrix X, shape (100, 10), float32.
+    """Return the design matrix X, shape (100, 10), float32.
 
     Example:
         >>> print(design_matrix()[:2, :3].round(3))
         [[ 1.     0.497  0.   ]
          [ 1.    -0.138  0.497]]
     """
-    stimulus = np.random.RandomState(SEED).randn(BINS).astype(np.float32)
+    stimulus = np.random.RandomState(STIMULUS_SEED).randn(BINS).astype(np.float32)
     lagged = [
-        np.concatenate([np.zeros(j, np.float32), stimulus[: BINS - j]]) for j in range(FILTER)
+        np.concatenate([np.zeros(j, np.float32), stimulus[: BINS - j]])
+        for j in range(FILTER_LENGTH)
     ]
     return np.stack([np.ones(BINS, np.float32), *lagged], axis=1)
 
 
 def _prior() -> dist.Distribution:
-    difference = np.eye(FILTER) - np.eye(FILTER, k=-1)
-    f = difference @ difference + np.diag(np.sqrt(np.arange(FILTER) / FILTER))
-    precision = np.zeros((1 + FILTER, 1 + FILTER))
+    difference = np.eye(FILTER_LENGTH) - np.eye(FILTER_LENGTH, k=-1)
+    f = difference @ difference + np.diag(np.sqrt(np.arange(FILTER_LENGTH) / FILTER_LENGTH))
+    precision = np.zeros((1 + FILTER_LENGTH, 1 + FILTER_LENGTH))
     precision[0, 0] = 0.5
     precision[1:, 1:] = f.T @ f
     covariance = np.linalg.inv(precision)
-    return dist.MultivariateNormal(jnp.zeros(1 + FILTER), jnp.asarray(covariance))
+    return dist.MultivariateNormal(jnp.zeros(1 + FILTER_LENGTH), jnp.asarray(covariance))
 
 
 def _spikes(key: Key, theta: Array) -> Array:

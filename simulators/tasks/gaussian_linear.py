@@ -1,4 +1,4 @@
-"""Gaussian linear: the conjugate Gaussian in ten dimensions."""
+"""Gaussian linear: a Gaussian prior and Gaussian noise in ten dimensions, a conjugate pair."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from simulators.adapters.task import Task
 
 DIM = 10
 VARIANCE = 0.1
-"""Of the prior and of the noise alike."""
+"""Variance of each entry of the prior, and of the noise."""
 
 CITATION = (
     "Lueckmann et al. 2021, Benchmarking Simulation-Based Inference, arXiv:2101.04653, task T.1"
@@ -24,7 +24,7 @@ CITATION = (
 
 @cache
 def gaussian_linear() -> Task:
-    """The Gaussian linear task: theta ~ N(0, .1 I) in ten dimensions, x ~ N(theta, .1 I).
+    """Make the Gaussian linear task: theta ~ N(0, .1 I) in ten dimensions, x ~ N(theta, .1 I).
 
     The posterior is N(x / 2, .05 I) (.1 and .05 are variances).
 
@@ -49,7 +49,7 @@ def gaussian_linear() -> Task:
 
 
 def add_noise(key: Key, theta: Array) -> Array:
-    """Draw from N(theta, .1 I), theta of any shape."""
+    """Draw from N(theta, .1 I), in the shape of theta."""
     return theta + math.sqrt(VARIANCE) * jax.random.normal(key, jnp.shape(theta))
 
 

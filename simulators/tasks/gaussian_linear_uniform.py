@@ -1,4 +1,4 @@
-"""Gaussian linear uniform: Gaussian noise around a point of a box in ten dimensions."""
+"""Gaussian linear uniform: a uniform prior on a box and Gaussian noise, in ten dimensions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CITATION = (
 
 @cache
 def gaussian_linear_uniform() -> Task:
-    """The Gaussian linear uniform task: theta ~ U(-1, 1)^10, x ~ N(theta, .1 I).
+    """Make the Gaussian linear uniform task: theta ~ U(-1, 1)^10, x ~ N(theta, .1 I).
 
     The posterior is N(x, .1 I) truncated to the box (.1 is the variance).
 

@@ -1,4 +1,4 @@
-"""Gaussian mixture: a common mean under a wide and a narrow Gaussian."""
+"""Gaussian mixture: the common mean of a wide and a narrow Gaussian."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ CITATION = (
 
 @cache
 def gaussian_mixture() -> Task:
-    """The Gaussian mixture task: x ~ N(theta, I) / 2 + N(theta, .01 I) / 2, theta ~ U(-10, 10)^2.
+    """Make the Gaussian mixture task: x ~ N(theta, I) / 2 + N(theta, .01 I) / 2.
 
-    The posterior is the same mixture around x, truncated to the box (.01 is the variance).
+    The prior is U(-10, 10)^2. The posterior is the same mixture around x, truncated to the box
+    (.01 is the variance).
 
     Returns:
         The task: theta of shape (2,), x of shape (2,).
@@ -62,7 +63,7 @@ def _sample_reference(key: Key, x: Array, n: int) -> Array:
         truncated_normal(k, x, scale, -10.0, 10.0, n)
         for k, scale in zip((wide_key, narrow_key), SCALES, strict=True)
     )
-    # near the edge the box cuts more off the wide component, which lowers its weight
+    # Near an edge, the box cuts off more of the wide component, which lowers its weight.
     mass = jnp.stack([jnp.sum(log_interval_mass(x, scale, -10.0, 10.0)) for scale in SCALES])
     is_narrow = jax.random.categorical(component_key, mass, shape=(n, 1)) == 1
     return jnp.where(is_narrow, narrow, wide)

@@ -1,4 +1,4 @@
-"""Lotka-Volterra: predators and prey counted ten times, with little noise."""
+"""Lotka-Volterra: ten counts of predators and prey, with little noise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOISE = 0.1
 LOG_BOUNDS = (math.log(1e-10), math.log(1e4))
 TOLERANCE = 3e-6
 MAX_STEPS = 1024
-MAX_LOG = 40.0
+MAX_LOG_POPULATION = 40.0
 
 CITATION = (
     "Lotka 1920, Analytical note on certain rhythmic relations in organic systems; as in Lueckmann "
@@ -34,7 +34,7 @@ CITATION = (
 
 @cache
 def lotka_volterra() -> Task:
-    """The Lotka-Volterra task: four rates from ten counts of prey and predators.
+    """Make the Lotka-Volterra task: four rates from ten counts of prey and predators.
 
     With prey u and predators v, (u, v)(0) = (30, 1),
 
@@ -45,7 +45,8 @@ def lotka_volterra() -> Task:
 
     Returns:
         The task: theta named `alpha`, `beta`, `gamma`, `delta` (1/time), x of shape (20,): ten
-        counts of the prey, then ten of the predators. The reference is NUTS on the same likelihood.
+        counts of the prey, then ten of the predators. The reference sampler is NUTS on the same
+        likelihood.
 
     References:
         Lotka 1920, PNAS 6; Lueckmann et al. 2021, arXiv:2101.04653, task T.10.
@@ -70,7 +71,7 @@ def _prior() -> dict[str, dist.Distribution]:
 
 
 def log_populations(theta: dict[str, Array]) -> Array:
-    """Log of the clipped populations, shape (20,): the prey's ten, then the predators'.
+    """Compute the log of the clipped populations, shape (20,): ten of the prey, ten of predators.
 
     Example:
         >>> import jax.numpy as jnp
@@ -92,14 +93,20 @@ def log_populations(theta: dict[str, Array]) -> Array:
 
 
 def vector_field(t: Any, y: Array, theta: Mapping[str, Array]) -> Array:
-    """Rates of change of the log populations.
+    """Compute the rates of change of the log populations, shape (2,), prey first.
 
-    A trial step may overshoot to a log population in the thousands: an infinite rate would make
-    the error estimate NaN and stall the step-size control, a huge one is rejected as it should be.
+    Populations are clipped at exp(40). A trial step can overshoot to log populations of thousands;
+    an infinite rate would make the error estimate NaN and stall the step-size control, whereas a
+    large finite rate makes the controller reject the step.
+
+    Args:
+        t: Time, which is not used.
+        y: Log populations, shape (2,), prey first.
+        theta: The rates `alpha`, `beta`, `gamma`, `delta`; see `lotka_volterra`.
     """
-    hare, lynx = jnp.exp(jnp.minimum(y, MAX_LOG))
+    prey, predators = jnp.exp(jnp.minimum(y, MAX_LOG_POPULATION))
     return jnp.stack(
-        [theta["alpha"] - theta["beta"] * lynx, theta["delta"] * hare - theta["gamma"]]
+        [theta["alpha"] - theta["beta"] * predators, theta["delta"] * prey - theta["gamma"]]
     )
 
 

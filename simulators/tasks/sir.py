@@ -1,4 +1,4 @@
-"""SIR: an epidemic in a closed population, seen through tests of a thousand people."""
+"""SIR: an epidemic in a closed population, observed by tests of a thousand people."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TESTED = 1000
 INTERVAL = 17.0
 TIMES = 10
 TOLERANCE = 1e-6
-"""On the susceptible fraction and the log infected fraction."""
+"""Tolerance of the solver, in the susceptible fraction and the log infected fraction."""
 MAX_STEPS = 1024
 
 CITATION = (
@@ -32,18 +32,18 @@ CITATION = (
 
 @cache
 def sir() -> Task:
-    """The SIR task: contact and recovery rates from ten surveys of an epidemic.
+    """Make the SIR task: contact and recovery rates from ten surveys of an epidemic.
 
     With S + I + R = N = 10^6, I(0) = 1 and R(0) = 0,
 
         dS/dt = -beta S I / N,    dI/dt = beta S I / N - gamma I,
 
     and at t = 0, 17, ..., 153 days x ~ Binomial(1000, I(t) / N). Priors: beta ~ LogNormal(log .4,
-    .5), gamma ~ LogNormal(log .125, .2); second arguments are standard deviations of the logarithm.
+    .5), gamma ~ LogNormal(log .125, .2); the second argument is the logarithm's standard deviation.
 
     Returns:
-        The task: theta named `beta` and `gamma` (1/day), x of shape (10,), counts as real numbers.
-        The reference is NUTS on the same likelihood.
+        The task: theta named `beta` and `gamma` (1/day), x of shape (10,), counts as floats. The
+        reference sampler is NUTS on the same likelihood.
 
     References:
         Kermack and McKendrick 1927, Proc. R. Soc. Lond. A 115; Lueckmann et al. 2021,
@@ -71,9 +71,10 @@ def _prior() -> dict[str, dist.Distribution]:
 
 
 def log_infected(theta: dict[str, Array]) -> Array:
-    """Log of the infected fraction of the population at the ten times, shape (10,).
+    """Compute the log infected fraction of the population at the ten times, shape (10,).
 
-    The logarithm's equation, beta s - gamma, keeps small fractions as exact as large ones.
+    The ODE is solved for the logarithm, whose rate is beta S / N - gamma: the relative error is
+    then the same for small and large fractions.
 
     Example:
         >>> import jax.numpy as jnp
@@ -102,5 +103,5 @@ def _simulator(key: Key, theta: dict[str, Array]) -> Array:
 def _model(x: Array) -> None:
     theta = {name: numpyro.sample(name, site) for name, site in _prior().items()}
     log_p = log_infected(theta)
-    # the coefficient of the binomial does not depend on theta
+    # The binomial coefficient does not depend on theta.
     numpyro.factor("x", jnp.sum(x * log_p + (TESTED - x) * jnp.log1p(-jnp.exp(log_p))))

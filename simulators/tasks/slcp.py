@@ -1,4 +1,7 @@
-"""SLCP: simple likelihood, complex posterior, with four symmetric modes."""
+"""SLCP (simple likelihood, complex posterior): a Gaussian's mean and covariance from four points.
+
+The posterior has four symmetric modes.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,17 @@ from simulators.adapters.sampling import rejection
 from simulators.adapters.task import Task
 
 BOUND = 3.0
+"""The prior is uniform on (-3, 3) in each dimension."""
 JITTER = 1e-6
+"""Variance added to both coordinates."""
 POINTS = 4
-"""Independent points in the plane that make up one observation."""
+"""Number of independent points in the plane in one observation."""
 DEGREES = 2.5
-"""Degrees of freedom of the inverse-Wishart proposal of the covariance."""
-VISIBLE = 300.0
-"""The jitter shows in the posterior if a sample variance is below this many times it."""
-REFINEMENTS = 1000
-"""Metropolis steps in that case."""
+"""Degrees of freedom of the inverse-Wishart proposal for the covariance."""
+MIN_VARIANCE_RATIO = 300.0
+"""The jitter affects the posterior if a sample variance is below this multiple of it."""
+METROPOLIS_STEPS = 1000
+"""Number of Metropolis steps in that case."""
 
 CITATION = (
     "Papamakarios et al. 2019, Sequential Neural Likelihood, arXiv:1805.07226; as in Lueckmann et "
@@ -34,7 +39,7 @@ CITATION = (
 
 
 class Covariance(NamedTuple):
-    """A 2 x 2 covariance; the determinant is kept apart for accuracy where it is small."""
+    """Covariance matrix (2, 2), with its determinant computed separately to avoid cancellation."""
 
     xx: Array
     xy: Array
@@ -44,11 +49,12 @@ class Covariance(NamedTuple):
 
 @cache
 def slcp() -> Task:
-    """The SLCP task: four points in the plane from one Gaussian.
+    """Make the SLCP task: four points in the plane from one Gaussian.
 
-    Prior U(-3, 3)^5. The mean is (theta_1, theta_2), the standard deviations s_1 = theta_3^2 and
-    s_2 = theta_4^2, the correlation tanh theta_5; 1e-6 is added to both variances. The observation
-    is (x_1, y_1, ..., x_4, y_4). The signs of theta_3 and theta_4 do not matter.
+    The prior is U(-3, 3)^5. The mean is (theta_1, theta_2), the standard deviations are s_1 =
+    theta_3^2 and s_2 = theta_4^2, and the correlation is tanh theta_5; 1e-6 is added to both
+    variances. The observation is (x_1, y_1, ..., x_4, y_4). The likelihood does not depend on the
+    signs of theta_3 and theta_4.
 
     Returns:
         The task: theta of shape (5,), x of shape (8,).
@@ -72,7 +78,7 @@ def slcp() -> Task:
 
 
 def log_likelihood(theta: Array, x: Array) -> Array:
-    """Log density of one observation x of shape (8,) at theta of shape (*, 5); shape (*).
+    """Compute the log likelihood of one observation x (8,) at theta (*, 5), shape (*).
 
     Example:
         >>> import jax.numpy as jnp
@@ -96,38 +102,38 @@ def _simulator(key: Key, theta: Array) -> Array:
 
 
 def _covariance(theta: Array) -> Covariance:
-    """The Gaussian's covariance at theta (*, 5), the jitter included."""
+    """Compute the covariance of one point at theta (*, 5), including the jitter."""
     a, b = theta[..., 2] ** 4, theta[..., 3] ** 4
     ab = theta[..., 2] ** 2 * theta[..., 3] ** 2
-    # 1 - tanh^2 = 1 / cosh^2, without the cancellation
+    # 1 - tanh^2 = 1 / cosh^2, which avoids cancellation
     det = (ab / jnp.cosh(theta[..., 4])) ** 2 + JITTER * (a + b) + JITTER**2
     return Covariance(a + JITTER, ab * jnp.tanh(theta[..., 4]), b + JITTER, det)
 
 
 @partial(jax.jit, static_argnums=2)
 def _sample_reference(key: Key, x: Array, n: int) -> Array:
-    """Exact rejection for the posterior without the jitter, then Metropolis steps if it matters.
+    """Draw from the posterior by rejection, and correct for the jitter by Metropolis steps.
 
-    The posterior of the covariance T, in coordinates (theta_3, theta_4, theta_5), the mean
-    integrated out, is without the jitter an inverse-Wishart of 2.5 degrees of freedom times
-    (1 - rho^2)^(1/4), an acceptance probability. Given T the mean is N(xbar, T / 4). What leaves
-    the box is rejected. Where the points scatter so little that the jitter shows, Metropolis
-    steps, each draw by itself, lead from there to the posterior.
+    Without the jitter, and with the mean integrated out, the posterior of the covariance T in
+    coordinates (theta_3, theta_4, theta_5) is an inverse-Wishart with 2.5 degrees of freedom times
+    (1 - rho^2)^(1/4), which serves as the acceptance probability. Given T, the mean is
+    N(xbar, T / 4). Draws outside the box are rejected. If the points scatter so little that the
+    jitter matters, each draw is the start of a Metropolis chain of its own.
     """
     x = jnp.asarray(x, jnp.result_type(float))
     start_key, refine_key, sign_key = jax.random.split(key, 3)
     theta = rejection(start_key, lambda k: _propose(k, x, max(n, 1000)), n)
     scatter = jnp.var(jnp.reshape(x, (POINTS, 2)), axis=0)
-    steps = jnp.where(jnp.min(scatter) < VISIBLE * JITTER, REFINEMENTS, 0)
+    steps = jnp.where(jnp.min(scatter) < MIN_VARIANCE_RATIO * JITTER, METROPOLIS_STEPS, 0)
     theta = _refine(refine_key, theta, x, steps)
-    # |theta_3| and |theta_4| were sampled; the likelihood does not see the signs
+    # |theta_3| and |theta_4| were sampled; the likelihood does not depend on the signs
     signs = jax.random.rademacher(sign_key, (n, 2), theta.dtype)
     return theta.at[:, 2:4].set(jnp.abs(theta[:, 2:4]) * signs)
 
 
 @full_precision
 def _propose(key: Key, x: Array, m: int) -> tuple[Array, Array]:
-    """Draws (m, 5) with theta_3 and theta_4 positive, and which of them to accept."""
+    """Propose m draws with positive theta_3 and theta_4, shape (m, 5), and decide on each."""
     covariance_key, mean_key, uniform_key = jax.random.split(key, 3)
     points = jnp.reshape(x, (POINTS, 2))
     centre = jnp.mean(points, axis=0)
@@ -144,9 +150,13 @@ def _propose(key: Key, x: Array, m: int) -> tuple[Array, Array]:
 
 
 def _inverse_wishart(key: Key, centred: Array, n: int) -> tuple[Array, Array]:
-    """Draws F F' of the inverse-Wishart with this scatter: F (n, 2, 2) and the determinants (n,).
+    """Draw covariances F F' from the inverse-Wishart with the scatter matrix of centred points.
 
-    Bartlett's decomposition W = B B' of the Wishart; F = L B'^-1 with the scatter L L'.
+    The Wishart matrix is W = B B' (Bartlett's decomposition), and F = L B'^-1 where L L' is the
+    scatter matrix.
+
+    Returns:
+        F, shape (n, 2, 2), and the determinants of F F', shape (n,).
     """
     a, b = centred[:, 0], centred[:, 1]
     length = jnp.linalg.norm(a)
@@ -162,7 +172,7 @@ def _inverse_wishart(key: Key, centred: Array, n: int) -> tuple[Array, Array]:
 
 
 def _refine(key: Key, theta: Array, x: Array, steps: Array) -> Array:
-    """Random-walk Metropolis steps of many scales for each of the draws (n, 5) by itself."""
+    """Run a random-walk Metropolis chain of many step scales from each of the draws (n, 5)."""
     n, dim = theta.shape
     spread = jnp.std(theta, axis=0)
 

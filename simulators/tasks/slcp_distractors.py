@@ -1,4 +1,4 @@
-"""SLCP with distractors: its eight numbers, hidden among 92 that say nothing."""
+"""SLCP with distractors: its eight numbers among 92 that carry no information."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ CITATION = (
 
 
 class Distractors(NamedTuple):
-    """The fixed numbers behind the distractors.
+    """Fixed parameters of the distractors.
 
     Attributes:
         locations: Centres of the mixture's components, shape (20, 92).
-        scales: Lower triangular factors of their scale matrices, shape (20, 92, 92).
-        order: Entry i of the observation is entry order[i] of the eight numbers and the noise.
+        scales: Lower triangular factors of the components' scale matrices, shape (20, 92, 92).
+        order: Permutation, shape (100,): entry i of the observation is entry order[i] of the eight
+            informative numbers followed by the noise.
     """
 
     locations: np.ndarray
@@ -42,10 +43,10 @@ class Distractors(NamedTuple):
 
 @cache
 def slcp_distractors() -> Task:
-    """The SLCP task with 92 uninformative dimensions, all in a fixed random order.
+    """Make the SLCP task with 92 uninformative dimensions, in a fixed random order.
 
-    The noise is an equal mixture of 20 multivariate t distributions of two degrees of freedom:
-    tails so heavy that it has no variance.
+    The noise is an equal mixture of 20 multivariate t distributions with two degrees of freedom.
+    Its tails are so heavy that its variance is infinite.
 
     Returns:
         The task: theta of shape (5,), x of shape (100,). The posterior is that of `slcp` given the
@@ -78,7 +79,7 @@ def slcp_distractors() -> Task:
 
 @cache
 def distractors() -> Distractors:
-    """The numbers of the published task, drawn anew from its seed.
+    """Draw the distractors' fixed parameters from the seed of the published task.
 
     Example:
         >>> distractors().scales.shape
@@ -94,7 +95,7 @@ def distractors() -> Distractors:
 
 
 def informative(x: Array) -> Array:
-    """The eight numbers of `slcp` in an observation (100,) of this task."""
+    """Return the eight informative entries, as `slcp` orders them, of an observation (100,)."""
     return x[jnp.asarray(np.argsort(distractors().order)[:INFORMATIVE])]
 
 

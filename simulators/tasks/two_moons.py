@@ -1,4 +1,4 @@
-"""Two moons: a crescent in two dimensions whose posterior has two mirrored crescents."""
+"""Two moons: crescent-shaped noise in two dimensions; the posterior is two mirrored crescents."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ CITATION = (
 
 @cache
 def two_moons() -> Task:
-    """The two moons task.
+    """Make the two moons task.
 
-    Prior U(-1, 1)^2. With a ~ U(-pi/2, pi/2) and r ~ N(.1, .01^2),
+    The prior is U(-1, 1)^2. With a ~ U(-pi/2, pi/2) and r ~ N(.1, .01^2),
 
         x = (r cos a + .25 - |theta_1 + theta_2| / sqrt 2, r sin a + (theta_2 - theta_1) / sqrt 2).
 
-    The reference inverts this exactly.
+    The reference sampler inverts this equation exactly.
 
     Returns:
         The task: theta of shape (2,), x of shape (2,).
@@ -58,7 +58,7 @@ def _simulator(key: Key, theta: Array) -> Array:
 
 
 def _crescent(key: Key, shape: tuple[int, ...]) -> Array:
-    """Noise r (cos a, sin a), shape (*shape, 2)."""
+    """Draw the noise r (cos a, sin a), shape (*shape, 2)."""
     angle_key, radius_key = jax.random.split(key)
     a = jax.random.uniform(angle_key, shape, minval=-math.pi / 2, maxval=math.pi / 2)
     r = 0.1 + 0.01 * jax.random.normal(radius_key, shape)
@@ -67,16 +67,16 @@ def _crescent(key: Key, shape: tuple[int, ...]) -> Array:
 
 @partial(jax.jit, static_argnums=2)
 def _sample_reference(key: Key, x: Array, n: int) -> Array:
-    """Solve for theta at draws of the noise; theta_1 + theta_2 takes either sign."""
+    """Draw the noise and solve for theta; theta_1 + theta_2 has a random sign."""
     x = jnp.asarray(x, jnp.result_type(float))
 
     def propose(key: Key) -> tuple[Array, Array]:
         noise_key, sign_key = jax.random.split(key)
         noise = _crescent(noise_key, (n,))
-        size, across = noise[:, 0] + 0.25 - x[0], x[1] - noise[:, 1]
-        along = size * jax.random.rademacher(sign_key, (n,), x.dtype)
+        magnitude, across = noise[:, 0] + 0.25 - x[0], x[1] - noise[:, 1]
+        along = magnitude * jax.random.rademacher(sign_key, (n,), x.dtype)
         theta = jnp.stack([along - across, along + across], axis=-1) / math.sqrt(2)
-        # a negative size is no absolute value of anything: such noise is impossible given x
-        return theta, (size >= 0) & jnp.all(jnp.abs(theta) <= 1, axis=-1)
+        # |theta_1 + theta_2| / sqrt 2 cannot be negative: such noise is impossible given x
+        return theta, (magnitude >= 0) & jnp.all(jnp.abs(theta) <= 1, axis=-1)
 
     return rejection(key, propose, n)

@@ -1,4 +1,4 @@
-"""External simulators on a cluster of Dask, one of whose workers is killed."""
+"""External simulators on a Dask cluster, one of whose workers is killed."""
 
 import os
 import signal

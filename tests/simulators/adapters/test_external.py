@@ -1,4 +1,4 @@
-"""Simulators that run in processes of their own, and what they may do there."""
+"""External simulators in worker processes: results, failures, time and memory limits."""
 
 import os
 import signal
@@ -48,7 +48,7 @@ def test_a_result_does_not_depend_on_where_it_was_made():
     np.testing.assert_array_equal(few.x, more.x[:4])
 
 
-def test_dicts_of_arrays_have_types_of_their_own():
+def test_each_array_of_a_dict_has_its_dtype():
     @external_simulator(shape={"count": (), "curve": (2,)}, dtype={"count": int, "curve": float})
     def both(seed, theta):
         return {"count": 3, "curve": [theta["place"], 1]}
@@ -59,7 +59,7 @@ def test_dicts_of_arrays_have_types_of_their_own():
 
 
 def hostile(seed, theta):
-    """Rows by their place: most are fine, the others each fail in their own way."""
+    """A simulator that fails in a way chosen by its parameter; 0 succeeds."""
     what = int(theta[0])
     print("a line on stdout", what)
     if what == 1:
@@ -82,7 +82,7 @@ def hostile(seed, theta):
     return theta + np.zeros(2)
 
 
-def test_a_simulation_that_fails_costs_one_row_and_says_why():
+def test_a_failed_simulation_gives_one_invalid_row_and_its_reason():
     simulator = external_simulator(hostile, shape=(2,), timeout=2.0, memory=1.0, executor=TWO)
     theta = np.zeros((40, 1), np.float32)
     theta[::5, 0] = np.arange(1, 9)
@@ -92,10 +92,10 @@ def test_a_simulation_that_fails_costs_one_row_and_says_why():
     np.testing.assert_array_equal(np.flatnonzero(~np.asarray(sims.valid)), np.arange(0, 40, 5))
     (message,) = {str(w.message) for w in caught if w.category is sf.SbiFlowsWarning}
     assert "1 its process was ended by SIGSEGV" in message
-    said = {}
+    reasons = {}
     process = Process(packed(simulator.job))
     for what in range(1, 9):
-        said[what] = process.run(0, np.full(1, what), simulator.limits).reason
+        reasons[what] = process.run(0, np.full(1, what), simulator.limits).reason
     process.close()
     for what, expected in {
         1: "raised ArithmeticError: no such state (test_external.py, line",
@@ -107,10 +107,10 @@ def test_a_simulation_that_fails_costs_one_row_and_says_why():
         7: "",
         8: "it printed: a line on stdout 8\nthe solver gave up",
     }.items():
-        assert expected in said[what]
+        assert expected in reasons[what]
 
 
-def test_what_failed_is_tried_again_if_asked(tmp_path):
+def test_failed_simulations_are_repeated(tmp_path):
     def flaky(seed, theta):
         path = tmp_path / str(seed)
         if not path.exists():
@@ -141,7 +141,7 @@ def test_an_interrupt_leaves_no_process(tmp_path):
             os.kill(int(path.name), 0)
 
 
-def test_a_function_that_cannot_be_loaded_is_said_before_any_row():
+def test_a_function_that_cannot_be_loaded_is_reported_at_once():
     class Bad:
         def __call__(self, seed, theta):
             return theta
@@ -180,7 +180,7 @@ def test_an_executable_reads_its_parameters_and_prints_its_observation():
     np.testing.assert_allclose(x[sims.valid], theta[sims.valid][:, [0, 2]], rtol=1e-6)
 
 
-def test_an_executable_is_read_as_the_user_says():
+def test_an_executable_with_a_reader():
     def read(folder):
         return {"size": len((folder / "stdout").read_bytes())}
 
@@ -191,17 +191,17 @@ def test_an_executable_is_read_as_the_user_says():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"shape": 3}, "shape: expected a tuple of whole numbers, got 3"),
+        ({"shape": 3}, "shape: expected a tuple of integers >= 0, got 3"),
         ({"shape": (2,), "dtype": str}, "dtype: expected a type of real numbers, got <U0"),
-        ({"shape": {"a": ()}, "dtype": {"b": int}}, r"dtype: expected one for each of \['a'\]"),
+        ({"shape": {"a": ()}, "dtype": {"b": int}}, r"dtype: expected a type for each of \['a'\]"),
         ({"shape": (), "timeout": 0.0}, "timeout: expected a positive number"),
         ({"shape": (), "memory": -1.0}, "memory: expected a positive number"),
         ({"shape": (), "timeout": float("inf")}, "timeout: expected"),
         ({"shape": (), "retries": -1}, "retries: expected a whole number of at least 0, got -1"),
-        ({"shape": (), "executor": 2}, "executor: expected one such as Processes"),
+        ({"shape": (), "executor": 2}, "executor: expected an executor such as Processes"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         external_simulator(line, **settings)
 
@@ -213,7 +213,7 @@ def test_an_executor_is_for_external_simulators():
         executable("ls", shape=())
 
 
-def test_what_a_simulation_leaves_behind_is_not_the_next_one_s(tmp_path):
+def test_memory_of_a_failed_simulation_is_freed_for_the_next(tmp_path):
     held = []
 
     def greedy(seed, theta):
@@ -248,7 +248,7 @@ def test_numbers_that_a_type_does_not_hold_are_refused():
         simulator(jax.random.key(0), 0.0)
 
 
-def test_an_executable_may_be_named_by_its_place(tmp_path, monkeypatch):
+def test_an_executable_may_be_named_by_a_relative_path(tmp_path, monkeypatch):
     (tmp_path / "model").write_text("#!/bin/sh\necho $1\n")
     (tmp_path / "model").chmod(0o755)
     monkeypatch.chdir(tmp_path)

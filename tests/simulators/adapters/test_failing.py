@@ -1,4 +1,4 @@
-"""A simulator that fails in every way on 5% of its draws, from the simulations to the verdict."""
+"""A simulator that fails in seven ways at 5% of its draws: simulate, fit and check."""
 
 import os
 import re
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 PRIOR = {"place": dist.Normal(0.0, 1.0)}
 KEY = jax.random.key(2)
 SHARE = 0.0072
-"""Share of the draws that fail in one way, or print too much to read but are fine."""
+"""Fraction of the draws in each kind of failure, and of the valid draws that print a lot."""
 
 WAYS = {
     "raises": "raised ArithmeticError: no such state",
@@ -34,7 +34,7 @@ WAYS = {
 
 
 def way_of(seed):
-    """How a draw with this seed fails, what it prints, or that it does neither."""
+    """Return the kind of failure of the draw with this seed, "prints" or "is quiet"."""
     place = int(np.random.default_rng([seed, 1]).uniform() / SHARE)
     return [*WAYS, "prints", "is quiet"][min(place, len(WAYS) + 1)]
 

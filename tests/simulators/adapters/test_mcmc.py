@@ -1,4 +1,4 @@
-"""NUTS for reference posteriors, on a posterior that is known."""
+"""NUTS for reference posteriors, on a conjugate posterior."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.promotes
 
 
 def gaussian(x):
-    """Two means, the second far better known; posterior sds .45 and .1."""
+    """Two means with posterior standard deviations .45 and .1."""
     mean = numpyro.sample("mean", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
     numpyro.sample("x", dist.Normal(mean, jnp.array([0.5, 0.1])).to_event(1), obs=x)
 

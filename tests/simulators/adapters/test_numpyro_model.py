@@ -1,4 +1,4 @@
-"""Models of numpyro as tasks: prior, simulator, exact posterior and joint density of one model."""
+"""Tasks made from numpyro models: prior, simulator, exact posterior and joint density."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ SIGMA = np.array([1.0, 0.5, 2.0])
 
 
 def schools(sigma, y=None):
-    """A hierarchical model with a plate, a deterministic site, and a parameter under another."""
+    """A hierarchical model with a plate and a deterministic site."""
     centre = numpyro.sample("centre", dist.Normal(0.0, 1.0))
     with numpyro.plate("school", len(sigma)):
         effect = numpyro.sample("effect", dist.Normal(centre, 1.0))
@@ -101,7 +101,7 @@ def test_several_observed_sites_are_a_dict():
     assert draws.mean() == pytest.approx((2 + 5 + 1) / (1 + 3 + 0.5), rel=0.05)
 
 
-def test_data_in_the_model_do_not_keep_it_from_being_simulated():
+def test_a_site_with_data_in_the_model_is_simulated():
     def model():
         place = numpyro.sample("place", dist.Normal(0.0, 1.0))
         numpyro.sample("y", dist.Normal(place, 0.1), obs=5.0)
@@ -126,15 +126,15 @@ def discrete():
 @pytest.mark.parametrize(
     ("model", "observed", "settings", "message"),
     [
-        (with_factor, ["y"], {}, r"factors cannot be, got none of \['bonus'\]"),
+        (with_factor, ["y"], {}, r"which leaves out \['bonus'\] \(factors"),
         (discrete, ["y"], {}, "prior site 'kind': expected a continuous distribution"),
         (counts, ["event"], {}, r"observed: expected names out of \['events', 'rate', 'size'\]"),
         (counts, [], {}, "observed: expected names out of"),
-        (lambda y: counts(y), ["events"], {}, "model: expected one that runs without its data"),
+        (lambda y: counts(y), ["events"], {}, "model: expected a model that runs without its data"),
         (counts, ["events", "size"], {"data": np.ones(3)}, r"data: expected a dict of \['events'"),
         (discrete, ["kind"], {"data": np.ones(3)}, r"data: expected shape \(\), got \(3,\)"),
     ],
 )
-def test_what_is_no_task_is_refused(model, observed, settings, message):
+def test_models_that_cannot_be_tasks_are_refused(model, observed, settings, message):
     with pytest.raises(ValueError, match=message):
         from_numpyro(model, observed, **settings)

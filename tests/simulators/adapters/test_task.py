@@ -1,4 +1,4 @@
-"""What holds for every task, and the registry."""
+"""Properties of every task, stored references, and the registry."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from sbi_flows.prior.prior import as_prior
 from simulators import ReferenceFailed, Task
 from simulators.adapters import stored
 
-SHAPES = {  # of theta as a flat vector and of x
+SHAPES = {  # flat theta and x
     "bernoulli_glm": ((10,), (10,)),
     "bernoulli_glm_raw": ((10,), (100,)),
     "eight_schools": ((10,), (8,)),
@@ -153,23 +153,23 @@ def test_named_prior_gives_the_simulator_a_dict():
     np.testing.assert_allclose(task.observation(1), rate * jnp.stack(shift), rtol=1e-6)
 
 
-def kept_toy(**changes):
-    """A task whose sampler must not be called where a file has the draws."""
+def stored_toy(**changes):
+    """A task with stored draws whose sampler raises."""
 
-    def never(key, x, n):
+    def fail(key, x, n):
         raise AssertionError("sampled")
 
-    return toy(sample_reference=never, stored_as="toy", **changes)
+    return toy(sample_reference=fail, stored_as="toy", **changes)
 
 
-def test_references_are_read_where_they_are_kept(tmp_path, monkeypatch):
+def test_stored_references_are_read(tmp_path, monkeypatch):
     monkeypatch.setenv("SBI_FLOWS_CACHE", str(tmp_path))
-    task, draws = kept_toy(), np.arange(20.0).reshape(10, 2)
+    task, draws = stored_toy(), np.arange(20.0).reshape(10, 2)
     x = task.stored_observation(1)
     stored.save(tmp_path, "toy", 1, x, draws, {"rhat": 1.0})
     np.testing.assert_array_equal(task.reference(1, n=10), draws)
     np.testing.assert_array_equal(task.reference(1, n=2), draws[[0, 9]])
-    # too few, another observation, or a file that is none
+    # not read: too few draws, draws for another observation, an unreadable file
     stored.save(tmp_path, "toy", 2, x, draws, {})
     (tmp_path / "toy-3.npz").write_text("nothing")
     for i, n in ((1, 11), (2, 5), (3, 5)):
@@ -179,7 +179,7 @@ def test_references_are_read_where_they_are_kept(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["sir", "lotka_volterra", "bernoulli_glm"])
-def test_what_ships_belongs_to_the_observations_and_has_converged(name):
+def test_shipped_references_match_the_observations_and_have_converged(name):
     task = simulators.get(name)
     for i in range(1, 11):
         path = stored.FOLDER / f"{name}-{i}.npz"
@@ -189,9 +189,9 @@ def test_what_ships_belongs_to_the_observations_and_has_converged(name):
         draws = stored.load(name, i, x, (stored.FOLDER,))
         assert draws is not None and draws.shape == (10_000, task.dim)
         assert np.all(np.isfinite(draws))
-        # the truth is where the posterior is
-        away = (task.true_parameters(i) - draws.mean(axis=0)) / draws.std(axis=0)
-        assert np.max(np.abs(away)) < 4.5
+        # the posterior covers the true parameters
+        z = (task.true_parameters(i) - draws.mean(axis=0)) / draws.std(axis=0)
+        assert np.max(np.abs(z)) < 4.5
 
 
 def test_both_spike_trains_share_their_references():

@@ -1,4 +1,4 @@
-"""The school's epidemic, as a stochastic simulator and as an ODE."""
+"""The influenza epidemic as a stochastic simulator and as an ODE."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def test_the_counts_are_those_that_were_published():
 def test_many_epidemics_are_around_the_expected_one():
     several = np.mean([boys_in_bed(seed, THETA | {"first": 40.0}) for seed in range(200)], axis=0)
     expected = np.asarray(expected_in_bed({**THETA, "first": jnp.float32(40.0)}))
-    # the steps of the one are not the other's, and chance delays an epidemic
+    # the time steps differ, and chance delays an epidemic
     assert np.corrcoef(several, expected)[0, 1] > 0.99
     assert several.sum() == pytest.approx(expected.sum(), rel=0.1)
 

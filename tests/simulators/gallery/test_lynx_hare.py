@@ -36,7 +36,7 @@ def fitted(**changes):
 
 
 def exact(theta) -> np.ndarray:
-    """A high-order solver at tight tolerance, in double precision."""
+    """Solve with a high-order method at tight tolerance, in double precision."""
     alpha, beta, gamma, delta = (float(theta[n]) for n in ("alpha", "beta", "gamma", "delta"))
 
     def field(t, y):
@@ -97,7 +97,7 @@ def test_too_few_steps_give_nan():
 
 
 def test_sixteen_steps_suffice_for_a_rough_solution():
-    """The limit counts: the same call with room to spare and a loose tolerance is finite."""
+    """With a loose tolerance and a larger step limit, the same call is finite."""
     assert jnp.all(jnp.isfinite(model.solve(fitted(), tolerance=1e-2, max_steps=64)))
 
 

@@ -1,4 +1,4 @@
-"""The least-squares summary recovers what made the data, and breaks on none."""
+"""The least-squares summary recovers the parameters and is finite for every simulation."""
 
 import jax
 import jax.numpy as jnp

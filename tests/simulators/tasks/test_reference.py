@@ -96,7 +96,7 @@ def test_two_dimensional_posterior_on_a_grid(name, density, bound, x):
     [(0.3, 0.5), *(pytest.param(*p, marks=pytest.mark.slow) for p in [(0.02, 0.4), (0.03, -0.04)])],
 )
 def test_slcp_covariance_on_a_grid(theta3, theta4):
-    """The mean integrates out in closed form where the box does not cut; jitter small and large."""
+    """Compare with a grid, where the box does not truncate the mean, for small and large jitter."""
     theta = jnp.array([0.3, -0.5, theta3, theta4, 0.8])
     x = np.asarray(simulators.slcp().simulator(jax.random.key(3), theta), float)
     got = draws("slcp", x)
