@@ -17,7 +17,7 @@ import jax
 
 from benchmarks.peers.measure import interleaved
 from benchmarks.speed.growth import BASE, training
-from sbi_flows.core.precision import products_in
+from sbi_flows.core.precision import precision_context
 from sbi_flows.core.tables import table
 
 KINDS = {
@@ -89,7 +89,7 @@ def text(profile: dict[str, Any]) -> str:
 
 def rate(matrix: jax.Array, precision: str = "highest", repeats: int = 10) -> float:
     """Operations a second of the product of a square matrix with itself."""
-    with products_in(precision):
+    with precision_context(precision):
         product = jax.jit(lambda a: a @ a)
         spent = seconds(lambda: jax.block_until_ready(product(matrix)), repeats)
     return 2 * len(matrix) ** 3 / spent

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sbi_flows.core.files import whole_file
+from sbi_flows.core.files import atomic_file
 
 SCHEMA = 2
 """Version of the records' layout."""
@@ -125,7 +125,7 @@ def write_json(path: Path, record: Mapping[str, Any]) -> Path:
         '{"x": null, "y": 1}\n'
     """
     text = json.dumps(plain(record), allow_nan=False) + "\n"
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(text.encode())
     return path
 

@@ -1,1 +1,1 @@
-"""What every room stands on: checks, errors, precision, atomic files, records of versions."""
+"""What every other room uses: argument checks, errors, matrix precision, atomic files, versions."""

@@ -1,7 +1,10 @@
-"""Checks of what the user gives, so that bad input fails before any long work.
+"""Checks of arguments, so that a mistake is reported before any long work starts.
 
-Public names: `require_real`, `plain_array`, `real_array`, `real_arrays`, `require_tree`,
-`require_room`, `random_key`, `require_count`, `require_positive`, `require_finite`,
+Functions named `require_...` return nothing and raise ValueError. Functions named `as_...` convert
+a value and raise ValueError if that is impossible.
+
+Public names: `require_real`, `as_array`, `as_real_array`, `as_real_tree`, `require_tree`,
+`require_memory`, `as_random_key`, `require_count`, `require_positive`, `require_finite`,
 `require_fraction`, `require_object`, `writable_folder`.
 """
 
@@ -17,35 +20,41 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-MOST_LEVELS = 32
-"""Dicts, lists and tuples within each other, at the most."""
+MAX_TREE_DEPTH = 32
+"""Maximum nesting of dicts, lists and tuples in an observation."""
 
-_HELD = {np.dtype(f"{kind}{8 * n}") for kind in ("int", "uint") for n in (1, 2, 4, 8)} | {
+_KEPT_DTYPES = {np.dtype(f"{kind}{8 * n}") for kind in ("int", "uint") for n in (1, 2, 4, 8)} | {
     np.dtype(kind) for kind in (bool, np.float16, jnp.bfloat16, np.float32, np.float64)
 }
-"""What observations are kept in; numbers of other widths become floats."""
+"""Dtypes of observations that are kept. Numbers of any other width become floats."""
 
 
 def require_real(name: str, dtype: Any) -> None:
-    """Refuse what is no real number: text, objects, dates, keys, complex numbers.
+    """Raise ValueError unless a dtype is boolean, integer or real floating-point.
 
-    Complex numbers would lose their imaginary part when they become features; which real numbers
-    stand for them (parts, modulus and phase) is the user's choice.
+    Complex numbers are refused, since they would lose their imaginary part when they become
+    features. The user chooses the real numbers that represent them: parts, or modulus and phase.
 
-    Raises:
-        ValueError: The dtype is not boolean, integer or real floating-point.
+    Args:
+        name: Name of the argument, for the error message.
+        dtype: Dtype of its values.
     """
-    real = any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating))
-    # NumPy counts spans of time among the integers
-    if not real or jnp.issubdtype(dtype, np.timedelta64):
+    is_real = any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating))
+    # NumPy counts time differences among the integers
+    if not is_real or jnp.issubdtype(dtype, np.timedelta64):
         raise ValueError(f"{name}: expected real numbers, got dtype {dtype}")
 
 
-def plain_array(name: str, value: Any) -> Array | np.ndarray:
-    """The value as an array, whatever it holds; one of JAX as it is.
+def as_array(name: str, value: Any) -> Array | np.ndarray:
+    """Convert a value to an array of any dtype; return a JAX array unchanged.
+
+    Args:
+        name: Name of the argument, for error messages.
+        value: The value.
 
     Raises:
-        ValueError: It makes no array, is masked in places, or claims more room than there is.
+        ValueError: The value cannot be converted, is a masked array with masked entries, or needs
+            more memory than the machine has.
     """
     if isinstance(value, Array):
         return value
@@ -57,84 +66,94 @@ def plain_array(name: str, value: Any) -> Array | np.ndarray:
             )
     try:
         array = np.asarray(value)
-    # lists of unequal lengths, and whatever an object says that is no array
+    # a list of rows of different lengths, or an error from an object's own conversion
     except Exception as error:
         raise ValueError(
             f"{name}: expected an array, got {type(value).__name__}: {str(error)[:200]}"
         ) from None
-    require_room(name, array.shape, array.dtype)
+    require_memory(name, array.shape, array.dtype)
     return array
 
 
-def real_array(name: str, value: Any) -> Array | np.ndarray:
-    """The value as an array of real numbers, in a dtype that JAX holds.
+def as_real_array(name: str, value: Any) -> Array | np.ndarray:
+    """Convert a value to an array of real numbers, in a dtype that JAX supports.
+
+    Args:
+        name: Name of the argument, for error messages.
+        value: The value.
 
     Returns:
-        An array of JAX as it is. Of others, integers beyond the widest integer that JAX holds in
-        its present precision become floats, as they would wrap round; floats beyond the widest
-        float become infinite, so that they are met as such. The order of bytes is the machine's.
+        A JAX array unchanged, any other value as a NumPy array in native byte order. Integers that
+        JAX cannot hold in its present precision become floats, since they would overflow. Floats
+        that it cannot hold become infinite.
 
     Raises:
-        ValueError: The value holds no real numbers, or more than there is room for.
+        ValueError: The value holds anything but real numbers, or needs more memory than the machine
+            has.
     """
-    array = plain_array(name, value)
+    array = as_array(name, value)
     require_real(name, array.dtype)
-    native = array.dtype.newbyteorder("=")
-    if native not in _HELD:
+    native_dtype = array.dtype.newbyteorder("=")
+    if native_dtype not in _KEPT_DTYPES:
         return array.astype(jnp.result_type(float))
     if isinstance(array, Array):
         return array
     with np.errstate(over="ignore"):
-        held = array.astype(jax.dtypes.canonicalize_dtype(native), copy=False)
-    if jnp.issubdtype(held.dtype, jnp.integer) and not np.array_equal(held, array):
+        converted = array.astype(jax.dtypes.canonicalize_dtype(native_dtype), copy=False)
+    if jnp.issubdtype(converted.dtype, jnp.integer) and not np.array_equal(converted, array):
         return array.astype(jnp.result_type(float))
-    return held
+    return converted
 
 
-def real_arrays(name: str, tree: Any, *, kept: tuple[type, ...] = ()) -> Any:
-    """An array, or a tree of arrays, of real numbers; a list of numbers is an array.
+def as_real_tree(name: str, tree: Any, *, kept: tuple[type, ...] = ()) -> Any:
+    """Convert an array, or a tree of arrays, to real numbers; a list of numbers is an array.
 
     Args:
-        name: What it is called in errors.
+        name: Name of the argument, for error messages.
         tree: The array or the tree.
-        kept: Kinds of leaves that stay as they are.
+        kept: Types of leaves that are returned unchanged.
 
     Raises:
-        ValueError: A leaf holds no real numbers, or there is no tree, as `require_tree` says.
+        ValueError: A leaf holds anything but real numbers, or the tree is invalid (`require_tree`).
     """
     require_tree(name, tree)
 
     def leaf(value: Any) -> Any:
-        return value if isinstance(value, kept) else real_array(name, value)
+        return value if isinstance(value, kept) else as_real_array(name, value)
 
-    def holds_numbers(node: Any) -> bool:
+    def is_list_of_numbers(node: Any) -> bool:
         arrays = (Array, np.ndarray, dict, *kept)
         return isinstance(node, list | tuple) and not any(isinstance(v, arrays) for v in node)
 
-    # None would be no leaf, and its place in a dict be lost
-    return jax.tree.map(leaf, tree, is_leaf=lambda node: node is None or holds_numbers(node))
+    # None counts as a leaf, so that it is refused: JAX would drop it from its dict
+    return jax.tree.map(leaf, tree, is_leaf=lambda node: node is None or is_list_of_numbers(node))
 
 
 def require_tree(name: str, tree: Any) -> None:
-    """Refuse dicts and lists that nest too deeply, or in themselves, or have keys without order.
+    """Raise ValueError if dicts and lists nest too deeply, or have keys that cannot be sorted.
 
-    Raises:
-        ValueError: They do.
+    A container that holds itself nests too deeply.
+
+    Args:
+        name: Name of the argument, for error messages.
+        tree: The tree.
     """
     level = [tree]
-    for _ in range(MOST_LEVELS):
+    for _ in range(MAX_TREE_DEPTH):
         containers = {id(node): node for node in level if isinstance(node, dict | list | tuple)}
         level = []
         for node in containers.values():
             level += node.values() if isinstance(node, dict) else node
             if isinstance(node, dict):
-                _require_ordered(name, node)
+                _require_sortable(name, node)
         if not level:
             return
-    raise ValueError(f"{name}: expected at most {MOST_LEVELS} levels of dicts and lists, got more")
+    raise ValueError(
+        f"{name}: expected at most {MAX_TREE_DEPTH} levels of dicts and lists, got more"
+    )
 
 
-def _require_ordered(name: str, node: dict) -> None:
+def _require_sortable(name: str, node: dict) -> None:
     try:
         sorted(node)
     except TypeError:
@@ -142,13 +161,17 @@ def _require_ordered(name: str, node: dict) -> None:
         raise ValueError(f"{name}: expected names as keys, got {', '.join(kinds)}") from None
 
 
-def require_room(name: str, shape: tuple[int, ...], dtype: Any) -> None:
-    """Refuse arrays larger than the memory of this machine: views that repeat a number, say.
+def require_memory(name: str, shape: tuple[int, ...], dtype: Any) -> None:
+    """Raise ValueError if an array needs more memory than the machine has.
 
-    Raises:
-        ValueError: They are.
+    A NumPy view can claim such a shape by repeating one number.
+
+    Args:
+        name: Name of the argument, for the error message.
+        shape: Shape of the array.
+        dtype: Dtype of the array.
     """
-    # in Python's numbers, which do not wrap round
+    # Python's integers do not overflow
     size = np.dtype(dtype).itemsize
     for n in shape:
         size *= int(n)
@@ -156,56 +179,64 @@ def require_room(name: str, shape: tuple[int, ...], dtype: Any) -> None:
         raise ValueError(f"{name}: expected what fits in memory, got {size:,} bytes of {shape}")
 
 
-def random_key(name: str, key: Any) -> Array:
-    """The single random key of JAX that is given.
+def as_random_key(name: str, key: Any) -> Array:
+    """Return a single JAX random key; keys of the old form (arrays of uint32) are accepted.
+
+    Args:
+        name: Name of the argument, for the error message.
+        key: The key. Keys of the old form may be NumPy arrays: read from a file, for example.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The value is not a random key, or an array of several keys.
     """
-    # the older keys, arrays of numbers, may be of NumPy: read from a file, or sent by a process
-    held = isinstance(key, Array | np.ndarray)
-    if held:
-        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        if key.ndim == 0 if typed else (key.dtype == jnp.uint32 and key.ndim == 1):
+    is_array = isinstance(key, Array | np.ndarray)
+    if is_array:
+        is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if key.ndim == 0 if is_typed else (key.dtype == jnp.uint32 and key.ndim == 1):
             return jnp.asarray(key)
-    got = f"{key.dtype}{list(key.shape)}" if held else type(key).__name__
+    got = f"{key.dtype}{list(key.shape)}" if is_array else type(key).__name__
     raise ValueError(f"{name}: expected a random key, as jax.random.key(0) makes it, got {got}")
 
 
 def require_count(least: int, **settings: Any) -> None:
-    """Refuse settings that are not whole numbers of at least `least`."""
+    """Raise ValueError unless all settings are integers of at least `least`."""
     for name, value in settings.items():
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not whole or value < least:
+        is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not is_integer or value < least:
             raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
 
 
 def require_positive(**settings: Any) -> None:
-    """Refuse settings that are not above zero."""
+    """Raise ValueError unless all settings are positive numbers."""
     for name, value in settings.items():
         if not _is_number(value) or not value > 0:
             raise ValueError(f"{name}: expected a positive number, got {value!r}")
 
 
 def require_finite(**settings: Any) -> None:
-    """Refuse settings that are not finite numbers."""
+    """Raise ValueError unless all settings are finite numbers."""
     for name, value in settings.items():
         if not _is_number(value) or not np.isfinite(value):
             raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 
 def require_fraction(**settings: Any) -> None:
-    """Refuse settings outside [0, 1)."""
+    """Raise ValueError unless all settings are numbers in [0, 1)."""
     for name, value in settings.items():
         if not _is_number(value) or not 0.0 <= value < 1.0:
             raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}")
 
 
 def require_object(name: str, value: Any, kind: type | tuple[type, ...], wanted: str) -> None:
-    """Refuse what is not of a kind, and a class where an object was meant.
+    """Raise ValueError unless a value is an instance of a class.
 
-    Raises:
-        ValueError: The message says what is wanted, and what came.
+    A class in the place of an instance (`sf.NSF` instead of `sf.NSF()`) is named in the message.
+
+    Args:
+        name: Name of the argument.
+        value: The value.
+        kind: The class, or several allowed ones.
+        wanted: What the message says that is expected.
     """
     if isinstance(value, type) or not isinstance(value, kind):
         got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
@@ -213,10 +244,14 @@ def require_object(name: str, value: Any, kind: type | tuple[type, ...], wanted:
 
 
 def writable_folder(name: str, path: Path) -> Path:
-    """Make the folder where it is missing, and make sure that files can be written there.
+    """Create a folder if it is missing, and check that files can be written to it.
+
+    Args:
+        name: Name of the argument, for the error message.
+        path: The folder.
 
     Raises:
-        ValueError: It cannot be made or written to.
+        ValueError: The folder cannot be created or written to.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Whether arrays are those that were written.
+"""Checksums of arrays, which show that stored arrays were not changed.
 
 Public name: `checksum`.
 """
@@ -12,7 +12,14 @@ import numpy as np
 
 
 def checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of named arrays, their types and their shapes, whatever their order."""
+    """Compute the SHA-256 of named arrays: names, dtypes, shapes and values, in any order.
+
+    Args:
+        arrays: Arrays by name.
+
+    Returns:
+        64 hexadecimal digits.
+    """
     digest = hashlib.sha256()
     for name in sorted(arrays):
         value = np.ascontiguousarray(arrays[name])

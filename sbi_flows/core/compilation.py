@@ -1,4 +1,4 @@
-"""Compiled programs that outlive the process.
+"""Cache of compiled programs on disk.
 
 Public name: `enable_compilation_cache`.
 """
@@ -12,26 +12,26 @@ import jax
 
 from sbi_flows.core.checks import writable_folder
 
-LEAST_SECONDS = 0.1
-"""Programs that compile faster than that are not worth a file."""
+MIN_COMPILE_SECONDS = 0.1
+"""Minimum compile time of a program that is kept."""
 
 
 def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path:
-    """Keep compiled programs in a folder, so that later processes do not compile them again.
+    """Keep compiled programs in a folder, so that later processes need not compile them again.
 
-    It is off by default and is switched on for the whole process, JAX code of others included; call
-    it before the first computation. A fit with the same shapes and settings as one before then
-    starts at once. The files hold programs that will be run: use a folder that nobody else can
-    write to. Delete it to be rid of them.
+    The cache is off by default. It is enabled for the whole process, including JAX code that does
+    not belong to this library. Call this function before the first computation. A fit with the same
+    shapes and settings as an earlier one then starts at once. The files hold programs that will be
+    executed, so use a folder that only you can write to. Delete the folder to empty the cache.
 
     Args:
-        folder: Where to keep them; `~/.cache/sbi_flows/programs` by default.
+        folder: Folder of the cache; `~/.cache/sbi_flows/programs` by default.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: The folder cannot be made or written to.
+        ValueError: The folder cannot be created or written to.
 
     Example:
         >>> import os
@@ -43,6 +43,6 @@ def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Pa
     path = Path.home() / ".cache" / "sbi_flows" / "programs" if folder is None else Path(folder)
     writable_folder("folder", path)
     jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return path

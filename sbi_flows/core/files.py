@@ -1,6 +1,6 @@
-"""Files that are there as a whole or not at all.
+"""Atomic writing of files.
 
-Public name: `whole_file`.
+Public name: `atomic_file`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,22 @@ from typing import BinaryIO
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into, which takes its place once all of it is on the disk.
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to write whose content appears at `path` only when it is complete.
 
-    No reader sees a part of it, and one of the same name stays until then.
+    An older file of the same name stays until then, and stays for good if the block raises an
+    error. No reader ever sees a part of the new content.
+
+    Args:
+        path: Where the file will be.
+
+    Yields:
+        The file, open for writing bytes.
+
+    Raises:
+        OSError: The file cannot be written.
     """
-    # a name of its own: two that write at once never mix their files
+    # a random name: two processes that write the same file at once do not mix their content
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         with open(partial, "xb") as file:

@@ -1,10 +1,10 @@
-"""Precision of matrix products: full, unless somebody asks for less.
+"""Precision of matrix products: full by default, lower where the user asks for it.
 
-Left to themselves, products of 32-bit numbers keep 10 bits of the mantissa on an NVIDIA GPU
-(TensorFloat-32) and 7 on a TPU (bfloat16). A density would no longer integrate to one, and would
-not be that of its own draws.
+By default JAX computes products of 32-bit numbers with 10 bits of mantissa on an NVIDIA GPU
+(TensorFloat-32) and with 7 on a TPU (bfloat16). A density would then not integrate to one, and
+would not be the density of its own draws.
 
-Public names: `FULL`, `full_precision`, `products_in`, `inherited`.
+Public names: `FULL`, `full_precision`, `precision_context`, `inherit_precision`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 FULL = jax.lax.Precision.HIGHEST
-"""For the products of bijectors, which stay in full precision whatever the networks do."""
+"""Full precision. Products inside bijectors always use it, also where the networks use less."""
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """The function with its products in full precision, unless the user has told JAX otherwise.
+    """Make a function compute its matrix products in full precision.
 
-    For what `jax.jit` traces: the context of whoever calls a compiled program does not reach the
-    threads that compile.
+    A precision that the user has set with `jax.default_matmul_precision` takes priority. Decorate
+    the function that `jax.jit` traces: a context around the call of a compiled program does not
+    reach the threads that compile it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -38,35 +39,42 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        with jax.default_matmul_precision(_asked() or "highest"):
+        with jax.default_matmul_precision(_user_precision() or "highest"):
             return function(*args, **kwargs)
 
     return wrapped
 
 
-def products_in(precision: str | None) -> AbstractContextManager[None]:
-    """Context in which products are computed in this precision; None leaves it as it is.
+def precision_context(precision: str | None) -> AbstractContextManager[None]:
+    """Return a context in which matrix products use a precision; None changes nothing.
 
-    `"bfloat16"` means that both factors are rounded to it and their products added in 32 bits, on
-    a GPU too, where JAX by this name would give TensorFloat-32.
+    "bfloat16" rounds both factors to bfloat16 and adds their products in 32 bits, on a GPU too.
+    (JAX's own setting of that name selects TensorFloat-32 on a GPU.)
+
+    Args:
+        precision: A name that `jax.default_matmul_precision` accepts, or None.
     """
     if precision is None:
         return nullcontext()
-    named = {"bfloat16": "BF16_BF16_F32"} if jax.default_backend() == "gpu" else {}
-    return jax.default_matmul_precision(named.get(precision, precision))
+    gpu_names = {"bfloat16": "BF16_BF16_F32"} if jax.default_backend() == "gpu" else {}
+    return jax.default_matmul_precision(gpu_names.get(precision, precision))
 
 
-def inherited() -> Callable[[], None]:
-    """Makes another thread compute in the precision that holds in this one; call it there."""
-    precision = _asked()
+def inherit_precision() -> Callable[[], None]:
+    """Return a function that, called in another thread, sets this thread's precision there.
+
+    JAX keeps the setting of `jax.default_matmul_precision` for each thread.
+    """
+    precision = _user_precision()
 
     def adopt() -> None:
         if precision is not None:
-            # the setting is of the thread, and ends with it
+            # never exited: the setting is local to the thread and ends with it
             jax.default_matmul_precision(precision).__enter__()
 
     return adopt
 
 
-def _asked() -> str | None:
+def _user_precision() -> str | None:
+    """Return the precision that the user has set in this thread, if any."""
     return getattr(jax.config, "jax_default_matmul_precision", None)

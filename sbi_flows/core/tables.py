@@ -1,4 +1,7 @@
-"""Plain text of the diagnostics: aligned tables and short p-values."""
+"""Plain text for reports: aligned tables and short p-values.
+
+Public names: `table`, `p_text`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 
 def table(rows: Sequence[str], columns: Mapping[str, Iterable[str]]) -> str:
-    """Right-aligned columns of text under their names, one row a name.
+    """Format a table with right-aligned columns.
+
+    Args:
+        rows: Names of the rows.
+        columns: Cells of each column, by the column's name.
 
     Example:
         >>> print(table(["a", "rate"], {"p": ["0.5", "1e-09"]}))
@@ -27,7 +34,7 @@ def table(rows: Sequence[str], columns: Mapping[str, Iterable[str]]) -> str:
 
 
 def p_text(p: float) -> str:
-    """A p-value in a few characters.
+    """Format a p-value in at most five characters or so.
 
     Example:
         >>> p_text(0.0312), p_text(3.2e-9), p_text(0.0)

@@ -1,7 +1,9 @@
-"""Names for the arrays that pass between the layers.
+"""Types that all rooms use.
 
-Shapes: theta is `(*, D)`, x is `(*, *event)` or a dict of such arrays; order is always
-`(theta, x)`.
+Shapes: theta is `(*, D)`, x is `(*, *event)` or a dict of such arrays. The order of arguments is
+always `(theta, x)`.
+
+Public names: `Key`, `Obs`, `Simulator`, `CheckReport`.
 """
 
 from __future__ import annotations
@@ -13,13 +15,13 @@ import jax
 from jaxtyping import PyTree
 
 Key: TypeAlias = jax.Array
-"""A typed JAX random key, as `jax.random.key(0)` makes it."""
+"""A typed JAX random key, such as `jax.random.key(0)`."""
 
 Obs: TypeAlias = PyTree
 """One observation `(*event)` or a batch of them `(B, *event)`, or a dict of such arrays."""
 
 Simulator: TypeAlias = Callable[[Key, Any], Obs]
-"""`(key, theta) -> x` on one parameter vector (or named dict); traceable by JAX."""
+"""Function `(key, theta) -> x` of one parameter vector, or of a dict of named parameters."""
 
 
 @runtime_checkable

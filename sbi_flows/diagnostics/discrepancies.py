@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbi_flows.core.checks import real_arrays
+from sbi_flows.core.checks import as_real_tree
 from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.core.tables import p_text, table
 from sbi_flows.core.typing import Obs
@@ -122,7 +122,7 @@ def checked(discrepancies: Mapping[str, Discrepancy] | None, prior: Prior, x: Ob
         raise ValueError(
             f"discrepancies: expected a dict of functions by name, got {discrepancies!r}"
         )
-    like = jax.tree.map(jnp.asarray, real_arrays("x", x))
+    like = jax.tree.map(jnp.asarray, as_real_tree("x", x))
     theta = jax.eval_shape(lambda: prior.structured(prior.center()))
     return {name: (test, _arguments(name, test, like, theta)) for name, test in _all(discrepancies)}
 

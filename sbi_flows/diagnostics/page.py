@@ -17,7 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sbi_flows.core.files import whole_file
+from sbi_flows.core.files import atomic_file
 from sbi_flows.core.versions import versions
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def write_text(path: Path, text: str) -> None:
     if not path.parent.is_dir():
         raise ValueError(f"path: expected a folder that exists, got {path.parent}")
     try:
-        with whole_file(path) as file:
+        with atomic_file(path) as file:
             file.write(text.encode())
     except OSError as error:
         raise ValueError(f"path: cannot write {path}: {error.strerror or error}") from None

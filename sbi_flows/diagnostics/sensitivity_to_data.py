@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from sbi_flows.core.checks import real_arrays, require_count, require_positive
+from sbi_flows.core.checks import as_real_tree, require_count, require_positive
 from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.core.tables import table
 from sbi_flows.core.typing import Key, Obs, Simulator
@@ -222,7 +222,7 @@ def data_sensitivity(
 def _one(x: Obs, like: Obs | None) -> tuple[Obs, Obs]:
     """A batch of one observation, in the dtypes of the training rows, and what these are like."""
     if like is None:
-        arrays = jax.tree.map(jnp.asarray, real_arrays("x", x))
+        arrays = jax.tree.map(jnp.asarray, as_real_tree("x", x))
         like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
     batch, single = as_batch(x, like)
     if not single:

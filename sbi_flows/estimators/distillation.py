@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from sbi_flows.core.checks import require_count, require_object
 from sbi_flows.core.errors import TrainingDiverged
-from sbi_flows.core.precision import full_precision, products_in
+from sbi_flows.core.precision import full_precision, precision_context
 from sbi_flows.core.record import to_json_data
 from sbi_flows.core.typing import Key
 from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
@@ -197,7 +197,7 @@ def _epoch(
         order = jnp.stack([jax.random.permutation(k, count * batch) for k in orders])
 
         def loss(params: Any, paths: Array, context: Array) -> Array:
-            with products_in(training.matmul_precision):
+            with precision_context(training.matmul_precision):
                 return jnp.mean(model(weights, params).density.errors(paths, context))
 
         def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, None]:

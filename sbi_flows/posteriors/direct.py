@@ -15,7 +15,13 @@ import numpy as np
 from jax import Array
 
 from sbi_flows.artefact.layers import SavedPosterior
-from sbi_flows.core.checks import random_key, real_array, real_arrays, require_count, require_room
+from sbi_flows.core.checks import (
+    as_random_key,
+    as_real_array,
+    as_real_tree,
+    require_count,
+    require_memory,
+)
 from sbi_flows.core.errors import SolveFailed
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.densities.conditional import Blueprint, Weights, needs_ode
@@ -120,7 +126,7 @@ class Posterior:
         """
         features, single = self._features(x)
         self._gate(features, single, stacklevel=4)
-        theta = jnp.asarray(real_array("theta", theta), features.dtype)
+        theta = jnp.asarray(as_real_array("theta", theta), features.dtype)
         if theta.ndim == 0 or theta.shape[-1] != self.prior.dim:
             raise ValueError(
                 f"theta: expected shape (*, {self.prior.dim}) for {self.prior.labels}, "
@@ -259,9 +265,9 @@ class Posterior:
 
     def _draw(self, key: Key, x: Obs, n: int, *, with_log_prob: bool) -> tuple[Array, Array]:
         require_count(1, n=n)
-        key = random_key("key", key)
+        key = as_random_key("key", key)
         features, single = self._features(x)
-        require_room("n", (len(features), int(n), self.prior.dim), features.dtype)
+        require_memory("n", (len(features), int(n), self.prior.dim), features.dtype)
         self._gate(features, single, stacklevel=5)
         # many draws for an observation: split them up as if there were more observations
         pieces, each = _pieces(n, self.prior.dim)
@@ -353,7 +359,7 @@ def as_batch(x: Obs, like: Obs) -> tuple[Obs, bool]:
         ValueError: x does not fit, holds no real numbers, or is not finite.
     """
     expected = [tuple(leaf.shape) for leaf in jax.tree.leaves(like)]
-    x = jax.tree.map(np.asarray, real_arrays("x", x))
+    x = jax.tree.map(np.asarray, as_real_tree("x", x))
     if jax.tree.structure(x) != jax.tree.structure(like):
         raise ValueError(f"x: expected {_in_words(like)}, got {_in_words(x)}")
     leaves = jax.tree.leaves(x)

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from sbi_flows.artefact.container import packed
 from sbi_flows.artefact.distributions import Tensors
 from sbi_flows.artefact.layers import SavedPosterior, write_layers
-from sbi_flows.core.files import whole_file
+from sbi_flows.core.files import atomic_file
 from sbi_flows.core.record import to_json_data
 from sbi_flows.core.typing import CheckReport
 from sbi_flows.core.versions import versions
@@ -57,7 +57,7 @@ def save(posterior: Savable, path: str | os.PathLike[str], *, report: object = N
     if report is not None:
         content = content.add_to_record(check=_check_record(report))
     data = packed(*_document(content))
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(data)
 
 

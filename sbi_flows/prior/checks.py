@@ -20,7 +20,7 @@ from jax import Array
 from jax.core import Tracer
 from numpyro.distributions.constraints import is_dependent
 
-from sbi_flows.core.checks import plain_array, require_real
+from sbi_flows.core.checks import as_array, require_real
 
 MOST_NAME = 256
 """Characters of a name."""
@@ -128,7 +128,7 @@ def _parts(site: Any) -> list[dist.Distribution]:
 
 def _require_held(name: str, leaf: Any) -> None:
     where = f"prior site {name!r}: a parameter"
-    array = plain_array(where, leaf)
+    array = as_array(where, leaf)
     require_real(where, array.dtype)
     if not isinstance(array, Array) and not array.dtype.isnative:
         raise ValueError(

@@ -19,7 +19,7 @@ import numpyro.distributions as dist
 from jax import Array
 from jax.typing import ArrayLike
 
-from sbi_flows.core.checks import random_key, real_array, require_count, require_room
+from sbi_flows.core.checks import as_random_key, as_real_array, require_count, require_memory
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key
 from sbi_flows.prior.checks import (
@@ -118,9 +118,9 @@ class Prior:
         Raises:
             ValueError: `key` is no random key, or n no number of draws that there is room for.
         """
-        key = random_key("key", key)
+        key = as_random_key("key", key)
         require_count(0, n=n)
-        require_room("n", (n, self.dim), jnp.result_type(float))
+        require_memory("n", (n, self.dim), jnp.result_type(float))
         return _sample(self, key, n)
 
     def log_prob(self, theta: ArrayLike) -> Array:
@@ -167,7 +167,7 @@ class Prior:
         parts = []
         for name in self.names:
             shape = self.event_shapes[name]
-            value = jnp.asarray(real_array(name, values[name]))
+            value = jnp.asarray(as_real_array(name, values[name]))
             batch = value.shape[: value.ndim - len(shape)]
             if value.shape != (*batch, *shape):
                 raise ValueError(f"{name}: expected shape (*, *{shape}), got {value.shape}")
@@ -186,7 +186,7 @@ class Prior:
 
     def from_standard(self, y: ArrayLike) -> Array:
         """Map standard coordinates (*, standard_dim) to parameters (*, D), never outside."""
-        y = jnp.asarray(real_array("y", y))
+        y = jnp.asarray(as_real_array("y", y))
         y = y if jnp.issubdtype(y.dtype, jnp.floating) else y.astype(float)
         if y.ndim == 0 or y.shape[-1] != self.standard_dim:
             raise ValueError(f"y: expected shape (*, {self.standard_dim}), got {y.shape}")
@@ -223,7 +223,7 @@ class Prior:
         return sum((jnp.sum(d.reshape((*batch, -1)), axis=-1) for d in dets), jnp.zeros(batch))
 
     def _checked(self, theta: ArrayLike) -> Array:
-        theta = jnp.asarray(real_array("theta", theta))
+        theta = jnp.asarray(as_real_array("theta", theta))
         if theta.ndim == 0 or theta.shape[-1] != self.dim:
             raise ValueError(
                 f"theta: expected shape (*, {self.dim}) for {self.labels}, got {theta.shape}"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sbi_flows.core.checks import require_room
+from sbi_flows.core.checks import require_memory
 from sbi_flows.core.errors import SbiFlowsError, StoreSpoilt
 from sbi_flows.simulations.simulations import MOST, Lazy
 
@@ -171,7 +171,7 @@ def _layout(chunk: Opened) -> dict[str, tuple]:
             raise ValueError(f"{name} of {array.dtype} by {sorted(codecs)}")
         if array.shape[:1] != (chunk.count,) or array.chunks != array.shape:
             raise ValueError(f"{name} of shape {array.shape} in chunks of {array.chunks}")
-        require_room(name, array.shape, array.dtype)
+        require_memory(name, array.shape, array.dtype)
         found[name] = (array.shape[1:], np.dtype(array.dtype).newbyteorder("="))
     if not {"theta", "valid"} < found.keys() or found["valid"] != ((), np.dtype(bool)):
         raise ValueError(f"arrays {sorted(found)}")

@@ -17,11 +17,11 @@ from jax import Array
 from jax.core import Tracer
 
 from sbi_flows.core.checks import (
-    plain_array,
-    real_array,
-    real_arrays,
+    as_array,
+    as_real_array,
+    as_real_tree,
+    require_memory,
     require_real,
-    require_room,
 )
 from sbi_flows.core.typing import Obs
 
@@ -100,7 +100,7 @@ class Simulations:
         """Validate arrays that the user already has; rows that are not finite are never valid."""
         theta = parameters(theta)
         n = len(theta)
-        x = real_arrays("x", x, kept=_DISK)
+        x = as_real_tree("x", x, kept=_DISK)
         _require_rows(x, n)
         x = jax.tree.map(_held, x)
         finite = _finite_rows(x) if _on_disk(x) else valid_rows(x)
@@ -174,7 +174,7 @@ def _on_disk(x: Obs) -> bool:
 def _held(leaf: Any) -> Array | np.memmap | Lazy:
     """What is on disk stays there, as long as JAX can hold its numbers; else an array."""
     if not isinstance(leaf, _DISK):
-        return jnp.asarray(real_array("x", leaf))
+        return jnp.asarray(as_real_array("x", leaf))
     require_real("x", leaf.dtype)
     return leaf if isinstance(leaf, Lazy) or _is_plain(leaf.dtype) else _Converted(leaf)
 
@@ -226,14 +226,14 @@ def observation_shape(x: Obs) -> Obs:
 
 def parameters(theta: Any) -> Array:
     """Validate theta; a finite float array (N, D)."""
-    given = plain_array("theta", theta)
+    given = as_array("theta", theta)
     if given.ndim != 2 or given.dtype == np.bool_:
         raise ValueError(f"theta: expected a numeric array (N, D), got {given.dtype}{given.shape}")
     if not given.size:
         raise ValueError(f"theta: expected at least one row and column, got shape {given.shape}")
     require_real("theta", given.dtype)
     _require_sizes("theta", given.shape)
-    held = np.asarray(real_array("theta", given)).astype(jnp.result_type(float), copy=False)
+    held = np.asarray(as_real_array("theta", given)).astype(jnp.result_type(float), copy=False)
     bad = int(np.sum(~np.isfinite(held).all(axis=-1)))
     if bad:
         raise ValueError(f"theta: expected finite values, got {bad} rows with NaN or inf")
@@ -256,12 +256,12 @@ def _require_sizes(name: str, shape: tuple[int, ...]) -> None:
         raise ValueError(
             f"{name}: expected at most {MOST:,} rows, and numbers in each, got {shape}"
         )
-    require_room(f"{name}: a row", shape[1:], jnp.result_type(float))
+    require_memory(f"{name}: a row", shape[1:], jnp.result_type(float))
 
 
 def _whole(name: str, value: Any, n: int, most: int) -> np.ndarray:
     """Whole numbers (n,) from zero to `most`."""
-    given = np.asarray(real_array(name, value))
+    given = np.asarray(as_real_array(name, value))
     if given.shape != (n,):
         raise ValueError(f"{name}: expected shape ({n},), got {given.shape}")
     if not np.all((given >= 0) & (given <= most) & (given == np.floor(given))):
@@ -277,7 +277,7 @@ def _numbers(rows: Any, n: int) -> np.ndarray | slice:
         except (TypeError, ValueError) as error:
             raise ValueError(f"rows: expected a slice of whole numbers, got {error}") from None
         return rows
-    given = plain_array("rows", rows)
+    given = as_array("rows", rows)
     require_real("rows", given.dtype)
     given = np.asarray(given)
     if given.dtype == bool and given.shape == (n,):

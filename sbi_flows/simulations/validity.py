@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sbi_flows.core.checks import real_array, require_count
+from sbi_flows.core.checks import as_real_array, require_count
 from sbi_flows.core.errors import WeightsUneven
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key
@@ -241,7 +241,7 @@ def fit_validity(key: Key, prior: PriorLike, simulations: Simulations) -> Validi
 
 def _inside(name: str, prior: Prior, theta: Any) -> Array:
     """Parameters (*, D), all of them in the prior's support."""
-    theta = jnp.asarray(real_array(name, theta))
+    theta = jnp.asarray(as_real_array(name, theta))
     outside = int(np.sum(~np.asarray(prior.contains(theta))))
     if outside:
         raise ValueError(

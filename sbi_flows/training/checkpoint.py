@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from sbi_flows.core.checks import writable_folder
 from sbi_flows.core.checksums import checksum
 from sbi_flows.core.errors import CheckpointSpoilt, SbiFlowsWarning
-from sbi_flows.core.files import whole_file
+from sbi_flows.core.files import atomic_file
 from sbi_flows.training.devices import of_first
 from sbi_flows.training.fingerprint import unlike
 from sbi_flows.training.settings import Training
@@ -135,7 +135,7 @@ class Checkpoint:
         document = json.dumps({"format": FORMAT, **self._parts})
         seal = {"sbi_flows": document, "sha256": _seal(document, arrays)}
         raw = safetensors.numpy.save(dict(arrays), seal)
-        with whole_file(self.path) as file:
+        with atomic_file(self.path) as file:
             file.write(raw)
 
     def _require_same(self, document: Mapping[str, Any]) -> None:

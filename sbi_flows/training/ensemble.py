@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sbi_flows.core.precision import inherited
+from sbi_flows.core.precision import inherit_precision
 from sbi_flows.core.typing import Key
 from sbi_flows.densities.conditional import (
     Blueprint,
@@ -101,7 +101,7 @@ class Ensemble:
         if stream is not None:
             self.held_out = stream.sample[self.held_out]
         threads = min(os.cpu_count() or 1, len(self._slices))
-        self._pool = ThreadPoolExecutor(threads, initializer=inherited())
+        self._pool = ThreadPoolExecutor(threads, initializer=inherit_precision())
         keys = jax.random.split(weight_key, members)
         rates = jnp.asarray(np.resize(training.learning_rate, members), y.dtype)
         train, held_out = folds

@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from sbi_flows.core.precision import full_precision, products_in
+from sbi_flows.core.precision import full_precision, precision_context
 from sbi_flows.core.typing import Key
 from sbi_flows.densities.conditional import (
     Blueprint,
@@ -359,7 +359,7 @@ def _losses(plan: Plan, params: Array, rest: Any) -> Any:
     """Loss of each row: a key or None, noise (B, d) and features (B, C) to (B,)."""
 
     def losses(key: Key | None, noise: Array, features: Array) -> Array:
-        with products_in(plan.training.matmul_precision):
+        with precision_context(plan.training.matmul_precision):
             return _model(plan.blueprint, params, rest).loss(key, noise, features)
 
     return losses

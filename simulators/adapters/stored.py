@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sbi_flows.core.files import whole_file
+from sbi_flows.core.files import atomic_file
 
 FOLDER = Path(__file__).parents[1] / "references"
 """Folder of the reference draws that ship with the package."""
@@ -91,6 +91,6 @@ def save(
     path = folder / f"{task}-{i}.npz"
     arrays = {"x": x, "draws": np.asarray(draws, np.float32)}
     arrays |= {name: np.asarray(value) for name, value in diagnostics.items()}
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
     return path

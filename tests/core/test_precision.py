@@ -10,7 +10,7 @@ import pytest
 from jax.extend import core
 
 import sbi_flows as sf
-from sbi_flows.core.precision import inherited, products_in
+from sbi_flows.core.precision import inherit_precision, precision_context
 from sbi_flows.densities.conditional import Blueprint, Sizes, Weights, initial_weights
 from sbi_flows.posteriors import mixtures
 from sbi_flows.training import members
@@ -86,7 +86,7 @@ def test_only_the_networks_are_trained_in_less():
 
 def test_bfloat16_is_meant_on_a_gpu_too(monkeypatch):
     def asked(name):
-        with products_in(name):
+        with precision_context(name):
             traced = jax.make_jaxpr(lambda a: a @ a)(jnp.ones((2, 2)))
         return traced.eqns[0].params["precision"]
 
@@ -103,7 +103,7 @@ def test_threads_of_a_fit_compute_as_the_caller_has_asked():
         return traced.eqns[0].params["precision"]
 
     with jax.default_matmul_precision("default"):
-        inherit = inherited()
-    for initializer, expected in ((inherit, LOW), (inherited(), None)):
+        inherit = inherit_precision()
+    for initializer, expected in ((inherit, LOW), (inherit_precision(), None)):
         with ThreadPoolExecutor(1, initializer=initializer) as pool:
             assert pool.submit(asked).result() == expected

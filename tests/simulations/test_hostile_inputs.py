@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sbi_flows as sf
+from tests.artefact.test_gate import PRIOR, gated
 from tests.artefacts import ensemble, posterior
 from tests.cases import unchecked
 from tests.hostile_inputs import Stores, anything, outcome
-from tests.test_artefact_gate import PRIOR, gated
 
 pytestmark = pytest.mark.promotes
 
