@@ -1,9 +1,11 @@
-"""Discrepancies of the user's own between an observation and simulations at draws.
+"""User-defined discrepancies between an observation and posterior predictive simulations.
 
-Public names: `Discrepancies`, `Discrepancy`, `checked`, `judged`, `two_sided`.
+Public names: `Discrepancies`, `Discrepancy`. For this package: `trace_discrepancies`,
+`evaluate_discrepancies`, `two_sided_p_values`.
 
-Source: Gelman, Meng & Stern 1996, "Posterior predictive assessment of model fitness via realized
-discrepancies" (Statistica Sinica 6:733), equation 6 for those of the parameters too.
+References:
+    Gelman, Meng & Stern 1996, Posterior predictive assessment of model fitness via realized
+    discrepancies, Statistica Sinica 6:733, equation 6 (discrepancies that depend on parameters).
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,28 +24,46 @@ from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.core.tables import p_text, table
 from sbi_flows.core.typing import Obs
 from sbi_flows.diagnostics.uniformity import holm
+from sbi_flows.plots.local import histograms
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.simulations import Simulations
 
-Discrepancy: TypeAlias = Callable[..., Any]
-"""`x -> number`, or `(x, theta) -> number`, of one observation."""
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-Checked: TypeAlias = dict[str, tuple[Discrepancy, int]]
-"""Functions by name, each with its number of arguments."""
+Discrepancy: TypeAlias = Callable[..., Any]
+"""Function `x -> number` or `(x, theta) -> number` of one observation, traceable by JAX."""
+
+QUANTILES = (0.05, 0.5, 0.95)
+"""Quantiles of the simulated discrepancies that summaries show."""
+
+
+class TracedDiscrepancy(NamedTuple):
+    """A discrepancy that JAX can trace.
+
+    Attributes:
+        name: Its name.
+        function: The user's function.
+        needs_theta: True for a function `(x, theta) -> number`.
+    """
+
+    name: str
+    function: Discrepancy
+    needs_theta: bool
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Discrepancies:
-    """What K discrepancies say of an observation, beside n simulations at draws.
+    """K discrepancies of an observation and of n simulations at posterior draws.
 
     Attributes:
-        labels: Their names (K,).
-        p: Two-sided tail probability of each, shape (K,): twice the share of draws at which the
-            simulation is beyond the observation, on the rarer side. Of discrepancies of the
-            parameters both are evaluated at the draw.
-        simulated: Of the simulations, shape (n, K).
-        observed: Of the observation, shape (n, K): the same at all draws, unless it depends on the
-            parameters.
+        labels: Names of the K discrepancies.
+        p: Two-sided tail probability of each observed value, shape (K,): twice the share of
+            simulations beyond it, on the rarer side. If a discrepancy depends on the parameters,
+            simulation and observation are compared at the same draw.
+        simulated: Discrepancies of the simulations, shape (n, K).
+        observed: Discrepancies of the observation at each draw, shape (n, K); all rows are equal
+            unless the discrepancy depends on the parameters.
     """
 
     labels: tuple[str, ...]
@@ -53,150 +73,168 @@ class Discrepancies:
 
     @property
     def adjusted(self) -> np.ndarray:
-        """The p-values, corrected for their number (Holm), shape (K,)."""
+        """P-values corrected for the number of discrepancies (Holm), shape (K,)."""
         return holm(self.p)
 
     def __repr__(self) -> str:
-        """The text of `summary`."""
+        """Return the text of `summary`."""
         return self.summary()
 
     def summary(self) -> str:
-        """A table: observed, and the median and central 90% of the simulations."""
-        low, middle, high = np.quantile(self.simulated, [0.05, 0.5, 0.95], axis=0)
-        bands = zip(low, high, strict=True)
+        """Return a table of observed values, simulated median and 90% interval, and p-values."""
+        low, median, high = np.quantile(self.simulated, QUANTILES, axis=0)
+        intervals = zip(low, high, strict=True)
         columns = {
             "observed": [f"{v:.4g}" for v in np.median(self.observed, axis=0)],
-            "simulated": [f"{v:.4g}" for v in middle],
-            "90%": [f"{a:.4g} to {b:.4g}" for a, b in bands],
+            "simulated": [f"{v:.4g}" for v in median],
+            "90%": [f"{a:.4g} to {b:.4g}" for a, b in intervals],
             "p": [p_text(float(p)) for p in self.p],
             "p (Holm)": [p_text(float(p)) for p in self.adjusted],
         }
         return table(self.labels, columns)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and text, fit for JSON; the simulations are left out."""
-        quantiles = np.quantile(self.simulated, [0.05, 0.5, 0.95], axis=0).T.tolist()
-        observed = np.median(self.observed, axis=0).tolist()
-        values = zip(self.labels, observed, quantiles, self.p, self.adjusted, strict=True)
+        """Return medians, quantiles and p-values by name as JSON data, without the simulations."""
+        quantiles = np.quantile(self.simulated, QUANTILES, axis=0).T.tolist()
+        medians = np.median(self.observed, axis=0).tolist()
+        values = zip(self.labels, medians, quantiles, self.p, self.adjusted, strict=True)
         return {
             name: {
-                "observed": own,
-                "simulated_quantiles": dict(zip(("0.05", "0.5", "0.95"), row, strict=True)),
+                "observed": median,
+                "simulated_quantiles": dict(zip(map(str, QUANTILES), row, strict=True)),
                 "p": float(p),
-                "adjusted_p": float(corrected),
+                "adjusted_p": float(adjusted),
             }
-            for name, own, row, p, corrected in values
+            for name, median, row, p, adjusted in values
         }
 
-    def plot(self) -> Any:
-        """Histograms of the simulations with the observation as a line; a figure."""
-        from sbi_flows.plots.local import histograms
-
+    def plot(self) -> Figure:
+        """Plot histograms of the simulated values, with the observed value as a line."""
         titles = [f"{m}: p {p_text(float(p))}" for m, p in zip(self.labels, self.p, strict=True)]
         return histograms(self.simulated, self.observed, titles=titles)
 
 
-def two_sided(simulated: np.ndarray, observed: np.ndarray) -> np.ndarray:
-    """Two-sided tail probabilities (K,) of observed numbers among simulated ones (n, K).
+def two_sided_p_values(simulated: np.ndarray, observed: np.ndarray) -> np.ndarray:
+    """Compute two-sided tail probabilities of observed values among simulated values.
 
     Args:
-        simulated: Shape (n, K).
-        observed: Shape (1, K), or (n, K) where each is compared with one simulation.
+        simulated: Simulated values, shape (n, K).
+        observed: Observed values, shape (1, K), or (n, K) to compare row by row.
+
+    Returns:
+        Shape (K,). Ties count as half below and half above. With n simulations no value is below
+        1 / (n + 1).
     """
     n = len(simulated)
     below = np.mean(simulated < observed, axis=0) + np.mean(simulated <= observed, axis=0)
-    # the middle of the ties, and never beyond what so many simulations can say
     position = (0.5 * below * n + 0.5) / (n + 1)
     return np.minimum(1.0, 2.0 * np.minimum(position, 1.0 - position))
 
 
-def checked(discrepancies: Mapping[str, Discrepancy] | None, prior: Prior, x: Obs) -> Checked:
-    """What the user gave, traced on one observation; nothing is computed.
+def trace_discrepancies(
+    discrepancies: Mapping[str, Discrepancy] | None, prior: Prior, x: Obs
+) -> list[TracedDiscrepancy]:
+    """Check user-defined discrepancies by tracing them on one observation; nothing is computed.
 
     Raises:
-        ValueError: It is no dict of functions of one or two arguments, each of one real number.
+        ValueError: The argument is not a dict of functions of one or two arguments that each
+            return one real number.
     """
     if discrepancies is None:
-        return {}
+        return []
     if not isinstance(discrepancies, Mapping) or not discrepancies:
         raise ValueError(
             f"discrepancies: expected a dict of functions by name, got {discrepancies!r}"
         )
-    like = jax.tree.map(jnp.asarray, as_real_tree("x", x))
-    theta = jax.eval_shape(lambda: prior.structured(prior.center()))
-    return {name: (test, _arguments(name, test, like, theta)) for name, test in _all(discrepancies)}
-
-
-def _all(discrepancies: Mapping) -> Any:
-    for name, test in discrepancies.items():
-        if not isinstance(name, str) or not callable(test):
+    for name, function in discrepancies.items():
+        if not isinstance(name, str) or not callable(function):
             raise ValueError(
-                f"discrepancies[{name!r}]: expected a str name and a function, got {test!r}"
+                f"discrepancies[{name!r}]: expected a str name and a function, got {function!r}"
             )
-        yield name, test
+    x = jax.tree.map(jnp.asarray, as_real_tree("x", x))
+    theta = jax.eval_shape(lambda: prior.structured(prior.center()))
+    return [_traced(name, function, x, theta) for name, function in discrepancies.items()]
 
 
-def _arguments(name: str, test: Discrepancy, x: Obs, theta: Any) -> int:
-    """Number of arguments of a discrepancy: 1 or 2."""
-    count, field = _required(test), f"discrepancies[{name!r}]"
+def _traced(name: str, function: Discrepancy, x: Obs, theta: Any) -> TracedDiscrepancy:
+    """Trace one discrepancy.
+
+    Raises:
+        ValueError: JAX cannot trace it, or it does not return one real number.
+    """
+    count, field = _num_required_arguments(function), f"discrepancies[{name!r}]"
     if count not in (1, 2):
         raise ValueError(f"{field}: expected a function of x, or of x and theta, got {count}")
     try:
-        # JAX keeps weak references to functions, which those of NumPy do not allow
-        out = jax.eval_shape(lambda *given: test(*given), *(x, theta)[:count])
+        # The lambda is needed because JAX cannot keep weak references to NumPy's functions.
+        out = jax.eval_shape(lambda *args: function(*args), *(x, theta)[:count])
     except (jax.errors.JAXTypeError, jax.errors.NonConcreteBooleanIndexError) as error:
         raise ValueError(
             f"{field}: expected a function that JAX can trace, got {type(error).__name__}: {error}"
         ) from error
-    real = hasattr(out, "dtype") and not jnp.issubdtype(out.dtype, jnp.complexfloating)
-    if not real or out.shape != ():
+    is_real = hasattr(out, "dtype") and not jnp.issubdtype(out.dtype, jnp.complexfloating)
+    if not is_real or out.shape != ():
         raise ValueError(f"{field}: expected one real number, got {getattr(out, 'shape', out)}")
-    return count
+    return TracedDiscrepancy(name, function, needs_theta=count == 2)
 
 
-def _required(test: Discrepancy) -> int:
-    """Number of arguments that have to be given; 1 where nothing is known of them."""
+def _num_required_arguments(function: Discrepancy) -> int:
+    """Return the number of positional arguments without a default; 1 if Python cannot tell."""
     try:
-        parameters = inspect.signature(test).parameters.values()
+        parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return 1
-    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in places and p.default is inspect.Parameter.empty for p in parameters)
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters)
 
 
-def judged(
-    tests: Checked, prior: Prior, simulations: Simulations, observed: Obs
+def evaluate_discrepancies(
+    traced: list[TracedDiscrepancy], prior: Prior, simulations: Simulations, observed: Obs
 ) -> Discrepancies | None:
-    """Evaluate discrepancies at simulations and at a batch of the one observation.
+    """Evaluate discrepancies at n simulations and at the observation.
+
+    Args:
+        traced: The discrepancies; None is returned if there are none.
+        prior: The prior, which gives parameters their structure.
+        simulations: Simulations at posterior draws that all succeeded.
+        observed: A batch of one observation.
 
     Raises:
-        SbiFlowsError: One of them gave NaN.
+        SbiFlowsError: A discrepancy is NaN.
     """
-    if not tests:
+    if not traced:
         return None
     theta = prior.structured(simulations.theta)
-    sides: tuple[list, list] = ([], [])
-    for name, (test, count) in tests.items():
-        for side, x in zip(sides, (simulations.x, observed), strict=True):
-            side.append(_evaluated(name, test, count, x, theta))
     n = len(simulations)
-    values, own = (np.stack([np.broadcast_to(v, n) for v in s], axis=1) for s in sides)
-    return Discrepancies(tuple(tests), two_sided(values, own), values, own)
+    columns = [
+        [np.broadcast_to(_evaluate(d, x, theta), n) for d in traced]
+        for x in (simulations.x, observed)
+    ]
+    values, observed_values = (np.stack(parts, axis=1) for parts in columns)
+    labels = tuple(d.name for d in traced)
+    p = two_sided_p_values(values, observed_values)
+    return Discrepancies(labels, p, values, observed_values)
 
 
-def _evaluated(name: str, test: Discrepancy, count: int, x: Obs, theta: Any) -> np.ndarray:
-    """A discrepancy at observations (B, *event), B the number of parameters or 1."""
-    if count == 1:
-        values = jax.jit(jax.vmap(test))(x)
+def _evaluate(discrepancy: TracedDiscrepancy, x: Obs, theta: Any) -> np.ndarray:
+    """Evaluate a discrepancy at n parameters and at n observations, or at a batch of one.
+
+    Returns:
+        Shape (n,), or (1,) for one observation and a function of x alone.
+    """
+    function = discrepancy.function
+    if not discrepancy.needs_theta:
+        values = jax.jit(jax.vmap(function))(x)
     elif len(jax.tree.leaves(x)[0]) == 1:
-        one = jax.tree.map(lambda leaf: leaf[0], x)
-        values = jax.jit(jax.vmap(test, in_axes=(None, 0)))(one, theta)
+        single = jax.tree.map(lambda leaf: leaf[0], x)
+        values = jax.jit(jax.vmap(function, in_axes=(None, 0)))(single, theta)
     else:
-        values = jax.jit(jax.vmap(test))(x, theta)
+        values = jax.jit(jax.vmap(function))(x, theta)
     values = np.asarray(values, np.float64)
-    wrong = int(np.sum(np.isnan(values)))
-    if wrong:
+    num_nan = int(np.sum(np.isnan(values)))
+    if num_nan:
         raise SbiFlowsError(
-            f"discrepancies[{name!r}]: gave NaN at {wrong} of {len(values)} simulations or draws"
+            f"discrepancies[{discrepancy.name!r}]: gave NaN at {num_nan} of {len(values)} "
+            "simulations or draws"
         )
     return values

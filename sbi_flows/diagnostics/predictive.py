@@ -1,21 +1,23 @@
-"""Do simulations at draws of the posterior look like the observation they were inferred from?
+"""Posterior predictive check: do simulations at posterior draws resemble the observation?
 
-Public names: `predictive_check`, `Predictive`, `simulated_at`.
+Public names: `predictive_check`, `Predictive`. For this package: `simulate_at_draws`, `MIN_DRAWS`.
 
-Source: Gelman, Meng & Stern 1996, "Posterior predictive assessment of model fitness via realized
-discrepancies" (Statistica Sinica 6:733).
+References:
+    Gelman, Meng & Stern 1996, Posterior predictive assessment of model fitness via realized
+    discrepancies, Statistica Sinica 6:733.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax import Array
 
+from sbi_flows import plots
 from sbi_flows.core.checks import require_count
 from sbi_flows.core.errors import SimulationFailed
 from sbi_flows.core.tables import p_text, table
@@ -23,9 +25,9 @@ from sbi_flows.core.typing import Key, Obs, Simulator
 from sbi_flows.diagnostics.discrepancies import (
     Discrepancies,
     Discrepancy,
-    checked,
-    judged,
-    two_sided,
+    evaluate_discrepancies,
+    trace_discrepancies,
+    two_sided_p_values,
 )
 from sbi_flows.observations.standardise import entry_labels, fit_standardiser, flatten_rows
 from sbi_flows.posteriors.base import PosteriorLike, innermost
@@ -34,28 +36,32 @@ from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.simulate import simulate_at
 from sbi_flows.simulations.simulations import Simulations, observation_shape
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 MIN_DRAWS = 100
+"""Smallest number of posterior draws, and of successful simulations at them."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Predictive:
-    """What `predictive_check` found. Small p-values say that the model does not make such data.
+    """Result of `predictive_check`. Small p-values mean that the model does not make such data.
 
-    The data were used twice, for the posterior and for its check: p-values of a correct model crowd
-    around one half rather than being uniform, so a small one says more than its size.
+    The data are used twice, for the posterior and for its check. So p-values of a correct model are
+    not uniform but concentrate around 0.5, and a small one is stronger evidence than its value.
 
     Attributes:
-        labels: Names of the entries of a flattened observation (C,).
-        entry_p: Two-sided tail probability of each entry among the simulated ones, shape (C,).
-        distance_p: Share of simulations at least as far from their bulk as the observation is, by
-            the Mahalanobis distance of all entries together.
-        observed: The observation in units of the simulations, shape (C,): their median is 0, their
-            interquartile range over 1.349 is 1, and values beyond 3 are on a logarithmic scale.
-        simulated: The simulations, likewise, shape (n, C).
-        num_failed: Simulations left out because they failed.
-        embedding_p: As `distance_p`, in the output of the posterior's embedding (of the first
-            member); None without one.
-        discrepancies: What the user's own discrepancies say; None without any.
+        labels: Names of the C entries of the flattened observation.
+        entry_p: Two-sided tail probability of each entry among the simulations, shape (C,).
+        distance_p: Share of simulations whose Mahalanobis distance from the mean, over all entries
+            together, is at least that of the observation.
+        observed: Standardised observation, shape (C,): 0 is the median of the simulations, 1 their
+            interquartile range / 1.349; values beyond 3 are logarithmic.
+        simulated: Simulations in the same units, shape (n, C).
+        num_failed: Number of failed simulations that were left out.
+        embedding_p: As `distance_p`, in the output of the posterior's embedding (first ensemble
+            member); None without an embedding.
+        discrepancies: Result of the user's discrepancies; None without any.
     """
 
     labels: tuple[str, ...]
@@ -69,49 +75,48 @@ class Predictive:
 
     @property
     def worst_p(self) -> float:
-        """The least of the entries' p-values, times their number: Bonferroni's correction."""
+        """Smallest p-value of an entry, multiplied by the number of entries (Bonferroni)."""
         return min(1.0, float(self.entry_p.min()) * len(self.entry_p))
 
     def __repr__(self) -> str:
-        """The text of `summary`."""
+        """Return the text of `summary`."""
         return self.summary()
 
     def summary(self, most: int = 10) -> str:
-        """Both p-values, and the entries that fit worst, at most so many."""
+        """Return the p-values, and a table of the `most` entries with the smallest ones."""
         n = len(self.simulated)
-        head = f"predictive check with {n} simulations: distance p {p_text(self.distance_p)}, "
+        title = f"predictive check with {n} simulations: distance p {p_text(self.distance_p)}, "
         if self.embedding_p is not None:
-            head += f"in the embedding {p_text(self.embedding_p)}, "
-        head += f"worst of {len(self.labels)} entries p {p_text(self.worst_p)} (Bonferroni)"
+            title += f"in the embedding {p_text(self.embedding_p)}, "
+        title += f"worst of {len(self.labels)} entries p {p_text(self.worst_p)} (Bonferroni)"
         if self.num_failed:
-            head += f"; {self.num_failed} simulations failed and were left out"
+            title += f"; {self.num_failed} simulations failed and were left out"
         order = np.argsort(self.entry_p, kind="stable")[:most]
         columns = {
             "p": [p_text(float(self.entry_p[i])) for i in order],
             "observed (sd)": [f"{self.observed[i]:+.2f}" for i in order],
         }
-        text = f"{head}\n{table([self.labels[i] for i in order], columns)}"
+        text = f"{title}\n{table([self.labels[i] for i in order], columns)}"
         return text if self.discrepancies is None else f"{text}\n{self.discrepancies.summary()}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and text, fit for JSON; the simulations are left out."""
-        tests = self.discrepancies
+        """Return all p-values as JSON data, without the simulations."""
+        discrepancies = self.discrepancies
         return {
             "entry_p": {m: float(p) for m, p in zip(self.labels, self.entry_p, strict=True)},
             "worst_p": self.worst_p,
             "distance_p": self.distance_p,
             "embedding_p": self.embedding_p,
-            "discrepancies": None if tests is None else tests.to_dict(),
+            "discrepancies": None if discrepancies is None else discrepancies.to_dict(),
             "num_simulations": len(self.simulated),
             "num_failed": self.num_failed,
         }
 
-    def plot(self, ax: Any = None) -> Any:
-        """Bands of the simulations with the observation over them, entry by entry; the axes."""
-        from sbi_flows.plots.posterior import predictive
-
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Plot bands of the simulations and the observation, entry by entry."""
         label = ["standardised"]
-        return predictive(self.observed, self.simulated, time_label="entry", labels=label, ax=ax)
+        options = {"time_label": "entry", "labels": label, "ax": ax}
+        return plots.predictive(self.observed, self.simulated, **options)
 
 
 def predictive_check(
@@ -124,30 +129,32 @@ def predictive_check(
     discrepancies: Mapping[str, Discrepancy] | None = None,
     progress: bool = True,
 ) -> Predictive:
-    """Simulate at draws of the posterior, and compare with the observation.
+    """Simulate at posterior draws, and compare the simulations with the observation.
 
-    It asks whether the model can make such data at all, where `check` asks whether the posterior is
-    right for data that the model makes.
+    The check tests whether the model can make such data at all. `check`, in contrast, tests whether
+    the posterior is right for data that the model makes.
 
     Args:
         key: Random key.
         posterior: The posterior.
-        simulator: `(key, theta) -> x`.
+        simulator: The simulator, `(key, theta) -> x`.
         x: One observation.
-        draws: Number of draws, one simulation each; at least 100.
-        discrepancies: What to compare beside the entries, by name: a number of one observation,
-            `lambda x: x.max()`, or of an observation and the parameters as the simulator gets them,
-            `lambda x, theta: ...`, which is compared draw by draw. JAX has to be able to trace it.
+        draws: Number of posterior draws, with one simulation each; at least 100.
+        discrepancies: Additional quantities to compare, by name: a number computed from one
+            observation, `lambda x: x.max()`, or from an observation and parameters in the form the
+            simulator receives, `lambda x, theta: ...`. The latter are compared draw by draw. JAX
+            must be able to trace them.
         progress: Show a progress bar.
 
     Returns:
         The p-values; printing shows them.
 
     Raises:
-        ValueError: x is a batch or has another shape than a simulation, or there are too few draws;
-            or a discrepancy is no function of one or two arguments that gives one real number.
-        SimulationFailed: Fewer than half of the simulations, or than 100, succeeded.
-        SbiFlowsError: A discrepancy gave NaN.
+        ValueError: x is a batch or has another shape than a simulation, there are too few draws,
+            or a discrepancy is not a function of one or two arguments that returns one real
+            number.
+        SimulationFailed: Fewer than half of the simulations succeeded, or fewer than 100.
+        SbiFlowsError: A discrepancy is NaN.
 
     Example:
         >>> import jax, numpyro.distributions as dist, sbi_flows as sf
@@ -156,38 +163,37 @@ def predictive_check(
         >>> sims = sf.simulate(jax.random.key(0), prior, noisy, 500)
         >>> quick = sf.Training(max_epochs=2)
         >>> posterior, _ = sf.NPE(prior, training=quick, members=1).fit(jax.random.key(1), sims)
-        >>> found = sf.predictive_check(
+        >>> result = sf.predictive_check(
         ...     jax.random.key(2), posterior, noisy, jax.numpy.array([0.3, -9.0]),
         ...     discrepancies={"range": lambda x: x.max() - x.min()},
         ... )
-        >>> found.entry_p[0] > 0.05, found.entry_p[1] < 0.05, found.distance_p < 0.05
+        >>> result.entry_p[0] > 0.05, result.entry_p[1] < 0.05, result.distance_p < 0.05
         (np.True_, np.True_, True)
-        >>> float(found.discrepancies.p[0]) < 0.05
+        >>> float(result.discrepancies.p[0]) < 0.05
         True
     """
     require_count(MIN_DRAWS, draws=draws)
-    tests = checked(discrepancies, posterior.prior, x)
+    traced = trace_discrepancies(discrepancies, posterior.prior, x)
     draw_key, simulate_key = jax.random.split(key)
     theta = posterior.sample(draw_key, x, draws)
     if theta.ndim != 2:
         raise ValueError("x: expected one observation, got a batch")
-    valid = simulated_at(simulate_key, posterior.prior, simulator, theta, progress)
+    valid = simulate_at_draws(simulate_key, posterior.prior, simulator, theta, progress)
     batch, _ = as_batch(x, observation_shape(valid.x))
-    found = _compared(valid.x, batch, draws - len(valid))
     return dataclasses.replace(
-        found,
+        _compare(valid.x, batch, draws - len(valid)),
         embedding_p=_embedding_p(posterior, valid.x, batch),
-        discrepancies=judged(tests, posterior.prior, valid, batch),
+        discrepancies=evaluate_discrepancies(traced, posterior.prior, valid, batch),
     )
 
 
-def simulated_at(
+def simulate_at_draws(
     key: Key, prior: Prior, simulator: Simulator, theta: Array, progress: bool
 ) -> Simulations:
-    """The simulations at draws of a posterior (n, D) that succeeded.
+    """Simulate at posterior draws (n, D); return the simulations that succeeded.
 
     Raises:
-        SimulationFailed: Fewer than half of them, or than 100.
+        SimulationFailed: Fewer than half of them succeeded, or fewer than 100.
     """
     draws = len(theta)
     valid = simulate_at(key, prior, simulator, theta, progress=progress).only_valid()
@@ -199,38 +205,40 @@ def simulated_at(
     return valid
 
 
-def _compared(simulated: Obs, observed: Obs, num_failed: int) -> Predictive:
-    """Compare simulations (n, *event) with a batch of one observation."""
+def _compare(simulated: Obs, observed: Obs, num_failed: int) -> Predictive:
+    """Compare a batch of one observation with simulations (n, *event)."""
     standardiser = fit_standardiser(simulated)
-    rows, own = flatten_rows(simulated), flatten_rows(observed)
+    simulated_rows, observed_row = flatten_rows(simulated), flatten_rows(observed)
     features = np.asarray(standardiser(simulated))
-    feature = np.asarray(standardiser(observed))[0]
+    observed_features = np.asarray(standardiser(observed))[0]
     return Predictive(
         labels=entry_labels(observation_shape(observed)),
-        entry_p=two_sided(np.asarray(rows), np.asarray(own)),
-        distance_p=_distance_p(features, feature),
-        observed=feature,
+        entry_p=two_sided_p_values(np.asarray(simulated_rows), np.asarray(observed_row)),
+        distance_p=_distance_p(features, observed_features),
+        observed=observed_features,
         simulated=features,
         num_failed=num_failed,
     )
 
 
 def _embedding_p(posterior: PosteriorLike, simulated: Obs, observed: Obs) -> float | None:
-    """`_distance_p` in the output of the embedding, where the posterior has one."""
+    """Return `_distance_p` in the output of the embedding; None without an embedding."""
     posterior = innermost(posterior)
     if not isinstance(posterior, Posterior) or posterior.blueprints[0].embedding is None:
         return None
-    sets = (posterior.spaces(x)[1] for x in (simulated, observed))
-    simulations, (own,) = (np.asarray(rows, float) for rows in sets)
-    return _distance_p(simulations, own)
+    outputs = (posterior.spaces(x)[1] for x in (simulated, observed))
+    simulations, (observation,) = (np.asarray(rows, float) for rows in outputs)
+    return _distance_p(simulations, observation)
 
 
 def _distance_p(simulated: np.ndarray, observed: np.ndarray) -> float:
-    """Share of one half of the rows that are as far as the observation, by the other's moments."""
+    """Return the share of simulations at least as far from the mean as the observation.
+
+    Mean and covariance come from the first half of the rows (n, C), distances from the second.
+    """
     from sklearn.covariance import LedoitWolf
 
     half = len(simulated) // 2
-    fitted, judged = simulated[:half], simulated[half:]
-    model = LedoitWolf().fit(fitted)
-    far = model.mahalanobis(np.concatenate([judged, observed[None]]))
-    return float((1 + np.sum(far[:-1] >= far[-1])) / (1 + len(judged)))
+    model = LedoitWolf().fit(simulated[:half])
+    distances = model.mahalanobis(np.concatenate([simulated[half:], observed[None]]))
+    return float((1 + np.sum(distances[:-1] >= distances[-1])) / len(distances))

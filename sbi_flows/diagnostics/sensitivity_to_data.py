@@ -19,7 +19,7 @@ from sbi_flows.core.checks import as_real_tree, require_count, require_positive
 from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.core.tables import table
 from sbi_flows.core.typing import Key, Obs, Simulator
-from sbi_flows.diagnostics.predictive import MIN_DRAWS, simulated_at
+from sbi_flows.diagnostics.predictive import MIN_DRAWS, simulate_at_draws
 from sbi_flows.observations.standardise import (
     Standardiser,
     entry_labels,
@@ -203,7 +203,7 @@ def data_sensitivity(
         ends, said = _standard_ends(own, batch, step), "the training simulations' sd"
     else:
         theta = jnp.asarray(at)
-        valid = simulated_at(simulate_key, posterior.prior, simulator, theta, progress)
+        valid = simulate_at_draws(simulate_key, posterior.prior, simulator, theta, progress)
         ends, said = _simulated_ends(valid.x, batch, step), "the sd of simulations at draws"
     low, high = _possible(like, batch, *ends)
 

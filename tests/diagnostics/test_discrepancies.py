@@ -1,4 +1,4 @@
-"""Discrepancies of the user's own: known tail probabilities, and refusals before any work."""
+"""User-defined discrepancies: exact tail probabilities, and errors before any simulation."""
 
 import inspect
 import json
@@ -14,7 +14,7 @@ from flax import nnx
 from scipy.stats import norm
 
 import sbi_flows as sf
-from sbi_flows.diagnostics.discrepancies import checked, two_sided
+from sbi_flows.diagnostics.discrepancies import trace_discrepancies, two_sided_p_values
 from sbi_flows.diagnostics.predictive import _distance_p
 from sbi_flows.prior.prior import as_prior
 from tests.gaussian import NOISE
@@ -29,7 +29,7 @@ def closed_figures():
     plt.close("all")
 
 
-def judged(posterior, simulator, discrepancies, x=X, draws=4_000):
+def run_check(posterior, simulator, discrepancies, x=X, draws=4_000):
     return sf.predictive_check(
         KEY, posterior, simulator, x, discrepancies=discrepancies, draws=draws, progress=False
     )
@@ -37,34 +37,34 @@ def judged(posterior, simulator, discrepancies, x=X, draws=4_000):
 
 def test_tail_probabilities_are_those_of_the_predictive_distribution(gaussian, simulator):
     tests = {"difference": lambda x: x[0] - x[1], "place": lambda x: jnp.argmax(x)}
-    found = judged(gaussian(), simulator, tests).discrepancies
+    found = run_check(gaussian(), simulator, tests).discrepancies
     # x has the mean .8 x_o and the variance .25 + .2 in each entry
     z = 0.2 * 3.0 / (2 * 0.45) ** 0.5
     assert found.p[0] == pytest.approx(2 * norm.sf(z), abs=0.03)
     assert np.all(found.observed[:, 0] == 3.0)
     np.testing.assert_allclose(np.std(found.simulated[:, 0]), 0.9**0.5, rtol=0.05)
-    # of two places, the observed one is taken with the probability q: in the middle of its ties
+    # argmax takes the observed one of two values with probability q; ties count half
     q = norm.cdf(2.4 / 0.9**0.5)
     assert found.p[1] == pytest.approx(min(1.0, 2 * min(0.5 * q, 1 - 0.5 * q)), abs=0.03)
 
 
-def test_an_observation_that_does_not_fit_is_seen_by_the_right_one(gaussian, simulator):
+def test_only_the_discrepancy_of_the_wrong_entry_rejects(gaussian, simulator):
     posterior = gaussian(shift=(6.0, 0.0))
-    found = judged(posterior, simulator, {"first": lambda x: x[0], "second": lambda x: x[1]})
+    found = run_check(posterior, simulator, {"first": lambda x: x[0], "second": lambda x: x[1]})
     first, second = found.discrepancies.p
     assert first < 0.01 < 0.2 < second
     np.testing.assert_allclose(found.discrepancies.adjusted, [2 * first, second])
 
 
-def test_functions_of_numpy_that_jax_traces_are_taken(gaussian, simulator):
-    found = judged(gaussian(), simulator, {"a": np.max, "b": jnp.max}, draws=200).discrepancies
+def test_numpy_functions_that_jax_can_trace_are_accepted(gaussian, simulator):
+    found = run_check(gaussian(), simulator, {"a": np.max, "b": jnp.max}, draws=200).discrepancies
     np.testing.assert_array_equal(found.simulated[:, 0], found.simulated[:, 1])
     with pytest.raises(ValueError, match="expected a function that JAX can trace"):
-        judged(gaussian(), simulator, {"a": np.ptp})
+        run_check(gaussian(), simulator, {"a": np.ptp})
 
 
-def test_those_of_the_parameters_are_compared_draw_by_draw(gaussian, simulator):
-    """The sum of squared residuals of a simulation is chi-squared, of the observation larger."""
+def test_discrepancies_of_the_parameters_are_compared_draw_by_draw(gaussian, simulator):
+    """Squared residuals of a simulation are chi-squared; those of the observation are larger."""
 
     def residual(x, theta):
         return jnp.sum((x - theta["a"]) ** 2) / NOISE**2
@@ -73,27 +73,26 @@ def test_those_of_the_parameters_are_compared_draw_by_draw(gaussian, simulator):
         prior = as_prior({"a": dist.Normal(0, 1).expand([2])})
         sample = staticmethod(gaussian().sample)
 
-    found = judged(Named(), lambda k, t: simulator(k, t["a"]), {"chi2": residual}).discrepancies
-    a = np.asarray(found.observed[:, 0])
-    assert np.ptp(a) > 0
-    # x_o - theta ~ N(.2 x_o, .2 I) against N(0, .25 I), by simulation of another kind
+    found = run_check(Named(), lambda k, t: simulator(k, t["a"]), {"chi2": residual}).discrepancies
+    assert np.ptp(found.observed[:, 0]) > 0
+    # x_o - theta ~ N(.2 x_o, .2 I) against x - theta ~ N(0, .25 I), sampled directly
     rng = np.random.default_rng(1)
-    own = np.sum((0.2 * np.asarray(X) + 0.2**0.5 * rng.normal(size=(200_000, 2))) ** 2, axis=1)
-    other = np.sum(0.25 * rng.normal(size=(200_000, 2)) ** 2, axis=1)
-    share = np.mean(other < own)
+    observed = np.sum((0.2 * np.asarray(X) + 0.2**0.5 * rng.normal(size=(200_000, 2))) ** 2, axis=1)
+    simulated = np.sum(0.25 * rng.normal(size=(200_000, 2)) ** 2, axis=1)
+    share = np.mean(simulated < observed)
     assert found.p[0] == pytest.approx(2 * min(share, 1 - share), abs=0.03)
     np.testing.assert_allclose(np.mean(found.simulated), 2.0, rtol=0.08)
 
 
 def test_two_sided_counts_both_sides_and_ties():
     simulated = np.arange(99.0)[:, None]
-    assert two_sided(simulated, np.array([[49.0]]))[0] == pytest.approx(1.0)
-    assert two_sided(simulated, np.array([[-1.0]]))[0] == pytest.approx(2 * 0.5 / 100)
-    assert two_sided(simulated, np.array([[200.0]]))[0] == pytest.approx(2 * 0.5 / 100)
-    assert two_sided(np.ones((99, 1)), np.ones((1, 1)))[0] == 1.0
+    assert two_sided_p_values(simulated, np.array([[49.0]]))[0] == pytest.approx(1.0)
+    assert two_sided_p_values(simulated, np.array([[-1.0]]))[0] == pytest.approx(2 * 0.5 / 100)
+    assert two_sided_p_values(simulated, np.array([[200.0]]))[0] == pytest.approx(2 * 0.5 / 100)
+    assert two_sided_p_values(np.ones((99, 1)), np.ones((1, 1)))[0] == 1.0
 
 
-def test_dicts_of_arrays_and_failed_rows_are_taken(gaussian):
+def test_dict_observations_and_failed_simulations_are_accepted(gaussian):
     def simulate(key, theta):
         x = theta + NOISE * jax.random.normal(key, (2,))
         return {"x": jnp.where(x[0] < 0.2, jnp.nan, x), "n": (x[0] > 0).astype(int)}
@@ -107,7 +106,7 @@ def test_dicts_of_arrays_and_failed_rows_are_taken(gaussian):
     x = {"x": X, "n": jnp.asarray(1)}
     tests = {"both": lambda x, theta: x["x"][0] - theta[0] + x["n"]}
     with pytest.warns(sf.SbiFlowsWarning, match="gave NaN or infinity"):
-        found = judged(Of(), simulate, tests, x=x, draws=1_000)
+        found = run_check(Of(), simulate, tests, x=x, draws=1_000)
     assert found.num_failed > 0
     assert len(found.discrepancies.observed) == 1_000 - found.num_failed
     assert np.isfinite(found.discrepancies.simulated).all()
@@ -115,7 +114,7 @@ def test_dicts_of_arrays_and_failed_rows_are_taken(gaussian):
 
 def test_the_report_has_the_discrepancies(gaussian, simulator):
     tests = {"peak": lambda x: x.max(), "off": lambda x, theta: x[0] - theta[0]}
-    found = judged(gaussian(), simulator, tests, draws=1_000)
+    found = run_check(gaussian(), simulator, tests, draws=1_000)
     lines = found.summary().splitlines()
     assert lines[-3].split() == ["observed", "simulated", "90%", "p", "p", "(Holm)"]
     assert lines[-2].split()[:2] == ["peak", "1"]
@@ -130,7 +129,7 @@ def test_the_report_has_the_discrepancies(gaussian, simulator):
 
 
 @pytest.mark.parametrize(
-    ("tests", "said"),
+    ("tests", "message"),
     [
         ({}, "expected a dict of functions by name"),
         ({"a": lambda x: x}, r"expected one real number, got \(2,\)"),
@@ -139,27 +138,27 @@ def test_the_report_has_the_discrepancies(gaussian, simulator):
         ({"a": lambda x: x[0] if x[0] > 0 else x[1]}, "expected a function that JAX can trace"),
     ],
 )
-def test_what_is_no_discrepancy_is_refused_before_any_work(gaussian, tests, said):
+def test_invalid_discrepancies_are_refused_before_any_simulation(gaussian, tests, message):
     def never(key, theta):
         raise AssertionError("simulated")
 
-    with pytest.raises(ValueError, match=said):
-        judged(gaussian(), never, tests)
+    with pytest.raises(ValueError, match=message):
+        run_check(gaussian(), never, tests)
 
 
-def test_names_are_text():
-    past_types = inspect.unwrap(checked)
+def test_names_must_be_strings():
+    past_types = inspect.unwrap(trace_discrepancies)
     with pytest.raises(ValueError, match=r"discrepancies\[1\]: expected a str name and a function"):
         past_types({1: lambda x: x[0]}, as_prior(dist.Normal(0, 1)), X)
 
 
 def test_a_discrepancy_of_nan_is_an_error(gaussian, simulator):
     with pytest.raises(sf.SbiFlowsError, match=r"discrepancies\['log'\]: gave NaN at \d+ of 4000"):
-        judged(gaussian(), simulator, {"log": lambda x: jnp.log(x[0])})
+        run_check(gaussian(), simulator, {"log": lambda x: jnp.log(x[0])})
 
 
 class Summaries(nnx.Module):
-    """An embedding of the mean and of the spread of what was observed."""
+    """An embedding that returns the mean and the log standard deviation of the data."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.scale = nnx.Param(jnp.ones(()))
@@ -169,8 +168,8 @@ class Summaries(nnx.Module):
 
 
 @pytest.mark.slow
-def test_the_distance_is_told_in_the_embedding_too():
-    """Six equal numbers are typical, each and together: that they do not scatter is not."""
+def test_the_distance_is_also_computed_in_the_embedding():
+    """Six equal numbers have typical values but no scatter; only the embedding shows this."""
     prior = {"a": dist.Normal(0, 1)}
 
     def simulate(key, theta):
@@ -181,7 +180,9 @@ def test_the_distance_is_told_in_the_embedding_too():
     posterior, _ = npe.fit(KEY, sims, progress=False)
     x = jnp.full(6, 0.3)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", sf.SbiFlowsWarning)  # it is not typical
+        warnings.simplefilter(
+            "ignore", sf.SbiFlowsWarning
+        )  # the observation is not typical
         found = sf.predictive_check(KEY, posterior, simulate, x, draws=400, progress=False)
     assert found.embedding_p < 0.02 < 0.9 < found.distance_p
     assert f"in the embedding {found.embedding_p:.3f}" in found.summary()

@@ -1,4 +1,4 @@
-"""Posterior predictive checks: right for data that the model makes, and alarmed by other data."""
+"""Posterior predictive checks pass data that the model makes and reject other data."""
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,12 @@ from sbi_flows.diagnostics import predictive
 KEY = jax.random.key(0)
 
 
-def checked(posterior, simulator, x, **options):
+def run_check(posterior, simulator, x, **options):
     return sf.predictive_check(KEY, posterior, simulator, x, progress=False, **options)
 
 
 def twice(key, theta):
-    """Two measurements of theta, which a posterior may look at the first of."""
+    """Simulate two measurements of theta; the posterior `First` uses only the first one."""
     x = theta[None] + 0.5 * jax.random.normal(key, (2, *theta.shape))
     return {"x": x[0], "again": x[1]}
 
@@ -32,7 +32,7 @@ class First:
 
 
 def test_data_of_the_model_pass(gaussian, simulator):
-    found = checked(gaussian(), simulator, jnp.array([0.3, -0.8]))
+    found = run_check(gaussian(), simulator, jnp.array([0.3, -0.8]))
     assert found.entry_p.min() > 0.1 and found.distance_p > 0.1
     # the observation is .2 of itself off the predictive mean, whose sd is sqrt(.25 + .2)
     np.testing.assert_allclose(found.observed, np.array([0.06, -0.16]) / 0.45**0.5, atol=0.12)
@@ -42,11 +42,11 @@ def test_data_of_the_model_pass(gaussian, simulator):
 
 @pytest.mark.slow
 def test_levels_are_kept(gaussian):
-    """Of data that the posterior has not seen, p-values are uniform."""
+    """P-values of data that the posterior has not used are uniform."""
     posterior = First(gaussian())
     sims = sf.simulate(jax.random.key(1), posterior.prior, twice, 200, progress=False)
     rows = (jax.tree.map(lambda leaf, i=i: leaf[i], sims.x) for i in range(200))
-    found = [checked(posterior, twice, x, draws=200) for x in rows]
+    found = [run_check(posterior, twice, x, draws=200) for x in rows]
     unseen = np.array([f.entry_p[:2] for f in found])
     assert found[0].labels == ("again[0]", "again[1]", "x[0]", "x[1]")
     assert 0.02 < np.mean(unseen < 0.1) < 0.18
@@ -56,7 +56,7 @@ def test_levels_are_kept(gaussian):
 
 def test_an_entry_that_does_not_fit_is_named(gaussian):
     x = {"x": jnp.array([0.3, 0.2]), "again": jnp.array([0.1, 4.0])}
-    found = checked(First(gaussian()), twice, x)
+    found = run_check(First(gaussian()), twice, x)
     assert found.worst_p < 0.01 and found.distance_p < 0.01
     lines = found.summary().splitlines()
     assert lines[0].startswith("predictive check with 1000 simulations: distance p 0.00")
@@ -66,19 +66,19 @@ def test_an_entry_that_does_not_fit_is_named(gaussian):
 
 
 def test_a_combination_that_does_not_fit_is_seen_by_the_distance_alone(gaussian):
-    """Both measurements share theta: each may be anywhere, but not far from the other."""
+    """Each measurement alone is typical, but their difference is not: both share theta."""
     x = {"x": jnp.array([0.0, 0.0]), "again": jnp.array([0.0, 0.0])}
     wide = First(gaussian(blind=True))
-    assert checked(wide, twice, x).distance_p > 0.5
+    assert run_check(wide, twice, x).distance_p > 0.5
     far = {"x": jnp.array([1.6, 0.0]), "again": jnp.array([-1.6, 0.0])}
-    found = checked(wide, twice, far)
+    found = run_check(wide, twice, far)
     assert found.distance_p < 0.01
     assert found.entry_p.min() > 0.05
 
 
 def test_tied_values_are_in_the_middle():
     counts = jnp.array([[0.0], [0.0], [0.0], [1.0]])
-    found = predictive._compared(counts, jnp.zeros((1, 1)), 0)
+    found = predictive._compare(counts, jnp.zeros((1, 1)), 0)
     assert found.entry_p == pytest.approx(2 * (0.375 * 4 + 0.5) / 5)
     assert found.labels == ("x[0]",)
 
@@ -89,7 +89,7 @@ def test_failures_are_counted_and_too_many_refused(gaussian):
 
     limit, x = 1.0, jnp.zeros(2)
     with pytest.warns(sf.SbiFlowsWarning, match="gave NaN or infinity"):
-        found = checked(gaussian(), failing, x)
+        found = run_check(gaussian(), failing, x)
     assert 0 < found.num_failed < 100
     assert f"{found.num_failed} simulations failed" in found.summary()
     assert len(found.simulated) == 1_000 - found.num_failed
@@ -98,18 +98,18 @@ def test_failures_are_counted_and_too_many_refused(gaussian):
         pytest.warns(sf.SbiFlowsWarning),
         pytest.raises(sf.SimulationFailed, match="of 1000 simulations at draws"),
     ):
-        checked(gaussian(), failing, x)
+        run_check(gaussian(), failing, x)
 
 
 def test_bad_input_is_refused(gaussian, simulator):
     with pytest.raises(ValueError, match="x: expected one observation, got a batch"):
-        checked(gaussian(), simulator, jnp.zeros((3, 2)))
+        run_check(gaussian(), simulator, jnp.zeros((3, 2)))
     with pytest.raises(ValueError, match="draws: expected"):
-        checked(gaussian(), simulator, jnp.zeros(2), draws=10)
+        run_check(gaussian(), simulator, jnp.zeros(2), draws=10)
 
 
 def test_the_picture_shows_the_observation(gaussian, simulator):
-    found = checked(gaussian(), simulator, jnp.array([0.3, -0.8]), draws=100)
+    found = run_check(gaussian(), simulator, jnp.array([0.3, -0.8]), draws=100)
     axes = found.plot()
     (line,) = [line for line in axes.lines if line.get_label() == "observed"]
     np.testing.assert_allclose(line.get_ydata(), found.observed, rtol=1e-6)
