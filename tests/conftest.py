@@ -42,7 +42,7 @@ hypothesis.settings.load_profile("tests")
 SLOW_EXAMPLES = (
     "sbi_flows.posteriors.composed.",
     "sbi_flows.posteriors.conformal.",
-    "sbi_flows.diagnostics.lc2st.",
+    "sbi_flows.diagnostics.local.",
     "sbi_flows.observations.misspecification.",
     "sbi_flows.diagnostics.predictive.",
     "sbi_flows.diagnostics.sensitivity_to_data.",

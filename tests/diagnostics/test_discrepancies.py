@@ -180,9 +180,7 @@ def test_the_distance_is_also_computed_in_the_embedding():
     posterior, _ = npe.fit(KEY, sims, progress=False)
     x = jnp.full(6, 0.3)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", sf.SbiFlowsWarning
-        )  # the observation is not typical
+        warnings.simplefilter("ignore", sf.SbiFlowsWarning)  # the observation is not typical
         found = sf.predictive_check(KEY, posterior, simulate, x, draws=400, progress=False)
     assert found.embedding_p < 0.02 < 0.9 < found.distance_p
     assert f"in the embedding {found.embedding_p:.3f}" in found.summary()

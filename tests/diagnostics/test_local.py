@@ -1,4 +1,4 @@
-"""The local check: passes what is right at the observation, finds and names what is wrong there."""
+"""The local check passes posteriors that are right at the observation and names errors there."""
 
 import dataclasses
 import json
@@ -12,8 +12,8 @@ import numpyro.distributions as dist
 import pytest
 
 import sbi_flows as sf
-from sbi_flows.diagnostics.lc2st import LocalCheck
-from sbi_flows.diagnostics.local_errors import Near, errors_of
+from sbi_flows.diagnostics import LocalCheck
+from sbi_flows.diagnostics.local_errors import LocalPairs, errors_of
 
 KEY = jax.random.key(0)
 X_O = jnp.array([0.5, -0.3])
@@ -116,8 +116,8 @@ def test_p_values_of_parameters_hold_their_level_together(permutations):
         truth, draw = rng.normal(size=(2, 60, 6))
         swapped = rng.random((60, 1 + permutations)) < 0.5
         swapped[:, 0] = False
-        near = Near(truth, draw, np.ones(60), swapped)
-        return errors_of(near, truth, np.full(swapped.shape, 0.5)).p.min()
+        pairs = LocalPairs(truth, draw, np.ones(60), swapped)
+        return errors_of(pairs, truth, np.full(swapped.shape, 0.5)).p.min()
 
     # 27 numbers each; 400 tests at .05 reject 20 on average
     assert 8 <= sum(smallest() <= 0.05 for _ in range(400)) <= 34
@@ -288,7 +288,7 @@ def test_what_cannot_be_checked_is_refused(gaussian, simulator):
     refused("draws: expected a whole number of at least 200, got 10", draws=10)
     refused("level: expected a number between 0 and 1, got 0", level=0.0)
     refused("x_o: expected one observation, got a batch", x=jnp.zeros((4, 2)))
-    refused("simulator: expected one, or simulations that it made, got None", simulator=None)
+    refused("simulator: expected a simulator, or its simulations, got None", simulator=None)
 
 
 def test_draws_that_are_not_finite_are_refused(gaussian, simulator):

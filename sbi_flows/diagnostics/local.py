@@ -1,0 +1,172 @@
+"""Local check of a posterior at one observation: a local classifier two-sample test.
+
+Public name: `check_at`.
+
+References:
+    Linhart, Gramfort & Rodrigues 2023, L-C2ST: Local Diagnostics for Posterior Approximations in
+    Simulation-Based Inference, arXiv:2306.03580.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbi_flows.core.checks import require_count
+from sbi_flows.core.errors import SbiFlowsError, SimulationFailed
+from sbi_flows.core.typing import Key, Obs, Simulator
+from sbi_flows.diagnostics.local_classifier import classify
+from sbi_flows.diagnostics.local_draws import local_pairs
+from sbi_flows.diagnostics.local_errors import LocalPairs, errors_of, findings_of, verdict_of
+from sbi_flows.diagnostics.local_report import LocalCheck
+from sbi_flows.posteriors.base import PosteriorLike
+from sbi_flows.posteriors.direct import as_batch
+from sbi_flows.posteriors.passes import usable
+from sbi_flows.simulations.simulate import simulate
+from sbi_flows.simulations.simulations import Simulations, observation_shape
+
+MIN_SIMULATIONS, MIN_DRAWS, MIN_PERMUTATIONS = 400, 200, 19
+
+
+def check_at(
+    key: Key,
+    posterior: PosteriorLike,
+    x_o: Obs,
+    simulator: Simulator | None = None,
+    *,
+    simulations: int | Simulations = 10_000,
+    permutations: int = 100,
+    draws: int = 2_000,
+    level: float = 0.05,
+    progress: bool = True,
+) -> LocalCheck:
+    """Check a posterior at one observation; `check` does so on average over data sets.
+
+    A classifier learns to separate the true parameters of simulations from one posterior draw at
+    each of them. Posterior draws at the observation that it can classify show where the posterior
+    differs from the true one. Classifiers trained on permuted labels show how well this works by
+    chance. The training set is the quarter of the simulations with the most similar posteriors,
+    weighted by similarity. A posterior that is correct at all of these is rejected with a
+    probability of `level`. One that is correct at the observation but wrong at these neighbours
+    may be rejected more often. A posterior that is not rejected may still have errors that are too
+    small for this number of simulations.
+
+    If some simulations fail, the check is about the others, as in `check`.
+
+    Args:
+        key: Random key.
+        posterior: The posterior to check; only its `sample` is used.
+        x_o: One observation.
+        simulator: The simulator that it was trained on, `(key, theta) -> x`; not needed if
+            `simulations` are given.
+        simulations: Number of fresh simulations, at least 400; or simulations from the prior that
+            the posterior was not trained on. Those that fail are left out and counted.
+        permutations: Number of permutations of the labels, at least 19.
+        draws: Number of posterior draws at the observation, at least 200.
+        level: Probability of rejecting a correct posterior.
+        progress: Show progress bars.
+
+    Returns:
+        The report; printing it shows the verdict and a table, `plot` draws it.
+
+    Raises:
+        ValueError: x_o is a batch or has another shape than a simulation, a number is out of
+            range, the number of parameters differs from the posterior's, or there is no simulator.
+        SimulationFailed: Fewer than 400 simulations succeeded.
+        SbiFlowsError: The posterior gave draws that are not finite.
+
+    References:
+        Linhart, Gramfort & Rodrigues 2023, L-C2ST, arXiv:2306.03580 (the statistic and the
+        permutations). The restriction to neighbours, the coordinates relative to the posterior and
+        the convex classifier are specific to this library.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist, sbi_flows as sf
+        >>> prior = dist.Normal(0, 1).expand([2])
+        >>> noisy = lambda key, theta: theta + 0.5 * jax.random.normal(key, (2,))
+        >>> sims = sf.simulate(jax.random.key(0), prior, noisy, 500, progress=False)
+        >>> flow, quick = sf.MAF(transforms=1), sf.Training(max_epochs=1)
+        >>> npe = sf.NPE(prior, flow, training=quick, members=1)
+        >>> posterior, _ = npe.fit(jax.random.key(1), sims, progress=False)
+        >>> x_o = jax.numpy.array([0.3, -0.5])
+        >>> report = sf.check_at(jax.random.key(2), posterior, x_o, noisy, simulations=1000)
+        >>> report.consistent, report.findings
+        (True, ())
+    """
+    _check_settings(simulator, simulations, permutations, draws, level)
+    simulate_key, sample_key, pair_key, train_key = jax.random.split(key, 4)
+    samples = posterior.sample(sample_key, x_o, draws)
+    if samples.ndim != 2:
+        raise ValueError("x_o: expected one observation, got a batch")
+    if not bool(jnp.all(jnp.isfinite(samples))):
+        raise SbiFlowsError("the posterior gave draws at the observation that are not finite")
+    if not isinstance(simulations, Simulations):
+        assert simulator is not None  # `_check_settings` raises otherwise
+        prior, number = posterior.prior, simulations
+        simulations = simulate(simulate_key, prior, simulator, number, progress=progress)
+    valid = _valid(posterior, simulations)
+    observed = as_batch(x_o, observation_shape(valid.x))[0]
+    local = local_pairs(pair_key, posterior, valid, observed, samples, progress=progress)
+    output = classify(train_key, local.classifier, local.points, permutations)
+    p_value = float(1 + np.sum(output.statistic[1:] >= output.statistic[0])) / (1 + permutations)
+    pairs = LocalPairs(*local.parameters, output.is_swapped)
+    errors = errors_of(pairs, np.asarray(samples, float), output.probability)
+    labels = tuple(posterior.prior.labels)
+    findings = findings_of(errors, labels, p_value, level)
+    return LocalCheck(
+        verdict=verdict_of(findings, labels, p_value, level),
+        p_value=p_value,
+        statistic=float(output.statistic[0]),
+        null=output.statistic[1:],
+        findings=findings,
+        labels=labels,
+        shift=errors.shift,
+        width=errors.width,
+        level=level,
+        draws=np.asarray(samples),
+        probability=output.probability[:, 0],
+        errors=errors,
+        num_simulations=len(valid),
+        num_near=len(local.classifier.truth),
+        num_failed=len(simulations) - len(valid),
+    )
+
+
+def _check_settings(
+    simulator: Simulator | None,
+    simulations: int | Simulations,
+    permutations: int,
+    draws: int,
+    level: float,
+) -> None:
+    """Raise ValueError if a setting is out of range or the simulator is missing."""
+    require_count(MIN_DRAWS, draws=draws)
+    require_count(MIN_PERMUTATIONS, permutations=permutations)
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected a number between 0 and 1, got {level}")
+    if level * (1 + permutations) < 1:
+        raise ValueError(
+            f"permutations: expected at least {int(np.ceil(1 / level)) - 1} for a level of "
+            f"{level:g}, got {permutations}"
+        )
+    if isinstance(simulations, Simulations):
+        return
+    require_count(MIN_SIMULATIONS, simulations=simulations)
+    if simulator is None:
+        raise ValueError("simulator: expected a simulator, or its simulations, got None")
+
+
+def _valid(posterior: PosteriorLike, simulations: Simulations) -> Simulations:
+    """Return the simulations that succeeded, loaded into memory.
+
+    Raises:
+        SimulationFailed: There are fewer than `MIN_SIMULATIONS`.
+    """
+    if simulations.num_valid < MIN_SIMULATIONS:
+        raise SimulationFailed(
+            f"{simulations.num_valid} of {len(simulations)} simulations succeeded: too few for a "
+            f"local check, which needs {MIN_SIMULATIONS}"
+        )
+    valid = usable(posterior, simulations, MIN_DRAWS)
+    return valid[np.arange(len(valid))] if valid.on_disk else valid

@@ -1,0 +1,176 @@
+"""True parameters and posterior draws at data sets near an observation, for the local check.
+
+Names for this package: `LocalDraws`, `local_pairs`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sbi_flows.core.errors import SbiFlowsError
+from sbi_flows.core.typing import Key, Obs
+from sbi_flows.diagnostics.local_classifier import MAX_COORDINATE, Pairs
+from sbi_flows.diagnostics.local_neighbours import (
+    MOMENT_DRAWS,
+    Frame,
+    in_frame,
+    local_frame,
+    nearest,
+)
+from sbi_flows.observations.standardise import fit_standardiser
+from sbi_flows.posteriors.base import PosteriorLike, innermost
+from sbi_flows.posteriors.direct import Posterior
+from sbi_flows.posteriors.passes import chunks_of
+from sbi_flows.prior.prior import Prior
+from sbi_flows.simulations.simulations import Simulations
+
+NEIGHBOUR_SHARE, MIN_NEIGHBOURS = 0.25, 200
+"""Share and minimum number of simulations that the classifiers are trained on."""
+
+MAX_DISTANCE_SD = 10.0
+"""Distances of a truth from the posterior mean are clipped to this many standard deviations."""
+
+
+class LocalDraws(NamedTuple):
+    """Pairs near the observation, and the draws at the observation.
+
+    Attributes:
+        classifier: Truths and draws in the coordinates of the classifiers.
+        parameters: Truths and draws of single parameters, in posterior standard deviations from
+            the posterior mean.
+        points: Draws at the observation in the coordinates of the classifiers, shape (n, d).
+    """
+
+    classifier: Pairs
+    parameters: Pairs
+    points: Array
+
+
+class _Moments(NamedTuple):
+    """One draw at each of N data sets, and moments of further draws.
+
+    Attributes:
+        theta: The draw, shape (N, D).
+        standard: The draw in the prior's standard coordinates, shape (N, d).
+        center: Mean of the further draws, shape (N, D).
+        scale: Standard deviation of the further draws, shape (N, D).
+        frame: Frame of the further draws in standard coordinates.
+        finite: True where all draws are finite, shape (N,).
+    """
+
+    theta: Any
+    standard: Any
+    center: Any
+    scale: Any
+    frame: Frame
+    finite: Any
+
+
+def local_pairs(
+    key: Key,
+    posterior: PosteriorLike,
+    sims: Simulations,
+    observed: Obs,
+    samples: Array,
+    *,
+    progress: bool,
+) -> LocalDraws:
+    """Draw once at each data set, and select the data sets near the observation.
+
+    The draw that is paired with the truth is not among the draws that define the posterior's frame:
+    otherwise it would fit that frame better than the truth does.
+
+    Args:
+        key: Random key.
+        posterior: The posterior.
+        sims: Simulations that all succeeded.
+        observed: A batch of the one observation.
+        samples: Posterior draws at the observation, shape (n, D).
+        progress: Show a progress bar.
+    """
+    prior = posterior.prior
+    draw_key, near_key = jax.random.split(key)
+    drawn = _draw_moments(draw_key, posterior, sims, progress)
+    standard_samples = _to_standard(prior, samples)
+    frame = jax.tree.map(np.asarray, local_frame(standard_samples[None]))
+    mean = np.concatenate([drawn.frame.mean, frame.mean])
+    sd = np.concatenate([drawn.frame.sd, frame.sd])
+    # Half a factor of e in width counts as much as one standard deviation of the prior in mean.
+    moments = np.concatenate([mean, 2.0 * np.log(sd)], axis=1)
+    truth_and_draw = np.asarray(_to_standard(prior, sims.theta)), drawn.standard
+    features = _features(posterior, sims.x, observed)
+    rows, weight = nearest(
+        near_key, features, moments, truth_and_draw, NEIGHBOUR_SHARE, MIN_NEIGHBOURS
+    )
+    frames = Frame(*(leaf[rows] for leaf in drawn.frame))
+    truth, draw = (in_frame(frames, y[rows]) for y in truth_and_draw)
+    scaled = [
+        (theta[rows] - drawn.center[rows]) / drawn.scale[rows]
+        for theta in (np.asarray(sims.theta), drawn.theta)
+    ]
+    # Without the limit, one truth far from all draws would dominate the width.
+    first, second = (np.clip(z, -MAX_DISTANCE_SD, MAX_DISTANCE_SD).astype(float) for z in scaled)
+    return LocalDraws(
+        classifier=Pairs(truth, draw, weight),
+        parameters=Pairs(first, second, weight),
+        points=in_frame(frame, standard_samples),
+    )
+
+
+def _draw_moments(
+    key: Key, posterior: PosteriorLike, sims: Simulations, progress: bool
+) -> _Moments:
+    """Draw at each data set and reduce the draws, chunk by chunk.
+
+    Raises:
+        SbiFlowsError: A draw is not finite.
+    """
+    parts, numbers = [], (1 + MOMENT_DRAWS) * posterior.prior.dim
+    for chunk_key, rows, count in chunks_of(key, len(sims), numbers, "draw", progress):
+        samples = posterior.sample(chunk_key, sims[rows].x, 1 + MOMENT_DRAWS)
+        part = _reduce(posterior.prior, samples)
+        parts.append(jax.tree.map(lambda leaf, m=count: np.asarray(leaf)[:m], part))
+    drawn = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    if not np.all(drawn.finite):
+        raise SbiFlowsError("the posterior gave draws that are not finite")
+    return drawn
+
+
+@partial(jax.jit, static_argnums=0)
+def _reduce(prior: Prior, samples: Array) -> _Moments:
+    """Reduce draws (B, 1 + m, D) of B posteriors to the first draw and moments of the others."""
+    y, others = _to_standard(prior, samples), samples[:, 1:]
+    sd = jnp.maximum(jnp.std(others, axis=1), jnp.finfo(samples.dtype).tiny ** 0.5)
+    return _Moments(
+        theta=samples[:, 0],
+        standard=y[:, 0],
+        center=jnp.mean(others, axis=1),
+        scale=sd,
+        frame=local_frame(y[:, 1:]),
+        finite=jnp.all(jnp.isfinite(samples), axis=(1, 2)),
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _to_standard(prior: Prior, theta: Any) -> Array:
+    """Transform parameters (*, D) to standard coordinates (*, d), clipped to `MAX_COORDINATE`."""
+    return jnp.clip(prior.to_standard(theta), -MAX_COORDINATE, MAX_COORDINATE)
+
+
+def _features(posterior: PosteriorLike, x: Obs, observed: Obs) -> np.ndarray:
+    """Return features of the N data sets and, last, of the observation, shape (N + 1, C).
+
+    Features are the output of the posterior's embedding if it has one, and otherwise the
+    standardised entries.
+    """
+    joined = jax.tree.map(lambda a, b: np.concatenate([a, np.asarray(b, a.dtype)]), x, observed)
+    posterior = innermost(posterior)
+    if not isinstance(posterior, Posterior):
+        return np.asarray(fit_standardiser(x)(joined))
+    return posterior.spaces(joined)[-1]

@@ -1,0 +1,145 @@
+"""Coordinates relative to a posterior, and the data sets whose posteriors are most similar.
+
+Names for this package: `Frame`, `local_frame`, `in_frame`, `nearest`, `MOMENT_DRAWS`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sbi_flows.core.precision import full_precision
+from sbi_flows.core.typing import Key
+
+MOMENT_DRAWS = 64
+"""Number of draws that define a posterior's frame at a data set."""
+
+MAX_COMPONENTS, NUM_PROJECTIONS = 32, 64
+"""Number of principal components that replace more features than this, and of the random
+projections that they are computed from."""
+
+MIN_VARIANCE_SHARE, MAX_AXES = 0.05, 12
+"""Principal axes used for distances: minimum variance relative to the first, and their number."""
+
+REGRESSION_RIDGE = 10.0
+
+
+class Frame(NamedTuple):
+    """Coordinates in which the draws of each of B posteriors have mean 0 and covariance about 1.
+
+    Attributes:
+        mean: Posterior means, shape (B, d).
+        whitening: Whitening matrices, shape (B, d, d).
+        sd: Posterior standard deviations, shape (B, d).
+    """
+
+    mean: Any
+    whitening: Any
+    sd: Any
+
+
+@jax.jit
+@full_precision
+def local_frame(draws: Array) -> Frame:
+    """Compute the frame of draws (B, m, d) of B posteriors.
+
+    Whitening matrices are symmetric inverse roots of the correlation matrices, so that each
+    coordinate stays close to its parameter. The correlations are shrunk towards zero, because
+    they are estimated from only `MOMENT_DRAWS` draws.
+    """
+    m, dim = draws.shape[1:]
+    shrinkage = max(0.05, dim / (dim + MOMENT_DRAWS))
+    mean = jnp.mean(draws, axis=1)
+    z = draws - mean[:, None]
+    sd = jnp.maximum(jnp.std(draws, axis=1), jnp.finfo(draws.dtype).tiny ** 0.5)
+    z = z / sd[:, None]
+    correlation = jnp.einsum("bni,bnj->bij", z, z) / m
+    shrunk = (1.0 - shrinkage) * correlation + shrinkage * jnp.eye(dim)[None]
+    values, vectors = jnp.linalg.eigh(shrunk)
+    root = jnp.einsum("bij,bj,bkj->bik", vectors, values**-0.5, vectors)
+    return Frame(mean, root / sd[:, None], sd)
+
+
+@jax.jit
+@full_precision
+def in_frame(frame: Frame, y: Any) -> Array:
+    """Transform parameters (B, d) to B frames, or (n, d) to one frame; logarithmic beyond 3.
+
+    The logarithm limits the influence of single truths far from all draws.
+    """
+    whitening = jnp.broadcast_to(frame.whitening, (len(y), *frame.whitening.shape[1:]))
+    z = jnp.einsum("bij,bj->bi", whitening, y - frame.mean)
+    return jnp.clip(z, -3.0, 3.0) + jnp.sign(z) * jnp.log1p(jnp.maximum(jnp.abs(z) - 3.0, 0.0))
+
+
+def nearest(
+    key: Key,
+    features: np.ndarray,
+    moments: np.ndarray,
+    truth_and_draw: tuple[np.ndarray, np.ndarray],
+    share: float,
+    min_count: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the data sets nearest to the last one, and their weights.
+
+    Data sets are near each other if their posteriors are similar: in the moments of the posterior
+    that is checked, and in what a linear regression on the observation and its squares predicts
+    for parameters and their squares. The regression uses the average of truth and draw, which does
+    not tell which is which.
+
+    Args:
+        key: Random key.
+        features: Features of the N data sets and, last, of the observation, shape (N + 1, C).
+        moments: Posterior means and scaled logarithms of standard deviations, in the same order,
+            shape (N + 1, 2 d).
+        truth_and_draw: Truths and draws in standard coordinates, shape (N, d) each.
+        share: Share of the data sets to return.
+        min_count: Minimum number of data sets to return.
+
+    Returns:
+        Row numbers (k,), the nearest first, and weights (k,) that decrease from 1 to nearly 0.
+    """
+    positions = np.asarray(_positions(key, features, moments, truth_and_draw), float)
+    positions = positions - positions[:-1].mean(axis=0)
+    variances, axes = np.linalg.eigh(positions[:-1].T @ positions[:-1] / len(positions))
+    chosen = np.flatnonzero(variances >= MIN_VARIANCE_SHARE * variances[-1])[-MAX_AXES:]
+    positions = positions @ axes[:, chosen]
+    distance = np.sqrt(np.sum((positions[:-1] - positions[-1]) ** 2, axis=1))
+    count = min(len(distance), max(min_count, round(share * len(distance))))
+    rows = np.argsort(distance, kind="stable")[:count]
+    # The factor 1.1 keeps weights positive if all data sets are equally far.
+    radius = max(1.1 * distance[rows[-1]], 1e-12)
+    weight = (1.0 - (distance[rows] / radius) ** 3) ** 3
+    return rows, weight / weight[0]
+
+
+@jax.jit
+@full_precision
+def _positions(key: Key, features: Any, moments: Any, truth_and_draw: tuple[Any, Any]) -> Array:
+    """Return coordinates of the data sets in prior standard deviations, shape (N + 1, 4 d)."""
+    v = _principal_components(key, features)
+    rows = jnp.concatenate([v, v**2 - 1.0], axis=1)
+    training = rows[:-1]
+    targets = [sum(truth_and_draw), sum(y**2 for y in truth_and_draw)]
+    target = jnp.concatenate(targets, axis=1) / 2
+    target -= jnp.mean(target, axis=0)[None]
+    ridge = REGRESSION_RIDGE * jnp.eye(rows.shape[1])
+    predicted = rows @ jnp.linalg.solve(training.T @ training + ridge, training.T @ target)
+    return jnp.concatenate([moments, predicted], axis=1)
+
+
+def _principal_components(key: Key, features: Array) -> Array:
+    """Scale features (N + 1, C) to unit variance; replace many features by principal components."""
+    rows = features - jnp.mean(features, axis=0)[None]
+    if rows.shape[1] > MAX_COMPONENTS:
+        start = jax.random.normal(key, (rows.shape[1], NUM_PROJECTIONS), rows.dtype)
+        basis = jnp.linalg.qr(rows.T @ (rows @ start))[0]
+        projected = rows @ basis
+        axes = jnp.linalg.eigh(projected.T @ projected)[1]
+        rows = projected @ axes[:, ::-1][:, :MAX_COMPONENTS]
+    sd = jnp.std(rows, axis=0)
+    return jnp.clip(rows / jnp.where(sd > 1e-6, sd, 1.0)[None], -10.0, 10.0)
