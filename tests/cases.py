@@ -167,7 +167,7 @@ def autoregressive(transformer: Callable, count: int) -> BijectorCase:
         if params[1] is None:
             return Autoregressive(params[0], None, transformer)
         network = nnx.merge(*params[1])
-        rest = Conditioned(network, network.given(jnp.asarray(CONTEXT)))
+        rest = Conditioned(network, network.encode_context(jnp.asarray(CONTEXT)))
         return Autoregressive(params[0], rest, transformer)
 
     return BijectorCase(params, build)
@@ -182,7 +182,9 @@ def coupling(transformer: Callable, count: int) -> BijectorCase:
     def build(params: Any, dim: int) -> distrax.Bijector:
         network = nnx.merge(*params)
         return Coupling(
-            Conditioned(network, network.given(jnp.asarray(CONTEXT))), transformer, dim // 2
+            Conditioned(network, network.encode_context(jnp.asarray(CONTEXT))),
+            transformer,
+            dim // 2,
         )
 
     return BijectorCase(params, build, dims=(3, 2, 5))

@@ -69,7 +69,7 @@ class _Distilled(Matching):
     def __call__(self, context: Array, *, key: Key | None = None) -> distrax.Distribution:
         """The flow given contexts (*, C), a distribution over R^dim."""
         graph, state = nnx.split(self.student)
-        student = Velocity(graph, (state, self.student.given(context, key=key)))
+        student = Velocity(graph, (state, self.student.encode_context(context, key=key)))
 
         def draw(_: Any, noise: Array, key: Key) -> Array:
             z, angles = noise, self._angles(noise.dtype)
@@ -97,7 +97,7 @@ class _Distilled(Matching):
 
     def errors(self, paths: Array, context: Array) -> Array:
         """Squared error of each of the student's aims, shape (steps, B)."""
-        given, found = self.student.given(context), []
+        given, found = self.student.encode_context(context), []
         angles = self._angles(paths.dtype)
         for now, then, z, after in zip(angles[:-1], angles[1:], paths[:-1], paths[1:], strict=True):
             aim = point(z, self.student(z, now, given), now)

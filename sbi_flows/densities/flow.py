@@ -171,7 +171,7 @@ class Given(NamedTuple):
 
     Attributes:
         first: Parameters of entry 0, shape (P, 1, *); None in a coupling layer.
-        rest: What `Conditioner.given` says; None in one dimension.
+        rest: What `Conditioner.encode_context` returns; None in one dimension.
         linear: The factors of the linear map, which no context changes.
     """
 
@@ -223,7 +223,7 @@ class FlowLayer(nnx.Module):
     def given(self, context: Array) -> Given:
         """What contexts (*, C) add to the layer, and its linear map."""
         first = None if self.first is None else jnp.moveaxis(self.first(context), -1, 0)[:, None]
-        rest = None if self.rest is None else self.rest.given(context)
+        rest = None if self.rest is None else self.rest.encode_context(context)
         return Given(first, rest, lu(self.lower[...], self.upper[...], self.log_diagonal[...]))
 
     def bijectors(self, given: Given, key: Key | None) -> list[distrax.Bijector]:

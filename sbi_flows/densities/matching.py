@@ -135,7 +135,7 @@ class Matching(Continuous):
         same each time: an epoch is not the better for its luck.
         """
         given_key, network_key, key = split_key(key, 3)
-        given = self.network.given(context, key=given_key)
+        given = self.network.encode_context(context, key=given_key)
         if key is not None:
             return self._error(key, network_key, 0, 1, z, given)
         keys = split_keys(jax.random.key(0), STRATA)

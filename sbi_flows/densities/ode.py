@@ -146,7 +146,7 @@ class Velocity(NamedTuple):
 
     Attributes:
         graph: Static half of the network.
-        arrays: Its arrays, and what `VelocityNetwork.given` said.
+        arrays: Its arrays, and what `VelocityNetwork.encode_context` returns.
     """
 
     graph: nnx.GraphDef
@@ -264,7 +264,7 @@ class Continuous(Density):
     def velocity(self, context: Array, key: Key | None) -> Velocity:
         """The network given contexts (*, C); a key turns dropout on."""
         graph, state = nnx.split(self.network)
-        return Velocity(graph, (state, self.network.given(context, key=key)))
+        return Velocity(graph, (state, self.network.encode_context(context, key=key)))
 
     def flow(
         self,

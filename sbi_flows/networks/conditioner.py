@@ -1,13 +1,15 @@
-"""Networks that turn earlier entries and a context into a bijector's parameters.
+"""Conditioners: networks that compute a bijector's parameters from its inputs and a context.
 
-They take entries `(D, *)` and give `(P, D, *)`: the rows of a batch stay contiguous in memory from
-the first layer to the last, so that what a spline does with the parameters vectorises over them and
-nothing is transposed on the way, which on a CPU would take longer than all products. They give
-zeros at the start, so that every bijector starts at the identity. The context enters the first
-hidden layer and the output through maps of its own: what depends on the context alone is computed
-once an observation, however many draws are made for it.
+A conditioner maps inputs `(D, *)` to parameters `(P, D, *)`. The batch axes come last, so that the
+rows of a batch are contiguous in memory in every layer. The spline then vectorises over them, and
+no array is transposed; on a CPU, transposing would take longer than all matrix products. The output
+layer is zero at first, so that every bijector starts at the identity. The context enters the first
+hidden layer and the output through linear maps of its own. Their result is computed once for each
+observation, for any number of draws.
 
 Source: Germain et al. 2015, "MADE" (arXiv:1502.03509), for the masks.
+
+Public names: `Conditioner`, `Conditioned`.
 """
 
 from __future__ import annotations
@@ -31,13 +33,15 @@ class Conditioner(nnx.Module):
 
     Args:
         in_dim: Number of inputs.
-        out_dim: Number of entries to make parameters for.
-        params: P, number of parameters an entry.
+        out_dim: Number of outputs that need parameters.
+        params: Number P of parameters for each output.
         context_dim: Length of the context.
-        hidden: Width of each hidden layer; equal widths are joined by residual connections.
-        dropout: Fraction of the units of all hidden layers but the last that are dropped in
-            training; of a single hidden layer's too.
-        masked: Parameters of entry i depend on inputs 0 to i alone (needs in_dim == out_dim).
+        hidden: Width of each hidden layer. Consecutive layers of equal width have a residual
+            connection.
+        dropout: Fraction of hidden units that are dropped in training. The last hidden layer keeps
+            all its units, unless it is the only one.
+        masked: Whether parameters of output i depend on inputs 0 to i only (needs
+            in_dim == out_dim).
         rngs: Keys for the initial weights.
     """
 
@@ -68,132 +72,151 @@ class Conditioner(nnx.Module):
         )
         self.bias = nnx.Param(jnp.zeros(outputs))
 
-    def given(self, context: Array) -> tuple[Array, Array]:
-        """What a context (*, context_dim) adds to the first hidden layer and to the parameters.
+    def encode_context(self, context: Array) -> tuple[Array, Array]:
+        """Compute what a context adds to the first hidden layer and to the parameters.
 
-        Shapes (hidden[0], *) and (P, out_dim, *).
+        Args:
+            context: Shape (*, context_dim).
+
+        Returns:
+            Shapes (hidden[0], *) and (P, out_dim, *).
         """
         hidden = jnp.moveaxis(self.context(context), -1, 0)
         out = jnp.moveaxis(self.leave_context(context), -1, 0)
         out += self.bias[...].reshape((-1,) + (1,) * (out.ndim - 1))
         return hidden, jnp.reshape(out, (self.params, self.out_dim, *out.shape[1:]))
 
-    def __call__(self, x: Array, given: tuple[Array, Array], *, key: Key | None = None) -> Array:
-        """Map inputs (in_dim, *) and what `given` says to parameters (P, out_dim, *)."""
+    def __call__(self, x: Array, encoded: tuple[Array, Array], *, key: Key | None = None) -> Array:
+        """Compute parameters (P, out_dim, *).
+
+        Args:
+            x: Inputs (in_dim, *).
+            encoded: Context, as `encode_context` returns it. Axes of draws may be missing.
+            key: Random key of dropout; without one nothing is dropped.
+        """
         keys = split_key(key, len(self.layers))
-        kernels, (hidden, shared) = self._kernels(), given
-        h = _times(kernels[0], x)
-        h += _spaced(hidden, h, 1)
+        kernels, (hidden_bias, output_bias) = self._kernels(), encoded
+        h = _multiply(kernels[0], x)
+        h += _add_draw_axes(hidden_bias, h, 1)
         for kernel, k in zip(kernels[1:-1], keys[1:], strict=True):
-            new = _times(kernel, dropout(k, nnx.silu(h), self.dropout))
+            new = _multiply(kernel, dropout(k, nnx.silu(h), self.dropout))
             h = h + new if h.shape == new.shape else new
         last = nnx.silu(h)
         if len(self.layers) == 1:
             last = dropout(keys[0], last, self.dropout)
-        out = _times(kernels[-1], last)
+        out = _multiply(kernels[-1], last)
         out = jnp.reshape(out, (self.params, self.out_dim, *out.shape[1:]))
-        return out + _spaced(shared, out, 2)
+        return out + _add_draw_axes(output_bias, out, 2)
 
     def begin(self, shape: tuple[int, ...], dtype: Any) -> list[Array]:
-        """The units of each hidden layer, (width, *shape), before any input is known."""
+        """Return the units of each hidden layer, (width, *shape), before any input is known."""
         return [jnp.zeros((width, *shape), dtype) for width in self.dims[1:]]
 
     def advance(
-        self, i: Array, x: Array, units: list[Array], given: tuple[Array, Array]
+        self, i: Array, x: Array, units: list[Array], encoded: tuple[Array, Array]
     ) -> tuple[list[Array], Array]:
-        """Compute the units that input i was missing for, and the parameters of entry i.
+        """Compute the hidden units that depend on input i, and the parameters of output i.
 
-        A masked network's alone, and without dropout: going on from entry to entry costs a single
-        pass in all.
+        An autoregressive bijector is inverted entry by entry. With `advance` each entry computes
+        new hidden units only, so that all entries together cost one pass through the network.
+        The network has to be masked; dropout is off.
 
         Args:
-            i: Number of the input that has become known.
+            i: Index of the input that has become known.
             x: Inputs (in_dim, *); those after i are zero.
-            units: Of each hidden layer, as they were at i - 1.
-            given: As for a call.
+            units: Units of each hidden layer, as `begin` or the last call returned them.
+            encoded: Context, as `encode_context` returns it.
 
         Returns:
-            The units, and parameters (P, 1, *).
+            The updated units, and parameters (P, 1, *) of output i.
         """
-        kernels, (hidden, shared) = self._kernels(), given
-        before, held, h = x, [], None
-        for layer, (kernel, known) in enumerate(zip(kernels[:-1], units, strict=True)):
-            width, wider = self.dims[layer + 1], self.dims[layer]
-            first, size = _block(width, self.out_dim)
-            start = jnp.asarray(first)[i]
-            new = _times(jax.lax.dynamic_slice_in_dim(kernel, start, size, 1), before)
+        kernels, (hidden_bias, output_bias) = self._kernels(), encoded
+        inputs, updated_units, h = x, [], None
+        for layer, (kernel, old_units) in enumerate(zip(kernels[:-1], units, strict=True)):
+            width, width_before = self.dims[layer + 1], self.dims[layer]
+            first_units, size = _unit_block(width, self.out_dim)
+            start = jnp.asarray(first_units)[i]
+            new = _multiply(jax.lax.dynamic_slice_in_dim(kernel, start, size, 1), inputs)
             if h is None:
-                new += _spaced(jax.lax.dynamic_slice_in_dim(hidden, start, size), new, 1)
-            h = new if h is None or width != wider else h + new
-            before = jax.lax.dynamic_update_slice_in_dim(known, nnx.silu(h), start, 0)
-            held.append(before)
+                bias = jax.lax.dynamic_slice_in_dim(hidden_bias, start, size)
+                new += _add_draw_axes(bias, new, 1)
+            h = new if h is None or width != width_before else h + new
+            inputs = jax.lax.dynamic_update_slice_in_dim(old_units, nnx.silu(h), start, 0)
+            updated_units.append(inputs)
         kernel = jnp.reshape(kernels[-1], (-1, self.params, self.out_dim))
         kernel = jax.lax.dynamic_index_in_dim(kernel, i, axis=2, keepdims=False)
-        out = _times(kernel, before)[:, None]
-        return held, out + _spaced(jax.lax.dynamic_index_in_dim(shared, i, 1), out, 2)
+        out = _multiply(kernel, inputs)[:, None]
+        bias = jax.lax.dynamic_index_in_dim(output_bias, i, 1)
+        return updated_units, out + _add_draw_axes(bias, out, 2)
 
     def _kernels(self) -> list[Array]:
-        """Kernels (inputs, outputs) of the hidden layers and of the output, masked."""
+        """Return the masked kernels (inputs, outputs) of the hidden layers and of the output."""
         layers = [*self.layers, self.leave]
         return [n.kernel[...] * mask for n, mask in zip(layers, self._masks(), strict=True)]
 
     def _masks(self) -> list[Array | float]:
-        """One mask a layer, output last; scaled up to keep the layers' variance."""
+        """Return one mask for each layer, output last, scaled so that variances are kept."""
         if not self.masked:
             return [1.0] * len(self.dims)
         degrees = [np.arange(self.out_dim)]
-        degrees += [_spread(width, self.out_dim) for width in self.dims[1:]]
+        degrees += [_unit_degrees(width, self.out_dim) for width in self.dims[1:]]
         masks = [a[:, None] <= b[None, :] for a, b in itertools.pairwise(degrees)]
         out = degrees[-1][:, None] <= np.arange(self.out_dim)[None, :]
         masks.append(np.tile(out, (1, self.params)))
         return [jnp.asarray(m / math.sqrt(max(m.mean(), 0.25)), jnp.float32) for m in masks]
 
 
-def _spread(width: int, count: int) -> np.ndarray:
-    """Degrees of the units of a layer, from 0 to count - 1 in even shares; always the last one."""
+def _unit_degrees(width: int, count: int) -> np.ndarray:
+    """Return the degree of each unit of a layer: the largest input that the unit depends on.
+
+    Degrees rise from 0 to count - 1 in equal shares. Where there are fewer units than inputs, the
+    last degree is always among them.
+    """
     return count - 1 - (np.arange(width) * count // width)[::-1]
 
 
-def _block(width: int, count: int) -> tuple[np.ndarray, int]:
-    """First unit of each degree, and how many units from there on hold all of any degree.
+def _unit_block(width: int, count: int) -> tuple[np.ndarray, int]:
+    """Return the first unit of each degree, and the number of units in a block.
 
-    What a block holds beyond its degree is computed too early, and again in its turn, or again.
+    Blocks have one size, so that they can be sliced under `jit`: the number of units of the most
+    frequent degree. A block of a rarer degree also holds units of other degrees. These are computed
+    again, with all their inputs, in the block of their own degree.
     """
-    degrees = _spread(width, count)
+    degrees = _unit_degrees(width, count)
     size = int(np.bincount(degrees, minlength=count).max())
     return np.minimum(np.searchsorted(degrees, np.arange(count)), width - size), size
 
 
-def _times(kernel: Array, h: Array) -> Array:
+def _multiply(kernel: Array, h: Array) -> Array:
     """Multiply units h (H, *) by a kernel (H, O); shape (O, *)."""
     if len(h) == 1:
-        # the product with a single unit would be fused with all that the unit is made of, and
-        # compute that anew for each of the outputs
+        # XLA would fuse the product with one unit into the computation of the unit, and repeat that
+        # computation for each output
         kernel, h = (jnp.concatenate([a, jnp.zeros_like(a)]) for a in (kernel, h))
     return jnp.tensordot(kernel, h, axes=((0,), (0,)))
 
 
-def _spaced(value: Array, like: Array, first: int) -> Array:
-    """Axes of length 1 behind the first ones: the draws' axes, which come before the contexts'."""
+def _add_draw_axes(value: Array, like: Array, first: int) -> Array:
+    """Insert axes of length 1 for draws: after the `first` axes, and before those of contexts."""
     return jnp.expand_dims(value, tuple(range(first, first + like.ndim - value.ndim)))
 
 
 class Conditioned(NamedTuple):
-    """A conditioner with what contexts give it.
+    """A conditioner together with encoded contexts.
 
     Attributes:
         network: The conditioner.
-        given: What `Conditioner.given` said of the contexts.
-        key: Key of the dropout; none without.
+        encoded: Contexts, as `Conditioner.encode_context` returns them.
+        key: Random key of dropout; without one nothing is dropped.
     """
 
     network: Conditioner
-    given: tuple[Array, Array]
+    encoded: tuple[Array, Array]
     key: Key | None = None
 
     def __call__(self, x: Array) -> Array:
-        """Inputs (in_dim, *) to parameters (P, out_dim, *)."""
-        return self.network(x, self.given, key=self.key)
+        """Compute parameters (P, out_dim, *) from inputs (in_dim, *)."""
+        return self.network(x, self.encoded, key=self.key)
 
     def begin(self, shape: tuple[int, ...], dtype: Any) -> list[Array]:
         """See `Conditioner.begin`."""
@@ -201,4 +224,4 @@ class Conditioned(NamedTuple):
 
     def advance(self, i: Array, x: Array, units: list[Array]) -> tuple[list[Array], Array]:
         """See `Conditioner.advance`."""
-        return self.network.advance(i, x, units, self.given)
+        return self.network.advance(i, x, units, self.encoded)

@@ -1,4 +1,4 @@
-"""An embedding of point clouds that knows their symmetries.
+"""Equivariant embedding of point clouds.
 
 Public names: `PointCloud`.
 
@@ -19,23 +19,23 @@ from jax import Array
 from sbi_flows.core.checks import require_count
 from sbi_flows.networks.mlp import ResidualMLP
 
-_PAIRS = 2**20
-"""Pairs of points at once: each of them takes the memory of some hidden layers."""
+_MAX_PAIRS = 2**20
+"""Maximum number of pairs of points in one step, which bounds the memory of hidden layers."""
 
 
 class PointCloud(nnx.Module):
-    """Embed points in space: the same whatever their order; turned and shifted as they are.
+    """Graph network for point clouds that respects permutations, rotations and translations.
 
-    The embedding of each cloud starts with `features` numbers that no permutation, rotation,
-    reflection or translation of the points changes, for what has no direction; then come `vectors`
-    points in space that move as the cloud does, for what has. An observation is standardised entry
-    by entry before it is embedded: the symmetry of a posterior is exact up to how much the means
-    and the standard deviations of the entries differ.
+    The embedding of a cloud has two parts. The first `features` numbers are invariant: permuting,
+    rotating, reflecting or translating the points does not change them. Then follow the coordinates
+    of `vectors` points, which are equivariant: they rotate and move with the cloud. Observations
+    are standardised entry by entry before they are embedded. The symmetry of a posterior is
+    therefore exact only as far as all entries have the same mean and standard deviation.
 
     Args:
-        space: Dimension of the space, n.
-        marks: Length of what each point carries beside its place; 0 for nothing.
-        features: Number of invariant numbers.
+        space: Dimension n of the space.
+        marks: Number of features that each point has besides its coordinates; 0 for none.
+        features: Number of invariant features.
         vectors: Number of equivariant points.
         width: Width of the hidden layers.
         rounds: Number of rounds of messages.
@@ -78,7 +78,11 @@ class PointCloud(nnx.Module):
         self.weigh = nnx.Linear(width, max(vectors, 1), rngs=rngs)
 
     def __call__(self, x: Any) -> Array:
-        """Map clouds (B, P, n), or a dict with these as "points" and (B, P, marks) as "marks".
+        """Embed point clouds.
+
+        Args:
+            x: Points, shape (B, P, n). With marks, a dict of "points" (B, P, n) and "marks"
+                (B, P, marks).
 
         Returns:
             Shape (B, features + vectors * n).
@@ -87,35 +91,37 @@ class PointCloud(nnx.Module):
             ValueError: The arrays have other shapes.
         """
         points, marks = self._parts(x)
-        abreast = max(1, _PAIRS // points.shape[-2] ** 2)
-        if points.ndim != 3 or len(points) <= abreast:
-            return self._embedded(points, marks)
-        return jax.lax.map(lambda one: self._embedded(*one), (points, marks), batch_size=abreast)
+        batch_size = max(1, _MAX_PAIRS // points.shape[-2] ** 2)
+        if points.ndim != 3 or len(points) <= batch_size:
+            return self._embed(points, marks)
+        return jax.lax.map(lambda row: self._embed(*row), (points, marks), batch_size=batch_size)
 
-    def _embedded(self, points: Array, marks: Array) -> Array:
+    def _embed(self, points: Array, marks: Array) -> Array:
         h, places = self.enter(marks), points
         for message, pull, update in zip(self.messages, self.pulls, self.updates, strict=True):
-            apart = places[..., :, None, :] - places[..., None, :, :]
-            distance = jnp.sum(apart**2, axis=-1, keepdims=True)
-            shape = (*distance.shape[:-1], h.shape[-1])
+            differences = places[..., :, None, :] - places[..., None, :, :]
+            squared = jnp.sum(differences**2, axis=-1, keepdims=True)
+            shape = (*squared.shape[:-1], h.shape[-1])
             ends = (
-                jnp.broadcast_to(own, shape) for own in (h[..., :, None, :], h[..., None, :, :])
+                jnp.broadcast_to(end, shape) for end in (h[..., :, None, :], h[..., None, :, :])
             )
-            # a logarithm: clouds far apart would have messages of another size
-            sent = message(jnp.concatenate([*ends, jnp.log1p(distance)], axis=-1))
-            step = jnp.mean(apart / jnp.sqrt(distance + 1.0) * pull(sent), axis=-2)
-            places = places + step
-            h = h + update(jnp.concatenate([h, jnp.mean(sent, axis=-2)], axis=-1))
+            # the logarithm keeps messages of the same magnitude in wide and in narrow clouds
+            messages = message(jnp.concatenate([*ends, jnp.log1p(squared)], axis=-1))
+            places = places + jnp.mean(
+                differences / jnp.sqrt(squared + 1.0) * pull(messages), axis=-2
+            )
+            h = h + update(jnp.concatenate([h, jnp.mean(messages, axis=-2)], axis=-1))
         invariant = self.leave(jnp.mean(h, axis=-2))
         if not self.vectors:
             return invariant
         centre = jnp.mean(points, axis=-2, keepdims=True)
-        shares = self.weigh(h)
-        moved = jnp.einsum("...pk,...pn->...kn", shares, places - centre) / places.shape[-2]
-        vectors = (centre + moved).reshape(*invariant.shape[:-1], -1)
+        weights = self.weigh(h)
+        offsets = jnp.einsum("...pk,...pn->...kn", weights, places - centre) / places.shape[-2]
+        vectors = (centre + offsets).reshape(*invariant.shape[:-1], -1)
         return jnp.concatenate([invariant, vectors], axis=-1)
 
     def _parts(self, x: Any) -> tuple[Array, Array]:
+        """Return points and marks of valid shapes; ones where the clouds have no marks."""
         points = x["points"] if isinstance(x, Mapping) else x
         marks = x.get("marks") if isinstance(x, Mapping) else None
         if points.ndim < 2 or points.shape[-1] != self.space:

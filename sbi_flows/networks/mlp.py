@@ -1,4 +1,11 @@
-"""Residual multilayer perceptrons, with and without a context."""
+"""Residual multilayer perceptrons, and random numbers that are cheap inside compiled programs.
+
+JAX's generators are slow on a CPU: drawing a dropout mask can take as long as the layer that it
+belongs to. The functions `hashed_...` draw from a hash of each entry's index instead.
+
+Public names: `ResidualMLP`, `dropout`, `hashed_words`, `hashed_uniform`, `hashed_normal`,
+`split_key`, `split_keys`, `fast_key`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +23,9 @@ from sbi_flows.core.typing import Key
 
 
 class ResidualMLP(nnx.Module):
-    """Input layer, residual blocks of equal width, output layer; also the shipped embedding.
+    """Residual multilayer perceptron; also an embedding for observations that are vectors.
+
+    It has an input layer, residual blocks of equal width, and an output layer.
 
     Args:
         in_features: Length of the input's last axis.
@@ -52,7 +61,7 @@ class ResidualMLP(nnx.Module):
         self.leave = nnx.Linear(width, out_features, rngs=rngs)
 
     def __call__(self, x: Array, *, key: Key | None = None) -> Array:
-        """Map (*, in_features) to (*, out_features); a key turns dropout on."""
+        """Map (*, in_features) to (*, out_features), with dropout if there is a key."""
         h = self.enter(x)
         for block, k in zip(self.blocks, split_key(key, len(self.blocks)), strict=True):
             h = block(h, key=k)
@@ -60,7 +69,7 @@ class ResidualMLP(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """h + W2 dropout(act(W1 act(h)))."""
+    """Residual block h + W2 dropout(silu(W1 silu(h)))."""
 
     def __init__(self, width: int, dropout: float, *, rngs: nnx.Rngs) -> None:
         """Create the two layers."""
@@ -75,18 +84,25 @@ class ResidualBlock(nnx.Module):
 
 
 def dropout(key: Key | None, x: Array, rate: float) -> Array:
-    """Zero a fraction `rate` of x and scale up the rest; no key, no change."""
+    """Set a random fraction `rate` of x to zero and scale up the rest; do nothing without a key."""
     if key is None or rate == 0.0:
         return x
-    kept = hashed_words(key, x.shape) >= np.uint32(rate * 2**32)
-    return jnp.where(kept, x / (1.0 - rate), 0.0)
+    is_kept = hashed_words(key, x.shape) >= np.uint32(rate * 2**32)
+    return jnp.where(is_kept, x / (1.0 - rate), 0.0)
 
 
 def hashed_words(key: Key, shape: tuple[int, ...]) -> Array:
-    """Random 32-bit words, for dropout and data orders: a hash of each entry's number.
+    """Draw random 32-bit words: a hash of the key and of each entry's index.
 
-    A few instructions inside the program that uses them, and the same under `vmap` and on any
-    number of devices. On a CPU, words from a generator take as long as the layer that they are for.
+    They are used for dropout, for the order of simulations in an epoch, and for noise in training.
+    They take a few instructions each, and are the same under `vmap` and on any number of devices.
+
+    Args:
+        key: Random key.
+        shape: Shape of the result.
+
+    Returns:
+        Array of uint32.
     """
     data = jnp.ravel(jax.random.key_data(key))
     strides = np.cumprod((1, *shape[:0:-1]), dtype=np.uint32)[::-1]
@@ -97,18 +113,18 @@ def hashed_words(key: Key, shape: tuple[int, ...]) -> Array:
 
 
 def hashed_uniform(key: Key, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Uniform numbers in (0, 1), neither end included, by `hashed_words`."""
-    # 23 bits and a half: the largest number is still below one in float32
+    """Draw uniform numbers in the open interval (0, 1) with `hashed_words`."""
+    # (2^23 - 1 + 0.5) / 2^23 is the largest number: below one in float32
     return ((hashed_words(key, shape) >> 9).astype(dtype) + 0.5) / 2**23
 
 
 def hashed_normal(key: Key, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Standard normal numbers by `hashed_words`."""
+    """Draw standard normal numbers with `hashed_words`."""
     return ndtri(hashed_uniform(key, shape, dtype))
 
 
 def _hashed(words: Array) -> Array:
-    """The finaliser of MurmurHash3, a bijection of 32-bit words that mixes all bits.
+    """Mix the bits of 32-bit words by a bijection, the finaliser of MurmurHash3.
 
     Source: Austin Appleby, MurmurHash3 (2011), `fmix32`.
     """
@@ -118,20 +134,21 @@ def _hashed(words: Array) -> Array:
 
 
 def split_key(key: Key | None, n: int) -> Sequence[Key | None]:
-    """Split a key into n for dropout; no key stays no key."""
+    """Split a key into a list of n keys for dropout; None gives a list of None."""
     return [None] * n if key is None else list(split_keys(key, n))
 
 
 def split_keys(key: Key, n: int) -> Key:
-    """N keys of the same kind, shape (n,), by `hashed_words`."""
+    """Split a key into n keys of the same generator, shape (n,), with `hashed_words`."""
     words = hashed_words(key, (n, *jax.random.key_data(key).shape))
     return jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
 
 
 def fast_key(key: Key) -> Key:
-    """A key of JAX's `unsafe_rbg` generator, made from any key.
+    """Convert a key to one of JAX's `unsafe_rbg` generator, whose programs compile faster.
 
-    For initial weights: threefry takes a third of the time to compile them.
+    It is used for initial weights, where the default generator (threefry) would take a third of the
+    compile time.
     """
     data = jnp.ravel(jax.random.key_data(key))
     return jax.random.wrap_key_data(jnp.resize(data, (4,)), impl="unsafe_rbg")

@@ -1,4 +1,7 @@
-"""Explicit broadcasting, since implicit rank promotion hides mistakes."""
+"""Explicit broadcasting: implicit promotion of ranks hides mistakes, so tests forbid it.
+
+Public name: `align`.
+"""
 
 from __future__ import annotations
 
@@ -7,5 +10,5 @@ from jax import Array
 
 
 def align(value: Array, like: Array) -> Array:
-    """Add leading axes of length 1 until `value` has as many axes as `like`."""
+    """Prepend axes of length 1 until `value` has as many axes as `like`."""
     return jnp.reshape(value, (1,) * (like.ndim - value.ndim) + value.shape)

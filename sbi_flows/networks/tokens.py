@@ -1,4 +1,4 @@
-"""A velocity network whose tokens are the parameters: attention between them.
+"""Transformer velocity network, whose tokens are the parameters.
 
 Public names: `Tokens`.
 
@@ -21,26 +21,27 @@ from sbi_flows.core.checks import require_count
 from sbi_flows.core.typing import Key
 from sbi_flows.networks.mlp import dropout, split_key
 from sbi_flows.networks.shapes import align
-from sbi_flows.networks.velocity import Told, ToldNetwork, VelocityNetwork
+from sbi_flows.networks.velocity import TimeContextNetwork, TimeContextSettings, VelocityNetwork
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tokens(Told):
-    """Transformer over the parameters, for many of them or for ones that can be exchanged.
+class Tokens(TimeContextSettings):
+    """Transformer over the parameters, for many parameters or for exchangeable ones.
 
-    In a fit the tokens are the parameters as the linear start whitens them, each with those before
-    it: a posterior has the structure that `kinds` and `mask` state as far as the start has it.
+    In a fit the tokens are the parameters after the linear start has whitened them, by a lower
+    triangular matrix: entry i mixes parameters 0 to i. The structure that `kinds` and `mask` state
+    therefore holds for the posterior as far as it holds for this matrix.
 
     Attributes:
         width: Width of a token.
         blocks: Number of blocks of attention and a two-layer perceptron.
-        heads: Number of heads of the attention; it divides the width.
-        size: Number of neighbouring parameters that make a token.
-        kinds: Kind of each token. Tokens of one kind can be exchanged: the velocity of a permuted
-            point is the permuted velocity. None: each token is of its own kind.
-        mask: Which token (row) attends to which (column); None for all to all. Every token attends
-            to itself.
-        context_blocks: Number of residual blocks of the context's own network.
+        heads: Number of attention heads; it divides the width.
+        size: Number of consecutive parameters in one token.
+        kinds: Kind of each token. Tokens of one kind are exchangeable: permuting them permutes the
+            velocity. None gives each token its own kind.
+        mask: Whether each token (row) attends to each other token (column); None for all to all.
+            Every token attends to itself.
+        context_blocks: Number of residual blocks of the network that encodes the context.
         frequencies: Number of Fourier features of the time, in each of its two forms.
         dropout: Fraction of hidden units dropped in training.
 
@@ -53,8 +54,8 @@ class Tokens(Told):
         >>> from flax import nnx
         >>> settings = Tokens(width=16, heads=2, size=2, kinds=(0, 1, 1))
         >>> network = settings.build(nnx.Rngs(0), dim=6, context_dim=3)
-        >>> given = network.given(jnp.zeros((4, 3)))
-        >>> network(jnp.zeros((10, 4, 6)), jnp.asarray(0.5), given).shape
+        >>> encoded = network.encode_context(jnp.zeros((4, 3)))
+        >>> network(jnp.zeros((10, 4, 6)), jnp.asarray(0.5), encoded).shape
         (10, 4, 6)
     """
 
@@ -65,7 +66,7 @@ class Tokens(Told):
     mask: tuple[tuple[bool, ...], ...] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse settings that make no network."""
+        """Raise ValueError if a setting is invalid."""
         super().__post_init__()
         require_count(1, heads=self.heads, size=self.size)
         for name in ("kinds", "mask"):
@@ -78,11 +79,16 @@ class Tokens(Told):
             raise ValueError("mask: expected as many columns as rows")
 
     def build(self, rngs: nnx.Rngs, dim: int, context_dim: int) -> VelocityNetwork:
-        """Make the network, whose velocity is zero at first.
+        """Create the network; its velocity is zero at first.
+
+        Args:
+            rngs: Keys for the initial weights.
+            dim: Number of parameters.
+            context_dim: Length of the context.
 
         Raises:
-            ValueError: The dimension is no multiple of `size`, or there is not one kind, or not
-                one row of the mask, for each token.
+            ValueError: The number of parameters is not a multiple of `size`, or `kinds` or `mask`
+                do not have one entry for each token.
         """
         count, rest = divmod(dim, self.size)
         if rest:
@@ -94,7 +100,7 @@ class Tokens(Told):
         return _Tokens(self, rngs, count, context_dim)
 
 
-class _Tokens(ToldNetwork):
+class _Tokens(TimeContextNetwork):
     def __init__(self, settings: Tokens, rngs: nnx.Rngs, count: int, context_dim: int) -> None:
         super().__init__(settings, rngs, context_dim)
         self.size, self.count, width = settings.size, count, settings.width
@@ -106,18 +112,21 @@ class _Tokens(ToldNetwork):
         zeros = nnx.initializers.zeros_init()
         self.leave = nnx.Linear(width, settings.size, kernel_init=zeros, rngs=rngs)
 
-    def __call__(self, z: Array, angle: Array, given: Array, *, key: Key | None = None) -> Array:
-        """Velocity at points z (*draws, *batch, d) and angles (), or (*batch)."""
-        told = self.told(angle, given)[..., None, :]
+    def __call__(self, z: Array, angle: Array, encoded: Array, *, key: Key | None = None) -> Array:
+        """Compute the velocity at points z (*draws, *batch, d) and angles (), or (*batch)."""
+        condition = self.condition(angle, encoded)[..., None, :]
         h = self.enter(z.reshape(*z.shape[:-1], self.count, self.size))
         h += align(self.kind(jnp.asarray(self.kinds)), h)
         for block, k in zip(self.blocks, split_key(key, len(self.blocks)), strict=True):
-            h = block(h, told, key=k)
+            h = block(h, condition, key=k)
         return self.leave(nnx.silu(jax.nn.standardize(h))).reshape(z.shape)
 
 
 class _Block(nnx.Module):
-    """Attention, then a perceptron, each scaled, shifted and gated by the time and the context."""
+    """Attention and a two-layer perceptron, both modulated by the time and the context.
+
+    Time and context scale and shift the inputs of each, and scale its output (a gate).
+    """
 
     def __init__(self, settings: Tokens, rngs: nnx.Rngs) -> None:
         width = settings.width
@@ -131,22 +140,23 @@ class _Block(nnx.Module):
             nnx.Linear(2 * width, width, rngs=rngs),
         )
 
-    def __call__(self, h: Array, told: Array, *, key: Key | None = None) -> Array:
-        """Map tokens (*, T, width), told (*batch, 1, width)."""
-        films = (align(film, h) for film in jnp.split(self.film(told), 6, axis=-1))
+    def __call__(self, h: Array, condition: Array, *, key: Key | None = None) -> Array:
+        """Update tokens (*, T, width), given time and context together (*batch, 1, width)."""
+        films = (align(film, h) for film in jnp.split(self.film(condition), 6, axis=-1))
         scale, shift, gate, scale_2, shift_2, gate_2 = films
-        h = h + gate * self._attended(jax.nn.standardize(h) * (1.0 + scale) + shift)
+        h = h + gate * self._attend(jax.nn.standardize(h) * (1.0 + scale) + shift)
         inner = nnx.silu(self.first(jax.nn.standardize(h) * (1.0 + scale_2) + shift_2))
         return h + gate_2 * self.second(dropout(key, inner, self.settings.dropout))
 
-    def _attended(self, h: Array) -> Array:
+    def _attend(self, h: Array) -> Array:
+        """Compute self-attention of tokens (*, T, width)."""
         heads = self.settings.heads
         query, keys, values = (
             layer(h).reshape(*h.shape[:-1], heads, -1)
             for layer in (self.query, self.key, self.value)
         )
         mask = self.settings.mask
-        seen = None if mask is None else jnp.asarray(mask) | jnp.eye(h.shape[-2], dtype=bool)
-        if seen is not None:
-            seen = seen.reshape((1,) * (h.ndim - 1) + seen.shape)
-        return self.out(nnx.dot_product_attention(query, keys, values, mask=seen).reshape(h.shape))
+        full = None if mask is None else jnp.asarray(mask) | jnp.eye(h.shape[-2], dtype=bool)
+        if full is not None:
+            full = full.reshape((1,) * (h.ndim - 1) + full.shape)
+        return self.out(nnx.dot_product_attention(query, keys, values, mask=full).reshape(h.shape))

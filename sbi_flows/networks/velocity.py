@@ -1,10 +1,11 @@
-"""Velocity networks: a point, an angle of the path and a context to a velocity.
+"""Velocity networks: velocity at a point, at a time on the path, given a context.
 
-Public names: `Film`, `VelocityNetwork`, `VelocitySettings`, `Told`, `ToldNetwork`,
-`time_features`.
+Time is an angle from 0 (noise) to pi / 2 (data). The context is encoded once (`encode_context`),
+and combined with the time once for all points that share both. Solving an ODE for many draws at one
+observation then repeats only the layers that depend on the points.
 
-The context's part is computed once (`given`), and what an angle adds to it once for all points that
-share both: a solve with many draws at one observation pays for the points alone.
+Public names: `Film`, `VelocityNetwork`, `VelocitySettings`, `TimeContextSettings`,
+`TimeContextNetwork`, `time_features`.
 
 Sources: Perez et al. 2018, "FiLM: Visual Reasoning with a General Conditioning Layer"
 (arXiv:1709.07871); Tancik et al. 2020, "Fourier Features Let Networks Learn High Frequency
@@ -29,33 +30,48 @@ from sbi_flows.networks.mlp import ResidualMLP, dropout, split_key
 from sbi_flows.networks.shapes import align
 
 LOG_NOISE = 9.0
-"""Largest absolute log noise-to-signal ratio that a network tells from larger ones."""
+"""Log ratio of noise to signal beyond which the time features are constant."""
 
 
 class VelocityNetwork(nnx.Module):
-    """Abstract velocity (*, d) at points (*, d)."""
+    """Abstract network that computes a velocity (*, d) at points (*, d)."""
 
     @abc.abstractmethod
-    def given(self, context: Array, *, key: Key | None = None) -> Any:
-        """What contexts (*batch, C) alone give; a key turns dropout on."""
+    def encode_context(self, context: Array, *, key: Key | None = None) -> Any:
+        """Compute all that depends on contexts (*batch, C) alone.
+
+        Args:
+            context: Contexts.
+            key: Random key of dropout; without one nothing is dropped.
+        """
 
     @abc.abstractmethod
-    def __call__(self, z: Array, angle: Array, given: Any, *, key: Key | None = None) -> Array:
-        """Velocity at points z (*draws, *batch, d) and angles (), or (*batch) in [0, pi / 2]."""
+    def __call__(self, z: Array, angle: Array, encoded: Any, *, key: Key | None = None) -> Array:
+        """Compute the velocity.
+
+        Args:
+            z: Points (*draws, *batch, d).
+            angle: Angles (), or (*batch), in [0, pi / 2].
+            encoded: Contexts, as `encode_context` returns them.
+            key: Random key of dropout; without one nothing is dropped.
+
+        Returns:
+            The shape of z.
+        """
 
 
 @runtime_checkable
 class VelocitySettings(Protocol):
-    """A frozen, hashable description that builds a `VelocityNetwork` once the sizes are known."""
+    """Contract of the settings of a velocity network: frozen and hashable."""
 
     def build(self, rngs: nnx.Rngs, dim: int, context_dim: int) -> VelocityNetwork:
-        """Make the network, whose velocity is zero at first."""
+        """Create the network for `dim` parameters; its velocity is zero at first."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Told:
-    """Settings of a network that the time and the context tell what to do: see `ToldNetwork`."""
+class TimeContextSettings:
+    """Settings that all networks derived from `TimeContextNetwork` share."""
 
     width: int = 128
     blocks: int = 3
@@ -64,17 +80,17 @@ class Told:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        """Refuse settings that make no network."""
+        """Raise ValueError if a setting is invalid."""
         require_count(1, width=self.width, blocks=self.blocks, frequencies=self.frequencies)
         require_count(0, context_blocks=self.context_blocks)
         require_fraction(dropout=self.dropout)
 
 
-class ToldNetwork(VelocityNetwork):
-    """Abstract network to which the time and the context are one vector of its width."""
+class TimeContextNetwork(VelocityNetwork):
+    """Abstract network that combines time and context in one vector of its width."""
 
-    def __init__(self, settings: Told, rngs: nnx.Rngs, context_dim: int) -> None:
-        """Create the layers of both."""
+    def __init__(self, settings: TimeContextSettings, rngs: nnx.Rngs, context_dim: int) -> None:
+        """Create the layers that encode the time and the context."""
         self.frequencies = settings.frequencies
         self.context = ResidualMLP(
             context_dim,
@@ -86,23 +102,26 @@ class ToldNetwork(VelocityNetwork):
         )
         self.time = nnx.Linear(4 * settings.frequencies + 2, settings.width, rngs=rngs)
 
-    def given(self, context: Array, *, key: Key | None = None) -> Array:
-        """What contexts (*batch, C) alone give, shape (*batch, width)."""
+    def encode_context(self, context: Array, *, key: Key | None = None) -> Array:
+        """Encode contexts (*batch, C) as vectors (*batch, width)."""
         return self.context(context, key=key)
 
-    def told(self, angle: Array, given: Array) -> Array:
-        """What a context and angles (), or (*batch), say together, shape (*batch, width)."""
-        return nnx.silu(given + align(self.time(time_features(angle, self.frequencies)), given))
+    def condition(self, angle: Array, encoded: Array) -> Array:
+        """Combine angles (), or (*batch), with encoded contexts; shape (*batch, width)."""
+        time = self.time(time_features(angle, self.frequencies))
+        return nnx.silu(encoded + align(time, encoded))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Film(Told):
-    """Residual multilayer perceptron whose layers the context and the time scale and shift.
+class Film(TimeContextSettings):
+    """Residual multilayer perceptron with feature-wise linear modulation (FiLM).
+
+    The time and the context scale and shift the inputs of each layer.
 
     Attributes:
         width: Width of the hidden layers.
         blocks: Number of residual blocks of two layers.
-        context_blocks: Number of residual blocks of the context's own network.
+        context_blocks: Number of residual blocks of the network that encodes the context.
         frequencies: Number of Fourier features of the time, in each of its two forms.
         dropout: Fraction of hidden units dropped in training.
 
@@ -113,21 +132,27 @@ class Film(Told):
         >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> network = Film(width=32).build(nnx.Rngs(0), dim=2, context_dim=3)
-        >>> given = network.given(jnp.zeros((4, 3)))
-        >>> network(jnp.zeros((10, 4, 2)), jnp.asarray(0.5), given).shape
+        >>> encoded = network.encode_context(jnp.zeros((4, 3)))
+        >>> network(jnp.zeros((10, 4, 2)), jnp.asarray(0.5), encoded).shape
         (10, 4, 2)
     """
 
     def build(self, rngs: nnx.Rngs, dim: int, context_dim: int) -> VelocityNetwork:
-        """Make the network, whose velocity is zero at first."""
+        """Create the network; its velocity is zero at first.
+
+        Args:
+            rngs: Keys for the initial weights.
+            dim: Number of parameters.
+            context_dim: Length of the context.
+        """
         return _Film(self, rngs, dim, context_dim)
 
 
-class _Film(ToldNetwork):
+class _Film(TimeContextNetwork):
     def __init__(self, settings: Film, rngs: nnx.Rngs, dim: int, context_dim: int) -> None:
         super().__init__(settings, rngs, context_dim)
         self.dropout, width, blocks = settings.dropout, settings.width, settings.blocks
-        # a scale and a shift a block, and those of the last layer
+        # a scale and a shift for each block, and for the last layer
         self.film = nnx.Linear(width, 2 * width * (blocks + 1), rngs=rngs)
         self.enter = nnx.Linear(dim, width, rngs=rngs)
         self.first, self.second = (
@@ -136,9 +161,9 @@ class _Film(ToldNetwork):
         zeros = nnx.initializers.zeros_init()
         self.leave = nnx.Linear(width, dim, kernel_init=zeros, rngs=rngs)
 
-    def __call__(self, z: Array, angle: Array, given: Array, *, key: Key | None = None) -> Array:
-        """Velocity at points z (*draws, *batch, d) and angles (), or (*batch)."""
-        films = self.film(self.told(angle, given))
+    def __call__(self, z: Array, angle: Array, encoded: Array, *, key: Key | None = None) -> Array:
+        """Compute the velocity at points z (*draws, *batch, d) and angles (), or (*batch)."""
+        films = self.film(self.condition(angle, encoded))
         films = jnp.split(films, 2 * (len(self.first) + 1), axis=-1)
         scales, shifts = films[::2], films[1::2]
         h = self.enter(z)
@@ -146,27 +171,35 @@ class _Film(ToldNetwork):
         for first, second, scale, shift, k in zip(
             self.first, self.second, scales[:-1], shifts[:-1], keys, strict=True
         ):
-            inner = nnx.silu(first(nnx.silu(_modulated(h, scale, shift))))
+            inner = nnx.silu(first(nnx.silu(_modulate(h, scale, shift))))
             h = h + second(dropout(k, inner, self.dropout))
-        return self.leave(nnx.silu(_modulated(h, scales[-1], shifts[-1])))
+        return self.leave(nnx.silu(_modulate(h, scales[-1], shifts[-1])))
 
 
-def _modulated(h: Array, scale: Array, shift: Array) -> Array:
+def _modulate(h: Array, scale: Array, shift: Array) -> Array:
+    """Scale h by 1 + scale, and shift it."""
     return h * (1.0 + align(scale, h)) + align(shift, h)
 
 
 def time_features(angle: Array, frequencies: int) -> Array:
-    """Features of angles (*), shape (*, 4 * frequencies + 2), all between -1 and 1.
+    """Compute Fourier features of the time, all between -1 and 1.
 
-    Waves of the angle, which resolve the middle of the path, and of the log ratio of noise to
-    signal, which resolve its ends.
+    They are sines and cosines of the angle, which resolve the middle of the path, and of the log
+    ratio of noise to signal, which resolve its ends.
+
+    Args:
+        angle: Angles (*) from 0 (noise) to pi / 2 (data).
+        frequencies: Number of frequencies, each twice that of the one before.
+
+    Returns:
+        Shape (*, 4 * frequencies + 2).
     """
-    share = angle / (math.pi / 4) - 1.0
-    # both floors are those of float32: sin and cos of an angle next to an end are no smaller
+    position = angle / (math.pi / 4) - 1.0
+    # in float32, sin and cos of an angle next to an end are not smaller than these floors
     noise, signal = jnp.maximum(jnp.cos(angle), 1e-7), jnp.maximum(jnp.sin(angle), 1e-7)
     ratio = jnp.clip((jnp.log(noise) - jnp.log(signal)) / LOG_NOISE, -1.0, 1.0)
-    places = jnp.stack([share, ratio], axis=-1)
-    octaves = jnp.asarray(np.pi * 2.0 ** np.arange(-1, frequencies - 1), places.dtype)
-    waves = jnp.expand_dims(places, -1)
-    waves = (waves * align(octaves, waves)).reshape(*angle.shape, -1)
-    return jnp.concatenate([places, jnp.sin(waves), jnp.cos(waves)], axis=-1)
+    coordinates = jnp.stack([position, ratio], axis=-1)
+    octaves = jnp.asarray(np.pi * 2.0 ** np.arange(-1, frequencies - 1), coordinates.dtype)
+    phases = jnp.expand_dims(coordinates, -1)
+    phases = (phases * align(octaves, phases)).reshape(*angle.shape, -1)
+    return jnp.concatenate([coordinates, jnp.sin(phases), jnp.cos(phases)], axis=-1)

@@ -355,7 +355,7 @@ def tokens():
 
 def test_exchanged_parameters_have_exchanged_velocities(tokens):
     z = jax.random.normal(jax.random.key(0), (5, 2, 4, 2))
-    given = tokens.given(jax.random.normal(jax.random.key(1), (2, 3)))
+    given = tokens.encode_context(jax.random.normal(jax.random.key(1), (2, 3)))
 
     def velocity(z):
         return tokens(z.reshape(5, 2, 8), jnp.asarray(0.7), given).reshape(z.shape)
@@ -372,7 +372,7 @@ def test_a_mask_keeps_tokens_apart():
     settings = sf.Tokens(width=8, heads=2, blocks=1, mask=chain)
     graph, state = nnx.split(settings.build(nnx.Rngs(0), dim=3, context_dim=2))
     network = nnx.merge(graph, cases.perturbed(jax.random.key(1), state, 0.3))
-    given = network.given(jnp.ones(2))
+    given = network.encode_context(jnp.ones(2))
     jacobian = jax.jacobian(lambda z: network(z, jnp.asarray(0.3), given))(jnp.ones(3))
     seen = np.abs(np.asarray(jacobian)) > 1e-6
     np.testing.assert_array_equal(seen, np.array(chain))
