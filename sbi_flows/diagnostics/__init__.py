@@ -16,12 +16,13 @@ from sbi_flows.diagnostics.local import check_at as check_at
 from sbi_flows.diagnostics.local_report import LocalCheck as LocalCheck
 from sbi_flows.diagnostics.predictive import Predictive as Predictive
 from sbi_flows.diagnostics.predictive import predictive_check as predictive_check
+from sbi_flows.diagnostics.prior_report import PriorSensitivity as PriorSensitivity
+from sbi_flows.diagnostics.prior_report import Reweighted as Reweighted
 from sbi_flows.diagnostics.report import Report as Report
 from sbi_flows.diagnostics.sbc import SBC as SBC
 from sbi_flows.diagnostics.sbc import sbc as sbc
 from sbi_flows.diagnostics.sensitivity_to_data import DataSensitivity as DataSensitivity
 from sbi_flows.diagnostics.sensitivity_to_data import data_sensitivity as data_sensitivity
-from sbi_flows.diagnostics.sensitivity_to_prior import PriorSensitivity as PriorSensitivity
 from sbi_flows.diagnostics.sensitivity_to_prior import prior_sensitivity as prior_sensitivity
 from sbi_flows.diagnostics.sharpness import Sharpness as Sharpness
 from sbi_flows.diagnostics.tarp import TARP as TARP

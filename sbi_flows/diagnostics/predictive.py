@@ -122,8 +122,8 @@ class Predictive:
 def predictive_check(
     key: Key,
     posterior: PosteriorLike,
-    simulator: Simulator,
-    x: Obs,
+    x: Obs | Simulator,
+    simulator: Simulator | Obs,
     *,
     draws: int = 1_000,
     discrepancies: Mapping[str, Discrepancy] | None = None,
@@ -137,8 +137,9 @@ def predictive_check(
     Args:
         key: Random key.
         posterior: The posterior.
-        simulator: The simulator, `(key, theta) -> x`.
         x: One observation.
+        simulator: The simulator, `(key, theta) -> x`. Calls in the earlier order, with the
+            simulator before x, are still accepted.
         draws: Number of posterior draws, with one simulation each; at least 100.
         discrepancies: Additional quantities to compare, by name: a number computed from one
             observation, `lambda x: x.max()`, or from an observation and parameters in the form the
@@ -164,7 +165,7 @@ def predictive_check(
         >>> quick = sf.Training(max_epochs=2)
         >>> posterior, _ = sf.NPE(prior, training=quick, members=1).fit(jax.random.key(1), sims)
         >>> result = sf.predictive_check(
-        ...     jax.random.key(2), posterior, noisy, jax.numpy.array([0.3, -9.0]),
+        ...     jax.random.key(2), posterior, jax.numpy.array([0.3, -9.0]), noisy,
         ...     discrepancies={"range": lambda x: x.max() - x.min()},
         ... )
         >>> result.entry_p[0] > 0.05, result.entry_p[1] < 0.05, result.distance_p < 0.05
@@ -173,6 +174,10 @@ def predictive_check(
         True
     """
     require_count(MIN_DRAWS, draws=draws)
+    if callable(x):
+        x, simulator = simulator, x
+    if not callable(simulator):
+        raise ValueError("simulator: expected a function, got none among the arguments")
     traced = trace_discrepancies(discrepancies, posterior.prior, x)
     draw_key, simulate_key = jax.random.split(key)
     theta = posterior.sample(draw_key, x, draws)

@@ -31,7 +31,7 @@ def closed_figures():
 
 def run_check(posterior, simulator, discrepancies, x=X, draws=4_000):
     return sf.predictive_check(
-        KEY, posterior, simulator, x, discrepancies=discrepancies, draws=draws, progress=False
+        KEY, posterior, x, simulator, discrepancies=discrepancies, draws=draws, progress=False
     )
 
 
@@ -124,7 +124,7 @@ def test_the_report_has_the_discrepancies(gaussian, simulator):
     figure = found.discrepancies.plot()
     assert [ax.get_title().split(":")[0] for ax in figure.axes] == ["peak", "off"]
     assert figure.axes[0].lines[0].get_xdata()[0] == 1.0
-    none = sf.predictive_check(KEY, gaussian(), simulator, X, draws=1_000, progress=False)
+    none = sf.predictive_check(KEY, gaussian(), X, simulator, draws=1_000, progress=False)
     assert none.discrepancies is None and none.to_dict()["discrepancies"] is None
 
 
@@ -181,11 +181,11 @@ def test_the_distance_is_also_computed_in_the_embedding():
     x = jnp.full(6, 0.3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", sf.SbiFlowsWarning)  # the observation is not typical
-        found = sf.predictive_check(KEY, posterior, simulate, x, draws=400, progress=False)
+        found = sf.predictive_check(KEY, posterior, x, simulate, draws=400, progress=False)
     assert found.embedding_p < 0.02 < 0.9 < found.distance_p
     assert f"in the embedding {found.embedding_p:.3f}" in found.summary()
     assert found.to_dict()["embedding_p"] == found.embedding_p
-    typical = sf.predictive_check(KEY, posterior, simulate, sims.x[0], draws=400, progress=False)
+    typical = sf.predictive_check(KEY, posterior, sims.x[0], simulate, draws=400, progress=False)
     assert typical.embedding_p > 0.05
 
 

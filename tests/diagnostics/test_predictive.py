@@ -12,7 +12,7 @@ KEY = jax.random.key(0)
 
 
 def run_check(posterior, simulator, x, **options):
-    return sf.predictive_check(KEY, posterior, simulator, x, progress=False, **options)
+    return sf.predictive_check(KEY, posterior, x, simulator, progress=False, **options)
 
 
 def twice(key, theta):
@@ -113,3 +113,15 @@ def test_the_picture_shows_the_observation(gaussian, simulator):
     axes = found.plot()
     (line,) = [line for line in axes.lines if line.get_label() == "observed"]
     np.testing.assert_allclose(line.get_ydata(), found.observed, rtol=1e-6)
+
+
+def test_the_earlier_order_of_arguments_is_accepted(gaussian, simulator):
+    x = jnp.array([0.3, -0.8])
+    expected = run_check(gaussian(), simulator, x, draws=100)
+    options = {"draws": 100, "progress": False}
+    by_position = sf.predictive_check(KEY, gaussian(), simulator, x, **options)
+    by_name = sf.predictive_check(KEY, gaussian(), simulator=simulator, x=x, **options)
+    for result in (by_position, by_name):
+        np.testing.assert_array_equal(result.simulated, expected.simulated)
+    with pytest.raises(ValueError, match="simulator: expected a function"):
+        sf.predictive_check(KEY, gaussian(), x, x, **options)

@@ -1,4 +1,4 @@
-"""Sensitivity to data and prior, where the conjugate Gaussian says what it is."""
+"""Sensitivity to data and prior, compared with the conjugate Gaussian."""
 
 import json
 
@@ -10,7 +10,7 @@ import numpyro.distributions as dist
 import pytest
 
 import sbi_flows as sf
-from sbi_flows.diagnostics.sensitivity_to_data import _possible
+from sbi_flows.diagnostics.sensitivity_to_data import _representable
 from sbi_flows.posteriors.reweighting import cjs_distance, reweighted
 from sbi_flows.prior.prior import as_prior
 from tests.gaussian import NOISE
@@ -35,7 +35,7 @@ def under(posterior, x=X, **options):
 
 
 class Sites:
-    """A posterior of the same draws and densities, under a prior of two named sites."""
+    """The same draws and densities, with a prior of two named parameters."""
 
     def __init__(self, posterior, prior):
         self.posterior, self.prior = posterior, as_prior(prior)
@@ -44,7 +44,7 @@ class Sites:
 
 
 class Counting:
-    """Mean and width of one parameter from a dict of a count, a boolean and a float."""
+    """Posterior of one parameter given a dict of a count, a boolean and a float."""
 
     def __init__(self):
         self.prior = as_prior({"a": dist.Normal(0, 1)})
@@ -62,7 +62,7 @@ class Counting:
 
 
 def test_a_mean_moves_by_its_derivative(gaussian):
-    """The derivative by x is the weight of the data, here over the posterior's sd."""
+    """The derivative of the mean by x is the weight of the data, divided by the posterior sd."""
     found = moved(gaussian(), X, unit=1.0, step=0.25, draws=4_000)
     slope = 0.5 * WEIGHT / SD
     np.testing.assert_allclose(found.shift, np.diag([slope, slope]), atol=0.02)
@@ -78,7 +78,7 @@ def test_a_posterior_that_ignores_the_data_does_not_move(gaussian):
 
 
 def test_units_are_those_of_simulations_at_draws(gaussian, simulator):
-    """Another measurement has the variance of the noise and of the posterior."""
+    """The variance of a repeated measurement is that of the noise plus that of the posterior."""
     found = moved(gaussian(), X, simulator=simulator, draws=4_000)
     half = (NOISE**2 + SD**2) ** 0.5 / 2
     np.testing.assert_allclose(found.high - found.low, 2 * half, rtol=0.06)
@@ -104,7 +104,7 @@ def test_whole_numbers_and_booleans_stay_what_they_are():
 
 def test_a_count_is_not_moved_below_zero():
     like = jax.ShapeDtypeStruct((3,), jnp.int32)
-    low, high = _possible(like, jnp.array([[0, 1, -3]]), np.full(3, -5.2), np.full(3, 2.6))
+    low, high = _representable(like, jnp.array([[0, 1, -3]]), np.full(3, -5.2), np.full(3, 2.6))
     np.testing.assert_array_equal(low, [0, 0, -5])
     np.testing.assert_array_equal(high, [3, 3, 3])
 
@@ -112,14 +112,14 @@ def test_a_count_is_not_moved_below_zero():
 def test_a_pixel_is_not_moved_beyond_what_it_holds():
     like = jax.ShapeDtypeStruct((3,), jnp.uint8)
     row = jnp.array([[255, 0, 128]], jnp.uint8)
-    low, high = _possible(like, row, np.array([251.0, -4, 124]), np.array([259.0, 4, 132]))
+    low, high = _representable(like, row, np.array([251.0, -4, 124]), np.array([259.0, 4, 132]))
     np.testing.assert_array_equal(low, [251, 0, 124])
     np.testing.assert_array_equal(high, [255, 4, 132])
 
 
 @pytest.fixture(scope="module")
 def fitted():
-    """A few epochs of a small flow with a feature that says nothing."""
+    """A small flow, trained for a few epochs, with one uninformative feature."""
 
     def simulate(key, theta):
         noise = jax.random.normal(key, (3,))
@@ -180,7 +180,7 @@ def normal(mean, sd):
 
 
 def exact(mean, sd, noise=NOISE):
-    """Mean and sd of the posterior at X under a normal prior."""
+    """Return mean and sd of the posterior at X under a normal prior."""
     precision = 1 / sd**2 + 1 / noise**2
     return (np.asarray(mean) / sd**2 + np.asarray(X) / noise**2) / precision, precision**-0.5
 
@@ -229,7 +229,7 @@ def test_each_named_parameter_has_its_own_prior(gaussian):
 
 
 def test_sensitivity_tells_a_prior_that_rules_from_one_that_pulls(gaussian):
-    """Far from the prior both matter; where the posterior is the prior, the likelihood does not."""
+    """Far from the prior, both matter. If the posterior is the prior, the likelihood does not."""
     far = under(gaussian(), jnp.array([0.0, 6.0]), draws=4_000)
     assert far.diagnosis == {"theta[1]": "prior and data may pull apart"} | {
         k: v for k, v in far.diagnosis.items() if k == "theta[0]"
