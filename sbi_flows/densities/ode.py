@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -94,14 +95,14 @@ class Solver:
 
         method = diffrax.Bosh3() if self.method is None else self.method
         dtype = jax.tree.leaves(start)[0].dtype
-        first, last = (jnp.asarray(e, dtype) for e in ends)
         fixed = self.steps
+        first, last, size = _times(ends, fixed, dtype)
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(field),
             method,
             first,
             last,
-            None if fixed is None else (last - first) / fixed,
+            size,
             start,
             args,
             stepsize_controller=(
@@ -132,6 +133,19 @@ class Solver:
             return hashed_normal(key, shape, dtype) / math.sqrt(self.probes)
         signs = jnp.where(hashed_words(key, shape) >> 31 == 0, 1.0, -1.0)
         return signs.astype(dtype) / math.sqrt(self.probes)
+
+
+def _times(ends: tuple[float, float], steps: int | None, dtype: np.dtype) -> tuple[Any, Any, Any]:
+    """Return the first angle, the last one, and the step size (None adapts it).
+
+    They are Python floats where these have the dtype of the state: diffrax checks the sign of a
+    Python float when it traces, and that of an array by a callback to the host.
+    """
+    first, last = (dtype.type(end) for end in ends)
+    size = None if steps is None else (last - first) / dtype.type(steps)
+    if dtype != jnp.result_type(float):
+        return first, last, size
+    return float(first), float(last), None if size is None else float(size)
 
 
 class SolverStats(NamedTuple):
