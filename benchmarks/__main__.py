@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage text in front."""
+    """Argument parser whose error messages are one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -26,10 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: Arguments; those of the process by default.
+        argv: Arguments, by default those of the process.
 
     Returns:
-        The exit status: 0, or 2 after bad input, which is said in one line on stderr.
+        The exit status: 0, or 2 after an error in the input, which is printed to stderr in one
+        line.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -43,182 +44,214 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="benchmarks", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    run = commands.add_parser(
-        "run", help="accuracy, calibration and times on benchmark tasks", prog="benchmarks run"
+    _add_run(commands)
+    _add_references(commands)
+    _add_report(commands)
+    demo = _command(commands, "demo", _demo, "lynx and hare: real data end to end, beside NUTS")
+    _add_folder(demo, "--folder", "demo")
+    uses = _command(commands, "uses", _uses, "two real uses: an epidemic, a hierarchical model")
+    _add_folder(uses, "--folder", "uses")
+    _add_rounds(commands)
+    speed = _command(commands, "speed", _speed, "times of training, of a check, of a cold process")
+    _add_folder(speed, "--results", "results")
+    batches = _command(commands, "batches", _batches, "time to the same loss by batch size")
+    _add_folder(batches, "--results", "results")
+    _add_continuous(commands)
+    _add_accelerator(commands)
+    _add_peers(commands)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, function: Callable[[argparse.Namespace], None], summary: str
+) -> argparse.ArgumentParser:
+    """Add a command that calls the function with the parsed arguments."""
+    parser = commands.add_parser(name, help=summary, prog=f"benchmarks {name}")
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _add_folder(parser: argparse.ArgumentParser, option: str, default: str) -> None:
+    parser.add_argument(
+        option, type=Path, default=Path(default), metavar="DIR", help=f"output folder ({default}/)"
     )
-    run.set_defaults(command=_run)
-    run.add_argument("--tasks", nargs="+", default=[], metavar="TASK")
+
+
+def _add_numbers(parser: argparse.ArgumentParser, numbers: dict[str, tuple[int, str]]) -> None:
+    """Add integer options from their default values and descriptions."""
+    for option, (default, meaning) in numbers.items():
+        text = f"{meaning} ({default})"
+        parser.add_argument(option, type=int, default=default, metavar="N", help=text)
+
+
+def _add_run(commands: Any) -> None:
+    run = _command(commands, "run", _run, "accuracy, calibration and times on benchmark tasks")
+    run.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="names of tasks")
     run.add_argument(
         "--simulator",
         metavar="MODULE:NAME",
-        help="a simulators.Task of your own, or the name of its entry point, scored alike",
+        help="your own simulators.Task, or the name of its entry point",
     )
-    run.add_argument("--methods", nargs="+", default=["stack"], metavar="METHOD", help="(stack)")
-    run.add_argument("--budgets", nargs="+", type=int, default=[10_000], metavar="N")
-    run.add_argument("--seeds", type=int, default=1, metavar="N", help="number of seeds (1)")
-    run.add_argument("--observations", type=int, default=5, metavar="N", help="how many (5)")
+    run.add_argument(
+        "--methods", nargs="+", default=["stack"], metavar="METHOD", help="methods (stack)"
+    )
+    run.add_argument(
+        "--budgets",
+        nargs="+",
+        type=int,
+        default=[10_000],
+        metavar="N",
+        help="numbers of simulations (10000)",
+    )
     run.add_argument(
         "--observations-from",
         type=Path,
         metavar="DIR",
-        help="take x_1, x_2, ... of DIR/<task>.npz instead of the task's own observations",
+        help="use x_1, x_2, ... of DIR/<task>.npz instead of the task's own observations",
     )
-    run.add_argument("--draws", type=int, default=10_000, metavar="N", help="per C2ST (10000)")
-    run.add_argument(
-        "--datasets", type=int, default=1_000, metavar="N", help="of the calibration check (1000)"
+    _add_numbers(
+        run,
+        {
+            "--seeds": (1, "number of seeds"),
+            "--observations": (5, "maximum number of observations per task"),
+            "--draws": (10_000, "draws per C2ST"),
+            "--datasets": (1_000, "data sets of the calibration check"),
+            "--check-draws": (1_000, "draws for each of these data sets"),
+            "--jobs": (1, "runs in parallel"),
+        },
     )
-    run.add_argument(
-        "--check-draws", type=int, default=1_000, metavar="N", help="for each of them (1000)"
-    )
-    run.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (1)")
     _add_folder(run, "--results", "results")
-    references = commands.add_parser(
-        "references", help="reference posteriors that take long", prog="benchmarks references"
+
+
+def _add_references(commands: Any) -> None:
+    references = _command(
+        commands, "references", _references, "reference posteriors that need NUTS"
     )
-    references.set_defaults(command=_references)
-    references.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="(all)")
+    references.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="tasks (all)")
     references.add_argument(
-        "--folder", type=Path, metavar="DIR", help="where to keep them ($SBI_FLOWS_CACHE)"
+        "--folder", type=Path, metavar="DIR", help="folder of the draws ($SBI_FLOWS_CACHE)"
     )
     references.add_argument(
         "--check",
         type=Path,
         metavar="DIR",
-        help="compare our samplers with the draws of DIR/<task>.npz instead",
+        help="compare our samplers with the draws in DIR/<task>.npz instead",
     )
     _add_folder(references, "--results", "results")
-    report = commands.add_parser(
-        "report", help="finished runs beside published figures", prog="benchmarks report"
-    )
-    report.set_defaults(command=_report)
+
+
+def _add_report(commands: Any) -> None:
+    report = _command(commands, "report", _report, "finished runs beside published values")
     report.add_argument(
-        "--results", type=Path, default=Path("results"), metavar="DIR", help="(results/)"
+        "--results",
+        type=Path,
+        default=Path("results"),
+        metavar="DIR",
+        help="folder of the records (results/)",
     )
-    report.add_argument("--out", type=Path, metavar="DIR", help="where to write (the same)")
-    demo = commands.add_parser(
-        "demo", help="lynx and hare: real data end to end, beside NUTS", prog="benchmarks demo"
-    )
-    demo.set_defaults(command=_demo)
-    _add_folder(demo, "--folder", "demo")
-    uses = commands.add_parser(
-        "uses", help="two real uses: an epidemic, a hierarchical model", prog="benchmarks uses"
-    )
-    uses.set_defaults(command=_uses)
-    _add_folder(uses, "--folder", "uses")
-    rounds = commands.add_parser(
-        "rounds", help="truncated rounds, beside exact posteriors", prog="benchmarks rounds"
-    )
-    rounds.set_defaults(command=_rounds)
-    rounds.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="(sir lynx_hare)")
+    report.add_argument("--out", type=Path, metavar="DIR", help="output folder (the same)")
+
+
+def _add_rounds(commands: Any) -> None:
+    rounds = _command(commands, "rounds", _rounds, "truncated rounds, beside exact posteriors")
     rounds.add_argument(
-        "--observations-from", type=Path, metavar="DIR", help="as for `run`, where DIR has the task"
+        "--tasks", nargs="+", default=[], metavar="TASK", help="tasks (sir lynx_hare)"
+    )
+    rounds.add_argument(
+        "--observations-from",
+        type=Path,
+        metavar="DIR",
+        help="as for `run`, for the tasks that have a file in DIR",
     )
     _add_folder(rounds, "--results", "results")
-    speed = commands.add_parser(
-        "speed", help="training steps, check and a cold process", prog="benchmarks speed"
-    )
-    speed.set_defaults(command=_speed)
-    _add_folder(speed, "--results", "results")
-    batches = commands.add_parser(
-        "batches", help="time to the same loss by rows a step", prog="benchmarks batches"
-    )
-    batches.set_defaults(command=_batches)
-    _add_folder(batches, "--results", "results")
-    _add_continuous(commands)
-    accelerator = commands.add_parser(
-        "accelerator",
-        help="what a GPU does with a fit, beside its limits",
-        prog="benchmarks accelerator",
-    )
-    accelerator.set_defaults(command=_accelerator)
-    accelerator.add_argument(
-        "--rows", type=int, default=100_000, metavar="N", help="simulations of each fit (100000)"
-    )
-    _add_folder(accelerator, "--results", "results")
-    _add_peers(commands)
-    return parser
 
 
 def _add_continuous(commands: Any) -> None:
-    continuous = commands.add_parser(
+    continuous = _command(
+        commands,
         "continuous",
-        help="densities of continuous flows: integrals, draws beside densities, and their time",
-        prog="benchmarks continuous",
+        _continuous,
+        "continuous flows: integrals of densities, agreement with draws, times",
     )
-    continuous.set_defaults(command=_continuous)
     continuous.add_argument(
         "--densities",
         nargs="+",
         default=["NSF", "FlowMatching", "Diffusion"],
         metavar="NAME",
-        help="(NSF FlowMatching Diffusion)",
+        help="densities (NSF FlowMatching Diffusion)",
     )
-    continuous.add_argument(
-        "--peer-epochs",
-        type=int,
-        default=100,
-        metavar="N",
-        help="most epochs of sbi's flow matching, timed where it is installed; 0 for none (100)",
+    _add_numbers(
+        continuous,
+        {
+            "--peer-epochs": (
+                100,
+                "maximum number of epochs of sbi's flow matching, if it is installed; 0 for none",
+            )
+        },
     )
     _add_folder(continuous, "--results", "results")
 
 
-def _add_peers(commands: Any) -> None:
-    peers = commands.add_parser(
-        "peers", help="training and posteriors beside other libraries'", prog="benchmarks peers"
+def _add_accelerator(commands: Any) -> None:
+    accelerator = _command(
+        commands, "accelerator", _accelerator, "training on a GPU, beside the limits of the GPU"
     )
-    peers.set_defaults(command=_peers)
+    _add_numbers(accelerator, {"--rows": (100_000, "simulations of each fit")})
+    _add_folder(accelerator, "--results", "results")
+
+
+def _add_peers(commands: Any) -> None:
+    peers = _command(commands, "peers", _peers, "training and posteriors of other libraries")
     peers.add_argument(
         "--peer",
         dest="peers",
         nargs="+",
         default=["flowjax", "sbi"],
         metavar="NAME",
-        help="(flowjax sbi)",
+        help="libraries (flowjax sbi)",
     )
-    peers.add_argument("--tasks", nargs="+", default=["slcp"], metavar="TASK", help="(slcp)")
+    peers.add_argument("--tasks", nargs="+", default=["slcp"], metavar="TASK", help="tasks (slcp)")
     peers.add_argument(
-        "--flow", choices=("coupling", "autoregressive"), default="coupling", help="(coupling)"
+        "--flow",
+        choices=("coupling", "autoregressive"),
+        default="coupling",
+        help="kind of flow (coupling)",
     )
-    numbers = {
-        "--budget": (10_000, "simulations"),
-        "--repeats": (3, "timings of each call"),
-        "--observations": (3, "of the C2ST"),
-        "--epochs": (10, "of each timed fit"),
-        "--max-epochs": (1_000, "of the fit until it has converged"),
-        "--draws": (10_000, "draws and densities timed, and draws of the C2ST"),
-        "--datasets": (200, "of SBC"),
-        "--check-draws": (1_000, "for each of them"),
-        "--held-out": (1_000, "fresh simulations behind the held-out loss"),
-    }
-    for option, (default, meaning) in numbers.items():
-        told = f"{meaning} ({default})"
-        peers.add_argument(option, type=int, default=default, metavar="N", help=told)
+    _add_numbers(
+        peers,
+        {
+            "--budget": (10_000, "simulations"),
+            "--repeats": (3, "timings of each call"),
+            "--observations": (3, "observations of the C2ST"),
+            "--epochs": (10, "epochs of each timed fit"),
+            "--max-epochs": (1_000, "maximum number of epochs of the converged fit"),
+            "--draws": (10_000, "timed draws and densities, and draws of the C2ST"),
+            "--datasets": (200, "data sets of SBC"),
+            "--check-draws": (1_000, "draws for each of these data sets"),
+            "--held-out": (1_000, "new simulations for the held-out loss"),
+        },
+    )
     _add_folder(peers, "--results", "results")
 
 
-def _add_folder(parser: argparse.ArgumentParser, option: str, default: str) -> None:
-    parser.add_argument(
-        option, type=Path, default=Path(default), metavar="DIR", help=f"for the output ({default}/)"
+def _settings(kind: Callable[..., T], arguments: argparse.Namespace, **more: Any) -> T:
+    """Build a settings object from the arguments that are its fields, and from further fields."""
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type] # a class
+    values = {name: value for name, value in vars(arguments).items() if name in names}
+    return kind(
+        **{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}, **more
     )
 
 
-def _settings(kind: Callable[..., T], arguments: argparse.Namespace, **more: Any) -> T:
-    """Those of the arguments that are fields of the settings, lists as tuples, and some more."""
-    names = set(vars(arguments)) & {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    given = {name: getattr(arguments, name) for name in names}
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, **more)
-
-
-# each command imports what it needs when it is chosen: `--help` should not wait for JAX
+# Each command imports its modules when it runs, so that `--help` does not import JAX.
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    began = time.perf_counter()
+    start = time.perf_counter()
     from benchmarks.suite import runner
     from benchmarks.suite.settings import Settings
 
-    import_seconds = time.perf_counter() - began
+    import_seconds = time.perf_counter() - start
     settings = _settings(Settings, arguments)
     runner.run(settings, import_seconds=import_seconds)
 

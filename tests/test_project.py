@@ -155,7 +155,7 @@ def test_the_figures_of_the_page_on_performance_are_those_of_the_result_files():
     ]
     tables += [profile.markdown(speed["step"]), growth.markdown(speed["growth"])]
     (gpu,) = result_files("accelerator")
-    tables += [accelerator.markdown(gpu["batches"], "rows a step")]
+    tables += [accelerator.markdown(gpu["batches"], "batch size")]
     tables += [accelerator.markdown(gpu["members"], "members")]
     (rows,) = result_files("batches")
     tables += [batches.markdown(rows["batches"])]

@@ -1,1 +1,4 @@
-"""Analyses from beginning to end: real data, truncated rounds, and the choice of a density."""
+"""Analyses from simulations to diagnostics: real data, truncated rounds, continuous flows.
+
+Commands: `demo`, `uses`, `rounds`, `continuous`.
+"""

@@ -1,4 +1,4 @@
-"""Kinds of densities side by side: accuracy, calibration, and the cost of fits, draws, densities.
+"""Table of the kinds of density: accuracy, calibration, and the times of fits, draws and densities.
 
 Public names: `KINDS`, `choosing_table`.
 """
@@ -17,7 +17,7 @@ KINDS = {
     "npe-diffusion-distilled": "`Diffusion`, distilled to 2 steps",
     "npe-cnf": "`CNF`",
 }
-"""Names of the benchmark's methods, and what the table calls them."""
+"""Name of each density in the table, by the method's name in the benchmark."""
 
 COLUMNS = (
     "task",
@@ -32,10 +32,14 @@ COLUMNS = (
 
 
 def choosing_table(records: Iterable[dict[str, Any]]) -> list[str]:
-    """Lines of a Markdown table: a row for each task and kind of density.
+    """Format a Markdown table with a row per task and kind of density; return its lines.
 
-    Runs without exact posteriors at two observations or more are left out. A fit includes
-    compilation; draws, all at one observation, and densities, each at another, do not.
+    The time of a fit includes compilation. The times of draws (at one observation) and of densities
+    (each at its own observation) do not.
+
+    Args:
+        records: Records of `python -m benchmarks run`. Those with fewer than two C2ST values are
+            ignored.
     """
     order = list(KINDS)
     chosen = [r for r in records if r["method"] in KINDS and len(r["c2st"]["values"]) > 1]

@@ -1,4 +1,4 @@
-"""Densities that an ODE gives: do they integrate to one, and do the draws fall where they say?
+"""`python -m benchmarks continuous`: normalisation of continuous flows, and agreement with draws.
 
 Public names: `DENSITIES`, `Settings`, `run`, `density_study`, `markdown`.
 """
@@ -31,28 +31,31 @@ DENSITIES: dict[str, Callable[[], Any]] = {
 }
 """Densities by name."""
 
-SIDE, FINER = 40, 10
-"""Cells a side over the square of the prior; those with draws, and their neighbours, are cut into
-squares of a tenth of their side, half the width of the posterior's crescents."""
+CELLS_PER_SIDE, SUBCELLS_PER_SIDE = 40, 10
+"""Grid over the square of the prior.
+
+Cells that contain draws, and their neighbours, are divided into subcells, whose side is half the
+width of the posterior's crescents.
+"""
 
 BANDWIDTH = 0.01
-"""Standard deviation of the kernel, in units of theta: that of the crescents."""
+"""Standard deviation of the kernel in units of theta, equal to that of the crescents."""
 
 SEED = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to fit, and how large.
+    """Densities to fit, and sizes.
 
     Attributes:
         results: Folder of the record.
-        densities: Names of `DENSITIES`.
-        budget: Simulations of each fit.
-        observations: Observations to integrate at.
-        draws: Draws of the kernel estimate, and those that are timed.
-        repeats: Timings of the draws.
-        peer_epochs: Most epochs of sbi's fit, whose draws are timed; zero to leave it out.
+        densities: Names in `DENSITIES`.
+        budget: Number of simulations of each fit.
+        observations: Number of observations at which densities are integrated.
+        draws: Number of draws of the kernel estimate, and of the timed draws.
+        repeats: Number of timings of the draws.
+        peer_epochs: Maximum number of epochs of sbi's fit, whose draws are timed; 0 for no fit.
     """
 
     results: Path = Path("results")
@@ -64,7 +67,7 @@ class Settings:
     peer_epochs: int = 100
 
     def __post_init__(self) -> None:
-        """Refuse names that are none, and numbers that cannot be."""
+        """Raise BadInput if a name is unknown or a number is too small."""
         if not self.densities or set(self.densities) - set(DENSITIES):
             got = ", ".join(self.densities)
             raise BadInput(f"--densities: expected names out of {', '.join(DENSITIES)}; got {got}")
@@ -76,33 +79,33 @@ class Settings:
 
 
 class Grid(NamedTuple):
-    """Centres (M, 2) of squares that cover the prior's, and their areas (M,)."""
+    """Centres (M, 2) and areas (M,) of squares that cover the square of the prior."""
 
     theta: np.ndarray
     area: np.ndarray
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """Fit each density to two_moons, study it, time its draws beside sbi's, and keep a record.
+    """Fit each density to two_moons, test it, time its draws beside sbi's, and write a record.
 
     Args:
-        settings: What to fit, and how large.
+        settings: Densities and sizes.
 
     Returns:
-        The record.
+        The record, also written as `continuous-<time>.json`.
     """
     folder = writable_folder(settings.results, "--results")
     task, clock = two_moons(), Clock()
     simulate_key, fit_key, study_key, draw_key = jax.random.split(jax.random.key(SEED), 4)
     sims = sf.simulate(simulate_key, task.prior, task.simulator, settings.budget, progress=False)
-    found, calls = {}, {}
+    studies, calls = {}, {}
     observed, n = task.observation(1), settings.draws
     for name in settings.densities:
         with clock(f"fit {name}"):
             posterior, _ = sf.NPE(task.prior, DENSITIES[name]()).fit(fit_key, sims)
             jax.block_until_ready(posterior.weights)
         with clock(f"study {name}"):
-            found[name] = density_study(
+            studies[name] = density_study(
                 study_key, posterior, task, observations=settings.observations, draws=n
             )
         calls[name] = lambda posterior=posterior: jax.block_until_ready(
@@ -118,7 +121,7 @@ def run(settings: Settings) -> dict[str, Any]:
         **provenance(),
         "kind": "continuous",
         "settings": {**dataclasses.asdict(settings), "results": None},
-        "densities": found,
+        "densities": studies,
         "draws": {name: timing.record() for name, timing in timings.items()},
         "seconds": dict(clock.seconds),
     }
@@ -136,71 +139,76 @@ def density_study(
     observations: int,
     draws: int,
 ) -> dict[str, list[float]]:
-    """Integrals of a posterior's density on a grid, and its gap to a kernel estimate of its draws.
+    """Integrate a posterior's density on a grid, and compare it with a kernel estimate from draws.
 
-    A kernel estimate has the density convolved with the kernel as its mean, which is what it is
-    compared with: the gap is an error of density or draws, and the noise of so many draws.
+    The expectation of the kernel estimate is the density convolved with the kernel. The two are
+    compared at further draws of the posterior. Their difference comes from errors of the density or
+    of the draws, and from the finite number of draws.
 
     Args:
         key: Random key.
         posterior: A posterior whose prior is uniform on the square (-1, 1)^2.
-        task: Where the observations come from.
-        observations: Number of them, from the first on.
-        draws: Draws of each kernel estimate; as many again, at most 300, are where it is looked
-            at.
+        task: Task of the observations.
+        observations: Number of observations; the first ones of the task are used.
+        draws: Number of draws of each kernel estimate. It is evaluated at as many further draws,
+            at most 300.
 
     Returns:
-        For each observation `integral`; `bias` and `gap`, the mean and the mean absolute difference
-        of the two log densities at the posterior's draws, in nats.
+        Lists with an entry per observation: `integral`, and `bias` and `gap`, the mean and the mean
+        absolute difference of the two log densities, in nats.
     """
-    found: dict[str, list[float]] = {"integral": [], "bias": [], "gap": []}
+    study: dict[str, list[float]] = {"integral": [], "bias": [], "gap": []}
     for i in range(observations):
         x = task.observation(i + 1)
-        kernel_key, place_key = jax.random.split(jax.random.fold_in(key, i))
-        sample = np.asarray(posterior.sample(kernel_key, x, draws), np.float64)
-        places = np.asarray(posterior.sample(place_key, x, min(draws, 300)), np.float64)
-        grid = _grid(np.concatenate([sample, places]))
+        kernel_key, point_key = jax.random.split(jax.random.fold_in(key, i))
+        centres = np.asarray(posterior.sample(kernel_key, x, draws), np.float64)
+        points = np.asarray(posterior.sample(point_key, x, min(draws, 300)), np.float64)
+        grid = _grid(np.concatenate([centres, points]))
         mass = np.exp(np.asarray(posterior.log_prob(grid.theta, x), np.float64)) * grid.area
-        estimate = _kernels(places, sample).mean(axis=1)
-        difference = np.log(estimate) - np.log(_kernels(places, grid.theta) @ mass)
-        found["integral"].append(float(mass.sum()))
-        found["bias"].append(float(difference.mean()))
-        found["gap"].append(float(np.abs(difference).mean()))
-    return found
+        estimate = _kernels(points, centres).mean(axis=1)
+        difference = np.log(estimate) - np.log(_kernels(points, grid.theta) @ mass)
+        study["integral"].append(float(mass.sum()))
+        study["bias"].append(float(difference.mean()))
+        study["gap"].append(float(np.abs(difference).mean()))
+    return study
 
 
 def markdown(record: dict[str, Any]) -> list[str]:
-    """Lines of a table: a row for each density, and one for sbi's draws."""
+    """Format a Markdown table with a row per density, and one for sbi's draws; return its lines.
+
+    The columns "difference" and "absolute difference" are means of the log density of the kernel
+    estimate minus the convolved log density, in nats.
+    """
     n = record["settings"]["draws"]
-    head = ("density", "integrals", "kernel estimate, mean", "mean absolute", f"{n:,} draws, s")
+    head = ("density", "integrals", "difference, nats", "absolute difference", f"{n:,} draws, s")
     lines = [list(head), ["---"] * len(head)]
     for name, timing in record["draws"].items():
-        found = record["densities"].get(name)
+        study = record["densities"].get(name)
         cells = ["-"] * 3
-        if found is not None:
-            bias, gap = (", ".join(f"{v:.3f}" for v in found[part]) for part in ("bias", "gap"))
-            cells = [", ".join(f"{v:.4f}" for v in found["integral"]), bias, gap]
-        called = f"`{name}`" if found is not None else name
-        lines.append([called, *cells, f"{timing['median']:.2f}"])
+        if study is not None:
+            bias, gap = (", ".join(f"{v:.3f}" for v in study[part]) for part in ("bias", "gap"))
+            cells = [", ".join(f"{v:.4f}" for v in study["integral"]), bias, gap]
+        label = f"`{name}`" if study is not None else name
+        lines.append([label, *cells, f"{timing['median']:.2f}"])
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def _grid(draws: np.ndarray) -> Grid:
-    """Squares over (-1, 1)^2, small ones where the draws are and around."""
-    width = 2.0 / SIDE
-    cells = np.clip(((draws + 1.0) / width).astype(int), 0, SIDE - 1)
-    near = np.zeros((SIDE, SIDE), bool)
+    """Divide (-1, 1)^2 into squares, small ones at the draws and in the cells around them."""
+    width = 2.0 / CELLS_PER_SIDE
+    cells = np.clip(((draws + 1.0) / width).astype(int), 0, CELLS_PER_SIDE - 1)
+    near = np.zeros((CELLS_PER_SIDE, CELLS_PER_SIDE), bool)
     near[cells[:, 0], cells[:, 1]] = True
     near = ndimage.binary_dilation(near, np.ones((3, 3), bool))
     large = -1.0 + width * (np.argwhere(~near) + 0.5)
-    steps = np.stack(np.meshgrid(*[np.arange(FINER)] * 2), -1).reshape(-1, 2)
+    steps = np.stack(np.meshgrid(*[np.arange(SUBCELLS_PER_SIDE)] * 2), -1).reshape(-1, 2)
     corners = -1.0 + width * np.argwhere(near)
-    small = (corners[:, None] + width / FINER * (steps + 0.5)).reshape(-1, 2)
-    area = [np.full(len(large), width**2), np.full(len(small), (width / FINER) ** 2)]
+    small = (corners[:, None] + width / SUBCELLS_PER_SIDE * (steps + 0.5)).reshape(-1, 2)
+    area = [np.full(len(large), width**2), np.full(len(small), (width / SUBCELLS_PER_SIDE) ** 2)]
     return Grid(np.concatenate([large, small]), np.concatenate(area))
 
 
-def _kernels(places: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Gaussian kernels around the centres (M, 2), at places (n, 2): shape (n, M)."""
-    squared = cdist(places, centres, "sqeuclidean") / BANDWIDTH**2
+def _kernels(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Evaluate Gaussian kernels around centres (M, 2) at points (n, 2), shape (n, M)."""
+    squared = cdist(points, centres, "sqeuclidean") / BANDWIDTH**2
     return np.exp(-0.5 * squared) / (2.0 * np.pi * BANDWIDTH**2)

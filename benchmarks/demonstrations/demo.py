@@ -1,4 +1,4 @@
-"""Lynx and hare end to end: simulate, fit, the posterior at the real pelts, NUTS beside it, checks.
+"""`python -m benchmarks demo`: lynx and hare from simulations to checks, compared with NUTS.
 
 Public names: `run`, `comparison`, `within_targets`.
 """
@@ -16,8 +16,8 @@ import numpy as np
 
 import sbi_flows as sf
 from benchmarks.demonstrations.demo_figures import save_figures
+from benchmarks.suite.description import describe
 from benchmarks.suite.records import Clock, provenance, write_json
-from benchmarks.suite.runner import describe
 from sbi_flows.diagnostics import check
 from simulators import lynx_hare
 from simulators.gallery.lynx_hare_fit import with_fit
@@ -26,7 +26,7 @@ from simulators.gallery.lynx_hare_model import nuts
 SEED = 1
 SIMULATIONS = 100_000
 MEMBERS = 2
-# The posterior has one mode: affine layers, and a wide network that reads the two series.
+# The posterior has one mode, so that affine layers suffice. The wide network reads the two series.
 DENSITY = sf.MAF(context_width=128, dropout=0.0)
 TRAINING = sf.Training(batch_size=256, max_epochs=8, validation_fraction=0.03)
 DRAWS = 10_000
@@ -35,20 +35,24 @@ CHECK_DATASETS, CHECK_DRAWS = 500, 500
 
 MAX_SHIFT = 0.75
 MAX_RATIO = 1.5
-"""What counts as agreement with NUTS: shift of a mean in NUTS sds, factor between the sds."""
+"""Limits of agreement with NUTS.
+
+They bound the difference of the means in standard deviations of NUTS, and the ratio of the
+standard deviations (or its inverse).
+"""
 
 
 def run(folder: Path) -> dict[str, Any]:
-    """Run the demonstration, print what it finds, and write figures and files into the folder.
+    """Run the demonstration, print its results, and write figures and files to a folder.
 
     Args:
-        folder: Where the files go; it exists and is writable.
+        folder: Output folder, which exists and is writable.
 
     Returns:
-        The record that is also written as `summary.json`.
+        The record, also written as `summary.json`.
     """
-    began = time.perf_counter()
-    clock = Clock(say=lambda line: print(f"  {line}", flush=True))
+    start = time.perf_counter()
+    clock = Clock(log=lambda line: print(f"  {line}", flush=True))
     simulate_key, fit_key, draw_key, nuts_key, predict_key, check_key = jax.random.split(
         jax.random.key(SEED), 6
     )
@@ -74,16 +78,14 @@ def run(folder: Path) -> dict[str, Any]:
     compared = comparison(idata, reference, posterior.prior.labels)
     with clock("check"):
         report = check(check_key, posterior, simulator, datasets=CHECK_DATASETS, draws=CHECK_DRAWS)
-    draws = {
-        name: flat_draws(data, posterior.prior)
-        for name, data in {"NPE": idata, "NUTS": reference}.items()
-    }
+    prior = posterior.prior
+    draws = {"NPE": flat_draws(idata, prior), "NUTS": flat_draws(reference, prior)}
     with clock("figures"):
-        predictions = _predict(predict_key, task, posterior.prior, draws["NPE"][:PREDICTIONS])
-        files = save_figures(folder, posterior.prior.labels, draws, x, predictions, report, history)
+        predictions = _predict(predict_key, task, prior, draws["NPE"][:PREDICTIONS])
+        files = save_figures(folder, prior.labels, draws, x, predictions, report, history)
         files.append(folder / "posterior.nc")
         idata.to_netcdf(str(files[-1]))
-    agreed = within_targets(compared)
+    agrees = within_targets(compared)
     record = {
         **provenance(),
         "kind": "demo",
@@ -92,27 +94,27 @@ def run(folder: Path) -> dict[str, Any]:
         "estimator": describe(npe),
         "history": {"epochs": history.epochs, "best_loss": history.best_loss},
         "comparison": {label: dict(row) for label, row in compared.iterrows()},
-        "within_targets": agreed,
+        "within_targets": agrees,
         "check": report.to_dict(),
-        "seconds": {**clock.seconds, "total": time.perf_counter() - began},
+        "seconds": {**clock.seconds, "total": time.perf_counter() - start},
     }
     files.append(write_json(folder / "summary.json", record))
-    _say(compared, agreed, report, record["seconds"], files)
+    _print_results(compared, agrees, report, record["seconds"], files)
     return record
 
 
 def comparison(idata: Any, reference: Any, labels: tuple[str, ...]) -> Any:
-    """ArviZ summaries of two posteriors side by side, with their distance.
+    """Compare the ArviZ summaries of a posterior and a reference.
 
     Args:
-        idata: Draws of the posterior to judge, as ArviZ data.
-        reference: Draws to judge it by.
+        idata: Draws of the posterior, as ArviZ data.
+        reference: Draws of the reference, as ArviZ data.
         labels: Labels of the parameters, in order.
 
     Returns:
-        A data frame, one row a parameter: mean, sd and 90% highest-density interval of both, the
-        difference of the means in the reference's sds, the ratio of the sds, and the reference's
-        R-hat.
+        A data frame with a row per parameter: mean, standard deviation and 90% highest-density
+        interval of both; `shift/sd`, the absolute difference of the means in standard deviations of
+        the reference; `sd ratio`, the ratio of the standard deviations; R-hat of the reference.
     """
     import pandas as pd
 
@@ -137,23 +139,27 @@ def comparison(idata: Any, reference: Any, labels: tuple[str, ...]) -> Any:
 
 
 def summary(idata: Any) -> Any:
-    """ArviZ's summary with unrounded numbers and 90% highest-density intervals."""
+    """Return ArviZ's summary with unrounded numbers and 90% highest-density intervals."""
     import arviz as az
 
-    old = int(az.__version__.split(".")[0]) < 1
-    interval: Any = {"hdi_prob": 0.9} if old else {"ci_prob": 0.9, "ci_kind": "hdi"}
+    is_old = int(az.__version__.split(".")[0]) < 1
+    interval: Any = {"hdi_prob": 0.9} if is_old else {"ci_prob": 0.9, "ci_kind": "hdi"}
     return az.summary(idata, kind="all", round_to="none", **interval)
 
 
 def within_targets(compared: Any) -> bool:
-    """Whether every mean and every sd of a comparison agrees with the reference."""
+    """Return whether all means and standard deviations agree with the reference.
+
+    Args:
+        compared: Data frame of `comparison`.
+    """
     ratio = compared["sd ratio"]
-    far = (compared["shift/sd"] > MAX_SHIFT) | (ratio > MAX_RATIO) | (ratio < 1 / MAX_RATIO)
-    return not bool(far.any())
+    differs = (compared["shift/sd"] > MAX_SHIFT) | (ratio > MAX_RATIO) | (ratio < 1 / MAX_RATIO)
+    return not bool(differs.any())
 
 
 def flat_draws(idata: Any, prior: sf.Prior) -> np.ndarray:
-    """The posterior draws of ArviZ data as rows (n, D) in the prior's order, chains joined."""
+    """Convert the posterior group of ArviZ data to draws (n, D) in the prior's order."""
     group = idata["posterior"]
     columns = [np.asarray(group[name]) for name in prior.names]
     chains, draws = columns[0].shape[:2]
@@ -167,20 +173,21 @@ def _nuts(key: jax.Array, x: jax.Array) -> Any:
 
 
 def _predict(key: jax.Array, task: Any, prior: sf.Prior, draws: np.ndarray) -> np.ndarray:
-    """One simulation at each draw, shape (n, 21, 2)."""
+    """Simulate once at each draw, shape (n, 21, 2)."""
     keys = jax.random.split(key, len(draws))
     return np.asarray(jax.jit(jax.vmap(task.simulator))(keys, prior.structured(jnp.asarray(draws))))
 
 
-def _say(
-    compared: Any, agreed: bool, report: Any, seconds: Mapping[str, float], files: list[Path]
+def _print_results(
+    compared: Any, agrees: bool, report: Any, seconds: Mapping[str, float], files: list[Path]
 ) -> None:
-    print("\nposterior at the real data, beside NUTS on the same model")
+    print("\nposterior at the real data, and NUTS on the same model")
     print(compared.to_string(float_format=lambda v: f"{v:.3g}"))
     worst = compared["sd ratio"].map(lambda r: max(r, 1 / r)).max()
     print(
-        f"\nlargest shift {compared['shift/sd'].max():.2f} sd (target {MAX_SHIFT}), largest factor "
-        f"between sds {worst:.2f} (target {MAX_RATIO}): {'agreed' if agreed else 'NOT agreed'}"
+        f"\nlargest difference of means {compared['shift/sd'].max():.2f} sd (limit {MAX_SHIFT}), "
+        f"largest ratio of sds {worst:.2f} (limit {MAX_RATIO}): "
+        f"{'NPE and NUTS agree' if agrees else 'NPE and NUTS DISAGREE'}"
     )
     print(f"\n{report.summary()}\n")
     print("written: " + ", ".join(str(path) for path in files))

@@ -1,4 +1,4 @@
-"""The demonstration's figures.
+"""Figures of the lynx and hare demonstration.
 
 Public name: `save_figures`.
 """
@@ -25,26 +25,26 @@ def save_figures(
     report: Any,
     history: Any,
 ) -> list[Path]:
-    """Draw and write the corner plot, the posterior predictive, the check and the losses.
+    """Save the corner plot, the posterior predictive plot, the check and the losses as PNG files.
 
     Args:
-        folder: Where the PNG files go.
-        labels: Names of the D parameters.
+        folder: Output folder.
+        labels: Labels of the D parameters.
         draws: Posterior draws (n, D) by method.
         log_counts: The data, log thousands of pelts, shape (21, 2).
         predictions: Simulations at posterior draws, shape (n, 21, 2).
-        report: What `check` returned.
-        history: What the fit returned.
+        report: Report of `sf.check`.
+        history: History of the fit.
 
     Returns:
-        Paths of the files.
+        The paths of the files.
     """
     import matplotlib
 
     from simulators.gallery.lynx_hare import FIRST_YEAR
 
-    interactive = matplotlib.get_backend()
-    matplotlib.use("Agg")  # files only: no display is needed, and none is opened
+    backend = matplotlib.get_backend()
+    matplotlib.use("Agg")  # files only: no display is needed
     import matplotlib.pyplot as plt
 
     years = FIRST_YEAR + np.arange(len(log_counts))
@@ -67,5 +67,5 @@ def save_figures(
         paths.append(folder / f"{name}.png")
         figure.savefig(paths[-1], dpi=DPI)
         plt.close(figure)
-    matplotlib.use(interactive)
+    matplotlib.use(backend)
     return paths

@@ -1,4 +1,4 @@
-"""Two real uses end to end: an epidemic simulated in processes, a hierarchical model beside NUTS.
+"""`python -m benchmarks uses`: an epidemic with real counts, and a hierarchical model with NUTS.
 
 Public names: `run`, `influenza_use`, `schools_use`, `costs`, `quantiles`.
 """
@@ -6,7 +6,7 @@ Public names: `run`, `influenza_use`, `schools_use`, `costs`, `quantiles`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,36 +24,45 @@ DPI = 130
 
 
 def run(folder: Path) -> dict[str, Any]:
-    """Run both, print what they find, and write pictures and a record into the folder.
+    """Run both uses, print their results, and write figures and a record to a folder.
 
     Args:
-        folder: Where the files go; it exists and is writable.
+        folder: Output folder, which exists and is writable.
 
     Returns:
         The record, also written as `uses.json`.
     """
     import matplotlib
 
-    interactive = matplotlib.get_backend()
+    backend = matplotlib.get_backend()
     matplotlib.use("Agg")
     try:
-        found = {"influenza": influenza_use(folder), "eight_schools": schools_use(folder)}
+        results = {"influenza": influenza_use(folder), "eight_schools": schools_use(folder)}
     finally:
-        matplotlib.use(interactive)
-    record = {**provenance(), "kind": "uses", **found}
+        matplotlib.use(backend)
+    record = {**provenance(), "kind": "uses", **results}
     write_json(folder / "uses.json", record)
     return record
 
 
 def influenza_use(folder: Path, simulations: int = 20_000, datasets: int = 500) -> dict[str, Any]:
-    """The school's influenza: posterior, check, and simulations at draws beside the counts."""
+    """Fit and check the influenza model, and compare its predictions with the counts.
+
+    Args:
+        folder: Output folder of the figures.
+        simulations: Number of simulations.
+        datasets: Number of data sets of the check.
+
+    Returns:
+        The results, as a part of the record.
+    """
     task = influenza()
-    fitted = _fitted(task, simulations, datasets)
+    fit = _fit(task, simulations, datasets)
     sims = sf.simulate_at(
         jax.random.key(SEED + 1),
         task.prior,
         task.simulator,
-        fitted["draws"][:PREDICTIONS],
+        fit.draws[:PREDICTIONS],
         progress=False,
     )
     axes = plots.predictive(
@@ -64,36 +73,50 @@ def influenza_use(folder: Path, simulations: int = 20_000, datasets: int = 500) 
         time_label="day",
     )
     _save(axes, folder / "influenza.png")
-    _save(
-        plots.corner({"NPE": fitted["draws"]}, labels=task.labels), folder / "influenza-corner.png"
-    )
+    _save(plots.corner({"NPE": fit.draws}, labels=task.labels), folder / "influenza-corner.png")
     counts = np.asarray(task.observation(1))
     low, high = np.nanquantile(np.asarray(sims.x, float), (0.05, 0.95), axis=0)
-    inside = int(np.sum((low <= counts) & (counts <= high)))
-    print(f"  {inside} of {len(counts)} days inside the central 90% of predictions", flush=True)
-    return {**fitted["record"], "days": len(counts), "days_inside": inside}
+    num_inside = int(np.sum((low <= counts) & (counts <= high)))
+    print(
+        f"  {num_inside} of {len(counts)} counts inside the central 90% of the predictions",
+        flush=True,
+    )
+    return {**fit.record, "days": len(counts), "days_inside": num_inside}
 
 
 def schools_use(folder: Path, simulations: int = 50_000, datasets: int = 500) -> dict[str, Any]:
-    """Eight schools: the posterior of the effects beside NUTS on the same model."""
+    """Fit the eight schools model, and compare the posterior with NUTS on the same model.
+
+    Args:
+        folder: Output folder of the figure.
+        simulations: Number of simulations.
+        datasets: Number of data sets of the check.
+
+    Returns:
+        The results, as a part of the record.
+    """
     task = eight_schools()
-    fitted = _fitted(task, simulations, datasets)
+    fit = _fit(task, simulations, datasets)
     reference = np.asarray(task.reference(1, DRAWS))
-    score = float(sf.c2st(reference, fitted["draws"]))
+    score = float(sf.c2st(reference, fit.draws))
     print(f"  C2ST against NUTS: {score:.3f}", flush=True)
 
     def effects(draws: np.ndarray) -> np.ndarray:
         mean, spread, standardised = draws[:, :1], draws[:, 1:2], draws[:, 2:]
         return mean + spread * standardised
 
-    sets = {"NPE": effects(fitted["draws"]), "NUTS": effects(reference)}
+    sets = {"NPE": effects(fit.draws), "NUTS": effects(reference)}
     names = [f"school {name}" for name in "ABCDEFGH"]
     _save(_intervals(sets, names), folder / "eight_schools.png")
-    return {**fitted["record"], "c2st": score}
+    return {**fit.record, "c2st": score}
 
 
 def costs(record: dict[str, Any]) -> list[str]:
-    """Lines of a table: what each use cost and found, from the record of `run`."""
+    """Format a Markdown table of the times and verdict of each use; return its lines.
+
+    Args:
+        record: Record of `run`.
+    """
     lines = [
         ["use", "simulations", "simulate, s", "fit, s", "10,000 draws, s", "check, s", "verdict"],
         ["---"] * 7,
@@ -107,17 +130,28 @@ def costs(record: dict[str, Any]) -> list[str]:
 
 
 def quantiles(use: dict[str, Any]) -> list[str]:
-    """Lines of a table: quantiles of a use's parameters."""
+    """Format a Markdown table of the posterior quantiles of a use; return its lines.
+
+    Args:
+        use: Results of one use in the record.
+    """
     rows = [["parameter", "5%", "median", "95%"], ["---"] * 4]
     rows += [[f"`{k}`", *(f"{v:.2f}" for v in row)] for k, row in use["quantiles"].items()]
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
-def _fitted(task: Task, simulations: int, datasets: int) -> dict[str, Any]:
-    """Simulate, fit the default ensemble, draw and check."""
+class _Fit(NamedTuple):
+    """Posterior draws (n, D) at the real observation, and the results for the record."""
+
+    draws: np.ndarray
+    record: dict[str, Any]
+
+
+def _fit(task: Task, simulations: int, datasets: int) -> _Fit:
+    """Simulate, fit the default estimator, draw and check."""
     simulate_key, fit_key, draw_key, check_key = jax.random.split(jax.random.key(SEED), 4)
     print(f"{task.name}: {task.dim} parameters, {simulations:,} simulations", flush=True)
-    clock = Clock(say=lambda line: print(f"  {line}", flush=True))
+    clock = Clock(log=lambda line: print(f"  {line}", flush=True))
     with clock("simulate"):
         sims = sf.simulate(simulate_key, task.prior, task.simulator, simulations)
         jax.block_until_ready(sims)
@@ -144,20 +178,20 @@ def _fitted(task: Task, simulations: int, datasets: int) -> dict[str, Any]:
         "check": report.to_dict(),
         "seconds": dict(clock.seconds),
     }
-    return {"draws": draws, "record": record}
+    return _Fit(draws, record)
 
 
 def _intervals(sets: dict[str, np.ndarray], names: list[str]) -> Any:
-    """Medians, halves and 90% intervals of each column, set beside set."""
+    """Plot the median, 50% and 90% intervals of each column (n, D) of every set of draws."""
     import matplotlib.pyplot as plt
 
     _, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for k, (label, draws) in enumerate(sets.items()):
-        places = np.arange(len(names)) + 0.25 * (k - 0.5)
+        heights = np.arange(len(names)) + 0.25 * (k - 0.5)
         quantiles = np.quantile(draws, (0.05, 0.25, 0.5, 0.75, 0.95), axis=0)
-        ax.hlines(places, quantiles[0], quantiles[4], color=f"C{k}", lw=1.2)
-        ax.hlines(places, quantiles[1], quantiles[3], color=f"C{k}", lw=3.5)
-        ax.plot(quantiles[2], places, "o", color=f"C{k}", ms=4, label=label)
+        ax.hlines(heights, quantiles[0], quantiles[4], color=f"C{k}", lw=1.2)
+        ax.hlines(heights, quantiles[1], quantiles[3], color=f"C{k}", lw=3.5)
+        ax.plot(quantiles[2], heights, "o", color=f"C{k}", ms=4, label=label)
     ax.set_yticks(np.arange(len(names)), names)
     ax.invert_yaxis()
     ax.set_xlabel("effect of coaching (points)")

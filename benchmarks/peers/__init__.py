@@ -1,1 +1,4 @@
-"""Other libraries on the same problem, each as its own users run it, one file a library."""
+"""Comparison with other libraries on the same simulations, one file per library.
+
+Command: `peers`. The folders `speed` and `demonstrations` import the timing of `measure` from here.
+"""

@@ -1,4 +1,4 @@
-"""This library beside its peers: the same simulations, the same sizes, one process.
+"""`python -m benchmarks peers`: this library and its peers on the same simulations, in one process.
 
 Public names: `Settings`, `run`, `compare`.
 """
@@ -31,48 +31,48 @@ from benchmarks.peers.ours import Ours
 from benchmarks.peers.report import text
 from benchmarks.peers.table import Peer, choose
 from benchmarks.suite.records import BadInput, Clock, provenance, writable_folder, write_json
-from sbi_flows.diagnostics import c2st_jax
+from sbi_flows.diagnostics import CompiledMLP, c2st
 from simulators import Task
 
 OURS: dict[str, Callable[[sf.Prior, Recipe], Contestant]] = {
     "ours": Ours,
     "ours, defaults": partial(Ours, defaults=True),
 }
-"""This library: with the sizes of the recipe, and as it is by default."""
+"""This library with the sizes of the recipe, and with its defaults."""
 
-TARGET = "sbi"
-"""The peer whose converged held-out loss the others are timed to."""
+TARGET_PEER = "sbi"
+"""Peer whose converged held-out loss is the target loss of all contestants."""
 
-TOLERANCE = 1e-3
-"""Nats above that loss that count as reaching it: rounding is no reason to train on."""
+LOSS_TOLERANCE = 1e-3
+"""Difference from the target loss, in nats, at which it counts as reached."""
 
 PATIENCE = 20
-"""Epochs without a better validation loss after which a fit has converged, as sbi has it."""
+"""Number of epochs without a better validation loss after which a fit has converged (sbi's)."""
 
 SEED = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to compare, and how large.
+    """Peers, tasks and sizes of a comparison.
 
     Attributes:
         peers: Names of the peers.
         tasks: Names of the tasks.
-        results: Folder for the record.
+        results: Folder of the record.
         budget: Number of simulations, failed ones included.
-        repeats: Times that each timed call is repeated after the first.
-        observations: Number of observations that the C2ST is taken at.
-        coupling: Coupling flows; autoregressive ones otherwise.
-        epochs: Epochs of each timed fit.
-        max_epochs: Most epochs of the fit that goes on until it has converged.
-        draws: Draws and log densities at one observation, and on either side of a C2ST.
-        datasets: Data sets of SBC.
-        check_draws: Draws for each of them.
-        held_out: Fresh simulations behind the held-out loss.
+        repeats: Number of timings of each call after the first.
+        observations: Number of observations of the C2ST.
+        coupling: Whether the flows have coupling layers rather than autoregressive layers.
+        epochs: Number of epochs of each timed fit.
+        max_epochs: Maximum number of epochs of the converged fit.
+        draws: Number of timed draws and log densities, and of draws of each set in a C2ST.
+        datasets: Number of data sets of SBC.
+        check_draws: Number of draws for each of these data sets.
+        held_out: Number of new simulations for the held-out loss.
 
     Raises:
-        BadInput: An unknown task, or a number that is too small.
+        BadInput: A task is unknown, or a number is too small.
     """
 
     peers: tuple[str, ...]
@@ -90,13 +90,13 @@ class Settings:
     held_out: int = 1_000
 
     def __post_init__(self) -> None:
-        """Refuse what would fail later."""
+        """Raise BadInput if a task is unknown or a number is too small."""
         unknown = [name for name in self.tasks if name not in simulators.names()]
         if unknown:
             known = ", ".join(simulators.names())
             raise BadInput(f"--tasks: expected names out of {known}; got {', '.join(unknown)}")
-        # every library drops batches that are not whole, and sbi trains for two epochs at least
-        lowest = {
+        # every library drops incomplete batches, and sbi trains for at least two epochs
+        minimum = {
             "budget": 250,
             "epochs": 2,
             "max_epochs": 2,
@@ -105,25 +105,28 @@ class Settings:
             "held_out": 2,
         }
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), lowest.get(field.name, 1)
-            if field.type == "int" and value < least:
+            value, smallest = getattr(self, field.name), minimum.get(field.name, 1)
+            if field.type == "int" and value < smallest:
                 option = field.name.replace("_", "-")
-                raise BadInput(f"--{option}: expected at least {least}, got {value}")
+                raise BadInput(f"--{option}: expected at least {smallest}, got {value}")
 
     def record(self) -> dict[str, Any]:
-        """All but names and places."""
-        left_out = ("peers", "tasks", "results")
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
+        """Return the sizes, for the record."""
+        names = ("peers", "tasks", "results")
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in names}
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """Compare on every task, print a table for each, and write one record.
+    """Compare the libraries on every task, print a table for each task, and write one record.
+
+    Args:
+        settings: Peers, tasks and sizes.
 
     Returns:
-        The record.
+        The record, also written as `peers-<time>.json`.
 
     Raises:
-        BadInput: An unknown peer, or a folder that is not writable; before any work.
+        BadInput: A peer is unknown, or the folder is not writable.
     """
     peers = choose(settings.peers)
     folder = writable_folder(settings.results, "--results")
@@ -138,7 +141,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "settings": settings.record(),
         "recipe": dataclasses.asdict(recipe),
         "patience": PATIENCE,
-        "tolerance": TOLERANCE,
+        "tolerance": LOSS_TOLERANCE,
         "skipped": [name for name in settings.peers if name not in peers],
         "tasks": tasks,
     }
@@ -152,40 +155,47 @@ def compare(
 ) -> dict[str, Any]:
     """Measure this library and the peers on one task.
 
+    Args:
+        task: The task.
+        peers: The peers by name.
+        recipe: Sizes of the flow and settings of the training.
+        settings: Sizes of the comparison.
+
     Returns:
-        `contestants`: by name, what was measured and what was used; `target`: the held-out loss
-        that they are timed to, None without the peer that sets it; `seconds` of each part.
+        A dict of `contestants`, the measurements and a description by name; `target`, the target
+        loss and its peer, None without this peer; `valid`, the number of valid simulations; and
+        `seconds` of each part.
     """
     prior, clock = sf.as_prior(task.prior), Clock()
-    made = {name: peer.make(prior, recipe) for name, peer in peers.items()}
-    contestants = {name: make(prior, recipe) for name, make in OURS.items()} | made
-    train, fresh, checked = (
-        _simulated(task, prior, i, n)
+    contestants = {name: make(prior, recipe) for name, make in OURS.items()}
+    contestants |= {name: peer.make(prior, recipe) for name, peer in peers.items()}
+    train, held_out, checked = (
+        _simulate(task, prior, i, n)
         for i, n in enumerate((settings.budget, settings.held_out, settings.datasets))
     )
     with clock("training speed"):
         rates = _training(contestants, train, settings)
-    with clock("fits until they have converged"):
-        fits = {n: _converged(n, c, train, fresh, settings) for n, c in contestants.items()}
+    with clock("fits until convergence"):
+        fits = {n: _converged(n, c, train, held_out, settings) for n, c in contestants.items()}
     with clock("draws, densities and calibration"):
         times = _times(contestants, _batch(task, 1), checked, settings)
     with clock("c2st"):
         accuracies = {n: _c2st(c, task, settings) for n, c in contestants.items()}
-    target = fits[TARGET]["held_out_loss"] if TARGET in fits else None
+    target = fits[TARGET_PEER]["held_out_loss"] if TARGET_PEER in fits else None
     measured = {
         name: {
             "described": contestant.describe(),
             "training": rates[name],
             "fit": fits[name],
             "to_target": _to_target(fits[name], rates[name], target),
-            **{what: timing[name].record() for what, timing in times.items()},
+            **{call: timing[name].record() for call, timing in times.items()},
             "c2st": accuracies[name],
         }
         for name, contestant in contestants.items()
     }
     return {
         "valid": len(train.theta),
-        "target": None if target is None else {"peer": TARGET, "held_out_loss": target},
+        "target": None if target is None else {"peer": TARGET_PEER, "held_out_loss": target},
         "contestants": measured,
         "seconds": {**clock.seconds, "total": clock.total},
     }
@@ -194,7 +204,7 @@ def compare(
 def _training(
     contestants: Mapping[str, Contestant], train: Data, settings: Settings
 ) -> dict[str, dict[str, Any]]:
-    """Steps a second of short fits, each library's own."""
+    """Measure the steps per second of short fits."""
     fits: dict[str, Fit] = {}
 
     def fit(name: str) -> None:
@@ -207,7 +217,7 @@ def _training(
 
 
 def _rate_record(fit: Fit, timing: Timing) -> dict[str, Any]:
-    """Rates of later fits; what the first took more is compilation, and what torch sets up."""
+    """Convert a timing to rates; the excess of the first fit counts as compilation and set-up."""
     rates = [fit.steps / seconds for seconds in timing.seconds]
     return {
         **fit._asdict(),
@@ -219,13 +229,13 @@ def _rate_record(fit: Fit, timing: Timing) -> dict[str, Any]:
 
 
 def _converged(
-    name: str, contestant: Contestant, train: Data, fresh: Data, settings: Settings
+    name: str, contestant: Contestant, train: Data, held_out: Data, settings: Settings
 ) -> dict[str, Any]:
-    """A fit that stops by itself, with its held-out loss after each epoch."""
-    curve = Curve(lambda: held_out_loss(contestant, fresh))
+    """Fit until early stopping, and record the held-out loss after each epoch."""
+    curve = Curve(lambda: held_out_loss(contestant, held_out))
     contestant.fit(*train, seed=SEED, epochs=2, patience=PATIENCE, watch=curve.watch)  # compiles
-    with Clock()(f"fit of {name}, until converged"):
-        curve = Curve(lambda: held_out_loss(contestant, fresh))
+    with Clock()(f"fit of {name} until convergence"):
+        curve = Curve(lambda: held_out_loss(contestant, held_out))
         fit = contestant.fit(
             *train,
             seed=SEED,
@@ -237,7 +247,7 @@ def _converged(
         **fit._asdict(),
         "stop_reason": "max_epochs" if fit.epochs >= settings.max_epochs else "patience",
         "seconds": curve.seconds[-1],
-        "held_out_loss": held_out_loss(contestant, fresh),
+        "held_out_loss": held_out_loss(contestant, held_out),
         "curve": {"losses": curve.losses, "seconds": curve.seconds},
     }
 
@@ -245,14 +255,14 @@ def _converged(
 def _to_target(
     fit: Mapping[str, Any], rate: Mapping[str, Any], target: float | None
 ) -> dict[str, Any] | None:
-    """Epochs, steps and seconds until the held-out loss is that of the target.
+    """Compute epochs, steps and seconds until the held-out loss reaches the target.
 
-    `seconds` are the steps at the median rate of the repeats that the contestants took in turn;
-    `measured_seconds` those of the one fit, which nothing was beside.
+    `seconds` is the number of steps over the median rate of the interleaved repeats;
+    `measured_seconds` is the time of the converged fit itself.
     """
     if target is None:
         return None
-    epochs = first_at_most(fit["curve"]["losses"], target + TOLERANCE)
+    epochs = first_at_most(fit["curve"]["losses"], target + LOSS_TOLERANCE)
     if epochs is None:
         return {"epochs": None, "steps": None, "seconds": None, "measured_seconds": None}
     steps = epochs * fit["steps"] // fit["epochs"]
@@ -267,41 +277,43 @@ def _to_target(
 def _times(
     contestants: Mapping[str, Contestant], x: Any, checked: Data, settings: Settings
 ) -> dict[str, dict[str, Timing]]:
-    """Seconds of draws, of log densities and of a pass of SBC, by contestant."""
+    """Measure the times of draws, of log densities and of SBC, by call and contestant."""
     draws: dict[str, np.ndarray] = {}
 
     def sample(name: str) -> None:
         draws[name] = contestants[name].sample(x, settings.draws, seed=SEED)
 
-    work: dict[str, Callable[[str], Any]] = {
+    calls: dict[str, Callable[[str], Any]] = {
         "sample": sample,
         "log_prob": lambda n: contestants[n].log_prob(draws[n], x),
         "sbc": lambda n: sbc_ranks(contestants[n], checked, settings.check_draws, SEED),
     }
     return {
-        what: interleaved({name: partial(do, name) for name in contestants}, settings.repeats, what)
-        for what, do in work.items()
+        call: interleaved(
+            {name: partial(function, name) for name in contestants}, settings.repeats, call
+        )
+        for call, function in calls.items()
     }
 
 
 def _c2st(contestant: Contestant, task: Task, settings: Settings) -> dict[str, Any]:
-    """Accuracies against exact draws; none where the task has no exact sampler."""
+    """Compute the C2ST against exact draws; no values if the task has no exact sampler."""
     if task.sample_reference is None:
         return {"mean": None, "values": []}
     count, n = min(settings.observations, task.num_observations), settings.draws
     numbers = range(1, count + 1)
     references = [np.asarray(task.reference(i, n)) for i in numbers]
     draws = [contestant.sample(_batch(task, i), n, seed=i)[0] for i in numbers]
-    accuracies = c2st_jax(np.stack(references), np.stack(draws))
+    accuracies = c2st(np.stack(references), np.stack(draws), backend=CompiledMLP())
     return {"mean": float(np.mean(accuracies)), "values": list(accuracies)}
 
 
-def _simulated(task: Task, prior: sf.Prior, i: int, n: int) -> Data:
+def _simulate(task: Task, prior: sf.Prior, i: int, n: int) -> Data:
     key = jax.random.fold_in(jax.random.key(SEED), i)
     sims = sf.simulate(key, prior, task.simulator, n, progress=False).only_valid()
     return Data(np.asarray(sims.theta), jax.tree.map(np.asarray, sims.x))
 
 
 def _batch(task: Task, i: int) -> Any:
-    """Observation i as a batch of one."""
+    """Return observation i as a batch of one."""
     return jax.tree.map(lambda leaf: np.asarray(leaf)[None], task.observation(i))

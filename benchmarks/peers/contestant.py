@@ -1,4 +1,4 @@
-"""What takes part in a comparison: one small interface, and the sizes that all are given.
+"""Interface of the libraries in a comparison, and the sizes that all of them use.
 
 Public names: `Contestant`, `Fit`, `Recipe`, `Watch`.
 """
@@ -14,23 +14,23 @@ import numpy as np
 from sbi_flows.core.typing import Obs
 
 Watch: TypeAlias = Callable[[], None]
-"""Called after each epoch, when `sample` and `log_prob` use the weights of this epoch."""
+"""Callback after each epoch, during which `sample` and `log_prob` use the epoch's weights."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One architecture and one way to train it, for every library as near as it allows.
+    """Architecture and training settings that every library follows as closely as it can.
 
     Attributes:
-        coupling: Coupling layers; masked autoregressive ones otherwise.
+        coupling: Whether the layers are coupling layers rather than masked autoregressive layers.
         transforms: Number of spline layers.
-        bins: Bins of each spline.
-        hidden: Widths of the conditioner's hidden layers, all the same.
-        bound: The splines act on (-bound, bound).
-        batch: Rows a step.
-        learning_rate: Constant rate of Adam.
-        held_out: Fraction of the rows to validate on.
-        clip_norm: Largest norm of a gradient; None for no bound.
+        bins: Number of bins of each spline.
+        hidden: Widths of the conditioner's hidden layers, all equal.
+        bound: The splines act on the interval (-bound, bound).
+        batch: Batch size.
+        learning_rate: Constant learning rate of Adam.
+        held_out: Fraction of the simulations used for validation.
+        clip_norm: Maximum norm of the gradient; None for no clipping.
     """
 
     coupling: bool = True
@@ -45,17 +45,17 @@ class Recipe:
 
 
 class Fit(NamedTuple):
-    """What a fit took: epochs, and steps of the optimiser in all of them."""
+    """Length of a fit: number of epochs and total number of optimiser steps."""
 
     epochs: int
     steps: int
 
 
 class Contestant(Protocol):
-    """A library's posterior estimator; observations are a batch (B, *event) throughout."""
+    """Posterior estimator of a library; observations x are a batch, shape (B, *event)."""
 
     def describe(self) -> dict[str, Any]:
-        """What was used, after a fit: architecture, number of parameters, versions."""
+        """Describe the architecture, the number of parameters and the versions, after a fit."""
         ...
 
     def fit(
@@ -68,24 +68,24 @@ class Contestant(Protocol):
         patience: int,
         watch: Watch | None = None,
     ) -> Fit:
-        """Train from new weights, and keep those with the best validation loss.
+        """Train from new weights, and keep the weights with the best validation loss.
 
-        Without `watch` this is the library's own fit, as its users call it.
+        Without `watch`, this calls the library's fit as its users do.
 
         Args:
-            theta: Parameters in their own units, shape (N, D).
+            theta: Parameters, shape (N, D).
             x: Observations, shape (N, *event).
-            seed: Seed of weights, order and validation rows.
-            epochs: Most epochs to train for.
-            patience: Epochs without a better validation loss to stop after.
-            watch: Called after each epoch.
+            seed: Seed of the weights, the order of the data and the validation rows.
+            epochs: Maximum number of epochs.
+            patience: Number of epochs without a better validation loss after which training stops.
+            watch: Callback after each epoch.
         """
         ...
 
     def sample(self, x: Obs, n: int, *, seed: int) -> np.ndarray:
-        """Draws inside the prior's support, shape (B, n, D)."""
+        """Draw n times for each observation inside the prior's support, shape (B, n, D)."""
         ...
 
     def log_prob(self, theta: np.ndarray, x: Obs) -> np.ndarray:
-        """Log density (B, n) of theta (B, n, D), in its own units, normalised on the support."""
+        """Compute the log density (B, n) at theta (B, n, D), normalised on the prior's support."""
         ...

@@ -1,4 +1,4 @@
-"""A spline flow of flowjax.
+"""Spline flow of flowjax.
 
 Public names: `FlowjaxFlow`, `flowjax_peer`.
 """
@@ -28,21 +28,21 @@ from sbi_flows.prior.maps import HALF_WIDTH
 
 
 class FlowjaxFlow:
-    """A conditional flow of flowjax, in coordinates where the prior is a standard normal.
+    """Conditional flow of flowjax, in coordinates in which the prior is a standard normal.
 
-    So no draw leaves the prior's support, and the flow starts near the prior. Observations are
-    standardised as this library does.
+    In these coordinates no draw leaves the prior's support, and the untrained flow is close to the
+    prior. Observations are standardised as in this library.
     """
 
     def __init__(self, prior: sf.Prior, recipe: Recipe) -> None:
-        """Hold the settings; nothing is built before the sizes are known."""
+        """Store the settings; the flow is built in `fit`, when the sizes are known."""
         self._prior, self._recipe = prior, recipe
         self._flow: Any = None
         self._standardiser: Any = None
         self._starts: dict[int, Any] = {}
 
     def describe(self) -> dict[str, Any]:
-        """Architecture, coordinates and number of parameters."""
+        """Describe the architecture, the coordinates and the number of parameters."""
         recipe = self._recipe
         name = "coupling_flow" if recipe.coupling else "masked_autoregressive_flow"
         return {
@@ -51,8 +51,8 @@ class FlowjaxFlow:
                 f"nn_depth={len(recipe.hidden)}), RationalQuadraticSpline("
                 f"knots={recipe.bins - 1}, interval={recipe.bound:g})"
             ),
-            "coordinates": "the prior's CDF to a standard normal; our features of x",
-            "validation": "whole batches of validation rows; the best weights are kept",
+            "coordinates": "standard normal by the prior's CDF; our features of x",
+            "validation": "complete batches of validation rows; the best weights are kept",
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(_split(self._flow)[0])),
             "versions": {"flowjax": importlib.metadata.version("flowjax")},
         }
@@ -67,7 +67,7 @@ class FlowjaxFlow:
         patience: int,
         watch: Watch | None = None,
     ) -> Fit:
-        """`fit_to_data`; with `watch` a loop of the same steps, which flowjax exports."""
+        """Call `fit_to_data`; with `watch`, run a loop of flowjax's own training steps."""
         x = jax.tree.map(jnp.asarray, x)
         y, features, self._standardiser = _prepared(self._prior, jnp.asarray(theta), x)
         start, key = self._start(seed, y.shape[1], features.shape[1]), jax.random.key(seed)
@@ -79,13 +79,13 @@ class FlowjaxFlow:
         return Fit(done, done * ((len(y) - held_out) // self._recipe.batch))
 
     def sample(self, x: Obs, n: int, *, seed: int) -> np.ndarray:
-        """Draws of the flow, mapped back to the support."""
+        """Draw from the flow, and map the draws to the prior's support."""
         draw, _ = _compiled()
         features = self._standardiser(x)
         return np.asarray(draw(self._prior, self._flow, jax.random.key(seed), features, n))
 
     def log_prob(self, theta: np.ndarray, x: Obs) -> np.ndarray:
-        """The flow's log density and that of the coordinates."""
+        """Add the log density of the flow and the log Jacobian of the coordinates."""
         _, evaluate = _compiled()
         features = self._standardiser(x)
         return np.asarray(evaluate(self._prior, self._flow, jnp.asarray(theta), features))
@@ -95,7 +95,7 @@ class FlowjaxFlow:
         return _trainer(self._recipe)
 
     def _start(self, seed: int, dim: int, context: int) -> Any:
-        """The flow to start from, kept: building it takes longer than epochs of training."""
+        """Return the untrained flow, which is cached: building it takes longer than epochs."""
         if seed not in self._starts:
             self._starts[seed] = make_flow(jax.random.key(seed), dim, context, self._recipe)
         return self._starts[seed]
@@ -109,26 +109,26 @@ class FlowjaxFlow:
         patience: int,
         watch: Watch,
     ) -> int:
-        """Number of epochs of a fit that is looked at after each epoch."""
+        """Fit with a callback after each epoch; return the number of epochs."""
         import equinox as eqx
 
         order_key, epoch_key = jax.random.split(key)
         order = jax.random.permutation(order_key, len(rows[0]))
         held_out = round(self._recipe.held_out * len(order))
         train, validation = order[held_out:], [a[order[:held_out]] for a in rows]
-        kept, (params, static) = flow, _split(flow)
-        state, best, stale, done = self._trainer.optimizer.init(params), np.inf, 0, 0
-        while done < epochs and stale < patience:
-            batches = jax.random.permutation(jax.random.fold_in(epoch_key, done), train)
+        best_flow, (params, static) = flow, _split(flow)
+        state, best_loss = self._trainer.optimizer.init(params), np.inf
+        epoch, best_epoch = 0, 0
+        while epoch < epochs and epoch - best_epoch < patience:
+            batches = jax.random.permutation(jax.random.fold_in(epoch_key, epoch), train)
             params, state = self._epoch(params, static, state, rows, batches)
-            loss = float(self._trainer.loss(params, static, *validation))
-            better, done = loss < best, done + 1
-            best, stale = (loss, 0) if better else (best, stale + 1)
+            loss, epoch = float(self._trainer.loss(params, static, *validation)), epoch + 1
             self._flow = eqx.combine(params, static)
-            kept = self._flow if better else kept
+            if loss < best_loss:
+                best_flow, best_loss, best_epoch = self._flow, loss, epoch
             watch()
-        self._flow = kept
-        return done
+        self._flow = best_flow
+        return epoch
 
     def _epoch(
         self, params: Any, static: Any, state: Any, rows: tuple[Array, Array], order: Array
@@ -152,11 +152,17 @@ class FlowjaxFlow:
 def flowjax_peer(
     y: Array, features: Array, recipe: Recipe, *, epochs: int
 ) -> Callable[[], float] | None:
-    """A flow of flowjax on parameters y (N, d) given features (N, C), both as they are.
+    """Prepare timed fits of a flowjax flow over parameters y given features.
+
+    Args:
+        y: Parameters, shape (N, d), used without a change of coordinates.
+        features: Features of the observations, shape (N, C), used without standardisation.
+        recipe: Sizes of the flow and settings of the training.
+        epochs: Number of epochs of each fit.
 
     Returns:
-        A function that runs one fit of `epochs` epochs, validation included, and returns its
-        seconds; its first call compiles. None where flowjax is not installed.
+        A function that carries out one fit, with validation, and returns its time in seconds. Its
+        first call compiles. None if flowjax is not installed.
     """
     if importlib.util.find_spec("flowjax") is None:
         return None
@@ -164,15 +170,15 @@ def flowjax_peer(
     trainer = _trainer(recipe)
 
     def fit() -> float:
-        began = time.perf_counter()
+        start = time.perf_counter()
         trainer.fit(jax.random.key(1), flow, (y, features), epochs, epochs)
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     return fit
 
 
 def make_flow(key: Array, dim: int, context: int, recipe: Recipe) -> Any:
-    """An untrained flow over R^dim given features in R^context."""
+    """Make an untrained flow over R^dim given features in R^context."""
     from flowjax import flows  # pyright: ignore[reportMissingImports]
     from flowjax.bijections import RationalQuadraticSpline  # pyright: ignore[reportMissingImports]
     from flowjax.distributions import Normal  # pyright: ignore[reportMissingImports]
@@ -191,7 +197,7 @@ def make_flow(key: Array, dim: int, context: int, recipe: Recipe) -> Any:
 
 
 class _Trainer(NamedTuple):
-    """One optimiser and one loss for all fits: new ones would compile anew."""
+    """Optimiser and loss, shared by all fits, since new objects would need new compilation."""
 
     optimizer: optax.GradientTransformation
     loss: Any
@@ -200,7 +206,7 @@ class _Trainer(NamedTuple):
     def fit(
         self, key: Array, flow: Any, rows: tuple[Any, Any], epochs: int, patience: int
     ) -> tuple[Any, int]:
-        """The flow after `fit_to_data`, and the number of epochs."""
+        """Call `fit_to_data`; return the fitted flow and the number of epochs."""
         from flowjax.train import fit_to_data  # pyright: ignore[reportMissingImports]
 
         fitted, losses = fit_to_data(
@@ -229,7 +235,7 @@ def _trainer(recipe: Recipe) -> _Trainer:
 
 
 def _split(flow: Any) -> tuple[Any, Any]:
-    """What is trained and what is not."""
+    """Split a flow into trainable parameters and the rest."""
     import equinox as eqx
     import paramax  # pyright: ignore[reportMissingImports]
 
@@ -263,9 +269,13 @@ def _prepared(prior: sf.Prior, theta: Array, x: Obs) -> tuple[Array, Array, Any]
 
 
 def _to_normal(prior: sf.Prior, theta: Array) -> tuple[Array, Array]:
-    """Coordinates in which the prior is standard normal, and the log Jacobian back to theta."""
+    """Map theta to coordinates y in which the prior is a standard normal.
+
+    Returns:
+        y, and the log determinant of the Jacobian of theta with respect to y.
+    """
     standard = prior.to_standard(theta)
     bounded = jnp.asarray(prior.bounded)
     y = jnp.where(bounded, ndtri(0.5 * (standard / HALF_WIDTH + 1.0)), standard)
-    bend = jnp.where(bounded, np.log(2.0 * HALF_WIDTH) + norm.logpdf(y), 0.0)
-    return y, prior.standard_log_det(standard, theta) + jnp.sum(bend, axis=-1)
+    log_slope = jnp.where(bounded, np.log(2.0 * HALF_WIDTH) + norm.logpdf(y), 0.0)
+    return y, prior.standard_log_det(standard, theta) + jnp.sum(log_slope, axis=-1)

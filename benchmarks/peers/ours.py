@@ -1,4 +1,4 @@
-"""This library with the sizes that its peers are given.
+"""This library as a contestant, with the sizes of the recipe or with its defaults.
 
 Public name: `Ours`.
 """
@@ -22,19 +22,19 @@ from sbi_flows.training.ensemble import Ensemble
 
 
 class Ours:
-    """`sf.NPE` with one member and the bare spline flow: no network in front, no dropout.
+    """`sf.NPE` with one member and a spline flow without context network and dropout.
 
-    The optimiser is plain Adam, and no average of the weights is kept.
+    The optimiser is Adam with a constant rate, and the weights are not averaged.
 
     Args:
         prior: The prior.
         recipe: The sizes.
-        defaults: Everything as `sf.NPE` has it by default instead, whatever the recipe: four
-            members, of each of which the steps are counted, and a fit of a length of its own.
+        defaults: Whether to use the defaults of `sf.NPE` instead of the recipe: four members, whose
+            steps are added up, and the default maximum number of epochs.
     """
 
     def __init__(self, prior: sf.Prior, recipe: Recipe, *, defaults: bool = False) -> None:
-        """Hold the settings; one optimiser for all fits, as a new one would compile anew."""
+        """Store the settings, and one optimiser, since a new one would need new compilation."""
         self._prior, self._recipe, self._defaults = prior, recipe, defaults
         self._density = sf.NSF(
             coupling=recipe.coupling,
@@ -49,13 +49,13 @@ class Ours:
         self._posterior: sf.Posterior | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Density, training and number of parameters."""
+        """Describe the density, the coordinates and the number of parameters."""
         npe, params = self._npe(1, 1), self._fitted.weights[0].params
         return {
             "density": repr(npe.density),
             "members": npe.members,
             "coordinates": "the prior's standard ones, whitened by the linear-Gaussian start",
-            "validation": "every validation row; the best weights are kept",
+            "validation": "all validation rows; the best weights are kept",
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         }
 
@@ -69,29 +69,29 @@ class Ours:
         patience: int,
         watch: Watch | None = None,
     ) -> Fit:
-        """`NPE.fit`; with `watch` its ensemble, epoch by epoch."""
+        """Call `NPE.fit`; with `watch`, train its ensemble epoch by epoch."""
         key = jax.random.key(seed)
         if watch is None:
             npe = self._npe(epochs, patience)
             posterior, history = npe.fit(key, sf.Simulations(theta, x), progress=False)
             jax.block_until_ready(posterior.weights)
             self._posterior = posterior
-            done, held_out = history.epochs, history.held_out.shape[1]
+            num_epochs, held_out = history.epochs, history.held_out.shape[1]
         else:
             x = jax.tree.map(jnp.asarray, x)
-            # the bare flow's rate is constant, so that any number of epochs is the same program
+            # the recipe's learning rate is constant: one program serves any number of epochs
             npe = sf.NPE(self._prior) if self._defaults else self._npe(1, patience)
             epochs = min(epochs, npe.training.max_epochs) if self._defaults else epochs
-            done, held_out = self._watched(npe, key, jnp.asarray(theta), x, epochs, watch)
+            num_epochs, held_out = self._watched(npe, key, jnp.asarray(theta), x, epochs, watch)
         rows = len(theta) - held_out
-        return Fit(done, npe.members * done * (rows // npe.training.batch(rows)))
+        return Fit(num_epochs, npe.members * num_epochs * (rows // npe.training.batch(rows)))
 
     def sample(self, x: Obs, n: int, *, seed: int) -> np.ndarray:
-        """`Posterior.sample`."""
+        """Call `Posterior.sample`."""
         return np.asarray(self._fitted.sample(jax.random.key(seed), x, n))
 
     def log_prob(self, theta: np.ndarray, x: Obs) -> np.ndarray:
-        """`Posterior.log_prob`."""
+        """Call `Posterior.log_prob`."""
         return np.asarray(self._fitted.log_prob(theta, x))
 
     @property
@@ -118,18 +118,18 @@ class Ours:
     def _watched(
         self, npe: sf.NPE, key: jax.Array, theta: jax.Array, x: Obs, epochs: int, watch: Watch
     ) -> tuple[int, int]:
-        """Number of epochs and of validation rows of a fit that is looked at after each epoch."""
-        prior = self._prior
-        y, standardiser, like = prior.to_standard(theta), fit_standardiser(x), observation_shape(x)
-        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(like))
-        sizes = Sizes(prior.bounded, jax.tree.structure(like), shapes)
+        """Fit with a callback after each epoch; return numbers of epochs and validation rows."""
+        prior, shape = self._prior, observation_shape(x)
+        y, standardiser = prior.to_standard(theta), fit_standardiser(x)
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(shape))
+        sizes = Sizes(prior.bounded, jax.tree.structure(shape), shapes)
         blueprint = Blueprint(npe.density, None, sizes)
         offset, epoch = prior.standard_log_det(y, theta), 0
         rows = (y, standardiser(x), offset)
         with Ensemble(key, blueprint, npe.training, *rows, npe.members) as ensemble:
 
             def posterior(weights: Weights) -> sf.Posterior:
-                return sf.Posterior(prior, (blueprint,), (weights,), (1.0,), standardiser, like)
+                return sf.Posterior(prior, (blueprint,), (weights,), (1.0,), standardiser, shape)
 
             while epoch < epochs and ensemble.running.any():
                 ensemble.epoch(jax.random.fold_in(key, epoch))

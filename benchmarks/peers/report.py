@@ -1,4 +1,4 @@
-"""A comparison as a table for the terminal, and for a page.
+"""Tables of a comparison, for the terminal and in Markdown.
 
 Public names: `text`, `markdown`.
 """
@@ -14,14 +14,14 @@ from sbi_flows.core.tables import table
 Contestants = Mapping[str, Mapping[str, Any]]
 
 _ROWS: dict[str, tuple[Callable[[Mapping[str, Any]], float | None], str, bool]] = {
-    # what a row shows, its format, and whether a ratio of it means anything
-    "training steps a second": (lambda c: c["training"]["median"], ".1f", True),
+    # name of a row: its value, its format, and whether ratios between contestants are meaningful
+    "training steps per second": (lambda c: c["training"]["median"], ".1f", True),
     "compilation and set-up, s": (lambda c: c["training"]["compilation_seconds"], ".1f", False),
     "converged held-out loss, nats": (lambda c: c["fit"]["held_out_loss"], ".3f", False),
-    "steps until converged": (lambda c: c["fit"]["steps"], ".0f", True),
-    "steps to the target's loss": (lambda c: (c["to_target"] or {}).get("steps"), ".0f", True),
-    "time to the target's loss, s": (lambda c: (c["to_target"] or {}).get("seconds"), ".1f", True),
-    "the same and compilation, s": (lambda c: _with_compilation(c), ".1f", True),
+    "steps until convergence": (lambda c: c["fit"]["steps"], ".0f", True),
+    "steps to the target loss": (lambda c: (c["to_target"] or {}).get("steps"), ".0f", True),
+    "time to the target loss, s": (lambda c: (c["to_target"] or {}).get("seconds"), ".1f", True),
+    "this time with compilation, s": (lambda c: _with_compilation(c), ".1f", True),
     "draws at one observation, s": (lambda c: c["sample"]["median"], ".3f", True),
     "log densities at one observation, s": (lambda c: c["log_prob"]["median"], ".3f", True),
     "SBC, s": (lambda c: c["sbc"]["median"], ".3f", True),
@@ -31,21 +31,26 @@ _ROWS: dict[str, tuple[Callable[[Mapping[str, Any]], float | None], str, bool]] 
 
 
 def text(task: str, result: Mapping[str, Any], ours: Sequence[str]) -> str:
-    """One row a measure: each contestant's value, then ours over each peer's.
+    """Format a table with a row per measurement for the terminal.
+
+    The columns are the values of each contestant, and the ratios of ours to each peer's.
 
     Args:
         task: Name of the task.
-        result: What `compare` gave.
-        ours: Names of the contestants that the others are compared with.
+        result: Result of `compare`.
+        ours: Names of this library's contestants.
     """
     target = result["target"]
-    said = "none: no time to it" if target is None else f"that of {target['peer']}, converged"
     columns = _columns(result["contestants"], ours)
-    return f"{task}; the target's loss is {said}\n{table(list(_ROWS), columns)}"
+    if target is None:
+        note = "no target loss"
+    else:
+        note = f"the target loss is the converged held-out loss of {target['peer']}"
+    return f"{task}; {note}\n{table(list(_ROWS), columns)}"
 
 
 def markdown(result: Mapping[str, Any], ours: Sequence[str]) -> list[str]:
-    """The same as the lines of a Markdown table."""
+    """Format the table of `text` in Markdown; return its lines."""
     columns = _columns(result["contestants"], ours)
     lines = [["", *columns], ["---"] * (1 + len(columns))]
     lines += [[name, *cells] for name, *cells in zip(_ROWS, *columns.values(), strict=True)]

@@ -1,4 +1,4 @@
-"""Neural posterior estimation of sbi, and its flow matching for the time of draws.
+"""Neural posterior estimation of sbi, and draws of its flow matching.
 
 Public names: `SbiNPE`, `fmpe_sampler`.
 """
@@ -24,36 +24,36 @@ from sbi_flows.observations.standardise import flatten_rows
 from sbi_flows.prior.maps import HALF_WIDTH
 
 ACCEPTANCE_DRAWS = 100
-"""Draws at each of many observations behind the share of the flow inside the prior's support."""
+"""Number of draws per observation to estimate the flow's mass inside the prior's support."""
 
-MOST_DRAWS = 100_000
-"""Draws at once, over all observations, as sbi itself caps them."""
+MAX_DRAWS_PER_CALL = 100_000
+"""Maximum number of draws per call, over all observations; sbi has the same limit."""
 
 
 class SbiNPE:
     """`sbi.inference.NPE` with its default standardisation and its `DirectPosterior`.
 
-    Its flows leak out of the prior's support: draws outside are rejected, and densities divided by
-    the share inside, as sbi's own `log_prob` does.
+    Its flows have mass outside the prior's support (leakage). Draws outside are rejected, and
+    densities are divided by the mass inside, as in sbi's own `log_prob`.
     """
 
     def __init__(self, prior: sf.Prior, recipe: Recipe) -> None:
-        """Hold the settings."""
+        """Store the settings."""
         self._recipe, self._prior = recipe, _torch_prior(prior)
         self._net: Any = None
         self._threads: int | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Architecture, coordinates and number of parameters."""
+        """Describe the architecture, the coordinates and the number of parameters."""
         name, sizes = self._model()
         arguments = ", ".join(f"{k}={v}" for k, v in sizes.items())
         return {
             "density": f"posterior_nn({name!r}, {arguments})",
-            "coordinates": "theta and x less their means, in standard deviations",
-            "validation": "whole batches of validation rows; the best weights are kept",
+            "coordinates": "theta and x, standardised by mean and standard deviation",
+            "validation": "complete batches of validation rows; the best weights are kept",
             "leakage": (
-                f"rejected in draws; log densities corrected by {ACCEPTANCE_DRAWS} draws for each "
-                "of many observations, by sbi's default for a single one"
+                "draws outside the support are rejected; log densities are corrected by sbi's "
+                f"default for one observation, by {ACCEPTANCE_DRAWS} draws each for several"
             ),
             "threads": self._threads,
             "parameters": sum(p.numel() for p in self._net.parameters()),
@@ -70,24 +70,24 @@ class SbiNPE:
         patience: int,
         watch: Watch | None = None,
     ) -> Fit:
-        """`NPE.train`; the batches of the data loader tell `watch` when an epoch has ended.
+        """Call `NPE.train`; its data loader calls `watch` when an epoch has ended.
 
-        After the last epoch it finds the weights that are kept, which sbi has restored by then.
-
-        The first fit chooses the number of threads, and takes that much longer.
+        The last call of `watch` comes after the fit, with the best weights, which sbi restores. The
+        first fit also chooses the number of threads, which takes additional time.
         """
         rows, recipe = (_tensor(theta), _tensor(flatten_rows(x))), self._recipe
         if self._threads is None:
-            self._threads = self._faster_threads(rows)
-        done = self._train(rows, seed, epochs, patience, watch)
+            self._threads = self._fastest_number_of_threads(rows)
+        num_epochs = self._train(rows, seed, epochs, patience, watch)
         if watch is not None:
             watch()
-        return Fit(done, done * (int((1 - recipe.held_out) * len(theta)) // recipe.batch))
+        steps = int((1 - recipe.held_out) * len(theta)) // recipe.batch
+        return Fit(num_epochs, num_epochs * steps)
 
     def _train(
         self, rows: tuple[Any, Any], seed: int, epochs: int, patience: int, watch: Watch | None
     ) -> int:
-        """Number of epochs of a fit."""
+        """Train, and return the number of epochs."""
         import torch  # pyright: ignore[reportMissingImports]
         from sbi.inference import NPE  # pyright: ignore[reportMissingImports]
 
@@ -104,35 +104,35 @@ class SbiNPE:
                 validation_fraction=recipe.held_out,
                 clip_max_norm=recipe.clip_norm,
                 stop_after_epochs=patience,
-                # counts from zero, includes the last, and must be positive
+                # sbi counts from zero, includes the last epoch, and needs a positive number
                 max_num_epochs=max(1, epochs - 1),
                 dataloader_kwargs=watch and {"collate_fn": self._collate(watch)},
             )
         self._net.eval()
         return inference.summary["epochs_trained"][-1]
 
-    def _faster_threads(self, rows: tuple[Any, Any]) -> int:
-        """One thread, or as many as torch takes by itself: what a few steps take less time with.
+    def _fastest_number_of_threads(self, rows: tuple[Any, Any]) -> int:
+        """Set torch's threads to one or to its default, whichever is faster for a few steps.
 
-        Torch's threads wait for each other at every operation, which takes many times longer than
-        the work where another process holds a core.
+        Torch's threads wait for each other after every operation. If another process occupies a
+        core, this takes much longer than the operations.
         """
         import torch  # pyright: ignore[reportMissingImports]
 
-        few = tuple(r[: 3 * self._recipe.batch] for r in rows)
-        taken: dict[int, float] = {}
-        self._train(few, 0, 2, 2, None)  # what is set up once
+        subset = tuple(r[: 3 * self._recipe.batch] for r in rows)
+        seconds: dict[int, float] = {}
+        self._train(subset, 0, 2, 2, None)  # the first fit includes torch's set-up
         for threads in (torch.get_num_threads(), 1):
             torch.set_num_threads(threads)
-            began = time.perf_counter()
-            self._train(few, 0, 2, 2, None)
-            taken[threads] = time.perf_counter() - began
-        fastest = min(taken, key=lambda threads: taken[threads])
+            start = time.perf_counter()
+            self._train(subset, 0, 2, 2, None)
+            seconds[threads] = time.perf_counter() - start
+        fastest = min(seconds, key=lambda threads: seconds[threads])
         torch.set_num_threads(fastest)
         return fastest
 
     def sample(self, x: Obs, n: int, *, seed: int) -> np.ndarray:
-        """`DirectPosterior.sample`, or `sample_batched` for several observations."""
+        """Call `DirectPosterior.sample`, or `sample_batched` for several observations."""
         import torch  # pyright: ignore[reportMissingImports]
 
         torch.manual_seed(seed)
@@ -143,22 +143,22 @@ class SbiNPE:
             draws = posterior.sample_batched(
                 (n,),
                 x=rows,
-                max_sampling_batch_size=max(1, MOST_DRAWS // len(rows)),
+                max_sampling_batch_size=max(1, MAX_DRAWS_PER_CALL // len(rows)),
                 show_progress_bars=False,
             )
         return np.swapaxes(draws.numpy(), 0, 1)
 
     def log_prob(self, theta: np.ndarray, x: Obs) -> np.ndarray:
-        """`DirectPosterior.log_prob`; for several observations its parts, with fewer draws.
+        """Call `DirectPosterior.log_prob`, or compute it from its parts for several observations.
 
-        The random state stays as it is, and a second call gives the same densities.
+        The calculation uses a fixed seed, and does not change torch's random state.
         """
         import torch  # pyright: ignore[reportMissingImports]
 
         rows, values = _tensor(flatten_rows(x)), _tensor(theta)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            posterior = self._posterior()  # which draws from the prior
+            posterior = self._posterior()  # draws from the prior
             if len(rows) == 1:
                 return posterior.log_prob(values[0], x=rows).numpy()[None]
             log_prob = posterior.log_prob_batched(
@@ -167,7 +167,7 @@ class SbiNPE:
             return (log_prob - torch.log(self._acceptance(rows))).numpy().T
 
     def _acceptance(self, rows: Any) -> Any:
-        """Share of the flow's draws inside the prior's support, of each row; never zero."""
+        """Estimate the flow's mass inside the prior's support for each observation; never zero."""
         import torch  # pyright: ignore[reportMissingImports]
         from sbi.utils.sbiutils import within_support  # pyright: ignore[reportMissingImports]
 
@@ -176,12 +176,12 @@ class SbiNPE:
         return torch.clamp(inside, min=0.5 / ACCEPTANCE_DRAWS)
 
     def _model(self) -> tuple[str, dict[str, Any]]:
-        """Name and sizes of the network: coupling layers of nflows, or zuko's autoregressive."""
+        """Return name and sizes of the network: nflows' coupling or zuko's autoregressive flow."""
         recipe = self._recipe
         sizes = {"num_transforms": recipe.transforms, "num_bins": recipe.bins}
         if not recipe.coupling:
             return "zuko_nsf", {**sizes, "hidden_features": recipe.hidden}
-        # a residual network: one layer, then blocks of two
+        # the conditioner is a residual network of one layer and blocks of two
         blocks = max(1, len(recipe.hidden) - 1)
         return "nsf", {**sizes, "hidden_features": recipe.hidden[0], "num_blocks": blocks}
 
@@ -200,18 +200,18 @@ class SbiNPE:
         return DirectPosterior(self._net, self._prior, enable_transform=False)
 
     def _collate(self, watch: Watch) -> Callable[[list[Any]], Any]:
-        """Joins the rows of a batch; calls `watch` at the first one after a validation."""
+        """Make a collate function that calls `watch` at the first batch after a validation."""
         from torch.utils.data import default_collate  # pyright: ignore[reportMissingImports]
 
-        validated = False
+        was_validation = False
 
         def collate(rows: list[Any]) -> Any:
-            nonlocal validated
-            if validated and self._net.training:
+            nonlocal was_validation
+            if was_validation and self._net.training:
                 self._net.eval()
                 watch()
                 self._net.train()
-            validated = not self._net.training
+            was_validation = not self._net.training
             return default_collate(rows)
 
         return collate
@@ -220,17 +220,17 @@ class SbiNPE:
 def fmpe_sampler(
     prior: sf.Prior, theta: np.ndarray, x: Obs, *, seed: int, epochs: int
 ) -> Callable[[Obs, int], np.ndarray]:
-    """Fit `sbi.inference.FMPE` with its defaults, for at most so many epochs.
+    """Fit `sbi.inference.FMPE` with its defaults.
 
     Args:
         prior: The prior.
         theta: Parameters, shape (N, D).
         x: Observations, shape (N, *event).
         seed: Seed of the fit.
-        epochs: Most epochs.
+        epochs: Maximum number of epochs.
 
     Returns:
-        A function of one observation (*event) and a number n: draws by its ODE, shape (n, D).
+        A function of one observation (*event) and n that returns draws by the ODE, shape (n, D).
     """
     import torch  # pyright: ignore[reportMissingImports]
     from sbi.inference import FMPE  # pyright: ignore[reportMissingImports]
@@ -250,28 +250,28 @@ def fmpe_sampler(
 
 
 class _NoTracker:
-    """Takes sbi's metrics and writes no files."""
+    """Tracker of sbi that ignores all metrics, so that no files are written."""
 
     log_dir = None
 
     def log_metric(self, name: str, value: float, step: int | None = None) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def log_params(self, params: dict[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def add_figure(self, name: str, figure: Any, step: int | None = None) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def flush(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def _torch_prior(prior: sf.Prior) -> Any:
-    """The prior for torch, of which a posterior uses the support alone."""
+    """Convert the prior to torch; a posterior of sbi uses its support only."""
     import torch  # pyright: ignore[reportMissingImports]
     from sbi.utils import BoxUniform  # pyright: ignore[reportMissingImports]
 
@@ -279,8 +279,8 @@ def _torch_prior(prior: sf.Prior) -> Any:
         corner = jnp.full(prior.standard_dim, HALF_WIDTH)
         return BoxUniform(*(_tensor(prior.from_standard(sign * corner)) for sign in (-1.0, 1.0)))
 
-    class Given(torch.distributions.Distribution):
-        """Without a `support`: sbi then asks whether the log density is finite."""
+    class TorchPrior(torch.distributions.Distribution):
+        """Distribution without `support`, so that sbi checks whether the log density is finite."""
 
         arg_constraints: dict[str, Any] = {}  # noqa: RUF012 - torch asks for a class attribute
 
@@ -295,7 +295,7 @@ def _torch_prior(prior: sf.Prior) -> Any:
         def log_prob(self, value: Any) -> Any:
             return _tensor(prior.log_prob(value.detach().numpy()))
 
-    return Given()
+    return TorchPrior()
 
 
 def _tensor(values: Any) -> Any:
@@ -306,7 +306,7 @@ def _tensor(values: Any) -> Any:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """No remarks on how a fit ended."""
+    """Suppress sbi's output and its warning at the maximum number of epochs."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.filterwarnings("ignore", "Maximum number of epochs")
         yield

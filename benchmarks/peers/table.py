@@ -1,4 +1,4 @@
-"""The peers by name, for the command line.
+"""Registry of the peers by name, for the command line.
 
 Public names: `PEERS`, `Peer`, `choose`.
 """
@@ -18,7 +18,7 @@ from benchmarks.suite.records import BadInput
 
 
 class Peer(NamedTuple):
-    """A peer: the package that it needs, and what makes a contestant of it."""
+    """Peer library: the package that it needs, and a function that makes its contestant."""
 
     package: str
     make: Callable[[sf.Prior, Recipe], Contestant]
@@ -28,22 +28,22 @@ PEERS: dict[str, Peer] = {"flowjax": Peer("flowjax", FlowjaxFlow), "sbi": Peer("
 
 
 def choose(names: Sequence[str]) -> dict[str, Peer]:
-    """The peers of these names that are installed; each other one is named on stderr.
+    """Return the peers of these names that are installed; print the others to stderr.
 
     Raises:
-        BadInput: There is no peer of a name; the message lists the names.
+        BadInput: A name is not that of a peer; the message lists the names.
     """
     unknown = [name for name in names if name not in PEERS]
     if unknown:
         known = ", ".join(PEERS)
         raise BadInput(f"--peer: expected names out of {known}; got {', '.join(unknown)}")
-    found: dict[str, Peer] = {}
+    installed: dict[str, Peer] = {}
     for name in names:
         if importlib.util.find_spec(PEERS[name].package) is not None:
-            found[name] = PEERS[name]
+            installed[name] = PEERS[name]
         else:
             print(
                 f"peer {name}: not installed, skipped; pip install 'sbi-flows[peers]'",
                 file=sys.stderr,
             )
-    return found
+    return installed

@@ -1,4 +1,4 @@
-"""What a GPU does with a fit: batches, ensembles, precisions, and the limits beside them.
+"""`python -m benchmarks accelerator`: training steps on a GPU, and the limits of the GPU.
 
 Public names: `run`, `measured`, `limits`, `markdown`.
 """
@@ -22,24 +22,28 @@ from benchmarks.suite.records import now, provenance, write_json
 from sbi_flows.core.tables import table
 
 ROWS = 100_000
+"""Number of simulations of the timed fits."""
 BATCHES = (256, 1_024, 4_096, 16_384)
+"""Batch sizes."""
 MEMBERS = (1, 8, 32)
+"""Numbers of ensemble members."""
 PRECISIONS = ("highest", "tensorfloat32", "bfloat16")
 WIDE, WIDE_BATCH = sf.NSF(hidden=(512, 512), context_width=512), 4_096
-"""A flow and a batch whose products are large enough for an accelerator's units."""
+"""A flow and a batch size whose matrix products are large enough to occupy a GPU."""
 
 LAUNCHES = 256
+"""Number of small kernels in the measurement of the launch time."""
 
 
 def run(folder: Path, rows: int = ROWS) -> dict[str, Any]:
-    """Measure, print and write a record into the folder, anew after each part.
+    """Measure each part, print it, and write the record after each part.
 
     Args:
-        folder: Where the record goes; it exists and is writable.
-        rows: Simulations that the timed fits have.
+        folder: Folder of the record, which exists and is writable.
+        rows: Number of simulations of the timed fits.
 
     Returns:
-        The record.
+        The record, also written as `accelerator-<time>.json`.
     """
     record = {**provenance(), "kind": "accelerator"}
     stamp = now().replace("-", "").replace(":", "")[:15]
@@ -53,17 +57,17 @@ def run(folder: Path, rows: int = ROWS) -> dict[str, Any]:
 
 
 def measured(*, rows: int = ROWS, repeats: int = 3) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every part in turn: its name and what was found.
+    """Measure and yield each part of the record with its name.
 
     Args:
-        rows: Simulations that the timed fits have.
-        repeats: Timings of each.
+        rows: Number of simulations of the timed fits.
+        repeats: Number of timings of each fit.
 
-    Returns:
-        `limits`: microseconds of the smallest kernel and operations a second by precision.
-        `batches`, `members`: microseconds a step, and steps and rows a second, by batch size and by
-        number of members. `step`: as `profile.step_profile`. `precision`: the same for a wide flow
-        by precision, and its validation loss after the epochs that were timed.
+    Yields:
+        `limits`: the result of `limits`. `batches` and `members`: times and rates of a step by
+        batch size and by number of members. `step`: the result of `profile.step_profile`.
+        `precision`: times and rates of a step of a wide flow by precision of the matrix products,
+        with its validation loss after the timed epochs.
     """
     sizes = {**BASE, "rows": rows, "batch": BATCHES[0]}
     yield "limits", limits()
@@ -76,10 +80,15 @@ def measured(*, rows: int = ROWS, repeats: int = 3) -> Iterator[tuple[str, dict[
 
 
 def markdown(part: dict[str, dict[str, float]], first: str) -> list[str]:
-    """Fits that were timed as the lines of a Markdown table, and their time beside the first's."""
+    """Format the timed fits as a Markdown table; return its lines.
+
+    Args:
+        part: The part `batches` or `members` of the record.
+        first: Heading of the first column.
+    """
     (base, *_) = (value["step_us"] for value in part.values())
-    lines = [[first, "microseconds a step", "rows a second, millions", "time of the first"]]
-    lines += [["---"] * 4]
+    head = ["microseconds per step", "million rows per second", "time over that of the first"]
+    lines = [[first, *head], ["---"] * 4]
     lines += [
         [
             f"{int(name):,}",
@@ -93,11 +102,15 @@ def markdown(part: dict[str, dict[str, float]], first: str) -> list[str]:
 
 
 def limits(*, size: int = 4_096, repeats: int = 5) -> dict[str, Any]:
-    """What no step can beat: the time of a kernel that does next to nothing, and of arithmetic.
+    """Measure two lower bounds of the time of a step: kernel launches and arithmetic.
+
+    Args:
+        size: Size of the square matrices.
+        repeats: Number of timings.
 
     Returns:
-        `launch_us`, of each of many small kernels in a row; `rate`, operations a second of a
-        product of two square matrices of this size, by precision.
+        A dict of `launch_us`, the time of each of many small kernels in a row, in microseconds, and
+        `rate`, the operations per second of a product of two square matrices, by precision.
     """
 
     def chain(x: jax.Array) -> jax.Array:
@@ -121,7 +134,7 @@ def _steps(
     density: sf.NSF | None = None,
     precision: str | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Of an epoch of each of the fits, which take turns."""
+    """Measure an epoch of each fit in turn, and return times and rates per step."""
     with contextlib.ExitStack() as stack:
         calls, steps, ensembles = {}, {}, {}
         for name, sizes in fits.items():
@@ -150,7 +163,7 @@ def _text(name: str, part: dict[str, Any]) -> str:
         return profile.text(part)
     if name == "limits":
         rates = ", ".join(f"{rate / 1e12:.1f} TFLOP/s {p}" for p, rate in part["rate"].items())
-        return f"{part['launch_us']:.2f} us a kernel; {rates}"
+        return f"{part['launch_us']:.2f} us per kernel; {rates}"
     columns = next(iter(part.values()))
     return table(
         list(part), {key: [f"{value[key]:.5g}" for value in part.values()] for key in columns}

@@ -1,4 +1,4 @@
-"""Rows a step: the time of fits until they reach the same held-out loss.
+"""`python -m benchmarks batches`: time of fits to the same validation loss by batch size.
 
 Public names: `BATCHES`, `run`, `time_to_loss`, `markdown`.
 """
@@ -20,26 +20,26 @@ from benchmarks.suite.records import provenance, write_json
 from simulators.adapters.registry import get
 
 BATCHES = (32, 64, 128, 256, 512)
-"""Rows a step."""
+"""Batch sizes."""
 
-SLACK = 0.01
-"""How far above the best loss of the default a fit may stop, in nats."""
+TARGET_MARGIN = 0.01
+"""Difference between the target loss and the best loss of the default batch size, in nats."""
 
 
 def run(folder: Path, tasks: tuple[str, ...] = ("two_moons", "slcp")) -> dict[str, Any]:
-    """Measure on each task, print the table, and write a record into the folder.
+    """Measure on each task, print a table, and write a record.
 
     Args:
-        folder: Where the record goes; it exists and is writable.
+        folder: Folder of the record, which exists and is writable.
         tasks: Names of tasks.
 
     Returns:
-        The record.
+        The record, also written as `batches-<time>.json`.
     """
-    found = {name: time_to_loss(name) for name in tasks}
-    print("\n".join(markdown(found)), flush=True)
+    results = {name: time_to_loss(name) for name in tasks}
+    print("\n".join(markdown(results)), flush=True)
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-    record = {**provenance(), "kind": "batches", "batches": found}
+    record = {**provenance(), "kind": "batches", "batches": results}
     write_json(folder / f"batches-{stamp}.json", record)
     return record
 
@@ -47,20 +47,23 @@ def run(folder: Path, tasks: tuple[str, ...] = ("two_moons", "slcp")) -> dict[st
 def time_to_loss(
     task: str, batches: tuple[int, ...] = BATCHES, *, budget: int = 10_000, repeats: int = 2
 ) -> dict[str, Any]:
-    """Seconds of default fits, compiled before, until a held-out loss that all should reach.
+    """Measure the time of fits until they reach a target validation loss, without compilation.
 
-    The learning rate grows with the square root of the rows a step.
+    All settings other than batch size and learning rate are the defaults. The learning rate is
+    proportional to the square root of the batch size. The target is the best loss of the default
+    batch size, averaged over members, plus `TARGET_MARGIN`.
 
     Args:
         task: Name of a task.
-        batches: Rows a step.
+        batches: Batch sizes; the default one is added.
         budget: Number of simulations.
-        repeats: Fits timed at each.
+        repeats: Number of timed fits for each batch size.
 
     Returns:
-        `default`, the default's rows a step; `target`, its members' best mean loss and `SLACK`, in
-        nats; and a list `fits` with, of each, `batch`, `rate`, `loss`, the best, in nats, `epochs`
-        and `seconds` until the target, both None where it is not reached, and `whole_seconds`.
+        A dict of `default`, the default batch size; `target`, in nats; and `fits`, a list with a
+        dict for each batch size: `batch`; `rate`, the learning rate; `loss`, the best loss in nats;
+        `epochs` and `seconds` to the target, None if it is not reached; and `whole_seconds`, the
+        time of the complete fit.
     """
     problem = get(task)
     simulations = sf.simulate(
@@ -68,7 +71,7 @@ def time_to_loss(
     )
     default = sf.Training()
     rows = budget - int(budget * default.validation_fraction)
-    own, histories = default.batch(rows), {}
+    default_batch, histories = default.batch(rows), {}
 
     def fit(batch: int, rate: float) -> None:
         training = sf.Training(batch_size=batch, learning_rate=rate)
@@ -77,16 +80,16 @@ def time_to_loss(
 
     rate = default.learning_rate
     assert isinstance(rate, float)
-    rates = {b: rate * math.sqrt(b / own) for b in {*batches, own}}
+    rates = {b: rate * math.sqrt(b / default_batch) for b in {*batches, default_batch}}
     calls = {f"{b}": partial(fit, b, rate) for b, rate in sorted(rates.items())}
     timings = interleaved(calls, repeats, f"batches, {task}")
-    target = float(histories[own].validation_loss.mean(axis=1).min()) + SLACK
+    target = float(histories[default_batch].validation_loss.mean(axis=1).min()) + TARGET_MARGIN
     fits = []
     for batch, rate in sorted(rates.items()):
         losses = np.minimum.accumulate(histories[batch].validation_loss.mean(axis=1))
-        whole, reached = timings[f"{batch}"].median, np.flatnonzero(losses <= target)
+        fit_seconds, reached = timings[f"{batch}"].median, np.flatnonzero(losses <= target)
         epochs = int(reached[0]) + 1 if len(reached) else None
-        seconds = None if epochs is None else whole * epochs / len(losses)
+        seconds = None if epochs is None else fit_seconds * epochs / len(losses)
         fits.append(
             {
                 "batch": batch,
@@ -94,28 +97,32 @@ def time_to_loss(
                 "loss": float(losses[-1]),
                 "epochs": epochs,
                 "seconds": seconds,
-                "whole_seconds": whole,
+                "whole_seconds": fit_seconds,
             }
         )
-    return {"default": own, "target": target, "fits": fits}
+    return {"default": default_batch, "target": target, "fits": fits}
 
 
-def markdown(found: dict[str, dict[str, Any]]) -> list[str]:
-    """Lines of a table: a row for each task and number of rows a step."""
-    head = ("task", "rows a step", "learning rate", "best loss, nats", "epochs to target", "s")
+def markdown(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Format a Markdown table with a row per task and batch size; return its lines.
+
+    Args:
+        results: Results of `time_to_loss` by task.
+    """
+    head = ("task", "batch size", "learning rate", "best loss, nats", "epochs to target", "s")
     lines = [list(head), ["---"] * len(head)]
-    for task, result in found.items():
+    for task, result in results.items():
         for fit in result["fits"]:
             mark = " (default)" if fit["batch"] == result["default"] else ""
-            reached = fit["epochs"] is not None
+            is_reached = fit["epochs"] is not None
             lines.append(
                 [
                     task,
                     f"{fit['batch']:,}{mark}",
                     f"{fit['rate']:.4f}",
                     f"{fit['loss']:.3f}",
-                    f"{fit['epochs']}" if reached else "not reached",
-                    f"{fit['seconds']:.1f}" if reached else "-",
+                    f"{fit['epochs']}" if is_reached else "not reached",
+                    f"{fit['seconds']:.1f}" if is_reached else "-",
                 ]
             )
     return [f"| {' | '.join(line)} |" for line in lines]

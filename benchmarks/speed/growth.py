@@ -1,4 +1,4 @@
-"""How the cost of training grows with the sizes of the problem.
+"""Time of a training epoch as a function of the sizes of the problem.
 
 Public names: `BASE`, `AXES`, `growth`, `training`, `text`, `markdown`.
 """
@@ -21,7 +21,7 @@ from sbi_flows.densities.conditional import Blueprint, Sizes
 from sbi_flows.training.ensemble import Ensemble
 
 BASE = {"rows": 10_000, "dim": 4, "features": 8, "members": 1, "batch": 128}
-"""The sizes that stay while one of them grows: rows N, parameters D, features C."""
+"""Default sizes: rows N, parameters D, features C, ensemble members, batch size."""
 
 AXES: dict[str, tuple[int, ...]] = {
     "rows": (1_000, 10_000, 100_000, 1_000_000),
@@ -33,19 +33,19 @@ AXES: dict[str, tuple[int, ...]] = {
 
 
 def growth(axis: str, sizes: tuple[int, ...], *, repeats: int = 3) -> dict[str, Any]:
-    """Seconds of an epoch of the default estimator as one of its sizes grows.
+    """Measure the time of an epoch of the default estimator as one of the sizes grows.
 
-    Compilation and the linear start are left out; the sizes take turns, so that a busy machine
-    slows all of them.
+    Compilation and the fit of the linear start are excluded. Epochs of different sizes alternate,
+    so that a busy machine slows all of them alike.
 
     Args:
-        axis: Which size, a name of `AXES`.
-        sizes: Its values, in ascending order.
-        repeats: Epochs timed at each.
+        axis: Name of the size, a key of `AXES`.
+        sizes: Values of the size in ascending order.
+        repeats: Number of timed epochs for each value.
 
     Returns:
-        `sizes`, median `seconds` an epoch at each, and the `exponent` p of seconds ~ size^p
-        between the two largest, which is what more of the same will cost.
+        A dict of `sizes`; `seconds`, the median time of an epoch at each value; and `exponent`, the
+        exponent p of seconds ~ size^p between the two largest values.
     """
     with contextlib.ExitStack() as stack:
         fits = [stack.enter_context(training({**BASE, axis: size})) for size in sizes]
@@ -63,12 +63,12 @@ def growth(axis: str, sizes: tuple[int, ...], *, repeats: int = 3) -> dict[str, 
 def training(
     sizes: dict[str, int], density: sf.NSF | None = None, precision: str | None = None
 ) -> Iterator[Ensemble]:
-    """Members of an estimator in training, on features that depend on the parameters.
+    """Provide an ensemble ready for training, on artificial features that depend on the parameters.
 
     Args:
-        sizes: As `BASE`.
-        density: The default one where it is None.
-        precision: As `sf.Training(matmul_precision=...)`.
+        sizes: Sizes, with the keys of `BASE`.
+        density: Density of the members, by default `sf.NSF()`.
+        precision: Precision of matrix products, as for `sf.Training(matmul_precision=...)`.
     """
     rows, dim, count = sizes["rows"], sizes["dim"], sizes["features"]
     y_key, map_key, noise_key = jax.random.split(jax.random.key(0), 3)
@@ -77,7 +77,7 @@ def training(
     features = mixed + jax.random.normal(noise_key, (rows, count))
     facts = Sizes((True,) * dim, jax.tree.structure(0), ((count,),))
     blueprint = Blueprint(density or sf.NSF(), None, facts)
-    # nothing stops: what is timed is a whole epoch
+    # no member stops early, so that each epoch trains all of them
     settings = sf.Training(batch_size=sizes["batch"], patience=10**6, matmul_precision=precision)
     arguments = (blueprint, settings, y, features, jnp.zeros(rows), sizes["members"])
     with Ensemble(jax.random.key(1), *arguments) as ensemble:
@@ -85,20 +85,20 @@ def training(
 
 
 def markdown(grown: dict[str, dict[str, Any]]) -> list[str]:
-    """The same as the lines of a Markdown table."""
+    """Format the results of `growth` by axis as a Markdown table; return its lines."""
     lines = [["", *_columns(grown)], ["---"] * 4]
     lines += [list(row) for row in zip(grown, *_columns(grown).values(), strict=True)]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def text(grown: dict[str, dict[str, Any]]) -> str:
-    """One row an axis: its sizes, the seconds of an epoch at each, and the exponent."""
+    """Format the results of `growth` by axis as a table for the terminal."""
     return table(list(grown), _columns(grown))
 
 
 def _columns(grown: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
     return {
         "sizes": [" ".join(f"{s:,}" for s in g["sizes"]) for g in grown.values()],
-        "seconds an epoch": [" ".join(f"{s:.3g}" for s in g["seconds"]) for g in grown.values()],
-        "exponent at the end": [f"{g['exponent']:.2f}" for g in grown.values()],
+        "seconds per epoch": [" ".join(f"{s:.3g}" for s in g["seconds"]) for g in grown.values()],
+        "exponent of the last step": [f"{g['exponent']:.2f}" for g in grown.values()],
     }

@@ -1,4 +1,4 @@
-"""How fast: training steps beside flowjax, a calibration check, a cold process, and how it grows.
+"""`python -m benchmarks speed`: times of training, of a calibration check, of a cold process.
 
 Public names: `run`, `training_speed`, `check_speed`, `cold_process`, `large_fit`.
 """
@@ -55,31 +55,32 @@ print(sum(a.nbytes for a in (sims.theta, sims.x)) / 2**30, before, peak_memory_g
 
 
 def run(folder: Path) -> dict[str, Any]:
-    """Measure everything, print it, and write a record into the folder.
+    """Carry out all measurements, print them, and write a record.
 
     Args:
-        folder: Where the record goes; it exists and is writable.
+        folder: Folder of the record, which exists and is writable.
 
     Returns:
-        The record.
+        The record, also written as `speed-<time>.json`.
     """
     training = training_speed()
     print(_training_text(training), flush=True)
     checked = check_speed()
     print(
-        f"check of {checked['datasets']} data sets x {checked['draws']} draws on two_moons, "
-        f"compiled: {checked['seconds']:.1f} s (first call {checked['first_seconds']:.1f} s)",
+        f"check of two_moons with {checked['datasets']} data sets x {checked['draws']} draws: "
+        f"{checked['seconds']:.1f} s (first call, with compilation: "
+        f"{checked['first_seconds']:.1f} s)",
         flush=True,
     )
     cold = cold_process()
     print(
-        f"two_moons, {cold['budget']:,} simulations, cold process to 10,000 draws: "
+        f"two_moons, {cold['budget']:,} simulations, from a cold process to 10,000 draws: "
         f"{cold['seconds']:.1f} s"
     )
     large = large_fit()
     print(
-        f"slcp, {large['budget']:,} simulations of {large['data_gib']:.2f} GiB, an epoch: peak "
-        f"{large['peak_gib']:.2f} GiB"
+        f"slcp, {large['budget']:,} simulations ({large['data_gib']:.2f} GiB), one epoch: peak "
+        f"memory {large['peak_gib']:.2f} GiB"
     )
     step = profile.step_profile()
     print(profile.text(step))
@@ -103,25 +104,30 @@ def run(folder: Path) -> dict[str, Any]:
 def training_speed(
     *, simulations: int = 10_000, epochs: int = 20, repeats: int = 5
 ) -> dict[str, Any]:
-    """Training steps a second of a coupling spline flow on slcp, ours and flowjax's.
+    """Measure the training steps per second of a coupling spline flow on slcp, ours and flowjax's.
 
-    Both fit the same rows in the same coordinates, one member, the same batch size and number of
-    epochs, validation after each epoch and the bookkeeping of their own `fit` included, compilation
-    excluded; the repeats alternate, so that a busy machine slows both.
+    Both train one flow on the same data in the same coordinates, with the same batch size and
+    number of epochs. The times include the validation after each epoch and the overhead of each
+    library's `fit`, but no compilation. The repeats alternate, so that a busy machine slows both.
+
+    Args:
+        simulations: Number of simulations.
+        epochs: Number of epochs of each fit.
+        repeats: Number of timed fits.
 
     Returns:
-        Sizes; `steps_per_second` of each repeat by library; their `median`; `ratio`, ours over
-        flowjax's, None where flowjax is not installed. `ours, defaults` adds the network in front
-        of the layers and the dropout that `sf.NSF` has by default, which flowjax has not.
+        A dict of the sizes; `steps_per_second`, a list by library; `median`, by library; and
+        `ratio`, ours over flowjax's, None if flowjax is not installed. `ours, defaults` also has
+        the context network and the dropout of `sf.NSF()`, which flowjax does not have.
     """
     task = slcp()
     sims = sf.simulate(jax.random.key(0), task.prior, task.simulator, simulations, progress=False)
     sizes: dict[str, Any] = {"transforms": TRANSFORMS, "hidden": HIDDEN, "bins": BINS}
-    plain = sf.NSF(coupling=True, bound=BOUND, context_width=0, dropout=0.0, **sizes)
-    richer = sf.NSF(coupling=True, bound=BOUND, **sizes)
+    flow_only = sf.NSF(coupling=True, bound=BOUND, context_width=0, dropout=0.0, **sizes)
+    defaults = sf.NSF(coupling=True, bound=BOUND, **sizes)
     fits: dict[str, Callable[[], float]] = {
-        "ours": _our_fit(task, sims, plain, epochs),
-        "ours, defaults": _our_fit(task, sims, richer, epochs),
+        "ours": _our_fit(task, sims, flow_only, epochs),
+        "ours, defaults": _our_fit(task, sims, defaults, epochs),
     }
     peer = flowjax_peer(
         sf.as_prior(task.prior).to_standard(sims.theta),
@@ -138,7 +144,7 @@ def training_speed(
     )
     if peer is not None:
         fits["flowjax"] = peer
-    # whole batches alone, in both libraries
+    # both libraries drop the last, incomplete batch of an epoch
     steps = epochs * (round((1 - HELD_OUT) * simulations) // BATCH)
     rates: dict[str, list[float]] = {name: [] for name in fits}
     for fit in fits.values():
@@ -161,18 +167,25 @@ def training_speed(
 def check_speed(
     *, budget: int = 10_000, datasets: int = 1_000, draws: int = 1_000, repeats: int = 3
 ) -> dict[str, Any]:
-    """Seconds of `check` on two_moons with the default estimator, after a briefer fit.
+    """Measure the time of `sf.check` on two_moons with the default estimator, after a short fit.
+
+    Args:
+        budget: Number of simulations of the fit.
+        datasets: Number of data sets of the check.
+        draws: Number of draws for each data set.
+        repeats: Number of timed calls after the first.
 
     Returns:
-        Sizes, `seconds` (median once compiled) and `first_seconds` (compilation included).
+        A dict of the sizes; `seconds`, the median time without compilation; and `first_seconds`,
+        the time of the first call with compilation.
     """
     task = two_moons()
     sims = sf.simulate(jax.random.key(0), task.prior, task.simulator, budget, progress=False)
-    brief = sf.Training(max_epochs=2)  # what the weights are does not change the work
-    posterior, _ = sf.NPE(task.prior, training=brief).fit(jax.random.key(1), sims, progress=False)
+    short = sf.Training(max_epochs=2)  # the time of a check does not depend on the weights
+    posterior, _ = sf.NPE(task.prior, training=short).fit(jax.random.key(1), sims, progress=False)
     seconds = []
     for i in range(repeats + 1):
-        began = time.perf_counter()
+        start = time.perf_counter()
         check(
             jax.random.key(i),
             posterior,
@@ -181,7 +194,7 @@ def check_speed(
             draws=draws,
             progress=False,
         )
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     return {
         "datasets": datasets,
         "draws": draws,
@@ -191,29 +204,45 @@ def check_speed(
 
 
 def cold_process(budget: int = 10_000) -> dict[str, Any]:
-    """Seconds of a new Python process from its start to 10,000 draws on two_moons, and its end.
+    """Measure the time of a new Python process that simulates, fits and draws on two_moons.
 
-    Everything is at its default, and nothing is compiled before: a compilation cache that the
-    environment names is left aside.
+    All settings are the defaults, and the process draws 10,000 times. It uses no compilation cache,
+    even if the environment names one.
+
+    Args:
+        budget: Number of simulations.
+
+    Returns:
+        A dict of `budget` and `seconds`.
     """
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    began = time.perf_counter()
+    start = time.perf_counter()
     subprocess.run(
         [sys.executable, "-c", COLD.format(budget=budget)], cwd=ROOT, env=environment, check=True
     )
-    return {"budget": budget, "seconds": time.perf_counter() - began}
+    return {"budget": budget, "seconds": time.perf_counter() - start}
 
 
 def large_fit(budget: int = 1_000_000) -> dict[str, Any]:
-    """Peak memory of a new process that fits the default estimator to many simulations of slcp."""
-    done = subprocess.run(
+    """Measure the peak memory of a new process that trains on many simulations of slcp.
+
+    The process trains the default estimator for one epoch.
+
+    Args:
+        budget: Number of simulations.
+
+    Returns:
+        A dict of `budget` and, in GiB, `data_gib`, the size of the simulations, `before_gib`, the
+        peak before the fit, and `peak_gib`, the peak after it.
+    """
+    process = subprocess.run(
         [sys.executable, "-c", LARGE.format(budget=budget)],
         cwd=ROOT,
         check=True,
         stdout=subprocess.PIPE,
         text=True,
     )
-    data, before, peak = map(float, done.stdout.split())
+    data, before, peak = map(float, process.stdout.split())
     return {"budget": budget, "data_gib": data, "before_gib": before, "peak_gib": peak}
 
 
@@ -228,17 +257,17 @@ def _our_fit(task: Any, sims: sf.Simulations, density: sf.NSF, epochs: int) -> C
     npe = sf.NPE(task.prior, density, training=training, members=1)
 
     def fit() -> float:
-        began = time.perf_counter()
+        start = time.perf_counter()
         posterior, _ = npe.fit(jax.random.key(1), sims, progress=False)
         jax.block_until_ready(posterior.weights)
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     return fit
 
 
 def _training_text(training: dict[str, Any]) -> str:
     median = training["median"]
-    rates = table(list(median), {"steps a second": (f"{m:.0f}" for m in median.values())})
+    rates = table(list(median), {"steps per second": (f"{m:.0f}" for m in median.values())})
     if training["ratio"] is None:
-        return f"{rates}\nflowjax is not installed: pip install 'sbi-flows[peers]' to compare"
+        return f"{rates}\nno flowjax to compare with: pip install 'sbi-flows[peers]'"
     return f"{rates}\nours / flowjax: {training['ratio']:.2f}"

@@ -1,4 +1,4 @@
-"""Time that JAX spends on compilation.
+"""Measurement of the time that JAX spends on compilation.
 
 Public name: `compile_seconds`.
 """
@@ -28,9 +28,9 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def compile_seconds() -> float:
-    """Seconds that this process has spent since the import on lowering and compiling programs.
+    """Return the seconds spent on lowering and compiling programs since this module was imported.
 
-    Those of threads that compile at the same time are added up.
+    The times of threads that compile at the same time are added up.
 
     Example:
         >>> before = compile_seconds()

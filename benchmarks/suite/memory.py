@@ -1,4 +1,4 @@
-"""Memory of a long process: its maps, of which each compiled program holds several, and its peak.
+"""Memory of a long process: its peak, and its memory maps, which compiled programs use up.
 
 Public names: `drop_programs`, `forget_peak_memory`, `peak_memory_gib`.
 """
@@ -13,18 +13,18 @@ import jax
 MAPS = Path("/proc/self/maps")
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
-MOST = 45_000
-"""Memory maps that are no danger yet: Linux allows 65,530 a process, and kills it then."""
+MAX_MEMORY_MAPS = 45_000
+"""Number of memory maps above which programs are dropped; Linux kills a process at 65,530."""
 
 
 def drop_programs() -> None:
-    """Free all compiled programs, where the process holds many memory maps."""
-    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST:
+    """Free all compiled programs if the process holds many memory maps."""
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MAX_MEMORY_MAPS:
         jax.clear_caches()
 
 
 def forget_peak_memory() -> None:
-    """Let the peak start from what is held now, where the system can do that (Linux)."""
+    """Reset the peak memory to the present memory (Linux only; no effect elsewhere)."""
     try:
         CLEAR_REFS.write_text("5")
     except OSError:
@@ -32,10 +32,10 @@ def forget_peak_memory() -> None:
 
 
 def peak_memory_gib() -> float | None:
-    """The most memory that this process has held since `forget_peak_memory`, in GiB.
+    """Return the peak resident memory of this process in GiB.
 
-    What it held by then is part of it. On other systems, the most so far; None where that is not
-    known either.
+    On Linux, the peak counts from the last call of `forget_peak_memory`, and includes the memory
+    held at that call. On other POSIX systems it counts from the start. Elsewhere it is None.
 
     Example:
         >>> 0.01 < peak_memory_gib() < 1000

@@ -1,4 +1,4 @@
-"""Named estimators: one line each, the same for every task.
+"""Named methods: functions from a task to an estimator, the same for every task.
 
 Public names: `METHODS`, `DEFAULT`, `Distilling`, `Estimator`, `get`.
 """
@@ -21,11 +21,11 @@ DEFAULT = "stack"
 
 @dataclasses.dataclass(frozen=True)
 class Distilling:
-    """An estimator whose posterior is distilled after the fit.
+    """Estimator that distils the posterior of a fitted diffusion or flow-matching NPE.
 
     Attributes:
-        npe: The estimator.
-        steps: Evaluations a draw.
+        npe: The estimator of the teacher.
+        steps: Number of network evaluations per draw after distillation.
     """
 
     npe: sf.NPE
@@ -33,18 +33,22 @@ class Distilling:
 
     @property
     def prior(self) -> sf.Prior:
-        """The prior."""
+        """The prior of the estimator."""
         return self.npe.prior
 
     def fit(
         self, key: Key, simulations: sf.Simulations, *, progress: bool = True
     ) -> tuple[sf.Posterior, sf.History]:
-        """Fit and distil."""
-        # the teacher is what the estimator by itself makes of the key
-        posterior, history = self.npe.fit(key, simulations, progress=progress)
-        own = jax.random.fold_in(key, 1)
-        fast, _ = sf.distil(own, posterior, simulations, steps=self.steps, progress=progress)
-        return fast, history
+        """Fit the teacher, distil it, and return the distilled posterior and the teacher's history.
+
+        The teacher is the posterior that `npe.fit` returns for the same key.
+        """
+        teacher, history = self.npe.fit(key, simulations, progress=progress)
+        distil_key = jax.random.fold_in(key, 1)
+        student, _ = sf.distil(
+            distil_key, teacher, simulations, steps=self.steps, progress=progress
+        )
+        return student, history
 
 
 Estimator: TypeAlias = sf.NPE | sf.Stack | Distilling
@@ -86,10 +90,10 @@ METHODS: dict[str, Method] = {
 
 
 def get(name: str) -> Method:
-    """The constructor of this name, `task -> estimator`.
+    """Return the method of this name.
 
     Raises:
-        BadInput: There is none; the message lists the names.
+        BadInput: No method has this name; the message lists the names.
     """
     if name not in METHODS:
         raise BadInput(f"--methods: expected names out of {', '.join(METHODS)}; got {name}")

@@ -1,4 +1,4 @@
-"""Published accuracies of other estimators, all with the classifier of `c2st`.
+"""Published C2ST values of other estimators, all with the classifier of `sf.c2st`.
 
 Public names: `Published`, `published`, `best_amortised`, `figure`.
 """
@@ -15,14 +15,14 @@ FILE = Path(__file__).with_name("published.csv")
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """One figure: mean C2ST over ten observations.
+    """Published mean C2ST over ten observations.
 
     Attributes:
         task: Name of the task.
-        budget: Number of simulations; of the sequential methods, for one observation.
-        method: NPE, NLE, NRE and their variants; a leading S for sequential.
-        c2st: The accuracy.
-        source: Where it was published.
+        budget: Number of simulations; for each observation if the method is sequential.
+        method: NPE, NLE, NRE and their variants; a leading S marks sequential methods.
+        c2st: Mean C2ST.
+        source: The publication.
     """
 
     task: str
@@ -33,13 +33,13 @@ class Published:
 
     @property
     def is_amortised(self) -> bool:
-        """One fit for all observations."""
+        """Whether one fit serves all observations."""
         return not self.method.startswith("S")
 
 
 @cache
 def published() -> tuple[Published, ...]:
-    """All figures.
+    """Read all published values.
 
     Example:
         >>> len({figure.task for figure in published()})
@@ -53,7 +53,7 @@ def published() -> tuple[Published, ...]:
 
 
 def best_amortised(task: str, budget: int) -> Published | None:
-    """The lowest figure of a method that is fitted once for all observations.
+    """Return the lowest published C2ST of an amortised method, or None if there is none.
 
     Example:
         >>> best_amortised("two_moons", 10_000).c2st
@@ -64,11 +64,11 @@ def best_amortised(task: str, budget: int) -> Published | None:
 
 
 def figure(task: str, budget: int, method: str) -> float | None:
-    """The figure of one method; None where there is none.
+    """Return the published C2ST of one method, or None if there is none.
 
     Example:
         >>> figure("two_moons", 1_000, "NPE")
         0.725
     """
-    found = [p.c2st for p in published() if (p.task, p.budget, p.method) == (task, budget, method)]
-    return found[0] if found else None
+    values = [p.c2st for p in published() if (p.task, p.budget, p.method) == (task, budget, method)]
+    return values[0] if values else None

@@ -1,11 +1,12 @@
-"""Records of a run: on what machine, with which versions, how long; written whole or not at all.
+"""JSON records of results: the machine, the versions, the times, and their atomic writing.
 
-Public names: `BadInput`, `Clock`, `now`, `provenance`, `writable_folder`, `write_json`.
+This module does not import JAX, so that `python -m benchmarks --help` is fast.
+
+Public names: `BadInput`, `Clock`, `now`, `plain`, `provenance`, `writable_folder`, `write_json`.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import os
@@ -13,16 +14,17 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from sbi_flows.core.files import atomic_file
+from sbi_flows.core.versions import versions
 
 SCHEMA = 2
-"""Version of the records' layout."""
+"""Version of the layout of the records."""
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = (
@@ -40,14 +42,22 @@ PACKAGES = (
 
 
 class BadInput(ValueError):
-    """What the user asked for cannot be done; the message is one line for the terminal."""
+    """Error in the user's options or files, with a message of one line for the terminal."""
 
 
 class Clock:
-    """Wall time of each phase, said aloud as the phase ends, and how much of it was compilation.
+    """Timer of the phases of a run: wall time and compilation time of each phase.
+
+    Args:
+        log: Function of one string that is called with the time of each phase when it ends. By
+            default, the line goes to stderr.
+
+    Attributes:
+        seconds: Wall time of each phase.
+        compile_seconds: Compilation time of each phase, summed over threads.
 
     Example:
-        >>> clock = Clock(say=print)
+        >>> clock = Clock(log=print)
         >>> with clock("add"):
         ...     total = 1 + 1
         add: 0.0 s
@@ -55,57 +65,57 @@ class Clock:
         ['add']
     """
 
-    def __init__(self, say: Any = None) -> None:
-        """Say each phase through `say`, a function of one string; on stderr by default."""
+    def __init__(self, log: Callable[[str], None] | None = None) -> None:
         self.seconds: dict[str, float] = {}
         self.compile_seconds: dict[str, float] = {}
-        self._say = say if say is not None else _to_stderr
+        self._log = log if log is not None else _to_stderr
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Time a block; what it computes must be ready at its end (JAX runs ahead)."""
-        from benchmarks.suite.compilation import compile_seconds  # it brings JAX
+        """Time a block of code; block until its JAX arrays are ready before it ends."""
+        from benchmarks.suite.compilation import compile_seconds  # it imports JAX
 
-        began, compiled = time.perf_counter(), compile_seconds()
+        start, start_compiled = time.perf_counter(), compile_seconds()
         yield
-        self.seconds[phase] = time.perf_counter() - began
-        self.compile_seconds[phase] = compile_seconds() - compiled
-        self._say(f"{phase}: {self.seconds[phase]:.1f} s")
+        self.seconds[phase] = time.perf_counter() - start
+        self.compile_seconds[phase] = compile_seconds() - start_compiled
+        self._log(f"{phase}: {self.seconds[phase]:.1f} s")
 
     @property
     def total(self) -> float:
-        """Seconds of all phases together."""
+        """Wall time of all phases in seconds."""
         return sum(self.seconds.values())
 
 
 def provenance() -> dict[str, Any]:
-    """Machine in words, versions, git revision and the time: nothing that names the machine.
+    """Describe the machine, the versions and the time, without names of machine or user.
 
     Returns:
-        `machine` (cores, architecture, memory, JAX's device), `versions`, `revision` (None outside
-        a git checkout; ends in `+` where files differ from it) and `time` (UTC).
+        A dict of `schema`, `machine` (cores, architecture, memory, JAX device), `versions`,
+        `revision` (the git commit, with `+` if files differ from it; None outside a git checkout)
+        and `time` (UTC).
     """
     return {
         "schema": SCHEMA,
         "machine": _machine(),
-        "versions": _versions(),
+        "versions": versions(PACKAGES),
         "revision": _revision(),
         "time": now(),
     }
 
 
 def now() -> str:
-    """Date and time (UTC)."""
+    """Return the date and time (UTC) in ISO format."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def writable_folder(path: Path, option: str) -> Path:
-    """`sbi_flows.core.checks.writable_folder`, as bad input of an option.
+    """Create the folder if needed, check that files can be written to it, and return it.
 
     Raises:
-        BadInput: It cannot be made or written to; the message names the option.
+        BadInput: The folder cannot be created or written to; the message names the option.
     """
-    from sbi_flows.core import checks  # not before it is needed: it brings JAX
+    from sbi_flows.core import checks  # it imports JAX
 
     try:
         return checks.writable_folder(option, path)
@@ -114,9 +124,9 @@ def writable_folder(path: Path, option: str) -> Path:
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> Path:
-    r"""Write one line of JSON through a temporary file, so that no reader ever sees a part of it.
+    r"""Write a record as one line of JSON, atomically.
 
-    NumPy and JAX numbers become plain ones; NaN and infinity become null.
+    NumPy and JAX arrays become lists and numbers. NaN and infinity become null.
 
     Example:
         >>> import tempfile
@@ -131,7 +141,9 @@ def write_json(path: Path, record: Mapping[str, Any]) -> Path:
 
 
 def plain(value: Any) -> Any:
-    """The value in types that JSON knows; NaN and infinity as None.
+    """Convert arrays, tuples and mappings to JSON types; NaN and infinity become None.
+
+    Other objects are left unchanged, so that `json.dumps` raises for them.
 
     Example:
         >>> import numpy as np
@@ -168,16 +180,6 @@ def _memory_gib() -> int | None:
         return None
 
 
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
-
-
 def _revision() -> str | None:
     def git(*arguments: str) -> str:
         run = subprocess.run(
@@ -187,7 +189,7 @@ def _revision() -> str | None:
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")
-        # a module that is not committed yet is part of what runs
+        # untracked modules are part of the code that runs
         changed += git("ls-files", "--others", "--exclude-standard", "--", "*.py")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""`python -m benchmarks references --check DIR`: our samplers against other people's draws.
+"""`python -m benchmarks references --check DIR`: C2ST of our reference samplers on stored draws.
 
 Public names: `run`.
 """
@@ -19,24 +19,24 @@ import simulators
 from benchmarks.suite.records import BadInput, provenance, write_json
 from sbi_flows.core.tables import table
 from sbi_flows.core.typing import Key
-from sbi_flows.diagnostics import c2st_jax
+from sbi_flows.diagnostics.c2st import CompiledMLP, c2st
 from simulators import Task
 from simulators.adapters.task import ReferenceFailed
 
 
 def run(folder: Path, tasks: tuple[str, ...], results: Path) -> Path:
-    """C2ST of our draws against those of every file `<task>.npz` in a folder.
+    """Compute the C2ST between our reference draws and those in the files `<task>.npz` of a folder.
 
     Args:
-        folder: Files with `x_1`, `posterior_1`, `x_2`, ...
-        tasks: Names of tasks; all that have a file by default.
-        results: Folder for the record.
+        folder: Folder of the files, which hold arrays `x_1`, `posterior_1`, `x_2`, ...
+        tasks: Names of tasks; by default, all that have a file.
+        results: Folder of the record.
 
     Returns:
-        The record.
+        The path of the record.
 
     Raises:
-        BadInput: A name is unknown, or no file can be read.
+        BadInput: A task is unknown or has no exact sampler, or a file cannot be read.
     """
     unknown = [name for name in tasks if name not in simulators.names()]
     if unknown:
@@ -44,17 +44,18 @@ def run(folder: Path, tasks: tuple[str, ...], results: Path) -> Path:
         raise BadInput(f"--tasks: expected names out of {known}; got {', '.join(unknown)}")
     named = dict.fromkeys(tasks)
     chosen = [n for n in named or simulators.names() if named or (folder / f"{n}.npz").exists()]
-    unable = [name for name in chosen if simulators.get(name).sample_reference is None]
-    if unable:
-        raise BadInput(f"--tasks: no exact sampler of {', '.join(unable)}")
+    without_sampler = [name for name in chosen if simulators.get(name).sample_reference is None]
+    if without_sampler:
+        raise BadInput(f"--tasks: {', '.join(without_sampler)} has no exact sampler")
     pairs = [(simulators.get(name), *pair) for name in chosen for pair in _read(folder, name)]
     if not pairs:
-        raise BadInput(f"--check: no file <task>.npz of one of the tasks in {folder}")
+        raise BadInput(f"--check: expected a file <task>.npz of one of the tasks in {folder}")
     scores: dict[str, list[float]] = {}
     for task, x, posterior in tqdm(pairs, desc="observations"):
-        own = scores.setdefault(task.name, [])
-        score = _score(jax.random.fold_in(jax.random.key(0), len(own)), task, x, posterior)
-        own.append(score)
+        task_scores = scores.setdefault(task.name, [])
+        key = jax.random.fold_in(jax.random.key(0), len(task_scores))
+        score = _score(key, task, x, posterior)
+        task_scores.append(score)
         tqdm.write(f"{task.name}: {score:.3f}")
     columns = {"C2ST": (", ".join(f"{v:.3f}" for v in values) for values in scores.values())}
     print(table(list(scores), columns))
@@ -77,6 +78,6 @@ def _score(key: Key, task: Task, x: Any, posterior: np.ndarray) -> float:
     assert task.sample_reference is not None
     try:
         draws = task.sample_reference(key, jnp.asarray(x, float), len(posterior))
-        return float(c2st_jax(posterior, np.asarray(draws)))
+        return float(c2st(posterior, np.asarray(draws), backend=CompiledMLP()))
     except (ReferenceFailed, ValueError) as error:
         raise BadInput(f"--check: {task.name}: {error}") from error

@@ -1,4 +1,4 @@
-"""`python -m benchmarks references`: make the reference posteriors that take long, and keep them.
+"""`python -m benchmarks references`: draw the reference posteriors that need NUTS, and store them.
 
 Public names: `run`.
 """
@@ -22,49 +22,50 @@ DRAWS = 10_000
 
 
 def run(folder: Path, tasks: tuple[str, ...] = ()) -> int:
-    """Make what is not there yet; a call that was interrupted goes on where it stopped.
+    """Draw the reference posteriors that have no file yet; an interrupted call can be repeated.
 
     Args:
-        folder: Where the files go, `<task>-<i>.npz`.
-        tasks: Names of tasks; all that sample by NUTS by default.
+        folder: Folder of the files `<task>-<i>.npz`.
+        tasks: Names of tasks; by default, all tasks whose reference sampler is NUTS.
 
     Returns:
-        The number of references made.
+        The number of reference posteriors that were drawn.
 
     Raises:
-        BadInput: An unknown task, one that needs no file, or a folder that cannot be written to.
+        BadInput: A task is unknown or has no stored references, or the folder is not writable.
     """
-    chosen = [_task(name) for name in tasks or _kept()]
+    chosen = [_task(name) for name in tasks or _stored_tasks()]
     folder = writable_folder(folder, "--folder")
     pairs = [(task, i + 1) for task in chosen for i in range(task.num_observations)]
-    missing = [pair for pair in pairs if not _is_there(*pair, folder)]
-    print(f"{len(pairs) - len(missing)} of {len(pairs)} references are there", file=sys.stderr)
+    missing = [pair for pair in pairs if not _is_stored(*pair, folder)]
+    print(f"{len(pairs) - len(missing)} of {len(pairs)} references exist", file=sys.stderr)
     for task, i in tqdm(missing, desc="references", disable=not missing):
-        _make(task, i, folder)
+        _draw_and_store(task, i, folder)
     return len(missing)
 
 
-def _kept() -> list[str]:
-    """Tasks whose references are kept under their own name."""
+def _stored_tasks() -> list[str]:
+    """Return the names of the tasks whose references are stored under their own name."""
     return [name for name in simulators.names() if simulators.get(name).stored_as == name]
 
 
 def _task(name: str) -> Task:
-    known = _kept()
+    known = _stored_tasks()
     if name not in known:
         raise BadInput(f"--tasks: expected names out of {', '.join(known)}; got {name}")
     return simulators.get(name)
 
 
-def _is_there(task: Task, i: int, folder: Path) -> bool:
+def _is_stored(task: Task, i: int, folder: Path) -> bool:
     draws = stored.load(task.name, i, task.stored_observation(i), (folder,))
     return draws is not None and len(draws) >= DRAWS
 
 
-def _make(task: Task, i: int, folder: Path) -> None:
+def _draw_and_store(task: Task, i: int, folder: Path) -> None:
     sampler = task.sample_reference
     assert isinstance(sampler, NutsReference)
-    draws, found = sampler.diagnosed(task.reference_key(i), jnp.asarray(task.observation(i)), DRAWS)
-    stored.save(folder, task.name, i, task.stored_observation(i), np.asarray(draws), found)
-    said = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
-    tqdm.write(f"{task.name} {i}: {said}", file=sys.stderr)
+    x = jnp.asarray(task.observation(i))
+    draws, diagnostics = sampler.diagnosed(task.reference_key(i), x, DRAWS)
+    stored.save(folder, task.name, i, task.stored_observation(i), np.asarray(draws), diagnostics)
+    text = ", ".join(f"{name} {value:.4g}" for name, value in diagnostics.items())
+    tqdm.write(f"{task.name} {i}: {text}", file=sys.stderr)

@@ -1,6 +1,6 @@
-"""One run: simulate, fit, C2ST against the exact posterior, calibration, and the time of each.
+"""Runs of the benchmark: simulate, fit, compare with the exact posterior, check calibration.
 
-Public names: `run`, `run_one`.
+Public names: `run`, `run_one`, `observations_of`, `references_of`, `results_table`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 import sbi_flows as sf
 import simulators
 from benchmarks.suite import methods
+from benchmarks.suite.description import describe, history_record
 from benchmarks.suite.memory import drop_programs, forget_peak_memory, peak_memory_gib
 from benchmarks.suite.records import BadInput, Clock, now, provenance, writable_folder
 from benchmarks.suite.scores import held_out_loss, mmd, normalisation
@@ -31,37 +32,36 @@ from benchmarks.suite.settings import Settings
 from benchmarks.suite.store import Run, Store
 from sbi_flows.core.tables import table
 from sbi_flows.core.typing import Key, Obs
-from sbi_flows.diagnostics import c2st_jax, check
-from sbi_flows.estimators.stacking import StackHistory
+from sbi_flows.diagnostics import CompiledMLP, c2st, check
 from simulators import ReferenceFailed, Task
 
 
 def run(settings: Settings, *, import_seconds: float = 0.0) -> list[dict[str, Any]]:
-    """Every task with every method, budget and seed; a file a run, a table at the end.
+    """Run every task with every method, budget and seed; write a record per run and print a table.
 
-    Runs whose file is there already are not repeated.
+    Runs whose record exists are not repeated.
 
     Args:
-        settings: What to run.
-        import_seconds: Time that the imports took, to be recorded.
+        settings: Tasks, methods and sizes.
+        import_seconds: Time of the imports, for the records.
 
     Returns:
-        The records, as they were written, those of earlier calls too.
+        The records of all runs, including those of earlier calls.
 
     Raises:
-        BadInput: The results folder is not writable, holds runs with other settings, or
-            observations are missing; before any work. A run failed; after all others.
+        BadInput: Before any run: the results folder is not writable or holds records of other
+            settings, or observations are missing. After all runs: one of them failed.
     """
     store = Store(writable_folder(settings.results, "--results"), settings.record())
-    made_of = {}
+    digests = {}
     for name in settings.names:
         task = settings.task(name)
-        made_of[name] = _observed(task, observations_of(task, settings), settings)
-    records = {run: store.find(run, _made_of(run, made_of, settings)) for run in _grid(settings)}
+        digests[name] = _digest(task, observations_of(task, settings), settings)
+    records = {run: store.find(run, _made_of(run, digests, settings)) for run in _grid(settings)}
     pending = [run for run, record in records.items() if record is None]
     if len(pending) < len(records):
-        print(f"{len(records) - len(pending)} runs are finished already", file=sys.stderr)
-    # what is imported by now is what runs, whatever is committed meanwhile
+        print(f"{len(records) - len(pending)} runs are already finished", file=sys.stderr)
+    # the revision is read now: later commits do not change the code that this process runs
     origin = {**provenance(), "jobs": settings.jobs, "import_seconds": import_seconds}
     failed: dict[Run, str] = {}
     bar = tqdm(total=len(pending), desc="runs", unit="run", disable=len(pending) < 2)
@@ -84,21 +84,24 @@ def run(settings: Settings, *, import_seconds: float = 0.0) -> list[dict[str, An
 def _results(
     pending: list[Run], settings: Settings, store: Store, origin: Mapping[str, Any]
 ) -> Iterator[tuple[Run, dict[str, Any] | str]]:
-    """Runs and their records, or why they failed, as they end, in this process or in several."""
-    once = partial(_stored, settings, store, origin)
+    """Yield each finished run with its record, or with the reason of its failure.
+
+    The runs happen in this process, or in several with `settings.jobs`.
+    """
+    run_and_store = partial(_run_and_store, settings, store, origin)
     if settings.jobs == 1:
-        yield from ((run, once(run)) for run in pending)
+        yield from ((run, run_and_store(run)) for run in pending)
         return
-    context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
+    context = multiprocessing.get_context("spawn")  # JAX does not work after a fork
     with ProcessPoolExecutor(settings.jobs, mp_context=context) as pool:
-        done = {pool.submit(once, run): run for run in pending}
-        yield from ((done[future], future.result()) for future in as_completed(done))
+        futures = {pool.submit(run_and_store, run): run for run in pending}
+        yield from ((futures[future], future.result()) for future in as_completed(futures))
 
 
-def _stored(
+def _run_and_store(
     settings: Settings, store: Store, origin: Mapping[str, Any], run: Run
 ) -> dict[str, Any] | str:
-    """The record of a run, which is written; or in one line why there is none."""
+    """Carry out a run and write its record; return the record, or the reason of a failure."""
     print(str(run), file=sys.stderr, flush=True)
     drop_programs()
     forget_peak_memory()
@@ -108,23 +111,23 @@ def _stored(
     try:
         result = run_one(task, estimator, run.budget, run.seed, observed, settings, Clock())
     except (BadInput, sf.SbiFlowsError, ReferenceFailed) as error:
-        said = " ".join(str(error).split())
-        print(f"  failed: {said}", file=sys.stderr, flush=True)
-        return said
-    made_of = _observed(task, observed, settings)
-    return store.write(run, {**origin, **made_of, **result, "time": now()})
+        reason = " ".join(str(error).split())
+        print(f"  failed: {reason}", file=sys.stderr, flush=True)
+        return reason
+    digest = _digest(task, observed, settings)
+    return store.write(run, {**origin, **digest, **result, "time": now()})
 
 
 def _made_of(
-    run: Run, observed: Mapping[str, Mapping[str, str]], settings: Settings
+    run: Run, digests: Mapping[str, Mapping[str, str]], settings: Settings
 ) -> dict[str, Any]:
-    """What a record of the run must be of, besides the settings."""
+    """Return the fields, besides the settings, that a record of the run must have."""
     estimator = _estimator(run.method, settings.task(run.task))
-    return {"estimator": describe(estimator), **observed[run.task]}
+    return {"estimator": describe(estimator), **digests[run.task]}
 
 
-def _observed(task: Task, observed: list[Obs], settings: Settings) -> dict[str, str]:
-    """What tells observations of the user's from others: a digest. Nothing for the tasks' own."""
+def _digest(task: Task, observed: list[Obs], settings: Settings) -> dict[str, str]:
+    """Return a digest of the user's own observations; an empty dict for those of our tasks."""
     if settings.observations_from is None and task.name in simulators.names():
         return {}
     digest = hashlib.sha256()
@@ -135,55 +138,79 @@ def _observed(task: Task, observed: list[Obs], settings: Settings) -> dict[str, 
 
 @cache
 def _estimator(method: str, task: Task) -> methods.Estimator:
-    # the same one for later seeds, which then find everything compiled
+    # later seeds use the same estimator, so that its programs are compiled once
     return methods.get(method)(task)
 
 
 def run_one(
     task: Task,
-    npe: methods.Estimator,
+    estimator: methods.Estimator,
     budget: int,
     seed: int,
     observed: list[Obs],
     settings: Settings,
     clock: Clock,
 ) -> dict[str, Any]:
-    """Simulate, fit and judge one posterior.
+    """Simulate, fit and score one posterior.
 
     Args:
         task: The task.
-        npe: The estimator.
+        estimator: The estimator.
         budget: Number of simulations, failed ones included.
-        seed: Seed of everything random, with the budget.
-        observed: Observations to compare at.
+        seed: Seed; the random numbers depend on it and on the budget.
+        observed: Observations at which the posterior is compared with the reference.
         settings: Numbers of draws and data sets.
-        clock: Takes the time of each phase.
+        clock: Clock that measures each phase.
 
     Returns:
-        The part of a record that belongs to this run.
+        The results, as the fields of a record.
     """
     root = jax.random.fold_in(jax.random.key(seed), budget)
-    keys = dict(zip(_PHASES, jax.random.split(root, len(_PHASES)), strict=True))
+    keys: dict[str, Key] = dict(zip(_PHASES, jax.random.split(root, len(_PHASES)), strict=True))
     with clock("simulate"):
-        with _blamed_on(task):
-            sims = sf.simulate(keys["simulate"], npe.prior, task.simulator, budget)
+        with _as_bad_input(task):
+            sims = sf.simulate(keys["simulate"], estimator.prior, task.simulator, budget)
             jax.block_until_ready(sims)
     with clock("reference"):
         own = settings.observations_from is None
         references = references_of(keys["reference"], task, observed, settings.draws, own=own)
     with clock("fit"):
-        posterior, history = npe.fit(keys["fit"], sims)
-    draw_keys = jax.random.split(keys["draw"], len(observed))
-    with clock("draw"):  # compilation included; the other observations find it compiled
-        draws = [jax.block_until_ready(posterior.sample(draw_keys[0], observed[0], settings.draws))]
-    with clock("draw again"):
-        for key, x in zip(draw_keys[1:], observed[1:], strict=True):
-            draws.append(jax.block_until_ready(posterior.sample(key, x, settings.draws)))
-    outside = sum(int(jnp.sum(~posterior.prior.contains(d))) for d in draws)
+        posterior, history = estimator.fit(keys["fit"], sims)
+    results = _scores(keys, posterior, task, observed, references, settings, clock)
+    return {
+        "valid": sims.num_valid,
+        "estimator": describe(estimator),
+        **results,
+        "history": history_record(history),
+        "seconds": {**clock.seconds, "total": clock.total},
+        "compile_seconds": clock.compile_seconds,
+        "peak_memory_gib": peak_memory_gib(),
+    }
+
+
+_PHASES = ("simulate", "fit", "draw", "held-out", "reference", "check", "predictive")
+"""Phases that use random numbers."""
+
+
+def _scores(
+    keys: Mapping[str, Key],
+    posterior: sf.Posterior,
+    task: Task,
+    observed: list[Obs],
+    references: list[np.ndarray],
+    settings: Settings,
+    clock: Clock,
+) -> dict[str, Any]:
+    """Compute all scores of a posterior, and measure the time of each."""
+    draws = _draws(keys["draw"], posterior, observed, settings.draws, clock)
+    num_outside = sum(int(jnp.sum(~posterior.prior.contains(d))) for d in draws)
     with clock("held-out"):
         held_out = held_out_loss(keys["held-out"], posterior, task, settings.held_out)
+    accuracies: list[float] = []
     with clock("c2st"):
-        accuracies = list(c2st_jax(np.stack(references), np.stack(draws))) if references else []
+        if references:
+            pairs = np.stack(references), np.stack(draws)
+            accuracies = list(c2st(*pairs, backend=CompiledMLP()))
     with clock("check"):
         report = check(
             keys["check"],
@@ -195,114 +222,87 @@ def run_one(
     with clock("predictive"):
         predictive = _predictive(keys["predictive"], posterior, task, observed)
     return {
-        "valid": sims.num_valid,
-        "estimator": describe(npe),
         "c2st": _mean_record(accuracies),
         "mmd": _mean_record([mmd(r, d) for r, d in zip(references, draws, strict=False)]),
         "normalisation": normalisation(posterior, observed[0], draws[0]),
-        "outside_support": outside / sum(len(d) for d in draws),
+        "outside_support": num_outside / sum(len(d) for d in draws),
         "held_out_loss": held_out,
         "check": report.to_dict(),
         "predictive": predictive,
-        "history": _history_record(history),
-        "seconds": {**clock.seconds, "total": clock.total},
-        "compile_seconds": clock.compile_seconds,
-        "peak_memory_gib": peak_memory_gib(),
     }
 
 
-_PHASES = ("simulate", "fit", "draw", "held-out", "reference", "check", "predictive")
+def _draws(
+    key: Key, posterior: sf.Posterior, observed: list[Obs], n: int, clock: Clock
+) -> list[jax.Array]:
+    """Draw n times at each observation; the phase "draw" includes the compilation."""
+    first_key, *other_keys = jax.random.split(key, len(observed))
+    with clock("draw"):
+        draws = [jax.block_until_ready(posterior.sample(first_key, observed[0], n))]
+    with clock("draw again"):
+        for other_key, x in zip(other_keys, observed[1:], strict=True):
+            draws.append(jax.block_until_ready(posterior.sample(other_key, x, n)))
+    return draws
 
 
 def _predictive(
     key: Key, posterior: sf.Posterior, task: Task, observed: list[Obs]
 ) -> list[dict[str, float]]:
-    """P-values of `sf.predictive_check` at each observation."""
+    """Compute the p-values of `sf.predictive_check` at each observation."""
     keys, simulator = jax.random.split(key, len(observed)), task.simulator
-    found = [
+    checks = [
         sf.predictive_check(k, posterior, simulator, x, progress=False)
         for k, x in zip(keys, observed, strict=True)
     ]
-    return [{"distance_p": f.distance_p, "worst_p": f.worst_p} for f in found]
+    return [{"distance_p": c.distance_p, "worst_p": c.worst_p} for c in checks]
 
 
 @contextmanager
-def _blamed_on(task: Task) -> Iterator[None]:
-    """What a task's simulator raises, as one line."""
+def _as_bad_input(task: Task) -> Iterator[None]:
+    """Convert any exception of a task's simulator to BadInput with a message of one line."""
     try:
         yield
-    except Exception as error:  # whatever the user's simulator raises
-        first = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise BadInput(f"{task.name}: the simulator cannot be run: {first}") from error
+    except Exception as error:  # the user's simulator can raise anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise BadInput(f"{task.name}: the simulator failed: {reason}") from error
 
 
 def observations_of(task: Task, settings: Settings) -> list[Obs]:
-    """The observations to compare at: the task's own, or those of the folder.
+    """Return the observations of a task, or those in the folder `settings.observations_from`.
 
     Raises:
-        BadInput: A file or an observation is missing or has another shape; one line.
+        BadInput: The task's simulator fails, a file or an observation is missing, or an observation
+            has another shape than those of the task.
     """
     count = min(settings.observations, task.num_observations)
-    with _blamed_on(task):
+    with _as_bad_input(task):
         own = [task.observation(i + 1) for i in range(count)]
     if settings.observations_from is None:
         return own
     path = settings.observations_from / f"{task.name}.npz"
     try:
         with np.load(path, allow_pickle=False) as stored:
-            given = [np.asarray(stored[f"x_{i + 1}"]) for i in range(count)]
-    except KeyError as error:
-        raise BadInput(f"--observations-from: {path}: no {str(error).split()[0]}") from None
+            names = [f"x_{i + 1}" for i in range(count)]
+            missing = [name for name in names if name not in stored.files]
+            if missing:
+                raise BadInput(f"--observations-from: {path}: expected an array {missing[0]}")
+            loaded = [np.asarray(stored[name]) for name in names]
+    except BadInput:
+        raise
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        reason = getattr(error, "strerror", None) or "not an .npz file of numbers"
+        reason = getattr(error, "strerror", None) or "not an .npz file of numeric arrays"
         raise BadInput(f"--observations-from: cannot read {path}: {reason}") from None
-    for i, (x, like) in enumerate(zip(given, own, strict=True), start=1):
-        if x.shape != np.shape(like):
+    for i, (x, own_x) in enumerate(zip(loaded, own, strict=True), start=1):
+        if x.shape != np.shape(own_x):
             raise BadInput(
-                f"--observations-from: {path}: expected x_{i} of shape {np.shape(like)}, "
+                f"--observations-from: {path}: expected x_{i} of shape {np.shape(own_x)}, "
                 f"got {x.shape}"
             )
-    return [jnp.asarray(x) for x in given]
-
-
-def describe(estimator: methods.Estimator) -> dict[str, Any]:
-    """The estimator's settings in words."""
-    if isinstance(estimator, methods.Distilling):
-        return {"method": "distil", "steps": estimator.steps, "of": describe(estimator.npe)}
-    if isinstance(estimator, sf.Stack):
-        return {"method": "Stack", "estimators": [describe(e) for e in estimator.estimators]}
-    return {
-        "method": type(estimator).__name__,
-        "density": repr(estimator.density),
-        "training": repr(estimator.training),
-        "members": estimator.members,
-        "emulator": estimator.emulator and repr(estimator.emulator),
-        "screening": estimator.screening,
-    }
-
-
-def _history_record(history: sf.History | StackHistory) -> dict[str, Any]:
-    if isinstance(history, StackHistory):
-        return {
-            "shares": history.shares,
-            "held_out_loss": history.held_out_loss,
-            "mixture_loss": history.mixture_loss,
-            "parts": [h and _history_record(h) for h in history.histories],
-        }
-    return {
-        "epochs": history.epochs,
-        "stop_reason": history.stop_reason,
-        "best_epoch": history.best_epoch,
-        "best_loss": history.best_loss,
-        "held_out_loss": history.held_out_loss.mean(),
-        "seconds": history.seconds,
-        "emulator": history.emulator and _history_record(history.emulator),
-        "kept": history.kept,
-    }
+    return [jnp.asarray(x) for x in loaded]
 
 
 def results_table(records: list[dict[str, Any]]) -> str:
-    """One row a run: accuracy, calibration and times."""
+    """Format a table with a row per run: accuracy, calibration and times."""
     rows = [f"{r['task']} {r['method']} {r['budget']:,} seed {r['seed']}" for r in records]
     columns = {
         "C2ST": (_cell(r["c2st"]["mean"], ".3f") for r in records),
@@ -331,7 +331,21 @@ def _grid(settings: Settings) -> Iterator[Run]:
 def references_of(
     key: Key, task: Task, observed: list[Obs], n: int, *, own: bool
 ) -> list[np.ndarray]:
-    """Exact draws for each observation, the task's own or others; none without an exact sampler."""
+    """Draw from the exact posterior at each observation.
+
+    Args:
+        key: Random key, used unless the observations are the task's own.
+        task: The task.
+        observed: The observations.
+        n: Number of draws at each observation.
+        own: Whether the observations are the task's own, in order, so that stored draws serve.
+
+    Returns:
+        Draws (n, D) for each observation; an empty list if the task has no exact sampler.
+
+    Raises:
+        ReferenceFailed: The sampler failed.
+    """
     if task.sample_reference is None:
         return []
     if own:
@@ -342,7 +356,7 @@ def references_of(
         for k, x in zip(keys, observed, strict=True)
     ]
     if not all(np.all(np.isfinite(d)) for d in draws):
-        raise ReferenceFailed(f"{task.name}: no exact draws at the observations that were given")
+        raise ReferenceFailed(f"{task.name}: the exact sampler failed at a given observation")
     return draws
 
 

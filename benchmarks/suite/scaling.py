@@ -1,4 +1,4 @@
-"""How a score falls with the number of simulations: a power law and its uncertainty.
+"""Fit of a power law to scores as a function of the number of simulations.
 
 Public names: `PowerLaw`, `power_law`.
 """
@@ -10,22 +10,23 @@ from collections.abc import Sequence
 
 import numpy as np
 
-LEVEL = 0.9
+CONFIDENCE_LEVEL = 0.9
+"""Confidence level of the exponent's interval."""
 
 EXPONENTS = np.geomspace(0.02, 3.0, 4_000)
-"""Exponents that are tried."""
+"""Grid of exponents that the fit searches."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PowerLaw:
-    """score = floor + factor * budget^-exponent.
+    """Power law: score = floor + factor * budget^-exponent.
 
     Attributes:
-        floor: What the score falls to.
-        factor: Excess at one simulation.
-        exponent: How fast it falls.
-        low: Lower end of the exponent's 90% interval.
-        high: Upper end.
+        floor: Limit of the score at large budgets.
+        factor: Difference between score and floor at a budget of one simulation.
+        exponent: Exponent of the decrease.
+        low: Lower end of the 90% interval of the exponent.
+        high: Upper end of the 90% interval of the exponent.
     """
 
     floor: float
@@ -35,25 +36,27 @@ class PowerLaw:
     high: float
 
     def at(self, budget: float) -> float:
-        """The score at this budget."""
+        """Return the score at a budget."""
         return self.floor + self.factor * budget**-self.exponent
 
 
 def power_law(
     budgets: Sequence[float], scores: Sequence[float], floor: float | None = None
 ) -> PowerLaw | None:
-    """Fit by least squares in the scores themselves; one value a run, so that seeds count.
+    """Fit a power law to scores by least squares.
+
+    The interval of the exponent comes from the profile likelihood of Gaussian errors with one
+    unknown standard deviation.
 
     Args:
-        budgets: Numbers of simulations.
-        scores: Scores that fall with the budget, with errors of one size.
-        floor: The best possible score, such as 0.5 of a C2ST; fitted too where it is None.
+        budgets: Number of simulations of each run.
+        scores: Score of each run; lower is better.
+        floor: Best possible score, such as 0.5 for a C2ST. If None, it is fitted too.
 
     Returns:
-        The law, with a 90% interval for its exponent by the profile likelihood, which is open (0 or
-        infinity) where the data do not bound it; None for no more runs than the law has numbers,
-        for too few budgets to tell these apart, for scores that do not fall, and where no exponent
-        is better than the largest or the smallest.
+        The law. An end of its interval is 0 or infinity if the data do not bound it. The result is
+        None if there are too few runs or budgets for the number of parameters, if the scores do not
+        decrease, or if the best exponent lies at an end of the grid.
 
     Example:
         >>> law = power_law([1e3, 1e4, 1e5], [0.9, 0.7, 0.6], floor=0.5)
@@ -63,15 +66,15 @@ def power_law(
     from scipy import stats
 
     n, y = np.asarray(budgets, float), np.asarray(scores, float)
-    numbers = 2 if floor is not None else 3
-    if len(y) <= numbers or len(set(n)) < numbers:
+    num_parameters = 2 if floor is not None else 3
+    if len(y) <= num_parameters or len(set(n)) < num_parameters:
         return None
     errors, floors, factors = _at_exponents(n, y, floor)
     best = int(np.argmin(errors))
     if factors[best] <= 0 or best in (0, len(EXPONENTS) - 1):
         return None
-    spare = len(y) - numbers
-    ratio = 1.0 + stats.f.ppf(LEVEL, 1, spare) / spare
+    degrees_of_freedom = len(y) - num_parameters
+    ratio = 1.0 + stats.f.ppf(CONFIDENCE_LEVEL, 1, degrees_of_freedom) / degrees_of_freedom
     inside = (errors <= errors[best] * ratio + 1e-12 * np.var(y)) & (factors > 0)
     return PowerLaw(
         float(floors[best]),
@@ -85,12 +88,12 @@ def power_law(
 def _at_exponents(
     n: np.ndarray, y: np.ndarray, floor: float | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sum of squared errors, floor and factor of the best law with each of the exponents."""
-    falling = n[None] ** -EXPONENTS[:, None]
-    # a floor that is fitted is what a regression calls the intercept
-    centre = falling.mean(axis=1) if floor is None else np.zeros(len(EXPONENTS))
+    """Compute the sum of squared errors, floor and factor of the best law at each exponent."""
+    powers = n[None] ** -EXPONENTS[:, None]
+    # a fitted floor is the intercept of a linear regression on the powers
+    centre = powers.mean(axis=1) if floor is None else np.zeros(len(EXPONENTS))
     level = y.mean() if floor is None else floor
-    apart = falling - centre[:, None]
-    factors = apart @ (y - level) / np.sum(apart**2, axis=1)
-    errors = np.sum((y[None] - level - factors[:, None] * apart) ** 2, axis=1)
+    centred = powers - centre[:, None]
+    factors = centred @ (y - level) / np.sum(centred**2, axis=1)
+    errors = np.sum((y[None] - level - factors[:, None] * centred) ** 2, axis=1)
     return errors, level - factors * centre, factors

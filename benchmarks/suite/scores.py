@@ -1,4 +1,4 @@
-"""Scores of a posterior beside its classifier test and its calibration.
+"""Scores of a posterior other than C2ST and calibration.
 
 Public names: `mmd`, `normalisation`, `held_out_loss`.
 """
@@ -7,33 +7,32 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 import sbi_flows as sf
-from sbi_flows.core.precision import FULL
+from sbi_flows.core.arrays import squared_distances
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.prior.maps import HALF_WIDTH
 from simulators import Task
 
-ROWS = 2_000
-"""Rows of either set that enter an MMD."""
+MAX_MMD_DRAWS = 2_000
+"""Maximum number of draws of each set in an MMD."""
 
-GRID = {1: 4096, 2: 400}
-"""Points along each of one or two dimensions of an integral."""
+GRID_POINTS = {1: 4096, 2: 400}
+"""Grid points per dimension of an integral over one or two parameters."""
 
 
 def mmd(reference: Any, samples: Any) -> float:
-    """Squared maximum mean discrepancy, unbiased: 0 on average for draws of one distribution.
+    """Compute the unbiased estimate of the squared maximum mean discrepancy (MMD) of two sets.
 
-    The kernel is Gaussian with the median distance between reference draws as its length, after
-    both sets have been standardised by the reference; at most 2,000 draws of either are used.
+    Its expectation is 0 if both sets have the same distribution. Both are standardised by the mean
+    and standard deviation of the reference. The kernel is exp(-d^2 / m), where d is the distance
+    and m the median of d^2 between reference draws. At most 2,000 draws of each set are used.
 
     Args:
         reference: Draws of the reference posterior, shape (N, D).
-        samples: Draws to judge, shape (M, D).
+        samples: Draws of the posterior to test, shape (M, D).
 
     References:
         Gretton et al. 2012, A Kernel Two-Sample Test, JMLR 13, eq. 3.
@@ -44,57 +43,47 @@ def mmd(reference: Any, samples: Any) -> float:
         >>> abs(mmd(*draws)) < 0.01 < mmd(draws[0], draws[1] + 1.0)
         True
     """
-    reference, samples = (np.asarray(rows, np.float64)[:ROWS] for rows in (reference, samples))
+    reference, samples = (
+        np.asarray(rows, np.float64)[:MAX_MMD_DRAWS] for rows in (reference, samples)
+    )
     mean, sd = reference.mean(axis=0), reference.std(axis=0)
     sd = np.where(sd > 0, sd, 1.0)
-    rows = [jnp.asarray((r - mean) / sd, jnp.float32) for r in (reference, samples)]
-    return float(_mmd(*rows))
-
-
-@jax.jit
-def _mmd(a: Array, b: Array) -> Array:
-    within, other, across = _squares(a, a), _squares(b, b), _squares(a, b)
-    length = jnp.median(within)
-    kernels = [jnp.exp(-squares / length) for squares in (within, other, across)]
+    a, b = ((rows - mean) / sd for rows in (reference, samples))
+    distances = [squared_distances(*pair) for pair in ((a, a), (b, b), (a, b))]
+    scale = np.median(distances[0])
+    kernel_aa, kernel_bb, kernel_ab = (np.exp(-squares / scale) for squares in distances)
     n, m = len(a), len(b)
-    same = (jnp.sum(kernels[0]) - n) / (n * (n - 1)) + (jnp.sum(kernels[1]) - m) / (m * (m - 1))
-    return same - 2.0 * jnp.mean(kernels[2])
-
-
-def _squares(a: Array, b: Array) -> Array:
-    squares = (
-        jnp.sum(a**2, axis=1)[:, None]
-        + jnp.sum(b**2, axis=1)[None]
-        - 2.0 * jnp.matmul(a, b.T, precision=FULL)
-    )
-    return jnp.maximum(squares, 0.0)
+    within = (kernel_aa.sum() - n) / (n * (n - 1)) + (kernel_bb.sum() - m) / (m * (m - 1))
+    return float(within - 2.0 * kernel_ab.mean())
 
 
 def normalisation(posterior: sf.Posterior, x: Obs, draws: Any) -> float | None:
-    """Integral of the posterior's density over the parameters, by a grid; None for D > 2.
+    """Integrate the posterior's density over the parameters on a grid.
 
-    None too where each of the grid's densities would be an ODE to solve, which takes many minutes.
-
-    The grid is even in the prior's standard coordinates. It spans the box around the draws and
-    half as much again on either side, inside the prior's support: a density that puts more of its
-    mass elsewhere than its draws do integrates to less than 1 there. Modes that are only a few
-    steps of the grid wide are not resolved: the sum then strays from 1 by the grid's own error.
+    The grid is uniform in the prior's standard coordinates. It covers the bounding box of the draws
+    and half its width on each side, within the prior's support. The integral is below 1 if the
+    density has mass outside the grid, where there are no draws. Modes that are only a few grid
+    steps wide are not resolved, so that the integral has an error of its own.
 
     Args:
         posterior: The posterior.
         x: One observation.
-        draws: Draws of this posterior, shape (N, D).
+        draws: Draws of this posterior given x, shape (N, D).
+
+    Returns:
+        The integral. None for more than two parameters, and for a posterior whose density needs an
+        ODE solve at each grid point, which would take many minutes.
     """
     prior = posterior.prior
     solved = getattr(posterior, "solved", False)
     if prior.dim > 2 or prior.standard_dim != prior.dim or solved:
         return None
-    points = GRID[prior.dim]
-    drawn = np.asarray(prior.to_standard(jnp.asarray(draws)))
-    low, high = drawn.min(axis=0), drawn.max(axis=0)
-    half = np.where(prior.bounded, HALF_WIDTH, np.inf)
+    points = GRID_POINTS[prior.dim]
+    standard_draws = np.asarray(prior.to_standard(jnp.asarray(draws)))
+    low, high = standard_draws.min(axis=0), standard_draws.max(axis=0)
+    bound = np.where(prior.bounded, HALF_WIDTH, np.inf)
     low, high = low - (high - low) / 2, high + (high - low) / 2
-    low, high = np.maximum(low, -half), np.minimum(high, half)
+    low, high = np.maximum(low, -bound), np.minimum(high, bound)
     steps = (np.arange(points)[:, None] + 0.5) / points
     axes = (low + steps * (high - low)).T
     y = jnp.asarray(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, prior.dim))
@@ -106,6 +95,6 @@ def normalisation(posterior: sf.Posterior, x: Obs, draws: Any) -> float | None:
 
 
 def held_out_loss(key: Key, posterior: sf.Posterior, task: Task, n: int) -> float:
-    """Mean negative log density, in nats, of n fresh pairs of parameters and observations."""
+    """Compute the mean negative log density at n new simulations, in nats."""
     sims = sf.simulate(key, posterior.prior, task.simulator, n, progress=False).only_valid()
     return -float(jnp.mean(posterior.log_prob(sims.theta, sims.x)))

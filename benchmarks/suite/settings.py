@@ -1,4 +1,4 @@
-"""What a benchmark runs on, and how large: everything checked before any work.
+"""Settings of `python -m benchmarks run`, checked before any computation.
 
 Public names: `Settings`, `own_task`.
 """
@@ -21,26 +21,26 @@ from simulators.adapters import registry
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to run, and how large.
+    """Tasks, methods and sizes of a benchmark.
 
     Attributes:
         tasks: Names of the tasks.
-        simulator: A task of the user's own, as `package.module:name`.
+        simulator: The user's own task, as `package.module:name` or the name of an entry point.
         methods: Names of the methods.
         budgets: Numbers of simulations.
-        seeds: Number of seeds; they are 1, 2, ...
-        observations: Number of observations to compare at, or as many as the task has.
-        observations_from: Folder of `<task>.npz` files whose `x_1`, `x_2`, ... replace the task's
-            own observations.
-        draws: Draws on either side of a C2ST.
-        datasets: Data sets of the calibration check.
-        check_draws: Draws of the posterior for each of them.
-        held_out: Fresh simulations behind the held-out negative log density.
-        results: Folder for the records.
-        jobs: Runs at the same time, each in a process of its own.
+        seeds: Number of seeds; the seeds are 1, 2, ...
+        observations: Maximum number of observations per task.
+        observations_from: Folder of `<task>.npz` files whose arrays `x_1`, `x_2`, ... replace the
+            task's observations.
+        draws: Number of draws of each set in a C2ST.
+        datasets: Number of simulated data sets in the calibration check.
+        check_draws: Number of posterior draws for each of these data sets.
+        held_out: Number of new simulations for the held-out negative log density.
+        results: Folder of the records.
+        jobs: Number of runs in parallel, each in its own process.
 
     Raises:
-        BadInput: An unknown task, a number that is not positive, or too few draws or data sets.
+        BadInput: A task or method is unknown, or a number is too small.
     """
 
     tasks: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Settings:
     jobs: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse what would fail later."""
+        """Raise BadInput if a name is unknown or a number is too small."""
         unknown = [name for name in self.tasks if name not in simulators.names()]
         if unknown:
             known = ", ".join(simulators.names())
@@ -67,7 +67,7 @@ class Settings:
             raise BadInput("--tasks: expected at least one name, or a --simulator")
         for name in self.methods:
             methods.get(name)
-        lowest = {
+        minimum = {
             "seeds": 1,
             "jobs": 1,
             "observations": 1,
@@ -75,81 +75,83 @@ class Settings:
             "datasets": 50,
             "check_draws": 20,
         }
-        for name, least in lowest.items():
-            if getattr(self, name) < least:
+        for name, smallest in minimum.items():
+            value = getattr(self, name)
+            if value < smallest:
                 option = name.replace("_", "-")
-                got = getattr(self, name)
-                raise BadInput(f"--{option}: expected at least {least}, got {got}")
+                raise BadInput(f"--{option}: expected at least {smallest}, got {value}")
         if min(self.budgets) < 10:
             raise BadInput(f"--budgets: expected at least 10 simulations, got {min(self.budgets)}")
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all tasks, the user's own last."""
-        own = (own_task(self.simulator).name,) if self.simulator else ()
-        return (*self.tasks, *own)
+        """Names of all tasks; the user's own task is the last."""
+        user_task = (own_task(self.simulator).name,) if self.simulator else ()
+        return (*self.tasks, *user_task)
 
     def task(self, name: str) -> Task:
-        """The task of this name."""
+        """Return the task of this name."""
         if self.simulator and name not in self.tasks:
             return own_task(self.simulator)
         return simulators.get(name)
 
     def record(self) -> dict[str, Any]:
-        """What a single run depends on; nothing that names the machine."""
-        own = ("observations", "draws", "datasets", "check_draws", "held_out")
-        given = "given" if self.observations_from else "task"
-        return {**{name: getattr(self, name) for name in own}, "observations_from": given}
+        """Return the settings on which a single run depends, for its record."""
+        names = ("observations", "draws", "datasets", "check_draws", "held_out")
+        source = "given" if self.observations_from else "task"
+        return {**{name: getattr(self, name) for name in names}, "observations_from": source}
 
 
 @cache
 def own_task(place: str) -> Task:
-    """The `Task` at `package.module:name`, or the one that a function of this name returns.
+    """Import the user's own task.
 
-    A name without a module is that of an entry point in the group `sbi_flows.simulators`.
+    Args:
+        place: `package.module:name` of a `Task` or of a function that returns one, or the name of
+            an entry point of the group `sbi_flows.simulators`.
 
     Raises:
-        BadInput: It cannot be imported or is no task, there is no such entry point, its name is
-            taken, or it fits no file name.
+        BadInput: The task cannot be imported, the object is not a `Task`, there is no such entry
+            point, or the task's name is that of a task of this package or not valid in a file name.
 
     Example:
         >>> own_task("simulators:two_moons")
         Traceback (most recent call last):
         ...
-        benchmarks.suite.records.BadInput: --simulator: expected a name of its own, got 'two_moons'
+        benchmarks.suite.records.BadInput: --simulator: the name 'two_moons' is that of ...
     """
     try:
-        found = _object_at(place)
-        task = found() if callable(found) else found
+        imported = _object_at(place)
+        task = imported() if callable(imported) else imported
     except BadInput:
         raise
-    except Exception as error:  # whatever the user's module raises
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise BadInput(f"--simulator: cannot get {place}: {said}") from error
+    except Exception as error:  # the user's module can raise anything
+        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise BadInput(f"--simulator: cannot import {place}: {message}") from error
     if not isinstance(task, Task):
         raise BadInput(
             f"--simulator: expected a simulators.Task at {place}, got {type(task).__name__}"
         )
     if task.name in simulators.names():
-        raise BadInput(f"--simulator: expected a name of its own, got {task.name!r}")
+        raise BadInput(f"--simulator: the name {task.name!r} is that of a benchmark task")
     if not re.fullmatch(r"[\w.]+", task.name):
         raise BadInput(
-            f"--simulator: expected a name of letters, digits and _ for the files, got "
-            f"{task.name!r}"
+            "--simulator: expected a task name of letters, digits, _ and . (it becomes part of "
+            f"file names), got {task.name!r}"
         )
     return task
 
 
 def _object_at(place: str) -> Any:
-    """What `package.module:name`, or the entry point `name`, stands for."""
+    """Import the object at `package.module:name`, or load the entry point `name`."""
     module, colon, name = place.partition(":")
     if module and name:
         return getattr(importlib.import_module(module), name)
-    named = registry.offered()
-    if colon or place not in named:
-        known = ", ".join(sorted(named)) or "none is installed"
+    entry_points = registry.offered()
+    if colon or place not in entry_points:
+        known = ", ".join(sorted(entry_points)) or "none is installed"
         raise BadInput(
             f"--simulator: expected package.module:name, or the name of an entry point of "
             f"{registry.ENTRY_POINTS} ({known}), got {place!r}"
         )
-    return named[place].load()
+    return entry_points[place].load()

@@ -1,4 +1,4 @@
-"""One file a run: a finished run is found again, a spoilt file is set aside.
+"""Folder of records, one file per run, in which finished runs are found again.
 
 Public names: `Run`, `Store`.
 """
@@ -14,13 +14,13 @@ from typing import Any
 
 from benchmarks.suite.records import SCHEMA, BadInput, plain, write_json
 
-MOST_SHOWN = 60
-"""Characters of a value in a message."""
+MAX_SHOWN_CHARACTERS = 60
+"""Maximum length of a value in an error message."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What tells one run from another: task, method, number of simulations and seed."""
+    """Identity of a run: task, method, number of simulations and seed."""
 
     task: str
     method: str
@@ -33,18 +33,18 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """Records in a folder.
+    """Folder of records, all made with the same settings.
 
     Attributes:
-        folder: Where they are.
-        settings: What every record must have been made with, besides its run.
+        folder: The folder.
+        settings: Settings of the runs, such as numbers of draws.
     """
 
     folder: Path
     settings: Mapping[str, Any]
 
     def path(self, run: Run) -> Path:
-        """File of a run.
+        """Return the path of a run's file.
 
         Example:
             >>> Store(Path("results"), {}).path(Run("slcp", "npe", 1000, 1)).name
@@ -53,53 +53,64 @@ class Store:
         return self.folder / f"run-{run.task}-{run.method}-{run.budget}-seed{run.seed}.json"
 
     def find(self, run: Run, made_of: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The record of a finished run; None where there is none, or none that can be read.
+        """Read the record of a finished run.
 
-        A file that cannot be read is named on stderr and renamed to end in `.corrupt`.
+        An unreadable file is renamed to end in `.corrupt`, with a message on stderr.
 
         Args:
             run: The run.
-            made_of: Further fields that the record must have, with these values.
+            made_of: Further fields that the record must have, with their values.
+
+        Returns:
+            The record, or None if there is no readable file.
 
         Raises:
-            BadInput: The run was made with other settings or of something else; it is not
-                overwritten.
+            BadInput: The record was made with other settings or has other values of `made_of`. Its
+                file is kept.
         """
         path = self.path(run)
         if not path.exists():
             return None
         record = _read(path, run)
         if record is None:
-            aside = path.with_suffix(".corrupt")
-            path.replace(aside)
+            renamed = path.with_suffix(".corrupt")
+            path.replace(renamed)
             print(
-                f"{path.name}: not a record of this run; set aside as {aside.name}", file=sys.stderr
+                f"{path.name}: not a record of this run; renamed to {renamed.name}", file=sys.stderr
             )
             return None
-        wanted = {**plain(self.settings), **plain(made_of)}
-        made = {**record["settings"], **{name: record.get(name) for name in made_of}}
-        other = sorted(k for k in wanted.keys() | made.keys() if wanted.get(k) != made.get(k))
-        if other:
-            values = (str(values.get(other[0])) for values in (made, wanted))
-            before, now = (v if len(v) < MOST_SHOWN else f"{v[:MOST_SHOWN]}..." for v in values)
+        expected = {**plain(self.settings), **plain(made_of)}
+        actual = {**record["settings"], **{name: record.get(name) for name in made_of}}
+        names = expected.keys() | actual.keys()
+        different = sorted(name for name in names if expected.get(name) != actual.get(name))
+        if different:
+            name = different[0]
+            before, now = (_shortened(values.get(name)) for values in (actual, expected))
             raise BadInput(
-                f"--results: {path} was made with another {other[0]} ({before}, now {now}); choose "
-                "another folder, or remove it"
+                f"--results: {path} was made with another {name} ({before}, now {now}); choose "
+                "another folder, or remove the file"
             )
         return record
 
     def write(self, run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Write a finished run, whole or not at all; the record as it reads back."""
-        whole = {**record, "kind": "run", **dataclasses.asdict(run), "settings": self.settings}
-        write_json(self.path(run), whole)
-        return plain(whole)
+        """Write the record of a finished run atomically, and return it as `find` would."""
+        full = {**record, "kind": "run", **dataclasses.asdict(run), "settings": self.settings}
+        write_json(self.path(run), full)
+        return plain(full)
+
+
+def _shortened(value: Any) -> str:
+    """Convert a value to text, and cut long text."""
+    text = str(value)
+    return text if len(text) < MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
 
 
 def _read(path: Path, run: Run) -> dict[str, Any] | None:
+    """Read a file; None if it is not a record of this run."""
     try:
         record = json.loads(path.read_text())
-        fits = record["schema"] == SCHEMA and isinstance(record["settings"], dict)
-        same = all(record[name] == value for name, value in dataclasses.asdict(run).items())
+        is_record = record["schema"] == SCHEMA and isinstance(record["settings"], dict)
+        is_run = all(record[name] == value for name, value in dataclasses.asdict(run).items())
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return record if fits and same else None
+    return record if is_record and is_run else None

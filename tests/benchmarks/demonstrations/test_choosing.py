@@ -1,4 +1,4 @@
-"""The table that puts kinds of densities side by side."""
+"""The table of the kinds of density."""
 
 from benchmarks.demonstrations.choosing import KINDS, choosing_table
 
@@ -29,5 +29,5 @@ def test_a_row_is_a_run_in_the_order_of_tasks_and_kinds():
         ["| two_moons", KINDS["npe"]],
         ["| two_moons", KINDS["npe-diffusion"]],
     ]
-    # four repeats of the draws; the compilation is no part of a density's time
+    # "draw again" covers four observations; compilation is subtracted from the time of densities
     assert rows[0] == "| slcp | `CNF` | 0.800 | -1.250 | 61 | 0.50 | 25.5 | calibrated |"

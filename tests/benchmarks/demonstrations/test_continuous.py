@@ -1,4 +1,4 @@
-"""Integrals of densities, and draws beside them."""
+"""Integrals of densities, and their agreement with draws."""
 
 import math
 
@@ -14,7 +14,7 @@ SPREAD = 0.1
 
 
 class Fixed:
-    """N(.3, .1^2) in both parameters, whatever was observed; its density is off by a factor."""
+    """Posterior N(.3, .1^2) of both parameters for every x, its density multiplied by a factor."""
 
     def __init__(self, factor=1.0, spread=SPREAD):
         self._factor, self._spread = factor, spread
@@ -27,29 +27,29 @@ class Fixed:
 
 
 def study(posterior):
-    found = density_study(jax.random.key(0), posterior, two_moons(), observations=1, draws=10_000)
-    return {name: values[0] for name, values in found.items()}
+    result = density_study(jax.random.key(0), posterior, two_moons(), observations=1, draws=10_000)
+    return {name: values[0] for name, values in result.items()}
 
 
 def test_a_density_and_its_own_draws_agree():
     found = study(Fixed())
     assert found["integral"] == pytest.approx(1.0, abs=1e-3)
-    # 10,000 draws put 50 or so under a kernel, whose noise is a seventh
+    # about 50 of 10,000 draws lie under a kernel, a relative noise of 1/7
     assert abs(found["bias"]) < 0.05
     assert found["gap"] < 0.15
 
 
-def test_a_density_that_is_too_large_is_found_out():
+def test_a_density_that_is_too_large_is_detected():
     found = study(Fixed(factor=1.1))
     assert found["integral"] == pytest.approx(1.1, abs=1e-3)
     assert found["bias"] - study(Fixed())["bias"] == pytest.approx(-math.log(1.1), abs=1e-3)
 
 
-def test_draws_from_elsewhere_are_found_out():
+def test_draws_from_another_distribution_are_detected():
     assert study(Fixed(spread=0.2))["gap"] > 3 * study(Fixed())["gap"]
 
 
-def test_names_that_are_none_are_refused():
+def test_unknown_names_are_refused():
     with pytest.raises(BadInput, match=r"--densities: expected names out of NSF.*got Flow"):
         Settings(densities=("Flow",))
 

@@ -1,4 +1,4 @@
-"""The demonstration's own parts; the whole takes minutes and is `make demo`."""
+"""Parts of the lynx and hare demonstration; `make demo` runs all of it in minutes."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ LABELS = ("a", "b[0]", "b[1]")
 
 
 def arviz_data(shift=0.0, scale=1.0):
-    """Two chains of 500 draws; b[1] is spoilt."""
+    """Make two chains of 500 draws, with b[1] shifted and scaled."""
     rng = np.random.default_rng(0)
     b = rng.normal(size=(2, 500, 2))
     b[..., 1] = scale * b[..., 1] + shift
@@ -41,15 +41,15 @@ def test_equal_posteriors_agree():
 
 
 @pytest.mark.parametrize(
-    "spoilt", [{"shift": 0.9}, {"shift": -0.9}, {"scale": 1.7}, {"scale": 0.6}]
+    "change", [{"shift": 0.9}, {"shift": -0.9}, {"scale": 1.7}, {"scale": 0.6}]
 )
-def test_a_posterior_that_differs_does_not_agree(spoilt):
-    compared = demo.comparison(arviz_data(**spoilt), arviz_data(), LABELS)
+def test_a_posterior_that_differs_does_not_agree(change):
+    compared = demo.comparison(arviz_data(**change), arviz_data(), LABELS)
     assert not demo.within_targets(compared)
     assert demo.within_targets(compared.drop("b[1]"))
     sd = compared["NUTS sd"]["b[1]"]
-    assert compared["shift/sd"]["b[1]"] == pytest.approx(abs(spoilt.get("shift", 0)) / sd, abs=0.1)
-    assert compared["sd ratio"]["b[1]"] == pytest.approx(spoilt.get("scale", 1.0))
+    assert compared["shift/sd"]["b[1]"] == pytest.approx(abs(change.get("shift", 0)) / sd, abs=0.1)
+    assert compared["sd ratio"]["b[1]"] == pytest.approx(change.get("scale", 1.0))
 
 
 def test_draws_come_back_in_the_priors_order():
@@ -91,7 +91,7 @@ def test_figures_are_written(tmp_path):
     )
     report = SimpleNamespace(plot=matplotlib.figure.Figure)
     predictions = np.log(PELTS)[None] + rng.normal(size=(50, 21, 2))
-    # whatever ran before in this process, examples among them, may have left some open
+    # earlier tests and doctests of this process may have left figures open
     before = matplotlib.pyplot.get_fignums()
     files = save_figures(tmp_path, LABELS, draws, np.log(PELTS), predictions, report, history)
     assert [f.name for f in files] == ["corner.png", "predictive.png", "check.png", "losses.png"]

@@ -1,4 +1,4 @@
-"""Truncated rounds beside exact posteriors."""
+"""Truncated rounds, compared with exact posteriors."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ def test_a_task_without_a_case_is_refused(tmp_path):
         run(tmp_path, ("sir", "slcp"))
 
 
-def test_a_row_of_the_table_has_the_worst_of_the_marginals():
+def test_a_row_of_the_table_has_the_largest_difference():
     row = {
         "observation": 2,
         "simulations": 10_000,

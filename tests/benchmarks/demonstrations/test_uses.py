@@ -1,4 +1,4 @@
-"""The two real uses, on few simulations: their pictures and what their record says."""
+"""The two real uses on few simulations: their figures and their record."""
 
 import json
 
@@ -9,7 +9,7 @@ from benchmarks.demonstrations import uses
 pytestmark = [pytest.mark.slow, pytest.mark.promotes]
 
 
-def test_both_uses_leave_their_pictures_and_one_record(tmp_path, monkeypatch):
+def test_both_uses_write_their_figures_and_one_record(tmp_path, monkeypatch):
     influenza, schools = uses.influenza_use, uses.schools_use
     monkeypatch.setattr(uses, "DRAWS", 400)
     monkeypatch.setattr(uses, "PREDICTIONS", 50)
@@ -31,7 +31,7 @@ def test_both_uses_leave_their_pictures_and_one_record(tmp_path, monkeypatch):
         "in_bed",
         "first",
     ]
-    # a fit to a thousand simulations is near NUTS, if not at it
+    # a thousand simulations give a posterior close to that of NUTS
     assert 0.4 < record["eight_schools"]["c2st"] < 0.75
     for use in ("influenza", "eight_schools"):
         assert {"simulate", "fit", "draw", "check"} <= set(record[use]["seconds"])

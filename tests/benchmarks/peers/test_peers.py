@@ -1,4 +1,4 @@
-"""`python -m benchmarks peers`: what it refuses, skips, writes and prints, and each contestant."""
+"""`python -m benchmarks peers`: bad input, records, tables, and each contestant."""
 
 import json
 from functools import partial
@@ -26,7 +26,7 @@ RECIPE = Recipe(transforms=1, bins=4, hidden=(8, 8), batch=50)
 
 
 class Fake:
-    """Draws from a normal around zero whose width each epoch brings nearer to one."""
+    """Contestant that draws from a normal distribution, whose width approaches one with epochs."""
 
     start = 3.0
 
@@ -66,8 +66,8 @@ def fakes(monkeypatch):
 def test_a_record_and_a_table(fakes, tmp_path, capsys):
     arguments = ["--peer", "flowjax", "sbi", "--tasks", "gaussian_linear_uniform"]
     assert main(["peers", *arguments, *TINY, "--results", str(tmp_path)]) == 0
-    said = capsys.readouterr()
-    assert said.err.splitlines()[0] == (
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[0] == (
         "peer flowjax: not installed, skipped; pip install 'sbi-flows[peers]'"
     )
     (file,) = tmp_path.iterdir()
@@ -83,34 +83,34 @@ def test_a_record_and_a_table(fakes, tmp_path, capsys):
     assert (sbi["to_target"]["steps"], ours["to_target"]["steps"]) == (6, 6)
     assert len(ours["training"]["steps_per_second"]) == len(ours["sbc"]["seconds"]) == 2
     assert len(ours["c2st"]["values"]) == 2 and ours["c2st"]["mean"] > 0.6
-    assert "ours / sbi" in said.out and f"written: {file}" in said.out
+    assert "ours / sbi" in printed.out and f"written: {file}" in printed.out
 
 
 @pytest.mark.slow
 @pytest.mark.promotes
-def test_the_same_data_and_turns_for_all(fakes, tmp_path):
-    made = []
+def test_all_contestants_get_the_same_data(tmp_path):
+    fakes = []
 
-    def remembered(prior, recipe):
-        made.append(Fake(prior, recipe))
-        return made[-1]
+    def make(prior, recipe):
+        fakes.append(Fake(prior, recipe))
+        return fakes[-1]
 
     settings = compare.Settings(
         peers=(), repeats=2, budget=250, epochs=2, max_epochs=2, draws=10, held_out=5, datasets=3
     )
-    peers = {"one": Peer("json", remembered), "two": Peer("json", remembered)}
+    peers = {"one": Peer("json", make), "two": Peer("json", make)}
     task = compare.simulators.get("bernoulli_glm_raw")  # whose references are stored
     result = compare.compare(task, peers, RECIPE, settings)
-    assert [contestant.recipe for contestant in made] == [RECIPE, RECIPE]
+    assert [contestant.recipe for contestant in fakes] == [RECIPE, RECIPE]
     timed = [(250, 2, False)] * 3
-    assert made[0].calls == made[1].calls == [*timed, (250, 2, True), (250, 2, True)]
+    assert fakes[0].calls == fakes[1].calls == [*timed, (250, 2, True), (250, 2, True)]
     assert result["target"] is None
     assert [c["to_target"] for c in result["contestants"].values()] == [None] * 3
 
 
-def test_the_target_is_reached_or_it_is_not():
+def test_steps_to_the_target_loss():
     fit = {"epochs": 4, "steps": 40, "curve": {"losses": [3.0, 2.0, 1.5, 1.0], "seconds": [1] * 4}}
-    reached = compare._to_target(fit, {"median": 5.0}, 2.0 - compare.TOLERANCE / 2)
+    reached = compare._to_target(fit, {"median": 5.0}, 2.0 - compare.LOSS_TOLERANCE / 2)
     assert reached == {"epochs": 2, "steps": 20, "seconds": 4.0, "measured_seconds": 1}
     assert set(compare._to_target(fit, {"median": 5.0}, 0.9).values()) == {None}
 
@@ -130,10 +130,10 @@ def test_a_ratio_is_ours_over_theirs():
     contestants = {"ours": contestant(30.0, 1.0, None), "a": contestant(10.0, 4.0, 5)}
     lines = report.text("t", {"contestants": contestants, "target": None}, ("ours",)).splitlines()
     rows = {line[:35].strip(): line[35:].split() for line in lines[2:]}
-    assert rows["training steps a second"] == ["30.0", "10.0", "3.00"]
+    assert rows["training steps per second"] == ["30.0", "10.0", "3.00"]
     assert rows["draws at one observation, s"] == ["1.000", "4.000", "0.25"]
-    assert rows["steps to the target's loss"] == ["-", "5", "-"]
-    assert rows["the same and compilation, s"] == ["-", "6.0", "-"]
+    assert rows["steps to the target loss"] == ["-", "5", "-"]
+    assert rows["this time with compilation, s"] == ["-", "6.0", "-"]
     assert rows["C2ST"] == ["-", "-", "-"]
 
 
@@ -156,7 +156,7 @@ def test_bad_input_is_one_line(arguments, message, capsys, monkeypatch):
     assert line.startswith("benchmarks: error: " + message)
 
 
-def test_the_clock_of_a_curve_stands_still_inside(monkeypatch):
+def test_the_clock_of_a_curve_stops_during_the_callback(monkeypatch):
     ticks = iter([0.0, 1.0, 11.0, 13.0, 23.0])
     monkeypatch.setattr(measure.time, "perf_counter", lambda: next(ticks))
     curve = measure.Curve(lambda: 5.0)
@@ -223,7 +223,7 @@ def test_a_contestant_draws_inside_and_integrates_to_one(make, distribution):
     alone = contestant.log_prob(grid, x[:1])
     assert alone.shape == (1, 160**2)
     assert np.exp(alone).sum() * cell == pytest.approx(1.0, abs=0.05)
-    # in a batch: the same densities, less what sbi's leakage is uncertain by
+    # in a batch, the densities are the same up to the uncertainty of sbi's leakage correction
     batch = contestant.log_prob(np.repeat(grid[:, ::200], 2, axis=0), np.repeat(x[:1], 2, axis=0))
     np.testing.assert_allclose(batch, np.repeat(alone[:, ::200], 2, axis=0), atol=0.3)
     described = contestant.describe()
@@ -246,8 +246,8 @@ def test_a_contestant_is_watched_after_each_epoch(make):
     assert fit == Fit(4, 16)
     assert len(losses) == 4 and len(set(losses)) > 1
     # the best weights by the validation rows are those of one of the epochs
-    kept = measure.held_out_loss(contestant, measure.Data(theta[:50], x[:50]))
-    assert min(abs(kept - loss) for loss in losses) < 1e-5
+    best = measure.held_out_loss(contestant, measure.Data(theta[:50], x[:50]))
+    assert min(abs(best - loss) for loss in losses) < 1e-5
 
 
 @pytest.mark.promotes

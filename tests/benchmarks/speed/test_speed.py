@@ -1,4 +1,4 @@
-"""The speed measurements, tiny: they measure the same work on both sides and say what it was."""
+"""Speed measurements on small problems: results, tables and options of the processes."""
 
 import json
 import subprocess
@@ -39,10 +39,10 @@ def test_the_cold_process_starts_without_a_compilation_cache(monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "cache")
-    monkeypatch.setenv("KEPT", "1")
+    monkeypatch.setenv("OTHER", "1")
     found = speed.cold_process(budget=123)
     assert found["budget"] == 123
-    assert "JAX_COMPILATION_CACHE_DIR" not in seen["env"] and seen["env"]["KEPT"] == "1"
+    assert "JAX_COMPILATION_CACHE_DIR" not in seen["env"] and seen["env"]["OTHER"] == "1"
     assert "task.simulator, 123," in seen["command"][-1]
     compile(seen["command"][-1], "cold", "exec")
 
@@ -61,7 +61,7 @@ def test_the_peer_fits():
 
 
 @pytest.mark.slow
-def test_the_cost_of_each_size_is_measured_in_turns(monkeypatch):
+def test_growth_has_times_and_an_exponent(monkeypatch):
     monkeypatch.setattr(growth, "BASE", growth.BASE | {"dim": 2, "features": 2, "batch": 32})
     grown = growth.growth("rows", (64, 4_096), repeats=2)
     assert grown["sizes"] == [64, 4_096]
@@ -71,7 +71,7 @@ def test_the_cost_of_each_size_is_measured_in_turns(monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_an_accelerator_does_is_measured_part_by_part(monkeypatch, capsys, tmp_path):
+def test_the_parts_of_the_accelerator_record(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(accelerator, "BATCHES", (64, 128, 256))
     monkeypatch.setattr(accelerator, "MEMBERS", (1, 2))
     monkeypatch.setattr(accelerator, "PRECISIONS", ("highest",))
@@ -85,10 +85,10 @@ def test_what_an_accelerator_does_is_measured_part_by_part(monkeypatch, capsys, 
     assert two["rows_per_second"] == pytest.approx(128 * two["steps_per_second"])
     assert one["rows_per_second"] == pytest.approx(64 * one["steps_per_second"])
     assert found["precision"]["highest"]["step_us"] > 0
-    # below the entropy of the noise that the linear start leaves
+    # below the loss of the linear start, the entropy of the residual noise
     assert found["precision"]["highest"]["loss"] < 4 * 1.42
     assert found["limits"]["launch_us"] > 0
-    assert "kernels a step" in capsys.readouterr().out
+    assert "kernels per step" in capsys.readouterr().out
 
 
 def test_growth_is_a_row_an_axis():
@@ -97,7 +97,7 @@ def test_growth_is_a_row_an_axis():
     assert last.split() == ["rows", "10", "1,000", "0.5", "50", "1.00"]
 
 
-def test_the_large_fit_reports_what_its_process_says(monkeypatch):
+def test_the_large_fit_reads_the_output_of_its_process(monkeypatch):
     def run(command, **options):
         compile(command[-1], "large", "exec")
         return subprocess.CompletedProcess(command, 0, "0.5 1.0 2.0\n")
@@ -125,7 +125,7 @@ def test_the_large_fit_reports_what_its_process_says(monkeypatch):
         ("PjitFunction(epoch)", None),
     ],
 )
-def test_kernels_are_told_by_their_names(name, kind):
+def test_kernels_are_recognised_by_their_names(name, kind):
     assert profile._kind(name) == kind
 
 
@@ -137,4 +137,4 @@ def test_a_step_is_profiled():
     assert found["kernels"] > 10 and found["kernel_us"]["products and sums"] > 0
     assert found["floor_us"] == pytest.approx(1e6 * found["operations"] / found["rate"])
     assert found["step_us"] > 0
-    assert f"{found['kernels']:.0f} kernels a step" in profile.text(found)
+    assert f"{found['kernels']:.0f} kernels per step" in profile.text(found)

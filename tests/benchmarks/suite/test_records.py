@@ -1,4 +1,4 @@
-"""Records: what is written, that it is whole, and that it names no machine."""
+"""Records: provenance without names, atomic writing, and the clock."""
 
 import getpass
 import json
@@ -11,7 +11,7 @@ import pytest
 from benchmarks.suite import records
 
 
-def test_provenance_says_where_and_with_what_but_names_no_machine():
+def test_provenance_describes_the_machine_without_naming_it():
     found = records.provenance()
     assert found["schema"] == records.SCHEMA
     assert found["machine"]["architecture"] == platform.machine()
@@ -48,11 +48,11 @@ def test_a_folder_is_made_or_refused(tmp_path):
 
 
 def test_the_clock_adds_its_phases():
-    said = []
-    clock = records.Clock(say=said.append)
+    lines = []
+    clock = records.Clock(log=lines.append)
     for phase in ("one", "two"):
         with clock(phase):
             pass
     assert list(clock.seconds) == ["one", "two"]
     assert clock.total == sum(clock.seconds.values())
-    assert [line.split(":")[0] for line in said] == ["one", "two"]
+    assert [line.split(":")[0] for line in lines] == ["one", "two"]

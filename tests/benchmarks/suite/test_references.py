@@ -1,4 +1,4 @@
-"""`python -m benchmarks references`: makes what is missing, and that alone."""
+"""`python -m benchmarks references`: missing references are drawn; samplers are compared."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def toy(monkeypatch):
 
 
 @pytest.mark.slow
-def test_only_what_is_missing_is_made(toy, tmp_path, capsys):
+def test_only_missing_references_are_drawn(toy, tmp_path, capsys):
     assert references.run(tmp_path, ("sir",)) == 2
     assert re.search(r"sir 2: rhat [01]\.?\d*, ess", capsys.readouterr().err)
     with np.load(tmp_path / "sir-1.npz", allow_pickle=False) as file:
@@ -49,7 +49,7 @@ def test_only_what_is_missing_is_made(toy, tmp_path, capsys):
         assert file["rhat"] < 1.02 and file["ess"] > 100 and file["diverged"] == 0
         expected = float(file["x"][0]) / 1.25
         assert np.mean(file["draws"]) == pytest.approx(expected, abs=0.1)
-    (tmp_path / "sir-2.npz").write_text("spoilt")
+    (tmp_path / "sir-2.npz").write_text("unreadable")
     assert references.run(tmp_path, ("sir",)) == 1
     assert references.run(tmp_path, ("sir",)) == 0
     assert stored.load("sir", 2, np.asarray(TOY.observation(2)), (tmp_path,)) is not None
@@ -82,11 +82,11 @@ def test_given_draws_that_cannot_be_read_are_refused(tmp_path, capsys):
     def error(*options):
         arguments = ["references", "--check", str(tmp_path), "--results", str(tmp_path / "out")]
         assert main([*arguments, *options]) == 2
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1
-        return said
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        return message
 
-    assert "--check: no file <task>.npz of one of the tasks in" in error()
+    assert "--check: expected a file <task>.npz of one of the tasks in" in error()
     assert "--tasks: expected names out of" in error("--tasks", "three_moons")
     assert "--check: cannot read" in error("--tasks", "two_moons")
     (tmp_path / "slcp.npz").write_text("spoilt")

@@ -1,4 +1,4 @@
-"""The report: the right figures in the right cells, in one file that needs no other."""
+"""The report: values in their cells, and one page without external files."""
 
 import base64
 import json
@@ -74,9 +74,9 @@ def rows(text, heading):
     ]
 
 
-def test_figures_stand_beside_what_is_published(results, capsys):
+def test_values_stand_beside_published_values(results, capsys):
     assert main(["report", "--results", str(results)]) == 0
-    assert "run-spoilt.json: not a record, left out" in capsys.readouterr().err
+    assert "run-spoilt.json: not a record, ignored" in capsys.readouterr().err
     text = (results / "report.md").read_text()
     header, _, *table = rows(text, "Summary")
     assert header[2:6] == ["C2ST at 1,000", "best published", "C2ST at 10,000", "best published"]
@@ -102,20 +102,20 @@ def test_figures_stand_beside_what_is_published(results, capsys):
     assert law[:4] == ["two_moons", "npe", "C2ST", f"N^-{slope:.2f}"]
     assert law[5] == "0.550"
     assert float(law[6]) == pytest.approx(0.5 + 0.05 * 10**-slope, abs=2e-3)
-    assert "Methods side by side" not in text
+    assert "Comparison of methods" not in text
 
 
-def test_methods_stand_side_by_side(results):
+def test_methods_are_compared(results):
     write(results, {**record(c2st=0.52, budget=10_000), "method": "stack", "held_out_loss": -3.0})
     report.run(results)
-    header, _, *table = rows((results / "report.md").read_text(), "Methods side by side")
+    header, _, *table = rows((results / "report.md").read_text(), "Comparison of methods")
     assert header == ["task", "simulations", "npe", "stack"]
     assert ["two_moons", "10,000", "0.550 (-1.500)", "0.520 (-3.000)"] in table
     assert ["slcp", "1,000", "0.600 (-1.500)", "-"] in table
     assert ["mine", "1,000", "- (-1.500)", "-"] in table
 
 
-def test_parts_of_a_stack_are_told_apart(results):
+def test_members_of_a_stack_have_their_columns(results):
     part = {"density": "NSF(transforms=5)", "emulator": None}
     stacked = {
         **record(budget=10_000),
@@ -131,8 +131,8 @@ def test_parts_of_a_stack_are_told_apart(results):
     }
     write(results, stacked)
     report.run(results)
-    header, _, row = rows((results / "report.md").read_text(), "Parts of the stacks")
-    assert header[3:] == ["NSF, emulated", "NSF", "MAF", "together"]
+    header, _, row = rows((results / "report.md").read_text(), "Members of the stacks")
+    assert header[3:] == ["NSF, emulated", "NSF", "MAF", "mixture"]
     assert row[2:] == ["10,000", "-2.000 (90%)", "-1.000 (10%)", "- (0%)", "-2.125"]
 
 
@@ -170,7 +170,7 @@ BUDGETS = np.repeat([1e3, 1e4, 1e5], 4)
 
 
 def noisy_scores(floor, seed):
-    """Errors of one size, as the mean of ten C2STs has: those at the last budget drown in it."""
+    """Scores with Gaussian errors of .004, which exceed the excess at the largest budget."""
     noise = np.random.default_rng(seed).normal(size=len(BUDGETS))
     return floor + 3.0 * BUDGETS**-0.4 + 0.004 * noise
 
@@ -197,6 +197,6 @@ def test_a_law_of_unknown_floor_is_recovered():
     assert scaling.power_law([1e3, 1e4, 1e5, 1e5], [1.0, 2.0, 2.5, 2.6]) is None
     # a straight line in the logarithm has no floor
     assert scaling.power_law([1e3, 1e4, 1e5, 1e6], [3.0, 2.5, 2.0, 1.5]) is None
-    # what the data do not bound is open
+    # an end of the interval that the data do not bound is infinite
     loose = scaling.power_law([1e3, 1e3, 1e4, 1e4, 1e5], [3.0, 2.6, 2.1, 2.3, 2.0])
     assert loose is not None and loose.high == np.inf

@@ -1,4 +1,4 @@
-"""`python -m benchmarks run`, tiny: what it refuses, what it writes, what it prints."""
+"""`python -m benchmarks run` on small problems: bad input, records, tables."""
 
 import json
 import re
@@ -13,7 +13,7 @@ import pytest
 import sbi_flows as sf
 import simulators
 from benchmarks.__main__ import main
-from benchmarks.suite import methods, runner
+from benchmarks.suite import description, methods, runner
 from benchmarks.suite.settings import Settings
 from sbi_flows.estimators.stacking import StackHistory
 
@@ -33,7 +33,7 @@ PHASES = (
     "predictive",
 )
 
-# every field of a record, with what it may hold; a tuple is a choice of types
+# type of each field of a record; a tuple lists alternatives
 SCHEMA = {
     "schema": int,
     "kind": str,
@@ -93,12 +93,12 @@ SCHEMA = {
 
 
 def unlike(value, schema, name="record"):
-    """Places where a value differs from the schema."""
+    """List the fields of a value that differ from the schema."""
     if not isinstance(schema, dict):
         return [] if isinstance(value, schema) else [f"{name}: {value!r}"]
     if value.keys() != schema.keys():
         return [f"{name}: {sorted(value.keys() ^ schema.keys())}"]
-    return [found for k, s in schema.items() for found in unlike(value[k], s, f"{name}.{k}")]
+    return [field for k, s in schema.items() for field in unlike(value[k], s, f"{name}.{k}")]
 
 
 def quick(task):
@@ -132,7 +132,7 @@ def test_a_run_writes_one_line_a_seed_and_prints_a_table(few, tmp_path, capsys):
         assert record["c2st"]["mean"] == pytest.approx(np.mean(record["c2st"]["values"]))
         assert record["check"]["num_datasets"] == 50
         assert [set(p) for p in record["predictive"]] == [{"distance_p", "worst_p"}] * 2
-        assert all(0 < p <= 1 for found in record["predictive"] for p in found.values())
+        assert all(0 < p <= 1 for check in record["predictive"] for p in check.values())
         assert record["seconds"]["total"] >= record["seconds"]["fit"] > 0
     # the second seed finds everything compiled
     assert records[0]["compile_seconds"]["fit"] > 0.0 == records[1]["compile_seconds"]["fit"]
@@ -141,18 +141,18 @@ def test_a_run_writes_one_line_a_seed_and_prints_a_table(few, tmp_path, capsys):
     assert printed[0].split()[:2] == ["C2ST", "worst"]
     assert printed[1].startswith("two_moons stack 60 seed 1")
     assert f"{records[0]['c2st']['mean']:.3f}" in printed[1]
-    # what is finished is not done again; what cannot be read is set aside and done again
-    spoilt, kept = sorted((tmp_path / "results").glob("*.json"))
-    before = kept.stat().st_mtime_ns
-    spoilt.write_text(spoilt.read_text()[:100])
+    # a finished run is not repeated; a run with an unreadable file is
+    unreadable, finished = sorted((tmp_path / "results").glob("*.json"))
+    before = finished.stat().st_mtime_ns
+    unreadable.write_text(unreadable.read_text()[:100])
     assert main(["run", *options, "--results", str(tmp_path / "results")]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[0] == printed[0]
     assert len(out.splitlines()) == len(printed)
-    assert "1 runs are finished already" in err
-    assert f"{spoilt.name}: not a record of this run; set aside as" in err
-    assert kept.stat().st_mtime_ns == before
-    again = json.loads(spoilt.read_text())
+    assert "1 runs are already finished" in err
+    assert f"{unreadable.name}: not a record of this run; renamed to" in err
+    assert finished.stat().st_mtime_ns == before
+    again = json.loads(unreadable.read_text())
     assert again["c2st"] == records[0]["c2st"]
     refused(
         ["run", *options, "--draws", "50", "--results", str(tmp_path / "results")],
@@ -178,7 +178,7 @@ def test_two_jobs_write_the_records_of_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_benchmark_loses_only_the_run_that_it_was_at(tmp_path):
+def test_a_killed_benchmark_loses_only_the_current_run(tmp_path):
     options = [*QUICK, "--seeds", "3", "--results", str(tmp_path)]
     command = [sys.executable, "-m", "benchmarks", "run", *options]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
@@ -188,7 +188,7 @@ def test_a_killed_benchmark_loses_only_the_run_that_it_was_at(tmp_path):
     finished = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.glob("*.json")}
     assert 1 <= len(finished) <= 2
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert f"{len(finished)} runs are finished already" in run.stderr
+    assert f"{len(finished)} runs are already finished" in run.stderr
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in finished} == finished
     records = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("*.json"))]
     assert [r["seed"] for r in records] == [1, 2, 3]
@@ -197,16 +197,18 @@ def test_a_killed_benchmark_loses_only_the_run_that_it_was_at(tmp_path):
 
 def test_a_stack_is_described_part_by_part():
     stack = methods.get("stack")(simulators.two_moons())
-    parts = runner.describe(stack)["estimators"]
+    parts = description.describe(stack)["estimators"]
     assert [part["density"].split("(")[0] for part in parts] == ["NSF", "NSF", "MAF"]
     assert [part["emulator"] is None for part in parts] == [False, True, True]
     pairs = np.zeros((4, 2))
     history = sf.History(
         *(np.zeros((1, 4)),) * 2, np.zeros(4), pairs, pairs, np.zeros(4), 1, 1.0, "x"
     )
-    whole = StackHistory((history, None), np.array([1.0, 0.0]), np.array([0.5, np.inf]), 0.5)
-    record = runner._history_record(whole)
-    assert record["parts"][0].keys() == runner._history_record(history).keys()
+    stack_history = StackHistory(
+        (history, None), np.array([1.0, 0.0]), np.array([0.5, np.inf]), 0.5
+    )
+    record = description.history_record(stack_history)
+    assert record["parts"][0].keys() == description.history_record(history).keys()
     assert record["parts"][1] is None
     assert record["mixture_loss"] == 0.5
 
@@ -226,7 +228,7 @@ def task():
 
 @pytest.mark.slow
 @pytest.mark.promotes
-def test_a_simulator_of_ones_own_is_scored_without_a_reference(few, tmp_path, monkeypatch, capsys):
+def test_a_user_task_is_scored_without_a_reference(few, tmp_path, monkeypatch, capsys):
     (tmp_path / "own_model.py").write_text(
         OWN.replace("SIMULATED", "theta + jax.random.normal(key)")
     )
@@ -309,7 +311,7 @@ def test_given_observations_replace_the_tasks_own(few, tmp_path):
     ("arrays", "message"),
     [
         (None, r"cannot read .*two_moons.npz: No such file"),
-        ({"x_1": np.zeros(2)}, r"two_moons.npz: no 'x_2"),
+        ({"x_1": np.zeros(2)}, r"two_moons.npz: expected an array x_2"),
         ({"x_1": np.zeros(2), "x_2": np.zeros(3)}, r"expected x_2 of shape \(2,\), got \(3,\)"),
     ],
 )
@@ -348,10 +350,10 @@ def test_a_file_that_is_no_archive_is_refused(tmp_path, capsys):
         ([], "--tasks: expected at least one name, or a --simulator"),
         (["--simulator", "nothing"], r"expected package.module:name, or .* installed\), got 'no"),
         (["--simulator", "nothing:"], "expected package.module:name, or .*, got 'nothing:'"),
-        (["--simulator", "no.such:task"], "--simulator: cannot get no.such:task: ModuleNotFound"),
-        (["--simulator", "simulators:nope"], "--simulator: cannot get simulators:nope: Attribute"),
+        (["--simulator", "no.such:task"], "--simulator: cannot import no.such:task: ModuleNot"),
+        (["--simulator", "simulators:nope"], "--simulator: cannot import simulators:nope: Attr"),
         (["--simulator", "simulators:names"], "expected a simulators.Task at .* got tuple"),
-        (["--simulator", "simulators:slcp"], "expected a name of its own, got 'slcp'"),
+        (["--simulator", "simulators:slcp"], "the name 'slcp' is that of a benchmark task"),
     ],
 )
 def test_bad_options_are_refused(tmp_path, capsys, options, message):
@@ -372,7 +374,7 @@ def test_no_command_is_refused(capsys):
 
 
 def refused(argv, message, capsys):
-    """Exit status 2 and one line on stderr that matches the message."""
+    """Assert exit status 2 and one line on stderr that matches the message."""
     try:
         status = main(argv)
     except SystemExit as stop:

@@ -1,4 +1,4 @@
-"""Scores against values that are known."""
+"""Scores against known values."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def test_mmd_is_unbiased_and_sees_a_shift_in_any_units():
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """A density in place of a posterior's."""
+    """Posterior with a known density, multiplied by a factor."""
 
     prior: object
     density: object

@@ -1,4 +1,4 @@
-"""Records of runs are found again; spoilt ones are set aside; others are not overwritten."""
+"""Store of records: finished runs are found, unreadable files renamed, others store."""
 
 import json
 
@@ -12,12 +12,12 @@ RECORD = {"schema": SCHEMA, "c2st": {"mean": 0.5}}
 
 
 def test_a_finished_run_is_found_as_it_was_written(tmp_path):
-    kept = Store(tmp_path, {"draws": 10})
-    assert kept.find(RUN, {}) is None
-    written = kept.write(RUN, RECORD)
-    assert kept.find(RUN, {}) == written
+    store = Store(tmp_path, {"draws": 10})
+    assert store.find(RUN, {}) is None
+    written = store.write(RUN, RECORD)
+    assert store.find(RUN, {}) == written
     assert (written["task"], written["seed"], written["kind"]) == ("slcp", 1, "run")
-    assert kept.find(Run("slcp", "npe", 1000, 2), {}) is None
+    assert store.find(Run("slcp", "npe", 1000, 2), {}) is None
 
 
 @pytest.mark.parametrize(
@@ -31,14 +31,14 @@ def test_a_finished_run_is_found_as_it_was_written(tmp_path):
         json.dumps({**RECORD, "settings": {}, **vars(RUN), "seed": 2}),
     ],
 )
-def test_what_is_no_record_of_the_run_is_named_and_set_aside(tmp_path, text, capsys):
-    kept = Store(tmp_path, {})
-    kept.path(RUN).write_text(text)
-    assert kept.find(RUN, {}) is None
+def test_an_unreadable_file_is_reported_and_renamed(tmp_path, text, capsys):
+    store = Store(tmp_path, {})
+    store.path(RUN).write_text(text)
+    assert store.find(RUN, {}) is None
     assert "run-slcp-npe-1000-seed1.json: not a record of this run" in capsys.readouterr().err
-    aside = tmp_path / "run-slcp-npe-1000-seed1.corrupt"
-    assert aside.read_text() == text
-    assert list(tmp_path.iterdir()) == [aside]
+    renamed = tmp_path / "run-slcp-npe-1000-seed1.corrupt"
+    assert renamed.read_text() == text
+    assert list(tmp_path.iterdir()) == [renamed]
 
 
 def test_runs_with_other_settings_are_not_overwritten(tmp_path):
@@ -48,11 +48,11 @@ def test_runs_with_other_settings_are_not_overwritten(tmp_path):
             Store(tmp_path, settings).find(RUN, {})
 
 
-def test_runs_of_another_estimator_are_not_taken_for_this_one(tmp_path):
-    kept = Store(tmp_path, {})
-    kept.write(RUN, {**RECORD, "estimator": {"members": 4}, "observed": "task"})
-    assert kept.find(RUN, {"estimator": {"members": 4}, "observed": "task"}) is not None
+def test_a_record_of_another_estimator_is_refused(tmp_path):
+    store = Store(tmp_path, {})
+    store.write(RUN, {**RECORD, "estimator": {"members": 4}, "observed": "task"})
+    assert store.find(RUN, {"estimator": {"members": 4}, "observed": "task"}) is not None
     with pytest.raises(BadInput, match=r"another estimator \(\{'members': 4\}, now \{'memb.*5"):
-        kept.find(RUN, {"estimator": {"members": 5}, "observed": "task"})
+        store.find(RUN, {"estimator": {"members": 5}, "observed": "task"})
     with pytest.raises(BadInput, match=r"another observed \(task, now a1b2\)"):
-        kept.find(RUN, {"observed": "a1b2"})
+        store.find(RUN, {"observed": "a1b2"})

@@ -1,0 +1,49 @@
+"""Estimators and histories as JSON data, for records.
+
+Public names: `describe`, `history_record`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sbi_flows as sf
+from benchmarks.suite import methods
+from sbi_flows.estimators.stacking import StackHistory
+
+
+def describe(estimator: methods.Estimator) -> dict[str, Any]:
+    """Return the estimator's settings as JSON data, for records."""
+    if isinstance(estimator, methods.Distilling):
+        return {"method": "distil", "steps": estimator.steps, "of": describe(estimator.npe)}
+    if isinstance(estimator, sf.Stack):
+        return {"method": "Stack", "estimators": [describe(e) for e in estimator.estimators]}
+    return {
+        "method": type(estimator).__name__,
+        "density": repr(estimator.density),
+        "training": repr(estimator.training),
+        "members": estimator.members,
+        "emulator": estimator.emulator and repr(estimator.emulator),
+        "screening": estimator.screening,
+    }
+
+
+def history_record(history: sf.History | StackHistory) -> dict[str, Any]:
+    """Return the course of a fit as JSON data, for records."""
+    if isinstance(history, StackHistory):
+        return {
+            "shares": history.shares,
+            "held_out_loss": history.held_out_loss,
+            "mixture_loss": history.mixture_loss,
+            "parts": [h and history_record(h) for h in history.histories],
+        }
+    return {
+        "epochs": history.epochs,
+        "stop_reason": history.stop_reason,
+        "best_epoch": history.best_epoch,
+        "best_loss": history.best_loss,
+        "held_out_loss": history.held_out_loss.mean(),
+        "seconds": history.seconds,
+        "emulator": history.emulator and history_record(history.emulator),
+        "kept": history.kept,
+    }
