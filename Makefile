@@ -1,5 +1,5 @@
-# Every target makes .venv, or reuses the one that is there. PYTHON=python3.12 asks for an
-# interpreter; a .venv of another Python version is then made anew.
+# Every target creates .venv if it does not exist. PYTHON=python3.12 chooses the interpreter; a
+# .venv of another Python version is then replaced.
 PYTHON ?= $(or $(wildcard .venv/bin/python),python3)
 # pytest's -m expression; `make test MARK=` runs the slow tests too
 MARK ?= not slow
@@ -15,24 +15,24 @@ STAMP := .venv/.installed-$(VERSION)
 help:  ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-demo: $(STAMP)  ## real data end to end: figures and a netCDF file in demo/
+demo: $(STAMP)  ## the lynx and hare demonstration: figures and a netCDF file in demo/
 	$(BIN)/python -m benchmarks demo
 
-bench-quick: $(STAMP)  ## one run of benchmarks/results anew, in three minutes, and its report
+bench-quick: $(STAMP)  ## repeat one run of benchmarks/results (three minutes), and write its report
 	$(BIN)/python -m benchmarks run --tasks two_moons --budgets 1000 --observations 10 --results results/quick
 	$(BIN)/python -m benchmarks report --results results/quick
 
 test: $(STAMP)  ## tests and doctests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m '$(MARK)'
 
-lint: $(STAMP)  ## ruff: rules and layout
+lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 types: $(STAMP)  ## pyright
 	$(BIN)/pyright
 
-format: $(STAMP)  ## rewrite the layout, mend what ruff can mend
+format: $(STAMP)  ## format the code, fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

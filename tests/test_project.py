@@ -1,4 +1,4 @@
-"""House rules of the source tree: no code from data, no network, short files, honest metadata."""
+"""Rules for all source files: safe loading, no network, short files; and figures of the pages."""
 
 import ast
 import json
@@ -22,8 +22,8 @@ FOLDERS = (*SHIPPED, "benchmarks", "tests")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 MAX_LINES = 400
 
-RUNS_CODE = {"dill", "joblib", "marshal", "shelve"}  # and whatever has "pickle" in its name
-# a function of the user's goes from the one to the other, its own child, over a pipe: see the test
+RUNS_CODE = {"dill", "joblib", "marshal", "shelve"}  # and any module with "pickle" in its name
+# the first file sends the user's simulator over a pipe to its child process, the second one
 LOADING = ("dumps(", "loads(", "load(", "dump(", "Unpickler")
 SENDS, LOADS = "sbi_flows/simulations/processes.py", "sbi_flows/simulations/worker.py"
 NETWORK = {"aiohttp", "ftplib", "http", "httpx", "requests", "smtplib", "socket", "urllib"}
@@ -41,7 +41,7 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 
 def unsafe(source: str) -> list[str]:
-    """Imports and arguments by which loading data could run code, and network clients."""
+    """Return imports and arguments by which loading data could run code, and network clients."""
     tree = ast.parse(source)
     tops = {name.split(".")[0] for name in imported(tree)}
     found = sorted(t for t in tops if "pickle" in t or t in RUNS_CODE | NETWORK)
@@ -66,12 +66,12 @@ def test_the_tree_is_there():
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_source_file(path):
     source = path.read_text()
-    assert len(source.splitlines()) <= MAX_LINES, "look for a seam to split the file at"
+    assert len(source.splitlines()) <= MAX_LINES, "split the file"
     sends = str(path.relative_to(ROOT)) in {SENDS, LOADS}
     assert unsafe(source) == ["cloud" + "pickle"] * sends
 
 
-def test_nothing_is_unpickled_but_the_function_that_a_child_process_was_sent():
+def test_only_the_simulator_of_a_child_process_is_unpickled():
     calls = [(path, "cloud" + "pickle." + name) for path in (SENDS, LOADS) for name in LOADING]
     found = {call: (ROOT / call[0]).read_text().count(call[1]) for call in calls}
     expected = {(SENDS, "dumps("): 1, (LOADS, "loads("): 1}

@@ -1,7 +1,7 @@
-"""The Ricker map of a population that booms and busts, counted with Poisson noise.
+"""Ricker map: counts with Poisson noise of a population with chaotic dynamics.
 
-Source: Wood 2010, "Statistical inference for noisy nonlinear ecological dynamic systems", Nature
-466.
+References:
+    Wood 2010, Statistical inference for noisy nonlinear ecological dynamic systems, Nature 466.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ YEARS = 50
 
 
 def ricker() -> Task:
-    """The task: three named parameters, and the counts of 50 years.
+    """Make the Ricker task.
+
+    Returns:
+        The task: theta named `log_growth`, `noise` and `scale`; x of shape (50,), yearly counts.
 
     Example:
         >>> ricker().observation(1).shape
@@ -35,7 +38,11 @@ def ricker() -> Task:
 
 
 def simulate(key: jax.Array, theta: dict[str, jax.Array]) -> jax.Array:
-    """Counts (50,): N' = N exp(log_growth - N + noise * e), and Poisson(scale * N) of it."""
+    """Simulate the counts of 50 years, shape (50,).
+
+    The population follows N' = N exp(log_growth - N + noise * e) with e ~ N(0, 1), from N = 1. Each
+    count is Poisson(scale * N).
+    """
     noise_key, count_key = jax.random.split(key)
 
     def year(population: jax.Array, shock: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""Store of records: finished runs are found, unreadable files renamed, others store."""
+"""Store of records: finished runs are found, unreadable files are renamed, others are kept."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The example of a package that offers a simulator, installed and found."""
+"""Tasks of installed packages: the example package, and entry points that are not tasks."""
 
 import subprocess
 import sys
@@ -30,12 +30,12 @@ def test_a_package_that_is_installed_offers_its_task(installed):
     assert task.observation(1).shape == (50,)
 
 
-def test_a_name_that_nobody_offers_is_refused():
+def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match=r"expected one of bernoulli_glm, .*, got 'logistic'"):
         simulators.get("logistic")
 
 
-def test_what_is_offered_has_to_be_a_task(tmp_path, monkeypatch):
+def test_an_entry_point_that_is_no_task_is_refused(tmp_path, monkeypatch):
     (tmp_path / "offers_nothing.py").write_text("thing = 3\n")
     folder = tmp_path / "offers_nothing-1.0.dist-info"
     folder.mkdir()

@@ -60,7 +60,7 @@ def test_data_are_the_table():
 
 @pytest.fixture(scope="module")
 def solved():
-    """Prior draws, their log populations."""
+    """Return prior draws and their log populations."""
     prior = as_prior(lynx_hare().prior)
     theta = prior.structured(prior.sample(jax.random.key(5), 2048))
     return theta, jax.jit(jax.vmap(model.solve))(theta)

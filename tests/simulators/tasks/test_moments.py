@@ -19,7 +19,7 @@ def simulated(name: str, theta: list[float]) -> np.ndarray:
 
 
 def assert_mean(values: np.ndarray, expected: float) -> None:
-    """Within four standard errors."""
+    """Assert that the mean of the draws is within four standard errors of the expected value."""
     error = np.std(values) / np.sqrt(len(values))
     assert abs(np.mean(values) - expected) < 4 * error, (np.mean(values), expected, error)
 

@@ -1,4 +1,4 @@
-"""Tasks whose likelihood is known: their equations, their noise and the published posteriors."""
+"""Tasks with a known likelihood: their equations, their noise and the published posteriors."""
 
 import jax
 import jax.numpy as jnp
