@@ -57,7 +57,9 @@ def run(settings: Settings, *, import_seconds: float = 0.0) -> list[dict[str, An
     for name in settings.names:
         task = settings.task(name)
         digests[name] = _digest(task, observations_of(task, settings), settings)
-    records = {run: store.find(run, _made_of(run, digests, settings)) for run in _grid(settings)}
+    records = {
+        run: store.find(run, _required_fields(run, digests, settings)) for run in _grid(settings)
+    }
     pending = [run for run, record in records.items() if record is None]
     if len(pending) < len(records):
         print(f"{len(records) - len(pending)} runs are already finished", file=sys.stderr)
@@ -118,7 +120,7 @@ def _run_and_store(
     return store.write(run, {**origin, **digest, **result, "time": now()})
 
 
-def _made_of(
+def _required_fields(
     run: Run, digests: Mapping[str, Mapping[str, str]], settings: Settings
 ) -> dict[str, Any]:
     """Return the fields, besides the settings, that a record of the run must have."""

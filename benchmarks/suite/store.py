@@ -52,20 +52,20 @@ class Store:
         """
         return self.folder / f"run-{run.task}-{run.method}-{run.budget}-seed{run.seed}.json"
 
-    def find(self, run: Run, made_of: Mapping[str, Any]) -> dict[str, Any] | None:
+    def find(self, run: Run, required: Mapping[str, Any]) -> dict[str, Any] | None:
         """Read the record of a finished run.
 
         An unreadable file is renamed to end in `.corrupt`, with a message on stderr.
 
         Args:
             run: The run.
-            made_of: Further fields that the record must have, with their values.
+            required: Further fields that the record must have, with their values.
 
         Returns:
             The record, or None if there is no readable file.
 
         Raises:
-            BadInput: The record was made with other settings or has other values of `made_of`. Its
+            BadInput: The record was made with other settings or has other values of `required`. Its
                 file is kept.
         """
         path = self.path(run)
@@ -79,8 +79,8 @@ class Store:
                 f"{path.name}: not a record of this run; renamed to {renamed.name}", file=sys.stderr
             )
             return None
-        expected = {**plain(self.settings), **plain(made_of)}
-        actual = {**record["settings"], **{name: record.get(name) for name in made_of}}
+        expected = {**plain(self.settings), **plain(required)}
+        actual = {**record["settings"], **{name: record.get(name) for name in required}}
         names = expected.keys() | actual.keys()
         different = sorted(name for name in names if expected.get(name) != actual.get(name))
         if different:
