@@ -23,7 +23,7 @@ from sbi_flows.artefact.strict import checked, counted, fields, items
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.prior.box import BoxPrior
 from sbi_flows.prior.checks import MOST_ENTRIES, MOST_NAME, require_site
-from sbi_flows.prior.prior import Prior
+from sbi_flows.prior.prior import Prior, SitePrior
 
 MOST_SITES = 1024
 """Sites of a prior."""
@@ -43,6 +43,7 @@ _POINTS, _LOW, _HIGH = "prior/points", "prior/low", "prior/high"
 def encode(prior: Prior, tensors: Tensors) -> dict[str, Any]:
     """The prior as plain data; its arrays become tensors."""
     base = prior.base if isinstance(prior, BoxPrior) else prior
+    assert isinstance(base, SitePrior)
     sites, missing = None, None
     own: Tensors = {}
     try:
@@ -98,27 +99,27 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], given: Prior | None) -
         if len(sites) != len(names):
             raise ArtefactError(f"prior.sites: expected {len(names)}, got {len(sites)}")
         pairs = zip(names, shapes, sites, strict=True)
-        prior = Prior({n: _site(n, shape, s, tensors) for n, shape, s in pairs}, is_named=named)
+        prior = SitePrior({n: _site(n, shape, s, tensors) for n, shape, s in pairs}, is_named=named)
     if cut:
         prior = _cut(prior, tensors)
     found = (prior.is_named, prior.names, list(prior.event_shapes.values()), list(prior.bounded))
-    if found != (named, tuple(names), shapes, bounded) or type(prior) not in (Prior, BoxPrior):
+    if found != (named, tuple(names), shapes, bounded) or type(prior) not in (SitePrior, BoxPrior):
         raise ArtefactError(f"prior: expected {expected}, got {prior}")
     if given is not None:
         _compare(prior, tensors, expected)
     return prior
 
 
-def _sites(prior: Prior, tensors: Tensors) -> list[Any]:
+def _sites(prior: SitePrior, tensors: Tensors) -> list[Any]:
     """The distributions as plain data, if they can be made of them again.
 
     Raises:
         ValueError: They cannot; the message says why.
     """
-    if prior._dependent:
-        raise ValueError(f"a model in which {', '.join(sorted(prior._dependent))} depend on others")
+    if prior.dependent:
+        raise ValueError(f"a model in which {', '.join(sorted(prior.dependent))} depend on others")
     found = []
-    for name, site in prior._sites.items():
+    for name, site in prior.distributions.items():
         start, again = len(tensors), Tensors()
         found.append(distributions.encode(name, site, tensors))
         own = list(tensors)[start:]

@@ -6,32 +6,82 @@ Public names: `BoxPrior`.
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple, final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax import Array
+from jax.core import Tracer
 from jax.scipy.special import ndtr, ndtri
 from jax.scipy.stats import norm
-from jax.typing import ArrayLike
 
 from sbi_flows.core.typing import Key
+from sbi_flows.prior.base import Layout, Prior, labels
 from sbi_flows.prior.maps import HALF_WIDTH, CdfMap, IntervalMap, NormalMap, positive
-from sbi_flows.prior.prior import Prior, labels
+from sbi_flows.prior.prior import SitePrior
 
 _EDGE = 1e-6
-"""Share of the box next to a face in which coordinates are those of its inner end."""
+"""Fraction of the box next to a side in which coordinates are those of its inner end."""
 
 _SLACK = 1e-4
-"""Share of the box's width by which rounding may put its own draws outside."""
+"""Fraction of the box's width by which rounding may put the box's own draws outside."""
+
+_FURTHEST = 37.0
+"""Distance in standard deviations beyond which a normal distribution has no mass."""
 
 
+class _Bounds(NamedTuple):
+    """Numbers that follow from the bounds, each of shape (d,), computed in double precision.
+
+    Attributes:
+        low: Lower bounds, -inf where the prior is not cut.
+        high: Upper bounds, inf where the prior is not cut.
+        first: Lower bounds of uniform coordinates, 0 elsewhere.
+        width: Widths of uniform coordinates, 1 elsewhere.
+        sign: 1 where a normal coordinate is measured from below, -1 from above: the side on which
+            its probabilities keep their digits.
+        near: Near end of normal coordinates, times the sign.
+        far: Far end of normal coordinates, times the sign.
+        log_mass: Log probability of the box in each coordinate, 0 where the prior is not cut.
+        outer_low: Lower bounds less what rounding may add.
+        outer_high: Upper bounds, and what rounding may add.
+    """
+
+    low: Any
+    high: Any
+    first: Any
+    width: Any
+    sign: Any
+    near: Any
+    far: Any
+    log_mass: Any
+    outer_low: Any
+    outer_high: Any
+
+
+class _Static(NamedTuple):
+    """Structure of a prior in a box: names and shapes, and which coordinates are cut, and how."""
+
+    layout: Layout
+    uniform: tuple[bool, ...]
+    normal: tuple[bool, ...]
+
+    @property
+    def cut(self) -> np.ndarray:
+        """Which of the d coordinates are cut."""
+        return np.array(self.uniform) | np.array(self.normal)
+
+
+@final
+@jax.tree_util.register_pytree_node_class
 class BoxPrior(Prior):
-    """A prior within bounds of its standard coordinates, in proportion to what it was.
+    """A prior restricted to a box of its standard coordinates, and normalised there.
 
-    Coordinates in which the prior has no CDF are not cut. Within a box the prior has standard
-    coordinates of its own, which are uniform where they are cut: a posterior never leaves the box.
+    Coordinates in which the prior has no CDF are not cut. The box has standard coordinates of its
+    own, which are uniform where the prior is cut: a posterior never leaves the box. The bounds are
+    leaves of the pytree, so that another box of the same prior reuses every compiled program.
 
     Args:
         base: The prior that is cut.
@@ -40,13 +90,13 @@ class BoxPrior(Prior):
 
     Attributes:
         base: The prior that is cut.
-        low: Lower bounds, -inf where it is not cut.
-        high: Upper bounds, inf where it is not cut.
+        low: Lower bounds, -inf where the prior is not cut.
+        high: Upper bounds, inf where the prior is not cut.
         mass: Probability of the box under the prior.
 
     Raises:
-        ValueError: The bounds have another shape or are in no order, or the prior is a box, or has
-            parameters that depend on each other.
+        ValueError: The bounds do not have shape (d,), or a lower bound is not below the upper one;
+            or the prior is a box, or has parameters that depend on each other.
 
     Example:
         >>> import jax, numpyro.distributions as dist, sbi_flows as sf
@@ -56,35 +106,66 @@ class BoxPrior(Prior):
     """
 
     def __init__(self, base: Prior, low: npt.ArrayLike, high: npt.ArrayLike) -> None:
-        """Take over what the prior has, and cut it."""
-        if isinstance(base, BoxPrior) or base._dependent:
+        if not isinstance(base, SitePrior) or base.dependent:
+            dependent = sorted(base.dependent) if isinstance(base, SitePrior) else []
             raise ValueError(
                 "base: expected a prior that is not cut, of parameters that do not depend on each "
-                f"other, got {base}, of which {', '.join(sorted(base._dependent)) or 'none'} do"
+                f"other, got {base}, of which {', '.join(dependent) or 'none'} do"
             )
         low, high = (np.array(bound, float) for bound in (low, high))
         if low.shape != (base.standard_dim,) or high.shape != low.shape or np.any(low >= high):
             raise ValueError(
                 f"low, high: expected {base.standard_dim} bounds with low < high, got {low}, {high}"
             )
-        self.__dict__.update(base.__dict__)
-        kinds = [m for m in base._maps.values() for _ in range(math.prod(m.standard_shape))]
-        self.base = base
-        self._uniform = np.array([isinstance(m, IntervalMap) for m in kinds])
-        self._normal = np.array([isinstance(m, NormalMap | CdfMap) for m in kinds])
-        whole = np.where(self._uniform, HALF_WIDTH, np.inf)
-        cut = self._cut
-        self.low = np.where(cut, np.maximum(low, -whole), -np.inf)
-        self.high = np.where(cut, np.minimum(high, whole), np.inf)
-        self.bounded = tuple(bool(c) or b for c, b in zip(cut, base.bounded, strict=True))
-        self.mass = float(np.exp(np.sum(self._log_masses())))
+        kinds = base.map_kinds
+        uniform = tuple(kind is IntervalMap for kind in kinds)
+        normal = tuple(kind in (NormalMap, CdfMap) for kind in kinds)
+        bounded = tuple(u or n or b for u, n, b in zip(uniform, normal, base.bounded, strict=True))
+        inner = base.layout
+        layout = Layout(inner.names, inner.shapes, inner.standard_shapes, bounded, inner.is_named)
+        self.base, self._static = base, _Static(layout, uniform, normal)
+        self._bounds = _bounds(self._static, low, high)
+        self._mass: Any = float(np.exp(np.sum(self._bounds.log_mass)))
 
     def __repr__(self) -> str:
-        """The prior, and how much of it is left."""
-        return f"{self.base} cut to {self.mass:.2g} of its mass"
+        """The prior, and the fraction of its mass in the box."""
+        mass = "part" if isinstance(self._mass, Tracer) else f"{float(self._mass):.2g}"
+        return f"{self.base} cut to {mass} of its mass"
+
+    def tree_flatten(self) -> tuple[tuple[SitePrior, _Bounds, Any], _Static]:
+        """Return the prior that is cut, the bounds and the mass, and what is static."""
+        return (self.base, self._bounds, self._mass), self._static
+
+    @classmethod
+    def tree_unflatten(cls, static: _Static, children: Any) -> BoxPrior:
+        """Return a prior with these bounds, without validating them."""
+        prior = object.__new__(cls)
+        prior._static = static
+        prior.base, prior._bounds, prior._mass = children
+        return prior
+
+    @property
+    def layout(self) -> Layout:
+        """Names and shapes."""
+        return self._static.layout
+
+    @property
+    def low(self) -> Any:
+        """Lower bounds (d,), -inf where the prior is not cut."""
+        return self._bounds.low
+
+    @property
+    def high(self) -> Any:
+        """Upper bounds (d,), inf where the prior is not cut."""
+        return self._bounds.high
+
+    @property
+    def mass(self) -> Any:
+        """Probability of the box under the prior."""
+        return self._mass
 
     def matches(self, other: Prior) -> bool:
-        """Whether the other has the same parameters with the same distributions."""
+        """Return whether the other has the same bounds and the same distributions."""
         return (
             isinstance(other, BoxPrior)
             and self.base.matches(other.base)
@@ -92,46 +173,64 @@ class BoxPrior(Prior):
             and np.array_equal(self.high, other.high)
         )
 
-    def contains(self, theta: ArrayLike) -> Array:
-        """Whether theta of shape (*, D) is in the support and in the box; bool of shape (*)."""
-        inside = self.base.contains(theta)
-        safe = jnp.where(inside[..., None], jnp.asarray(theta), self.center(inside.shape))
-        y = self.base.to_standard(safe)
-        width = np.where(np.isfinite(self.high - self.low), self.high - self.low, 1.0)
-        low, high = _rows(y, self.low - _SLACK * width, self.high + _SLACK * width)
-        return inside & jnp.all((y >= low) & (y <= high), axis=-1)
-
     def near_sides(self, y: np.ndarray, share: float) -> dict[str, float]:
-        """How many rows lie next to each side of the box that cuts the prior.
+        """Compute the fraction of rows next to each side of the box that cuts the prior.
 
         Args:
             y: Rows in the standard coordinates of the prior that was cut, shape (n, d).
-            share: What is next to a side, as a share of the width.
+            share: Distance from a side that counts as next to it, as a fraction of the width.
 
         Returns:
-            Shares of the rows by side, such as `rate low`.
+            Fractions of the rows by side, such as `rate low`.
         """
-        found: dict[str, float] = {}
-        maps = self.base._maps
-        names = [label for n, m in maps.items() for label in labels(n, m.standard_shape)]
-        width = self.high - self.low
-        whole = np.where(self._uniform, HALF_WIDTH, np.inf)
-        for i in np.flatnonzero(self._cut & np.isfinite(width)):
+        fractions: dict[str, float] = {}
+        layout = self.base.layout
+        pairs = zip(layout.names, layout.standard_shapes, strict=True)
+        names = [label for name, shape in pairs for label in labels(name, shape)]
+        low, high = np.asarray(self.low), np.asarray(self.high)
+        width, limits = high - low, _limits(self._static)
+        for i in np.flatnonzero(self._static.cut & np.isfinite(width)):
             near = share * width[i]
-            if self.low[i] > -whole[i]:
-                found[f"{names[i]} low"] = float(np.mean(y[:, i] < self.low[i] + near))
-            if self.high[i] < whole[i]:
-                found[f"{names[i]} high"] = float(np.mean(y[:, i] > self.high[i] - near))
-        return found
+            if low[i] > -limits[i]:
+                fractions[f"{names[i]} low"] = float(np.mean(y[:, i] < low[i] + near))
+            if high[i] < limits[i]:
+                fractions[f"{names[i]} high"] = float(np.mean(y[:, i] > high[i] - near))
+        return fractions
 
-    def from_standard(self, y: ArrayLike) -> Array:
+    def unchecked_sample(self, key: Key, n: int) -> Array:
+        """Draw n parameter vectors (n, D)."""
+        base_key, key = jax.random.split(key)
+        y = self.base.unchecked_to_standard(self.base.unchecked_sample(base_key, n))
+        v = jax.random.uniform(key, y.shape, y.dtype, -HALF_WIDTH, HALF_WIDTH)
+        (cut,) = _rows(y, self._static.cut)
+        return self.unchecked_from_standard(jnp.where(cut, v, y))
+
+    def unchecked_contains(self, theta: Array) -> Array:
+        """Return whether theta (*, D) is in the support and in the box."""
+        inside = self.base.unchecked_contains(theta)
+        safe = jnp.where(inside[..., None], theta, self.center(inside.shape))
+        y = self.base.unchecked_to_standard(safe)
+        low, high = _rows(y, self._bounds.outer_low, self._bounds.outer_high)
+        return inside & jnp.all((y >= low) & (y <= high), axis=-1)
+
+    def unchecked_log_prob_inside(self, theta: Array) -> Array:
+        """Compute the log density at theta (*, D) in the box."""
+        log_mass = jnp.sum(jnp.asarray(self._bounds.log_mass))
+        return self.base.unchecked_log_prob_inside(theta) - log_mass
+
+    def unchecked_site_log_probs(self, theta: Array) -> dict[str, Array]:
+        """Compute the log density of each site of the prior that is cut, at theta (*, D)."""
+        return self.base.unchecked_site_log_probs(theta)
+
+    def unchecked_from_standard(self, y: Array) -> Array:
         """Map standard coordinates (*, d) of the box to parameters (*, D)."""
-        return self.base.from_standard(self._to_base(jnp.asarray(y)))
+        return self.base.unchecked_from_standard(self._to_base(y))
 
-    def to_standard(self, theta: ArrayLike) -> Array:
+    def unchecked_to_standard(self, theta: Array) -> Array:
         """Map parameters (*, D) in the box to its standard coordinates (*, d)."""
-        y = self.base.to_standard(theta)
-        uniform, cut, first, width = self._straight(y)
+        y = self.base.unchecked_to_standard(theta)
+        uniform, cut = _rows(y, np.array(self._static.uniform), self._static.cut)
+        first, width = _rows(y, self._bounds.first, self._bounds.width)
         below, mass, sign = self._tails(y)
         curved = (ndtr(sign * y) - below) / mass
         curved = jnp.where(sign > 0, curved, 1.0 - curved)
@@ -139,74 +238,80 @@ class BoxPrior(Prior):
         v = HALF_WIDTH * (2.0 * jnp.clip(share, _EDGE, 1.0 - _EDGE) - 1.0)
         return jnp.where(cut, v, y)
 
-    def standard_log_det(self, y: ArrayLike, theta: ArrayLike) -> Array:
-        """Log absolute determinant of the Jacobian of `from_standard`; shape (*)."""
-        inner = self._to_base(jnp.asarray(y))
-        masses, normal, cut = _rows(inner, self._log_masses(), self._normal, self._cut)
+    def unchecked_log_det(self, y: Array, theta: Array) -> Array:
+        """Compute the log determinant of `from_standard` at y (*, d)."""
+        inner = self._to_base(y)
+        (log_mass,) = _rows(inner, self._bounds.log_mass)
+        normal, cut = _rows(inner, np.array(self._static.normal), self._static.cut)
         density = jnp.where(normal, norm.logpdf(inner), -math.log(2 * HALF_WIDTH))
-        slope = jnp.where(cut, masses - math.log(2 * HALF_WIDTH) - density, 0.0)
-        return jnp.sum(slope, axis=-1) + self.base.standard_log_det(inner, theta)
+        slope = jnp.where(cut, log_mass - math.log(2 * HALF_WIDTH) - density, 0.0)
+        return jnp.sum(slope, axis=-1) + self.base.unchecked_log_det(inner, theta)
 
     def _to_base(self, v: Array) -> Array:
-        """Standard coordinates of the box to those of the prior."""
+        """Map standard coordinates of the box to those of the prior that is cut."""
         share = jnp.clip(0.5 * (v / HALF_WIDTH + 1.0), 0.0, 1.0)
-        uniform, cut, first, width = self._straight(v)
+        uniform, cut = _rows(v, np.array(self._static.uniform), self._static.cut)
+        first, width, low, high = _rows(
+            v, self._bounds.first, self._bounds.width, self._bounds.low, self._bounds.high
+        )
         below, mass, sign = self._tails(v)
         turned = jnp.where(sign > 0, share, 1.0 - share)
         curved = sign * ndtri(positive(below + mass * turned))
-        low, high = _rows(v, self.low, self.high)
         curved = jnp.clip(curved, low, high)
         return jnp.where(cut, jnp.where(uniform, first + width * share, curved), v)
 
-    @property
-    def _cut(self) -> np.ndarray:
-        return self._uniform | self._normal
-
-    def _straight(self, like: Array) -> tuple[Array, ...]:
-        """Which coordinates are uniform and which are cut; first and width of the uniform ones."""
-        first = np.where(self._uniform, self.low, 0.0)
-        width = np.where(self._uniform, self.high, 1.0) - first
-        return tuple(_rows(like, self._uniform, self._cut, first, width))
-
     def _tails(self, like: Array) -> tuple[Array, Array, Array]:
-        """Normal probability below the box and in it, and the side on which they keep digits."""
-        low, high = self._finite()
-        sign = np.where(low + high > 0, -1.0, 1.0)
-        ends = np.sort(np.stack([sign * low, sign * high]), axis=0)
-        first, last, sign = _rows(like, ends[0], ends[1], sign)
-        return ndtr(first), ndtr(last) - ndtr(first), sign
-
-    def _finite(self) -> tuple[np.ndarray, np.ndarray]:
-        """The bounds of normal coordinates, as far out as their normal has mass."""
-        far = 37.0
-        low = np.where(self._normal, np.maximum(self.low, -far), -1.0)
-        return low, np.where(self._normal, np.minimum(self.high, far), 1.0)
-
-    def _log_masses(self) -> np.ndarray:
-        """Log probability of the box in each coordinate, 0 where it is not cut."""
-        from scipy.special import log_ndtr, logsumexp
-
-        low, high = self._finite()
-        low, high = np.where(low + high > 0, -high, low), np.where(low + high > 0, -low, high)
-        both = np.stack([log_ndtr(high), log_ndtr(low)])
-        signs = np.broadcast_to(np.array([[1.0], [-1.0]]), both.shape)
-        normal = logsumexp(both, axis=0, b=signs)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            uniform = np.log((self.high - self.low) / (2 * HALF_WIDTH))
-        return np.where(self._normal, normal, np.where(self._uniform, uniform, 0.0))
-
-    def _log_prob_inside(self, theta: Array) -> Array:
-        return self.base._log_prob_inside(theta) - jnp.sum(jnp.asarray(self._log_masses()))
-
-    def _sample_rows(self, key: Key, n: int) -> Array:
-        base_key, key = jax.random.split(key)
-        y = self.base.to_standard(self.base._sample_rows(base_key, n))
-        v = jax.random.uniform(key, y.shape, y.dtype, -HALF_WIDTH, HALF_WIDTH)
-        (cut,) = _rows(y, self._cut)
-        return self.from_standard(jnp.where(cut, v, y))
+        """Return the normal probability beyond the near end and in the box, and the sign."""
+        near, far, sign = _rows(like, self._bounds.near, self._bounds.far, self._bounds.sign)
+        return ndtr(near), ndtr(far) - ndtr(near), sign
 
 
-def _rows(like: Array, *values: np.ndarray) -> list[Array]:
-    """Values (d,) as arrays with as many axes as `like` (*, d) has."""
+def _limits(static: _Static) -> np.ndarray:
+    """Return half the width of each standard coordinate of the prior that is cut."""
+    return np.where(np.array(static.uniform), HALF_WIDTH, np.inf)
+
+
+def _bounds(static: _Static, low: np.ndarray, high: np.ndarray) -> _Bounds:
+    """Compute what follows from the bounds, on the host and in double precision."""
+    uniform, normal = np.array(static.uniform), np.array(static.normal)
+    limits, cut = _limits(static), static.cut
+    low = np.where(cut, np.maximum(low, -limits), -np.inf)
+    high = np.where(cut, np.minimum(high, limits), np.inf)
+    first = np.where(uniform, low, 0.0)
+    near = np.where(normal, np.maximum(low, -_FURTHEST), -1.0)
+    far = np.where(normal, np.minimum(high, _FURTHEST), 1.0)
+    sign = np.where(near + far > 0, -1.0, 1.0)
+    near, far = np.sort(np.stack([sign * near, sign * far]), axis=0)
+    width = np.where(np.isfinite(high - low), high - low, 1.0)
+    return _Bounds(
+        low=low,
+        high=high,
+        first=first,
+        width=np.where(uniform, high, 1.0) - first,
+        sign=sign,
+        near=near,
+        far=far,
+        log_mass=_log_masses(static, low, high, near, far),
+        outer_low=low - _SLACK * width,
+        outer_high=high + _SLACK * width,
+    )
+
+
+def _log_masses(
+    static: _Static, low: np.ndarray, high: np.ndarray, near: np.ndarray, far: np.ndarray
+) -> np.ndarray:
+    """Compute the log probability of the box in each coordinate, 0 where it is not cut."""
+    from scipy.special import log_ndtr, logsumexp
+
+    both = np.stack([log_ndtr(far), log_ndtr(near)])
+    signs = np.broadcast_to(np.array([[1.0], [-1.0]]), both.shape)
+    normal = logsumexp(both, axis=0, b=signs)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        uniform = np.log((high - low) / (2 * HALF_WIDTH))
+    return np.where(static.normal, normal, np.where(static.uniform, uniform, 0.0))
+
+
+def _rows(like: Array, *values: Any) -> list[Array]:
+    """Return values (d,) as arrays with as many axes as `like` (*, d) has."""
     kinds = [jnp.asarray(v, None if v.dtype == bool else like.dtype) for v in values]
     return [kind.reshape((1,) * (like.ndim - 1) + (-1,)) for kind in kinds]

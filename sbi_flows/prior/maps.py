@@ -8,7 +8,7 @@ leaves a box as it is up to scale. Other sites go through numpyro's `biject_to` 
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.scipy.special import ndtr, ndtri
 from jax.scipy.stats import norm
 from numpyro.distributions.transforms import AbsTransform, biject_to
 
+from sbi_flows.prior.sites import Site
 from sbi_flows.prior.tails import tails_of
 
 HALF_WIDTH = math.sqrt(3.0)
@@ -29,59 +30,55 @@ _PROBABILITIES = (1e-3, 0.02, 0.3, 0.7, 0.98, 0.999)
 
 @runtime_checkable
 class SiteMap(Protocol):
-    """Maps one site's value `(*, *event)` to standard coordinates `(*, *standard_shape)`."""
-
-    standard_shape: tuple[int, ...]
-    bounded: bool
+    """Map between standard coordinates `(*, *standard_shape)` and a site's values `(*, *event)`."""
 
     def forward(self, y: Array) -> Array:
-        """Standard coordinates to the support."""
+        """Map standard coordinates to the support."""
         ...
 
     def inverse(self, theta: Array) -> Array:
-        """The support to standard coordinates."""
+        """Map the support to standard coordinates."""
         ...
 
     def log_det(self, y: Array, theta: Array) -> Array:
-        """Log absolute Jacobian determinant of `forward` at y, where theta = forward(y).
+        """Compute the log absolute Jacobian determinant of `forward` at y, theta = forward(y).
 
-        Any shape that sums to (*).
+        Its shape may be any that sums to (*).
         """
         ...
 
 
 class NormalMap:
-    """Normal, or an invertible elementwise transform of it: exact in the tails."""
+    """Normal distribution, or an invertible elementwise transform of it: exact in the tails."""
 
-    bounded = False
-
-    def __init__(
-        self, base: dist.Normal, transforms: tuple, support: Any, shape: tuple[int, ...]
-    ) -> None:
-        """Hold location and scale of the normal under the transforms, which lead to the support."""
-        self.standard_shape, self._support = shape, support
-        self._base, self._transforms = base, transforms
+    def __init__(self, site: Site) -> None:
+        """Take location and scale of the normal, and the transforms that lead to the support."""
+        base = elementwise(site.distribution)
+        assert base is not None
+        normal, self._transforms = _split_transforms(base)
+        assert isinstance(normal, dist.Normal)
+        self._normal, self._support = normal, site.support
 
     def forward(self, y: Array) -> Array:
-        """R to the support."""
+        """Map R to the support."""
         return keep_inside(self._chain(y)[-1], self._support)
 
     def inverse(self, theta: Array) -> Array:
-        """The support to R."""
+        """Map the support to R."""
         for transform in reversed(self._transforms):
             theta = transform._inverse(theta)
-        return (theta - self._base.loc) / self._base.scale
+        return (theta - self._normal.loc) / self._normal.scale
 
     def log_det(self, y: Array, theta: Array) -> Array:
-        """Sum of the transforms' log derivatives."""
+        """Sum the log derivatives of the transforms."""
         points = self._chain(y)
-        total = jnp.broadcast_to(jnp.log(self._base.scale), y.shape)
+        total = jnp.broadcast_to(jnp.log(self._normal.scale), y.shape)
         for transform, a, b in zip(self._transforms, points[:-1], points[1:], strict=True):
             total = total + transform.log_abs_det_jacobian(a, b)
         return total
 
     def _chain(self, y: Array) -> list[Array]:
-        points = [self._base.loc + self._base.scale * y]
+        points = [self._normal.loc + self._normal.scale * y]
         for transform in self._transforms:
             points.append(transform(points[-1]))
         return points
@@ -90,28 +87,28 @@ class NormalMap:
 class CdfMap:
     """Elementwise distribution on an unbounded support, through its CDF to a standard normal.
 
-    Where `tails_of` knows them, both tails keep their digits. Elsewhere the coordinate stops at 5.2
+    Both tails keep their digits where `tails_of` knows them. Elsewhere the coordinate stops at 5.2
     (in single precision) while the density goes on, as its Jacobian is taken at theta.
     """
 
-    bounded = False
-
-    def __init__(self, base: dist.Distribution, shape: tuple[int, ...]) -> None:
-        """Hold the elementwise distribution."""
-        self.standard_shape, self._base, self._tails = shape, base, tails_of(base)
+    def __init__(self, site: Site) -> None:
+        """Take the elementwise distribution."""
+        base = elementwise(site.distribution)
+        assert base is not None
+        self._base, self._tails, self._support = base, tails_of(base), site.support
 
     def forward(self, y: Array) -> Array:
-        """R to the support."""
+        """Map R to the support."""
         if self._tails is None:
             theta = self._base.icdf(_inside(ndtr(y)))
         else:
             lower = self._tails.icdf(positive(ndtr(jnp.minimum(y, 0.0))))
             upper = self._tails.isf(positive(ndtr(-jnp.maximum(y, 0.0))))
             theta = jnp.where(y < 0, lower, upper)
-        return keep_inside(theta, self._base.support)
+        return keep_inside(theta, self._support)
 
     def inverse(self, theta: Array) -> Array:
-        """The support to R."""
+        """Map the support to R."""
         if self._tails is None:
             return ndtri(_inside(self._base.cdf(theta)))
         below, above = self._tails.cdf(theta), self._tails.sf(theta)
@@ -119,68 +116,79 @@ class CdfMap:
         return jnp.where(below < above, near, -near)
 
     def log_det(self, y: Array, theta: Array) -> Array:
-        """Log of the standard normal density, less the prior's log density."""
+        """Subtract the prior's log density from that of the standard normal."""
         return norm.logpdf(y) - self._base.log_prob(theta)
 
 
 class IntervalMap:
     """Elementwise distribution on an interval, through its CDF to a uniform of variance 1."""
 
-    bounded = True
-
-    def __init__(self, base: dist.Distribution, shape: tuple[int, ...]) -> None:
-        """Hold the elementwise distribution."""
-        self.standard_shape, self._base = shape, base
+    def __init__(self, site: Site) -> None:
+        """Take the elementwise distribution."""
+        base = elementwise(site.distribution)
+        assert base is not None
+        self._base, self._support = base, site.support
 
     def forward(self, y: Array) -> Array:
-        """(-sqrt 3, sqrt 3) to the support."""
+        """Map (-sqrt 3, sqrt 3) to the support."""
         theta = self._base.icdf(_inside(0.5 * (y / HALF_WIDTH + 1.0)))
-        return keep_inside(theta, self._base.support)
+        return keep_inside(theta, self._support)
 
     def inverse(self, theta: Array) -> Array:
-        """The support to (-sqrt 3, sqrt 3)."""
+        """Map the support to (-sqrt 3, sqrt 3)."""
         return HALF_WIDTH * (2.0 * _inside(self._base.cdf(theta)) - 1.0)
 
     def log_det(self, y: Array, theta: Array) -> Array:
-        """Log density of the uniform, less the prior's log density."""
+        """Subtract the prior's log density from that of the uniform."""
         return -math.log(2 * HALF_WIDTH) - self._base.log_prob(theta)
 
 
 class SupportMap:
-    """Numpyro's `biject_to` the support."""
+    """Map through numpyro's `biject_to` the support."""
 
-    bounded = False
-
-    def __init__(self, support: Any, shape: tuple[int, ...]) -> None:
-        """Build the transform for values of this shape."""
-        self._support, self._transform = support, biject_to(support)
-        self.standard_shape = tuple(self._transform.inverse_shape(shape))
+    def __init__(self, site: Site) -> None:
+        """Build the transform of the support."""
+        self._support, self._transform = site.support, biject_to(site.support)
 
     def forward(self, y: Array) -> Array:
-        """R^d to the support."""
+        """Map R^d to the support."""
         return keep_inside(self._transform(y), self._support)
 
     def inverse(self, theta: Array) -> Array:
-        """The support to R^d."""
+        """Map the support to R^d."""
         return self._transform._inverse(theta)
 
     def log_det(self, y: Array, theta: Array) -> Array:
-        """The transform's log absolute Jacobian determinant."""
+        """Compute the transform's log absolute Jacobian determinant."""
         return self._transform.log_abs_det_jacobian(y, theta)
 
 
-def site_map(site: dist.Distribution, *, dependent: bool) -> SiteMap:
-    """The bijection for one site; `dependent` sites use their support alone."""
-    shape = (*site.batch_shape, *site.event_shape)
-    base = elementwise(site)
-    if base is None or dependent:
-        return SupportMap(site.support, shape)
-    peeled, transforms = _peel_transforms(base)
-    if isinstance(peeled, dist.Normal):
-        return NormalMap(peeled, transforms, base.support, shape)
-    if tails_of(base) is None and not _has_cdf(base):
-        return SupportMap(site.support, shape)
-    return IntervalMap(base, shape) if _is_interval(base.support) else CdfMap(base, shape)
+MapKind: TypeAlias = type[NormalMap] | type[CdfMap] | type[IntervalMap] | type[SupportMap]
+"""Class of the map of a site: it is chosen once, from values, and is static from then on."""
+
+
+def map_kind(site: Site, *, is_dependent: bool) -> MapKind:
+    """Choose the class of map for a site.
+
+    Args:
+        site: The site, its parameters known numbers.
+        is_dependent: Its distribution depends on other sites, so that only its support is known.
+    """
+    base = elementwise(site.distribution)
+    if base is None or is_dependent:
+        return SupportMap
+    if isinstance(_split_transforms(base)[0], dist.Normal):
+        return NormalMap
+    if tails_of(base) is None and not _has_cdf(site):
+        return SupportMap
+    return IntervalMap if _is_interval(base.support) else CdfMap
+
+
+def standard_shape(kind: MapKind, site: Site) -> tuple[int, ...]:
+    """Return the shape of a site's standard coordinates."""
+    if kind is SupportMap:
+        return tuple(biject_to(site.support).inverse_shape(site.shape))
+    return site.shape
 
 
 def keep_inside(theta: Array, support: Any) -> Array:
@@ -223,14 +231,15 @@ def _beyond(bound: Any, towards: float, like: Array) -> Array:
     return jnp.reshape(step, (1,) * (like.ndim - step.ndim) + step.shape)
 
 
-def elementwise(site: dist.Distribution) -> dist.Distribution | None:
-    """The distribution of single entries under `Independent` and `expand`, if there is one."""
-    while isinstance(site, dist.Independent | dist.ExpandedDistribution):
-        site = site.base_dist
-    return None if site.event_shape else site
+def elementwise(distribution: dist.Distribution) -> dist.Distribution | None:
+    """Return the distribution of single entries below `Independent` and `expand`, if any."""
+    while isinstance(distribution, dist.Independent | dist.ExpandedDistribution):
+        distribution = distribution.base_dist
+    return None if distribution.event_shape else distribution
 
 
-def _peel_transforms(base: dist.Distribution) -> tuple[dist.Distribution, tuple]:
+def _split_transforms(base: dist.Distribution) -> tuple[dist.Distribution, tuple[Any, ...]]:
+    """Return the distribution below elementwise bijections, and these."""
     if isinstance(base, dist.TransformedDistribution):
         if all(_is_elementwise_bijection(t) for t in base.transforms):
             return base.base_dist, tuple(base.transforms)
@@ -241,19 +250,23 @@ def _is_elementwise_bijection(transform: Any) -> bool:
     return transform.domain.event_dim == 0 and not isinstance(transform, AbsTransform)
 
 
-def _has_cdf(base: dist.Distribution) -> bool:
-    """Whether CDF and quantiles are there and undo each other, in the tails too."""
-
-    def agrees() -> Array:
-        p = jnp.reshape(jnp.asarray(_PROBABILITIES), (-1,) + (1,) * len(base.batch_shape))
-        p = jnp.broadcast_to(p, (len(_PROBABILITIES), *base.batch_shape))
-        error = jnp.abs(base.cdf(base.icdf(p)) - p)
-        return jnp.all(error < 0.02 * jnp.minimum(p, 1.0 - p))
-
+def _has_cdf(site: Site) -> bool:
+    """Return whether CDF and quantiles exist and invert each other, in the tails too."""
     try:
-        return bool(jax.jit(agrees)())
+        with jax.ensure_compile_time_eval():
+            return bool(_cdf_inverts(site))
     except (NotImplementedError, AttributeError, TypeError):
         return False
+
+
+@jax.jit
+def _cdf_inverts(site: Site) -> Array:
+    base = elementwise(site.distribution)
+    assert base is not None
+    p = jnp.reshape(jnp.asarray(_PROBABILITIES), (-1,) + (1,) * len(base.batch_shape))
+    p = jnp.broadcast_to(p, (len(_PROBABILITIES), *base.batch_shape))
+    error = jnp.abs(base.cdf(base.icdf(p)) - p)
+    return jnp.all(error < 0.02 * jnp.minimum(p, 1.0 - p))
 
 
 def _is_interval(support: Any) -> bool:

@@ -1,27 +1,29 @@
-"""The prior: named parameters, a flat vector, and a bijection to standard coordinates.
+"""Priors of numpyro distributions and models.
 
-Public names: `Prior`, `as_prior`, `labels`. A prior is given as a numpyro distribution, a dict of
-them, or a numpyro model function with latent sites only; `as_prior` turns any of these into a
-`Prior` once.
+Public names: `SitePrior`, `as_prior`, and from `base`: `Prior`, `labels`. A prior is given as a
+numpyro distribution, a dict of them, or a numpyro model function with latent sites only; `as_prior`
+turns any of these into a `Prior` once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
+from types import MethodType
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax import Array
-from jax.typing import ArrayLike
 
-from sbi_flows.core.checks import as_random_key, as_real_array, require_count, require_memory
-from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key
+from sbi_flows.prior.base import Layout as Layout
+from sbi_flows.prior.base import Prior as Prior
+from sbi_flows.prior.base import labels as labels
 from sbi_flows.prior.checks import (
     base_of,
     require_model,
@@ -29,250 +31,255 @@ from sbi_flows.prior.checks import (
     require_parameters,
     require_site,
 )
-from sbi_flows.prior.maps import SiteMap, keep_inside, site_map
+from sbi_flows.prior.maps import (
+    IntervalMap,
+    MapKind,
+    SiteMap,
+    keep_inside,
+    map_kind,
+    standard_shape,
+)
+from sbi_flows.prior.sites import Site
 
 PriorLike = Any
 """A numpyro `Distribution`, a dict `{name: Distribution}`, a numpyro model or a `Prior`."""
 
 
-class Prior:
-    """A prior over D named parameters, held as one flat vector.
+class Model:
+    """A numpyro model function as static data, equal to another only if both draw alike.
 
-    Attributes:
-        names: Name of each site, in the order in which they fill the flat vector.
-        event_shapes: Shape of each site's value.
-        labels: One label for each of the D entries: `alpha`, `beta[0]`, `beta[1]`.
-        dim: D, the length of the flat vector.
-        standard_dim: d, the length of the vector of standard coordinates (D, except where a
-            support has fewer degrees of freedom, as a simplex has).
-        bounded: Which of the d standard coordinates fill the interval (-sqrt 3, sqrt 3) rather
-            than R.
-        is_named: Whether the simulator receives a dict rather than one array.
-        mass: Share of the prior that was given which this one holds: all, unless it was cut.
+    Functions are compared by identity, and what they traced to by value: a function may read
+    variables that change between two calls of `as_prior`.
 
-    Example:
-        >>> import jax, numpyro.distributions as dist
-        >>> prior = as_prior({"rate": dist.LogNormal(0, 1), "p": dist.Uniform(0, 1).expand([2])})
-        >>> prior.labels
-        ('rate', 'p[0]', 'p[1]')
-        >>> prior.sample(jax.random.key(0), 5).shape
-        (5, 3)
+    Args:
+        function: The model, without arguments.
+        fingerprint: Names of its sites, and the parameters of their distributions for fixed seeds.
     """
 
-    mass: float = 1.0
+    def __init__(self, function: Callable[[], Any], fingerprint: tuple[Any, ...]) -> None:
+        self.function, self.fingerprint = function, fingerprint
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether function and fingerprint are the same."""
+        return self is other or (
+            isinstance(other, Model)
+            and _is_same_function(self.function, other.function)
+            and self.fingerprint == other.fingerprint
+        )
+
+    def __hash__(self) -> int:
+        """Return the hash of the fingerprint."""
+        return hash(self.fingerprint)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """Structure of a prior of sites.
+
+    Attributes:
+        layout: Names and shapes.
+        kinds: Class of each site's map.
+        model: The model that draws the sites, if there is one.
+        dependent: Names of sites whose distributions depend on other sites.
+    """
+
+    layout: Layout
+    kinds: tuple[MapKind, ...]
+    model: Model | None
+    dependent: frozenset[str]
+
+
+@final
+@jax.tree_util.register_pytree_node_class
+class SitePrior(Prior):
+    """A prior of one numpyro distribution a site, or of a numpyro model; see `as_prior`.
+
+    Args:
+        sites: Distribution of each site, by name.
+        is_named: Whether the simulator receives a dict rather than one array.
+        model: The numpyro model that draws the sites, if they come from one.
+        dependent: Names of sites whose distributions depend on other sites.
+
+    Raises:
+        ValueError: A site has no density, or a parameter out of range.
+    """
 
     def __init__(
         self,
         sites: Mapping[str, dist.Distribution],
         *,
         is_named: bool,
-        model: Callable[[], Any] | None = None,
+        model: Model | None = None,
         dependent: frozenset[str] = frozenset(),
     ) -> None:
-        """Validate the sites and build one bijection a site; use `as_prior` instead."""
-        for name, site in sites.items():
-            require_site(name, site)
-        self.names = tuple(sites)
-        self.event_shapes = {n: (*d.batch_shape, *d.event_shape) for n, d in sites.items()}
-        self.is_named = is_named
-        self._sites = dict(sites)
-        self._model, self._dependent = model, dependent
-        self._maps: dict[str, SiteMap] = {
-            n: site_map(d, dependent=n in dependent) for n, d in sites.items()
-        }
-        self._sizes = [math.prod(self.event_shapes[n]) for n in self.names]
-        self._standard = [m.standard_shape for m in self._maps.values()]
-        self.dim = sum(self._sizes)
-        self.standard_dim = sum(math.prod(s) for s in self._standard)
-        self.labels = tuple(label for n in self.names for label in labels(n, self.event_shapes[n]))
-        self.bounded = tuple(
-            m.bounded for m in self._maps.values() for _ in range(math.prod(m.standard_shape))
-        )
-        require_names(self.names, self.labels)
+        for name, distribution in sites.items():
+            require_site(name, distribution)
+        wrapped = {name: Site(distribution) for name, distribution in sites.items()}
+        kinds = [map_kind(site, is_dependent=name in dependent) for name, site in wrapped.items()]
+        standard = [
+            standard_shape(kind, site) for kind, site in zip(kinds, wrapped.values(), strict=True)
+        ]
+        bounded = [
+            kind is IntervalMap
+            for kind, shape in zip(kinds, standard, strict=True)
+            for _ in range(math.prod(shape))
+        ]
+        shapes = tuple(site.shape for site in wrapped.values())
+        layout = Layout(tuple(sites), shapes, tuple(standard), tuple(bounded), is_named)
+        require_names(layout.names, layout.labels)
+        self._static = _Static(layout, tuple(kinds), model, dependent)
+        self._sites = tuple(wrapped.values())
 
     def __repr__(self) -> str:
         """Name the sites, their distributions and shapes."""
         sites = ", ".join(
-            f"{n}: {base_of(d).__class__.__name__}{list(self.event_shapes[n])}"
-            for n, d in self._sites.items()
+            f"{name}: {base_of(d).__class__.__name__}{list(self.event_shapes[name])}"
+            for name, d in self.distributions.items()
         )
         return f"Prior({sites})"
 
+    def tree_flatten(self) -> tuple[tuple[Site, ...], _Static]:
+        """Return the sites, and what is static."""
+        return self._sites, self._static
+
+    @classmethod
+    def tree_unflatten(cls, static: _Static, sites: Any) -> SitePrior:
+        """Return a prior with these sites, without validating them."""
+        prior = object.__new__(cls)
+        prior._static, prior._sites = static, tuple(sites)
+        return prior
+
+    @property
+    def layout(self) -> Layout:
+        """Names and shapes."""
+        return self._static.layout
+
+    @property
+    def mass(self) -> float:
+        """Probability of the support: 1."""
+        return 1.0
+
+    @property
+    def distributions(self) -> dict[str, dist.Distribution]:
+        """Distribution of each site, by name."""
+        return {n: s.distribution for n, s in zip(self.names, self._sites, strict=True)}
+
+    @property
+    def dependent(self) -> frozenset[str]:
+        """Names of sites whose distributions depend on other sites."""
+        return self._static.dependent
+
+    @property
+    def map_kinds(self) -> tuple[MapKind, ...]:
+        """Class of map of each of the d standard coordinates."""
+        pairs = zip(self._static.kinds, self.layout.standard_shapes, strict=True)
+        return tuple(kind for kind, shape in pairs for _ in range(math.prod(shape)))
+
     def matches(self, other: Prior) -> bool:
-        """Whether the other has the same parameters with the same distributions."""
-        pairs = [(site, other._sites.get(name)) for name, site in self._sites.items()]
-        return (
-            type(self) is type(other)
-            and self.event_shapes == other.event_shapes
-            and self.is_named == other.is_named
-            and self._model is other._model
-            and all(type(base_of(a)) is type(base_of(b)) and _same(a, b) for a, b in pairs)
+        """Return whether the other has the same parameters with the same distributions."""
+        if not isinstance(other, SitePrior):
+            return False
+        left, right = self._static, other._static
+        pairs = zip(self.distributions.values(), other.distributions.values(), strict=False)
+        return (left.layout, left.model) == (right.layout, right.model) and all(
+            type(base_of(a)) is type(base_of(b)) and _same(a, b) for a, b in pairs
         )
 
-    def sample(self, key: Key, n: int) -> Array:
-        """Draw n parameter vectors, none outside the support.
+    def unchecked_sample(self, key: Key, n: int) -> Array:
+        """Draw n parameter vectors (n, D)."""
+        if self._static.model is not None:
+            draw = self._static.model.function
+            values = jax.vmap(lambda k: _sample_model(draw, self.names, k))(
+                jax.random.split(key, n)
+            )
+        else:
+            keys = jax.random.split(key, len(self.names))
+            pairs = zip(self.distributions.items(), keys, strict=True)
+            values = {name: site.sample(k, (n,)) for (name, site), k in pairs}
+        supports = zip(self.names, self._sites, strict=True)
+        return self.unchecked_flatten(
+            {name: keep_inside(jnp.asarray(values[name]), s.support) for name, s in supports}
+        )
 
-        Returns:
-            Array of shape (n, D).
-
-        Raises:
-            ValueError: `key` is no random key, or n no number of draws that there is room for.
-        """
-        key = as_random_key("key", key)
-        require_count(0, n=n)
-        require_memory("n", (n, self.dim), jnp.result_type(float))
-        return _sample(self, key, n)
-
-    def log_prob(self, theta: ArrayLike) -> Array:
-        """Log density at theta of shape (*, D); -inf outside the support; shape (*)."""
-        theta = self._checked(theta)
-        if not theta.size:  # numpyro reshapes with -1, which no rows cannot
-            return jnp.zeros(theta.shape[:-1])
-        inside = self.contains(theta)
-        safe = jnp.where(inside[..., None], theta, self.center(theta.shape[:-1]))
-        return jnp.where(inside, self._log_prob_inside(safe), -jnp.inf)
-
-    def site_log_probs(self, theta: ArrayLike) -> dict[str, Array]:
-        """Log density (*) of each site's own value at theta (*, D), by name.
-
-        They are those of the prior before it was cut, if it was; there are none where the
-        distribution of one site depends on the value of another.
-        """
-        theta = self._checked(theta)
-        if self._dependent:
-            return {}
-        batch, parts = theta.shape[:-1], {}
-        inside = self.unflatten(self.center(batch))
-        for name, value in self.unflatten(theta).items():
-            ok = jnp.reshape(self._sites[name].support(value), (*batch, -1)).all(axis=-1)
-            wide = jnp.reshape(ok, (*batch, *(1,) * len(self.event_shapes[name])))
-            safe = jnp.where(wide, value, inside[name])
-            parts[name] = jnp.where(ok, self._site_log_prob(name, safe, batch), -jnp.inf)
-        return parts
-
-    def contains(self, theta: ArrayLike) -> Array:
-        """Whether theta of shape (*, D) is finite and in the support; bool of shape (*)."""
-        theta = self._checked(theta)
+    def unchecked_contains(self, theta: Array) -> Array:
+        """Return whether theta (*, D) is in the support."""
         inside = jnp.all(jnp.isfinite(theta), axis=-1)
-        for name, value in self.unflatten(theta).items():
-            ok = self._sites[name].support(value)
+        values = self.unchecked_unflatten(theta)
+        for site, value in zip(self._sites, values.values(), strict=True):
+            ok = jnp.asarray(site.support(value))
             inside &= jnp.all(ok, axis=tuple(range(inside.ndim, ok.ndim)))
         return inside
 
-    def flatten(self, values: Mapping[str, Any]) -> Array:
-        """Join named values `{name: (*, *event)}` into flat vectors (*, D)."""
-        if not isinstance(values, Mapping) or set(self.names) ^ set(values):
-            got = sorted(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
-            raise ValueError(f"values: expected parameters {sorted(self.names)}, got {got}")
-        parts = []
-        for name in self.names:
-            shape = self.event_shapes[name]
-            value = jnp.asarray(as_real_array(name, values[name]))
-            batch = value.shape[: value.ndim - len(shape)]
-            if value.shape != (*batch, *shape):
-                raise ValueError(f"{name}: expected shape (*, *{shape}), got {value.shape}")
-            parts.append(jnp.reshape(value, (*batch, math.prod(shape))))
-        return jnp.concatenate(parts, axis=-1)
-
-    def unflatten(self, theta: ArrayLike) -> dict[str, Array]:
-        """Split flat vectors (*, D) into named values `{name: (*, *event)}`."""
-        theta = self._checked(theta)
-        return self._split(theta, self._sizes, list(self.event_shapes.values()))
-
-    def structured(self, theta: ArrayLike) -> Array | dict[str, Array]:
-        """What the simulator receives: the named dict, or the array of a single distribution."""
-        values = self.unflatten(theta)
-        return values if self.is_named else values[self.names[0]]
-
-    def from_standard(self, y: ArrayLike) -> Array:
-        """Map standard coordinates (*, standard_dim) to parameters (*, D), never outside."""
-        y = jnp.asarray(as_real_array("y", y))
-        y = y if jnp.issubdtype(y.dtype, jnp.floating) else y.astype(float)
-        if y.ndim == 0 or y.shape[-1] != self.standard_dim:
-            raise ValueError(f"y: expected shape (*, {self.standard_dim}), got {y.shape}")
-        parts = self._split(y, [math.prod(s) for s in self._standard], self._standard)
-        return self.flatten({n: self._maps[n].forward(v) for n, v in parts.items()})
-
-    def to_standard(self, theta: ArrayLike) -> Array:
-        """Map parameters (*, D) inside the support to standard coordinates (*, standard_dim).
-
-        There the prior has mean 0 and variance 1 wherever it has a CDF: standard normal on an
-        unbounded support, uniform on (-sqrt 3, sqrt 3) on an interval.
-        """
-        values = self.unflatten(theta)
-        batch = jnp.shape(theta)[:-1]
-        parts = [self._maps[n].inverse(v) for n, v in values.items()]
-        sizes = map(math.prod, self._standard)
-        rows = [jnp.reshape(p, (*batch, n)) for p, n in zip(parts, sizes, strict=True)]
-        return jnp.concatenate(rows, axis=-1)
-
-    def standard_log_det(self, y: ArrayLike, theta: ArrayLike) -> Array:
-        """Log absolute determinant of the Jacobian of `from_standard`.
-
-        Args:
-            y: Standard coordinates, shape (*, d).
-            theta: The parameters that belong to them, shape (*, D).
-
-        Returns:
-            Shape (*).
-        """
-        parts = self._split(y, [math.prod(s) for s in self._standard], self._standard)
-        values = self.unflatten(theta)
-        dets = [self._maps[n].log_det(v, values[n]) for n, v in parts.items()]
-        batch = jnp.shape(y)[:-1]
-        return sum((jnp.sum(d.reshape((*batch, -1)), axis=-1) for d in dets), jnp.zeros(batch))
-
-    def _checked(self, theta: ArrayLike) -> Array:
-        theta = jnp.asarray(as_real_array("theta", theta))
-        if theta.ndim == 0 or theta.shape[-1] != self.dim:
-            raise ValueError(
-                f"theta: expected shape (*, {self.dim}) for {self.labels}, got {theta.shape}"
-            )
-        return theta
-
-    def center(self, batch: tuple[int, ...] = ()) -> Array:
-        """A point inside the support, repeated to (*batch, D)."""
-        return self.from_standard(jnp.zeros((*batch, self.standard_dim)))
-
-    def _split(self, flat: ArrayLike, sizes: list[int], shapes: list) -> dict[str, Array]:
-        flat = jnp.asarray(flat)
-        batch, parts, start = flat.shape[:-1], {}, 0
-        for name, size, shape in zip(self.names, sizes, shapes, strict=True):
-            parts[name] = jnp.reshape(flat[..., start : start + size], (*batch, *shape))
-            start += size
-        return parts
-
-    def _log_prob_inside(self, theta: Array) -> Array:
-        if self._model is not None:
+    def unchecked_log_prob_inside(self, theta: Array) -> Array:
+        """Compute the log density at theta (*, D) inside the support."""
+        if self._static.model is not None:
             flat = jnp.reshape(theta, (-1, self.dim))
             return jnp.reshape(jax.vmap(self._log_density_model)(flat), theta.shape[:-1])
         total = jnp.zeros(theta.shape[:-1], theta.dtype)
-        for name, value in self.unflatten(theta).items():
-            total += self._site_log_prob(name, value, total.shape)
+        values = self.unchecked_unflatten(theta)
+        for site, value in zip(self._sites, values.values(), strict=True):
+            total += _site_log_prob(site, value, total.shape)
         return total
 
-    def _site_log_prob(self, name: str, value: Array, batch: tuple[int, ...]) -> Array:
-        log_prob = self._sites[name].log_prob(value)
-        return jnp.sum(jnp.reshape(log_prob, (*batch, -1)), axis=-1)
+    def unchecked_site_log_probs(self, theta: Array) -> dict[str, Array]:
+        """Compute the log density of each site at theta (*, D)."""
+        if self.dependent:
+            return {}
+        batch, parts = theta.shape[:-1], {}
+        centers = self.unchecked_unflatten(self.center(batch))
+        values = self.unchecked_unflatten(theta)
+        for site, (name, value) in zip(self._sites, values.items(), strict=True):
+            ok = jnp.reshape(site.support(value), (*batch, -1)).all(axis=-1)
+            wide = jnp.reshape(ok, (*batch, *(1,) * len(site.shape)))
+            safe = jnp.where(wide, value, centers[name])
+            parts[name] = jnp.where(ok, _site_log_prob(site, safe, batch), -jnp.inf)
+        return parts
 
-    def _sample_rows(self, key: Key, n: int) -> Array:
-        if self._model is not None:
-            values = jax.vmap(self._sample_model)(jax.random.split(key, n))
-        else:
-            keys = jax.random.split(key, len(self.names))
-            sites = zip(self._sites.items(), keys, strict=True)
-            values = {name: site.sample(k, (n,)) for (name, site), k in sites}
-        supports = {name: site.support for name, site in self._sites.items()}
-        return self.flatten({name: keep_inside(v, supports[name]) for name, v in values.items()})
+    def unchecked_from_standard(self, y: Array) -> Array:
+        """Map standard coordinates (*, d) to parameters (*, D)."""
+        parts = self.layout.split_standard(y)
+        return self.unchecked_flatten(
+            {name: site_map.forward(parts[name]) for name, site_map in self._maps()}
+        )
 
-    def _sample_model(self, key: Key) -> dict[str, Array]:
-        trace = numpyro.handlers.trace(numpyro.handlers.seed(self._model, key)).get_trace()
-        return {n: trace[n]["value"] for n in self.names}
+    def unchecked_to_standard(self, theta: Array) -> Array:
+        """Map parameters (*, D) to standard coordinates (*, d)."""
+        values, batch = self.unchecked_unflatten(theta), theta.shape[:-1]
+        sizes = map(math.prod, self.layout.standard_shapes)
+        parts = [site_map.inverse(values[name]) for name, site_map in self._maps()]
+        rows = [jnp.reshape(part, (*batch, n)) for part, n in zip(parts, sizes, strict=True)]
+        return jnp.concatenate(rows, axis=-1)
+
+    def unchecked_log_det(self, y: Array, theta: Array) -> Array:
+        """Compute the log determinant of `from_standard` at y (*, d)."""
+        parts, values = self.layout.split_standard(y), self.unchecked_unflatten(theta)
+        dets = [site_map.log_det(parts[name], values[name]) for name, site_map in self._maps()]
+        batch = y.shape[:-1]
+        return sum((jnp.sum(d.reshape((*batch, -1)), axis=-1) for d in dets), jnp.zeros(batch))
+
+    def _maps(self) -> list[tuple[str, SiteMap]]:
+        """Return the map of each site, by name; made anew, as its arrays may be traced."""
+        triples = zip(self.names, self._static.kinds, self._sites, strict=True)
+        return [(name, kind(site)) for name, kind, site in triples]
 
     def _log_density_model(self, theta: Array) -> Array:
-        values = self.unflatten(theta)
-        log_density, _ = numpyro.infer.util.log_density(self._model, (), {}, values)
+        assert self._static.model is not None
+        values = self.unchecked_unflatten(theta)
+        model = self._static.model.function
+        log_density, _ = numpyro.infer.util.log_density(model, (), {}, values)
         return log_density
+
+
+def _site_log_prob(site: Site, value: Array, batch: tuple[int, ...]) -> Array:
+    """Sum the log densities of a site's entries; shape batch."""
+    log_prob = site.distribution.log_prob(value)
+    return jnp.sum(jnp.reshape(log_prob, (*batch, -1)), axis=-1)
+
+
+def _sample_model(model: Callable[[], Any], names: tuple[str, ...], key: Key) -> dict[str, Any]:
+    """Draw the values of these sites of a model."""
+    trace = numpyro.handlers.trace(numpyro.handlers.seed(model, key)).get_trace()
+    return {name: trace[name]["value"] for name in names}
 
 
 def as_prior(prior: PriorLike) -> Prior:
@@ -297,7 +304,7 @@ def as_prior(prior: PriorLike) -> Prior:
     if isinstance(prior, Prior):
         return prior
     if isinstance(prior, dist.Distribution):
-        return Prior({"theta": prior}, is_named=False)
+        return SitePrior({"theta": prior}, is_named=False)
     if isinstance(prior, Mapping):
         if not prior:
             raise ValueError("prior: expected at least one parameter, got an empty dict")
@@ -307,20 +314,13 @@ def as_prior(prior: PriorLike) -> Prior:
                     f"prior[{name!r}]: expected a str name and a numpyro Distribution, "
                     f"got {type(site).__name__}"
                 )
-        return Prior(prior, is_named=True)
+        return SitePrior(prior, is_named=True)
     if callable(prior):
         return _from_model(prior)
     raise ValueError(
         "prior: expected a numpyro Distribution, a dict of them or a numpyro model, "
         f"got {type(prior).__name__}"
     )
-
-
-@partial(jax.jit, static_argnums=(0, 2))
-@full_precision
-def _sample(prior: Prior, key: Key, n: int) -> Array:
-    # one program: op by op, a truncated distribution compiles for seconds
-    return prior._sample_rows(key, n)
 
 
 def _from_model(model: Callable[[], Any]) -> Prior:
@@ -335,9 +335,10 @@ def _from_model(model: Callable[[], Any]) -> Prior:
     for name in dependent:
         if not _same(first[name].support, second[name].support):
             raise ValueError(f"prior site {name!r}: its support depends on another parameter")
-    prior = Prior(first, is_named=True, model=model, dependent=dependent)
+    static = Model(model, _fingerprint(first) + _fingerprint(second))
+    prior = SitePrior(first, is_named=True, model=static, dependent=dependent)
     try:
-        jax.eval_shape(prior._sample_model, jax.random.key(0))
+        jax.eval_shape(lambda key: _sample_model(model, prior.names, key), jax.random.key(0))
     except Exception as error:
         raise ValueError(
             f"prior model: expected one that JAX can trace, got {type(error).__name__}: "
@@ -371,10 +372,21 @@ def _same(a: Any, b: Any) -> bool:
     )
 
 
-def labels(name: str, shape: tuple[int, ...]) -> list[str]:
-    """Labels of the entries of a parameter: `alpha`, or `beta[0]`, `beta[1]`."""
-    if not shape:
-        return [name]
-    import numpy as np
+def _fingerprint(sites: Mapping[str, dist.Distribution]) -> tuple[Any, ...]:
+    """Return names and classes of sites, and their parameters as bytes."""
+    return tuple(
+        (name, type(base_of(site)), *(_bytes_of(leaf) for leaf in jax.tree.leaves(site)))
+        for name, site in sites.items()
+    )
 
-    return [f"{name}[{','.join(map(str, i))}]" for i in np.ndindex(*shape)]
+
+def _bytes_of(leaf: Any) -> tuple[Any, ...]:
+    array = np.asarray(leaf)
+    return array.dtype.str, array.shape, array.tobytes()
+
+
+def _is_same_function(a: Callable[[], Any], b: Callable[[], Any]) -> bool:
+    if isinstance(a, MethodType) and isinstance(b, MethodType):
+        # each access to a method makes a new object
+        return a.__self__ is b.__self__ and a.__func__ is b.__func__
+    return a is b

@@ -213,7 +213,7 @@ def test_priors_come_back_with_all_their_bits(name):
     record = json.loads(json.dumps(priors.encode(prior, tensors)))
     again = priors.decode(record, tensors, None)
     assert (record["missing"], again.labels) == (None, prior.labels)
-    found, there = (jax.tree.leaves(list(p._sites.values())) for p in (again, prior))
+    found, there = (jax.tree.leaves(list(p.distributions.values())) for p in (again, prior))
     if name != "correlated normal":  # which keeps the covariance that it was made with
         assert list(map(type, found)) == list(map(type, there))
         assert bits(found) == bits(there)

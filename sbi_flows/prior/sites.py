@@ -1,0 +1,170 @@
+"""One distribution of a prior as a pytree: its parameters are leaves, all else is static.
+
+numpyro's distributions are pytrees already. `Site` adds what they lack for a prior:
+
+- Leaves come in one order. numpyro orders them by a set of names, so that the order differs from
+  process to process, and with it every program in a compilation cache on disk.
+- The support is found once, from values: numpyro takes a traced scale for a positive one, which
+  turns the support of an affine transform with a negative scale round.
+- A distribution of a class that numpyro does not define may hold attributes that its leaves do
+  not show. It is static, and compared by identity.
+
+Public names: `Site`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax import Array
+from numpyro.distributions.constraints import Constraint
+from numpyro.distributions.transforms import Transform
+
+_KNOWN_PACKAGES = {"numpyro", "sbi_flows"}
+"""Packages whose distributions, transforms and constraints show all parameters as leaves."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Structure:
+    """Static part of a site.
+
+    Attributes:
+        tree: Tree of (distribution, support) with the parameters as leaves.
+        order: Position in numpyro's order of each leaf in ours.
+    """
+
+    tree: Any
+    order: tuple[int, ...]
+
+    def unflatten(self, leaves: tuple[Any, ...]) -> tuple[dist.Distribution, Any]:
+        """Return the pair (distribution, support) with these leaves."""
+        placed = [None] * len(leaves)
+        for position, leaf in zip(self.order, leaves, strict=True):
+            placed[position] = leaf
+        return jax.tree.unflatten(self.tree, placed)
+
+
+class _Opaque:
+    """Static part of a site without leaves; equal to itself only."""
+
+    def __init__(self, distribution: dist.Distribution) -> None:
+        self.distribution = distribution
+
+
+@jax.tree_util.register_pytree_node_class
+class Site:
+    """A distribution and its support, as a pytree of the distribution's parameters.
+
+    Args:
+        distribution: A numpyro distribution.
+
+    Attributes:
+        shape: Shape of a value: batch and event axes of the distribution.
+    """
+
+    def __init__(self, distribution: dist.Distribution) -> None:
+        self.shape = (*distribution.batch_shape, *distribution.event_shape)
+        pair = (distribution, distribution.support)
+        self._static: _Structure | _Opaque = _Opaque(distribution)
+        self._leaves: tuple[Any, ...] = ()
+        if _is_transparent(distribution):
+            leaves, tree = jax.tree.flatten(pair)
+            order = _order(tree)
+            self._static = _Structure(tree, order)
+            self._leaves = tuple(_as_real(leaves[i]) for i in order)
+        self._pair: tuple[dist.Distribution, Any] | None = pair
+
+    @property
+    def distribution(self) -> dist.Distribution:
+        """The distribution with the present leaves as its parameters."""
+        return self._parts()[0]
+
+    @property
+    def support(self) -> Any:
+        """Support of the distribution, a constraint of numpyro."""
+        return self._parts()[1]
+
+    def _parts(self) -> tuple[dist.Distribution, Any]:
+        pair = self._pair
+        if pair is None:
+            # no array is made here, so that keeping the pair leaks no tracer
+            assert isinstance(self._static, _Structure)
+            pair = self._pair = self._static.unflatten(self._leaves)
+        return pair
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, tuple[int, ...]]]:
+        """Return the parameters as leaves, and the structure."""
+        return self._leaves, (self._static, self.shape)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[Any, tuple[int, ...]], leaves: Any) -> Site:
+        """Return a site with other parameters, without validating them."""
+        site = object.__new__(cls)
+        site._static, site.shape = static
+        site._leaves, site._pair = tuple(leaves), None
+        if isinstance(site._static, _Opaque):
+            distribution = site._static.distribution
+            site._pair = (distribution, distribution.support)
+        return site
+
+
+def _as_real(leaf: Any) -> Any:
+    """Return integers as floats: `Normal(0, 1)` and `Normal(0.0, 1.0)` share their programs."""
+    if isinstance(leaf, bool | float):
+        return leaf
+    if isinstance(leaf, int):
+        return float(leaf)
+    if isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jnp.integer):
+        return leaf.astype(jnp.result_type(float))
+    if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "iu":
+        return np.asarray(leaf, np.float64)
+    return leaf
+
+
+def _is_transparent(distribution: dist.Distribution) -> bool:
+    """Return whether the leaves of a distribution determine it."""
+    return all(
+        type(part).__module__.partition(".")[0] in _KNOWN_PACKAGES
+        and not any(_is_function(value) for value in vars(part).values())
+        for part in _parts_of((distribution, distribution.support))
+    )
+
+
+def _is_function(value: Any) -> bool:
+    # what a function closes over may change while the function stays the same
+    return callable(value) and not isinstance(value, dist.Distribution | Transform | Constraint)
+
+
+def _parts_of(value: Any) -> list[Any]:
+    """Return the distributions, transforms and constraints that a value consists of."""
+    kinds = (dist.Distribution, Transform, Constraint)
+    if isinstance(value, kinds):
+        return [value, *(part for inner in vars(value).values() for part in _parts_of(inner))]
+    if isinstance(value, list | tuple):
+        return [part for inner in value for part in _parts_of(inner)]
+    return []
+
+
+def _order(tree: Any) -> tuple[int, ...]:
+    """Return the leaves' positions, the fields of each distribution taken by name."""
+    count = tree.num_leaves
+    found: list[int] = []
+    _collect(jax.tree.unflatten(tree, range(count)), found)
+    return tuple(found) if sorted(found) == list(range(count)) else tuple(range(count))
+
+
+def _collect(node: Any, found: list[int]) -> None:
+    if isinstance(node, dist.Distribution):
+        for name in sorted(type(node).gather_pytree_data_fields()):
+            _collect(node.__dict__.get(name), found)
+        return
+    for leaf in jax.tree.leaves(node, is_leaf=lambda n: isinstance(n, dist.Distribution)):
+        if isinstance(leaf, dist.Distribution):
+            _collect(leaf, found)
+        elif type(leaf) is int:
+            found.append(leaf)
