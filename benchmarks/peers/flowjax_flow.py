@@ -9,7 +9,7 @@ import importlib.metadata
 import importlib.util
 import time
 from collections.abc import Callable
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -262,7 +262,7 @@ def _log_prob(prior: sf.Prior, flow: Any, theta: Array, features: Array) -> Arra
     return flow.log_prob(y, condition=features[:, None]) - log_det
 
 
-@partial(jax.jit, static_argnums=0)
+@jax.jit
 def _prepared(prior: sf.Prior, theta: Array, x: Obs) -> tuple[Array, Array, Any]:
     standardiser = fit_standardiser(x)
     return _to_normal(prior, theta)[0], standardiser(x), standardiser

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+from jax import Array
 
 from sbi_flows.artefact import distributions
 from sbi_flows.artefact.distributions import Tensors
@@ -170,7 +171,12 @@ def _points(prior: Prior) -> Any:
     """Parameters (POINTS, D) at fixed standard coordinates."""
     count = POINTS * prior.standard_dim
     places = 1.5 * np.cos(np.arange(1.0, count + 1.0)).reshape(POINTS, -1)
-    return jax.jit(prior.from_standard)(jnp.asarray(places))
+    return _from_standard(prior, jnp.asarray(places))
+
+
+@jax.jit
+def _from_standard(prior: Prior, y: Array) -> Array:
+    return prior.unchecked_from_standard(y)
 
 
 def _compare(prior: Prior, tensors: Mapping[str, np.ndarray], expected: str) -> None:

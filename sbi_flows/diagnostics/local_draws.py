@@ -5,7 +5,6 @@ Names for this package: `LocalDraws`, `local_pairs`.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -142,7 +141,7 @@ def _draw_moments(
     return drawn
 
 
-@partial(jax.jit, static_argnums=0)
+@jax.jit
 def _reduce(prior: Prior, samples: Array) -> _Moments:
     """Reduce draws (B, 1 + m, D) of B posteriors to the first draw and moments of the others."""
     y, others = _to_standard(prior, samples), samples[:, 1:]
@@ -157,7 +156,7 @@ def _reduce(prior: Prior, samples: Array) -> _Moments:
     )
 
 
-@partial(jax.jit, static_argnums=0)
+@jax.jit
 def _to_standard(prior: Prior, theta: Any) -> Array:
     """Transform parameters (*, D) to standard coordinates (*, d), clipped to `MAX_COORDINATE`."""
     return jnp.clip(prior.to_standard(theta), -MAX_COORDINATE, MAX_COORDINATE)

@@ -230,10 +230,10 @@ def _standard(
     return standardiser(jnp.where(jnp.isfinite(x), x, jnp.nan))
 
 
-@partial(jax.jit, static_argnums=(1, 2))
+@partial(jax.jit, static_argnums=2)
 @full_precision
 def _prior_draws(key: Key, prior: Prior, n: int) -> Array:
-    return prior.to_standard(prior.sample(key, n))
+    return prior.unchecked_to_standard(prior.unchecked_sample(key, n))
 
 
 def _parameters(key: Key, prior: Prior, seen: Seen, n: int) -> Array:

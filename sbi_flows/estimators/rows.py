@@ -36,20 +36,20 @@ class Rows(NamedTuple):
     offset: Array
 
 
-@partial(jax.jit, static_argnums=0)
+@jax.jit
 def contains(prior: Prior, theta: Array) -> Array:
     """Whether each row of theta lies in the prior's support."""
     return prior.contains(theta)
 
 
-@partial(jax.jit, static_argnums=0)
+@jax.jit
 @full_precision
 def standard(prior: Prior, theta: Array) -> Array:
     """Standard coordinates of theta."""
     return prior.to_standard(theta)
 
 
-@partial(jax.jit, static_argnums=0)
+@jax.jit
 @full_precision
 def prepared(prior: Prior, theta: Array, x: Obs) -> tuple[Rows, Standardiser]:
     """Rows to train on, and what standardises x."""
@@ -57,7 +57,7 @@ def prepared(prior: Prior, theta: Array, x: Obs) -> tuple[Rows, Standardiser]:
     return Rows(y, standardiser(x), prior.standard_log_det(y, theta)), standardiser
 
 
-@partial(jax.jit, static_argnums=0)
+@jax.jit
 @full_precision
 def joined(prior: Prior, rows: Rows, more: Emulated) -> Rows:
     """The rows, and after them those of an emulator."""
@@ -89,7 +89,7 @@ def stream_of(
     return Stream(np.arange(len(numbers)), sample, read)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=1)
 @full_precision
 def _read(
     prior: Prior, blueprint: Blueprint, standardiser: Standardiser, theta: Array, x: Obs

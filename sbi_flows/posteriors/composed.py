@@ -94,8 +94,10 @@ def sample_composed(
     draws = []
     for blueprint, weights, share, own in parts:
         each = math.ceil(n * share / mixtures.count(weights))
-        plan = _Plan(posterior.prior, blueprint, each, levels, steps)
-        draws.append(_ensemble(plan, weights, blueprint.select_features(features), own))
+        plan = _Plan(blueprint, each, levels, steps)
+        draws.append(
+            _ensemble(plan, posterior.prior, weights, blueprint.select_features(features), own)
+        )
     found = jnp.concatenate(draws)
     # what is left over by whole shares comes from any of the members alike
     return found[jax.random.permutation(order_key, len(found))[:n]]
@@ -104,7 +106,6 @@ def sample_composed(
 class _Plan(NamedTuple):
     """What is static about the draws of an ensemble."""
 
-    prior: Prior
     blueprint: Blueprint
     each: int
     levels: int
@@ -113,7 +114,7 @@ class _Plan(NamedTuple):
 
 @partial(jax.jit, static_argnums=0)
 @full_precision
-def _ensemble(plan: _Plan, weights: Weights, features: Array, key: Key) -> Array:
+def _ensemble(plan: _Plan, prior: Prior, weights: Weights, features: Array, key: Key) -> Array:
     """Draws (members * each, D), those of one member after those of another."""
     chunk = min(plan.each, max(1, ENTRIES // features.size))
     pieces = math.ceil(plan.each / chunk)
@@ -121,10 +122,10 @@ def _ensemble(plan: _Plan, weights: Weights, features: Array, key: Key) -> Array
     def one(inputs: tuple[Weights, Key]) -> Array:
         own, keys = inputs
         model = nnx.merge(graph_of(plan.blueprint), *own)
-        product = _Product.of(plan.prior, model, features)
+        product = _Product.of(prior, model, features)
         draw = partial(_langevin, product, plan, model.density.path, chunk)
         y = jax.lax.map(draw, keys).reshape(pieces * chunk, -1)
-        return plan.prior.from_standard(y)[: plan.each]
+        return prior.unchecked_from_standard(y)[: plan.each]
 
     members = mixtures.count(weights)
     theta = jax.lax.map(one, (weights, jax.random.split(key, (members, pieces))))

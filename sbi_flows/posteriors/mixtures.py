@@ -52,7 +52,7 @@ def _mixture(parts: Parts, weights: tuple[Weights, ...], y: Array, features: Arr
     return jax.nn.logsumexp(jnp.concatenate(members), axis=0)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 2, 3))
 @full_precision
 def sample(
     parts: Parts,
@@ -128,7 +128,7 @@ def _chosen(key: Key, draws: list[Array], *, sure: np.ndarray, left: np.ndarray,
     return jnp.concatenate(draws)[jnp.argsort(place)[:n]]
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=0)
 @full_precision
 def log_prob(
     parts: Parts, prior: Prior, weights: tuple[Weights, ...], features: Array, theta: Array
@@ -141,7 +141,7 @@ def log_prob(
     return (jnp.where(inside, log_prob - prior.standard_log_det(y, safe), -jnp.inf),)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 2))
 @full_precision
 def ascend(
     parts: Parts,

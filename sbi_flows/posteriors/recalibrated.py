@@ -220,7 +220,7 @@ def recalibrate(
     return RecalibratedPosterior(posterior, correction, len(valid), failed, draws, own)
 
 
-@partial(jax.jit, static_argnums=0)
+@jax.jit
 def _scores(prior: Prior, draws: Array, theta: Array) -> Array:
     """Scores (B, d, 1 + m) of true parameters (B, D), and of m of the draws (B, n + m, D)."""
     compared = jnp.concatenate([theta[:, None], draws[:, :COMPARED]], axis=1)
@@ -228,7 +228,7 @@ def _scores(prior: Prior, draws: Array, theta: Array) -> Array:
     return _by_coordinate(prior, draws[:, COMPARED:]).score(values)[0]
 
 
-@partial(jax.jit, static_argnums=(0, 4))
+@partial(jax.jit, static_argnums=4)
 def _move(
     prior: Prior, correction: Quantiles, draws: Array, theta: Array, back: bool
 ) -> tuple[Array, Array]:

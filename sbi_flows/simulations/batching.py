@@ -83,13 +83,13 @@ def simulate_call(
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), x)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=1)
 @full_precision
 def _on_one(prior: Prior, simulator: Simulator, keys: Key, theta: Array) -> Obs:
     return _share(prior, simulator, keys, theta)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(1, 2))
 @full_precision
 def _on_all(prior: Prior, simulator: Simulator, mesh: Mesh, keys: Key, theta: Array) -> Obs:
     share = partial(_share, prior, simulator)

@@ -31,7 +31,6 @@ Missing outcomes are "ignorable" or not in the sense of Rubin 1976 (Biometrika 6
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -250,10 +249,10 @@ def _inside(name: str, prior: Prior, theta: Any) -> Array:
     return theta
 
 
-@partial(jax.jit, static_argnums=0)
+@jax.jit
 @full_precision
 def _standard(prior: Prior, theta: Array) -> Array:
-    return prior.to_standard(theta)
+    return prior.unchecked_to_standard(theta)
 
 
 def _scaled(y: Array, centre: Array, scale: Array) -> Array:

@@ -190,7 +190,7 @@ class Task:
             )
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=1)
 @full_precision
 def _simulate(prior: Prior, simulator: Simulator, key: Key, theta: Array) -> Obs:
     return simulator(key, prior.structured(theta))

@@ -32,7 +32,7 @@ X = jnp.array([[0.3, 1.2, -0.7], [2.0, -0.1, 0.4]])
 COMPOSED = "composed"
 
 
-def _density_posterior(density: Any) -> sf.Posterior:
+def density_posterior(density: Any) -> sf.Posterior:
     prior = sf.as_prior({"a": dist.Normal(1.0, 2.0), "b": dist.Uniform(0.0, 3.0)})
     return posterior(prior, ensemble(density, prior.bounded))
 
@@ -56,7 +56,7 @@ def _said_of_prior(given: Any) -> dict[str, Any]:
 
 
 def _said_of_composed() -> dict[str, Any]:
-    made = _density_posterior(MATCHED["Diffusion"])
+    made = density_posterior(MATCHED["Diffusion"])
     return {"draws": sf.sample_composed(jax.random.key(4), made, X, 4, levels=8, steps=2)}
 
 
@@ -71,7 +71,7 @@ def _said_of_simulate() -> dict[str, Any]:
 def cases() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Name of each case, and the function that computes its arrays."""
     for name, density in {**DENSITIES, **MATCHED}.items():
-        yield f"density {name}", lambda d=density: _said_of_posterior(_density_posterior(d))
+        yield f"density {name}", lambda d=density: _said_of_posterior(density_posterior(d))
     for name, made in PRIORS.items():
         yield f"prior {name}", lambda m=made: _said_of_prior(m())
     yield COMPOSED, _said_of_composed
