@@ -1,4 +1,4 @@
-"""The verdict: right in words, at its level, and honest about what it left out."""
+"""The verdict names the error, keeps its level, and counts failed simulations."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def test_exact_posterior_passes_18_of_20(gaussian, simulator):
         ({"scale": 1 / 1.5}, "over-confident", r"1\.[3-5]\d( to 1\.[3-5]\d)? times too narrow"),
         ({"shift": 0.5}, "biased", r"0\.[45]\d( to 0\.[45]\d)? posterior sd too high"),
         ({"shift": (0.5, -0.5)}, "biased", r"posterior sd too high or low"),
-        # so far that ranks say no more how far; the width, which is right, is not blamed
+        # all truths are outside the range of the draws; the correct width is not reported as wrong
         ({"shift": 3.0}, "biased", r"at least 2\.\d\d( to 2\.\d\d)? posterior sd too high"),
     ],
     ids=["wide", "narrow", "shifted", "apart", "far"],
@@ -63,11 +63,11 @@ def test_a_wrong_posterior_is_named(gaussian, simulator, knobs, kind, size):
     [(0.0, 0.8, "under-confident"), (0.2, 1.0, "over-confident"), (0.2, 0.8, "mis-shaped")],
 )
 def test_the_kind_of_a_joint_test_is_that_of_all_levels(low, high, kind):
-    """Few truths in small regions and many in large ones are neither too wide nor too narrow."""
+    """Deviations in both directions are neither over- nor under-confidence."""
     assert _joint_kind(np.linspace(low + 1e-3, high - 1e-3, 300)) == kind
 
 
-def test_the_parameters_that_are_off_are_located(gaussian):
+def test_wrong_parameters_are_named(gaussian):
     prior = as_prior({"alpha": dist.Normal(0, 1), "beta": dist.Normal(0, 1)})
 
     def simulator(key, theta):
@@ -88,7 +88,7 @@ def test_the_parameters_that_are_off_are_located(gaussian):
 
 
 @pytest.mark.parametrize("dim", [1, 10])
-def test_the_kinds_hold_in_one_dimension_and_in_ten(gaussian, simulator, dim):
+def test_errors_are_named_in_one_dimension_and_in_ten(gaussian, simulator, dim):
     for knobs, kind in (({"scale": 1 / 1.5}, "over-confident"), ({"shift": 0.5}, "biased")):
         report = check(KEY, gaussian(dim, **knobs), simulator, **SIZES)
         assert {f.kind for f in report.findings} == {kind}
@@ -96,7 +96,7 @@ def test_the_kinds_hold_in_one_dimension_and_in_ten(gaussian, simulator, dim):
     assert check(KEY, gaussian(dim), simulator, **SIZES).calibrated
 
 
-def test_a_posterior_equal_to_the_prior_is_called_so(gaussian, simulator):
+def test_a_posterior_equal_to_the_prior_is_reported_as_such(gaussian, simulator):
     report = check(KEY, gaussian(blind=True), simulator, **SIZES)
     assert report.verdict.startswith(
         "under-confident as a whole, located in no single parameter (TARP"
@@ -105,7 +105,7 @@ def test_a_posterior_equal_to_the_prior_is_called_so(gaussian, simulator):
     assert report.sharpness.unlearned == ("theta[0]", "theta[1]")
 
 
-def test_one_parameter_that_x_does_not_tell_of_is_listed(gaussian):
+def test_a_parameter_that_x_does_not_constrain_is_listed(gaussian):
     # exact for a simulator that returns the first parameter and noise
     class HalfBlind(type(gaussian())):
         def moments(self, x):
@@ -126,7 +126,7 @@ def test_one_parameter_that_x_does_not_tell_of_is_listed(gaussian):
 def test_failed_simulations_are_left_out_and_counted(gaussian, simulator):
     def failing(key, theta):
         x = simulator(key, theta)
-        # fails for a reason that says nothing of theta, so that the posterior stays exact
+        # failures are independent of theta, so that the posterior stays exact
         return jnp.where(jax.random.uniform(jax.random.fold_in(key, 1)) < 0.2, jnp.nan, x)
 
     with pytest.warns(SbiFlowsWarning, match="of 400 simulations failed: .* gave NaN"):

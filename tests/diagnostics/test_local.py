@@ -26,7 +26,7 @@ def check_at(posterior, simulator, x: Any = X_O, *, key=KEY, **options: Any) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Switched:
-    """The first posterior where the first entry of the data is below zero, else the second."""
+    """Return draws of `left` where the first entry of x is below zero, and of `right` elsewhere."""
 
     left: Any
     right: Any
@@ -42,7 +42,7 @@ class Switched:
 
 @dataclasses.dataclass(frozen=True)
 class Bent:
-    """Draws of a posterior with the same moments of each parameter, changed by `bend(z, key)`."""
+    """Draws of another shape: standardised draws z are replaced by `bend(z, key)`."""
 
     posterior: Any
     bend: Any
@@ -69,7 +69,7 @@ def two_humps(z, key):
 
 @pytest.fixture(scope="module")
 def gaussian(gaussian):
-    """All of one prior, which programs are compiled for."""
+    """Make posteriors that share one prior, so that programs are compiled once."""
     return partial(gaussian, prior=sf.as_prior(dist.Normal(0, 1).expand([2])))
 
 
@@ -88,7 +88,7 @@ def test_the_exact_posterior_passes(gaussian, simulator):
     assert (found.num_simulations, found.num_near, found.num_failed) == (2_000, 500, 0)
 
 
-def test_the_same_key_gives_the_same(gaussian, simulator, narrow):
+def test_the_same_key_gives_the_same_result(gaussian, simulator, narrow):
     again = check_at(gaussian(scale=1 / 1.5), simulator)
     np.testing.assert_array_equal(again.null, narrow.null)
     np.testing.assert_array_equal(again.probability, narrow.probability)
@@ -155,14 +155,14 @@ def test_a_wrong_correlation_is_named(gaussian, simulator):
     assert "too high" in found.verdict
 
 
-def test_another_shape_of_the_same_moments_is_found(gaussian, simulator):
+def test_a_wrong_shape_with_correct_moments_is_found(gaussian, simulator):
     found = check_at(Bent(gaussian(), two_humps), simulator)
     assert [(f.kind, f.parameter) for f in found.findings] == [("mis-shaped", None)]
     assert "located in no single parameter (local C2ST; corrected p 0.010)" in found.verdict
 
 
 def test_a_posterior_that_ignores_the_data_is_found(gaussian, simulator):
-    """Calibrated on average, as ranks and coverage say, and wrong at each observation."""
+    """The prior is calibrated on average over data sets, but wrong at each observation."""
     found = check_at(gaussian(blind=True), simulator, jnp.array([1.5, 0.0]))
     assert "under-confident in every parameter" in found.verdict
     assert found.shift[0] < -0.5  # the truth is higher than zero, in units of the prior
@@ -191,7 +191,7 @@ def test_level_power_and_locality_with_the_default_size(gaussian, simulator):
     assert rejected(switched, jnp.array([1.0, 0.0])) == 1.0
 
 
-def test_the_report_says_what_it_holds(narrow):
+def test_the_report_as_text_and_as_json(narrow):
     assert repr(narrow) == narrow.summary()
     assert "nearest 500 of 2000 simulations" in narrow.summary()
     assert "x0.6" in narrow.summary()
@@ -239,7 +239,7 @@ def rates(low, high):
 
 
 class Unlearned:
-    """The prior whatever the data are."""
+    """Posterior that equals the prior for all data."""
 
     prior = sf.as_prior(PRIOR)
 
@@ -270,7 +270,7 @@ def test_a_fitted_posterior_is_checked():
         sf.check_at(KEY, posterior, {**x, "log": jnp.zeros(3)}, measured)
 
 
-def test_what_cannot_be_checked_is_refused(gaussian, simulator):
+def test_invalid_settings_are_refused(gaussian, simulator):
     def never(key, theta):
         raise AssertionError("simulated")
 
@@ -292,11 +292,11 @@ def test_what_cannot_be_checked_is_refused(gaussian, simulator):
 
 
 def test_draws_that_are_not_finite_are_refused(gaussian, simulator):
-    def spoil(z, key):
+    def with_nan(z, key):
         return jnp.where(z > 2.0, jnp.nan, z)
 
     with pytest.raises(sf.SbiFlowsError, match="draws at the observation that are not finite"):
-        check_at(Bent(gaussian(), spoil), simulator)
+        check_at(Bent(gaussian(), with_nan), simulator)
 
 
 @pytest.mark.slow

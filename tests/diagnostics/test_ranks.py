@@ -127,11 +127,11 @@ def test_crude_posterior_follows_the_data_whatever_its_units():
     theta = np.exp(2 * rng.normal(size=(400, 2)))
     loud = {"a": 1e6 * theta[:, :1] ** 3, "b": rng.normal(size=(400, 1)), "c": np.ones((400, 2))}
     points = crude_posterior(jax.random.key(0), Simulations(theta, loud))
-    near, far = stats_correlation(points, theta)
-    assert near > 0.6 and abs(far) < 0.2  # x tells of the first parameter, not of the second
+    near, far = rank_correlations(points, theta)
+    assert near > 0.6 and abs(far) < 0.2  # x depends on the first parameter only
 
 
-def stats_correlation(points, theta):
+def rank_correlations(points, theta):
     ranks = np.argsort(np.argsort(np.concatenate([points, theta], axis=1), axis=0), axis=0)
     matrix = np.corrcoef(ranks.T)
     return matrix[0, 2], matrix[1, 3]
@@ -142,7 +142,7 @@ def test_a_reference_does_not_depend_on_its_own_truth():
     theta, x = rng.normal(size=(2, 100, 1))
     base = crude_posterior(jax.random.key(0), Simulations(theta, x))
     moved = theta.copy()
-    moved[7] += 0.01 * np.sign(moved[7])  # leaves median and quartiles alone
+    moved[7] += 0.01 * np.sign(moved[7])  # does not change median and quartiles
     other = crude_posterior(jax.random.key(0), Simulations(moved, x))
     assert other[7] == base[7]
     assert (other != base).any()
@@ -154,7 +154,7 @@ def test_prior_scale_of_a_heavy_tail_and_of_a_constant():
     assert scale == pytest.approx([3.0, 2 / 1.349, 1.0], rel=0.1)
 
 
-def test_one_posterior_without_a_variance_does_not_hide_the_others():
+def test_one_posterior_with_a_huge_variance_does_not_dominate_the_contraction():
     rng = np.random.default_rng(0)
     sd = np.full((100, 1), 0.1, np.float32)
     sd[7] = 1e6
@@ -164,7 +164,7 @@ def test_one_posterior_without_a_variance_does_not_hide_the_others():
     assert sharpness_of(ranks).contraction[0] == pytest.approx(0.99, abs=0.01)
 
 
-def test_fewer_densities_are_ranked_where_each_of_them_is_solved_for(posterior, simulations):
+def test_fewer_densities_are_ranked_if_each_needs_an_ode(posterior, simulations):
     asked = []
     log_prob = posterior.log_prob
 

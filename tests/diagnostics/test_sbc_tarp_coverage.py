@@ -1,4 +1,4 @@
-"""Each check by itself: it passes the exact posterior and fails the three kinds of wrong ones."""
+"""Each check passes the exact posterior and rejects three kinds of wrong ones."""
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def test_area_to_the_curve_has_the_sign_of_the_dispersion(gaussian, simulations)
 
 def test_tarp_p_value_is_taken_on_the_fractions_themselves():
     rng = np.random.default_rng(0)
-    # the curve's grid, taken as a sample against the grid of levels, gives p about .8 here
+    # a two-sample test of the curve against its levels gives p about .8 here
     assert max(tarp_from_fractions(rng.beta(1.5, 1.0, 200)).ks for _ in range(5)) < 0.01
 
 
@@ -94,7 +94,7 @@ def test_only_references_that_depend_on_x_reject_the_prior(gaussian, simulations
 
 def test_draws_that_tie_with_the_truth_do_not_reject(gaussian, simulations):
     class Rounded(type(gaussian())):
-        """Truth and draws on a coarse grid, as behind an observation of integers."""
+        """Truth and draws rounded to a coarse grid, so that many are equal."""
 
         def sample(self, key, x, n):
             return jnp.round(2 * super().sample(key, x, n)) / 2

@@ -1,4 +1,4 @@
-"""Tests of uniformity against brute force, hand computation and their own level."""
+"""Tests of uniformity agree with brute force and hand computation, and keep their level."""
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from sbi_flows.posteriors.passes import continuous_ranks
 
 
 def brute_force_gamma(ranks, draws):
-    """The definition, term by term, from integer ranks."""
+    """Compute gamma from integer ranks by its definition."""
     n, smallest = len(ranks), 1.0
     for i in range(1, draws + 1):
         below = sum(r < i for r in ranks)
@@ -42,13 +42,13 @@ def test_log_gamma_rejects_at_its_level():
     assert log_gamma(np.full(100, 1e-3), 50) < -50  # finite where gamma underflows
 
 
-def test_gamma_quantile_does_not_depend_on_how_the_repeats_are_split(monkeypatch):
+def test_gamma_quantile_is_reproducible_and_increases_with_the_level():
     whole = gamma_quantile.__wrapped__(40, 30)
     assert whole == gamma_quantile.__wrapped__(40, 30)
     assert gamma_quantile.__wrapped__(40, 30, 0.5) > whole
 
 
-def test_band_is_left_at_its_level():
+def test_uniform_values_leave_the_band_at_its_level():
     points, lower, upper = ecdf_band(100)
     values = np.random.default_rng(3).random((2000, 100, 1))
     ecdf = np.stack([np.mean(values <= z, axis=1)[:, 0] for z in points], axis=1)
@@ -75,7 +75,7 @@ def test_continuous_ranks_stay_in_their_cell():
     assert ((uniform * 11).astype(int) == below).all()
 
 
-def test_location_and_spread_are_told_apart():
+def test_location_and_spread_are_distinguished():
     normal = np.random.default_rng(4).normal(size=1000)
     same = normal_p_values(stats.norm.cdf(normal))
     for values, moved in ((normal + 0.4, 0), (normal * 1.3, 1), (normal / 1.3, 1)):
