@@ -23,7 +23,7 @@ import numpy as np
 import numpyro.distributions as dist
 
 import sbi_flows as sf
-from sbi_flows.posteriors.direct import as_batch
+from sbi_flows.observations.batches import as_batch
 
 DTYPES: tuple[Any, ...] = (
     *("<f4", ">f4", ">f8", ">i2", "f2", "u1", "i8", "u8", "?", "c8", "O", "U8", "S8", "V4"),

@@ -3,6 +3,7 @@
 Files outside this package import from here what the list below names.
 """
 
+from sbi_flows.diagnostics.anomalies import anomalies as anomalies
 from sbi_flows.diagnostics.c2st import ClassifierBackend as ClassifierBackend
 from sbi_flows.diagnostics.c2st import CompiledMLP as CompiledMLP
 from sbi_flows.diagnostics.c2st import SklearnMLP as SklearnMLP
@@ -31,4 +32,3 @@ from sbi_flows.diagnostics.verdict import Finding as Finding
 from sbi_flows.diagnostics.verdict import Test as Test
 from sbi_flows.observations.misspecification import Anomalies as Anomalies
 from sbi_flows.observations.misspecification import Misspecification as Misspecification
-from sbi_flows.observations.misspecification import anomalies as anomalies

@@ -29,9 +29,10 @@ from sbi_flows.diagnostics.discrepancies import (
     trace_discrepancies,
     two_sided_p_values,
 )
+from sbi_flows.observations.batches import as_batch
 from sbi_flows.observations.standardise import entry_labels, fit_standardiser, flatten_rows
 from sbi_flows.posteriors.base import PosteriorLike, innermost
-from sbi_flows.posteriors.direct import Posterior, as_batch
+from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.simulate import simulate_at
 from sbi_flows.simulations.simulations import Simulations, observation_shape

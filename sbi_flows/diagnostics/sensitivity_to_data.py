@@ -28,7 +28,7 @@ from sbi_flows.observations.standardise import (
 )
 from sbi_flows.plots.local import heat_map
 from sbi_flows.posteriors.base import PosteriorLike, innermost
-from sbi_flows.posteriors.direct import as_batch
+from sbi_flows.observations.batches import as_batch
 from sbi_flows.simulations.simulations import observation_shape
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
+from functools import partial
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ from sbi_flows.densities.conditional import (
     Weights,
     check_embedding,
 )
+from sbi_flows.densities.embedded import spaces_of
 from sbi_flows.densities.flow import NSF
 from sbi_flows.estimators.emulator import Emulator, EmulatorFailed, Seen, emulate
 from sbi_flows.estimators.rows import (
@@ -174,7 +176,8 @@ class NPE:
         blueprint, features = self._blueprint(like, kept), rows.features
 
         def posterior(weights: Weights) -> Posterior:
-            known = fit_typicality(key, blueprint, weights, standardiser, features)
+            summarise = partial(spaces_of, blueprint, weights)
+            known = fit_typicality(key, summarise, standardiser, features)
             parts = (blueprint,), (weights,), (1.0,)
             return Posterior(self.prior, *parts, standardiser, like, typicality=known)
 

@@ -26,7 +26,8 @@ from sbi_flows.core.errors import SbiFlowsWarning
 from sbi_flows.core.typing import Key, Obs, Simulator
 from sbi_flows.estimators.npe import NPE
 from sbi_flows.estimators.stack import Stack
-from sbi_flows.posteriors.direct import Posterior, as_batch
+from sbi_flows.observations.batches import as_batch
+from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.box import BoxPrior
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.executors import Executor

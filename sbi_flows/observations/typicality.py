@@ -1,10 +1,13 @@
-"""What the training simulations look like, kept with a posterior, and how far from them data lie.
+"""Typicality: how far observations lie from the training simulations.
 
-Public names: `Typicality`, `fit_typicality`, `spaces_of`, `widths`, `LEVEL`.
+Public names: `Typicality`, `TypicalityTest`, `fit_typicality`.
 
-The rows of a fit are split in three: moments come from the first part, ranks and kernels from the
-second, and the third says how large each statistic is when nothing is wrong. A p-value is the
-rank of an observation among that third part, so that it is exact whatever the distribution is.
+The training rows are split in three. Means and covariances come from the first part; ranks and
+kernels from the second; the third is the reference: it says how large each statistic is for
+observations of the simulator. The p-value of an observation is its rank among the reference rows,
+so it is exact for any distribution of the features. Standardiser and embedding were fitted to all
+training rows, the reference rows included; only an embedding that over-fits badly could make its
+own two tests optimistic.
 
 Source: Schmitt et al. 2021, "Detecting Model Misspecification in Amortized Bayesian Inference with
 Neural Networks" (arXiv:2112.08866); Vovk, Gammerman & Shafer 2005, "Algorithmic Learning in a
@@ -14,50 +17,41 @@ Random World", for p-values by rank.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from jax import Array
 
-from sbi_flows.core.errors import SbiFlowsWarning
-from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key
-from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
 from sbi_flows.observations.spaces import Moments, Space, fit_space
 from sbi_flows.observations.standardise import Standardiser
 
-LEVEL = 0.01
-"""P-value at which a draw or a density warns; so many observations of a correct model do."""
+MAX_REFERENCE_ROWS, MAX_RANK_ROWS, MAX_MOMENT_ROWS = 2_000, 2_000, 4_000
+"""Maximum numbers of rows in the three parts of the training rows."""
 
-JUDGED, KEPT, FITTED = 2_000, 2_000, 4_000
-"""Most rows of the reference, of those that are kept and of those that moments are taken of."""
+MAX_PART_ENTRIES = 2**20
+"""Maximum number of entries (rows times features) in each part, unless few rows would be left."""
 
-ENTRIES = 2**20
-"""Entries of each of these parts, unless they are very few rows then."""
+MIN_RELATIVE_SCALE = 1e-5
+"""Smallest standard deviation relative to a feature's magnitude: constants have rounding errors."""
 
-ROUNDING = 1e-5
-"""Least standard deviation, in units of a feature's size: a constant has rounding errors."""
+BATCH_ROWS = 256
+"""Number of observations that are tested together."""
 
-SEEN = 1_000
-"""Observations that are remembered as judged, after which all are forgotten."""
-
-CHUNK = 256
-"""Observations that are judged together."""
+Summarise = Callable[[np.ndarray], tuple[np.ndarray, ...]]
+"""Features (B, C) to the values in each space: the features, and the embedding's output (B, F)."""
 
 
-class Judged(NamedTuple):
-    """What the tests say of a batch of observations.
+class TypicalityTest(NamedTuple):
+    """Result of the tests for a batch of observations.
 
     Attributes:
-        p_value: Of all statistics together, shape (B,).
-        tests: P-value of each statistic alone, by name, shape (B,).
-        score: How far out the worst statistic is, shape (B,): 0 at its median over the simulations,
-            1 at their 95% point, and with no upper end.
+        p_value: Joint p-value of all statistics, shape (B,).
+        tests: P-value of each statistic, by name, shape (B,).
+        score: Largest statistic on a common scale, shape (B,): 0 at the median of the simulations,
+            1 at their 95% quantile, unbounded above.
     """
 
     p_value: np.ndarray
@@ -67,89 +61,57 @@ class Judged(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Typicality:
-    """Which observations are typical of the training simulations.
+    """Distribution of the training simulations, to test observations against.
 
     Attributes:
-        spaces: That of the features; after it, with an embedding, that of its output (of the first
-            member of the first ensemble).
-        reference: Statistics of simulations that nothing else here has seen, shape (R, S).
+        spaces: Space of the features; with an embedding, a second space of its output (that of the
+            first member of the first ensemble).
+        reference: Statistics of the reference rows, shape (R, S).
     """
 
     spaces: tuple[Space, ...]
     reference: np.ndarray
-    _seen: set[bytes] = dataclasses.field(default_factory=set)
 
     @property
     def least_p(self) -> float:
-        """The smallest p-value that the number of simulations allows."""
+        """Smallest possible p-value, 1 / (R + 1)."""
         return 1.0 / (1 + len(self.reference))
 
-    def judged(self, values: Sequence[Any]) -> Judged:
+    def test(self, values: Sequence[Any]) -> TypicalityTest:
         """Test a batch of observations.
 
         Args:
-            values: Their features (B, C) and, with an embedding, its output (B, F).
+            values: Features (B, C) and, with an embedding, its output (B, F).
         """
-        return self._compared(statistics(self.spaces, values))
+        return self._compare(statistics(self.spaces, values))
 
-    def gate(
-        self,
-        features: Array,
-        labels: Callable[[], Sequence[str]],
-        values: Callable[[], Any],
-        stacklevel: int,
-    ) -> None:
-        """Warn, once, if an observation is not typical at `LEVEL`.
+    def unusual(self, features: Any, level: float = 0.05) -> np.ndarray:
+        """Return which features are unusual, bool of shape (B, C).
 
-        Args:
-            features: Its features, shape (1, C).
-            labels: Gives their names.
-            values: Gives what `judged` takes.
-            stacklevel: Of the warning, from here to the user's own call.
+        A feature is unusual if it lies farther out than the most extreme feature does in all but a
+        fraction `level` of the simulations.
         """
-        name = np.asarray(features).tobytes()
-        if name in self._seen or self.least_p > LEVEL:
-            return
-        if len(self._seen) >= SEEN:
-            self._seen.clear()
-        self._seen.add(name)
-        given = values()
-        p = float(self.judged(given).p_value[0])
-        if p <= LEVEL:
-            off = np.flatnonzero(self.off(given[0])[0]).tolist()
-            names = labels()
-            where = ", ".join(names[i] for i in off[:5]) + ", ..." * (len(off) > 5)
-            warnings.warn(
-                f"x: not typical of the training simulations (p {p:.2g}"
-                f"{': ' + where if where else ''}); what is learned there is an extrapolation. "
-                "posterior.misspecification(x) says more",
-                SbiFlowsWarning,
-                stacklevel=stacklevel,
-            )
-
-    def off(self, features: Any, level: float = 0.05) -> np.ndarray:
-        """Which features are off, shape (B, C): beyond what any is in all but few simulations."""
         space = self.spaces[0]
         z = space.standard(features)
         scores = space.marginal_scores(z), space.conditional_scores(space.errors(z)[1])
-        # one of the two families at half of the level each
+        # two families of statistics, each at half of the level
         ends = np.quantile(self.reference[:, :2], 1.0 - level / 2, axis=0)
         return (np.abs(scores[0]) > ends[0]) | (np.abs(scores[1]) > ends[1])
 
-    def _compared(self, found: np.ndarray) -> Judged:
-        """Ranks of statistics (B, S) among those of the reference."""
+    def _compare(self, found: np.ndarray) -> TypicalityTest:
+        """Rank statistics (B, S) among those of the reference rows."""
         ordered, total = np.sort(self.reference, axis=0), len(self.reference)
-        p = (1 + _beyond(self.reference, found)) / (1 + total)
+        p = (1 + _count_as_large(self.reference, found)) / (1 + total)
         middle, end = ordered[total // 2], np.quantile(ordered, 0.95, axis=0)
         spread = np.maximum(end - middle, 1e-12 * (1.0 + np.abs(end)))
-        return Judged(
-            p_value=_combined(self.reference, found, p),
+        return TypicalityTest(
+            p_value=_joint_p_value(self.reference, found, p),
             tests=dict(zip(NAMES[: p.shape[1]], p.T, strict=True)),
             score=np.max((found - middle) / spread, axis=1),
         )
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Everything as named arrays, from which `from_arrays` makes the same again."""
+        """Return all content as named arrays."""
         arrays = {"reference": self.reference}
         for i, space in enumerate(self.spaces):
             parts = {**space.moments._asdict(), "rows": space.rows}
@@ -158,7 +120,7 @@ class Typicality:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Typicality:
-        """What `to_arrays` gave as arrays."""
+        """Rebuild from the arrays of `to_arrays`."""
         count = sum(name.endswith(".rows") for name in arrays)
         spaces = [
             Space(Moments(*(arrays[f"{i}.{m}"] for m in Moments._fields)), arrays[f"{i}.rows"])
@@ -175,18 +137,18 @@ NAMES = (
     "Mahalanobis distance, embedded",
     "MMD, embedded",
 )
-"""Names of the statistics; the last two where there is an embedding."""
+"""Names of the statistics; the last two exist with an embedding only."""
 
 
 def statistics(spaces: Sequence[Space], values: Sequence[Any]) -> np.ndarray:
-    """Statistics (B, S) of observations, large where they are not typical.
+    """Compute the statistics (B, S) of observations; large values are atypical.
 
     References:
         MMD in the space of summaries: arXiv:2112.08866, equation 6.
     """
     given = [np.asarray(v) for v in values]
-    starts = range(0, len(given[0]), CHUNK)
-    parts = [_statistics(spaces, [v[s : s + CHUNK] for v in given]) for s in starts]
+    starts = range(0, len(given[0]), BATCH_ROWS)
+    parts = [_statistics(spaces, [v[s : s + BATCH_ROWS] for v in given]) for s in starts]
     return np.concatenate(parts)
 
 
@@ -203,87 +165,57 @@ def _statistics(spaces: Sequence[Space], values: Sequence[np.ndarray]) -> np.nda
 
 
 def fit_typicality(
-    key: Key, blueprint: Blueprint, weights: Weights, standardiser: Standardiser, features: Array
+    key: Key, summarise: Summarise, standardiser: Standardiser, features: Array | np.ndarray
 ) -> Typicality:
-    """Summarise training rows.
+    """Fit the distribution of the training simulations.
 
     Args:
-        key: Random key; of the split of the rows, which is made on the host.
-        blueprint: What the members are built from, for their embedding.
-        weights: Their arrays.
-        standardiser: What made the features.
-        features: Of all rows, shape (N, C), N at least 4.
+        key: Random key, for the split of the rows.
+        summarise: Function of features (B, C) that returns the values in each space.
+        standardiser: Standardiser that made the features.
+        features: Features of all training rows, shape (N, C), N at least 4.
     """
     rng = np.random.default_rng([*np.asarray(jax.random.key_data(key)).ravel(), 8])
     width = features.shape[1]
-    judged, kept, fitted = _sizes(len(features), width)
-    places = rng.permutation(len(features))[: judged + kept + fitted]
-    values = spaces_of(blueprint, weights, np.asarray(features)[places])
+    references, ranks, moments = _part_sizes(len(features), width)
+    rows = rng.permutation(len(features))[: references + ranks + moments]
+    values = summarise(np.asarray(features)[rows])
     size = 1.0 + np.abs(np.asarray(standardiser.center, float) / np.asarray(standardiser.scale))
     spaces = []
-    for i, rows in enumerate(values):
-        rows = np.asarray(rows, float)
-        floor = ROUNDING * size if i == 0 else np.full(rows.shape[1], ROUNDING)
-        spaces.append(fit_space(rows[judged + kept :], rows[judged : judged + kept], floor))
-    reference = statistics(spaces, [rows[:judged] for rows in values])
+    for i, part in enumerate(values):
+        part = np.asarray(part, float)
+        least = MIN_RELATIVE_SCALE * (size if i == 0 else np.ones(part.shape[1]))
+        spaces.append(fit_space(part[references + ranks :], part[references:][:ranks], least))
+    reference = statistics(spaces, [part[:references] for part in values])
     return Typicality(tuple(spaces), reference)
 
 
-def _sizes(n: int, width: int) -> tuple[int, int, int]:
-    """Numbers of rows that are judged, kept and fitted to, of n."""
-    judged = min(JUDGED, n // 2, max(500, ENTRIES // width))
-    kept = min(KEPT, (n - judged) // 3, max(16, ENTRIES // width))
-    fitted = min(FITTED, n - judged - kept, max(64, ENTRIES // width))
-    return judged, max(kept, 1), fitted
+def _part_sizes(n: int, width: int) -> tuple[int, int, int]:
+    """Return the numbers of reference, rank and moment rows, given n rows of `width` features."""
+    references = min(MAX_REFERENCE_ROWS, n // 2, max(500, MAX_PART_ENTRIES // width))
+    ranks = min(MAX_RANK_ROWS, (n - references) // 3, max(16, MAX_PART_ENTRIES // width))
+    moments = min(MAX_MOMENT_ROWS, n - references - ranks, max(64, MAX_PART_ENTRIES // width))
+    return references, max(ranks, 1), moments
 
 
-def spaces_of(blueprint: Blueprint, weights: Weights, features: Any) -> tuple[np.ndarray, ...]:
-    """Features (B, C) and, where there is an embedding, what its first member makes of them."""
-    rows = np.asarray(features)
-    if blueprint.embedding is None:
-        return (rows,)
-    size = min(CHUNK, len(rows))
-    parts = []
-    for start in range(0, len(rows), size):
-        # the last chunk has rows twice rather than a program of its own
-        places = np.arange(start, start + size) % len(rows)
-        parts.append(np.asarray(_embedded(blueprint, weights, rows[places])))
-    return rows, np.concatenate(parts)[: len(rows)]
+def _joint_p_value(reference: np.ndarray, found: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """Combine p-values (B, S) into one (B,): rank the smallest among those of the reference rows.
 
-
-def widths(blueprint: Blueprint, weights: Weights, features: int) -> tuple[int, ...]:
-    """Entries of what `spaces_of` makes of so many features."""
-    if blueprint.embedding is None:
-        return (features,)
-    like = jax.ShapeDtypeStruct((1, features), float)
-    return features, jax.eval_shape(partial(_embedded, blueprint), weights, like).shape[1]
-
-
-@partial(jax.jit, static_argnums=0)
-@full_precision
-def _embedded(blueprint: Blueprint, weights: Weights, features: Array) -> Array:
-    own = jax.tree.map(lambda leaf: leaf[0], weights)
-    return nnx.merge(graph_of(blueprint), *own).context(blueprint.select_features(features))
-
-
-def _combined(reference: np.ndarray, found: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """P-values (B,) of the least of several p-values (B, S), by its own rank.
-
-    An observation and the reference are exchangeable if nothing is wrong: each of them is ranked
-    among all others. Sharper than a correction that knows nothing of how statistics depend on each
-    other.
+    An observation of the simulator is exchangeable with the reference rows, so each of them is
+    ranked among all others. This has more power than a Bonferroni correction, because it accounts
+    for the dependence between the statistics.
     """
-    total, own = len(reference), _beyond(reference, reference)
+    total, own = len(reference), _count_as_large(reference, reference)
     out = np.empty(len(found))
-    for start in range(0, len(found), CHUNK):
-        part = slice(start, start + CHUNK)
+    for start in range(0, len(found), BATCH_ROWS):
+        part = slice(start, start + BATCH_ROWS)
         least = np.min(own + (found[part, None, :] >= reference), axis=2) / (1 + total)
         out[part] = (1 + np.sum(least <= np.min(p[part], axis=1)[:, None], axis=1)) / (1 + total)
     return out
 
 
-def _beyond(reference: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """Number of reference rows (R, S) that are at least as large as each statistic (B, S)."""
+def _count_as_large(reference: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Count the reference values (R, S) that are at least as large as each statistic (B, S)."""
     ordered = np.sort(reference, axis=0)
     parts = zip(ordered.T, found.T, strict=True)
     below = [np.searchsorted(own, f, side="left") for own, f in parts]

@@ -1,54 +1,126 @@
-"""Posterior draws in ArviZ's groups, on ArviZ 0.x and 1.x alike."""
+"""Posterior draws in ArviZ's groups, on ArviZ 0.x and 1.x alike.
+
+Public names: `Groups`, `arviz_groups`, `predictive_at`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
 
-from sbi_flows.core.typing import Obs
+from sbi_flows.core.typing import Key, Obs, Simulator
 from sbi_flows.prior.prior import Prior
+from sbi_flows.simulations.executors import Executor
+from sbi_flows.simulations.simulate import simulate_at
+from sbi_flows.simulations.simulations import Simulations
 
 
-def arviz_groups(prior: Prior, draws: Array, log_prob: Array, prior_draws: Array, x: Obs) -> Any:
-    """Named variables in the groups posterior, sample_stats, prior and observed_data.
+class Groups(NamedTuple):
+    """Arrays that become ArviZ's groups.
 
-    Args:
-        prior: Names and shapes of the parameters.
+    Attributes:
         draws: Posterior draws, shape (n, D).
         log_prob: Their log densities, shape (n,).
         prior_draws: Prior draws, shape (m, D).
         x: The observation, an array or a pytree of arrays.
+        simulated: Simulations at posterior draws; None leaves the group out.
+    """
+
+    draws: Array
+    log_prob: Array
+    prior_draws: Array
+    x: Obs
+    simulated: Simulations | None = None
+
+
+def predictive_at(
+    key: Key, prior: Prior, simulator: Simulator, draws: Array, executor: Executor | None
+) -> Simulations:
+    """Simulate once at each of the posterior draws (n, D); failed simulations are left out."""
+    sims = simulate_at(key, prior, simulator, draws, executor=executor, progress=False)
+    return sims.only_valid()
+
+
+def arviz_groups(
+    prior: Prior,
+    groups: Groups,
+    *,
+    coords: Mapping[str, Any] | None = None,
+    dims: Mapping[str, Any] | None = None,
+) -> Any:
+    """Collect named variables in the groups posterior, sample_stats, prior, observed_data, ...
+
+    Args:
+        prior: Names and shapes of the parameters.
+        groups: The arrays.
+        coords: Coordinate values by the name of a dimension.
+        dims: Names of dimensions by the name of an array parameter or of an array of x.
 
     Returns:
         `arviz.InferenceData` on ArviZ 0.x, `xarray.DataTree` on ArviZ 1.x.
+
+    Raises:
+        ValueError: `dims` names no variable or the wrong number of axes, or `coords` has another
+            length than its dimension.
     """
     import arviz
 
-    groups: dict[str, Any] = {
-        "posterior": _one_chain(prior.unflatten(draws)),
-        "sample_stats": {"lp": np.asarray(log_prob)[None]},
-        "prior": _one_chain(prior.unflatten(prior_draws)),
-        "observed_data": {k: np.asarray(v) for k, v in _named(x).items()},
+    observed = {k: np.asarray(v) for k, v in _named(groups.x).items()}
+    arrays: dict[str, Any] = {
+        "posterior": _one_chain(prior.unflatten(groups.draws)),
+        "sample_stats": {"lp": np.asarray(groups.log_prob)[None]},
+        "prior": _one_chain(prior.unflatten(groups.prior_draws)),
+        "observed_data": observed,
     }
+    if groups.simulated is not None:
+        arrays["posterior_predictive"] = _one_chain(_named(groups.simulated.x))
+    shapes = {**prior.event_shapes, **{name: value.shape for name, value in observed.items()}}
+    named = {name: list(axes) for name, axes in (dims or {}).items()}
+    _require_dims(shapes, named, dict(coords or {}))
+    settings = {"coords": dict(coords or {}), "dims": named}
     if int(arviz.__version__.split(".")[0]) < 1:
         # it makes vectors of length 1 of scalars, which ArviZ 1.x leaves as they are
-        scalars = [f"{k}_dim_0" for k, v in groups["observed_data"].items() if v.ndim == 0]
-        data: Any = arviz.from_dict(**groups)
+        scalars = [f"{k}_dim_0" for k, v in observed.items() if v.ndim == 0]
+        data: Any = arviz.from_dict(**arrays, **settings)
         return data.map(lambda group: group.squeeze(scalars, drop=True), groups="observed_data")
-    return arviz.from_dict(groups)
+    return arviz.from_dict(arrays, **settings)
 
 
-def _one_chain(values: dict[str, Array]) -> dict[str, np.ndarray]:
-    """Independent draws as one chain: (n, *event) to (1, n, *event)."""
+def _require_dims(
+    shapes: Mapping[str, tuple[int, ...]], dims: Mapping[str, list], coords: Mapping[str, Any]
+) -> None:
+    """Raise ValueError unless dimensions and coordinates fit the variables of these shapes."""
+    lengths: dict[str, int] = {}
+    for name, axes in dims.items():
+        if name not in shapes:
+            raise ValueError(f"dims: expected names among {sorted(shapes)}, got {name!r}")
+        if len(axes) != len(shapes[name]):
+            raise ValueError(
+                f"dims: expected {len(shapes[name])} names for {name!r} of shape {shapes[name]}, "
+                f"got {axes}"
+            )
+        lengths.update(zip(axes, shapes[name], strict=True))
+    for name, values in coords.items():
+        if name not in lengths:
+            raise ValueError(f"coords: expected dimensions among {sorted(lengths)}, got {name!r}")
+        if len(values) != lengths[name]:
+            raise ValueError(
+                f"coords: expected {lengths[name]} values for {name!r}, got {len(values)}"
+            )
+
+
+def _one_chain(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Add the axis of a single chain of independent draws: (n, *event) to (1, n, *event)."""
     return {name: np.asarray(value)[None] for name, value in values.items()}
 
 
 def _named(x: Obs) -> dict[str, Any]:
-    """The leaves of x by name: keys joined by dots, `x` for an array alone."""
+    """Return the arrays of x by name: keys joined by dots, `x` for an array alone."""
     leaves = jax.tree_util.tree_leaves_with_path(x)
     name = partial(jax.tree_util.keystr, simple=True, separator=".")
     return {name(path) or "x": leaf for path, leaf in leaves}

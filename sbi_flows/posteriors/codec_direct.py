@@ -26,8 +26,9 @@ from sbi_flows.artefact.strict import checked, counted, fields, items, number
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.core.typing import Obs
 from sbi_flows.densities.conditional import Blueprint, Embedding, Weights
+from sbi_flows.densities.embedded import space_widths
 from sbi_flows.observations.standardise import Standardiser
-from sbi_flows.observations.typicality import Typicality, widths
+from sbi_flows.observations.typicality import Typicality
 from sbi_flows.prior.prior import Prior
 
 _PRECISIONS = ("float32", "float64")
@@ -190,7 +191,7 @@ def decode(header: DirectHeader, file: File, user_prior: Prior | None) -> Conten
         if is_given:
             embeddings.compare(ensemble.blueprint, stacked, file.tensor(ensemble.answered))
     blueprints = tuple(ensemble.blueprint for ensemble in header.ensembles)
-    sizes = widths(blueprints[0], weights[0], len(center)) if header.spaces else ()
+    sizes = space_widths(blueprints[0], weights[0], len(center)) if header.spaces else ()
     return Contents(
         prior=prior,
         blueprints=blueprints,

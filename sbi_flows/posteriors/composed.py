@@ -1,22 +1,26 @@
-"""Several independent observations at one parameter: their scores add up.
+"""Composed posterior: several independent observations of one parameter vector.
 
-Public names: `sample_composed`.
+Public names: `composed`, `ComposedPosterior`, `sample_composed`.
 
 With x_1 ... x_N independent given theta, p(theta | x_1 ... x_N) is proportional to
-p(theta)^(1 - N) times the product of the p(theta | x_i), so its score is a sum. The same sum of the
-scores on the way from noise to data is not that of a noisy product, but leads from a density that
-is easy to one that is wanted: at each level of noise a few steps of Langevin dynamics follow it.
+p(theta)^(1 - N) times the product of the p(theta | x_i), so its score is a sum of scores. Along the
+way from noise to data, the same sum of noisy scores is not the score of a noisy product, but of a
+sequence of densities that leads from an easy one to the wanted one: at each level of noise, a few
+steps of Langevin dynamics follow it.
 
 Source: Geffner, Papamakarios & Mnih 2023, "Compositional Score Modeling for Simulation-Based
-Inference" (arXiv:2209.14249), equation 6 and algorithm 1. Here the prior is that of the data at all
-levels: only the two ends matter.
+Inference" (arXiv:2209.14249), equation 6 and algorithm 1. Here the prior's score is that of the
+data at all levels of noise; only the two ends of the sequence matter.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
 
 import distrax
 import jax
@@ -25,47 +29,193 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from sbi_flows.artefact.layers import Layer, LayerCodec, SavedPosterior
 from sbi_flows.core.checks import require_count, require_object
 from sbi_flows.core.precision import full_precision
+from sbi_flows.core.pytrees import register_pytree
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.densities.conditional import Blueprint, Conditional, Weights, graph_of
 from sbi_flows.densities.matching import Diffusion, FlowMatching, Matching
 from sbi_flows.densities.paths import Path
 from sbi_flows.densities.samplers import VelocityFunction, score
 from sbi_flows.posteriors import mixtures
-from sbi_flows.posteriors.direct import ENTRIES, Posterior
+from sbi_flows.posteriors.base import AbstractPosterior, Derived
+from sbi_flows.posteriors.bound import MAX_CALL_ENTRIES
+from sbi_flows.posteriors.codec_composed import COMPOSED
+from sbi_flows.posteriors.direct import Posterior
+from sbi_flows.posteriors.writing import content_of
 from sbi_flows.prior.prior import Prior
 
-FIRST, LAST = 3.0, 0.03
-"""Ratios of noise to signal from the first to the last level; training sees few smaller ones."""
+FIRST_RATIO, LAST_RATIO = 3.0, 0.03
+"""Ratios of noise to signal at the first and the last level; training sees few smaller ones."""
 
-STEP = 1.0
-"""A step's variance as a share of what is stable at the largest curvature that a level can have."""
+STEP_SHARE = 1.0
+"""Variance of a Langevin step, as a share of what is stable at the largest possible curvature."""
 
 
-def sample_composed(
-    key: Key, posterior: Posterior, x: Obs, n: int, *, levels: int = 64, steps: int = 4
-) -> Array:
-    """Draw from the posterior given all of several independent observations of one parameter.
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ComposedPosterior(Derived):
+    """Posterior given a set of independent observations of one parameter vector.
 
-    A posterior that was fitted to single observations serves for any number of them. Its errors add
-    up, though: with more than some ten, simulate sets of observations and embed them instead.
+    An observation is a set (N, *event) of observations of the posterior within, for any N; a batch
+    of sets has the shape (B, N, *event). `log_prob` is the sum of the log densities at the N
+    observations less N - 1 times the prior's: it is not normalised, by a constant that depends on
+    the set alone. Draws follow the scores instead (Langevin dynamics), approximately.
+
+    To check it, simulate sets: `sf.check(key, posterior, simulate_set)`, where
+    `simulate_set(key, theta)` returns an array (N, *event).
+
+    Attributes:
+        posterior: The posterior given one observation, of `FlowMatching` or `Diffusion`.
+        levels: Number of levels of noise.
+        steps: Number of Langevin steps at each level.
+        record: Facts beyond the record of that posterior.
+
+    References:
+        Compositional Score Modeling for Simulation-Based Inference, arXiv:2209.14249.
+    """
+
+    posterior: Posterior
+    levels: int = 64
+    steps: int = 4
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    codec: ClassVar[LayerCodec] = COMPOSED
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless the densities have scores and the numbers are positive."""
+        require_object("posterior", self.posterior, Posterior, "an sf.Posterior")
+        for blueprint in self.posterior.blueprints:
+            wanted = "a posterior of sf.FlowMatching or sf.Diffusion"
+            require_object("posterior", blueprint.density, (FlowMatching, Diffusion), wanted)
+        require_count(1, levels=self.levels, steps=self.steps)
+
+    def __repr__(self) -> str:
+        """The posterior within, and the numbers of levels and steps."""
+        return f"ComposedPosterior({self.posterior}, levels={self.levels}, steps={self.steps})"
+
+    @property
+    def has_own_regions(self) -> bool:
+        """False: credible regions are those of highest density."""
+        return False
+
+    def credible_levels(self, key: Key, theta: Any, x: Obs) -> np.ndarray:
+        """Raise ValueError: credible regions are those of highest density."""
+        raise ValueError("posterior: expected one with credible regions of its own")
+
+    def is_single(self, x: Obs) -> bool:
+        """Return whether x is one set of observations; raise ValueError if it is not even a set."""
+        return self._sets(x)[1]
+
+    def spaces(self, x: Obs) -> tuple[np.ndarray, ...]:
+        """Return features (N, C) of all observations in all sets, and their embeddings (N, F)."""
+        sets, _ = self._sets(x)
+        return self.posterior.spaces(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sets))
+
+    def to_saved(self) -> SavedPosterior:
+        """Return the content of a file of this posterior.
+
+        Raises:
+            ValueError: A part of the posterior cannot be written.
+        """
+        fields = {"levels": self.levels, "steps": self.steps}
+        return content_of(self.posterior).derive(Layer(COMPOSED, fields, {}, self.record))
+
+    @classmethod
+    def from_layer(cls, posterior: AbstractPosterior, layer: Layer) -> ComposedPosterior:
+        """Rebuild a posterior from its layer of a file.
+
+        Args:
+            posterior: The posterior within, a direct one.
+            layer: The layer.
+        """
+        require_object("posterior", posterior, Posterior, "an sf.Posterior")
+        record = MappingProxyType(dict(layer.record))
+        return cls(posterior, layer.fields["levels"], layer.fields["steps"], record)  # type: ignore[arg-type]
+
+    def _sets(self, x: Obs) -> tuple[Obs, bool]:
+        """Return sets (B, N, *event), and whether there was a single one."""
+        like = jax.tree.leaves(self.posterior.observation)[0]
+        first = next(iter(jax.tree.leaves(x)), None)
+        extra = np.ndim(first) - len(like.shape) if first is not None else 0
+        if extra == 2:
+            if len({np.shape(leaf)[:2] for leaf in jax.tree.leaves(x)}) != 1:
+                raise ValueError("x: expected sets (B, N, *event) of equal B and N, got others")
+            flat = jax.tree.map(lambda a: jnp.reshape(a, (-1, *np.shape(a)[2:])), x)
+            self.posterior._bind(flat)
+            return x, False
+        if self.posterior.is_single(x):
+            raise ValueError("x: expected a set of observations (N, *event), got one observation")
+        return jax.tree.map(lambda a: jnp.asarray(a)[None], x), True
+
+    def _bind(self, x: Obs) -> tuple[Array, bool]:
+        """Return features (B, N, C), and whether x was a single set."""
+        sets, single = self._sets(x)
+        shape = jnp.shape(jax.tree.leaves(sets)[0])[:2]
+        flat = jax.tree.map(lambda a: jnp.reshape(a, (-1, *a.shape[2:])), sets)
+        features = self.posterior._bind(flat)[0]
+        return features.reshape(*shape, -1), single
+
+    def _features_of(self, bound: Array) -> Array:
+        return bound.reshape(-1, bound.shape[-1])
+
+    def _sample(self, key: Key, bound: Array, n: int, with_log_prob: bool) -> tuple[Array, Array]:
+        if len(bound) == 1:
+            draws = self._draw_set(key, bound[0], n)[None]
+        else:
+            keys = jax.random.split(key, len(bound))
+            draws = jax.lax.map(lambda each: self._draw_set(each[0], each[1], n), (keys, bound))
+        if not with_log_prob:
+            return draws, jnp.zeros(draws.shape[:2], draws.dtype)
+        return draws, self._log_prob(draws, bound)
+
+    def _draw_set(self, key: Key, features: Array, n: int) -> Array:
+        """Draw (n, D) given the features (N, C) of one set."""
+        posterior = self.posterior
+        order_key, *keys = jax.random.split(key, 1 + len(posterior.weights))
+        parts = zip(posterior.blueprints, posterior.weights, posterior.shares, keys, strict=True)
+        draws = []
+        for blueprint, weights, share, part_key in parts:
+            each = math.ceil(n * share / mixtures.count(weights))
+            plan = _Plan(blueprint, each, self.levels, self.steps)
+            given = blueprint.select_features(features)
+            draws.append(_ensemble(plan, posterior.prior, weights, given, part_key))
+        joined = jnp.concatenate(draws)
+        # draws left over by equal shares come from any member with equal probability
+        return joined[jax.random.permutation(order_key, len(joined))[:n]]
+
+    def _log_prob(self, theta: Array, bound: Array) -> Array:
+        count = bound.shape[1]
+        repeated = jnp.repeat(theta, count, axis=0)
+        each = self.posterior._log_prob(repeated, self._features_of(bound))
+        product = jnp.sum(each.reshape(len(theta), count, -1), axis=1)
+        prior = self.prior.log_prob(theta)
+        inside = jnp.isfinite(prior)
+        return jnp.where(inside, product - (count - 1) * jnp.where(inside, prior, 0.0), -jnp.inf)
+
+    def _standard_log_prob(self, y: Array, bound: Array) -> Array:
+        return self._log_prob(self.prior.from_standard(y)[:, None], bound)[:, 0]
+
+
+register_pytree(
+    ComposedPosterior, leaves=("posterior",), static=("levels", "steps"), facts=("record",)
+)
+
+
+def composed(posterior: Posterior, *, levels: int = 64, steps: int = 4) -> ComposedPosterior:
+    """Make a posterior given sets of independent observations from one given single ones.
+
+    One fit to single observations serves sets of any size. Its errors add up, though: for sets of
+    more than about ten observations, simulate sets and embed them instead.
 
     Args:
-        key: Random key.
-        posterior: One of `FlowMatching` or `Diffusion`, or a stack of these; each member composes
-            scores of its own and gives its share of the draws.
-        x: A batch (N, *event) of observations, independent given the parameters.
-        n: Number of draws.
+        posterior: Posterior of `FlowMatching` or `Diffusion`, or a stack of these. Each member
+            composes its own scores and gives its share of the draws.
         levels: Number of levels of noise.
-        steps: Steps of Langevin dynamics at each.
-
-    Returns:
-        Shape (n, D).
+        steps: Number of Langevin steps at each level.
 
     Raises:
-        ValueError: A density of the posterior is of another kind, x is no batch of observations, or
-            a number is not positive.
+        ValueError: A density of the posterior is of another kind, or a number is not positive.
 
     References:
         Compositional Score Modeling for Simulation-Based Inference, arXiv:2209.14249.
@@ -78,33 +228,47 @@ def sample_composed(
         >>> flow = sf.Diffusion(network=sf.Film(width=8, blocks=1))
         >>> npe = sf.NPE(prior, flow, training=sf.Training(max_epochs=1), members=1)
         >>> posterior, _ = npe.fit(jax.random.key(1), sims, progress=False)
-        >>> sample_composed(jax.random.key(2), posterior, sims.x[:3], 5, levels=4).shape
+        >>> together = composed(posterior, levels=4)
+        >>> together.sample(jax.random.key(2), sims.x[:3], 5).shape
         (5, 1)
     """
-    require_object("posterior", posterior, Posterior, "an sf.Posterior")
-    for blueprint in posterior.blueprints:
-        wanted = "a posterior of sf.FlowMatching or sf.Diffusion"
-        require_object("posterior", blueprint.density, (FlowMatching, Diffusion), wanted)
-    require_count(1, n=n, levels=levels, steps=steps)
-    if posterior.is_single(x):
-        raise ValueError("x: expected a batch of observations, got one")
-    features = posterior.features(x)
-    order_key, *keys = jax.random.split(key, 1 + len(posterior.weights))
-    parts = zip(posterior.blueprints, posterior.weights, posterior.shares, keys, strict=True)
-    draws = []
-    for blueprint, weights, share, own in parts:
-        each = math.ceil(n * share / mixtures.count(weights))
-        plan = _Plan(blueprint, each, levels, steps)
-        draws.append(
-            _ensemble(plan, posterior.prior, weights, blueprint.select_features(features), own)
-        )
-    found = jnp.concatenate(draws)
-    # what is left over by whole shares comes from any of the members alike
-    return found[jax.random.permutation(order_key, len(found))[:n]]
+    return ComposedPosterior(posterior, levels, steps)
+
+
+def sample_composed(
+    key: Key, posterior: Posterior, x: Obs, n: int, *, levels: int = 64, steps: int = 4
+) -> Array:
+    """Draw from the posterior given a set of independent observations.
+
+    The same as `composed(posterior, levels=levels, steps=steps).sample(key, x, n)`.
+
+    Args:
+        key: Random key.
+        posterior: Posterior of `FlowMatching` or `Diffusion`, or a stack of these.
+        x: A set (N, *event) of observations, independent given the parameters.
+        n: Number of draws.
+        levels: Number of levels of noise.
+        steps: Number of Langevin steps at each level.
+
+    Returns:
+        Shape (n, D).
+
+    Raises:
+        ValueError: A density of the posterior is of another kind, x is no set of observations, or a
+            number is not positive.
+    """
+    return composed(posterior, levels=levels, steps=steps).sample(key, x, n)
 
 
 class _Plan(NamedTuple):
-    """What is static about the draws of an ensemble."""
+    """Static settings of the draws of one ensemble.
+
+    Attributes:
+        blueprint: Static description of the members.
+        each: Number of draws of each member.
+        levels: Number of levels of noise.
+        steps: Number of Langevin steps at each level.
+    """
 
     blueprint: Blueprint
     each: int
@@ -115,32 +279,32 @@ class _Plan(NamedTuple):
 @partial(jax.jit, static_argnums=0)
 @full_precision
 def _ensemble(plan: _Plan, prior: Prior, weights: Weights, features: Array, key: Key) -> Array:
-    """Draws (members * each, D), those of one member after those of another."""
-    chunk = min(plan.each, max(1, ENTRIES // features.size))
+    """Draw (members * each, D) given features (N, C), one member after the other."""
+    chunk = min(plan.each, max(1, MAX_CALL_ENTRIES // features.size))
     pieces = math.ceil(plan.each / chunk)
 
-    def one(inputs: tuple[Weights, Key]) -> Array:
-        own, keys = inputs
-        model = nnx.merge(graph_of(plan.blueprint), *own)
+    def draw(inputs: tuple[Weights, Key]) -> Array:
+        member, keys = inputs
+        model = nnx.merge(graph_of(plan.blueprint), *member)
         product = _Product.of(prior, model, features)
-        draw = partial(_langevin, product, plan, model.density.path, chunk)
-        y = jax.lax.map(draw, keys).reshape(pieces * chunk, -1)
-        return prior.unchecked_from_standard(y)[: plan.each]
+        walk = partial(_langevin, product, plan, model.density.path, chunk)
+        y = jax.lax.map(walk, keys).reshape(pieces * chunk, -1)
+        return prior.from_standard(y)[: plan.each]
 
     members = mixtures.count(weights)
-    theta = jax.lax.map(one, (weights, jax.random.split(key, (members, pieces))))
+    theta = jax.lax.map(draw, (weights, jax.random.split(key, (members, pieces))))
     return theta.reshape(members * plan.each, -1)
 
 
 class _Product(NamedTuple):
-    """Densities of noisy points, one an observation, and the prior that each of them counts.
+    """Product of the densities at N observations over N - 1 priors.
 
     Attributes:
         prior: The prior.
-        velocity: Velocity at points (n, N, d) and an angle.
+        velocity: Velocity as a function of points (n, N, d) and an angle.
         each: Maps from noise to standard coordinates, of batch shape (N,).
-        middle: That of the mean observation, in whose noise the draws move: there their product is
-            close to a Gaussian, and a face of the prior is far away.
+        middle: Map at the mean observation. Draws move in its noise coordinates, where the product
+            is close to a Gaussian and the bounds of the prior are far away.
         count: Number of observations N.
     """
 
@@ -152,7 +316,7 @@ class _Product(NamedTuple):
 
     @classmethod
     def of(cls, prior: Prior, model: Conditional, features: Array) -> _Product:
-        """The product for observations of features (N, C)."""
+        """Build the product for observations with features (N, C)."""
         density = model.density
         assert isinstance(density, Matching)
         velocity = density.velocity(model.context(features), None)
@@ -161,12 +325,12 @@ class _Product(NamedTuple):
         return cls(prior, function, each, middle, len(features))
 
     def score(self, w: Array, angle: Array) -> Array:
-        """Score of the product of what noisy points have for densities, at w (n, d)."""
+        """Score (n, d) of the product of the noisy densities at w (n, d)."""
         y = self.middle.forward(w)
 
         def parts(y: Array) -> tuple[Array, Array]:
-            own = jnp.broadcast_to(y[:, None], (len(y), self.count, y.shape[1]))
-            z, log_det = self.each.inverse_and_log_det(own)
+            points = jnp.broadcast_to(y[:, None], (len(y), self.count, y.shape[1]))
+            z, log_det = self.each.inverse_and_log_det(points)
             theta = self.prior.from_standard(y)
             prior = self.prior.log_prob(theta) + self.prior.standard_log_det(y, theta)
             return z, jnp.sum(log_det, axis=1) + (1 - self.count) * prior
@@ -176,9 +340,9 @@ class _Product(NamedTuple):
         return self._moved(y, pull((scores, jnp.ones_like(log_density)))[0])
 
     def _moved(self, y: Array, score: Array) -> Array:
-        """A score (n, d) in standard coordinates, in those of the middle's noise."""
+        """Transform a score (n, d) from standard coordinates to those of the noise of `middle`."""
         (w, log_det), pull = jax.vjp(self.middle.inverse_and_log_det, y)
-        # the density of w has one over the determinant of what leads to w
+        # change of variables: the density of w has the inverse determinant
         score = score - pull((jnp.zeros_like(w), jnp.ones_like(log_det)))[0]
         rows = jnp.eye(w.shape[1], dtype=w.dtype)
         none = jnp.zeros_like(log_det)
@@ -189,23 +353,23 @@ class _Product(NamedTuple):
 
 
 def _langevin(product: _Product, plan: _Plan, path: Path, n: int, key: Key) -> Array:
-    """Draws (n, d) in standard coordinates: from noise to data in levels of falling noise."""
+    """Draw (n, d) in standard coordinates by Langevin dynamics at levels of decreasing noise."""
     first, last = path.ends
-    ratios = np.geomspace(FIRST, LAST, plan.levels)
+    ratios = np.geomspace(FIRST_RATIO, LAST_RATIO, plan.levels)
     angles = jnp.clip(jnp.arctan2(1.0, jnp.asarray(ratios)), first, last)
     first_key, key = jax.random.split(key)
     w = jax.random.normal(first_key, (n, plan.blueprint.sizes.dim)) / math.sqrt(product.count)
 
     def step(w: Array, inputs: tuple[Array, Key]) -> tuple[Array, None]:
         angle, key = inputs
-        # what one noisy density can have for curvature is at most one over its noise's variance
-        variance = STEP * jnp.cos(angle) ** 2 / product.count
+        # the curvature of one noisy density is at most the inverse of the variance of its noise
+        variance = STEP_SHARE * jnp.cos(angle) ** 2 / product.count
         noise = jax.random.normal(key, w.shape, w.dtype)
         drift = 0.5 * variance * product.score(w, angle)
         return w + drift + jnp.sqrt(variance) * noise, None
 
     angles = jnp.repeat(angles, plan.steps)
     w, _ = jax.lax.scan(step, w, (angles, jax.random.split(key, len(angles))))
-    # the noise that is left goes along the ODE, in one step
+    # one step along the ODE removes the noise of the last level
     left = 0.5 * jnp.cos(angles[-1]) ** 2 / product.count
     return product.middle.forward(w + left * product.score(w, angles[-1]))

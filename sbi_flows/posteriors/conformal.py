@@ -1,11 +1,11 @@
-"""Conformal sets: regions of high density that hold the truth as often as they say.
+"""Conformal sets: regions of high density that contain the truth as often as they state.
 
 Public names: `conformal`, `ConformalPosterior`.
 
-How unlikely a truth is under its posterior is its score: the normal score of its log density among
-those of draws at the same data set. Scores of calibration data sets and of a new one are
-exchangeable, whatever the posterior is; so the k-th smallest of N of them bounds a new one with
-probability k / (N + 1), neither less nor, without ties, more.
+The score of a true parameter is the normal score of its negative log density among those of draws
+at the same data set. Scores of calibration data sets and of a new data set are exchangeable,
+whatever the posterior is. So the k-th smallest of N scores bounds a new one with probability
+k / (N + 1), neither less nor, without ties, more.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from scipy import special
 
 from sbi_flows.artefact.layers import Layer, LayerCodec, SavedPosterior
 from sbi_flows.core.errors import SbiFlowsError
+from sbi_flows.core.pytrees import is_traced, register_pytree
 from sbi_flows.core.typing import Key, Obs
-from sbi_flows.posteriors.base import Derived, PosteriorLike
+from sbi_flows.posteriors.base import AbstractPosterior, Derived
 from sbi_flows.posteriors.codec_calibrated import Calibration, calibrated_layer, calibration_of
 from sbi_flows.posteriors.codec_conformal import CONFORMAL
 from sbi_flows.posteriors.passes import chunks_of, continuous_ranks, usable
@@ -36,25 +37,27 @@ from sbi_flows.simulations.simulations import Simulations
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ConformalPosterior(Derived):
-    """A posterior with credible sets that were measured on simulations.
+    """Posterior with credible sets whose coverage was measured on simulations.
 
-    Draws and densities are those of the posterior that it was made of. Its sets are that one's
-    regions of highest density, of another level than their own.
+    Draws and densities are those of the posterior within. The set of a level is that posterior's
+    region of highest density of another level.
 
     Attributes:
-        posterior: The posterior that it was made of.
+        posterior: The posterior within.
         scores: Scores of the calibration data sets, increasing, shape (N,).
-        num_failed: Simulations left out because they failed.
-        draws: Draws that a density is ranked among.
-        record: What is known of it beyond the record of that posterior.
+        num_failed: Number of simulations that failed and were left out.
+        draws: Number of draws that a density is ranked among.
+        record: Facts beyond the record of that posterior.
     """
 
-    posterior: PosteriorLike
+    posterior: AbstractPosterior
     scores: np.ndarray
     num_failed: int
     draws: int
     _key: Key
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    codec: ClassVar[LayerCodec] = CONFORMAL
 
     @property
     def num_simulations(self) -> int:
@@ -62,7 +65,7 @@ class ConformalPosterior(Derived):
         return len(self.scores)
 
     def __repr__(self) -> str:
-        """What it was made of, and what its sets amount to."""
+        """The posterior within, and the levels of its regions that are the sets."""
         levels = [c for c in (0.5, 0.8, 0.95) if c <= _largest(self.num_simulations)]
         sets = ", ".join(f"{c:.0%} is its {self.level(c):.2%}" for c in levels)
         return (
@@ -70,43 +73,83 @@ class ConformalPosterior(Derived):
             f"simulations, {self.num_failed:,} failed; regions of highest density: {sets})"
         )
 
-    def sample(self, key: Key, x: Obs, n: int) -> Array:
-        """Draws of the posterior that it was made of, (n, D) or (B, n, D): uncorrected."""
-        return self.posterior.sample(key, x, n)
+    @property
+    def has_own_regions(self) -> bool:
+        """True: credible regions are the conformal sets."""
+        return True
 
-    def log_prob(self, theta: Any, x: Obs) -> Array:
-        """Log density of the posterior that it was made of: uncorrected."""
-        return self.posterior.log_prob(theta, x)
+    def is_single(self, x: Obs) -> bool:
+        """Return whether x is one observation, not a batch; raise ValueError if it is neither."""
+        return self.posterior.is_single(x)
 
-    def sample_and_log_prob(self, key: Key, x: Obs, n: int) -> tuple[Array, Array]:
-        """Draws with their log densities, both uncorrected."""
-        return self.posterior.sample_and_log_prob(key, x, n)
+    def spaces(self, x: Obs) -> tuple[np.ndarray, ...]:
+        """Return features (B, C) and, with an embedding, the output (B, F) of its first member."""
+        return self.posterior.spaces(x)
 
-    def level(self, level: float) -> float:
-        """Level of the posterior's own region of highest density that is the set of `level`.
+    def to_saved(self) -> SavedPosterior:
+        """Return the content of a file of this posterior.
+
+        Raises:
+            ValueError: A part of the posterior cannot be written.
+        """
+        counts = (self.num_simulations, self.num_failed, self.draws)
+        calibration = Calibration(*counts, self._key, self.record)
+        arrays = {"scores": np.asarray(self.scores)}
+        return content_of(self.posterior).derive(calibrated_layer(CONFORMAL, calibration, arrays))
+
+    @classmethod
+    def from_layer(cls, posterior: AbstractPosterior, layer: Layer) -> ConformalPosterior:
+        """Rebuild a posterior from its layer of a file.
 
         Args:
-            level: Probability that a set holds the truth, at most N / (N + 1).
+            posterior: The posterior within.
+            layer: The layer.
+        """
+        _, num_failed, draws, key, record = calibration_of(layer)
+        facts = MappingProxyType(dict(record))
+        return cls(posterior, layer.tensors["scores"], num_failed, draws, key, facts)
+
+    def _bind(self, x: Obs) -> tuple[Any, bool]:
+        return self.posterior._bind(x)
+
+    def _features_of(self, bound: Any) -> Array:
+        return self.posterior._features_of(bound)
+
+    def _sample(self, key: Key, bound: Any, n: int, with_log_prob: bool) -> tuple[Array, Array]:
+        return self.posterior._sample(key, bound, n, with_log_prob)
+
+    def _log_prob(self, theta: Array, bound: Any) -> Array:
+        return self.posterior._log_prob(theta, bound)
+
+    def _standard_log_prob(self, y: Array, bound: Any) -> Array:
+        return self.posterior._standard_log_prob(y, bound)
+
+    def level(self, level: float) -> float:
+        """Return the level of the region of highest density that is the set of `level`.
+
+        Args:
+            level: Probability that a set contains the truth, at most N / (N + 1).
 
         Returns:
             More than `level` where the posterior is over-confident.
 
         Raises:
-            ValueError: A level outside (0, 1), or one that takes more simulations.
+            ValueError: The level is outside (0, 1), or needs more calibration simulations.
         """
         return float(special.ndtr(self._bound(level)))
 
     def contains(self, theta: Any, x: Obs, level: float) -> Array:
-        """Whether parameters are in the set of `level`.
+        """Return whether parameters are in the set of `level`.
 
-        The sets of a larger level hold those of a smaller. Densities are ranked among draws by a
-        key of this object's own: the answer is the same every time, but at the edge of a set not
-        always for one observation and for a batch that holds it.
+        Sets are nested: that of a larger level contains that of a smaller one. Densities are ranked
+        among draws with a random key that belongs to this object, so that the answer is the same
+        every time. At the edge of a set it may differ between one observation and a batch that
+        contains it.
 
         Args:
             theta: As for `Posterior.log_prob`.
             x: One observation (*event) or a batch (B, *event).
-            level: Probability that a set holds the truth.
+            level: Probability that a set contains the truth.
 
         Returns:
             Bool, the shape of theta without its last axis.
@@ -119,7 +162,7 @@ class ConformalPosterior(Derived):
         return self.score(theta, x) <= bound
 
     def score(self, theta: Any, x: Obs) -> Array:
-        """Normal score of the negative log density of theta among those of draws at x.
+        """Return the normal score of the negative log density of theta among those of draws at x.
 
         Args:
             theta: As for `Posterior.log_prob`.
@@ -133,11 +176,11 @@ class ConformalPosterior(Derived):
         """
         return _score(self._key, self.posterior, theta, x, self.draws)
 
-    def density_ranks(self, key: Key, theta: Any, x: Obs) -> np.ndarray:
-        """Level of the smallest set that holds each truth; `coverage` and `check` ask for it.
+    def credible_levels(self, key: Key, theta: Any, x: Obs) -> np.ndarray:
+        """Return the level of the smallest set that contains each truth.
 
         Args:
-            key: Random key: places a level within its step of 1 / (N + 1).
+            key: Random key, which places each level at random within its step of 1 / (N + 1).
             theta: One parameter vector for each observation, shape (B, D).
             x: A batch (B, *event).
 
@@ -149,68 +192,51 @@ class ConformalPosterior(Derived):
         equal = np.searchsorted(self.scores, new, side="right") - below
         return continuous_ranks(key, below, equal, self.num_simulations)
 
-    codec: ClassVar[LayerCodec] = CONFORMAL
-
-    def to_saved(self) -> SavedPosterior:
-        """Return what a file says of the posterior.
-
-        Raises:
-            ValueError: A part of the posterior cannot be written.
-        """
-        counts = (self.num_simulations, self.num_failed, self.draws)
-        calibration = Calibration(*counts, self._key, self.record)
-        arrays = {"scores": np.asarray(self.scores)}
-        return content_of(self.posterior).derive(calibrated_layer(CONFORMAL, calibration, arrays))
-
-    @classmethod
-    def from_layer(cls, posterior: PosteriorLike, layer: Layer) -> ConformalPosterior:
-        """Rebuild the posterior from what a file says of it, and the posterior that it was made of.
-
-        Args:
-            posterior: The posterior that it was made of.
-            layer: What was read from the file.
-        """
-        _, num_failed, draws, key, record = calibration_of(layer)
-        facts = MappingProxyType(dict(record))
-        return cls(posterior, layer.tensors["scores"], num_failed, draws, key, facts)
-
-    def _bound(self, level: float) -> float:
-        """The largest score inside the set of a level."""
+    def _bound(self, level: float) -> Any:
+        """Return the largest score inside the set of a level."""
         n = self.num_simulations
         if not 0 < level < 1:
             raise ValueError(f"level: expected a number between 0 and 1, got {level}")
         if level > _largest(n):
             raise ValueError(
-                f"level: expected at most {_largest(n):.4g}, which {n} calibration simulations "
-                f"can vouch for, got {level}"
+                f"level: expected at most {_largest(n):.4g}, the most that {n} calibration "
+                f"simulations allow, got {level}"
             )
-        return float(self.scores[order_of(level, n) - 1])
+        return self.scores[order_of(level, n) - 1]
+
+
+register_pytree(
+    ConformalPosterior,
+    leaves=("posterior", "scores", "_key"),
+    static=("draws",),
+    facts=("num_failed", "record"),
+)
 
 
 def conformal(
     key: Key,
-    posterior: PosteriorLike,
+    posterior: AbstractPosterior,
     simulations: Simulations,
     *,
     draws: int = 200,
     progress: bool = False,
 ) -> ConformalPosterior:
-    """Credible sets with the coverage that they promise, from simulations that were not trained on.
+    """Make credible sets with guaranteed coverage from held-out simulations.
 
-    On average over data sets from the prior (those whose simulation is valid), over calibration
-    simulations and over keys, the set of a level c holds the truth with probability
-    ceil((N + 1) c) / (N + 1), at any N and however wrong the posterior is: split conformal
-    prediction. With the N simulations at hand it does so with a probability that scatters around
-    that by sqrt(c (1 - c) / (N + 2)). Nothing is said of a single observation: at some the sets may
-    be too small, as long as they are too large at others. A poor posterior has large sets.
+    This is split conformal prediction. The set of a level c contains the truth with probability
+    ceil((N + 1) c) / (N + 1), for any N and for any posterior, on average over data sets from the
+    prior (those whose simulation is valid), over calibration simulations and over keys. For one
+    set of N calibration simulations, the coverage scatters around that by
+    sqrt(c (1 - c) / (N + 2)). Nothing is guaranteed at a single observation: sets may be too small
+    at some data sets and too large at others. A poor posterior has large sets.
 
     Args:
         key: Random key.
-        posterior: The posterior to correct; its density may be unnormalised.
+        posterior: The posterior; its density need not be normalised.
         simulations: Fresh pairs (theta, x) from the prior and the simulator; failed rows are left
-            out and counted. Those that the posterior was trained on would make sets too small.
-        draws: Draws of the posterior at each data set, at least 20, among whose densities that of
-            the truth is ranked. Fewer are as safe, and somewhat larger sets.
+            out and counted. Training simulations would make the sets too small.
+        draws: Number of draws at each data set, at least 20, among whose densities that of the
+            truth is ranked. Coverage holds with few draws too; sets are then somewhat larger.
         progress: Show a progress bar.
 
     Returns:
@@ -240,19 +266,19 @@ def conformal(
         Array([ True, False], dtype=bool)
     """
     valid = usable(posterior, simulations, draws)
-    own, key = jax.random.split(key)
-    scores = _scores(key, posterior, valid, draws, progress=progress)
-    return ConformalPosterior(posterior, np.sort(scores), len(simulations) - len(valid), draws, own)
+    rank_key, key = jax.random.split(key)
+    scores = np.sort(_scores(key, posterior, valid, draws, progress=progress))
+    return ConformalPosterior(posterior, scores, len(simulations) - len(valid), draws, rank_key)
 
 
 def order_of(level: float, n: int) -> int:
-    """Which of n scores, by size, bounds a new one with a probability of at least `level`.
+    """Return the order k at which the k-th smallest of n scores bounds a new one at `level`.
 
     Example:
         >>> order_of(0.9, 9), order_of(0.5, 100)
         (9, 51)
     """
-    # a product that rounding lifted above a whole number is that number
+    # rounding may lift the product above a whole number
     return math.ceil((n + 1) * level - 1e-9)
 
 
@@ -262,32 +288,32 @@ def _largest(n: int) -> float:
 
 def _scores(
     key: Key,
-    posterior: PosteriorLike,
+    posterior: AbstractPosterior,
     simulations: Simulations,
     draws: int,
     *,
     progress: bool = False,
 ) -> np.ndarray:
-    """Scores of the truths of N data sets, shape (N,), in chunks of one shape."""
-    numbers, found = draws * simulations.theta.shape[1], []
-    for own, rows, kept in chunks_of(key, len(simulations), numbers, "calibrate", progress):
+    """Compute the scores of the truths of N data sets, shape (N,), in chunks of one shape."""
+    entries, chunks = draws * simulations.theta.shape[1], []
+    for chunk_key, rows, count in chunks_of(key, len(simulations), entries, "calibrate", progress):
         part = simulations[rows]
-        found.append(np.asarray(_score(own, posterior, part.theta, part.x, draws))[:kept])
-    return np.concatenate(found).astype(np.float64)
+        chunks.append(np.asarray(_score(chunk_key, posterior, part.theta, part.x, draws))[:count])
+    return np.concatenate(chunks).astype(np.float64)
 
 
-def _score(key: Key, posterior: PosteriorLike, theta: Any, x: Obs, draws: int) -> Array:
+def _score(key: Key, posterior: AbstractPosterior, theta: Any, x: Obs, draws: int) -> Array:
     log_prob = posterior.log_prob(theta, x)
     others = posterior.sample_and_log_prob(key, x, draws)[1]
     scores = _ranked(log_prob, others)
-    if bool(jnp.any(jnp.isnan(scores))):
+    if not is_traced(scores) and bool(jnp.any(jnp.isnan(scores))):
         raise SbiFlowsError("the posterior gave NaN, or draws without a density")
     return scores
 
 
 @jax.jit
 def _ranked(log_prob: Array, others: Array) -> Array:
-    """Normal scores (*) of negative log densities among those of draws (n,), or (B, n) each."""
+    """Compute normal scores (*) of negative log densities among those of draws (n,) or (B, n)."""
     batch = others.shape[:-1]
     rows = -log_prob.reshape((*batch, -1))
     return quantiles_of(-others).score(rows)[0].reshape(log_prob.shape)

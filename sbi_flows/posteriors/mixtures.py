@@ -1,6 +1,6 @@
-"""Compiled programs of a mixture of ensembles: its draws, its density and its modes.
+"""Compiled programs of a mixture of ensembles: draws and log densities.
 
-Public names: `Parts`, `count`, `sample`, `log_prob`, `ascend`.
+Public names: `Parts`, `count`, `sample`, `log_prob`, `standard_log_prob`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax import Array
 
@@ -22,11 +21,10 @@ from sbi_flows.core.typing import Key
 from sbi_flows.densities.base import sample_per_context
 from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
 from sbi_flows.networks.mlp import hashed_words
-from sbi_flows.prior.maps import HALF_WIDTH
 from sbi_flows.prior.prior import Prior
 
 Parts: TypeAlias = tuple[tuple[Blueprint, float], ...]
-"""What is static about a mixture: the blueprint and the share of each ensemble."""
+"""Static part of a mixture: blueprint and share of each ensemble."""
 
 
 def count(weights: Weights) -> int:
@@ -35,15 +33,17 @@ def count(weights: Weights) -> int:
 
 
 def _member(blueprint: Blueprint, weights: Weights, features: Array) -> distrax.Distribution:
-    """One member's distributions over standard coordinates for features (B, C)."""
+    """Return one member's distribution over standard coordinates at features (B, C)."""
     return nnx.merge(graph_of(blueprint), *weights)(blueprint.select_features(features))
 
 
-def _mixture(parts: Parts, weights: tuple[Weights, ...], y: Array, features: Array) -> Array:
-    """Log density of the mixture at y (n, B, d) given features (B, C); shape (n, B)."""
+def standard_log_prob(
+    parts: Parts, weights: tuple[Weights, ...], y: Array, features: Array
+) -> Array:
+    """Log density (n, B) of standard coordinates y (n, B, d) given features (B, C)."""
 
     def ensemble(blueprint: Blueprint, stacked: Weights) -> Array:
-        return jax.lax.map(lambda own: _member(blueprint, own, features).log_prob(y), stacked)
+        return jax.lax.map(lambda member: _member(blueprint, member, features).log_prob(y), stacked)
 
     members = [
         ensemble(blueprint, stacked) + math.log(share / count(stacked))
@@ -52,78 +52,98 @@ def _mixture(parts: Parts, weights: tuple[Weights, ...], y: Array, features: Arr
     return jax.nn.logsumexp(jnp.concatenate(members), axis=0)
 
 
-@partial(jax.jit, static_argnums=(0, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 @full_precision
 def sample(
     parts: Parts,
-    prior: Prior,
     n: int,
     with_log_prob: bool,
+    prior: Prior,
     weights: tuple[Weights, ...],
     features: Array,
     keys: Key,
 ) -> tuple[Array, Array]:
-    """Draws (B, n, D) and log densities (B, n): each ensemble gives its share, at random places."""
-    expected = np.array([share for _, share in parts]) * n
-    sure = np.floor(expected + 1e-6).astype(int)
-    left = np.where(expected - sure > 1e-6, expected - sure, 0.0)
+    """Draw (B, n, D), with log densities (B, n): each ensemble gives its share, in random order.
 
-    own = jax.vmap(lambda key: jax.random.split(key, 1 + len(parts)))(keys)
+    Args:
+        parts: Static part of the mixture.
+        n: Number of draws for each observation.
+        with_log_prob: Whether to compute log densities; otherwise they are zeros.
+        prior: The prior.
+        weights: Arrays of the members of each ensemble.
+        features: Features of the observations, shape (B, C).
+        keys: One random key for each observation, shape (B,).
+    """
+    expected = np.array([share for _, share in parts]) * n
+    counts = np.floor(expected + 1e-6).astype(int)
+    fractions = np.where(expected - counts > 1e-6, expected - counts, 0.0)
+
+    split = jax.vmap(lambda key: jax.random.split(key, 1 + len(parts)))(keys)
     draws = [
-        _ensemble_draws(own[:, 1 + i], blueprint, stacked, features, int(m + (rest > 0)))
+        _ensemble_draws(split[:, 1 + i], blueprint, stacked, features, int(m + (rest > 0)))
         for i, ((blueprint, _), stacked, m, rest) in enumerate(
-            zip(parts, weights, sure, left, strict=True)
+            zip(parts, weights, counts, fractions, strict=True)
         )
     ]
-    chosen = partial(_chosen, sure=sure, left=left, n=n)
-    y = draws[0] if len(parts) == 1 else jax.vmap(chosen)(own[:, 0], draws)
+    choose = partial(_choose, counts=counts, fractions=fractions, n=n)
+    y = draws[0] if len(parts) == 1 else jax.vmap(choose)(split[:, 0], draws)
     theta = prior.from_standard(y)
     if not with_log_prob:
         return theta, jnp.zeros(y.shape[:2], y.dtype)
-    log_prob = _mixture(parts, weights, jnp.swapaxes(y, 0, 1), features).T
+    log_prob = standard_log_prob(parts, weights, jnp.swapaxes(y, 0, 1), features).T
     return theta, log_prob - prior.standard_log_det(y, theta)
 
 
 def _ensemble_draws(
     keys: Key, blueprint: Blueprint, weights: Weights, features: Array, n: int
 ) -> Array:
-    """Draws (B, n, d) for features (B, C): each member gives its share, interleaved.
+    """Draw (B, n, d) for features (B, C): each member gives its share, interleaved.
 
-    Their order is random: what is left over by whole shares comes from any of the members alike.
+    The order of the members is random, so that the draws left over by equal shares come from any
+    member with equal probability.
     """
     members = count(weights)
     share = math.ceil(n / members)
-    own = jax.vmap(lambda key: jax.random.split(key, 1 + members))(keys)
+    split = jax.vmap(lambda key: jax.random.split(key, 1 + members))(keys)
 
-    def one(inputs: tuple[Weights, Key]) -> Array:
+    def draw(inputs: tuple[Weights, Key]) -> Array:
         member, member_keys = inputs
         return sample_per_context(partial(_member, blueprint, member), features, member_keys, share)
 
-    y = jax.lax.map(one, (weights, jnp.swapaxes(own[:, 1:], 0, 1)))
+    y = jax.lax.map(draw, (weights, jnp.swapaxes(split[:, 1:], 0, 1)))
 
-    def mixed(key: Key, y: Array) -> Array:
+    def interleave(key: Key, y: Array) -> Array:
         order = jnp.argsort(hashed_words(key, (members,)))
         return jnp.swapaxes(y[order], 0, 1).reshape(share * members, -1)[:n]
 
-    return jax.vmap(mixed, in_axes=(0, 2))(own[:, 0], y)
+    return jax.vmap(interleave, in_axes=(0, 2))(split[:, 0], y)
 
 
-def _chosen(key: Key, draws: list[Array], *, sure: np.ndarray, left: np.ndarray, n: int) -> Array:
-    """N draws in random order: the sure ones of each ensemble, and some of the last ones.
+def _choose(
+    key: Key, draws: list[Array], *, counts: np.ndarray, fractions: np.ndarray, n: int
+) -> Array:
+    """Return n draws in random order, from the draws of each ensemble.
 
-    An ensemble whose share is not whole has drawn one more than is sure; that one is kept with the
-    probability that is left, by systematic sampling, so that n are kept in all.
+    Ensemble k gives `counts[k]` draws, and one more with probability `fractions[k]`, by systematic
+    sampling, so that there are n in all.
+
+    Args:
+        key: Random key.
+        draws: Draws of each ensemble, shape (counts + (fractions > 0), d).
+        counts: Whole numbers of draws.
+        fractions: Fractions of a draw that are left over.
+        n: Number of draws.
     """
     first, second = jax.random.split(key)
-    ends = np.cumsum(left)
-    ends[-1] = n - sure.sum()
+    ends = np.cumsum(fractions)
+    ends[-1] = n - counts.sum()
     steps = jnp.ceil(jnp.asarray(np.concatenate([[0.0], ends])) - jax.random.uniform(first))
-    kept = jnp.diff(steps) > 0
-    whole = [
+    extra = jnp.diff(steps) > 0
+    masks = [
         jnp.where(jnp.arange(len(part)) < m, True, keep)
-        for part, m, keep in zip(draws, sure, kept, strict=True)
+        for part, m, keep in zip(draws, counts, extra, strict=True)
     ]
-    mask = jnp.concatenate(whole)
+    mask = jnp.concatenate(masks)
     place = jnp.where(mask, jax.random.uniform(second, mask.shape), 2.0)
     return jnp.concatenate(draws)[jnp.argsort(place)[:n]]
 
@@ -137,45 +157,5 @@ def log_prob(
     inside = prior.contains(theta)
     safe = jnp.where(inside[..., None], theta, prior.center(theta.shape[:-1]))
     y = prior.to_standard(safe)
-    log_prob = _mixture(parts, weights, jnp.swapaxes(y, 0, 1), features).T
+    log_prob = standard_log_prob(parts, weights, jnp.swapaxes(y, 0, 1), features).T
     return (jnp.where(inside, log_prob - prior.standard_log_det(y, safe), -jnp.inf),)
-
-
-@partial(jax.jit, static_argnums=(0, 2))
-@full_precision
-def ascend(
-    parts: Parts,
-    prior: Prior,
-    steps: int,
-    weights: tuple[Weights, ...],
-    features: Array,
-    theta: Array,
-) -> tuple[Array]:
-    """Adam on unconstrained coordinates from theta (B, D); keeps the best point seen."""
-    bounded = jnp.asarray(prior.bounded)[None]
-    optimiser = optax.adam(optax.cosine_decay_schedule(0.02, steps))
-
-    def standard(u: Array) -> Array:
-        return jnp.where(bounded, HALF_WIDTH * jnp.tanh(u), u)
-
-    def objective(u: Array) -> Array:
-        y = standard(u)
-        log_prob = _mixture(parts, weights, y[None], features)[0]
-        return log_prob - prior.standard_log_det(y, prior.from_standard(y))
-
-    def step(carry: tuple, _: None) -> tuple[tuple, None]:
-        u, state, best, best_value = carry
-        value, pull = jax.vjp(objective, u)
-        better = value > best_value
-        best = jnp.where(better[:, None], u, best)
-        gradient = pull(-jnp.ones_like(value))[0]
-        updates, state = optimiser.update(gradient, state)
-        u = optax.apply_updates(u, updates)
-        return (u, state, best, jnp.maximum(value, best_value)), None
-
-    y = prior.to_standard(theta)
-    edge = 1.0 - 1e-6
-    u = jnp.where(bounded, jnp.arctanh(jnp.clip(y / HALF_WIDTH, -edge, edge)), y)
-    carry = (u, optimiser.init(u), u, jnp.full(len(u), -jnp.inf, u.dtype))
-    (_, _, best, _), _ = jax.lax.scan(step, carry, None, length=steps)
-    return (prior.from_standard(standard(best)),)

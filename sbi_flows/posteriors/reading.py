@@ -18,13 +18,14 @@ from sbi_flows.artefact.strict import counted
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.densities.conditional import Embedding, check_embedding
 from sbi_flows.posteriors import codec_direct
+from sbi_flows.posteriors.composed import ComposedPosterior
 from sbi_flows.posteriors.conformal import ConformalPosterior
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.posteriors.recalibrated import RecalibratedPosterior
 from sbi_flows.posteriors.writing import DIRECT_FORMAT
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
 
-DERIVED = (ConformalPosterior, RecalibratedPosterior)
+DERIVED = (ComposedPosterior, ConformalPosterior, RecalibratedPosterior)
 """Kinds of derived posteriors that can be loaded. Each has a codec and a method `from_layer`."""
 
 _KINDS = {kind.codec.kind: kind for kind in DERIVED}

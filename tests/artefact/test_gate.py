@@ -1,6 +1,7 @@
 """What the training simulations look like travels with a posterior, and is believed by no file."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from flax import nnx
 
 import sbi_flows as sf
+from sbi_flows.densities.embedded import spaces_of
 from sbi_flows.observations.typicality import fit_typicality
 from tests.artefacts import ensemble, opened, posterior, written
 
@@ -23,7 +25,9 @@ def gated(embedding=None) -> sf.Posterior:
     made = posterior(PRIOR, ensemble(SMALL, PRIOR.bounded, embedding=embedding))
     rows = jax.random.normal(jax.random.key(3), (600, 3))
     (blueprint,), (weights,) = made.blueprints, made.weights
-    known = fit_typicality(jax.random.key(4), blueprint, weights, made.standardiser, rows)
+    known = fit_typicality(
+        jax.random.key(4), partial(spaces_of, blueprint, weights), made.standardiser, rows
+    )
     return dataclasses.replace(made, typicality=known)
 
 

@@ -5,6 +5,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import numpyro.distributions as dist
 
 import sbi_flows as sf
+from sbi_flows.densities.embedded import spaces_of
 from sbi_flows.observations.typicality import fit_typicality
 from sbi_flows.posteriors.quantile_maps import quantile_map
 from tests.artefacts import ensemble, posterior
@@ -49,7 +51,8 @@ def matched() -> sf.Posterior:
     made = posterior(prior, ensemble(flow, prior.bounded))
     rows = jax.random.normal(jax.random.key(0), (24, 3))
     (blueprint,), (weights,) = made.blueprints, made.weights
-    known = fit_typicality(jax.random.key(1), blueprint, weights, made.standardiser, rows)
+    summarise = partial(spaces_of, blueprint, weights)
+    known = fit_typicality(jax.random.key(1), summarise, made.standardiser, rows)
     return dataclasses.replace(made, typicality=known)
 
 

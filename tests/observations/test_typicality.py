@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import sbi_flows as sf
-from sbi_flows.densities.conditional import Blueprint, Sizes, Weights
+from sbi_flows.densities.conditional import Blueprint, Sizes
 from sbi_flows.observations import typicality
 from sbi_flows.observations.spaces import normal_scores
 from sbi_flows.observations.standardise import fit_standardiser, flatten_rows
@@ -64,9 +64,7 @@ def fitted(simulate, n=3000, rng=None):
     """A summary of n rows, what they are summarised from, and a function to judge others."""
     rows = simulate(np.random.default_rng(1) if rng is None else rng, n).astype(np.float32)
     standardiser = fit_standardiser(jnp.asarray(rows))
-    known = fit_typicality(
-        KEY, PLAIN, Weights({}, {}), standardiser, standardiser(jnp.asarray(rows))
-    )
+    known = fit_typicality(KEY, lambda f: (f,), standardiser, standardiser(jnp.asarray(rows)))
 
     def judge(others):
         return known.judged([np.asarray(standardiser(jnp.asarray(others, jnp.float32)))])

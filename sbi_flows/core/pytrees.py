@@ -1,0 +1,75 @@
+"""Frozen objects as JAX pytrees, and values under a trace.
+
+Public names: `register_pytree`, `is_traced`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.core import Tracer
+
+
+class _Unchecked:
+    """Facts carried along with a pytree that no computation depends on.
+
+    Two of them always compare equal, so that a program compiled for one object serves another
+    whose facts differ.
+    """
+
+    def __init__(self, values: tuple[Any, ...]) -> None:
+        self.values = values
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Unchecked)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+def register_pytree(
+    kind: type, *, leaves: Sequence[str], static: Sequence[str] = (), facts: Sequence[str] = ()
+) -> None:
+    """Register a class as a pytree by the names of its attributes.
+
+    A rebuilt object does not pass through the constructor, which would validate tracers.
+
+    Args:
+        kind: The class.
+        leaves: Attributes that are arrays or pytrees of arrays.
+        static: Attributes that programs depend on: hashable values, or trees of these.
+        facts: Attributes that no program depends on. A jitted function that returns such an object
+            returns the facts of the object that it was first called with.
+    """
+
+    def flatten(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
+        children = [(jax.tree_util.GetAttrKey(name), getattr(node, name)) for name in leaves]
+        structure = [jax.tree.flatten(getattr(node, name)) for name in static]
+        fixed = tuple((tuple(parts), tree) for parts, tree in structure)
+        return children, (fixed, _Unchecked(tuple(getattr(node, name) for name in facts)))
+
+    def unflatten(structure: Any, children: Any) -> Any:
+        fixed, unchecked = structure
+        node = object.__new__(kind)
+        values = [jax.tree.unflatten(tree, parts) for parts, tree in fixed]
+        names = (*leaves, *static, *facts)
+        for name, value in zip(names, (*children, *values, *unchecked.values), strict=True):
+            object.__setattr__(node, name, value)
+        return node
+
+    jax.tree_util.register_pytree_with_keys(kind, flatten, unflatten)
+
+
+def is_traced(*trees: Any) -> bool:
+    """Return whether any leaf is a tracer: its shape is known, its values are not.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> seen = []
+        >>> _ = jax.jit(lambda x: seen.append(is_traced(x)) or x)(jnp.ones(2))
+        >>> seen, is_traced(jnp.ones(2))
+        ([True], False)
+    """
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))

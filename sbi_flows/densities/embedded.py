@@ -1,0 +1,49 @@
+"""Features and embedded features of observations, on the host.
+
+Public names: `spaces_of`, `space_widths`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from sbi_flows.core.precision import full_precision
+from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
+
+BATCH_ROWS = 256
+"""Number of rows that are embedded in one compiled call."""
+
+
+def spaces_of(blueprint: Blueprint, weights: Weights, features: Any) -> tuple[np.ndarray, ...]:
+    """Return features (B, C) and, with an embedding, the output (B, F) of the first member's."""
+    rows = np.asarray(features)
+    if blueprint.embedding is None:
+        return (rows,)
+    size = min(BATCH_ROWS, len(rows))
+    parts = []
+    for start in range(0, len(rows), size):
+        # the last chunk repeats rows, so that all chunks have one compiled shape
+        places = np.arange(start, start + size) % len(rows)
+        parts.append(np.asarray(_embedded(blueprint, weights, rows[places])))
+    return rows, np.concatenate(parts)[: len(rows)]
+
+
+def space_widths(blueprint: Blueprint, weights: Weights, features: int) -> tuple[int, ...]:
+    """Return the lengths of the vectors that `spaces_of` gives for this number of features."""
+    if blueprint.embedding is None:
+        return (features,)
+    like = jax.ShapeDtypeStruct((1, features), float)
+    return features, jax.eval_shape(partial(_embedded, blueprint), weights, like).shape[1]
+
+
+@partial(jax.jit, static_argnums=0)
+@full_precision
+def _embedded(blueprint: Blueprint, weights: Weights, features: Array) -> Array:
+    first = jax.tree.map(lambda leaf: leaf[0], weights)
+    return nnx.merge(graph_of(blueprint), *first).context(blueprint.select_features(features))

@@ -1,0 +1,71 @@
+"""One observation, or a batch of them.
+
+Public names: `as_batch`, `require_single`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbi_flows.core.checks import real_arrays
+from sbi_flows.core.pytrees import is_traced
+from sbi_flows.core.typing import Obs
+
+
+def as_batch(x: Obs, like: Obs) -> tuple[Obs, bool]:
+    """Return observations as a batch (B, *event), B = 1 for a single one.
+
+    Under a trace shapes are checked, values are not.
+
+    Args:
+        x: One observation (*event), a batch (B, *event), or a tree of such arrays.
+        like: Shape and dtype of one observation (`jax.ShapeDtypeStruct` leaves).
+
+    Returns:
+        The batch, and whether x was a single observation.
+
+    Raises:
+        ValueError: x has another shape or structure, holds no real numbers, or is not finite.
+    """
+    expected = [tuple(leaf.shape) for leaf in jax.tree.leaves(like)]
+    x = real_arrays("x", x)
+    if jax.tree.structure(x) != jax.tree.structure(like):
+        raise ValueError(f"x: expected {_described(like)}, got {_described(x)}")
+    if not is_traced(x):
+        x = jax.tree.map(np.asarray, x)
+        if not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(x)):
+            raise ValueError("x: expected finite values, got NaN or infinity")
+    leaves = jax.tree.leaves(x)
+    shapes = [leaf.shape for leaf in leaves]
+    single = shapes == expected
+    lengths = {s[:1] for s in shapes}
+    if not single and ([s[1:] for s in shapes] != expected or len(lengths) != 1):
+        wanted = expected[0] if len(expected) == 1 else expected
+        got = shapes[0] if len(shapes) == 1 else shapes
+        raise ValueError(f"x: expected shape {wanted}, or a batch of it, got {got}")
+    if not single and () not in lengths and lengths == {(0,)}:
+        raise ValueError("x: expected at least one observation, got an empty batch")
+    batch = [jnp.asarray(leaf[None] if single else leaf) for leaf in leaves]
+    return jax.tree.unflatten(jax.tree.structure(like), batch), single
+
+
+def require_single(x: Obs, like: Obs, *, instead: str = "") -> None:
+    """Raise ValueError unless x is one observation.
+
+    Args:
+        x: The observation.
+        like: Shape and dtype of one observation.
+        instead: Advice that is added to the message.
+    """
+    if not as_batch(x, like)[1]:
+        raise ValueError(f"x: expected one observation, got a batch{instead}")
+
+
+def _described(x: Obs) -> str:
+    if isinstance(x, Mapping):
+        return f"a dict of arrays with the keys {sorted(map(str, x))}"
+    return f"an array of shape {x.shape}" if hasattr(x, "shape") else type(x).__name__

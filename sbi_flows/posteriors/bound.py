@@ -1,0 +1,294 @@
+"""A posterior bound to an observation: pure functions of keys and parameters.
+
+Public names: `Bindable`, `AtObservation`, `in_chunks`, `MAX_CALL_ENTRIES`.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from sbi_flows.core.checks import random_key, real_array, require_count, require_room
+from sbi_flows.core.errors import SolveFailed
+from sbi_flows.core.precision import full_precision
+from sbi_flows.core.pytrees import is_traced, register_pytree
+from sbi_flows.core.typing import Key
+from sbi_flows.posteriors.numpyro import PosteriorDistribution
+from sbi_flows.prior.maps import HALF_WIDTH
+from sbi_flows.prior.prior import Prior
+
+MAX_CALL_ENTRIES = 2**18
+"""Maximum number of entries (draws times D) in one compiled call, which bounds the memory."""
+
+
+class Bindable(abc.ABC):
+    """Abstract: functions of a posterior over batches of B bound observations.
+
+    `bound` is a pytree of arrays whose leading axis numbers the observations.
+
+    Attributes:
+        prior: The prior, which names the parameters.
+    """
+
+    prior: Prior
+
+    @property
+    @abc.abstractmethod
+    def needs_ode(self) -> bool:
+        """Whether a density is the solution of an ODE: many evaluations of a network."""
+
+    @abc.abstractmethod
+    def _sample(self, key: Key, bound: Any, n: int, with_log_prob: bool) -> tuple[Array, Array]:
+        """Draw (B, n, D), with log densities (B, n), which are zeros unless asked for."""
+
+    @abc.abstractmethod
+    def _log_prob(self, theta: Array, bound: Any) -> Array:
+        """Log density (B, n) of theta (B, n, D); -inf outside the prior's support."""
+
+    @abc.abstractmethod
+    def _standard_log_prob(self, y: Array, bound: Any) -> Array:
+        """Log density (B,) of the parameters at standard coordinates y (B, d)."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class AtObservation:
+    """A posterior at one observation, or at each of a batch; `posterior.at(x)` makes it.
+
+    The observation was checked, standardised and compared with the training simulations once. It is
+    a pytree of arrays, and its methods are pure functions: use them, or pass it, inside `jax.jit`,
+    `grad`, `vmap` and `lax.scan`. Shapes below are for one observation; with a batch of B, results
+    have one more axis in front.
+
+    Attributes:
+        posterior: The posterior.
+        bound: What the posterior needs of the observations; leading axes have length B.
+        is_single: Whether it is bound to one observation, not to a batch.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro.distributions as dist, sbi_flows as sf
+        >>> prior = dist.Normal(0.0, 1.0).expand([2])
+        >>> noisy = lambda key, theta: theta + 0.5 * jax.random.normal(key, (2,))
+        >>> sims = sf.simulate(jax.random.key(0), prior, noisy, 200, progress=False)
+        >>> npe = sf.NPE(prior, sf.MAF(), training=sf.Training(max_epochs=1), members=1)
+        >>> posterior, _ = npe.fit(jax.random.key(1), sims, progress=False)
+        >>> at = posterior.at(jnp.array([0.3, -0.2]))
+        >>> jax.jit(at.sample, static_argnums=1)(jax.random.key(2), 5).shape
+        (5, 2)
+        >>> jax.grad(at.log_prob)(jnp.zeros(2)).shape
+        (2,)
+    """
+
+    posterior: Bindable
+    bound: Any
+    is_single: bool
+
+    def __repr__(self) -> str:
+        """The posterior, and the number of observations of a batch."""
+        batch = "" if self.is_single else f", {self._count} observations"
+        return f"AtObservation({self.posterior}{batch})"
+
+    @property
+    def prior(self) -> Prior:
+        """The prior, which names the parameters."""
+        return self.posterior.prior
+
+    def sample(self, key: Key, n: int) -> Array:
+        """Draw n parameter vectors, shape (n, D), none outside the prior's support.
+
+        Raises:
+            ValueError: n is not positive, or more than memory holds; or `key` is no random key.
+            SolveFailed: The ODE of a continuous flow was not solved. Under a trace such draws are
+                NaN instead.
+        """
+        return self._draw(key, n, with_log_prob=False)[0]
+
+    def sample_and_log_prob(self, key: Key, n: int) -> tuple[Array, Array]:
+        """Draw as `sample` does, with the log density (n,) of each draw, in nats."""
+        return self._draw(key, n, with_log_prob=True)
+
+    def log_prob(self, theta: Any) -> Array:
+        """Log density of theta, in nats; -inf outside the prior's support.
+
+        Args:
+            theta: Shape (*, D). With a batch: (B, D) or (B, n, D), row b for observation b.
+
+        Returns:
+            Shape of theta without its last axis.
+
+        Raises:
+            ValueError: The shape does not fit.
+            SolveFailed: The ODE of a continuous flow was not solved. Under a trace such densities
+                are NaN instead.
+        """
+        theta = self._checked(theta)
+        if theta.size == 0:
+            return jnp.zeros(theta.shape[:-1], theta.dtype)
+        rows = theta.reshape(self._count, -1, self.prior.dim)
+        log_prob = self.posterior._log_prob(rows, self.bound)
+        return self._require_solved(log_prob, log_prob.reshape(theta.shape[:-1]))
+
+    def map(self, *, key: Key | None = None, starts: int = 1000, steps: int = 200) -> Array:
+        """Mode, shape (D,): the best of many draws, refined by gradient ascent.
+
+        Args:
+            key: Random key of the draws; a fixed one by default, so that the result is
+                deterministic.
+            starts: Number of draws.
+            steps: Number of steps of Adam.
+
+        Raises:
+            ValueError: A number is not positive.
+        """
+        require_count(1, starts=starts, steps=steps)
+        key = jax.random.key(0) if key is None else key
+        draws, log_prob = self.sample_and_log_prob(key, starts)
+        draws = draws.reshape(-1, starts, self.prior.dim)
+        best = jnp.argmax(log_prob.reshape(-1, starts), axis=1)
+        first = draws[jnp.arange(len(draws)), best]
+        modes = in_chunks(partial(_ascend, steps, self.posterior), 1, self.bound, first)[0]
+        return modes[0] if self.is_single else modes
+
+    def to_numpyro(self) -> PosteriorDistribution:
+        """Return a numpyro distribution, so that this posterior is the prior of the next analysis.
+
+        Its value is an array of the parameter's own shape where the prior is one distribution, and
+        a flat vector (D,) where the prior has named parameters: `posterior.prior.unflatten` gives
+        the parameters by name. Its support is the prior's, and NUTS samples it in the prior's
+        standard coordinates.
+
+        Raises:
+            ValueError: It is bound to a batch of observations.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+            >>> import sbi_flows as sf
+            >>> prior = dist.Uniform(0.0, 1.0).expand([2])
+            >>> noisy = lambda key, theta: theta + 0.1 * jax.random.normal(key, (2,))
+            >>> sims = sf.simulate(jax.random.key(0), prior, noisy, 200, progress=False)
+            >>> npe = sf.NPE(prior, sf.MAF(), training=sf.Training(max_epochs=1), members=1)
+            >>> posterior, _ = npe.fit(jax.random.key(1), sims, progress=False)
+            >>> first = posterior.at(jnp.array([0.3, 0.6])).to_numpyro()
+            >>> def second(y):
+            ...     theta = numpyro.sample("theta", first)
+            ...     numpyro.sample("y", dist.Normal(theta, 0.1).to_event(1), obs=y)
+            >>> log_density, _ = numpyro.infer.util.log_density(
+            ...     second, (jnp.array([0.4, 0.5]),), {}, {"theta": jnp.array([0.35, 0.55])}
+            ... )
+            >>> bool(jnp.isfinite(log_density))
+            True
+        """
+        if not self.is_single:
+            raise ValueError(
+                f"x: expected one observation for a numpyro distribution, got {self._count}"
+            )
+        return PosteriorDistribution(self.prior, self)
+
+    @property
+    def _count(self) -> int:
+        """Number of observations B."""
+        return len(jax.tree.leaves(self.bound)[0])
+
+    def _draw(self, key: Key, n: int, *, with_log_prob: bool) -> tuple[Array, Array]:
+        require_count(1, n=n)
+        key = random_key("key", key)
+        require_room("n", (self._count, int(n), self.prior.dim), jnp.result_type(float))
+        draws, log_prob = self.posterior._sample(key, self.bound, n, with_log_prob)
+        result = (draws[0], log_prob[0]) if self.is_single else (draws, log_prob)
+        return self._require_solved(jnp.sum(draws, axis=-1) + log_prob, result)
+
+    def _checked(self, theta: Any) -> Array:
+        theta = jnp.asarray(real_array("theta", theta), jnp.result_type(float))
+        dim, count = self.prior.dim, self._count
+        if theta.ndim == 0 or theta.shape[-1] != dim:
+            raise ValueError(
+                f"theta: expected shape (*, {dim}) for {self.prior.labels}, got {theta.shape}"
+            )
+        if not self.is_single and (theta.ndim not in (2, 3) or len(theta) != count):
+            raise ValueError(
+                f"theta: expected ({count}, {dim}) or ({count}, n, {dim}) for a batch of {count} "
+                f"observations, got {theta.shape}"
+            )
+        return theta
+
+    def _require_solved(self, values: Array, result: Any) -> Any:
+        """Return the result; raise SolveFailed if an ODE failed, which made values (B, *) NaN."""
+        if not self.posterior.needs_ode or is_traced(values):
+            return result
+        failed = np.flatnonzero(_any_nan(values))
+        if len(failed):
+            some = ", ".join(map(str, failed[:5])) + (", ..." if len(failed) > 5 else "")
+            raise SolveFailed(
+                f"x: the ODE was not solved at {len(failed)} of {len(values)} observations "
+                f"(numbers {some}); `.values` holds the results, with NaN. The density's "
+                "sf.Solver(max_steps=...) allows more steps, a larger rtol and atol need fewer",
+                values=result,
+            )
+        return result
+
+
+register_pytree(AtObservation, leaves=("posterior", "bound"), static=("is_single",))
+
+
+def in_chunks(
+    evaluate: Callable[[Any, Any], tuple], draws: int, bound: Any, other: Any
+) -> tuple[Array, ...]:
+    """Evaluate chunks of observations of one padded shape and join the results.
+
+    Args:
+        evaluate: Function of a chunk of `bound` and of `other` that returns a tuple of arrays.
+        draws: Number of draws at each observation, which sets the size of a chunk.
+        bound: Pytree of arrays with a leading axis of B observations.
+        other: Array with the same leading axis; its last axis or the prior sets D.
+    """
+    total = len(jax.tree.leaves(bound)[0])
+    size = min(total, max(1, MAX_CALL_ENTRIES // draws))
+    if size == total:
+        return evaluate(bound, other)
+    outputs = []
+    for start in range(0, total, size):
+        rows = np.arange(start, start + size) % total
+        outputs.append(evaluate(*jax.tree.map(lambda leaf, r=rows: leaf[r], (bound, other))))
+    return tuple(jnp.concatenate(parts)[:total] for parts in zip(*outputs, strict=True))
+
+
+@jax.jit
+def _any_nan(values: Array) -> Array:
+    return jnp.any(jnp.isnan(values.reshape(len(values), -1)), axis=1)
+
+
+@partial(jax.jit, static_argnums=0)
+@full_precision
+def _ascend(steps: int, posterior: Bindable, bound: Any, theta: Array) -> tuple[Array]:
+    """Climb from theta (B, D) by Adam in unconstrained coordinates; return the best points."""
+    prior = posterior.prior
+    bounded = jnp.asarray(prior.bounded)[None]
+    optimiser = optax.adam(optax.cosine_decay_schedule(0.02, steps))
+
+    def standard(u: Array) -> Array:
+        return jnp.where(bounded, HALF_WIDTH * jnp.tanh(u), u)
+
+    def step(carry: tuple, _: None) -> tuple[tuple, None]:
+        u, state, best, best_value = carry
+        value, pull = jax.vjp(lambda v: posterior._standard_log_prob(standard(v), bound), u)
+        better = value > best_value
+        best = jnp.where(better[:, None], u, best)
+        gradient = pull(-jnp.ones_like(value))[0]
+        updates, state = optimiser.update(gradient, state)
+        u = optax.apply_updates(u, updates)
+        return (u, state, best, jnp.maximum(value, best_value)), None
+
+    y = prior.to_standard(theta)
+    edge = 1.0 - 1e-6
+    u = jnp.where(bounded, jnp.arctanh(jnp.clip(y / HALF_WIDTH, -edge, edge)), y)
+    carry = (u, optimiser.init(u), u, jnp.full(len(u), -jnp.inf, u.dtype))
+    (_, _, best, _), _ = jax.lax.scan(step, carry, None, length=steps)
+    return (prior.from_standard(standard(best)),)

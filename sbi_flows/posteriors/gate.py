@@ -1,0 +1,69 @@
+"""Gate: warn once if an observation is not typical of the training simulations.
+
+Public names: `gate`, `LEVEL`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jax import Array
+
+from sbi_flows.core.errors import SbiFlowsWarning
+from sbi_flows.core.pytrees import is_traced
+from sbi_flows.core.warn import warn_user
+from sbi_flows.observations.misspecification import first_names
+from sbi_flows.observations.typicality import Typicality
+
+LEVEL = 0.01
+"""P-value at which an observation warns; of observations of the simulator, this fraction does."""
+
+MAX_REMEMBERED = 1_000
+"""Number of observations that are remembered as tested, after which all are forgotten."""
+
+_tested: weakref.WeakKeyDictionary[Typicality, set[bytes]] = weakref.WeakKeyDictionary()
+"""Observations that were tested already, so that each of them warns once."""
+
+
+def gate(
+    typicality: Typicality | None,
+    features: Array,
+    labels: Callable[[], Sequence[str]],
+    values: Callable[[], Sequence[np.ndarray]],
+) -> None:
+    """Warn, once, if any of a set of observations is not typical at `LEVEL`.
+
+    Several observations share the level (Bonferroni). Under a trace nothing is tested.
+
+    Args:
+        typicality: Distribution of the training simulations; None tests nothing.
+        features: Features of the observations, shape (N, C).
+        labels: Function that returns the names of the C features.
+        values: Function that returns what `Typicality.test` takes.
+    """
+    if typicality is None or is_traced(features):
+        return
+    level = LEVEL / len(features)
+    tested = _tested.setdefault(typicality, set())
+    name = np.asarray(features).tobytes()
+    if name in tested or typicality.least_p > level:
+        return
+    if len(tested) >= MAX_REMEMBERED:
+        tested.clear()
+    tested.add(name)
+    spaces = values()
+    p_values = typicality.test(spaces).p_value
+    worst = int(np.argmin(p_values))
+    if p_values[worst] <= level:
+        unusual = np.flatnonzero(typicality.unusual(spaces[0])[worst])
+        names = labels()
+        where = first_names([names[int(i)] for i in unusual])
+        which = "" if len(features) == 1 else f"[{worst}]"
+        warn_user(
+            f"x{which}: not typical of the training simulations (p {p_values[worst]:.2g}"
+            f"{': ' + where if where else ''}); what is learned there is an extrapolation. "
+            "posterior.misspecification(x) says more",
+            SbiFlowsWarning,
+        )
