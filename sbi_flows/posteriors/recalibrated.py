@@ -3,7 +3,7 @@
 Public names: `recalibrate`, `RecalibratedPosterior`.
 
 At a data set x, a smooth map T_x takes standard normal scores z to each parameter; it is made of
-the posterior's draws at x. Over all data sets, a map H takes the quantiles of the scores of draws to
+the posterior's draws at x. Over all data sets, a map H takes quantiles of the scores of draws to
 the quantiles of the scores of true parameters; it is the identity for a calibrated posterior. A
 draw theta is moved to T_x(H(T_x^-1(theta))). For a posterior that is 1.5 times too narrow,
 H(z) = 1.5 z; for one that lies a standard deviation too high, H(z) = z - 1; other shapes are
