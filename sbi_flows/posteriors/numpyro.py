@@ -9,7 +9,7 @@ the prior's standard coordinates, where intervals are opened by a logistic map.
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from sbi_flows.prior.maps import HALF_WIDTH
 from sbi_flows.prior.prior import Prior
 
 
+@runtime_checkable
 class Drawable(Protocol):
     """Posterior at one observation, as `AtObservation` is."""
 
