@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbi_flows.core.checks import real_arrays
+from sbi_flows.core.checks import as_real_tree
 from sbi_flows.core.pytrees import is_traced
 from sbi_flows.core.typing import Obs
 
@@ -32,7 +32,7 @@ def as_batch(x: Obs, like: Obs) -> tuple[Obs, bool]:
         ValueError: x has another shape or structure, holds no real numbers, or is not finite.
     """
     expected = [tuple(leaf.shape) for leaf in jax.tree.leaves(like)]
-    x = real_arrays("x", x)
+    x = as_real_tree("x", x)
     if jax.tree.structure(x) != jax.tree.structure(like):
         raise ValueError(f"x: expected {_described(like)}, got {_described(x)}")
     if not is_traced(x):

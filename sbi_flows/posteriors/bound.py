@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from sbi_flows.core.checks import random_key, real_array, require_count, require_room
+from sbi_flows.core.checks import as_random_key, as_real_array, require_count, require_memory
 from sbi_flows.core.errors import SolveFailed
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.pytrees import is_traced, register_pytree
@@ -199,14 +199,14 @@ class AtObservation:
 
     def _draw(self, key: Key, n: int, *, with_log_prob: bool) -> tuple[Array, Array]:
         require_count(1, n=n)
-        key = random_key("key", key)
-        require_room("n", (self._count, int(n), self.prior.dim), jnp.result_type(float))
+        key = as_random_key("key", key)
+        require_memory("n", (self._count, int(n), self.prior.dim), jnp.result_type(float))
         draws, log_prob = self.posterior._sample(key, self.bound, n, with_log_prob)
         result = (draws[0], log_prob[0]) if self.is_single else (draws, log_prob)
         return self._require_solved(jnp.sum(draws, axis=-1) + log_prob, result)
 
     def _checked(self, theta: Any) -> Array:
-        theta = jnp.asarray(real_array("theta", theta), jnp.result_type(float))
+        theta = jnp.asarray(as_real_array("theta", theta), jnp.result_type(float))
         dim, count = self.prior.dim, self._count
         if theta.ndim == 0 or theta.shape[-1] != dim:
             raise ValueError(
