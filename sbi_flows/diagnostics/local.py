@@ -20,8 +20,8 @@ from sbi_flows.diagnostics.local_classifier import classify
 from sbi_flows.diagnostics.local_draws import local_pairs
 from sbi_flows.diagnostics.local_errors import LocalPairs, errors_of, findings_of, verdict_of
 from sbi_flows.diagnostics.local_report import LocalCheck
+from sbi_flows.observations.batches import as_batch
 from sbi_flows.posteriors.base import PosteriorLike
-from sbi_flows.posteriors.direct import as_batch
 from sbi_flows.posteriors.passes import usable
 from sbi_flows.simulations.simulate import simulate
 from sbi_flows.simulations.simulations import Simulations, observation_shape

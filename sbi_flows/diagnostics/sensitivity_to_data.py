@@ -20,6 +20,7 @@ from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.core.tables import table
 from sbi_flows.core.typing import Key, Obs, Simulator
 from sbi_flows.diagnostics.predictive import MIN_DRAWS, simulate_at_draws
+from sbi_flows.observations.batches import as_batch
 from sbi_flows.observations.standardise import (
     Standardiser,
     entry_labels,
@@ -28,7 +29,6 @@ from sbi_flows.observations.standardise import (
 )
 from sbi_flows.plots.local import heat_map
 from sbi_flows.posteriors.base import PosteriorLike, innermost
-from sbi_flows.observations.batches import as_batch
 from sbi_flows.simulations.simulations import observation_shape
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import pytest
 
 import sbi_flows as sf
 from sbi_flows.posteriors import direct as posteriors
-from sbi_flows.posteriors.arviz import arviz_groups
+from sbi_flows.posteriors.arviz import Groups, arviz_groups
 
 pytestmark = pytest.mark.promotes
 
@@ -322,7 +322,7 @@ def test_to_arviz_names_variables_and_keeps_the_draws(boxed):
 def test_every_array_of_an_observation_has_a_name_in_arviz():
     x = {"a": {"b": np.arange(2.0)}, "c": (np.float32(1.0), np.zeros((2, 3)))}
     draws = jnp.zeros((4, 3))
-    data = arviz_groups(BOX, draws, draws[:, 0], draws, x)["observed_data"]
+    data = arviz_groups(BOX, Groups(draws, draws[:, 0], draws, x))["observed_data"]
     assert {n: data[n].shape for n in data.data_vars} == {"a.b": (2,), "c.0": (), "c.1": (2, 3)}
     np.testing.assert_array_equal(data["a.b"].values, [0.0, 1.0])
 
