@@ -5,9 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from tests.golden.draws import PATH, cases
+from tests.cases import DENSITIES
+from tests.golden.draws import PATH, X, cases, density_posterior
 
 RECORD = json.loads(PATH.read_text())
+
+AT_A_FACE = {("density MAF", "map")}
+"""A mode one rounding step from a face of the prior, where log densities of neighbouring numbers
+differ by tens: rounding, of a division by a constant say, decides on the path that leads there."""
 
 
 def test_every_recorded_case_is_compared():
@@ -19,7 +24,10 @@ def test_every_recorded_case_is_compared():
 def test_draws_are_those_of_the_record(name, compute):
     for part, value in compute().items():
         expected = np.asarray(RECORD[name][part])
-        # a step of Adam has the size of its rate, however small the gradient is: rounding decides
-        # which of the last points is the best
-        atol = 0.1 if part == "map" else 2e-5
-        np.testing.assert_allclose(value, expected, rtol=2e-4, atol=atol, err_msg=part)
+        if (name, part) in AT_A_FACE:
+            posterior = density_posterior(DENSITIES[name.removeprefix("density ")])
+            modes = posterior.log_prob(np.stack([value, expected]).astype(np.float32), X[0])
+            assert modes[0] >= modes[1] - 1e-3
+            np.testing.assert_allclose(value, expected, atol=0.1, err_msg=part)
+        else:
+            np.testing.assert_allclose(value, expected, rtol=2e-4, atol=2e-5, err_msg=part)
