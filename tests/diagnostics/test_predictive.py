@@ -84,21 +84,20 @@ def test_tied_values_are_in_the_middle():
 
 
 def test_failures_are_counted_and_too_many_refused(gaussian):
-    def failing(key, theta):
-        return jnp.where(theta > limit, jnp.nan, theta)
+    def failing_above(limit):
+        return lambda key, theta: jnp.where(theta > limit, jnp.nan, theta)
 
-    limit, x = 1.0, jnp.zeros(2)
+    x = jnp.zeros(2)
     with pytest.warns(sf.SbiFlowsWarning, match="gave NaN or infinity"):
-        found = run_check(gaussian(), failing, x)
+        found = run_check(gaussian(), failing_above(1.0), x)
     assert 0 < found.num_failed < 100
     assert f"{found.num_failed} simulations failed" in found.summary()
     assert len(found.simulated) == 1_000 - found.num_failed
-    limit = -0.5
     with (
         pytest.warns(sf.SbiFlowsWarning),
         pytest.raises(sf.SimulationFailed, match="of 1000 simulations at draws"),
     ):
-        run_check(gaussian(), failing, x)
+        run_check(gaussian(), failing_above(-0.5), x)
 
 
 def test_bad_input_is_refused(gaussian, simulator):
