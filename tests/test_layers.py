@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import sbi_flows
+from sbi_flows.core import moved
 
 ROOT = Path(__file__).parents[1]
 
@@ -171,6 +172,16 @@ def test_what_the_package_offers_is_there_when_it_is_asked_for():
     assert [name for name in sbi_flows.__all__ if not hasattr(sbi_flows, name)] == []
     with pytest.raises(AttributeError, match="nothing"):
         _ = sbi_flows.nothing
+
+
+def test_the_surface_is_small_and_every_earlier_name_still_works():
+    assert len(sbi_flows.__all__) <= 55
+    assert not set(sbi_flows.__all__) & moved.FORMER_NAMES.keys()
+    for name in moved.FORMER_NAMES:
+        assert getattr(sbi_flows, name).__name__ == name
+    assert sbi_flows.errors.SolveFailed is sbi_flows.SolveFailed
+    assert sbi_flows.densities.Heun is sbi_flows.Heun
+    assert sbi_flows.posteriors.ConformalPosterior is sbi_flows.ConformalPosterior
 
 
 @pytest.mark.parametrize("path", modules("simulators"), ids=lambda p: str(p.relative_to(ROOT)))

@@ -4,7 +4,7 @@ Before the package was divided into rooms, its modules stood side by side: `sbi_
 example, is now `sbi_flows.simulations.simulations`. An import of an old path returns the module at
 the new path and gives a `DeprecationWarning`, once. This module imports the standard library only.
 
-Public names: `MOVED`, `install`.
+Public names: `MOVED`, `FORMER_NAMES`, `install`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,32 @@ import warnings
 from types import ModuleType
 
 _PACKAGE = __name__.partition(".")[0]
+
+FORMER_NAMES = {
+    "Ancestral": "densities.samplers",
+    "ArtefactError": "core.errors",
+    "CheckpointSpoilt": "core.errors",
+    "ConformalPosterior": "posteriors.conformal",
+    "EDM": "densities.paths",
+    "Heun": "densities.samplers",
+    "LocalCheck": "diagnostics",
+    "RecalibratedPosterior": "posteriors.recalibrated",
+    "SbiFlowsError": "core.errors",
+    "SbiFlowsWarning": "core.errors",
+    "SimulationFailed": "core.errors",
+    "SolveFailed": "core.errors",
+    "StoreBusy": "core.errors",
+    "StoreSpoilt": "core.errors",
+    "Straight": "densities.paths",
+    "TrainingDiverged": "core.errors",
+    "VE": "densities.paths",
+    "VP": "densities.paths",
+    "Validity": "simulations.validity",
+    "WeightsUneven": "core.errors",
+    "c2st_jax": "diagnostics",
+    "sample_composed": "posteriors.composed",
+}
+"""Names that earlier versions had at the top of the package, where they go on working, by module."""
 
 MOVED = {
     "arviz_groups": "posteriors.arviz",

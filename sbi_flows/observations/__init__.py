@@ -1,1 +1,4 @@
-"""Observations: shapes, batches, standardisation, and which are typical of the simulations."""
+"""Observations: batches, standardisation, screening, quantised data, and typicality with its test.
+
+Files outside this room import from its files.
+"""

@@ -1,3 +1,18 @@
-"""Posteriors: draws, densities and modes for one observation or a batch of them."""
+"""Posteriors: direct, composed, recalibrated and conformal; bound to data, in files, in ArviZ.
 
+Files outside this room import from its files; users reach these names as `sf.posteriors.X`.
+"""
+
+from sbi_flows.posteriors.base import AbstractPosterior as AbstractPosterior
+from sbi_flows.posteriors.base import Derived as Derived
+from sbi_flows.posteriors.bound import AtObservation as AtObservation
+from sbi_flows.posteriors.composed import ComposedPosterior as ComposedPosterior
+from sbi_flows.posteriors.composed import composed as composed
+from sbi_flows.posteriors.composed import sample_composed as sample_composed
+from sbi_flows.posteriors.conformal import ConformalPosterior as ConformalPosterior
+from sbi_flows.posteriors.conformal import conformal as conformal
 from sbi_flows.posteriors.direct import Posterior as Posterior
+from sbi_flows.posteriors.numpyro import PosteriorDistribution as PosteriorDistribution
+from sbi_flows.posteriors.reading import load as load
+from sbi_flows.posteriors.recalibrated import RecalibratedPosterior as RecalibratedPosterior
+from sbi_flows.posteriors.recalibrated import recalibrate as recalibrate
