@@ -253,7 +253,7 @@ def _predictive(
     """Compute the p-values of `sf.predictive_check` at each observation."""
     keys, simulator = jax.random.split(key, len(observed)), task.simulator
     checks = [
-        sf.predictive_check(k, posterior, simulator, x, progress=False)
+        sf.predictive_check(k, posterior, x, simulator, progress=False)
         for k, x in zip(keys, observed, strict=True)
     ]
     return [{"distance_p": c.distance_p, "worst_p": c.worst_p} for c in checks]
