@@ -75,8 +75,7 @@ def normalisation(posterior: sf.Posterior, x: Obs, draws: Any) -> float | None:
         ODE solve at each grid point, which would take many minutes.
     """
     prior = posterior.prior
-    solved = getattr(posterior, "solved", False)
-    if prior.dim > 2 or prior.standard_dim != prior.dim or solved:
+    if prior.dim > 2 or prior.standard_dim != prior.dim or posterior.needs_ode:
         return None
     points = GRID_POINTS[prior.dim]
     standard_draws = np.asarray(prior.to_standard(jnp.asarray(draws)))

@@ -31,6 +31,7 @@ class Known:
     prior: object
     density: object
     factor: float = 1.0
+    needs_ode: bool = False
 
     def log_prob(self, theta, x):
         return jnp.sum(self.density.log_prob(theta), axis=-1) + jnp.log(self.factor)
