@@ -18,6 +18,7 @@ from sbi_flows.core.typing import Obs
 from sbi_flows.densities.conditional import Blueprint, Sizes, Weights
 from sbi_flows.observations.standardise import fit_standardiser
 from sbi_flows.simulations.simulations import observation_shape
+from sbi_flows.training import FitKeys, TrainingData
 from sbi_flows.training.ensemble import Ensemble
 
 
@@ -45,7 +46,10 @@ class Ours:
             context_width=0,
             dropout=0.0,
         )
-        self._optimizer = optax.adam(recipe.learning_rate)
+        clip_norm = float("inf") if recipe.clip_norm is None else recipe.clip_norm
+        self._optimizer = optax.chain(
+            optax.clip_by_global_norm(clip_norm), optax.adam(recipe.learning_rate)
+        )
         self._posterior: sf.Posterior | None = None
 
     def describe(self) -> dict[str, Any]:
@@ -110,7 +114,6 @@ class Ours:
             patience=patience,
             validation_fraction=recipe.held_out,
             optimizer=self._optimizer,
-            clip_norm=float("inf") if recipe.clip_norm is None else recipe.clip_norm,
             ema_decay=None,
         )
         return sf.NPE(self._prior, self._density, training=training, members=1)
@@ -125,8 +128,8 @@ class Ours:
         sizes = Sizes(prior.bounded, jax.tree.structure(shape), shapes)
         blueprint = Blueprint(npe.density, None, sizes)
         offset, epoch = prior.standard_log_det(y, theta), 0
-        rows = (y, standardiser(x), offset)
-        with Ensemble(key, blueprint, npe.training, *rows, npe.members) as ensemble:
+        data, keys = TrainingData(y, standardiser(x), offset), FitKeys.of(key)
+        with Ensemble(keys, blueprint, npe.training, data, npe.members) as ensemble:
 
             def posterior(weights: Weights) -> sf.Posterior:
                 return sf.Posterior(prior, (blueprint,), (weights,), (1.0,), standardiser, shape)

@@ -11,13 +11,13 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import sbi_flows as sf
 from benchmarks.peers.measure import interleaved
 from sbi_flows.core.tables import table
 from sbi_flows.densities.conditional import Blueprint, Sizes
+from sbi_flows.training import FitKeys, TrainingData
 from sbi_flows.training.ensemble import Ensemble
 
 BASE = {"rows": 10_000, "dim": 4, "features": 8, "members": 1, "batch": 128}
@@ -79,8 +79,9 @@ def training(
     blueprint = Blueprint(density or sf.NSF(), None, facts)
     # no member stops early, so that each epoch trains all of them
     settings = sf.Training(batch_size=sizes["batch"], patience=10**6, matmul_precision=precision)
-    arguments = (blueprint, settings, y, features, jnp.zeros(rows), sizes["members"])
-    with Ensemble(jax.random.key(1), *arguments) as ensemble:
+    data = TrainingData.of_rows(y, features)
+    keys = FitKeys.of(jax.random.key(1))
+    with Ensemble(keys, blueprint, settings, data, sizes["members"]) as ensemble:
         yield ensemble
 
 

@@ -9,15 +9,18 @@ from typing import Any
 
 import sbi_flows as sf
 from benchmarks.suite import methods
+from sbi_flows.estimators.base import Estimator, FitHistory
 from sbi_flows.estimators.stacking import StackHistory
 
 
-def describe(estimator: methods.Estimator) -> dict[str, Any]:
+def describe(estimator: Estimator | methods.Distilling) -> dict[str, Any]:
     """Return the estimator's settings as JSON data, for records."""
     if isinstance(estimator, methods.Distilling):
         return {"method": "distil", "steps": estimator.steps, "of": describe(estimator.npe)}
     if isinstance(estimator, sf.Stack):
         return {"method": "Stack", "estimators": [describe(e) for e in estimator.estimators]}
+    if not isinstance(estimator, sf.NPE):
+        return {"method": type(estimator).__name__}
     return {
         "method": type(estimator).__name__,
         "density": repr(estimator.density),
@@ -28,7 +31,7 @@ def describe(estimator: methods.Estimator) -> dict[str, Any]:
     }
 
 
-def history_record(history: sf.History | StackHistory) -> dict[str, Any]:
+def history_record(history: FitHistory) -> dict[str, Any]:
     """Return the course of a fit as JSON data, for records."""
     if isinstance(history, StackHistory):
         return {
@@ -37,6 +40,7 @@ def history_record(history: sf.History | StackHistory) -> dict[str, Any]:
             "mixture_loss": history.mixture_loss,
             "parts": [h and history_record(h) for h in history.histories],
         }
+    assert isinstance(history, sf.History)
     return {
         "epochs": history.epochs,
         "stop_reason": history.stop_reason,

@@ -35,7 +35,7 @@ from sbi_flows.estimators.stacking import StackHistory, fit_each
 from sbi_flows.observations.quantised import Grid, dequantised, find_grid, quantised
 from sbi_flows.observations.standardise import Standardiser
 from sbi_flows.prior.prior import Prior
-from sbi_flows.training import History, Training, fit
+from sbi_flows.training import FitKeys, History, Training, TrainingData, fit
 
 CHUNK = 2_500
 """Draws in one compiled call."""
@@ -133,7 +133,7 @@ class Seen(NamedTuple):
 
 
 def emulate(
-    key: Key,
+    keys: FitKeys,
     emulator: Emulator,
     prior: Prior,
     seen: Seen,
@@ -146,7 +146,7 @@ def emulate(
     """Fit an emulator and draw from it.
 
     Args:
-        key: The key of the fit that the draws are for: its members then hold out the same rows.
+        keys: Keys of the fit that the draws are for, so that its members hold out the same rows.
         emulator: What to fit and how much to draw.
         prior: The prior.
         seen: The simulations.
@@ -170,20 +170,19 @@ def emulate(
             f"max_features={emulator.max_features}"
         )
     grid, wide = find_grid(np.asarray(seen.x)), standardiser._replace(linear=LINEAR)
-    # not 0 or 1: those folds are the keys that a split gives, which the fits use
-    noise_key, theta_key, draw_key = jax.random.split(jax.random.fold_in(key, 2), 3)
+    noise_key, theta_key, draw_key = jax.random.split(keys.emulator, 3)
     features = _smooth(grid, wide, noise_key, seen.x)
-    fraction, kept = training.validation_fraction, emulator.training.kept_as(training)
+    fraction = training.validation_fraction
+    kept = emulator.training.with_checkpoint_of(training)
     training = dataclasses.replace(kept, validation_fraction=fraction)
     sizes = Sizes((False,) * seen.x.shape[1], jax.tree.structure(0), (seen.y.shape[1:],))
 
     def fit_one(i: int, blueprint: Blueprint) -> tuple[tuple[Blueprint, Weights], History]:
         weights, history = fit(
-            key,
+            keys,
             blueprint,
             training,
-            features,
-            seen.y,
+            TrainingData.of_rows(features, seen.y),
             members=members,
             progress=progress,
             label="fit emulator",

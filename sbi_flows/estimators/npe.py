@@ -10,6 +10,7 @@ import dataclasses
 import time
 import warnings
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -26,34 +27,31 @@ from sbi_flows.densities.conditional import (
     Weights,
     check_embedding,
 )
-from sbi_flows.densities.embedded import spaces_of
 from sbi_flows.densities.flow import NSF
 from sbi_flows.estimators.emulator import Emulator, EmulatorFailed, Seen, emulate
 from sbi_flows.estimators.rows import (
-    Rows,
     contains,
-    joined,
-    prepared,
-    sample_of,
-    standard,
+    prepare,
+    rows_in_memory,
+    standard_coordinates,
     stream_of,
+    summarised,
+    with_emulated,
 )
 from sbi_flows.estimators.stacking import StackHistory
 from sbi_flows.observations.screening import dependent_features
 from sbi_flows.observations.standardise import Standardiser, flatten_rows
-from sbi_flows.observations.typicality import fit_typicality
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
 from sbi_flows.simulations.simulations import Simulations, observation_shape
-from sbi_flows.training import History, Training, fit
+from sbi_flows.training import FitKeys, History, Training, TrainingData, fit
 from sbi_flows.training.record import of_fit
 
 _EMULATED = (
     NSF(hidden=(128, 128), context_width=128, dropout=0.0),
     Training(batch_size=256, max_epochs=12, patience=4),
 )
-"""Defaults with an emulator: its rows are many and new, so that a large density does not over-fit.
-"""
+"""Defaults with an emulator, whose many rows keep a large density from over-fitting."""
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -65,18 +63,22 @@ class NPE:
         density: The conditional density to fit: `NSF`, the default; `MAF` for posteriors close to a
             Gaussian; `GaussianMixture` for a few parameters; `FlowMatching`, `Diffusion` or `CNF`,
             continuous flows, whose densities are slow.
-        training: Settings of the fit; by default `Training()`, with a smaller rate for a `CNF`, and
-            with more epochs, more patience and a longer average of the weights for `FlowMatching`
-            and `Diffusion`; with an emulator, whose rows are many, a shorter one for any density.
+        training: Settings of the fit. The default is `Training()`, with a smaller learning rate for
+            a `CNF`, and with more epochs, more patience and a longer average of the weights for
+            `FlowMatching` and `Diffusion`. With an emulator, which gives many rows, the default is
+            a shorter fit for any density.
         members: Size of the ensemble; members are trained side by side and mixed.
         embedding: A flax module that maps standardised observations (B, *event) to (B, F), or a
-            function `rngs -> module`, with which each member starts from weights of its own.
-        emulator: Densities of the observation to fit first, whose draws are trained on as well;
-            none by default. With few simulations of a simple noise this is far more accurate.
-        screening: Leave out entries of the observation that depend on no parameter, as tests of one
-            entry and one parameter at a time say; the expected share of such entries among those
-            that are kept, at the most. None, the default, keeps all. An entry that says something
-            only together with others is lost, so let a `Stack` judge it beside one that keeps all.
+            function `rngs -> module`, with which each member starts from other weights.
+        emulator: Densities of the observation to fit first, whose draws are trained on as well; no
+            emulator by default. With few simulations of a simple noise this is far more accurate.
+        screening: Maximum expected share of useless entries among the entries of the observation
+            that are used. An entry is useless if it depends on no parameter, by tests of one entry
+            and one parameter at a time. An entry that is informative together with others only is
+            lost, so compare with an estimator that uses all entries in a `Stack`. None, the
+            default, uses all entries.
+        linear_start: Fit a linear-Gaussian posterior in closed form first, from which the density
+            starts. False starts from the prior.
 
     References:
         Fast epsilon-free Inference of Simulation Models, arXiv:1605.06376.
@@ -99,6 +101,7 @@ class NPE:
     embedding: Embedding | None
     emulator: Emulator | None
     screening: float | None
+    linear_start: bool
 
     def __init__(
         self,
@@ -110,12 +113,13 @@ class NPE:
         embedding: Embedding | None = None,
         emulator: Emulator | None = None,
         screening: float | None = None,
+        linear_start: bool = True,
     ) -> None:
-        """Validate what is known before any data.
+        """Check the settings.
 
         Raises:
-            ValueError: `members` is not positive, the density, the training or the emulator is not
-                one, `screening` is not between 0 and 1, or there is an embedding beside it.
+            ValueError: `members` is not positive; the density, the training or the emulator is of a
+                wrong type; `screening` is not between 0 and 1, or is combined with an embedding.
         """
         require_count(1, members=members)
         if screening is not None:
@@ -142,135 +146,154 @@ class NPE:
             "embedding": embedding,
             "emulator": emulator,
             "screening": screening,
+            "linear_start": linear_start,
         }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 
     def fit(
-        self, key: Key, simulations: Simulations, *, progress: bool = True
+        self, key: Key, simulations: Simulations, *, progress: bool = True, summarise: bool = True
     ) -> tuple[Posterior, History]:
         """Fit to the valid rows of the simulations; changes nothing in place.
 
         Args:
             key: Random key; the same key and data give the same posterior.
-            simulations: Parameters (N, D) inside the prior's support, and observations. Those on
-                disk are read while the fit goes on; every member then holds out the same rows.
+            simulations: Parameters (N, D) inside the prior's support, and observations.
+                Observations on disk are read during the fit; every member then holds out the same
+                rows.
             progress: Show a progress bar.
+            summarise: Describe the distribution of the training simulations in
+                `posterior.typicality`, for the warning about observations unlike them.
 
         Returns:
             The posterior and the history of the fit.
 
         Raises:
-            ValueError: theta does not fit the prior, or an emulator is asked for observations on
-                disk.
+            ValueError: theta does not fit the prior, an emulator is combined with observations on
+                disk, or the folder `Training(checkpoint=...)` belongs to other simulations, keys or
+                settings.
             SimulationFailed: Fewer than 10 rows are valid.
             TrainingDiverged: A loss was not finite; `.state` is the last finite posterior.
-            CheckpointSpoilt: A file of `Training(checkpoint=...)` is not what was written; those of
-                other simulations, keys or settings are a ValueError.
+            CheckpointSpoilt: A file of `Training(checkpoint=...)` is damaged.
         """
         began = time.perf_counter()
-        valid, sample = self._checked(key, simulations)
-        rows, standardiser = prepared(self.prior, valid.theta, valid.x)
-        like = observation_shape(valid.x)
-        kept = self._screened(rows)
-        blueprint, features = self._blueprint(like, kept), rows.features
-
-        def posterior(weights: Weights) -> Posterior:
-            summarise = partial(spaces_of, blueprint, weights)
-            known = fit_typicality(key, summarise, standardiser, features)
-            parts = (blueprint,), (weights,), (1.0,)
-            return Posterior(self.prior, *parts, standardiser, like, typicality=known)
-
-        stream, emulator_history = None, None
-        if sample is not None:
-            stream = stream_of(self.prior, blueprint, standardiser, simulations, sample)
-        rows = rows._replace(features=blueprint.select_features(rows.features))
+        self._check(simulations)
+        keys = FitKeys.of(key)
+        problem = self._problem(keys, simulations)
+        data, emulator_history = problem.data, None
         if self.emulator is not None:
-            x, own = (
-                blueprint.select_features(flatten_rows(valid.x)),
-                standardiser.of(blueprint.feature_indices),
-            )
             try:
-                rows, emulator_history = self._emulated(
-                    key, simulations, rows, x, own, progress=progress
+                data, emulator_history = self._emulated(
+                    keys, self.emulator, problem, simulations, progress=progress
                 )
             except EmulatorFailed as error:
-                said = f"trained without the emulator: {error}"
-                warnings.warn(said, SbiFlowsWarning, stacklevel=2)
-                return self._without_emulator().fit(key, simulations, progress=progress)
+                warnings.warn(
+                    f"trained without the emulator: {error}", SbiFlowsWarning, stacklevel=2
+                )
+                plain = self._without_emulator()
+                return plain.fit(key, simulations, progress=progress, summarise=summarise)
+        complete = partial(problem.posterior, self.prior, key if summarise else None)
+        blueprint, settings = problem.blueprint, {"members": self.members, "progress": progress}
         try:
-            weights, history = fit(
-                key,
-                blueprint,
-                self.training,
-                rows.y,
-                rows.features,
-                members=self.members,
-                offset=rows.offset,
-                own=(len(rows.y) - len(valid)) // self.members,
-                stream=stream,
-                progress=progress,
-            )
+            weights, history = fit(keys, blueprint, self.training, data, **settings)
         except TrainingDiverged as error:
-            error.state = posterior(error.state)  # type: ignore[arg-type]
+            error.state = complete(error.state)  # type: ignore[arg-type]  # a fit left Weights
             raise
-        seconds = time.perf_counter() - began
         history = dataclasses.replace(
-            history, emulator=emulator_history, kept=kept, seconds=seconds
+            history,
+            emulator=emulator_history,
+            kept=problem.screened,
+            seconds=time.perf_counter() - began,
         )
         record = of_fit(self, simulations, history)
-        return dataclasses.replace(posterior(weights), record=record), history
+        return dataclasses.replace(complete(weights), record=record), history
 
-    def _screened(self, rows: Rows) -> tuple[int, ...] | None:
-        """Places of the entries of an observation that tell; None if that is not asked, or none."""
+    @property
+    def validation_fraction(self) -> float:
+        """Fraction of the rows that each member holds out."""
+        return self.training.validation_fraction
+
+    def with_prior(self, prior: PriorLike) -> NPE:
+        """Return the same estimator for another prior over the same parameters."""
+        return dataclasses.replace(self, prior=prior)
+
+    def with_checkpoint_folder(self, name: str) -> NPE:
+        """Return the same estimator, with its checkpoint, if it has one, in a folder within."""
+        training = self.training.with_checkpoint_of(self.training, name)
+        return dataclasses.replace(self, training=training)
+
+    def _problem(self, keys: FitKeys, simulations: Simulations) -> _Problem:
+        """Prepare the rows and the blueprint of a fit."""
+        rows, sample = rows_in_memory(keys.sample, simulations)
+        data, standardiser = prepare(self.prior, rows.theta, rows.x)
+        screened = self._screened(data)
+        observation = observation_shape(rows.x)
+        blueprint = self._blueprint(observation, screened)
+        stream = None
+        if sample is not None:
+            stream = stream_of(self.prior, blueprint, standardiser, simulations, sample)
+        selected = dataclasses.replace(
+            data, features=blueprint.select_features(data.features), stream=stream
+        )
+        return _Problem(
+            blueprint, standardiser, observation, selected, rows.x, data.features, screened
+        )
+
+    def _screened(self, data: TrainingData) -> tuple[int, ...] | None:
+        """Return the places of the entries that pass the screening; None uses all entries."""
         if self.screening is None:
             return None
-        kept = np.flatnonzero(dependent_features(rows.y, rows.features, self.screening))
-        if not len(kept):
-            said = f"no entry of the observation passes screening={self.screening}; all are kept"
-            warnings.warn(said, SbiFlowsWarning, stacklevel=3)
+        places = np.flatnonzero(dependent_features(data.y, data.features, self.screening))
+        if not len(places):
+            warnings.warn(
+                f"no entry of the observation passes screening={self.screening}; all are kept",
+                SbiFlowsWarning,
+                stacklevel=4,
+            )
             return None
-        return tuple(kept.tolist())
+        return tuple(places.tolist())
 
-    def _blueprint(self, like: Obs, kept: tuple[int, ...] | None) -> Blueprint:
-        """What to build for observations like this one, or for some of their entries."""
-        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(like))
-        sizes = Sizes(self.prior.bounded, jax.tree.structure(like), shapes)
-        if kept is None or len(kept) == sizes.feature_count:
-            return Blueprint(self.density, self.embedding, sizes)
-        sizes = Sizes(self.prior.bounded, jax.tree.structure(0), ((len(kept),),))
-        return Blueprint(self.density, None, sizes, kept)
+    def _blueprint(self, observation: Obs, screened: tuple[int, ...] | None) -> Blueprint:
+        """Return the model for observations of this shape, or for some of their entries."""
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(observation))
+        sizes = Sizes(self.prior.bounded, jax.tree.structure(observation), shapes)
+        if screened is None or len(screened) == sizes.feature_count:
+            return Blueprint(self.density, self.embedding, sizes, None, self.linear_start)
+        sizes = Sizes(self.prior.bounded, jax.tree.structure(0), ((len(screened),),))
+        return Blueprint(self.density, None, sizes, screened, self.linear_start)
 
     def _emulated(
         self,
-        key: Key,
+        keys: FitKeys,
+        emulator: Emulator,
+        problem: _Problem,
         simulations: Simulations,
-        rows: Rows,
-        x: Array,
-        standardiser: Standardiser,
         *,
         progress: bool,
-    ) -> tuple[Rows, StackHistory]:
-        """The rows and, after them, those of an emulator that is fitted to them."""
-        assert self.emulator is not None
-        places = np.flatnonzero(~np.asarray(simulations.valid))
-        failed = rows.y[:0]
-        if len(places):
-            failed = standard(self.prior, simulations.theta)[places]
-        more, history = emulate(
-            key,
-            self.emulator,
+    ) -> tuple[TrainingData, StackHistory]:
+        """Fit an emulator to the rows and append its draws to them."""
+        blueprint, data = problem.blueprint, problem.data
+        failures = np.flatnonzero(~np.asarray(simulations.valid))
+        failed = data.y[:0]
+        if len(failures):
+            failed = standard_coordinates(self.prior, simulations.theta)[failures]
+        draws, history = emulate(
+            keys,
+            emulator,
             self.prior,
-            Seen(rows.y, x, failed),
-            standardiser,
+            Seen(data.y, blueprint.select_features(flatten_rows(problem.x)), failed),
+            problem.standardiser.of(blueprint.feature_indices),
             members=self.members,
             training=self.training,
             progress=progress,
         )
-        return joined(self.prior, rows, more), history
+        return with_emulated(self.prior, data, draws, emulator.simulations), history
 
     def _without_emulator(self) -> NPE:
-        """The same without one; what is at its default becomes the default of such an estimator."""
+        """Return the estimator without emulator, with the default settings of such an estimator.
+
+        Settings that differ from the defaults with an emulator stay.
+        """
         density, training = _EMULATED
         plain = NPE(
             self.prior,
@@ -278,17 +301,16 @@ class NPE:
             members=self.members,
             embedding=self.embedding,
             screening=self.screening,
+            linear_start=self.linear_start,
         )
-        default = self.training.without_checkpoint == training
-        training = plain.training.kept_as(self.training) if default else self.training
+        is_default = self.training.without_checkpoint == training
+        training = self.training
+        if is_default:
+            training = plain.training.with_checkpoint_of(self.training)
         return dataclasses.replace(plain, training=training)
 
-    def kept_within(self, name: str) -> NPE:
-        """The same, with its checkpoint, if there is one, in a folder within."""
-        return dataclasses.replace(self, training=self.training.kept_as(self.training, name))
-
-    def _checked(self, key: Key, simulations: Simulations) -> tuple[Simulations, np.ndarray | None]:
-        """The valid rows; of those on disk a sample, and which of them these are."""
+    def _check(self, simulations: Simulations) -> None:
+        """Raise an error unless the simulations fit the estimator."""
         if not isinstance(simulations, Simulations):
             raise ValueError(
                 f"simulations: expected sf.Simulations, got {type(simulations).__name__}"
@@ -308,9 +330,34 @@ class NPE:
                 "expected at least 10 finite simulations to train on, got "
                 f"{simulations.num_valid} of {len(simulations)}"
             )
-        if not simulations.on_disk:
-            return simulations.only_valid(), None
-        if self.emulator is not None:
+        if simulations.on_disk and self.emulator is not None:
             raise ValueError("emulator: expected none with observations on disk, got one")
-        sample = sample_of(jax.random.fold_in(key, 3), simulations)
-        return simulations[np.flatnonzero(simulations.valid)[sample]], sample
+
+
+class _Problem(NamedTuple):
+    """What a fit is made of, beyond the estimator's settings.
+
+    Attributes:
+        blueprint: The model.
+        standardiser: Standardiser of all entries of the observation.
+        observation: Shape and dtype of one observation.
+        data: Rows to train on, with the features that the model uses.
+        x: Observations of these rows.
+        features: All features of these rows, shape (N, C).
+        screened: Places of the entries that passed the screening; None without one.
+    """
+
+    blueprint: Blueprint
+    standardiser: Standardiser
+    observation: Obs
+    data: TrainingData
+    x: Obs
+    features: Array
+    screened: tuple[int, ...] | None
+
+    def posterior(self, prior: Prior, key: Key | None, weights: Weights) -> Posterior:
+        """Return the posterior with these weights; a key adds a summary of the training rows."""
+        posterior = Posterior(
+            prior, (self.blueprint,), (weights,), (1.0,), self.standardiser, self.observation
+        )
+        return posterior if key is None else summarised(key, posterior, self.features)

@@ -1,14 +1,16 @@
-"""The rows that an estimator trains on: standard coordinates, features and log determinants.
+"""The rows that an estimator trains on, made from simulations.
 
-Public names: `Rows`, `contains`, `standard`, `prepared`, `joined`, `sample_of`, `stream_of`.
+Public names: `contains`, `standard_coordinates`, `prepare`, `with_emulated`, `rows_in_memory`,
+`stream_of`, `summarised`.
 
-One program each: operation by operation, a new process would compile some thirty.
+Each computation is one compiled program: operation by operation, a new process would compile about
+thirty.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,58 +20,72 @@ from jax import Array
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.densities.conditional import Blueprint
+from sbi_flows.densities.embedded import spaces_of
 from sbi_flows.estimators.emulator import Emulated
 from sbi_flows.observations.standardise import Standardiser, fit_standardiser
+from sbi_flows.observations.typicality import fit_typicality
+from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.simulations import Simulations
-from sbi_flows.training import Stream
+from sbi_flows.training import Stream, TrainingData
 
-SAMPLE = 2**16
-"""Rows in memory of simulations that are not."""
-
-
-class Rows(NamedTuple):
-    """Standard coordinates (N, d), features (N, C) and the log det of each row (N,)."""
-
-    y: Array
-    features: Array
-    offset: Array
+SAMPLE_ROWS = 2**16
+"""Number of rows kept in memory of simulations that are on disk."""
 
 
 @jax.jit
 def contains(prior: Prior, theta: Array) -> Array:
-    """Whether each row of theta lies in the prior's support."""
+    """Return whether each row of theta lies in the support of the prior."""
     return prior.contains(theta)
 
 
 @jax.jit
 @full_precision
-def standard(prior: Prior, theta: Array) -> Array:
-    """Standard coordinates of theta."""
+def standard_coordinates(prior: Prior, theta: Array) -> Array:
+    """Return standard coordinates (N, d) of theta (N, D)."""
     return prior.to_standard(theta)
 
 
 @jax.jit
 @full_precision
-def prepared(prior: Prior, theta: Array, x: Obs) -> tuple[Rows, Standardiser]:
-    """Rows to train on, and what standardises x."""
+def prepare(prior: Prior, theta: Array, x: Obs) -> tuple[TrainingData, Standardiser]:
+    """Return rows to train on, and the standardiser that is fitted to x."""
     y, standardiser = prior.to_standard(theta), fit_standardiser(x)
-    return Rows(y, standardiser(x), prior.standard_log_det(y, theta)), standardiser
+    return TrainingData(y, standardiser(x), prior.standard_log_det(y, theta)), standardiser
+
+
+def with_emulated(
+    prior: Prior, data: TrainingData, emulated: Emulated, member_rows: int
+) -> TrainingData:
+    """Append emulated rows, of which each member has a number of rows for itself."""
+    return dataclasses.replace(_appended(prior, data, emulated), member_rows=member_rows)
 
 
 @jax.jit
 @full_precision
-def joined(prior: Prior, rows: Rows, more: Emulated) -> Rows:
-    """The rows, and after them those of an emulator."""
-    offset = prior.standard_log_det(more.y, prior.from_standard(more.y))
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), rows, Rows(*more, offset))
+def _appended(prior: Prior, data: TrainingData, emulated: Emulated) -> TrainingData:
+    y, features = emulated
+    log_det = prior.standard_log_det(y, prior.from_standard(y))
+    more = TrainingData(y, features, log_det)
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), data, more)
 
 
-def sample_of(key: Key, simulations: Simulations) -> np.ndarray:
-    """Places among the valid rows of those that are kept in memory, in their order."""
+def rows_in_memory(key: Key, simulations: Simulations) -> tuple[Simulations, np.ndarray | None]:
+    """Return the valid rows; of simulations on disk a sample of them.
+
+    Args:
+        key: Random key of the sample.
+        simulations: The simulations.
+
+    Returns:
+        The rows, and their places among the valid rows if they are a sample.
+    """
+    if not simulations.on_disk:
+        return simulations.only_valid(), None
     count = simulations.num_valid
-    chosen = jax.random.choice(key, count, (min(SAMPLE, count),), replace=False)
-    return np.sort(np.asarray(chosen))
+    places = jax.random.choice(key, count, (min(SAMPLE_ROWS, count),), replace=False)
+    sample = np.sort(np.asarray(places))
+    return simulations[np.flatnonzero(simulations.valid)[sample]], sample
 
 
 def stream_of(
@@ -79,7 +95,7 @@ def stream_of(
     simulations: Simulations,
     sample: np.ndarray,
 ) -> Stream:
-    """The valid rows of simulations whose observations stay on disk, by their places."""
+    """Return the valid rows of simulations on disk as a stream."""
     numbers = np.flatnonzero(simulations.valid)
 
     def read(places: np.ndarray) -> tuple[Array, Array]:
@@ -95,3 +111,24 @@ def _read(
     prior: Prior, blueprint: Blueprint, standardiser: Standardiser, theta: Array, x: Obs
 ) -> tuple[Array, Array]:
     return prior.to_standard(theta), blueprint.select_features(standardiser(x))
+
+
+def summarised(key: Key, posterior: Posterior, features: Array) -> Posterior:
+    """Return a posterior that knows the distribution of its training simulations.
+
+    Args:
+        key: The user's key of the fit.
+        posterior: The posterior.
+        features: All features of the training rows, shape (N, C).
+    """
+    blueprint, weights = posterior.blueprints[0], posterior.weights[0]
+    spaces = partial(spaces_of, blueprint, weights)
+    typicality = fit_typicality(key, spaces, posterior.standardiser, features)
+    return dataclasses.replace(posterior, typicality=typicality)
+
+
+@jax.jit
+@full_precision
+def standardised(standardiser: Standardiser, x: Obs) -> Array:
+    """Return the features (N, C) of observations."""
+    return standardiser(x)

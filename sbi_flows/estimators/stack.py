@@ -1,4 +1,4 @@
-"""Estimators of different kinds in one posterior, weighted by what they say of held-out rows.
+"""A mixture of the posteriors of several estimators, weighted on held-out rows.
 
 Public names: `Stack`.
 """
@@ -8,13 +8,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
 
 from sbi_flows.core.typing import Key
-from sbi_flows.estimators.npe import NPE
+from sbi_flows.estimators.base import Estimator
+from sbi_flows.estimators.rows import rows_in_memory, standardised, summarised
 from sbi_flows.estimators.stacking import StackHistory, fit_each
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.simulations import Simulations
+from sbi_flows.training import FitKeys
 from sbi_flows.training.record import of_fit
 
 
@@ -22,15 +28,16 @@ from sbi_flows.training.record import of_fit
 class Stack:
     """A frozen description of estimators whose posteriors are mixed.
 
-    The weights maximise the log density of rows that the models were not trained on: member m of
-    every estimator holds out the same rows, and each row is judged by the members that did, with
-    the weights of the epoch that was best for the other half of those rows, so that the choice of
-    an epoch flatters no estimator. The choice of the linear start, an emulator's own and
-    the screening of an observation's entries still look at all of them.
+    The weights maximise the log density of rows that the models were not trained on. Member m of
+    every estimator holds out the same rows. Each row is evaluated by the members that held it out,
+    with the weights of the epoch that was best for the other half of the held-out rows, so that the
+    choice of an epoch does not favour an estimator. The choice of the linear start, the weights of
+    an emulator and the screening of an observation's entries still see all rows.
 
     Attributes:
         estimators: The estimators, all with the same prior, number of members and validation
-            fraction.
+            fraction: `NPE`, `Stack`, or a class of your own that is an
+            `sbi_flows.estimators.base.Estimator`.
 
     Example:
         >>> import jax, numpyro.distributions as dist, sbi_flows as sf
@@ -45,23 +52,28 @@ class Stack:
         (10, 2)
     """
 
-    estimators: tuple[NPE, ...]
+    estimators: tuple[Estimator, ...]
 
-    def __init__(self, estimators: Sequence[NPE]) -> None:
+    def __init__(self, estimators: Sequence[Estimator]) -> None:
         """Check that the estimators can be compared row by row.
 
         Raises:
-            ValueError: There is none, or they differ in prior, members or validation fraction.
+            ValueError: There is none, one is no estimator, or they differ in prior, members or
+                validation fraction.
         """
-        if not estimators or not all(isinstance(e, NPE) for e in estimators):
-            raise ValueError(f"estimators: expected one or more sf.NPE, got {estimators!r}")
+        if not estimators or not all(map(_is_estimator, estimators)):
+            raise ValueError(
+                f"estimators: expected one or more estimators such as sf.NPE, got {estimators!r}"
+            )
         priors = [e.prior for e in estimators]
-        other = [p for p in priors if not p.matches(priors[0])]
-        if other:
-            raise ValueError(f"estimators: expected the same prior, got {priors[0]} and {other[0]}")
+        others = [p for p in priors if not p.matches(priors[0])]
+        if others:
+            raise ValueError(
+                f"estimators: expected the same prior, got {priors[0]} and {others[0]}"
+            )
         for name, values in {
             "members": {e.members for e in estimators},
-            "validation_fraction": {e.training.validation_fraction for e in estimators},
+            "validation_fraction": {e.validation_fraction for e in estimators},
         }.items():
             if len(values) > 1:
                 raise ValueError(f"estimators: expected the same {name}, got {sorted(values)}")
@@ -77,34 +89,91 @@ class Stack:
         """Size of each estimator's ensemble."""
         return self.estimators[0].members
 
+    @property
+    def validation_fraction(self) -> float:
+        """Fraction of the rows that each member holds out."""
+        return self.estimators[0].validation_fraction
+
+    def with_prior(self, prior: Prior) -> Stack:
+        """Return the same stack for another prior over the same parameters."""
+        return Stack([e.with_prior(prior) for e in self.estimators])
+
+    def with_checkpoint_folder(self, name: str) -> Stack:
+        """Return the same stack, with its checkpoints in a folder of this name."""
+        return Stack([e.with_checkpoint_folder(name) for e in self.estimators])
+
     def fit(
-        self, key: Key, simulations: Simulations, *, progress: bool = True
+        self, key: Key, simulations: Simulations, *, progress: bool = True, summarise: bool = True
     ) -> tuple[Posterior, StackHistory]:
-        """Fit every estimator to the valid rows, then their weights.
+        """Fit every estimator to the valid rows, then the weights of the mixture.
 
         Args:
             key: Random key; the same key and data give the same posterior.
             simulations: Parameters (N, D) inside the prior's support, and observations.
             progress: Show progress bars.
+            summarise: Describe the distribution of the training simulations in
+                `posterior.typicality`, for the warning about observations unlike them.
 
         Returns:
-            The mixture and what happened. An estimator that diverged is left out with a warning.
+            The mixture and the history. An estimator that diverged is left out with a warning.
 
         Raises:
-            ValueError: theta does not fit the prior.
+            ValueError: theta does not fit the prior, or the estimators' posteriors cannot be mixed.
             SimulationFailed: Fewer than 10 rows are valid.
             TrainingDiverged: Every estimator diverged.
-            KeyboardInterrupt: Before the first estimator was fitted; later, the rest is left out.
+            KeyboardInterrupt: An interrupt came before the first estimator was fitted; after that,
+                the remaining estimators are left out.
         """
-        kept = [e.kept_within(f"estimator-{i}") for i, e in enumerate(self.estimators)]
-        # the same key: the same rows are held out
-        fits = [partial(e.fit, key, simulations, progress=progress) for e in kept]
-        kept, history = fit_each(fits, "estimator", stacklevel=3)
-        posterior = dataclasses.replace(
-            kept[0][0],
-            blueprints=tuple(p.blueprints[0] for p, _ in kept),
-            weights=tuple(p.weights[0] for p, _ in kept),
-            shares=tuple(share for _, share in kept),
-            record=of_fit(self, simulations, history),
-        )
-        return posterior, history
+        # the same key, so that the same rows are held out
+        fits = [
+            partial(
+                e.with_checkpoint_folder(f"estimator-{i}").fit,
+                key,
+                simulations,
+                progress=progress,
+                summarise=False,
+            )
+            for i, e in enumerate(self.estimators)
+        ]
+        parts, history = fit_each(fits, "estimator", stacklevel=3)
+        posterior = _mixture(parts)
+        if summarise:
+            rows, _ = rows_in_memory(FitKeys.of(key).sample, simulations)
+            features = standardised(posterior.standardiser, rows.x)
+            posterior = summarised(key, posterior, features)
+        record = of_fit(self, simulations, history)
+        return dataclasses.replace(posterior, record=record), history
+
+
+def _is_estimator(value: Any) -> bool:
+    return isinstance(value, Estimator) and not isinstance(value, type)
+
+
+def _mixture(parts: list[tuple[Posterior, float]]) -> Posterior:
+    """Return the mixture of posteriors with these weights.
+
+    Raises:
+        ValueError: A posterior is no `sf.Posterior`, or has another standardiser than the first.
+    """
+    first = parts[0][0]
+    for posterior, _ in parts:
+        if not isinstance(posterior, Posterior):
+            raise ValueError(
+                "estimators: expected estimators that fit an sf.Posterior, got "
+                f"{type(posterior).__name__}"
+            )
+        if not _is_equal(posterior.standardiser, first.standardiser):
+            raise ValueError(
+                "estimators: expected posteriors with the same standardiser, got different ones"
+            )
+    return dataclasses.replace(
+        first,
+        blueprints=tuple(b for p, _ in parts for b in p.blueprints),
+        weights=tuple(w for p, _ in parts for w in p.weights),
+        shares=tuple(share * s for p, share in parts for s in p.shares),
+    )
+
+
+def _is_equal(a: Any, b: Any) -> bool:
+    same = jax.tree.structure(a) == jax.tree.structure(b)
+    return same and all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))

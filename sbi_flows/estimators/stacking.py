@@ -1,4 +1,4 @@
-"""Weights of fits of different kinds, by what each says of rows that it did not see.
+"""Mixture weights of several fits, from the log densities of rows that were held out.
 
 Public names: `StackHistory`, `fit_each`, `stacking_weights`.
 
@@ -16,61 +16,98 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sbi_flows.core.errors import SbiFlowsWarning, TrainingDiverged
-from sbi_flows.training import History
+from sbi_flows.estimators.base import FitHistory
 
-LEAST = 0.01
-"""Fits of a smaller weight are left out of the mixture, and cost nothing there."""
+MIN_WEIGHT = 0.01
+"""Fits of a smaller weight are left out of the mixture, where they would only cost time."""
 
 Fitted = TypeVar("Fitted")
 
 
+def _no_rows() -> np.ndarray:
+    return np.zeros((0, 0))
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class StackHistory:
-    """What happened in the fits that a mixture is made of.
+    """History of the fits that a mixture is made of; K is the number of fits.
 
     Attributes:
-        histories: One a fit; None for one that diverged, or that an interrupt left no time for.
+        histories: History of each fit; None for a fit that diverged, or that did not begin before
+            an interrupt.
         shares: Weight of each fit, shape (K,); zero for those left out.
-        held_out_loss: Mean of `History.held_out_loss` of each fit alone, shape (K,), nats; infinite
-            where there is no history, or a row whose ODE was not solved.
-        mixture_loss: The same of the mixture, on the rows that its weights were fitted to.
-        interrupted: Whether an interrupt ended the fits.
+        held_out_loss: Mean of the negative log densities of the held-out rows under each fit alone,
+            shape (K,), nats; infinite where there is no history, or a row whose ODE was not solved.
+        mixture_loss: The same for the mixture, on the rows that its weights were fitted to.
+        interrupted: True if an interrupt ended the fits.
+        held_out: Numbers of the valid rows that each member held out, shape (M, V), in every fit.
+        held_out_log_prob: Log density of each of these rows under the mixture, shape (M, V), nats.
     """
 
-    histories: tuple[History | None, ...]
+    histories: tuple[FitHistory | None, ...]
     shares: np.ndarray
     held_out_loss: np.ndarray
     mixture_loss: float
     interrupted: bool = False
+    held_out: np.ndarray = dataclasses.field(default_factory=_no_rows)
+    held_out_log_prob: np.ndarray = dataclasses.field(default_factory=_no_rows)
 
     def __repr__(self) -> str:
-        """Weights and losses."""
+        """Return the weights and losses as text."""
         pairs = zip(self.shares, self.held_out_loss, strict=True)
-        said = ", ".join(f"{share:.2f} at {loss:.3f}" for share, loss in pairs)
-        return (
-            f"StackHistory(shares and held-out losses [{said}]; together {self.mixture_loss:.3f})"
-        )
+        text = ", ".join(f"{share:.2f} at {loss:.3f}" for share, loss in pairs)
+        return f"StackHistory(shares and held-out losses [{text}]; mixture {self.mixture_loss:.3f})"
 
 
 def fit_each(
-    fits: Sequence[Callable[[], tuple[Fitted, History]]], name: str, *, stacklevel: int
+    fits: Sequence[Callable[[], tuple[Fitted, FitHistory]]], name: str, *, stacklevel: int
 ) -> tuple[list[tuple[Fitted, float]], StackHistory]:
-    """Make every fit, then their weights.
+    """Run several fits and weigh their results by the log densities of held-out rows.
 
     Args:
-        fits: Functions that fit, all holding out the same rows in the same order.
-        name: What is fitted, for the warning about one that diverged.
-        stacklevel: Of that warning, from here to the user's own call.
+        fits: Functions that fit and return the result and its history. All of them hold out the
+            same rows.
+        name: Name of what is fitted, for the warning about a fit that diverged.
+        stacklevel: Stack level of that warning, from here to the user's call.
 
     Returns:
-        What was fitted with its weight, without those of no weight, and what happened.
+        The results of positive weight with their weights, and the history.
 
     Raises:
+        ValueError: The fits held out different rows.
         TrainingDiverged: Every fit diverged.
-        KeyboardInterrupt: Before any fit was done; later, the rest is left out.
+        KeyboardInterrupt: An interrupt came before any fit had ended; after that, the remaining
+            fits are left out.
     """
-    done: dict[int, tuple[Fitted, History]] = {}
-    interrupted = False
+    done, interrupted = _run(fits, name, stacklevel + 1)
+    histories = {i: history for i, (_, history) in done.items()}
+    held_out = _common_rows(name, list(histories.values()))
+    log_prob = np.stack([h.held_out_log_prob.ravel() for h in histories.values()], axis=1)
+    # the fit has warned of rows whose ODE was not solved; they count as rows of zero density
+    log_prob = np.where(np.isnan(log_prob), -np.inf, log_prob)
+    weights = _without_small(stacking_weights(log_prob))
+    shares, losses = np.zeros(len(fits)), np.full(len(fits), np.inf)
+    places = list(done)
+    shares[places], losses[places] = weights, -log_prob.mean(axis=0)
+    with np.errstate(divide="ignore"):
+        mixture = np.logaddexp.reduce(log_prob + np.log(weights), axis=1)
+    history = StackHistory(
+        histories=tuple(histories.get(i) for i in range(len(fits))),
+        shares=shares,
+        held_out_loss=losses,
+        mixture_loss=-float(mixture.mean()),
+        interrupted=interrupted,
+        held_out=held_out,
+        held_out_log_prob=mixture.reshape(held_out.shape),
+    )
+    return [(done[i][0], float(shares[i])) for i in places if shares[i] > 0], history
+
+
+def _run(
+    fits: Sequence[Callable[[], tuple[Fitted, FitHistory]]], name: str, stacklevel: int
+) -> tuple[dict[int, tuple[Fitted, FitHistory]], bool]:
+    """Return the results by the number of the fit, and whether an interrupt ended the fits."""
+    done: dict[int, tuple[Fitted, FitHistory]] = {}
     for i, fit in enumerate(fits):
         try:
             done[i] = fit()
@@ -84,34 +121,36 @@ def fit_each(
         except KeyboardInterrupt:
             if not done:
                 raise
-            interrupted = True
-            break
-        if done[i][1].stop_reason == "interrupted":
-            interrupted = True
-            break
-    log_prob = -np.stack([h.held_out_loss.ravel() for _, h in done.values()], axis=1)
-    # a row whose ODE was not solved, of which the fit has warned, counts as one of no density
-    log_prob = np.where(np.isnan(log_prob), -np.inf, log_prob)
-    weights = _without_small(stacking_weights(log_prob))
-    shares, losses = np.zeros(len(fits)), np.full(len(fits), np.inf)
-    places = list(done)
-    shares[places], losses[places] = weights, -log_prob.mean(axis=0)
-    with np.errstate(divide="ignore"):
-        mixed = np.logaddexp.reduce(log_prob + np.log(weights), axis=1)
-    histories = tuple(done[i][1] if i in done else None for i in range(len(fits)))
-    kept = [(done[i][0], float(shares[i])) for i in places if shares[i] > 0]
-    return kept, StackHistory(histories, shares, losses, -float(mixed.mean()), interrupted)
+            return done, True
+        if done[i][1].interrupted:
+            return done, True
+    return done, False
+
+
+def _common_rows(name: str, histories: list[FitHistory]) -> np.ndarray:
+    """Return the rows that all fits held out; raise ValueError if they differ."""
+    first = histories[0].held_out
+    for history in histories[1:]:
+        if not np.array_equal(history.held_out, first):
+            raise ValueError(
+                f"{name}: expected fits that hold out the same rows for the same key, got "
+                f"{first.shape} rows such as {first.ravel()[:3]} and {history.held_out.shape} such "
+                f"as {history.held_out.ravel()[:3]}"
+            )
+    return first
 
 
 def stacking_weights(log_density: Any, *, tolerance: float = 1e-6) -> np.ndarray:
-    """Weights of a mixture that maximise the mean log density of rows: a convex problem, by EM.
+    """Return the mixture weights that maximise the mean log density of rows.
+
+    The problem is convex and is solved by expectation maximisation.
 
     Args:
         log_density: Log density of each of R rows under each of K models, shape (R, K), nats.
-        tolerance: The mean log density is at most this far from the best.
+        tolerance: Maximum difference of the mean log density from its optimum.
 
     Returns:
-        Weights that are not negative and add up to 1, shape (K,).
+        Non-negative weights that add up to 1, shape (K,).
 
     Example:
         >>> import numpy as np
@@ -132,5 +171,5 @@ def stacking_weights(log_density: Any, *, tolerance: float = 1e-6) -> np.ndarray
 
 
 def _without_small(weights: np.ndarray) -> np.ndarray:
-    kept = np.where(weights >= min(LEAST, weights.max()), weights, 0.0)
-    return kept / kept.sum()
+    large = np.where(weights >= min(MIN_WEIGHT, weights.max()), weights, 0.0)
+    return large / large.sum()

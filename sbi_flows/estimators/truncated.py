@@ -15,7 +15,7 @@ import json
 import os
 import warnings
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,7 @@ import numpy as np
 from sbi_flows.core.checks import require_count, require_object, require_positive
 from sbi_flows.core.errors import SbiFlowsWarning
 from sbi_flows.core.typing import Key, Obs, Simulator
-from sbi_flows.estimators.npe import NPE
-from sbi_flows.estimators.stack import Stack
+from sbi_flows.estimators.base import Estimator
 from sbi_flows.observations.batches import as_batch
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.box import BoxPrior
@@ -49,8 +48,6 @@ MARGIN = 0.25
 EDGE, PRESSED = 0.05, 0.02
 """Of a box that holds its posterior, hardly any draws lie in this share of its width next to a
 side, inside the margin; more than this share of them are a sign that something was cut off."""
-
-Estimator = TypeVar("Estimator", NPE, Stack)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,12 +135,12 @@ def truncated_rounds(
         >>> rounds[1].mass < 0.5
         True
     """
-    require_object("estimator", estimator, (NPE, Stack), "an sf.NPE or an sf.Stack")
+    require_object("estimator", estimator, Estimator, "an estimator such as sf.NPE")
     require_count(1, simulations=simulations, rounds=rounds)
     require_positive(paying=paying)
     if paying > 1:
         raise ValueError(f"paying: expected a number in (0, 1], got {paying!r}")
-    current = _prior_of(estimator)
+    current = estimator.prior
     prior = current.base if isinstance(current, BoxPrior) else current
     # refuses priors that cannot be cut
     BoxPrior(prior, np.full(prior.standard_dim, -1.0), np.full(prior.standard_dim, 1.0))
@@ -182,15 +179,12 @@ def _check_observation(simulator: Simulator, prior: Prior, x: Obs) -> None:
         raise ValueError("x: expected one observation, got a batch")
 
 
-def _prior_of(estimator: NPE | Stack) -> Prior:
-    return estimator.prior if isinstance(estimator, NPE) else estimator.estimators[0].prior
-
-
 def _of_round(estimator: Estimator, r: int, prior: Prior) -> Estimator:
-    """The estimator with the prior of a round, whose checkpoints have a folder of their own."""
-    if isinstance(estimator, NPE):
-        return dataclasses.replace(estimator.kept_within(f"round-{r:03d}"), prior=prior)
-    return Stack([_of_round(part, r, prior) for part in estimator.estimators])
+    """Return the estimator with the prior of a round, and with a folder of its own for checkpoints.
+
+    Each round trains on other rows than the round before.
+    """
+    return estimator.with_checkpoint_folder(f"round-{r:03d}").with_prior(prior)
 
 
 def _pressed(current: Prior, y: np.ndarray) -> tuple[str, ...]:

@@ -1,10 +1,11 @@
-"""The state of a fit in a file, from which a fit that was killed goes on.
+"""The state of a fit in a file, from which a killed fit continues.
 
 Public names: `Checkpoint`.
 
-A file is a safetensors one: what epochs change, of all members, and the losses so far; its metadata
-are a JSON document, which says what the fit is made of, and a checksum of everything. A new file
-takes the place of the old one at once, so that there is always a whole one.
+The file is in the safetensors format. It holds the losses so far and everything that epochs change,
+of all members; or, once the fit has ended, the result. Its metadata hold a JSON document that
+identifies the fit, and a checksum of everything. A new file replaces the old one atomically, so
+that a complete file exists at any time.
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ from sbi_flows.core.checks import writable_folder
 from sbi_flows.core.checksums import checksum
 from sbi_flows.core.errors import CheckpointSpoilt, SbiFlowsWarning
 from sbi_flows.core.files import atomic_file
-from sbi_flows.training.devices import of_first
-from sbi_flows.training.fingerprint import unlike
+from sbi_flows.training.devices import from_first_process
+from sbi_flows.training.fingerprint import differing
 from sbi_flows.training.settings import Training
 
-FORMAT = 1
+FORMAT = 2
 
-SHARE = 0.01
-"""Share of a fit's time that goes into its checkpoints, by default, after the first one."""
+MAX_TIME_SHARE = 0.01
+"""Maximum share of a fit's time spent on checkpoints, by default, after the first one."""
 
-_NAMES = {
+_PARTS = {
     "versions": "those",
     "data": "those (and the prior)",
     "key": "that",
     "density": "that",
     "settings": "those",
 }
-"""What a fit is made of, in the order in which it is compared."""
+"""Parts of a fingerprint in the order in which they are compared, with a pronoun for messages."""
 
 
 class Checkpoint:
@@ -51,7 +52,7 @@ class Checkpoint:
     Args:
         training: Settings of the fit, with a `checkpoint`.
         name: Name of the fit in that folder.
-        parts: What `fingerprint.parts` says that the fit is made of.
+        parts: Fingerprint of the fit, from `fingerprint.parts`.
 
     Raises:
         ValueError: The folder cannot be made or written to.
@@ -62,16 +63,16 @@ class Checkpoint:
         folder = writable_folder("checkpoint", Path(training.checkpoint or ""))
         self.path = folder / f"{name}.safetensors"
         self._parts, self._every = parts, training.checkpoint_every
-        self._written, self._cost, self._warned = -math.inf, 0.0, False
+        self._last_time, self._cost, self._has_warned = -math.inf, 0.0, False
 
     def read(self) -> dict[str, np.ndarray] | None:
-        """What is there, by name; None where nothing is.
+        """Read the arrays by name; None if there is no file.
 
         Raises:
-            ValueError: It belongs to another fit, or cannot be read.
-            CheckpointSpoilt: It is not what was written.
+            ValueError: The file belongs to another fit, or cannot be read.
+            CheckpointSpoilt: The file is damaged.
         """
-        raw = of_first(self._bytes())
+        raw = from_first_process(self._bytes())
         if raw is None:
             return None
         try:
@@ -82,46 +83,53 @@ class Checkpoint:
         return arrays
 
     def filled(self, like: Any, arrays: Mapping[str, np.ndarray]) -> Any:
-        """A tree such as this one, of the arrays that are there.
+        """Return a tree of the structure of `like`, filled with arrays of the file.
 
         Raises:
-            CheckpointSpoilt: They do not fit it.
+            CheckpointSpoilt: An array is missing or has another shape or dtype.
         """
 
-        def leaf(path: Any, wanted: np.ndarray) -> np.ndarray:
-            found = arrays.get(_name(path))
-            if found is not None and found.dtype != wanted.dtype:
-                found = found.view(wanted.dtype) if _is_odd(wanted) else None
-            if found is None or found.shape != wanted.shape:
+        def leaf(path: Any, expected: Any) -> np.ndarray:
+            array = arrays.get(_name(path))
+            if array is not None and array.dtype != expected.dtype:
+                array = array.view(expected.dtype) if _is_jax_only(expected) else None
+            if array is None or array.shape != expected.shape:
                 raise self._spoilt(f": {_name(path)} is missing or of another shape")
-            return found
+            return array
 
         return jax.tree_util.tree_map_with_path(leaf, like)
 
-    def keep(self, epoch: int, tree: Callable[[], Any], *, last: bool) -> None:
-        """Write the arrays of a tree after an epoch, if it is time to, or the last one.
+    def save(self, epoch: int, tree: Callable[[], Any]) -> None:
+        """Write the arrays of a tree after an epoch, if it is time to.
 
-        A fit does not end because its state cannot be written: there is a warning.
+        A failure to write does not end the fit: it warns.
         """
-        if not last and not of_first(b"1" if self._due(epoch) else None):
-            return
+        if from_first_process(b"1" if self._is_due(epoch) else None):
+            self.save_now(tree)
+
+    def save_now(self, tree: Callable[[], Any]) -> None:
+        """Write the arrays of a tree."""
         began = time.perf_counter()
-        arrays = {_name(p): a for p, a in jax.tree_util.tree_leaves_with_path(tree())}
+        leaves = jax.tree_util.tree_leaves_with_path(tree())
         try:
             if jax.process_index() == 0:
-                self._write({name: _plain(value) for name, value in arrays.items()})
+                self._write({_name(path): _as_numpy_dtype(leaf) for path, leaf in leaves})
         except OSError as error:
-            if not self._warned:
-                said = f"checkpoint: cannot write to {self.path}: {error.strerror or error}"
-                warnings.warn(f"{said}; the fit goes on", SbiFlowsWarning, stacklevel=3)
-            self._warned = True
-        self._written = time.perf_counter()
-        self._cost = self._written - began
+            if not self._has_warned:
+                warnings.warn(
+                    f"checkpoint: cannot write to {self.path}: {error.strerror or error}; the fit "
+                    "goes on",
+                    SbiFlowsWarning,
+                    stacklevel=3,
+                )
+            self._has_warned = True
+        self._last_time = time.perf_counter()
+        self._cost = self._last_time - began
 
-    def _due(self, epoch: int) -> bool:
+    def _is_due(self, epoch: int) -> bool:
         if self._every is not None:
             return epoch % self._every == 0
-        return SHARE * (time.perf_counter() - self._written) >= self._cost
+        return MAX_TIME_SHARE * (time.perf_counter() - self._last_time) >= self._cost
 
     def _bytes(self) -> bytes | None:
         try:
@@ -139,33 +147,37 @@ class Checkpoint:
             file.write(raw)
 
     def _require_same(self, document: Mapping[str, Any]) -> None:
+        """Raise ValueError unless the document of a file identifies this fit."""
         advice = "; remove it, or name another folder, to start anew"
         if document.get("format") != FORMAT:
             raise ValueError(
                 f"{self.path}: expected a checkpoint of format {FORMAT}, got "
                 f"{document.get('format')}{advice}"
             )
-        for part, words in _NAMES.items():
-            there, mine = document[part], self._parts[part]
-            names = unlike(there, mine)
+        for part, pronoun in _PARTS.items():
+            saved, present = document[part], self._parts[part]
+            names = differing(saved, present)
             if names:
                 raise ValueError(
-                    f"{part}: expected {words} of the checkpoint {self.path}"
-                    f"{_said(', ', there, names)}, got {_said('', mine, names) or 'others'}{advice}"
+                    f"{part}: expected {pronoun} of the checkpoint {self.path}"
+                    f"{_listed(', ', saved, names)}, got {_listed('', present, names) or 'others'}"
+                    f"{advice}"
                 )
 
-    def _spoilt(self, why: str) -> CheckpointSpoilt:
-        said = f"{self.path} is not a checkpoint as it was written{why}"
-        return CheckpointSpoilt(f"{said}. Remove it to start the fit anew")
+    def _spoilt(self, reason: str) -> CheckpointSpoilt:
+        return CheckpointSpoilt(
+            f"{self.path} is not a checkpoint as it was written{reason}. Remove it to start the "
+            "fit anew"
+        )
 
 
 def _parsed(raw: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays and the document of a file, if it is whole."""
+    """Return the arrays and the document of a file; raise ValueError if its checksum is wrong."""
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     document, seal = (header["__metadata__"][name] for name in ("sbi_flows", "sha256"))
     arrays = safetensors.numpy.load(raw)
     if _seal(document, arrays) != seal:
-        raise ValueError("its checksum is another one")
+        raise ValueError("its checksum is wrong")
     return arrays, json.loads(document)
 
 
@@ -173,8 +185,8 @@ def _seal(document: str, arrays: Mapping[str, np.ndarray]) -> str:
     return checksum({"": np.frombuffer(document.encode(), np.uint8), **arrays})
 
 
-def _said(before: str, values: Mapping[str, Any], names: list[str]) -> str:
-    """The values of these names, where all of them are words."""
+def _listed(before: str, values: Mapping[str, Any], names: list[str]) -> str:
+    """Return the values of these names as text; empty unless all of them are strings."""
     if not all(isinstance(values.get(name), str) for name in names):
         return ""
     return before + ", ".join(f"{name}={values[name]}" for name in names)
@@ -184,11 +196,11 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _is_odd(value: np.ndarray) -> bool:
-    """Whether it is of a type that NumPy knows from JAX alone, such as bfloat16."""
+def _is_jax_only(value: Any) -> bool:
+    """Return whether the dtype is one that JAX adds to NumPy, such as bfloat16."""
     return value.dtype.kind not in "biuf"
 
 
-def _plain(value: np.ndarray) -> np.ndarray:
+def _as_numpy_dtype(value: np.ndarray) -> np.ndarray:
     value = np.ascontiguousarray(value)
-    return value.view(f"u{value.dtype.itemsize}") if _is_odd(value) else value
+    return value.view(f"u{value.dtype.itemsize}") if _is_jax_only(value) else value

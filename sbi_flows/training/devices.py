@@ -1,10 +1,10 @@
-"""Which devices a fit runs on, and how its arrays lie on them.
+"""The devices that a fit runs on, and the placement of its arrays.
 
-Public names: `MEMBERS`, `mesh_of`, `split_rows`, `on_mesh`, `words_of`, `from_words`,
-`to_host`, `of_first`.
+Public names: `MEMBERS`, `make_mesh`, `shard_rows`, `place_on_mesh`, `to_numeric`, `from_numeric`,
+`to_host`, `from_first_process`.
 
-Members of an ensemble have nothing to say to each other, so they are spread first; devices that are
-left share the rows of every batch, and add up their gradients.
+The members of an ensemble are independent of each other, so they are spread over the devices first.
+Devices that are left share the rows of every batch and add up their gradients.
 """
 
 from __future__ import annotations
@@ -19,64 +19,75 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 MEMBERS, ROWS = "members", "rows"
-"""Names of the mesh's axes."""
+"""Names of the axes of the mesh."""
 
 
-def mesh_of(members: int, batch: int, devices: int | None) -> Mesh | None:
-    """The mesh for a fit; None where there is a single device.
+def make_mesh(members: int, batch_size: int, max_devices: int | None) -> Mesh | None:
+    """Make the device mesh of a fit; None for a single device.
 
     Args:
         members: Number of members.
-        batch: Rows a step.
-        devices: Most devices to use; all of them, those of other processes included, for None.
+        batch_size: Number of rows in a batch.
+        max_devices: Maximum number of devices; None for all, including those of other processes.
 
     Returns:
-        A mesh of as many of the devices as divide the work evenly.
+        A mesh of as many devices as divide the work evenly.
 
     Raises:
-        ValueError: There are fewer devices than that.
+        ValueError: `max_devices` is larger than the number of devices.
     """
-    found = jax.devices()
-    if devices is not None and devices > len(found):
-        raise ValueError(f"devices: expected at most the {len(found)} there are, got {devices}")
-    count = len(found) if devices is None else devices
+    devices = jax.devices()
+    if max_devices is not None and max_devices > len(devices):
+        raise ValueError(
+            f"devices: expected at most {len(devices)}, the number of devices, got {max_devices}"
+        )
+    count = len(devices) if max_devices is None else max_devices
     over_members = max(k for k in range(1, min(count, members) + 1) if members % k == 0)
-    over_rows = math.gcd(count // over_members, batch)
+    over_rows = math.gcd(count // over_members, batch_size)
     if over_members * over_rows == 1:
         return None
-    used = np.array(found[: over_members * over_rows])
+    used = np.array(devices[: over_members * over_rows])
     return Mesh(used.reshape(over_members, over_rows), (MEMBERS, ROWS))
 
 
-def split_rows(mesh: Mesh | None, places: Array) -> Array:
-    """Say that each device of a member takes its share of these rows (B,)."""
+def shard_rows(mesh: Mesh | None, places: Array) -> Array:
+    """Split the rows (B,) of a batch over the devices of a member."""
     if mesh is None:
         return places
     return jax.lax.with_sharding_constraint(places, NamedSharding(mesh, PartitionSpec(ROWS)))
 
 
-def on_mesh(mesh: Mesh | None, tree: Any, *, members: bool) -> Any:
-    """The arrays on the mesh's devices: one member's with that member, or all on each."""
+def place_on_mesh(mesh: Mesh | None, tree: Any, *, over_members: bool) -> Any:
+    """Place arrays on the devices of a mesh.
+
+    Args:
+        mesh: The mesh; None leaves the arrays where they are.
+        tree: The arrays.
+        over_members: Split the leading axis over the members; otherwise each device gets a copy.
+    """
     if mesh is None:
         return tree
-    sharding = NamedSharding(mesh, PartitionSpec(MEMBERS) if members else PartitionSpec())
+    sharding = NamedSharding(mesh, PartitionSpec(MEMBERS) if over_members else PartitionSpec())
 
     def put(leaf: Any) -> Array:
-        return from_words(leaf, jax.device_put(np.asarray(words_of(leaf)), sharding))
+        return from_numeric(leaf, jax.device_put(np.asarray(to_numeric(leaf)), sharding))
 
     return jax.tree.map(put, tree)
 
 
-def words_of(leaf: Any) -> Any:
-    """An array that NumPy can hold: of keys, which an optimiser's state may have, their words."""
+def to_numeric(leaf: Any) -> Any:
+    """Return the key data of random keys, which NumPy can hold; other arrays unchanged.
+
+    The state of an optimiser can contain random keys.
+    """
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
-def from_words(like: Any, words: Array) -> Array:
-    """An array such as this one, of what `words_of` gave."""
+def from_numeric(like: Any, values: Array) -> Array:
+    """Invert `to_numeric`: wrap the values as random keys if `like` holds random keys."""
     if not _is_key(like):
-        return words
-    return jax.random.wrap_key_data(words, impl=jax.random.key_impl(like))
+        return values
+    return jax.random.wrap_key_data(values, impl=jax.random.key_impl(like))
 
 
 def _is_key(leaf: Any) -> bool:
@@ -84,7 +95,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def to_host(leaf: Array) -> np.ndarray:
-    """The whole of an array, wherever its parts are."""
+    """Gather an array on the host from all devices and processes."""
     if leaf.is_fully_addressable:
         return np.asarray(leaf)
     from jax.experimental.multihost_utils import process_allgather
@@ -92,8 +103,8 @@ def to_host(leaf: Array) -> np.ndarray:
     return np.asarray(process_allgather(leaf, tiled=True))
 
 
-def of_first(value: bytes | None) -> bytes | None:
-    """What the first of several processes has, in all of them."""
+def from_first_process(value: bytes | None) -> bytes | None:
+    """Return the value of the first process in all processes."""
     if jax.process_count() == 1:
         return value
     from jax.experimental.multihost_utils import broadcast_one_to_all
@@ -101,6 +112,6 @@ def of_first(value: bytes | None) -> bytes | None:
     size = int(broadcast_one_to_all(np.int32(-1 if value is None else len(value))))
     if size <= 0:
         return None if size else b""
-    mine = value if jax.process_index() == 0 and value is not None else bytes(size)
-    sent = np.frombuffer(mine, np.uint8)
-    return np.asarray(broadcast_one_to_all(sent), np.uint8).tobytes()
+    local = value if jax.process_index() == 0 and value is not None else bytes(size)
+    received = broadcast_one_to_all(np.frombuffer(local, np.uint8))
+    return np.asarray(received, np.uint8).tobytes()

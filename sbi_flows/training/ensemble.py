@@ -2,10 +2,10 @@
 
 Public names: `Ensemble`, `Snapshot`.
 
-The members stand in groups, each of them one vmapped program. On an accelerator, or where there are
-several devices, there is one group of all. On a single CPU, where the small products of a vmapped
-ensemble would stay on one core, each member is a group, and threads run as many at once as there
-are cores: what comes out does not depend on how many that is.
+The members stand in groups, each of them one vmapped program. On an accelerator, or with several
+devices, there is one group of all members. On a single CPU, where the small products of a vmapped
+ensemble would use one core only, each member is a group, and threads run as many groups at once as
+there are cores. The result does not depend on that number.
 """
 
 from __future__ import annotations
@@ -34,127 +34,125 @@ from sbi_flows.densities.conditional import (
 )
 from sbi_flows.densities.ode import SolverStats
 from sbi_flows.training import members as programs
-from sbi_flows.training.devices import from_words, mesh_of, on_mesh, to_host, words_of
-from sbi_flows.training.members import Best, Group, Plan, Source, State, Units
+from sbi_flows.training.data import FitKeys, TrainingData
+from sbi_flows.training.devices import (
+    from_numeric,
+    make_mesh,
+    place_on_mesh,
+    to_host,
+    to_numeric,
+)
+from sbi_flows.training.group import Best, Group, LossOffsets, Plan, Source, State
 from sbi_flows.training.settings import Training
 from sbi_flows.training.stream import Stream
 
+MIN_ROWS = 10
+"""Minimum number of rows that all members share."""
+
 
 class Ensemble:
-    """Members in training: other initial weights, data orders and validation rows each.
+    """Members in training, which differ in initial weights, data order and validation rows.
 
     Use as a context manager, which ends its threads.
 
     Args:
-        key: Random key.
-        blueprint: What to build.
+        keys: Random keys of the fit.
+        blueprint: The model to build.
         training: Settings of the fit.
-        y: Parameters in standard coordinates, shape (N, d).
-        features: Standardised observations, shape (N, C).
-        offset: Log Jacobian from y to the parameters' own units, shape (N,).
-        members: Number of models M.
-        own: Number of rows that each member has for itself: the last M * own rows, which only
-            train, and which go to the members in order.
-        stream: Rows to train on instead: those above are then its sample, which makes the starts,
-            and all members hold out the same rows of it.
+        data: The rows to train on.
+        members: Number of members M.
 
     Attributes:
-        best: Weights, validation losses and ages of the best epochs so far, one a group; a new
-            tuple after each epoch.
+        best: Weights, validation losses and ages of the best epochs so far, one for each group; a
+            new tuple after each epoch.
         held_out: Numbers of the rows that each member is validated on, shape (M, V).
-        units: What is added to losses to make them negative log densities in the parameters' own
-            units: to the mean over training rows (M,), and to each validation row's (M, V).
+        offsets: Terms that turn losses into negative log densities in the units of theta: for the
+            mean over the training rows (M,), and for each validation row (M, V).
 
     Raises:
-        ValueError: Too few rows to hold any out, or too few devices.
+        ValueError: There are too few rows to hold any out, or too few devices.
     """
 
     def __init__(
         self,
-        key: Key,
+        keys: FitKeys,
         blueprint: Blueprint,
         training: Training,
-        y: Array,
-        features: Array,
-        offset: Array,
+        data: TrainingData,
         members: int,
-        own: int = 0,
-        stream: Stream | None = None,
     ) -> None:
-        """Fit the starts and compile an epoch, side by side."""
-        shared = len(y) - members * own
-        count = _held_out_rows(shared, training.validation_fraction)
-        fold_key, weight_key = jax.random.split(key)
-        folds = _folds(fold_key, shared, count, members, own)
+        """Fit the linear starts and compile an epoch, side by side."""
+        folds, stream = _split_rows(keys.folds, training, data, members)
+        self._stream, self.held_out = stream, np.asarray(folds[1])
+        num_rows = folds[0].shape[1] if stream is None else len(stream.rows)
         if stream is not None:
-            folds = tuple(jnp.stack([rows[0]] * members) for rows in folds)
-            stream = stream.without(np.asarray(folds[1][0]))
-        batch = training.batch(folds[0].shape[1] if stream is None else len(stream.rows))
-        mesh, self._stream = mesh_of(members, batch, training.devices), stream
-        # rates are no constants of the programs, which then serve for all of them
+            self.held_out = stream.sample[self.held_out]
+        mesh = make_mesh(members, training.batch(num_rows), training.devices)
+        # learning rates are arguments of the programs, which then serve for all of them
         settings = training.without_checkpoint
         settings = dataclasses.replace(settings, learning_rate=1.0, devices=None)
         self._plan = Plan(blueprint, settings, mesh)
         self._slices = _slices(members, together=mesh is not None)
-        self._features = on_mesh(self._plan.mesh, features, members=False)
-        self.held_out = np.asarray(folds[1])
-        if stream is not None:
-            self.held_out = stream.sample[self.held_out]
+        self._features = place_on_mesh(mesh, data.features, over_members=False)
         threads = min(os.cpu_count() or 1, len(self._slices))
         self._pool = ThreadPoolExecutor(threads, initializer=inherit_precision())
-        keys = jax.random.split(weight_key, members)
-        rates = jnp.asarray(np.resize(training.learning_rate, members), y.dtype)
-        train, held_out = folds
-        given = [(keys[s], train[s], held_out[s], rates[s]) for s in self._slices]
-        source = Source(y, features, offset, blueprint.embedding_weights())
-        prepare = partial(programs.prepare, blueprint, settings, source)
-        # each program is compiled before the members share it: threads that met one that nobody
-        # had compiled would each do so
-        compiled = self._pool.submit(self._compile, prepare, given[0])
-        pairs = [prepare(*given[0])]
-        pairs += self._pool.map(lambda arguments: prepare(*arguments), given[1:])
+        member_keys = jax.random.split(keys.weights, members)
+        rates = jnp.asarray(np.resize(training.learning_rate, members), data.y.dtype)
+        arguments = [(member_keys[s], folds[0][s], folds[1][s], rates[s]) for s in self._slices]
+        source = Source(data.in_memory, blueprint.embedding_weights())
+        self._start(partial(programs.prepare, blueprint, settings, source), arguments)
+        self._losses, indices = (np.zeros(members), np.zeros(members)), range(len(arguments))
+        scores = self._pool.map(lambda i: self._first_score(i, arguments[i][0]), indices)
+        self._store(indices, np.ones(members, bool), scores)
+
+    def _start(self, prepare: Callable, arguments: list[tuple]) -> None:
+        """Make the members, and compile an epoch at the same time."""
+        # each program is compiled once, before the members share it: several threads that meet a
+        # program which is not compiled yet would each compile it
+        compiled = self._pool.submit(self._compile, prepare, arguments[0])
+        pairs = [prepare(*arguments[0])]
+        pairs += self._pool.map(lambda each: prepare(*each), arguments[1:])
         compiled.result()
-        self._states, self._groups = zip(
-            *on_mesh(self._plan.mesh, pairs, members=True), strict=True
-        )
-        units = zip(*(group.units for group in self._groups), strict=True)
-        self.units = Units(*(jnp.asarray(_joined(arrays)) for arrays in units))
-        self._losses, indices = (np.zeros(members), np.zeros(members)), range(len(given))
-        scored = self._pool.map(lambda i: self._score(i, keys[self._slices[i]]), indices)
-        self._keep(indices, np.ones(members, bool), scored)
+        pairs = place_on_mesh(self._plan.mesh, pairs, over_members=True)
+        self._states, self._groups = zip(*pairs, strict=True)
+        offsets = zip(*(group.offsets for group in self._groups), strict=True)
+        self.offsets = LossOffsets(*(jnp.asarray(_joined(arrays)) for arrays in offsets))
 
     def __enter__(self) -> Ensemble:
-        """Nothing more to set up."""
+        """Return the ensemble, which is ready."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Wait for what runs, and end the threads."""
+        """Wait for running threads and end them."""
         self._pool.shutdown()
 
     @property
     def best_loss(self) -> np.ndarray:
-        """Validation loss of the weights that each member keeps, shape (M,)."""
+        """Validation loss of the best weights of each member, shape (M,)."""
         return _joined([best.loss for best in self.best])
 
     @property
-    def more_advice(self) -> str:
-        """What else may help where a loss is not finite."""
+    def divergence_advice(self) -> str:
+        """Advice for a loss that is not finite, beyond that for every density."""
         blueprint = self._plan.blueprint
         if not (needs_ode(blueprint) and has_likelihood_loss(blueprint)):
             return ""
-        return "; so may more max_steps of the solver, as an ODE that is not solved has no density"
+        return (
+            "; so may more max_steps of the solver, as the density is NaN where its ODE is not "
+            "solved"
+        )
 
     @property
     def running(self) -> np.ndarray:
-        """Which members have not run out of patience, shape (M,)."""
+        """Return which members have not run out of patience, shape (M,)."""
         return _joined([best.age for best in self.best]) < self._plan.training.patience
 
     def epoch(self, key: Key) -> tuple[np.ndarray, np.ndarray]:
         """Train the members that still run for one epoch.
 
         Returns:
-            Mean training loss and validation loss, shape (M,) each, before `units` are added; of a
-            member that has stopped, the last ones.
+            Mean training loss and validation loss, shape (M,) each, before `offsets` are added; for
+            a member that has stopped, the last ones.
         """
         running = self.running
         active = [i for i, s in enumerate(self._slices) if running[s].any()]
@@ -164,23 +162,23 @@ class Ensemble:
                 lambda i: self._advance(i, keys[self._slices[i]], True), active
             )
         else:
-            results = self._streamed(key, active, self._stream)
-        self._keep(active, running, results)
+            results = self._stream_epoch(key, active, self._stream)
+        self._store(active, running, results)
         return self._losses
 
     def snapshot(self) -> Snapshot:
-        """What epochs have come to, of all members and on the host."""
+        """Copy everything that epochs change to the host."""
         pairs = [(s, g.best) for s, g in zip(self._states, self._groups, strict=True)]
-        state, best = jax.tree.map(lambda *leaves: _joined(map(words_of, leaves)), *pairs)
+        state, best = jax.tree.map(lambda *leaves: _joined(map(to_numeric, leaves)), *pairs)
         return Snapshot(state, best, self._losses)
 
     def resume(self, snapshot: Snapshot) -> None:
-        """Go on from there."""
+        """Restore the state of a snapshot."""
         states, groups = [], []
         for s, *pair in zip(self._slices, self._states, self._groups, strict=True):
             like = (pair[0], pair[1].best)
-            found = jax.tree.map(lambda old, new, s=s: _like(old, new[s]), like, snapshot[:2])
-            state, best = on_mesh(self._plan.mesh, found, members=True)
+            restored = jax.tree.map(lambda old, new, s=s: _like(old, new[s]), like, snapshot[:2])
+            state, best = place_on_mesh(self._plan.mesh, restored, over_members=True)
             states.append(state)
             groups.append(pair[1]._replace(best=best))
         self._states, self._groups, self._losses = states, groups, snapshot.losses
@@ -188,79 +186,95 @@ class Ensemble:
 
     @property
     def latest(self) -> tuple[Best, ...]:
-        """What `best` is, with the weights after the last epoch (their average, if one is kept).
+        """`best`, but with the weights after the last epoch (their average, if one is kept).
 
-        They are there until the next epoch begins.
+        The arrays exist until the next epoch begins.
         """
         pairs = zip(self._states, self._groups, strict=True)
         return tuple(group.best._replace(params=state.average) for state, group in pairs)
 
     def densities(self, best: tuple[Best, ...]) -> tuple[np.ndarray, SolverStats]:
-        """Negative log density (M, V) of the validation rows at these weights, as `units` say.
+        """Compute negative log densities of the validation rows for a density that solves an ODE.
 
-        For densities that solve an ODE; with it the work of each solve.
+        Args:
+            best: The weights.
+
+        Returns:
+            Values of shape (M, V), before `offsets` are added, and the work of each solve.
         """
 
-        def of(pair: tuple[Best, Group]) -> tuple[Array, SolverStats]:
+        def of_group(pair: tuple[Best, Group]) -> tuple[Array, SolverStats]:
             return programs.densities(self._plan, *pair, self._features)
 
         first, *others = zip(best, self._groups, strict=True)
-        # alone: threads that meet a program which is not compiled compile it each
-        found = [of(first), *self._pool.map(of, others)]
-        return jax.tree.map(lambda *arrays: _joined(arrays), *found)
+        # the first one alone, so that the threads find the program compiled
+        parts = [of_group(first), *self._pool.map(of_group, others)]
+        return jax.tree.map(lambda *arrays: _joined(arrays), *parts)
 
-    def weights(self, best: tuple[Best, ...]) -> Weights:
-        """Best weights and the arrays that are not trained, stacked over all members."""
-        # by numpy: the arrays are on the host already, and nothing needs to be compiled
-        params = unravel_weights(self._plan.blueprint, _joined([b.params for b in best]))
+    def arrays(self, best: tuple[Best, ...]) -> tuple[np.ndarray, Any]:
+        """Return weights as vectors (M, P) and the arrays that are not trained, on the host."""
         rest = [group.rest for group in self._groups]
         rest = jax.tree.map(lambda *leaves: _joined(leaves), *rest)
-        return Weights(*jax.tree.map(jnp.asarray, (params, rest)))
+        return _joined([b.params for b in best]), rest
 
-    def _advance(self, i: int, keys: Key, active: bool) -> _Result:
-        """An epoch of one group, or without `active` its validation alone."""
+    def weights(self, best: tuple[Best, ...]) -> Weights:
+        """Return weights and the arrays that are not trained, stacked over all members."""
+        vectors, rest = self.arrays(best)
+        # by numpy: the arrays are on the host already, and nothing has to be compiled
+        params = unravel_weights(self._plan.blueprint, vectors)
+        return Weights(*jax.device_put((params, rest)))
+
+    def _advance(self, i: int, keys: Key, is_active: bool) -> _Result:
+        """Train a group for an epoch, or validate it only."""
         state, best, *means = programs.epoch(
             self._plan,
             self._states[i],
             self._groups[i],
             self._features,
-            on_mesh(self._plan.mesh, keys, members=True),
-            active,
+            place_on_mesh(self._plan.mesh, keys, over_members=True),
+            is_active,
         )
         return _Result(state, best, *map(to_host, means))
 
-    def _score(self, i: int, keys: Key) -> _Result:
-        """The validation of one group; in memory an epoch without a step is the program for it."""
+    def _first_score(self, i: int, keys: Key) -> _Result:
+        """Validate a group; in memory an epoch without training is the program for it."""
         if self._stream is None:
             return self._advance(i, keys, False)
-        return self._scored(i, self._states[i], np.zeros(len(keys)))
+        return self._score(i, self._states[i], np.zeros(len(keys)))
 
-    def _scored(self, i: int, state: State, train: np.ndarray) -> _Result:
+    def _score(self, i: int, state: State, train: np.ndarray) -> _Result:
         best, validation = programs.score(self._plan, state, self._groups[i], self._features)
         return _Result(state, best, train, to_host(validation))
 
-    def _streamed(self, key: Key, active: list[int], stream: Stream) -> Iterator[_Result]:
-        """An epoch of chunks, on each of which all groups train."""
-        members, count = len(self.held_out), stream.count
+    def _stream_epoch(self, key: Key, active: list[int], stream: Stream) -> Iterator[_Result]:
+        """Train all groups on each chunk of an epoch."""
+        members, count = len(self.held_out), stream.num_chunks
         order_key, *keys = jax.random.split(key, 1 + members * count)
         chunk_keys = jnp.stack(keys).reshape(count, members)
-        states, train = dict(zip(active, (self._states[i] for i in active), strict=True)), {}
-        for own, rows in zip(chunk_keys, stream.chunks(order_key), strict=True):
-            y, features = on_mesh(self._plan.mesh, rows, members=False)
-
-            def advance(i: int, own: Key = own, y: Array = y, features: Array = features) -> Any:
-                keys = on_mesh(self._plan.mesh, own[self._slices[i]], members=True)
-                state, mean = programs.chunk(
-                    self._plan, count, states[i], self._groups[i], y, features, keys
-                )
-                return state, to_host(mean)
-
+        states = {i: self._states[i] for i in active}
+        train = {i: np.zeros(()) for i in active}
+        for member_keys, rows in zip(chunk_keys, stream.chunks(order_key), strict=True):
+            advance = partial(self._advance_chunk, states, member_keys, self._on_devices(rows))
             for i, (state, mean) in zip(active, self._pool.map(advance, active), strict=True):
-                states[i], train[i] = state, train.get(i, 0.0) + mean / count
-        return self._pool.map(lambda i: self._scored(i, states[i], train[i]), active)
+                states[i], train[i] = state, train[i] + mean / count
+        return self._pool.map(lambda i: self._score(i, states[i], train[i]), active)
 
-    def _keep(self, active: Iterable[int], running: np.ndarray, results: Iterable[_Result]) -> None:
-        """Take what the groups have come to, all at once."""
+    def _advance_chunk(
+        self, states: dict[int, State], member_keys: Key, rows: tuple[Array, Array], i: int
+    ) -> tuple[State, np.ndarray]:
+        assert self._stream is not None
+        keys = place_on_mesh(self._plan.mesh, member_keys[self._slices[i]], over_members=True)
+        arguments = (states[i], self._groups[i], rows, keys)
+        state, mean = programs.chunk(self._plan, self._stream.num_chunks, *arguments)
+        return state, to_host(mean)
+
+    def _on_devices(self, rows: tuple[Array, Array]) -> tuple[Array, Array]:
+        return place_on_mesh(self._plan.mesh, rows, over_members=False)
+
+    def _store(
+        self, active: Iterable[int], running: np.ndarray, results: Iterable[_Result]
+    ) -> None:
+        """Replace states, best weights and losses by the results of an epoch, all at once."""
         states, groups = list(self._states), list(self._groups)
         losses = [np.array(values) for values in self._losses]
         for i, (state, best, *means) in zip(active, results, strict=True):
@@ -270,25 +284,25 @@ class Ensemble:
         self._states, self._groups, self._losses = states, groups, (losses[0], losses[1])
         self.best = tuple(group.best for group in groups)
 
-    def _compile(self, prepare: Callable, given: tuple) -> None:
-        """Compile an epoch, which the jitted functions then find done."""
+    def _compile(self, prepare: Callable, arguments: tuple) -> None:
+        """Compile an epoch, which the jitted functions then find in their cache."""
         if self._plan.mesh is not None:
-            return  # it is compiled for arrays that lie on its devices, by the only group there is
-        state, group = jax.eval_shape(prepare, *given)
+            return  # the only group compiles it, for arrays that lie on the devices of the mesh
+        state, group = jax.eval_shape(prepare, *arguments)
+        plan, features, keys = self._plan, self._features, arguments[0]
         if self._stream is None:
-            programs.epoch.lower(self._plan, state, group, self._features, given[0], True).compile()
+            programs.epoch.lower(plan, state, group, features, keys, True).compile()
             return
-        rows = [
-            jax.ShapeDtypeStruct((self._stream.size, width), self._features.dtype)
-            for width in (self._plan.blueprint.sizes.dim, self._features.shape[1])
-        ]
-        arguments = (self._plan, self._stream.count, state, group, *rows, given[0])
-        programs.chunk.lower(*arguments).compile()
-        programs.score.lower(self._plan, state, group, self._features).compile()
+        rows = tuple(
+            jax.ShapeDtypeStruct((self._stream.chunk_size, width), features.dtype)
+            for width in (plan.blueprint.sizes.dim, features.shape[1])
+        )
+        programs.chunk.lower(plan, self._stream.num_chunks, state, group, rows, keys).compile()
+        programs.score.lower(plan, state, group, features).compile()
 
 
 class Snapshot(NamedTuple):
-    """What epochs change, of all members: host arrays with a leading axis M."""
+    """Everything that epochs change: host arrays with a leading axis of all members M."""
 
     state: State
     best: Best
@@ -296,7 +310,7 @@ class Snapshot(NamedTuple):
 
 
 class _Result(NamedTuple):
-    """What a group has come to in an epoch; the losses of its members have shape (m,)."""
+    """Result of an epoch of a group; the losses of its members have shape (m,)."""
 
     state: State
     best: Best
@@ -305,7 +319,7 @@ class _Result(NamedTuple):
 
 
 def _slices(members: int, *, together: bool) -> list[slice]:
-    """Members of each group."""
+    """Return the members of each group."""
     if jax.default_backend() == "cpu" and not together:
         return [slice(i, i + 1) for i in range(members)]
     return [slice(0, members)]
@@ -315,33 +329,42 @@ def _joined(arrays: Iterable[Array]) -> np.ndarray:
     return np.concatenate([to_host(a) for a in arrays])
 
 
-def _like(old: Array, words: np.ndarray) -> Array:
-    """The same kind of array; a copy, whose memory a program may use for its result."""
-    return from_words(old, jax.device_put(words, may_alias=False))
+def _like(old: Array, values: np.ndarray) -> Array:
+    """Return values as the same kind of array; a copy, whose memory a program may reuse."""
+    return from_numeric(old, jax.device_put(values, may_alias=False))
 
 
-def _held_out_rows(n: int, fraction: float) -> int:
-    """Number of rows that each member holds out, of n.
+def _split_rows(
+    key: Key, training: Training, data: TrainingData, members: int
+) -> tuple[tuple[Array, Array], Stream | None]:
+    """Return training rows and validation rows of each member, and the stream without the latter.
 
     Raises:
-        ValueError: Too few rows to hold any out.
+        ValueError: There are too few rows to hold any out.
     """
+    n, fraction = data.shared_rows(members), training.validation_fraction
     held_out = math.ceil(fraction * n)
-    if n < 10 or held_out >= n:
+    if n < MIN_ROWS or held_out >= n:
         raise ValueError(
-            f"simulations: expected at least 10 valid rows to train on, and some that "
-            f"validation_fraction={fraction:g} leaves, got {n}"
+            f"simulations: expected at least {MIN_ROWS} valid rows, and some to train on beside "
+            f"those that validation_fraction={fraction:g} holds out, got {n}"
         )
-    return held_out
+    folds = _folds(key, n, held_out, members, data.member_rows)
+    if data.stream is None:
+        return folds, None
+    train, validation = (jnp.stack([rows[0]] * members) for rows in folds)
+    return (train, validation), data.stream.without(np.asarray(validation[0]))
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _folds(key: Key, n: int, held_out: int, members: int, own: int = 0) -> tuple[Array, Array]:
-    """Training rows (M, N - V + own) and validation rows (M, V).
+def _folds(
+    key: Key, n: int, held_out: int, members: int, member_rows: int = 0
+) -> tuple[Array, Array]:
+    """Return training rows (M, n - V + member_rows) and validation rows (M, V).
 
-    Member m holds out the m-th fold of n rows; which one that is depends on the key, n and V alone.
+    Member m holds out the m-th fold of n rows, which depends on the key, n and V alone.
     """
     order = jax.random.permutation(key, n)
     rolled = jnp.stack([jnp.roll(order, -m * held_out) for m in range(members)])
-    extra = n + jnp.arange(members * own).reshape(members, own)
+    extra = n + jnp.arange(members * member_rows).reshape(members, member_rows)
     return jnp.concatenate([rolled[:, held_out:], extra], axis=1), rolled[:, :held_out]

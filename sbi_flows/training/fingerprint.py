@@ -1,9 +1,9 @@
-"""What a fit is made of, as a JSON document that tells it from others.
+"""Fingerprint of a fit: a JSON document that identifies its data, key, density and settings.
 
-Public names: `parts`, `unlike`.
+Public names: `parts`, `differing`.
 
-Arrays are described by a few random sums, which are the same up to rounding on another machine, or
-when the data were simulated again there, and differ if a single row does.
+Arrays are described by a few random sums. They are the same up to rounding on another machine or
+after the data were simulated again there, and differ if a single row differs.
 """
 
 from __future__ import annotations
@@ -13,28 +13,26 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
 
 from sbi_flows.core.typing import Key
 from sbi_flows.densities.conditional import Blueprint, graph_of, initial_weights
-from sbi_flows.training.devices import words_of
+from sbi_flows.training.devices import to_numeric
 from sbi_flows.training.settings import Training
 
-SUMS = 4
+NUM_SUMS = 4
 
-BLOCK = 2**16
-"""Rows of an array that are summed at once, which bounds the memory."""
+BLOCK_ROWS = 2**16
+"""Number of rows of an array that are summed at once; bounds the memory."""
 
 TOLERANCE = 1e-5
-"""Difference of a sum from rounding, at the most, in terms of the norm of what is summed."""
+"""Maximum rounding difference of a sum, as a multiple of the norm of the summed array."""
 
 
 def parts(
@@ -44,48 +42,54 @@ def parts(
     data: Mapping[str, Array | np.ndarray],
     **numbers: int | None,
 ) -> dict[str, dict[str, Any]]:
-    """Versions, data, key, density and settings of a fit.
+    """Return versions, data, key, density and settings of a fit as JSON data.
 
     Args:
-        key: Its key.
-        blueprint: What is built.
-        training: Its settings.
-        data: Its arrays, the first axis of each the rows.
-        numbers: What else its result depends on.
+        key: The user's key.
+        blueprint: The model that is built.
+        training: The settings.
+        data: The arrays, whose first axis is that of the rows.
+        numbers: Other numbers that the result depends on.
     """
-    words = np.asarray(jax.random.key_data(key)).tolist()
     return {
         "versions": {name: version(name) for name in ("sbi-flows", "jax", "flax", "optax")},
         "data": {name: _sums(value) for name, value in data.items()},
-        "key": {"data": words, "kind": str(jax.random.key_impl(key))},
+        "key": {
+            "data": np.asarray(jax.random.key_data(key)).tolist(),
+            "kind": str(jax.random.key_impl(key)),
+        },
         "density": _density(blueprint),
         "settings": _settings(blueprint, training) | {n: str(v) for n, v in numbers.items()},
     }
 
 
-def unlike(there: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
-    """Names of what differs, sums by more than rounding."""
-    names = {**mine, **there}
-    return [n for n in names if n not in there or n not in mine or not _alike(there[n], mine[n])]
+def differing(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """Return the names whose values differ, for sums by more than rounding."""
+    names = {**present, **saved}
+    return [
+        name
+        for name in names
+        if name not in saved or name not in present or not _is_same(saved[name], present[name])
+    ]
 
 
-def _alike(there: Any, mine: Any) -> bool:
-    if not isinstance(there, Mapping) or not isinstance(mine, Mapping):
-        return there == mine
-    if any(there[name] != mine[name] for name in ("shape", "dtype")):
+def _is_same(saved: Any, present: Any) -> bool:
+    if not isinstance(saved, Mapping) or not isinstance(present, Mapping):
+        return saved == present
+    if any(saved[name] != present[name] for name in ("shape", "dtype")):
         return False
-    difference = np.abs(np.subtract(there["sums"], mine["sums"]))
-    return bool(np.all(difference <= TOLERANCE * max(there["norm"], mine["norm"])))
+    difference = np.abs(np.subtract(saved["sums"], present["sums"]))
+    return bool(np.all(difference <= TOLERANCE * max(saved["norm"], present["norm"])))
 
 
 def _sums(array: Any) -> dict[str, Any]:
-    """Sums of all entries, each time with other weights between -1 and 1, and their norm."""
+    """Return weighted sums of all entries, with weights between -1 and 1, and their norm."""
     shape = np.shape(array)
     rows = np.asarray(array).reshape(shape[0], math.prod(shape[1:]))
     columns = _waves(np.arange(rows.shape[1]), 1.0)
-    sums, square = np.zeros(SUMS), 0.0
-    for first in range(0, len(rows), BLOCK):
-        block = np.asarray(rows[first : first + BLOCK], np.float64)
+    sums, square = np.zeros(NUM_SUMS), 0.0
+    for first in range(0, len(rows), BLOCK_ROWS):
+        block = np.asarray(rows[first : first + BLOCK_ROWS], np.float64)
         waves = _waves(first + np.arange(len(block)), math.pi)
         sums += np.einsum("ks,ks->s", block @ columns, waves)
         square += float(np.sum(block**2))
@@ -98,65 +102,67 @@ def _sums(array: Any) -> dict[str, Any]:
 
 
 def _waves(places: np.ndarray, rate: float) -> np.ndarray:
-    """Weights (n, SUMS) that no pattern of the data follows."""
+    """Return weights (n, NUM_SUMS) of incommensurate frequencies, which no pattern repeats."""
     rates = rate * np.sqrt([2.0, 3.0, 5.0, 7.0])
     return np.cos((places[:, None] + 1.0) * rates)
 
 
 def _density(blueprint: Blueprint) -> dict[str, Any]:
-    """Its settings; with an embedding, or where these do not tell, its programs as well."""
-    said = {
+    """Describe the settings of a model; its programs too, where the settings do not identify it."""
+    described: dict[str, Any] = {
         "density": repr(blueprint.density),
         "features": repr(blueprint.feature_indices),
         "bounded": repr(blueprint.sizes.bounded),
+        "linear_start": repr(blueprint.linear_start),
     }
-    if blueprint.embedding is None and " at 0x" not in said["density"]:
-        return said
-    said = {name: _without_addresses(text) for name, text in said.items()}
-    given = blueprint.embedding_weights()
-    weights = jax.tree.leaves(given)
-    said |= {f"weights {i}": _sums(jnp.ravel(leaf)) for i, leaf in enumerate(weights)}
-    return said | {"program": _programs(blueprint, given)}
+    if blueprint.embedding is None and " at 0x" not in described["density"]:
+        return described
+    described = {name: _without_addresses(text) for name, text in described.items()}
+    embedding_weights = blueprint.embedding_weights()
+    for i, leaf in enumerate(jax.tree.leaves(embedding_weights)):
+        described[f"weights {i}"] = _sums(np.ravel(leaf))
+    return described | {"program": _programs(blueprint, embedding_weights)}
 
 
-def _programs(blueprint: Blueprint, given: Any) -> str:
-    """SHA-256 of what makes the initial weights, and of the loss."""
-    key, sizes = jax.random.key(0), blueprint.sizes
-    make = partial(initial_weights, blueprint, embedding_weights=given)
+def _programs(blueprint: Blueprint, embedding_weights: Any) -> str:
+    """Return SHA-256 hashes of the programs of the initial weights and of the loss."""
+    key, sizes = jax.eval_shape(lambda: jax.random.key(0)), blueprint.sizes
+
+    def make(key: Key) -> tuple[Any, Any]:
+        return initial_weights(blueprint, key, embedding_weights)
+
+    def loss(params: Any, rest: Any, key: Key, whitened: Array, features: Array) -> Array:
+        return nnx.merge(graph_of(blueprint), params, rest).loss(key, whitened, features)
+
     params, rest = jax.eval_shape(make, key)
-
-    def loss(params: Any, rest: Any, key: Key, noise: Array, features: Array) -> Array:
-        return nnx.merge(graph_of(blueprint), params, rest).loss(key, noise, features)
-
     row = [jax.ShapeDtypeStruct((2, width), float) for width in (sizes.dim, sizes.feature_count)]
     return _program(make, key) + _program(loss, params, rest, key, *row)
 
 
 def _settings(blueprint: Blueprint, training: Training) -> dict[str, Any]:
-    """All but where the fit runs and is kept; an optimiser by its program."""
+    """Describe all settings but devices and checkpoint; an optimiser by its programs."""
     settings = dataclasses.replace(training.without_checkpoint, devices=None)
-    said = {f.name: repr(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
+    described = {f.name: repr(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
     if training.optimizer is None:
-        return said
-    params = jax.eval_shape(
-        partial(initial_weights, blueprint, embedding_weights=None), jax.random.key(0)
-    )[0]
+        return described
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params = jax.eval_shape(lambda key: initial_weights(blueprint, key, None)[0], key)
     transform = training.transform(1, 1.0)
     state = jax.eval_shape(transform.init, params)
     update = _program(transform.update, params, state, params)
     # a list, so that no message repeats it
-    return said | {"optimizer": [_program(transform.init, params), update]}
+    return described | {"optimizer": [_program(transform.init, params), update]}
 
 
 def _program(function: Any, *arguments: Any) -> str:
-    """SHA-256 of a function's operations and constants."""
+    """Return the SHA-256 hash of a function's operations and constants."""
     program = jax.make_jaxpr(function)(*arguments)
     digest = hashlib.sha256(_without_addresses(str(program)).encode())
     for constant in program.consts:
-        digest.update(np.asarray(words_of(constant)).tobytes())
+        digest.update(np.asarray(to_numeric(constant)).tobytes())
     return digest.hexdigest()
 
 
 def _without_addresses(text: str) -> str:
-    """An address is another one in the next process."""
+    """Remove memory addresses, which differ in every process."""
     return re.sub(r" at 0x[0-9a-f]+", "", text)

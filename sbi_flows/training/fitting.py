@@ -1,196 +1,379 @@
-"""The loop over epochs: progress, early stopping, and what is left when it ends otherwise."""
+"""The loop over epochs, with progress bar, checkpoints, early stopping and interrupts.
+
+Public names: `fit`.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from tqdm.auto import tqdm
 
 from sbi_flows.core.errors import SbiFlowsWarning, TrainingDiverged
 from sbi_flows.core.typing import Key
-from sbi_flows.densities.conditional import Blueprint, Weights, has_likelihood_loss, needs_ode
+from sbi_flows.densities.conditional import (
+    Blueprint,
+    Weights,
+    has_likelihood_loss,
+    initial_weights,
+    needs_ode,
+    unravel_weights,
+)
 from sbi_flows.densities.ode import SolverStats
 from sbi_flows.training.checkpoint import Checkpoint
+from sbi_flows.training.data import FitKeys, TrainingData
 from sbi_flows.training.devices import to_host
 from sbi_flows.training.ensemble import Ensemble
 from sbi_flows.training.fingerprint import parts
+from sbi_flows.training.group import Best
 from sbi_flows.training.history import History
-from sbi_flows.training.members import Best
 from sbi_flows.training.settings import Training
-from sbi_flows.training.stream import Stream
 
 
 def fit(
-    key: Key,
+    keys: FitKeys,
     blueprint: Blueprint,
     training: Training,
-    y: Array,
-    features: Array,
+    data: TrainingData,
     *,
     members: int = 1,
-    offset: Array | None = None,
-    own: int = 0,
-    stream: Stream | None = None,
     progress: bool = True,
     label: str = "fit",
     name: str = "fit",
 ) -> tuple[Weights, History]:
-    """Train `members` models with different initial weights, data orders and validation rows.
+    """Train models that differ in initial weights, data order and validation rows.
 
     Args:
-        key: Random key.
-        blueprint: What to build.
+        keys: Random keys.
+        blueprint: The model to build.
         training: Settings.
-        y: Parameters in standard coordinates, shape (N, d).
-        features: Standardised observations, shape (N, C).
+        data: The rows to train on.
         members: Number of models M.
-        offset: Log Jacobian of each row from y to theta's units, shape (N,), for the losses that
-            are reported; none by default.
-        own: Number of rows that each member has for itself, to train on beside those that all
-            share: the last M * own rows, in order.
-        stream: Rows to train on instead, of which those above are a sample; see `Ensemble`.
         progress: Show a progress bar.
-        label: What it says.
+        label: Description of the progress bar.
         name: Name of the fit's file in the folder `training.checkpoint`.
 
     Returns:
         The best weights of each member, and the history.
 
     Raises:
-        ValueError: Too few rows to hold any out, or the checkpoint is that of another fit.
+        ValueError: There are too few rows to hold any out, or the checkpoint is that of another
+            fit.
         TrainingDiverged: A loss was not finite; its `state` holds the best `Weights` so far.
-        CheckpointSpoilt: The checkpoint is not what was written.
+        CheckpointSpoilt: The checkpoint is damaged.
     """
     began = time.perf_counter()
-    start_key, epoch_key = jax.random.split(key)
-    offset = jnp.zeros(len(y), y.dtype) if offset is None else offset
-    file = None
-    if training.checkpoint is not None:
-        data = {"y": y, "features": features, "offset": offset}
-        rows = None if stream is None else len(stream.rows)
-        numbers = {"members": members, "own": own, "rows": rows}
-        file = Checkpoint(training, name, parts(key, blueprint, training, data, **numbers))
+    file = _checkpoint(keys, blueprint, training, data, members, name)
     saved = file.read() if file else None
-    with Ensemble(
-        start_key, blueprint, training, y, features, offset, members, own, stream
-    ) as ensemble:
-        row_units = np.asarray(ensemble.units.held_out)
-        likelihood = has_likelihood_loss(blueprint)
-        units = np.stack([ensemble.units.train, row_units.mean(axis=1)]) * likelihood
-        start_loss = ensemble.best_loss + units[1]
-        _require_finite(start_loss, 0, ensemble)
-        losses = _resumed(ensemble, file, saved) if file and saved else ()
-        # weights and losses are replaced as one, so an interrupt never finds them epochs apart
-        done, first = (ensemble.best, losses), len(losses)
-        total = training.max_epochs if ensemble.running.any() else first
+    if file and saved is not None and "result/params" in saved:
+        result = _saved_result(file, saved, blueprint, members)
+    else:
+        with Ensemble(keys, blueprint, training, data, members) as ensemble:
+            run = _Run(ensemble, blueprint, training, file)
+            result = run.result(keys.epochs, saved, progress=progress, label=label)
+    seconds = time.perf_counter() - began
+    params = unravel_weights(blueprint, result.params)
+    weights = Weights(*jax.device_put((params, result.rest)))  # which compiles nothing
+    return weights, result.history(seconds, has_likelihood=has_likelihood_loss(blueprint))
+
+
+class _Result(NamedTuple):
+    """The result of a fit as host arrays; E is the number of epochs.
+
+    Attributes:
+        params: Best weights, shape (M, P).
+        rest: Arrays that are not trained, with a leading axis M.
+        train: Training losses, shape (E, M).
+        validation: Validation losses, shape (E, M).
+        start_loss: Validation losses before the first epoch, shape (M,).
+        held_out: Row numbers of the validation rows, shape (M, V).
+        held_out_loss: Losses of the validation rows, shape (M, V).
+        stop_reason: Reason why the fit ended.
+        solver_steps: Steps of the ODE solve for each of these losses; None without an ODE.
+        solver_evaluations: Evaluations of the network in each solve, likewise.
+    """
+
+    params: np.ndarray
+    rest: Any
+    train: np.ndarray
+    validation: np.ndarray
+    start_loss: np.ndarray
+    held_out: np.ndarray
+    held_out_loss: np.ndarray
+    stop_reason: str
+    solver_steps: np.ndarray | None
+    solver_evaluations: np.ndarray | None
+
+    def history(self, seconds: float, *, has_likelihood: bool) -> History:
+        """Return the history of the fit."""
+        stacked = np.concatenate([self.start_loss[None], self.validation])
+        return History(
+            train_loss=self.train,
+            validation_loss=self.validation,
+            start_loss=self.start_loss,
+            held_out=self.held_out,
+            held_out_loss=self.held_out_loss,
+            best_epoch=np.argmin(stacked, axis=0),
+            epochs=len(self.train),
+            seconds=seconds,
+            stop_reason=self.stop_reason,
+            likelihood=has_likelihood,
+            solver_steps=self.solver_steps,
+            solver_evaluations=self.solver_evaluations,
+        )
+
+
+class _Losses(NamedTuple):
+    """Losses of one epoch, shape (M,) each."""
+
+    train: np.ndarray
+    validation: np.ndarray
+
+
+class _Progress(NamedTuple):
+    """The best weights and the losses of all epochs so far, replaced together.
+
+    An interrupt therefore never finds weights and losses of different epochs.
+    """
+
+    best: tuple[Best, ...]
+    losses: tuple[_Losses, ...]
+
+
+class _Run:
+    """One fit of an ensemble from its first or its last saved epoch to its end.
+
+    Args:
+        ensemble: The members.
+        blueprint: Their model.
+        training: Settings.
+        file: Checkpoint to write; None writes nothing.
+    """
+
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        blueprint: Blueprint,
+        training: Training,
+        file: Checkpoint | None,
+    ) -> None:
+        """Check that the losses of the starts are finite."""
+        self._ensemble, self._blueprint = ensemble, blueprint
+        self._training, self._file = training, file
+        self._row_offsets = np.asarray(ensemble.offsets.validation)
+        offsets = np.stack([ensemble.offsets.train, self._row_offsets.mean(axis=1)])
+        # a loss that is no negative log density is reported as it is
+        self._offsets = offsets * has_likelihood_loss(blueprint)
+        self._start_loss = ensemble.best_loss + self._offsets[1]
+        _require_finite(self._start_loss, 0, ensemble)
+
+    def result(
+        self,
+        epoch_key: Key,
+        saved: Mapping[str, np.ndarray] | None,
+        *,
+        progress: bool,
+        label: str,
+    ) -> _Result:
+        """Train until the fit ends or is interrupted, and evaluate the validation rows.
+
+        Args:
+            epoch_key: Base key of the epochs.
+            saved: Arrays of the checkpoint; None starts with the first epoch.
+            progress: Show a progress bar.
+            label: Description of the progress bar.
+        """
+        ensemble, losses = self._ensemble, () if saved is None else self._resume(saved)
+        done = _Progress(ensemble.best, losses)
+        epochs = range(len(losses), self._training.max_epochs)
         bar = tqdm(
-            range(first, total),
+            epochs if ensemble.running.any() else (),
             desc=label,
             unit="epoch",
             disable=not progress,
-            initial=first,
-            total=training.max_epochs,
+            initial=len(losses),
+            total=self._training.max_epochs,
         )
         try:
-            for epoch in bar:
-                means = ensemble.epoch(jax.random.fold_in(epoch_key, epoch))
-                train, validation = np.stack(means) + units
-                _require_finite(np.concatenate([train, validation]), epoch + 1, ensemble)
-                done = ensemble.best, (*done[1], (train, validation))
-                bar.set_postfix(train=f"{train.mean():.3f}", validation=f"{validation.mean():.3f}")
-                ended = not ensemble.running.any()
-                if file:
-                    last = ended or epoch + 1 == total
-                    file.keep(epoch + 1, partial(_kept, ensemble, done[1]), last=last)
-                if ended:
-                    break
+            with bar:
+                for progress_made in self._epochs(epoch_key, losses, bar):
+                    done = progress_made
             reason = "max_epochs" if ensemble.running.any() else "patience"
+            if self._file and needs_ode(self._blueprint):  # what follows may take long
+                self._file.save_now(partial(self._state, done.losses))
         except KeyboardInterrupt:
             reason = "interrupted"
-        finally:
-            bar.close()
-        best, losses = done
         try:
-            crossed, effort = _held_out(ensemble, best, blueprint)
-        except KeyboardInterrupt:  # the weights are there
-            reason, crossed, effort = "interrupted", np.full(row_units.shape, np.nan), None
-    crossed = crossed + row_units
-    seconds = time.perf_counter() - began
-    history = _history(losses, start_loss, ensemble.held_out, crossed, seconds, reason)
-    if effort is not None:
-        history = dataclasses.replace(
-            history, solver_steps=effort.steps, solver_evaluations=effort.evaluations
+            held_out_loss, solver_stats = _validation_losses(ensemble, done.best, self._blueprint)
+        except KeyboardInterrupt:  # the weights exist
+            reason, solver_stats = "interrupted", None
+            held_out_loss = np.full(self._row_offsets.shape, np.nan)
+        result = self._result(done, held_out_loss + self._row_offsets, reason, solver_stats)
+        if self._file and reason != "interrupted":
+            self._file.save_now(partial(_to_save, result))
+        return result
+
+    def _epochs(
+        self, epoch_key: Key, losses: tuple[_Losses, ...], bar: tqdm
+    ) -> Iterator[_Progress]:
+        """Train epoch after epoch and yield the progress after each."""
+        ensemble = self._ensemble
+        for epoch in bar:
+            means = ensemble.epoch(jax.random.fold_in(epoch_key, epoch))
+            last = _Losses(*(np.stack(means) + self._offsets))
+            _require_finite(np.concatenate(last), epoch + 1, ensemble)
+            losses = (*losses, last)
+            yield _Progress(ensemble.best, losses)
+            bar.set_postfix(
+                train=f"{last.train.mean():.3f}", validation=f"{last.validation.mean():.3f}"
+            )
+            if self._file:
+                self._file.save(epoch + 1, partial(self._state, losses))
+            if not ensemble.running.any():
+                return
+
+    def _state(self, losses: tuple[_Losses, ...]) -> dict[str, Any]:
+        """Return everything that a checkpoint holds between two epochs."""
+        train, validation = _stacked(losses, len(self._start_loss))
+        return {
+            "train": train,
+            "validation": validation,
+            "members": self._ensemble.snapshot(),
+        }
+
+    def _resume(self, saved: Mapping[str, np.ndarray]) -> tuple[_Losses, ...]:
+        """Restore the state of the members; return the losses of all epochs until then."""
+        assert self._file is not None
+        like = {"members": self._ensemble.snapshot()}
+        self._ensemble.resume(self._file.filled(like, saved)["members"])
+        return tuple(map(_Losses, saved["train"], saved["validation"]))
+
+    def _result(
+        self,
+        done: _Progress,
+        held_out_loss: np.ndarray,
+        reason: str,
+        solver_stats: SolverStats | None,
+    ) -> _Result:
+        params, rest = self._ensemble.arrays(done.best)
+        train, validation = _stacked(done.losses, len(self._start_loss))
+        return _Result(
+            params=params,
+            rest=rest,
+            train=train,
+            validation=validation,
+            start_loss=self._start_loss,
+            held_out=self._ensemble.held_out,
+            held_out_loss=held_out_loss,
+            stop_reason=reason,
+            solver_steps=None if solver_stats is None else np.asarray(solver_stats.steps),
+            solver_evaluations=None
+            if solver_stats is None
+            else np.asarray(solver_stats.evaluations),
         )
-    return ensemble.weights(best), dataclasses.replace(history, likelihood=likelihood)
 
 
-def _kept(ensemble: Ensemble, losses: tuple) -> dict[str, Any]:
-    """What a checkpoint holds: losses have shape (epochs, members)."""
-    train, validation = (np.stack(values) for values in zip(*losses, strict=True))
-    return {"train": train, "validation": validation, "members": ensemble.snapshot()}
+def _checkpoint(
+    keys: FitKeys,
+    blueprint: Blueprint,
+    training: Training,
+    data: TrainingData,
+    members: int,
+    name: str,
+) -> Checkpoint | None:
+    """Return the checkpoint of a fit; None if it keeps none."""
+    if training.checkpoint is None:
+        return None
+    stream_rows = None if data.stream is None else len(data.stream.rows)
+    fingerprint = parts(
+        keys.user,
+        blueprint,
+        training,
+        data.arrays,
+        members=members,
+        member_rows=data.member_rows,
+        stream_rows=stream_rows,
+    )
+    return Checkpoint(training, name, fingerprint)
 
 
-def _resumed(ensemble: Ensemble, file: Checkpoint, arrays: Mapping[str, np.ndarray]) -> tuple:
-    """Put the members where they were; the losses of each epoch until then."""
-    ensemble.resume(file.filled({"members": ensemble.snapshot()}, arrays)["members"])
-    return tuple(zip(arrays["train"], arrays["validation"], strict=True))
+def _to_save(result: _Result) -> dict[str, Any]:
+    """Return the arrays of a checkpoint that holds a result."""
+    return {
+        "train": result.train,
+        "validation": result.validation,
+        "result": {
+            "params": result.params,
+            "rest": result.rest,
+            "start_loss": result.start_loss,
+            "held_out": result.held_out,
+            "held_out_loss": result.held_out_loss,
+            "ended_by_patience": np.array([result.stop_reason == "patience"]),
+            "solver_steps": result.solver_steps,
+            "solver_evaluations": result.solver_evaluations,
+        },
+    }
 
 
-def _held_out(
+def _saved_result(
+    file: Checkpoint, saved: Mapping[str, np.ndarray], blueprint: Blueprint, members: int
+) -> _Result:
+    """Return the result that a checkpoint holds; nothing is computed or compiled."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    rest = jax.eval_shape(lambda key: dict(initial_weights(blueprint, key, None)[1]), key)
+    stacked = jax.tree.map(lambda a: jax.ShapeDtypeStruct((members, *a.shape), a.dtype), rest)
+    return _Result(
+        params=saved["result/params"],
+        rest=file.filled({"result": {"rest": stacked}}, saved)["result"]["rest"],
+        train=saved["train"],
+        validation=saved["validation"],
+        start_loss=saved["result/start_loss"],
+        held_out=saved["result/held_out"],
+        held_out_loss=saved["result/held_out_loss"],
+        stop_reason="patience" if saved["result/ended_by_patience"][0] else "max_epochs",
+        solver_steps=saved.get("result/solver_steps"),
+        solver_evaluations=saved.get("result/solver_evaluations"),
+    )
+
+
+def _validation_losses(
     ensemble: Ensemble, best: tuple[Best, ...], blueprint: Blueprint
 ) -> tuple[np.ndarray, SolverStats | None]:
-    """Negative log density (M, V) of each validation row before `units` are added, and its work."""
+    """Return losses (M, V) of the validation rows before offsets, and the work of ODE solves."""
     if not needs_ode(blueprint):
-        return np.concatenate([to_host(b.crossed) for b in best]), None
-    losses, effort = ensemble.densities(best)
+        return np.concatenate([to_host(b.cross_losses) for b in best]), None
+    losses, solver_stats = ensemble.densities(best)
     if has_likelihood_loss(blueprint):
-        return np.concatenate([to_host(b.crossed) for b in best]), effort
+        return np.concatenate([to_host(b.cross_losses) for b in best]), solver_stats
     unsolved = int(np.sum(np.isnan(losses)))
     if unsolved:
-        said = f"held_out_loss: the ODE was not solved for {unsolved} of {losses.size} rows"
-        warnings.warn(said, SbiFlowsWarning, stacklevel=4)
-    return losses, effort
+        warnings.warn(
+            f"held_out_loss: the ODE was not solved for {unsolved} of {losses.size} rows",
+            SbiFlowsWarning,
+            stacklevel=5,
+        )
+    return losses, solver_stats
+
+
+def _stacked(losses: tuple[_Losses, ...], members: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return training and validation losses, shape (E, M) each."""
+    if not losses:
+        return np.zeros((0, members)), np.zeros((0, members))
+    train, validation = (np.stack(values) for values in zip(*losses, strict=True))
+    return train, validation
 
 
 def _require_finite(values: np.ndarray, epoch: int, ensemble: Ensemble) -> None:
     if not np.all(np.isfinite(values)):
         raise TrainingDiverged(
             f"the loss was not finite in epoch {epoch}; the last finite weights are kept in "
-            f"`.state`. A smaller learning rate or clip_norm may help{ensemble.more_advice}",
+            f"`.state`. A smaller learning rate or clip_norm may help{ensemble.divergence_advice}",
             epoch=epoch,
             state=ensemble.weights(ensemble.best),
         )
-
-
-def _history(
-    losses: tuple,
-    start_loss: np.ndarray,
-    held_out: np.ndarray,
-    crossed: np.ndarray,
-    seconds: float,
-    reason: str,
-) -> History:
-    shape = (0, len(start_loss))
-    train = np.stack([a for a, _ in losses]) if losses else np.zeros(shape)
-    validation = np.stack([b for _, b in losses]) if losses else np.zeros(shape)
-    stacked = np.concatenate([start_loss[None], validation])
-    return History(
-        train_loss=train,
-        validation_loss=validation,
-        start_loss=start_loss,
-        held_out=held_out,
-        held_out_loss=crossed,
-        best_epoch=np.argmin(stacked, axis=0),
-        epochs=len(losses),
-        seconds=seconds,
-        stop_reason=reason,
-    )

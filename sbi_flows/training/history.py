@@ -58,6 +58,16 @@ class History:
     solver_evaluations: np.ndarray | None = None
 
     @property
+    def held_out_log_prob(self) -> np.ndarray:
+        """Log density of each held-out row, shape (members, V), nats."""
+        return -self.held_out_loss
+
+    @property
+    def interrupted(self) -> bool:
+        """True if an interrupt ended the fit."""
+        return self.stop_reason == "interrupted"
+
+    @property
     def best_loss(self) -> np.ndarray:
         """Validation loss of the weights that each member kept, shape (members,)."""
         return np.minimum(self.start_loss, self.validation_loss.min(axis=0, initial=np.inf))

@@ -18,7 +18,7 @@ from sbi_flows.core.versions import versions
 from sbi_flows.simulations.simulations import Simulations
 
 _PER_ROW = {"held_out", "held_out_loss", "solver_steps", "solver_evaluations"}
-"""Fields of a history with one number per simulation. At most their mean is recorded."""
+"""Fields of a history with one number per simulation; the record has at most their mean."""
 
 
 def of_fit(estimator: Any, simulations: Simulations, history: Any) -> Mapping[str, Any]:
@@ -59,6 +59,8 @@ def _summary(history: Any) -> Any:
         value = getattr(history, field.name)
         if field.name == "histories":
             summary[field.name] = [_summary(each) for each in value]
+        elif field.name == "held_out_log_prob":
+            continue
         elif field.name == "emulator":
             summary[field.name] = _summary(value)
         elif field.name not in _PER_ROW:

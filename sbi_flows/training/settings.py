@@ -14,11 +14,11 @@ from jax import Array
 
 from sbi_flows.core.checks import require_count, require_positive
 
-STEPS = 128
-"""Steps of an epoch, at the least, by default."""
+MIN_EPOCH_STEPS = 128
+"""Minimum number of steps in an epoch by default."""
 
-SMALLEST, LARGEST = 16, 128
-"""Rows of a step by default."""
+MIN_BATCH_SIZE, MAX_BATCH_SIZE = 16, 128
+"""Limits of the default batch size."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,36 +26,38 @@ class Training:
     """Settings of a fit.
 
     Attributes:
-        batch_size: Rows a step. By default the power of two from 16 to 128 that makes 128 steps of
-            an epoch: few rows take many small steps, or training ends before it has begun.
-        max_epochs: Passes over the training rows; also the length of the cosine schedule.
-        patience: Epochs without a better validation loss after which a member has stopped; the
-            fit ends when all have.
-        validation_fraction: Fraction of the rows that each member holds out, in turn: the folds of
+        batch_size: Batch size. The default is the power of two from 16 to 128 that gives 128 steps
+            in an epoch, because few rows need many small steps to train at all.
+        max_epochs: Maximum number of passes over the training rows; also the length of the cosine
+            schedule.
+        patience: Number of epochs without a lower validation loss after which a member stops. The
+            fit ends when all members have stopped.
+        validation_fraction: Fraction of the rows that each member holds out. The validation rows of
             several members do not overlap as long as there are enough rows.
-        optimizer: Any optax optimiser, used as it is; by default AdamW with `learning_rate`, a
-            warm-up over the first hundredth of the steps and a cosine decay.
-        learning_rate: Peak learning rate of the default optimiser; of several, each member takes
-            one in turn, all in the same program.
+        optimizer: An optax optimiser, which is used as it is: add `optax.clip_by_global_norm` to it
+            to clip gradients. By default AdamW with `learning_rate`, `weight_decay` and
+            `clip_norm`, a warm-up over the first hundredth of the steps and a cosine decay.
+        learning_rate: Peak learning rate of the default optimiser. Several rates are given to the
+            members in turn, in the same compiled program.
         weight_decay: Weight decay of the default optimiser.
-        clip_norm: Largest norm of a gradient.
-        ema_decay: Decay of the exponential moving average of the weights, which is what is
+        clip_norm: Maximum global norm of a gradient before the default optimiser.
+        ema_decay: Decay of the exponential moving average of the weights. The average is what is
             validated and kept; None keeps the weights themselves.
-        devices: Most devices to train on; None for all that JAX sees, those of other processes
-            included (`jax.distributed`). Members are spread over them first, then the rows of each
-            batch.
-        matmul_precision: What `jax.default_matmul_precision` takes, for the networks' products in
-            training: `"tensorfloat32"` and `"bfloat16"` are meant for large networks where an
-            accelerator has units for them, at a loss of accuracy. By default they are in full
-            precision, as all products of a trained posterior are; so are those of splines and
-            linear layers, whatever is set, and all products on a CPU.
-        checkpoint: A folder in which the fit keeps its state, a file for each of the fits that an
-            estimator consists of. One that was killed or interrupted and is started again with the
-            same call goes on there, and ends with the same weights, bit for bit, on the same kind
-            of machine. A fit that ended is not trained again. Other simulations, settings or keys
-            than those of the folder are refused. None, the default, keeps nothing.
-        checkpoint_every: Epochs from one state that is kept to the next; by default, as many as
-            make keeping them cost at most about a hundredth of the fit's time.
+        devices: Maximum number of devices to train on; None for all that JAX sees, including those
+            of other processes (`jax.distributed`). Members are spread over them first, then the
+            rows of each batch.
+        matmul_precision: Precision of the networks' products in training, as
+            `jax.default_matmul_precision` takes it. `"tensorfloat32"` and `"bfloat16"` are meant
+            for large networks on accelerators that have units for them, and cost accuracy. The
+            default is full precision. Products of splines and linear layers, of a trained
+            posterior, and on a CPU are always in full precision.
+        checkpoint: Folder in which the fit saves its state, one file for each fit that an estimator
+            consists of. A fit that was killed or interrupted continues there when it is started
+            again with the same call, and ends with the same weights, bit for bit, on the same kind
+            of machine. A fit that has ended is not trained again. Other simulations, settings or
+            keys than those of the folder are a ValueError. None, the default, saves nothing.
+        checkpoint_every: Number of epochs between two saved states. By default as many as make
+            saving cost at most about a hundredth of the time of the fit.
 
     Raises:
         ValueError: A setting is out of range.
@@ -91,7 +93,7 @@ class Training:
     checkpoint_every: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse settings that cannot train."""
+        """Raise ValueError if a setting is out of range."""
         require_count(1, max_epochs=self.max_epochs)
         if self.batch_size is not None:
             require_count(1, batch_size=self.batch_size)
@@ -113,7 +115,7 @@ class Training:
             raise ValueError(f"ema_decay: expected None or [0, 1), got {self.ema_decay}")
         if self.optimizer is not None and not hasattr(self.optimizer, "update"):
             raise ValueError(
-                f"optimizer: expected one of optax, got {type(self.optimizer).__name__}"
+                f"optimizer: expected an optax optimiser, got {type(self.optimizer).__name__}"
             )
 
     def _check_rates(self) -> None:
@@ -146,17 +148,17 @@ class Training:
 
     @property
     def without_checkpoint(self) -> Training:
-        """The same, kept nowhere: what compiled programs depend on."""
+        """The settings without a checkpoint, on which compiled programs depend."""
         return dataclasses.replace(self, checkpoint=None, checkpoint_every=None)
 
-    def kept_as(self, other: Training, within: str = "") -> Training:
-        """The same, kept where the other one is, or in a folder within that."""
-        path = other.checkpoint if other.checkpoint is None else Path(other.checkpoint) / within
+    def with_checkpoint_of(self, other: Training, folder: str = "") -> Training:
+        """Return the settings with the checkpoint of others, or with a folder within it."""
+        path = other.checkpoint if other.checkpoint is None else Path(other.checkpoint) / folder
         every = other.checkpoint_every
         return dataclasses.replace(self, checkpoint=path, checkpoint_every=every)
 
     def batch(self, rows: int) -> int:
-        """Rows a step for a fit to this many.
+        """Return the batch size for a number of training rows.
 
         Example:
             >>> [Training().batch(rows) for rows in (10, 900, 9_000, 90_000)]
@@ -164,23 +166,25 @@ class Training:
         """
         if self.batch_size is not None:
             return min(self.batch_size, rows)
-        fitting = 2 ** max(0, int(math.log2(max(1, rows / STEPS))))
-        return min(max(fitting, SMALLEST), LARGEST, rows)
+        default = 2 ** max(0, int(math.log2(max(1, rows / MIN_EPOCH_STEPS))))
+        return min(max(default, MIN_BATCH_SIZE), MAX_BATCH_SIZE, rows)
 
-    def transform(self, steps: int, rate: float | Array) -> optax.GradientTransformation:
-        """The optimiser for a fit of this many steps, gradient clipping included.
+    def transform(self, steps: int, learning_rate: float | Array) -> optax.GradientTransformation:
+        """Return the optimiser of a fit: the user's as it is, or the default one.
 
         Args:
             steps: Number of steps.
-            rate: Peak learning rate of the default optimiser.
+            learning_rate: Peak learning rate of the default optimiser.
         """
-        optimizer, clip = self.optimizer, optax.clip_by_global_norm(self.clip_norm)
-        if optimizer is None:
-            warm_up = max(1, min(100, steps // 100))
-            schedule = optax.warmup_cosine_decay_schedule(
-                0.0, 1.0, warm_up, max(steps, warm_up + 1), 0.01
-            )
-            optimizer = optax.adamw(
-                lambda step: rate * schedule(step), weight_decay=self.weight_decay
-            )
-        return optax.chain(clip, optimizer)
+        if self.optimizer is not None:
+            return self.optimizer
+        warm_up = max(1, min(100, steps // 100))
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, 1.0, warm_up, max(steps, warm_up + 1), 0.01
+        )
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip_norm),
+            optax.adamw(
+                lambda step: learning_rate * schedule(step), weight_decay=self.weight_decay
+            ),
+        )

@@ -1,4 +1,4 @@
-"""Rows that are read in chunks while a fit goes on, because they do not fit in memory.
+"""Training rows that are read from disk in chunks, because they do not fit in memory.
 
 Public names: `Stream`.
 """
@@ -15,11 +15,11 @@ from jax import Array
 
 from sbi_flows.core.typing import Key
 
-BLOCK = 1024
-"""Rows that are read as one: neighbours in a file, which is what disks are fast at."""
+BLOCK_ROWS = 1024
+"""Number of neighbouring rows that are read together, as disks read neighbours fast."""
 
-CHUNK = 64 * BLOCK
-"""Rows of a chunk: many blocks from all over the file, shuffled together."""
+CHUNK_ROWS = 64 * BLOCK_ROWS
+"""Number of rows in a chunk: many blocks from all over the file, shuffled together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +27,10 @@ class Stream:
     """Rows to train on, in an order that depends on a key alone.
 
     Attributes:
-        rows: Their numbers, in the order in which they are stored, shape (N,).
-        sample: Numbers of those that are in memory.
-        read: Standard coordinates (n, d) and features (n, C) of the rows of these numbers.
+        rows: Row numbers in the order in which the rows are stored, shape (N,).
+        sample: Row numbers of the rows that are also in memory.
+        read: Function that maps row numbers (n,) to standard coordinates (n, d) and features
+            (n, C).
     """
 
     rows: np.ndarray
@@ -37,22 +38,22 @@ class Stream:
     read: Callable[[np.ndarray], tuple[Array, Array]]
 
     @property
-    def size(self) -> int:
-        """Rows of each chunk."""
-        return min(CHUNK, len(self.rows))
+    def chunk_size(self) -> int:
+        """Number of rows in each chunk."""
+        return min(CHUNK_ROWS, len(self.rows))
 
     @property
-    def count(self) -> int:
-        """Number of chunks in an epoch; the few rows that are left over are others each time."""
-        return len(self.rows) // self.size
+    def num_chunks(self) -> int:
+        """Number of chunks in an epoch. The few rows left over differ from epoch to epoch."""
+        return len(self.rows) // self.chunk_size
 
     def without(self, places: np.ndarray) -> Stream:
-        """The stream without some rows of the sample, of which the places are given."""
+        """Return the stream without the rows at these places of the sample."""
         rows = np.setdiff1d(self.rows, self.sample[places], assume_unique=True)
         return dataclasses.replace(self, rows=rows)
 
     def chunks(self, key: Key) -> Iterator[tuple[Array, Array]]:
-        """All chunks of an epoch; while one is worked on, the next one is read."""
+        """Yield all chunks of an epoch; the next chunk is read while one is worked on."""
         order = self._order(key)
         with ThreadPoolExecutor(1) as reader:
             following = reader.submit(self.read, order[0])
@@ -62,9 +63,9 @@ class Stream:
             yield following.result()
 
     def _order(self, key: Key) -> list[np.ndarray]:
-        """Numbers of the rows of each chunk, in the order in which they are stored."""
-        blocks = -(-len(self.rows) // BLOCK)
-        order = np.asarray(jax.random.permutation(key, blocks))
-        starts = [self.rows[b * BLOCK : (b + 1) * BLOCK] for b in order]
-        chosen = np.concatenate(starts)[: self.count * self.size]
-        return [np.sort(part) for part in np.split(chosen, self.count)]
+        """Return the row numbers of each chunk, sorted within the chunk."""
+        num_blocks = -(-len(self.rows) // BLOCK_ROWS)
+        order = np.asarray(jax.random.permutation(key, num_blocks))
+        blocks = [self.rows[b * BLOCK_ROWS : (b + 1) * BLOCK_ROWS] for b in order]
+        rows = np.concatenate(blocks)[: self.num_chunks * self.chunk_size]
+        return [np.sort(part) for part in np.split(rows, self.num_chunks)]

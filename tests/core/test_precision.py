@@ -13,7 +13,8 @@ import sbi_flows as sf
 from sbi_flows.core.precision import inherit_precision, precision_context
 from sbi_flows.densities.conditional import Blueprint, Sizes, Weights, initial_weights
 from sbi_flows.posteriors import mixtures
-from sbi_flows.training import members
+from sbi_flows.training import TrainingData, members
+from sbi_flows.training.group import Plan, Source
 from tests.cases import PRIORS
 
 DIM, ROWS = 2, 300
@@ -39,11 +40,11 @@ def epoch(density, **settings):
     """Products of one epoch of training."""
     setting = sf.Training(batch_size=64, max_epochs=1, **settings)
     zeros = jnp.zeros((ROWS, DIM))
-    source = members.Source(zeros, zeros, zeros[:, 0], None)
+    source = Source(TrainingData(zeros, zeros, zeros[:, 0]), None)
     rows, keys = jnp.arange(ROWS)[None], jax.random.key(0)[None]
     prepare = partial(members.prepare, blueprint(density), setting, source)
     shapes = jax.eval_shape(prepare, keys, rows[:, 30:], rows[:, :30], jnp.ones(1))
-    plan = members.Plan(blueprint(density), setting, None)
+    plan = Plan(blueprint(density), setting, None)
     return products(members.epoch.trace(plan, *shapes, zeros, keys, True).jaxpr.jaxpr)
 
 

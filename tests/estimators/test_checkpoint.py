@@ -17,7 +17,7 @@ from sbi_flows.estimators import rows as estimator_rows
 from sbi_flows.estimators import truncated
 from sbi_flows.prior.box import BoxPrior
 from sbi_flows.training import ensemble, stream
-from sbi_flows.training.fingerprint import parts, unlike
+from sbi_flows.training.fingerprint import differing, parts
 from tests.training.test_checkpoint import Killed, kill_before
 
 pytestmark = pytest.mark.promotes
@@ -95,9 +95,9 @@ def test_each_fit_of_a_stack_goes_on(tmp_path, simulations, monkeypatch):
 
 @pytest.mark.slow
 def test_a_fit_to_observations_on_disk_goes_on(tmp_path, simulations, monkeypatch):
-    monkeypatch.setattr(stream, "BLOCK", 16)
-    monkeypatch.setattr(stream, "CHUNK", 64)
-    monkeypatch.setattr(estimator_rows, "SAMPLE", 100)
+    monkeypatch.setattr(stream, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(stream, "CHUNK_ROWS", 64)
+    monkeypatch.setattr(estimator_rows, "SAMPLE_ROWS", 100)
     np.save(tmp_path / "x.npy", simulations.x)
     stored = sf.Simulations(simulations.theta, np.load(tmp_path / "x.npy", mmap_mode="r"))
     whole = fit(npe(members=2), stored)
@@ -163,7 +163,7 @@ def described(*, y=None, embedding=None, density=TINY):
 
 
 def different(one, other):
-    return [name for name in one if unlike(one[name], other[name])]
+    return [name for name in one if differing(one[name], other[name])]
 
 
 @pytest.mark.parametrize("large", [1.0, 1e6])
@@ -180,7 +180,7 @@ def test_data_are_the_same_up_to_rounding(large):
 
 def test_blocks_of_rows_add_up(monkeypatch):
     whole = described()
-    monkeypatch.setattr("sbi_flows.training.fingerprint.BLOCK", 7)
+    monkeypatch.setattr("sbi_flows.training.fingerprint.BLOCK_ROWS", 7)
     assert different(whole, described()) == []
 
 

@@ -311,8 +311,8 @@ def test_what_is_no_density_or_no_simulations_is_refused(simulations):
         cases.unchecked(sf.NPE, GAUSSIAN, training={"max_epochs": 3})
     # the types are checked in tests alone, before the library's own checks: go round that
     with pytest.raises(ValueError, match=r"simulations: expected sf\.Simulations, got tuple"):
-        arguments = (jax.random.key(0), (simulations.theta, simulations.x))
-        inspect.unwrap(sf.NPE._checked)(sf.NPE(GAUSSIAN), *arguments)
+        arrays = (simulations.theta, simulations.x)
+        inspect.unwrap(sf.NPE._check)(sf.NPE(GAUSSIAN), arrays)
     with pytest.raises(ValueError, match="expected a numpyro Distribution"):
         sf.NPE(3.0)
 

@@ -1,5 +1,7 @@
 """Stacks: the best weights, honest about what was held out, and what does not help is dropped."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ from scipy import stats
 
 import sbi_flows as sf
 from sbi_flows.core.errors import SbiFlowsWarning, TrainingDiverged
+from sbi_flows.estimators import rows
+from sbi_flows.estimators.base import Estimator
 from sbi_flows.estimators.stacking import _without_small, stacking_weights
 from tests import cases
 
@@ -121,11 +125,118 @@ def test_an_estimator_that_diverges_is_left_out(simulations):
         sf.Stack([broken]).fit(jax.random.key(1), simulations, progress=False)
 
 
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """An estimator of a user's own, which fits another one and counts its fits."""
+
+    inner: sf.NPE
+    fits: list = dataclasses.field(default_factory=list, compare=False)
+
+    @property
+    def prior(self):
+        return self.inner.prior
+
+    @property
+    def members(self):
+        return self.inner.members
+
+    @property
+    def validation_fraction(self):
+        return self.inner.validation_fraction
+
+    def fit(self, key, simulations, *, progress=True, summarise=True):
+        self.fits.append(summarise)
+        return self.inner.fit(key, simulations, progress=progress, summarise=summarise)
+
+    def with_prior(self, prior):
+        return dataclasses.replace(self, inner=self.inner.with_prior(prior))
+
+    def with_checkpoint_folder(self, name):
+        return dataclasses.replace(self, inner=self.inner.with_checkpoint_folder(name))
+
+
+def assert_same_posterior(one, other):
+    assert one.shares == pytest.approx(other.shares)
+    jax.tree.map(np.testing.assert_array_equal, one.weights, other.weights)
+
+
+def test_an_estimator_of_a_users_own_can_be_stacked(fitted, simulations):
+    own = Counted(npe(MIXTURE))
+    posterior, history = sf.Stack([npe(), own]).fit(jax.random.key(1), simulations, progress=False)
+    assert own.fits == [False]
+    assert_same_posterior(posterior, fitted[0])
+    np.testing.assert_array_equal(history.shares, fitted[1].shares)
+
+
+def test_a_stack_of_stacks_is_the_mixture_of_all(fitted, simulations):
+    inner = sf.Stack([npe(), npe(MIXTURE)])
+    assert isinstance(inner, Estimator)
+    nested = sf.Stack([inner, npe(MIXTURE, screening=0.9)])
+    posterior, history = nested.fit(jax.random.key(1), simulations, progress=False)
+    expected = tuple(history.shares[0] * share for share in fitted[1].shares if share)
+    assert posterior.shares[: len(expected)] == pytest.approx(expected)
+    assert sum(posterior.shares) == pytest.approx(1.0)
+    assert history.histories[0].mixture_loss == fitted[1].mixture_loss
+    assert -np.mean(history.histories[0].held_out_log_prob) == pytest.approx(
+        fitted[1].mixture_loss, abs=1e-6
+    )
+    assert history.held_out.shape == history.held_out_log_prob.shape == (2, 60)
+
+
+def test_the_training_rows_are_summarised_once(fitted, simulations, monkeypatch):
+    summaries, fit_typicality = [], rows.fit_typicality
+
+    def counted(*arguments):
+        summaries.append(fit_typicality(*arguments))
+        return summaries[-1]
+
+    monkeypatch.setattr(rows, "fit_typicality", counted)
+    posterior, _ = sf.Stack([npe(), npe(MIXTURE)]).fit(
+        jax.random.key(1), simulations, progress=False
+    )
+    assert len(summaries) == 1 and posterior.typicality is summaries[0]
+    alone, _ = npe().fit(jax.random.key(1), simulations, progress=False)
+    assert len(summaries) == 2
+    np.testing.assert_array_equal(alone.typicality.reference, posterior.typicality.reference)
+    none, _ = npe().fit(jax.random.key(1), simulations, progress=False, summarise=False)
+    assert none.typicality is None and len(summaries) == 2
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherRows(Counted):
+    """Holds out other rows than the key says."""
+
+    def fit(self, key, simulations, **settings):
+        return super().fit(jax.random.fold_in(key, 7), simulations, **settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherFeatures(Counted):
+    """Standardises the observation in another way."""
+
+    def fit(self, key, simulations, **settings):
+        posterior, history = super().fit(key, simulations, **settings)
+        scaled = posterior.standardiser._replace(scale=2.0 * posterior.standardiser.scale)
+        return dataclasses.replace(posterior, standardiser=scaled), history
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (OtherRows, "estimator: expected fits that hold out the same rows for the same key, got"),
+        (OtherFeatures, "estimators: expected posteriors with the same standardiser, got"),
+    ],
+)
+def test_posteriors_that_cannot_be_mixed_are_refused(simulations, kind, message):
+    with pytest.raises(ValueError, match=message):
+        sf.Stack([npe(), kind(npe())]).fit(jax.random.key(1), simulations, progress=False)
+
+
 @pytest.mark.parametrize(
     ("estimators", "message"),
     [
-        ([], "expected one or more sf.NPE, got"),
-        ([TINY], "expected one or more sf.NPE, got"),
+        ([], "expected one or more estimators such as sf.NPE, got"),
+        ([TINY], "expected one or more estimators such as sf.NPE, got"),
         ([npe(), npe(members=3)], r"expected the same members, got \[2, 3\]"),
         ([npe(), sf.NPE(dist.Normal(0.0, 1.0), members=2)], "expected the same prior, got"),
         (

@@ -15,8 +15,9 @@ import pytest
 import safetensors.numpy
 
 import sbi_flows as sf
+from sbi_flows import training
 from sbi_flows.core.errors import SbiFlowsWarning
-from sbi_flows.training import checkpoint, ensemble
+from sbi_flows.training import FitKeys, TrainingData, checkpoint, ensemble
 from tests.cases import unchecked
 from tests.training import test_training
 from tests.training.test_training import COMPILED, MEMBERS
@@ -106,6 +107,22 @@ def test_a_fit_that_ended_is_not_trained_again(tmp_path, whole):
         assert_same(fit(tmp_path), whole)
 
 
+def test_a_fit_that_ended_is_read_without_compiling_anything(tmp_path, whole):
+    """As in a new process, where no program is compiled yet."""
+    assert_same(fit(tmp_path), whole)
+    keys, data = FitKeys.of(jax.random.key(0)), TrainingData.of_rows(*test_training.uneven(0))
+    settings = sf.Training(
+        batch_size=test_training.BATCH, max_epochs=6, learning_rate=3e-2, checkpoint=tmp_path
+    )
+    arguments = keys, test_training.blueprint(), settings, data
+    jax.clear_caches()
+    COMPILED.clear()
+    again = training.fit(*arguments, members=MEMBERS, progress=False)
+    assert COMPILED == []
+    assert_same(again, whole)
+    test_training.fit()  # other tests count on compiled programs
+
+
 def test_the_folder_is_no_constant_of_the_programs(tmp_path, whole):
     COMPILED.clear()
     fit(tmp_path / "one" / "within", seed=1)
@@ -126,7 +143,8 @@ def test_members_that_stopped_early_stay_so(tmp_path, number):
 
 
 def test_a_fit_that_ran_out_of_patience_has(tmp_path):
-    settings = {"optimizer": optax.scale(1.0), "patience": 3, "max_epochs": 50}
+    uphill = optax.chain(optax.clip_by_global_norm(5.0), optax.scale(1.0))
+    settings = {"optimizer": uphill, "patience": 3, "max_epochs": 50}
     killed(tmp_path, 3, **settings)
     first, second = fit(tmp_path, **settings), fit(tmp_path, **settings)
     assert first[1].stop_reason == "patience"
@@ -188,8 +206,8 @@ def test_another_version_is_refused(left, monkeypatch):
 
 
 def test_another_format_is_refused(left, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
-    with pytest.raises(ValueError, match="expected a checkpoint of format 2, got 1; remove it"):
+    monkeypatch.setattr(checkpoint, "FORMAT", 3)
+    with pytest.raises(ValueError, match="expected a checkpoint of format 3, got 2; remove it"):
         fit(left)
 
 
@@ -256,7 +274,9 @@ def test_by_default_writing_takes_a_hundredth_of_the_time(tmp_path, monkeypatch)
 
     for epoch in range(1, 201):
         now[0] += 1.0
-        file.keep(epoch, tree, last=epoch == 200)
+        file.save(epoch, tree)
+    assert written == [1, 51, 101, 151]
+    file.save_now(tree)
     assert written == [1, 51, 101, 151, 200]
 
 

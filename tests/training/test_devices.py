@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sbi_flows.training.devices import mesh_of
+from sbi_flows.training.devices import make_mesh
 
 FIT = """
 import json, os, sys
@@ -144,6 +144,8 @@ def test_a_killed_fit_goes_on_with_two_processes(tmp_path):
 
 
 def test_one_device_needs_no_mesh():
-    assert mesh_of(4, 64, None) is None
-    with pytest.raises(ValueError, match="devices: expected at most the 1 there are, got 2"):
-        mesh_of(4, 64, 2)
+    assert make_mesh(4, 64, None) is None
+    with pytest.raises(
+        ValueError, match="devices: expected at most 1, the number of devices, got 2"
+    ):
+        make_mesh(4, 64, 2)

@@ -6,6 +6,7 @@ import pytest
 
 import sbi_flows as sf
 from sbi_flows import training
+from sbi_flows.training import FitKeys, TrainingData
 from tests.cases import unchecked
 from tests.training.test_training import DIM, blueprint
 
@@ -41,13 +42,13 @@ def test_settings_out_of_range_are_refused(setting, value, message):
 
 
 def test_what_is_no_optimiser_is_refused():
-    with pytest.raises(ValueError, match="optimizer: expected one of optax, got str"):
+    with pytest.raises(ValueError, match="optimizer: expected an optax optimiser, got str"):
         unchecked(sf.Training, optimizer="adam")
 
 
 @pytest.mark.parametrize(("rows", "fraction"), [(9, 0.1), (12, 0.95)])
 def test_too_few_rows_are_refused(rows, fraction):
-    y = jnp.zeros((rows, DIM))
+    data = TrainingData.of_rows(jnp.zeros((rows, DIM)), jnp.zeros((rows, DIM)))
     settings = sf.Training(validation_fraction=fraction)
-    with pytest.raises(ValueError, match=f"at least 10 valid rows to train on, .*got {rows}"):
-        training.fit(jax.random.key(0), blueprint(), settings, y, y)
+    with pytest.raises(ValueError, match=f"at least 10 valid rows, .*got {rows}"):
+        training.fit(FitKeys.of(jax.random.key(0)), blueprint(), settings, data)

@@ -21,9 +21,9 @@ TRAINING = sf.Training(batch_size=64, max_epochs=4, learning_rate=1e-2)
 @pytest.fixture
 def small(monkeypatch):
     """Chunks and samples that small data have several of."""
-    monkeypatch.setattr(stream, "BLOCK", 32)
-    monkeypatch.setattr(stream, "CHUNK", 512)
-    monkeypatch.setattr(estimator_rows, "SAMPLE", 1_000)
+    monkeypatch.setattr(stream, "BLOCK_ROWS", 32)
+    monkeypatch.setattr(stream, "CHUNK_ROWS", 512)
+    monkeypatch.setattr(estimator_rows, "SAMPLE_ROWS", 1_000)
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +107,8 @@ class TestStream:
         return Stream(np.arange(rows), np.arange(0, rows, 10), read)
 
     def test_an_epoch_has_every_row_at_most_once_and_few_are_left_over(self, small, monkeypatch):
-        monkeypatch.setattr(stream, "BLOCK", 8)
-        monkeypatch.setattr(stream, "CHUNK", 32)
+        monkeypatch.setattr(stream, "BLOCK_ROWS", 8)
+        monkeypatch.setattr(stream, "CHUNK_ROWS", 32)
         rows = self.stream()
         chunks = [np.ravel(y) for y, _ in rows.chunks(jax.random.key(0))]
         assert [len(c) for c in chunks] == [32, 32, 32]

@@ -10,7 +10,8 @@ import sbi_flows as sf
 from sbi_flows import training
 from sbi_flows.core.errors import SbiFlowsError, TrainingDiverged
 from sbi_flows.densities.conditional import Blueprint, Sizes, Weights
-from sbi_flows.training import ensemble, fitting, members
+from sbi_flows.training import FitKeys, TrainingData, ensemble, fitting, members
+from sbi_flows.training.group import Best, updated
 
 ROWS, DIM, MEMBERS, BATCH = 300, 2, 2, 64
 STEPS = (ROWS - ROWS // 10) // BATCH
@@ -38,11 +39,10 @@ def fit(seed=0, *, data=0, progress=False, **settings):
     settings = {"batch_size": BATCH, "max_epochs": 6, "learning_rate": 3e-2} | settings
     y, features = uneven(data)
     return training.fit(
-        jax.random.key(seed),
+        FitKeys.of(jax.random.key(seed)),
         blueprint(),
         sf.Training(**settings),
-        y,
-        features,
+        TrainingData.of_rows(y, features),
         members=MEMBERS,
         progress=progress,
     )
@@ -145,15 +145,14 @@ def test_a_fit_learns_from_the_rows_of_its_own():
     """The first of two members is given more draws of the same law, the second misleading ones."""
     y, features = uneven(0)
     more, more_features = uneven(1)
-    rows = [y, more, -20.0 + 0.0 * more]
+    rows = jnp.concatenate([y, more, -20.0 + 0.0 * more])
+    all_features = jnp.concatenate([features, more_features, more_features])
     _, history = training.fit(
-        jax.random.key(0),
+        FitKeys.of(jax.random.key(0)),
         blueprint(),
         sf.Training(batch_size=BATCH, max_epochs=6, learning_rate=3e-2),
-        jnp.concatenate(rows),
-        jnp.concatenate([features, more_features, more_features]),
+        TrainingData(rows, all_features, jnp.zeros(len(rows)), member_rows=ROWS),
         members=MEMBERS,
-        own=ROWS,
         progress=False,
     )
     assert history.held_out.max() < ROWS
@@ -164,22 +163,20 @@ def test_a_fit_learns_from_the_rows_of_its_own():
 
 def test_held_out_losses_are_of_the_epoch_that_the_other_half_chose():
     losses = jnp.array([[3.0, 9.0], [2.0, 4.0], [5.0, 1.0]])  # an epoch a row; two validation rows
-    best = members.Best(
-        jnp.zeros(()), jnp.inf, jnp.zeros((), int), jnp.full(2, jnp.inf), jnp.zeros(2)
-    )
+    best = Best(jnp.zeros(()), jnp.inf, jnp.zeros((), int), jnp.full(2, jnp.inf), jnp.zeros(2))
     for epoch, values in enumerate(losses):
-        best = members.updated(best, jnp.asarray(float(epoch)), values, jnp.asarray(True))
+        best = updated(best, jnp.asarray(float(epoch)), values, jnp.asarray(True))
     # row 0 by the epoch that is best for row 1, and the other way round
-    np.testing.assert_array_equal(best.crossed, [5.0, 4.0])
-    np.testing.assert_array_equal(best.halves, [2.0, 1.0])
+    np.testing.assert_array_equal(best.cross_losses, [5.0, 4.0])
+    np.testing.assert_array_equal(best.half_losses, [2.0, 1.0])
     assert (float(best.params), float(best.loss), int(best.age)) == (1.0, 3.0, 1)
-    stopped = members.updated(best, jnp.asarray(9.0), jnp.zeros(2), jnp.asarray(False))
-    np.testing.assert_array_equal(stopped.crossed, best.crossed)
+    stopped = updated(best, jnp.asarray(9.0), jnp.zeros(2), jnp.asarray(False))
+    np.testing.assert_array_equal(stopped.cross_losses, best.cross_losses)
     assert float(stopped.loss) == 3.0
     # a single row is both halves
-    one = best._replace(crossed=jnp.zeros(1), halves=jnp.full(2, jnp.inf))
+    one = best._replace(cross_losses=jnp.zeros(1), half_losses=jnp.full(2, jnp.inf))
     np.testing.assert_array_equal(
-        members.updated(one, jnp.zeros(()), jnp.array([0.5]), jnp.asarray(True)).crossed, [0.5]
+        updated(one, jnp.zeros(()), jnp.array([0.5]), jnp.asarray(True)).cross_losses, [0.5]
     )
 
 
@@ -198,10 +195,9 @@ def test_an_offset_moves_the_reported_losses_alone(first):
     offset = 5.0 + np.exp(np.random.default_rng(3).normal(size=ROWS)).astype(np.float32)
     y, features = uneven(0)
     settings = sf.Training(batch_size=BATCH, max_epochs=6, learning_rate=3e-2)
-    arguments = (jax.random.key(0), blueprint(), settings, y, features)
-    _, moved = training.fit(*arguments, members=MEMBERS, offset=jnp.asarray(offset), progress=False)
-    fold_key = jax.random.split(jax.random.split(jax.random.key(0))[0])[0]
-    rows = ensemble._folds(fold_key, ROWS, ROWS // 10, MEMBERS)
+    keys, data = FitKeys.of(jax.random.key(0)), TrainingData(y, features, jnp.asarray(offset))
+    _, moved = training.fit(keys, blueprint(), settings, data, members=MEMBERS, progress=False)
+    rows = ensemble._folds(keys.folds, ROWS, ROWS // 10, MEMBERS)
     train, held_out = (np.mean(offset[r], axis=1) for r in map(np.asarray, rows))
     assert abs(train[0] - held_out[0]) > 0.1
     np.testing.assert_allclose(moved.train_loss, history.train_loss + train, rtol=1e-4)
@@ -211,7 +207,7 @@ def test_an_offset_moves_the_reported_losses_alone(first):
 
 
 def test_a_fit_that_gets_worse_stops_early_and_keeps_the_start():
-    uphill = optax.scale(1.0)
+    uphill = optax.chain(optax.clip_by_global_norm(5.0), optax.scale(1.0))
     weights, history = fit(optimizer=uphill, patience=2, max_epochs=50)
     assert (history.epochs, history.stop_reason) == (2, "patience")
     np.testing.assert_array_equal(history.best_epoch, [0, 0])
@@ -223,14 +219,14 @@ def test_a_member_that_has_stopped_waits_for_the_others(monkeypatch):
     """One member gets worse at once and stops, the other learns to the end."""
     epoch = members.epoch
 
-    def worse(plan, state, group, features, keys, active):
-        state, best, train, validation = epoch(plan, state, group, features, keys, active)
-        if active and group.train[0, 0] == first_row:
+    def worse(plan, state, group, features, keys, is_active):
+        state, best, train, validation = epoch(plan, state, group, features, keys, is_active)
+        if is_active and group.train_rows[0, 0] == first_row:
             best, validation = group.best._replace(age=group.best.age + 1), validation + 100.0
         return state, best, train, validation
 
-    fold_key = jax.random.split(jax.random.split(jax.random.key(0))[0])[0]
-    first_row = ensemble._folds(fold_key, ROWS, ROWS // 10, MEMBERS)[0][0, 0]
+    keys = FitKeys.of(jax.random.key(0))
+    first_row = ensemble._folds(keys.folds, ROWS, ROWS // 10, MEMBERS)[0][0, 0]
     monkeypatch.setattr(members, "epoch", worse)
     monkeypatch.setattr(ensemble.Ensemble, "_compile", lambda *_: None)
     _, history = fit(patience=2)
@@ -270,11 +266,33 @@ def test_the_average_of_the_weights_is_kept():
     np.testing.assert_allclose(kernels(averaged), 0.25 * kernels(plain), rtol=1e-4)
 
 
-def test_gradients_are_clipped():
-    one_step = {"batch_size": ROWS, "max_epochs": 1, "optimizer": optax.sgd(1.0)}
-    weights, _ = fit(**one_step, clip_norm=1e-3, ema_decay=None)
+def updates_of(settings: sf.Training, gradient: float) -> float:
+    """Sum of two updates: of a gradient of this norm, and of a small one."""
+    optimiser, params = settings.transform(10, 1e-2), jnp.zeros(1)
+    state = optimiser.init(params)
+    for value in (gradient, 1e-3):
+        update, state = optimiser.update(jnp.full(1, value), state, params)
+        params = params + update
+    return float(params[0])
+
+
+def test_the_default_optimiser_clips_gradients():
+    clipped = sf.Training(clip_norm=1.0)
+    assert updates_of(clipped, 50.0) == updates_of(clipped, 1.0)
+    assert updates_of(clipped, 0.5) != updates_of(clipped, 1.0)
+
+
+def test_the_optimiser_of_the_user_is_used_as_it_is():
+    """Whatever `clip_norm` is: only a clip that is part of the optimiser has an effect."""
+    one_step = {"batch_size": ROWS, "max_epochs": 1, "ema_decay": None, "clip_norm": 1e-3}
+    weights, _ = fit(**one_step, optimizer=optax.sgd(1e-1))
+    other, _ = fit(**one_step | {"clip_norm": 5.0}, optimizer=optax.sgd(1e-1))
+    np.testing.assert_array_equal(kernels(weights), kernels(other))
+    clip = optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(1e-1))
+    clipped, _ = fit(**one_step, optimizer=clip)
     for member in range(MEMBERS):
-        assert 0 < np.linalg.norm(kernels(weights)[member]) <= 1e-3
+        assert np.linalg.norm(kernels(weights)[member]) > 1e-3
+        assert 0 < np.linalg.norm(kernels(clipped)[member]) <= 1e-4
 
 
 def test_a_fit_that_diverges_names_the_epoch_and_keeps_finite_weights():
@@ -294,11 +312,10 @@ def test_data_that_are_not_finite_are_found_before_the_first_epoch(first):
     settings = sf.Training(batch_size=BATCH, max_epochs=6, learning_rate=3e-2)
     with pytest.raises(TrainingDiverged, match="not finite in epoch 0") as caught:
         training.fit(
-            jax.random.key(0),
+            FitKeys.of(jax.random.key(0)),
             blueprint(),
             settings,
-            y.at[0, 0].set(jnp.nan),
-            features,
+            TrainingData.of_rows(y.at[0, 0].set(jnp.nan), features),
             members=MEMBERS,
             progress=False,
         )
