@@ -42,7 +42,7 @@ FORMER_NAMES = {
     "c2st_jax": "diagnostics",
     "sample_composed": "posteriors.composed",
 }
-"""Names that earlier versions had at the top of the package, where they go on working, by module."""
+"""Names at the top of the package in earlier versions, which go on working there, by module."""
 
 MOVED = {
     "arviz_groups": "posteriors.arviz",
