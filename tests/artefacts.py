@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import safe_open
 
 import sbi_flows as sf
-from sbi_flows.artefact.container import packed
+from sbi_flows.artefact.container import pack
 from sbi_flows.densities.conditional import Blueprint, Sizes, Weights, initial_weights
 from sbi_flows.observations.standardise import Standardiser
 from tests.cases import perturbed
@@ -60,5 +60,5 @@ def opened(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def written(path: Path, document: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:
     """A file with another content, its checksum in order."""
-    path.write_bytes(packed(document, tensors))
+    path.write_bytes(pack(document, tensors))
     return path

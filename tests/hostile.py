@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import sbi_flows as sf
-from sbi_flows.artefact.container import KEY, packed
+from sbi_flows.artefact.container import KEY, pack
 from tests.artefacts import opened
 
 NASTY: list[Any] = [
@@ -106,7 +106,7 @@ def edited(draw: random.Random, _: bytes, document: dict, tensors: dict) -> byte
             else:
                 place.append(draw.choice(place))
             break
-    return packed(document, tensors)
+    return pack(document, tensors)
 
 
 def bigger(draw: random.Random, _: bytes, document: dict, tensors: dict) -> bytes:
@@ -123,7 +123,7 @@ def bigger(draw: random.Random, _: bytes, document: dict, tensors: dict) -> byte
         document["prior"]["shapes"][0] = [huge]
     if draw.random() < 0.3:
         part["members"] = huge
-    return packed(document, tensors)
+    return pack(document, tensors)
 
 
 def retensored(draw: random.Random, _: bytes, document: dict, tensors: dict) -> bytes:
@@ -146,7 +146,7 @@ def retensored(draw: random.Random, _: bytes, document: dict, tensors: dict) -> 
     else:
         odd = draw.choice([np.nan, np.inf, -1e30, 1e-45, 0.0])
         tensors[name] = np.full_like(array, odd, dtype=array.dtype)
-    return packed(document, tensors)
+    return pack(document, tensors)
 
 
 def odd_text(draw: random.Random, good: bytes, document: dict, tensors: dict) -> bytes:

@@ -1,1 +1,1 @@
-"""A posterior as one file that is safe to load: `save` and `load` are in `files`."""
+"""The file format of saved posteriors: container, strict JSON, and codecs of all parts of one."""

@@ -1,14 +1,15 @@
-"""The bytes of an artefact: a safetensors file whose metadata hold one strict JSON document.
+"""The container of a saved posterior: a safetensors file with one JSON document as metadata.
 
     8 bytes       length of the header, little-endian
     header        JSON: `__metadata__` with the document as text, and a dtype, a shape and a
                   range of bytes for each tensor
-    the tensors   little-endian, one after the other, without gaps
+    tensors       little-endian, one after the other, without gaps
 
-The document begins with a SHA-256 of itself (with zeros in its place), of the table of tensors and
-of their bytes: what was changed by accident is found, and only that, as anyone can compute it.
+The document begins with a SHA-256 hash of the document itself (with zeros in the place of the
+hash), of the table of tensors and of their bytes. The hash detects accidental changes. It does not
+protect against forgery, since anyone can compute it.
 
-Public names: `Entry`, `File`, `packed`.
+Public names: `Entry`, `ArtefactFile`, `pack`.
 """
 
 from __future__ import annotations
@@ -24,22 +25,28 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save
 
-from sbi_flows.artefact.strict import checked, counted, fields, items, parse, written
+from sbi_flows.artefact.strict import (
+    expect_fields,
+    expect_integer,
+    expect_list,
+    expect_type,
+    parse_json,
+    to_json,
+)
 from sbi_flows.core.errors import ArtefactError
 
-MOST_HEADER = 2**22
-"""Bytes of the header: as Python objects they take some twenty times as much."""
+MAX_HEADER_BYTES = 2**22
+"""Maximum size of the header. As Python objects it needs about twenty times as much memory."""
 
-MOST_BYTES = 2**34
-"""Bytes of a file."""
+MAX_FILE_BYTES = 2**34
 
-MOST_AXES = 16
+MAX_AXES = 16
 
-CHUNK = 2**20
-"""Bytes that are read at once for the checksum."""
+READ_BYTES = 2**20
+"""Number of bytes that are read at a time to compute the hash."""
 
 KEY = "sbi_flows"
-"""Of the document in the metadata."""
+"""Key of the document in the metadata."""
 
 DTYPES: dict[str, Any] = {
     "BOOL": np.bool_,
@@ -62,12 +69,12 @@ _FIRST = '{"sha256":"'
 
 
 class Entry(NamedTuple):
-    """A tensor in the file.
+    """A row of the table of tensors.
 
     Attributes:
-        dtype: Type of its numbers.
-        shape: Its shape.
-        start: Place of its first byte, from the first tensor's.
+        dtype: Dtype of the tensor.
+        shape: Shape of the tensor.
+        start: Offset of its first byte from the first byte of all tensors.
     """
 
     dtype: np.dtype
@@ -76,7 +83,7 @@ class Entry(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Number of bytes."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __str__(self) -> str:
@@ -84,53 +91,53 @@ class Entry(NamedTuple):
         return f"{self.dtype.name}{list(self.shape)}"
 
 
-class File:
-    """An open artefact, whose header and checksum were verified; tensors are read one by one.
+class ArtefactFile:
+    """An open file, whose header and hash are verified first; tensors are read one at a time.
 
     Args:
-        file: The file, open for reading; it has to be one on a disk.
+        file: A regular file, open for reading.
 
     Attributes:
-        document: What the document says, without its checksum.
-        table: The tensors.
+        document: The JSON document without its hash.
+        table: The table of tensors, by name.
 
     Raises:
-        ArtefactError: The file is malformed, too large, or not what was written.
+        ArtefactError: The file is malformed or too large, or its hash differs.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        """Read the header and verify the checksum, in bounded memory."""
+        """Read the header and verify the hash, in bounded memory."""
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ArtefactError("expected a file on a disk, got something else")
-        counted("size in bytes", status.st_size, 10, MOST_BYTES)
+        expect_integer("size in bytes", status.st_size, 10, MAX_FILE_BYTES)
         self._file = file
-        length = counted(
+        length = expect_integer(
             "length of the header",
             int.from_bytes(self._read(0, 8), "little"),
             2,
-            min(MOST_HEADER, status.st_size - 8),
+            min(MAX_HEADER_BYTES, status.st_size - 8),
         )
         self._begin, self._size = 8 + length, status.st_size - 8 - length
         try:
             header = self._read(8, length).decode()
         except UnicodeDecodeError as error:
             raise ArtefactError(f"header: expected UTF-8, got {error}") from None
-        table = checked("header", parse(header, "header"), dict, "an object")
-        (text,) = fields("metadata", table.pop("__metadata__", None), KEY)
-        text = checked("document", text, str, "text")
+        table = expect_type("header", parse_json(header, "header"), dict, "an object")
+        (text,) = expect_fields("metadata", table.pop("__metadata__", None), KEY)
+        text = expect_type("document", text, str, "text")
         self.table = _entries(table, self._size)
         self._verify(text)
-        self.document = parse(text, "document")
+        self.document = parse_json(text, "document")
         del self.document["sha256"]
 
     def tensor(self, name: str) -> np.ndarray:
-        """The numbers of a tensor that is in the table."""
+        """Read a tensor that is in the table."""
         entry = self.table[name]
         array = np.empty(entry.shape, entry.dtype)
         flat = array.reshape(-1).view(np.uint8)
         self._file.seek(self._begin + entry.start)
-        if self._file.readinto(flat) != entry.size:  # type: ignore[attr-defined]
+        if self._file.readinto(flat) != entry.size:  # type: ignore[attr-defined]  # of real files
             raise ArtefactError(f"{name}: the file has become shorter while it was read")
         if entry.dtype == np.bool_ and np.any(flat > 1):
             raise ArtefactError(f"{name}: expected truth values, got other bytes")
@@ -138,19 +145,20 @@ class File:
 
     def _read(self, start: int, size: int) -> bytes:
         self._file.seek(start)
-        found = self._file.read(size)
-        if len(found) != size:
+        data = self._file.read(size)
+        if len(data) != size:
             raise ArtefactError("the file has become shorter while it was read")
-        return found
+        return data
 
     def _verify(self, text: str) -> None:
+        """Raise ArtefactError if the hash in the document is not that of the file."""
         claimed = text[len(_FIRST) : len(_FIRST) + 64]
         blank = text.replace(claimed, _BLANK, 1)
         if not blank.startswith(_FIRST + _BLANK + '",'):
             raise ArtefactError("document: expected a SHA-256 at its beginning, got none")
         digest = _digest(blank, self.table)
-        for start in range(0, self._size, CHUNK):
-            digest.update(self._read(self._begin + start, min(CHUNK, self._size - start)))
+        for start in range(0, self._size, READ_BYTES):
+            digest.update(self._read(self._begin + start, min(READ_BYTES, self._size - start)))
         if digest.hexdigest() != claimed:
             raise ArtefactError(
                 f"expected SHA-256 {claimed!r}, got {digest.hexdigest()}: the file is not what was "
@@ -158,13 +166,17 @@ class File:
             )
 
 
-def packed(document: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> bytes:
-    """The bytes of a file; the same content gives the same bytes.
+def pack(document: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> bytes:
+    """Convert a document and tensors to the bytes of a file; equal content gives equal bytes.
+
+    Args:
+        document: The JSON document, without its hash.
+        tensors: Arrays by name.
 
     Raises:
         ValueError: The document is too long, or a dtype cannot be written.
     """
-    text = _FIRST + _BLANK + '",' + written(dict(document))[1:]
+    text = _FIRST + _BLANK + '",' + to_json(dict(document))[1:]
     names = {np.dtype(kind): name for name, kind in DTYPES.items()}
     for name, array in tensors.items():
         if array.dtype not in names or array.dtype.byteorder == ">":
@@ -172,12 +184,12 @@ def packed(document: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> by
     arrays = {name: np.ascontiguousarray(a).reshape(a.shape) for name, a in tensors.items()}
     head = save(arrays, metadata={KEY: text})
     length = int.from_bytes(head[:8], "little")
-    if length > MOST_HEADER:
+    if length > MAX_HEADER_BYTES:
         raise ValueError(
-            f"the record of the posterior: expected at most {MOST_HEADER} bytes, got {length}"
+            f"the record of the posterior: expected at most {MAX_HEADER_BYTES} bytes, got {length}"
         )
     begin = 8 + length
-    header = parse(head[8:begin].decode(), "header")
+    header = parse_json(head[8:begin].decode(), "header")
     del header["__metadata__"]
     digest = _digest(text, _entries(header, len(head) - begin))
     digest.update(memoryview(head)[begin:])
@@ -185,32 +197,39 @@ def packed(document: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> by
 
 
 def _digest(text: str, table: Mapping[str, Entry]) -> Any:
-    """The checksum as far as the document and the table go."""
+    """Return a SHA-256 object that has read the document and the table of tensors."""
     rows = [[name, e.dtype.name, list(e.shape), e.start] for name, e in sorted(table.items())]
-    return hashlib.sha256(f"{text}\n{written(rows)}\n".encode())
+    return hashlib.sha256(f"{text}\n{to_json(rows)}\n".encode())
 
 
 def _entries(header: Mapping[str, Any], size: int) -> dict[str, Entry]:
-    """The table of tensors, which fill `size` bytes without gaps and without overlap."""
-    found, ends = {}, {}
+    """Check the table of tensors, which have to fill `size` bytes without gaps or overlaps.
+
+    Args:
+        header: The JSON header without its metadata.
+        size: Number of bytes after the header.
+    """
+    table, ends = {}, {}
     for name, value in header.items():
-        kind, shape, offsets = fields(name, value, "dtype", "shape", "data_offsets")
+        kind, shape, offsets = expect_fields(name, value, "dtype", "shape", "data_offsets")
         if not isinstance(kind, str) or kind not in DTYPES:
             raise ArtefactError(f"{name}: expected a dtype of {sorted(DTYPES)}, got {kind!r:.40}")
-        sizes = items(f"{name}: shape", shape, MOST_AXES)
-        shape = tuple(counted(f"{name}: shape", n, 0, MOST_BYTES) for n in sizes)
-        if len(items(f"{name}: data_offsets", offsets, 2)) != 2:
+        sizes = expect_list(f"{name}: shape", shape, MAX_AXES)
+        shape = tuple(expect_integer(f"{name}: shape", n, 0, MAX_FILE_BYTES) for n in sizes)
+        if len(expect_list(f"{name}: data_offsets", offsets, 2)) != 2:
             raise ArtefactError(f"{name}: expected the first and the last byte, got {offsets}")
-        start, end = (counted(f"{name}: data_offsets", o, 0, size) for o in offsets)
+        start, end = (expect_integer(f"{name}: data_offsets", o, 0, size) for o in offsets)
         entry = Entry(np.dtype(DTYPES[kind]), shape, start)
         if end - start != entry.size:
             raise ArtefactError(f"{name}: expected {entry.size} bytes for {entry}, got {offsets}")
-        found[name], ends[name] = entry, end
-    place = 0
-    for name in sorted(found, key=lambda name: (found[name].start, ends[name])):
-        if found[name].start != place:
-            raise ArtefactError(f"{name}: expected it to begin at byte {place}, after the last one")
-        place = ends[name]
-    if place != size:
-        raise ArtefactError(f"tensors: expected {size} bytes of them, got {place}")
-    return found
+        table[name], ends[name] = entry, end
+    position = 0
+    for name in sorted(table, key=lambda name: (table[name].start, ends[name])):
+        if table[name].start != position:
+            raise ArtefactError(
+                f"{name}: expected it to begin at byte {position}, after the tensor before it"
+            )
+        position = ends[name]
+    if position != size:
+        raise ArtefactError(f"tensors: expected {size} bytes of them, got {position}")
+    return table

@@ -1,10 +1,10 @@
-"""Distributions of numpyro as plain data, by names in one table.
+"""Codec of numpyro distributions, by a table of names.
 
 A distribution, a transform or a constraint is written as `{"type": name, "arguments": {...}}`, with
-what its constructor takes. Arrays among the arguments are tensors of the file, with all their bits;
-Python's own numbers stay such, since in Python they are computed with in double precision.
+the arguments of its constructor. Arrays become tensors of the file and keep all their bits. Python
+numbers stay numbers, as Python computes with them in double precision.
 
-Public names: `encode`, `decode`, `referred`, `Tensors`.
+Public names: `encode`, `decode`, `tensor_names`, `Tensors`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,17 @@ import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import constraints, transforms
 
-from sbi_flows.artefact.strict import checked, counted, fields, items, number
+from sbi_flows.artefact.strict import (
+    expect_fields,
+    expect_integer,
+    expect_list,
+    expect_number,
+    expect_type,
+)
 from sbi_flows.core.errors import ArtefactError
 
 Tensors = dict[str, np.ndarray]
-"""By name; what is written is added."""
+"""Arrays by name. Encoding adds to them."""
 
 _ARGUMENTS = {
     "AsymmetricLaplace": "loc scale asymmetry",
@@ -92,7 +98,8 @@ _ARGUMENTS = {
     "interval": "lower_bound upper_bound",
     "less_than": "upper_bound",
 }
-"""Arguments of a constructor, and the attribute that has each of them where its name is another."""
+"""Arguments of each constructor, as `argument` or, if the attribute has another name,
+`argument:attribute`."""
 
 _MODULES = (dist, transforms, constraints)
 _CLASSES = {n: next(getattr(m, n) for m in _MODULES if hasattr(m, n)) for n in _ARGUMENTS}
@@ -106,23 +113,28 @@ _CONSTRAINTS = {
     )
 }
 
-MOST_STEPS = 1024
-"""Of what a distribution computes with when it is made: rows of a matrix, steps of a walk."""
+MAX_STEPS = 1024
+"""Maximum size of what a constructor computes: rows of a matrix, or steps of a random walk."""
 
-_STEPS = {"dimension", "num_steps", "reinterpreted_batch_ndims"}
+_SIZE_ARGUMENTS = {"dimension", "num_steps", "reinterpreted_batch_ndims"}
 _INFINITE = {"inf": math.inf, "-inf": -math.inf}
 
 
 def encode(name: str, value: Any, tensors: Tensors) -> Any:
-    """A distribution or an argument of one as plain data; its arrays become tensors.
+    """Convert a distribution, or an argument of one, to JSON data; its arrays become tensors.
+
+    Args:
+        name: Name of the prior's site, for error messages.
+        value: The distribution or argument.
+        tensors: Tensors of the file, to which its arrays are added.
 
     Raises:
-        ValueError: A part is of a class that is not in the table.
+        ValueError: A part has a class that is not in the table.
     """
     if isinstance(value, str):
         return value
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return _encoded_array(name, value, tensors)
+        return _encode_array(name, value, tensors)
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if isinstance(value, float) and not math.isnan(value):
@@ -132,82 +144,87 @@ def encode(name: str, value: Any, tensors: Tensors) -> Any:
     kind = _NAMES.get(type(value))
     if kind is not None:
         pairs = [argument.split(":") for argument in _ARGUMENTS[kind].split()]
-        found = {a: encode(name, getattr(value, at[-1] if at else a), tensors) for a, *at in pairs}
-        return {"type": kind, "arguments": found}
+        arguments = {
+            a: encode(name, getattr(value, at[-1] if at else a), tensors) for a, *at in pairs
+        }
+        return {"type": kind, "arguments": arguments}
     for constraint, known in _CONSTRAINTS.items():
         if value is known:
             return {"constraint": constraint}
-    raise ValueError(f"{name}: {type(value).__name__} is none of numpyro's that can be written")
+    raise ValueError(f"{name}: {type(value).__name__} is not a numpyro class that can be saved")
 
 
 def decode(name: str, value: Any, tensors: Mapping[str, Any]) -> Any:
-    """What `encode` made data of.
+    """Convert JSON data to a distribution.
 
     Args:
-        name: What errors call it.
+        name: Name of the prior's site, for error messages.
         value: The data.
-        tensors: Arrays of the file by name; `jax.ShapeDtypeStruct` or tracers will do.
+        tensors: Arrays of the file by name; `jax.ShapeDtypeStruct` or tracers are accepted.
 
     Raises:
-        ArtefactError: The data name what is not in the table, or no tensor.
+        ArtefactError: The data name a class or a tensor that does not exist.
     """
-    return _decoded(name, "", value, tensors)
+    return _decode(name, "", value, tensors)
 
 
-def referred(value: Any) -> list[str]:
-    """Names of the tensors that plain data refer to."""
+def tensor_names(value: Any) -> list[str]:
+    """Return the names of the tensors that JSON data refer to."""
     if isinstance(value, dict):
-        own = [value["tensor"]] if isinstance(value.get("tensor"), str) else []
-        return own + [name for part in value.values() for name in referred(part)]
-    return [name for part in value for name in referred(part)] if isinstance(value, list) else []
-
-
-def _encoded_array(name: str, value: Any, tensors: Tensors) -> dict[str, Any]:
-    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) or value.dtype.kind not in "biufV":
-        raise ValueError(f"{name}: an array of {value.dtype} cannot be written")
-    place = f"prior/{len(tensors)}"
-    tensors[place] = np.asarray(value)
-    return {"tensor": place, "numpy": not isinstance(value, jax.Array)}
-
-
-def _decoded(name: str, argument: str, value: Any, tensors: Mapping[str, Any]) -> Any:
+        names = [value["tensor"]] if isinstance(value.get("tensor"), str) else []
+        return names + [name for part in value.values() for name in tensor_names(part)]
     if isinstance(value, list):
-        parts = [_decoded(name, argument, part, tensors) for part in items(name, value, 1024)]
+        return [name for part in value for name in tensor_names(part)]
+    return []
+
+
+def _encode_array(name: str, value: Any, tensors: Tensors) -> dict[str, Any]:
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) or value.dtype.kind not in "biufV":
+        raise ValueError(f"{name}: an array of {value.dtype} cannot be saved")
+    tensor = f"prior/{len(tensors)}"
+    tensors[tensor] = np.asarray(value)
+    return {"tensor": tensor, "numpy": not isinstance(value, jax.Array)}
+
+
+def _decode(name: str, argument: str, value: Any, tensors: Mapping[str, Any]) -> Any:
+    if isinstance(value, list):
+        parts = [_decode(name, argument, part, tensors) for part in expect_list(name, value, 1024)]
         return tuple(parts) if all(isinstance(part, int) for part in parts) else parts
-    if isinstance(value, int) and not isinstance(value, bool) and argument in _STEPS:
-        return counted(f"{name}: {argument}", value, 0, MOST_STEPS)
+    if isinstance(value, int) and not isinstance(value, bool) and argument in _SIZE_ARGUMENTS:
+        return expect_integer(f"{name}: {argument}", value, 0, MAX_STEPS)
     if not isinstance(value, dict):
-        return value if argument == "sample_method" else number(f"{name}: {argument}", value)
+        return value if argument == "sample_method" else expect_number(f"{name}: {argument}", value)
     if "tensor" in value:
-        place, numpy = fields(name, value, "tensor", "numpy")
-        return _array(name, place, numpy, tensors)
+        tensor, is_numpy = expect_fields(name, value, "tensor", "numpy")
+        return _array(name, tensor, is_numpy, tensors)
     if "number" in value or "constraint" in value:
         (key,) = value
         known: dict[str, Any] = _INFINITE if key == "number" else _CONSTRAINTS
         return _named(name, known, value[key])
-    kind, given = fields(name, value, "type", "arguments")
-    made = _named(name, _CLASSES, kind)
+    kind, values = expect_fields(name, value, "type", "arguments")
+    constructor = _named(name, _CLASSES, kind)
     expected = [argument.split(":")[0] for argument in _ARGUMENTS[kind].split()]
-    values = zip(expected, fields(f"{name}: {kind}", given, *expected), strict=True)
-    arguments = {n: _decoded(name, n, v, tensors) for n, v in values}
+    pairs = zip(expected, expect_fields(f"{name}: {kind}", values, *expected), strict=True)
+    arguments = {n: _decode(name, n, v, tensors) for n, v in pairs}
     try:
-        return made(**arguments)
+        return constructor(**arguments)
     except (ValueError, TypeError, AttributeError, AssertionError, IndexError) as error:
         raise ArtefactError(f"{name}: {kind}: {str(error)[:200]}") from None
 
 
 def _named(name: str, known: Mapping[str, Any], kind: Any) -> Any:
+    """Return the object that a table has under a name from a file."""
     if not isinstance(kind, str) or kind not in known:
         raise ArtefactError(f"{name}: expected one of {sorted(known)}, got {kind!r:.80}")
     return known[kind]
 
 
-def _array(name: str, place: Any, numpy: Any, tensors: Mapping[str, Any]) -> Any:
-    if not isinstance(place, str) or place not in tensors:
-        raise ArtefactError(f"{name}: expected a tensor of the file, got {place!r:.80}")
-    array = tensors[place]
+def _array(name: str, tensor: Any, is_numpy: Any, tensors: Mapping[str, Any]) -> Any:
+    if not isinstance(tensor, str) or tensor not in tensors:
+        raise ArtefactError(f"{name}: expected a tensor of the file, got {tensor!r:.80}")
+    array = tensors[tensor]
     if not isinstance(array, np.ndarray):
         return array
-    if checked(name, numpy, bool, "a truth value"):
+    if expect_type(name, is_numpy, bool, "a truth value"):
         return array if array.ndim else array[()]
     return jnp.asarray(array)

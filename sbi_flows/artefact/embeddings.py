@@ -1,6 +1,11 @@
-"""The embedding in an artefact: one of the library's by its arguments, another by what it does.
+"""Codec of embeddings.
 
-Public names: `encode`, `decode`, `is_given`, `Made`, `answers`, `compare`.
+An embedding of this library is saved as its class and arguments. An embedding of the user's own
+class is saved as its outputs for two fixed observations; the user supplies it again when the file
+is loaded, and its outputs are compared.
+
+Public names: `encode`, `decode`, `is_users`, `LibraryEmbedding`, `probe_outputs`,
+`require_same_outputs`.
 """
 
 from __future__ import annotations
@@ -14,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sbi_flows.artefact.settings import MOST, MOST_LAYERS
-from sbi_flows.artefact.strict import checked, counted, fields
+from sbi_flows.artefact.settings import MAX_INTEGER, MAX_LAYERS
+from sbi_flows.artefact.strict import expect_fields, expect_integer, expect_type
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.core.precision import full_precision
 from sbi_flows.densities.conditional import Blueprint, Embedding, Weights, graph_of
@@ -30,28 +35,28 @@ _ARGUMENTS = {
 }
 
 TOLERANCE = 1e-3
-"""Of a given embedding's answers, as a share of the largest: devices and precisions differ."""
+"""Tolerance of the comparison, relative to the largest output: devices and precisions differ."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
-    """A function of `nnx.Rngs` that makes one of the library's embeddings.
+class LibraryEmbedding:
+    """Function of `nnx.Rngs` that creates an embedding of this library.
 
     Attributes:
         kind: Name of its class.
-        arguments: Names and values of what it is made with.
+        arguments: Names and values of the arguments of its class.
     """
 
     kind: str
     arguments: tuple[tuple[str, Any], ...]
 
     def __call__(self, rngs: nnx.Rngs) -> nnx.Module:
-        """A new one."""
+        """Create the embedding."""
         return _CLASSES[self.kind](**dict(self.arguments), rngs=rngs)
 
 
 def encode(embedding: Embedding | None) -> Any:
-    """The embedding as plain data: with its arguments, or with the name of the user's class."""
+    """Convert an embedding to JSON data: its arguments, or the name of the user's class."""
     if embedding is None:
         return None
     module: Any = embedding
@@ -63,43 +68,43 @@ def encode(embedding: Embedding | None) -> Any:
     return {"type": None, "arguments": {"name": type(module).__qualname__}}
 
 
-def is_given(value: Any) -> bool:
-    """Whether plain data name an embedding that the user has to give."""
+def is_users(value: Any) -> bool:
+    """Return whether JSON data describe an embedding that the user has to supply."""
     return isinstance(value, dict) and value.get("type", "") is None
 
 
-def decode(value: Any, given: Embedding | None) -> Embedding | None:
-    """The embedding that the data describe, or the given one where they cannot.
+def decode(value: Any, user_embedding: Embedding | None) -> Embedding | None:
+    """Return the embedding that JSON data describe, or the user's if it is of the user's class.
 
     Raises:
-        ArtefactError: The data are malformed, or none is given.
+        ArtefactError: The data are malformed, or the user's embedding is missing.
     """
     if value is None:
         return None
-    kind, arguments = fields("embedding", value, "type", "arguments")
+    kind, arguments = expect_fields("embedding", value, "type", "arguments")
     if kind is None:
-        (name,) = fields("embedding.arguments", arguments, "name")
-        if given is None:
+        (name,) = expect_fields("embedding.arguments", arguments, "name")
+        if user_embedding is None:
             raise ArtefactError(
-                f"its embedding is none of this library's: load(path, embedding=...) takes it, "
-                f"expected {checked('embedding', name, str, 'a name'):.80}"
+                f"its embedding is not one of this library: load(path, embedding=...) takes it, "
+                f"expected {expect_type('embedding', name, str, 'a name'):.80}"
             )
-        return given
+        return user_embedding
     if not isinstance(kind, str) or kind not in _CLASSES:
         raise ArtefactError(f"embedding: expected one of {list(_CLASSES)}, got {kind!r:.80}")
-    arguments = checked("embedding.arguments", arguments, dict, "an object")
+    arguments = expect_type("embedding.arguments", arguments, dict, "an object")
     if not arguments.keys() <= set(_ARGUMENTS[kind]):
         raise ArtefactError(f"embedding: expected {_ARGUMENTS[kind]}, got {sorted(arguments)[:10]}")
     for name, argument in arguments.items():
         if name == "dropout" and isinstance(argument, float | int) and 0.0 <= argument < 1.0:
             continue
         layers = name in ("blocks", "rounds")
-        counted(f"embedding.{name}", argument, 0, MOST_LAYERS if layers else MOST)
-    return Made(kind, tuple(sorted(arguments.items())))
+        expect_integer(f"embedding.{name}", argument, 0, MAX_LAYERS if layers else MAX_INTEGER)
+    return LibraryEmbedding(kind, tuple(sorted(arguments.items())))
 
 
 def _arguments(module: Any) -> dict[str, Any]:
-    """What one of the library's embeddings was made with."""
+    """Return the arguments with which an embedding of this library was created."""
     if isinstance(module, ResidualMLP):
         blocks = list(module.blocks)
         values = (
@@ -123,27 +128,29 @@ def _arguments(module: Any) -> dict[str, Any]:
 
 @functools.partial(jax.jit, static_argnums=0)
 @full_precision
-def answers(blueprint: Blueprint, weights: Weights) -> jax.Array:
-    """What the embeddings of all members make of two fixed observations, shape (M, 2, F)."""
+def probe_outputs(blueprint: Blueprint, weights: Weights) -> jax.Array:
+    """Compute the outputs of all members' embeddings at two fixed observations, shape (M, 2, F)."""
     count = 2 * blueprint.sizes.feature_count
     features = jnp.cos(jnp.arange(1.0, count + 1.0)).reshape(2, -1)
 
-    def one(own: Weights) -> jax.Array:
-        return nnx.merge(graph_of(blueprint), *own).context(features)
+    def embed(member: Weights) -> jax.Array:
+        return nnx.merge(graph_of(blueprint), *member).context(features)
 
-    return jax.lax.map(one, weights)
+    return jax.lax.map(embed, weights)
 
 
-def compare(blueprint: Blueprint, weights: Weights, there: np.ndarray) -> None:
-    """Refuse an embedding that makes something else of an observation than the one that was saved.
+def require_same_outputs(blueprint: Blueprint, weights: Weights, saved: np.ndarray) -> None:
+    """Raise ArtefactError if the user's embedding differs from the one that was saved.
 
-    Raises:
-        ArtefactError: It does.
+    Args:
+        blueprint: Blueprint of the ensemble, with the user's embedding.
+        weights: Weights of its members, from the file.
+        saved: Outputs of the embedding that was saved.
     """
-    found = np.asarray(answers(blueprint, weights), np.float64)
-    apart = np.abs(found - there)
-    if not np.all(apart <= TOLERANCE * np.max(np.abs(there), initial=1e-30)):
+    outputs = np.asarray(probe_outputs(blueprint, weights), np.float64)
+    differences = np.abs(outputs - saved)
+    if not np.all(differences <= TOLERANCE * np.max(np.abs(saved), initial=1e-30)):
         raise ArtefactError(
             f"embedding: expected one that computes as the one that was saved, got "
-            f"one that differs by up to {np.max(apart):.2g}"
+            f"one that differs by up to {np.max(differences):.2g}"
         )

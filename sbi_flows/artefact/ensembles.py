@@ -1,11 +1,10 @@
-"""The ensembles of a posterior in an artefact: what they are built from, and their weights.
+"""Codec of ensembles: their blueprints as JSON data, and the weights of their members as tensors.
 
-A blueprint is written as plain data. To read the weights, the model is built again without its
-arrays (`jax.eval_shape`): every tensor of the file has to be one of it, of its shape and dtype, and
-every one of it in the file, before any is read.
+Before weights are read, the model is built without arrays (`jax.eval_shape`). The file has to hold
+exactly the tensors of this model, each of the model's shape and dtype.
 
 Public names: `Ensemble`, `encode`, `decode`, `require`, `require_entry`, `weights_of`,
-`observation_of`, `observation_from`.
+`encode_observation`, `decode_observation`.
 """
 
 from __future__ import annotations
@@ -24,157 +23,191 @@ from jax.tree_util import tree_flatten_with_path
 from sbi_flows.artefact import container, embeddings, settings
 from sbi_flows.artefact.container import Entry
 from sbi_flows.artefact.distributions import Tensors
-from sbi_flows.artefact.strict import checked, counted, fields, items
+from sbi_flows.artefact.strict import expect_fields, expect_integer, expect_list, expect_type
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.core.typing import Obs
 from sbi_flows.densities.conditional import Blueprint, Embedding, Sizes, Weights, initial_weights
 
-MAX_ENSEMBLES, MOST_MEMBERS, MOST_LEAVES = 64, 2**12, 2**10
+MAX_ENSEMBLES = 64
+MAX_MEMBERS = 2**12
+MAX_LEAVES = 2**10
+"""Maximum number of arrays in an observation."""
 
 DTYPES = {np.dtype(kind).name: np.dtype(kind) for kind in container.DTYPES.values()}
 
 
 class Ensemble(NamedTuple):
-    """What is known of an ensemble before its arrays are read."""
+    """An ensemble before its arrays are read.
+
+    Attributes:
+        blueprint: What its members are built from.
+        members: Number of members.
+        prefix: Prefix of the names of its tensors: "ensembles/0".
+    """
 
     blueprint: Blueprint
     members: int
     prefix: str
 
     @property
-    def answered(self) -> str:
-        """Name of the tensor of what an embedding of the user's makes of fixed observations."""
+    def probe_name(self) -> str:
+        """Name of the tensor that holds the outputs of a user's embedding at fixed observations."""
         return f"{self.prefix}/embedding"
 
 
 def encode(
     i: int, blueprint: Blueprint, weights: Weights, observation: Obs, x64: bool, tensors: Tensors
 ) -> dict[str, Any]:
-    """An ensemble as plain data; its weights become tensors.
+    """Convert an ensemble to JSON data; its weights become tensors.
+
+    Args:
+        i: Index of the ensemble in the mixture.
+        blueprint: What its members are built from.
+        weights: Stacked weights of its members.
+        observation: Shape and dtype of one observation.
+        x64: Whether the file is written in double precision.
+        tensors: Tensors of the file, to which those of the ensemble are added.
 
     Raises:
-        ValueError: The density cannot be written, or the weights are not those of the blueprint.
+        ValueError: The density cannot be written, or the weights do not fit the blueprint.
     """
     members = len(jax.tree.leaves(weights)[0])
-    own = Ensemble(blueprint, members, f"ensembles/{i}")
+    ensemble = Ensemble(blueprint, members, f"ensembles/{i}")
     if blueprint.sizes != _sizes(blueprint.sizes.bounded, observation, blueprint.feature_indices):
         raise ValueError(f"blueprints[{i}]: expected the sizes of the observation, got others")
-    described = embeddings.encode(blueprint.embedding)
-    found = {
+    embedding = embeddings.encode(blueprint.embedding)
+    data = {
         "density": settings.encode("density", blueprint.density),
-        "embedding": described,
+        "embedding": embedding,
         "kept": None if blueprint.feature_indices is None else list(blueprint.feature_indices),
         "members": members,
     }
-    if not blueprint.linear_start:  # files of the default have no such key
-        found["linear_start"] = False
-    leaves = _named(weights)
-    arrays = {f"{own.prefix}/{name}": np.asarray(leaf) for name, leaf in leaves.items()}
-    there = {name: (array.dtype, array.shape) for name, array in arrays.items()}
-    if there != {n: (e.dtype, e.shape) for n, e in _expected(own, x64).items()}:
+    if not blueprint.linear_start:  # written only where it is not the default
+        data["linear_start"] = False
+    leaves = _leaves_by_path(weights)
+    arrays = {f"{ensemble.prefix}/{name}": np.asarray(leaf) for name, leaf in leaves.items()}
+    entries = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+    if entries != {n: (e.dtype, e.shape) for n, e in _expected(ensemble, x64).items()}:
         raise ValueError(f"weights[{i}]: expected those of {blueprint.density}, got others")
-    if embeddings.is_given(described):
-        arrays[own.answered] = np.asarray(embeddings.answers(blueprint, weights), np.float64)
+    if embeddings.is_users(embedding):
+        arrays[ensemble.probe_name] = np.asarray(
+            embeddings.probe_outputs(blueprint, weights), np.float64
+        )
     tensors |= arrays
-    return found
+    return data
 
 
 def decode(
-    i: int, value: Any, bounded: tuple[bool, ...], observation: Obs, given: Embedding | None
+    i: int,
+    value: Any,
+    bounded: tuple[bool, ...],
+    observation: Obs,
+    user_embedding: Embedding | None,
 ) -> Ensemble:
-    """What an ensemble is built from.
+    """Check the JSON data of an ensemble.
+
+    Args:
+        i: Index of the ensemble in the mixture.
+        value: The data.
+        bounded: Whether each standard coordinate of the prior is bounded.
+        observation: Shape and dtype of one observation.
+        user_embedding: The embedding that the user supplied for this ensemble, if any.
 
     Raises:
-        ArtefactError: The data are malformed.
+        ArtefactError: The data are malformed, or the user's embedding is missing.
     """
     name = f"ensembles[{i}]"
-    value = dict(checked(name, value, dict, "an object"))
-    linear_start = checked(f"{name}.linear_start", value.pop("linear_start", True), bool, "a flag")
-    density, embedding, kept, members = fields(
+    value = dict(expect_type(name, value, dict, "an object"))
+    linear_start = expect_type(
+        f"{name}.linear_start", value.pop("linear_start", True), bool, "a flag"
+    )
+    density, embedding, kept, members = expect_fields(
         name, value, "density", "embedding", "kept", "members"
     )
-    built = settings.decode("density", density, *settings.DENSITIES)
+    density = settings.decode("density", density, *settings.DENSITIES)
     if kept is not None:
         size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(observation))
-        places = items(f"{name}.kept", kept, size)
-        kept = tuple(counted(f"{name}.kept", place, 0, size - 1) for place in places)
+        places = expect_list(f"{name}.kept", kept, size)
+        kept = tuple(expect_integer(f"{name}.kept", place, 0, size - 1) for place in places)
         if not kept or any(a >= b for a, b in itertools.pairwise(kept)):
-            raise ArtefactError(f"{name}.kept: expected places in rising order")
+            raise ArtefactError(f"{name}.kept: expected indices in increasing order")
     sizes = _sizes(bounded, observation, kept)
-    blueprint = Blueprint(built, embeddings.decode(embedding, given), sizes, kept, linear_start)
-    members = counted(f"{name}.members", members, 1, MOST_MEMBERS)
+    blueprint = Blueprint(
+        density, embeddings.decode(embedding, user_embedding), sizes, kept, linear_start
+    )
+    members = expect_integer(f"{name}.members", members, 1, MAX_MEMBERS)
     return Ensemble(blueprint, members, f"ensembles/{i}")
 
 
-def require(ensemble: Ensemble, given: bool, table: Mapping[str, Entry], x64: bool) -> set[str]:
-    """Names of the ensemble's tensors, all of which are in the table as they should be.
+def require(ensemble: Ensemble, is_users: bool, table: Mapping[str, Entry], x64: bool) -> set[str]:
+    """Check that a table holds the tensors of an ensemble, and return their names.
 
     Args:
-        ensemble: What they belong to.
-        given: Whether its embedding is the user's.
+        ensemble: The ensemble.
+        is_users: Whether its embedding is of the user's class.
         table: The tensors of the file.
         x64: Whether the file was written in double precision.
 
     Raises:
-        ArtefactError: One is missing, or has another shape or dtype.
+        ArtefactError: A tensor is missing, or has another shape or dtype.
     """
     expected = _expected(ensemble, x64)
     for name, wanted in expected.items():
         require_entry(name, wanted, table)
-    if not given:
+    if not is_users:
         return set(expected)
     stacked = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((ensemble.members, *leaf.shape), leaf.dtype),
         _template(ensemble.blueprint, x64),
     )
     with jax.enable_x64(x64):
-        answer = jax.eval_shape(lambda own: embeddings.answers(ensemble.blueprint, own), stacked)
+        answer = jax.eval_shape(lambda w: embeddings.probe_outputs(ensemble.blueprint, w), stacked)
     wanted = Entry(np.dtype(np.float64), tuple(answer.shape), 0)
-    require_entry(ensemble.answered, wanted, table)
-    return {*expected, ensemble.answered}
+    require_entry(ensemble.probe_name, wanted, table)
+    return {*expected, ensemble.probe_name}
 
 
 def weights_of(ensemble: Ensemble, read: Any) -> Weights:
-    """The weights, in the precision that is on.
+    """Read the weights of an ensemble, in JAX's present precision.
 
     Args:
-        ensemble: What they belong to.
-        read: Function of a tensor's name to its array.
+        ensemble: The ensemble.
+        read: Function from the name of a tensor to its array.
     """
     template = _template(ensemble.blueprint, jnp.result_type(float) == jnp.float64)
     leaves = {
         name: jnp.asarray(read(f"{ensemble.prefix}/{name}"), leaf.dtype)
-        for name, leaf in _named(template).items()
+        for name, leaf in _leaves_by_path(template).items()
     }
     return jax.tree.unflatten(jax.tree.structure(template), leaves.values())
 
 
 def require_entry(name: str, wanted: Entry, table: Mapping[str, Entry]) -> None:
-    """Refuse a table without this tensor, or with one of another shape or dtype."""
-    found = table.get(name)
-    if found is None or (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
-        raise ArtefactError(f"{name}: expected a tensor {wanted}, got {found or 'none'!s}")
+    """Raise ArtefactError unless a table holds a tensor of the wanted shape and dtype."""
+    entry = table.get(name)
+    if entry is None or (entry.dtype, entry.shape) != (wanted.dtype, wanted.shape):
+        raise ArtefactError(f"{name}: expected a tensor {wanted}, got {entry or 'none'!s}")
 
 
 def _expected(ensemble: Ensemble, x64: bool) -> dict[str, Entry]:
-    """The tensors of an ensemble in one of the precisions, by their names."""
-    found = _named(_template(ensemble.blueprint, x64))
+    """Return the tensors that an ensemble has in single or double precision, by name."""
+    leaves = _leaves_by_path(_template(ensemble.blueprint, x64))
     return {
         f"{ensemble.prefix}/{name}": Entry(np.dtype(leaf.dtype), (ensemble.members, *leaf.shape), 0)
-        for name, leaf in found.items()
+        for name, leaf in leaves.items()
     }
 
 
 @functools.lru_cache(maxsize=16)
 def _template(blueprint: Blueprint, x64: bool) -> Weights:
-    """Shapes and dtypes of a member's weights, without computing any."""
+    """Return shapes and dtypes of a member's weights without computing them."""
     with jax.enable_x64(x64):
         build = functools.partial(initial_weights, blueprint, embedding_weights=None)
         return Weights(*jax.eval_shape(lambda: build(jax.random.key(0))))
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their paths, in its order."""
+def _leaves_by_path(tree: Any) -> dict[str, Any]:
+    """Return the leaves of a tree by their paths, in the order of the tree."""
     leaves, _ = tree_flatten_with_path(tree)
     return {"/".join(map(_step, path)): leaf for path, leaf in leaves}
 
@@ -184,61 +217,65 @@ def _step(key: Any) -> str:
 
 
 def _sizes(bounded: tuple[bool, ...], observation: Obs, kept: Sequence[int] | None) -> Sizes:
-    """Those of a model that is given all of an observation, or some of its entries."""
+    """Return the sizes of a model of a whole observation, or of the features `kept` of it."""
     if kept is not None:
         return Sizes(bounded, jax.tree.structure(0), ((len(kept),),))
     shapes = tuple(tuple(leaf.shape) for leaf in jax.tree.leaves(observation))
     return Sizes(bounded, jax.tree.structure(observation), shapes)
 
 
-def observation_of(like: Obs) -> Any:
-    """Shapes and dtypes of an observation as plain data.
+def encode_observation(like: Obs) -> Any:
+    """Convert shapes and dtypes of an observation to JSON data.
 
     Raises:
-        ValueError: It is a tree of other things than dicts with names, lists and tuples.
+        ValueError: The tree has other containers than lists, tuples, and dicts with names as keys.
     """
     if hasattr(like, "dtype"):
         return {"dtype": np.dtype(like.dtype).name, "shape": list(like.shape)}
     if type(like) is dict and all(isinstance(name, str) for name in like):
-        return {"dict": {name: observation_of(part) for name, part in like.items()}}
+        return {"dict": {name: encode_observation(part) for name, part in like.items()}}
     if type(like) in (list, tuple):
-        return {type(like).__name__: [observation_of(part) for part in like]}
+        return {type(like).__name__: [encode_observation(part) for part in like]}
     raise ValueError(
         f"observation: expected arrays in dicts with names, lists or tuples, got {type(like)}"
     )
 
 
-def observation_from(value: Any) -> Obs:
-    """What `observation_of` made data of, in the precision that is on.
+def decode_observation(value: Any) -> Obs:
+    """Convert JSON data to shapes and dtypes of an observation, in JAX's present precision.
 
     Raises:
         ArtefactError: The data are malformed.
     """
-    found = _observation(value)
-    counted("observation: number of arrays", len(jax.tree.leaves(found)), 1, MOST_LEAVES)
-    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(found))
-    counted("observation: number of entries", size, 1, settings.MOST)
-    return found
+    observation = _observation(value)
+    expect_integer(
+        "observation: number of arrays", len(jax.tree.leaves(observation)), 1, MAX_LEAVES
+    )
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(observation))
+    expect_integer("observation: number of entries", size, 1, settings.MAX_INTEGER)
+    return observation
 
 
 def _observation(value: Any) -> Obs:
-    value = checked("observation", value, dict, "an object")
+    value = expect_type("observation", value, dict, "an object")
     if "shape" in value:
-        dtype, shape = fields("observation", value, "dtype", "shape")
+        dtype, shape = expect_fields("observation", value, "dtype", "shape")
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ArtefactError(
                 f"observation: expected a dtype of {list(DTYPES)}, got {dtype!r:.80}"
             )
-        sizes = items("observation: shape", shape, 16)
-        sizes = tuple(counted("observation: shape", n, 0, settings.MOST) for n in sizes)
+        sizes = expect_list("observation: shape", shape, 16)
+        sizes = tuple(
+            expect_integer("observation: shape", n, 0, settings.MAX_INTEGER) for n in sizes
+        )
         return jax.ShapeDtypeStruct(sizes, jax.dtypes.canonicalize_dtype(DTYPES[dtype]))
     (kind,) = value if len(value) == 1 else ("nothing",)
     if kind == "dict":
-        parts = checked("observation", value[kind], dict, "an object")
+        parts = expect_type("observation", value[kind], dict, "an object")
         return {name: _observation(part) for name, part in parts.items()}
     if kind not in ("list", "tuple"):
         raise ArtefactError(
             f"observation: expected an array, a dict, a list or a tuple, got {kind}"
         )
-    parts = [_observation(part) for part in items("observation", value[kind], MOST_LEAVES)]
+    parts = [_observation(part) for part in expect_list("observation", value[kind], MAX_LEAVES)]
     return parts if kind == "list" else tuple(parts)

@@ -1,4 +1,4 @@
-"""What the training simulations look like, in an artefact.
+"""Codec of the gate: summaries of the training simulations that flag atypical observations.
 
 Public names: `encode`, `names`, `decode`.
 """
@@ -16,12 +16,13 @@ from sbi_flows.observations.spaces import Moments
 from sbi_flows.observations.typicality import Typicality
 
 MAX_SPACES = 2
+"""Spaces in which observations are compared: features, and the output of the embedding."""
 
 _PREFIX = "typicality"
 
 
 def encode(typicality: Typicality | None, tensors: Tensors) -> int:
-    """Number of its spaces, 0 where there is none; its arrays become tensors."""
+    """Add the arrays of a gate to the tensors; return its number of spaces, 0 without a gate."""
     if typicality is None:
         return 0
     tensors |= {f"{_PREFIX}/{name}": array for name, array in typicality.to_arrays().items()}
@@ -29,7 +30,7 @@ def encode(typicality: Typicality | None, tensors: Tensors) -> int:
 
 
 def names(spaces: int) -> set[str]:
-    """Names of its tensors."""
+    """Return the names of the tensors of a gate with this number of spaces."""
     parts = [f"{i}.{part}" for i in range(spaces) for part in (*Moments._fields, "rows")]
     return {f"{_PREFIX}/{name}" for name in (*parts, *["reference"] * (spaces > 0))}
 
@@ -40,16 +41,16 @@ def decode(
     table: Mapping[str, Entry],
     read: Callable[[str], np.ndarray],
 ) -> Typicality | None:
-    """What was encoded.
+    """Read a gate.
 
     Args:
         spaces: Number of its spaces.
-        widths: Entries of the features and of what an embedding makes of them.
-        table: The tensors of the file, these among them.
-        read: Function of a tensor's name to its array.
+        widths: Number of features, and length of the embedding's output.
+        table: The tensors of the file. It holds those of the gate.
+        read: Function from the name of a tensor to its array.
 
     Raises:
-        ArtefactError: A tensor has another shape or dtype, or a number that cannot be.
+        ArtefactError: A tensor has another shape or dtype, or holds impossible numbers.
     """
     if not spaces:
         return None
@@ -74,15 +75,15 @@ def decode(
 def _require(
     name: str, dtype: type, shape: tuple[int | None, ...], table: Mapping[str, Entry]
 ) -> tuple[int, ...]:
-    """The shape of a tensor, if it is this one; None stands for any positive number."""
+    """Return the shape of a tensor if it is the expected one; None means any positive number."""
     name = f"{_PREFIX}/{name}"
-    found = table.get(name)
+    entry = table.get(name)
     if (
-        found is None
-        or found.dtype != np.dtype(dtype)
-        or len(found.shape) != len(shape)
-        or any(n < 1 if m is None else n != m for n, m in zip(found.shape, shape, strict=True))
+        entry is None
+        or entry.dtype != np.dtype(dtype)
+        or len(entry.shape) != len(shape)
+        or any(n < 1 if m is None else n != m for n, m in zip(entry.shape, shape, strict=True))
     ):
         wanted = f"{np.dtype(dtype).name}{['any' if n is None else n for n in shape]}"
-        raise ArtefactError(f"{name}: expected a tensor {wanted}, got {found or 'none'!s}")
-    return found.shape
+        raise ArtefactError(f"{name}: expected a tensor {wanted}, got {entry or 'none'!s}")
+    return entry.shape

@@ -18,7 +18,7 @@ import numpy as np
 
 from sbi_flows.artefact.container import Entry
 from sbi_flows.artefact.distributions import Tensors
-from sbi_flows.artefact.strict import checked, counted, fields, items
+from sbi_flows.artefact.strict import expect_fields, expect_integer, expect_list, expect_type
 from sbi_flows.core.errors import ArtefactError
 
 MAX_LAYERS = 16
@@ -165,19 +165,19 @@ def require_layers(
     Raises:
         ArtefactError: The data are malformed, or a tensor is missing or has another shape or dtype.
     """
-    value = items("corrections", value, MAX_LAYERS)
-    counted("corrections: number", len(value), 1, MAX_LAYERS)
+    value = expect_list("corrections", value, MAX_LAYERS)
+    expect_integer("corrections: number", len(value), 1, MAX_LAYERS)
     headers = []
     for i, part in enumerate(value):
         name = f"corrections[{i}]"
-        part = checked(name, part, dict, "an object")
+        part = expect_type(name, part, dict, "an object")
         kind = part.get("type")
         if not isinstance(kind, str) or kind not in codecs:
             raise ArtefactError(f"{name}.type: expected one of {[*codecs]}, got {kind!r:.80}")
         codec = codecs[kind]
-        _, *values, record = fields(name, part, "type", *codec.field_names, "record")
+        _, *values, record = expect_fields(name, part, "type", *codec.field_names, "record")
         own = dict(zip(codec.field_names, values, strict=True))
-        record = checked(f"{name}.record", record, dict, "an object")
+        record = expect_type(f"{name}.record", record, dict, "an object")
         header = Header(codec, name, f"corrections/{i}", own, record)
         headers.append(header._replace(tensor_names=codec.require(header, dim, table)))
     return headers

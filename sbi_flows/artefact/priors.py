@@ -1,9 +1,11 @@
-"""The prior in an artefact: its distributions where they can be written, its structure in any case.
+"""Codec of priors.
 
-What is no distribution of numpyro's own is given by the user again, and compared with the record:
-names, shapes and bounds, and where the prior maps a few points of its standard coordinates.
+The structure of a prior is always saved: names, shapes and bounds of its parameters. Its
+distributions are saved if they are numpyro's own. Otherwise the user supplies the prior again when
+the file is loaded. It is then compared with the saved structure, and with the parameters to which
+the saved prior maps a few fixed points of its standard coordinates.
 
-Public names: `encode`, `decode`, `referred`.
+Public names: `encode`, `decode`, `tensor_names`.
 """
 
 from __future__ import annotations
@@ -20,36 +22,36 @@ from jax import Array
 
 from sbi_flows.artefact import distributions
 from sbi_flows.artefact.distributions import Tensors
-from sbi_flows.artefact.strict import checked, counted, fields, items
+from sbi_flows.artefact.strict import expect_fields, expect_integer, expect_list, expect_type
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.prior.box import BoxPrior
 from sbi_flows.prior.checks import MOST_ENTRIES, MOST_NAME, require_site
 from sbi_flows.prior.prior import Prior, SitePrior
 
-MOST_SITES = 1024
-"""Sites of a prior."""
+MAX_SITES = 1024
+"""Maximum number of sites of a prior."""
 
-MOST_SPARE = 2**22
-"""Numbers that the distributions may hold beyond twice those that are written."""
+MAX_COMPUTED = 2**22
+"""Maximum number of values that distributions hold, beyond twice the number in the file."""
 
 POINTS = 5
-"""At which the map from standard coordinates is recorded."""
+"""Number of points at which the map from standard coordinates is saved."""
 
 TOLERANCE = 1e-3
-"""Of that map, as a share of the spread of the points: devices and precisions differ."""
+"""Tolerance of the comparison, relative to the range of the points: precisions differ."""
 
 _POINTS, _LOW, _HIGH = "prior/points", "prior/low", "prior/high"
 
 
 def encode(prior: Prior, tensors: Tensors) -> dict[str, Any]:
-    """The prior as plain data; its arrays become tensors."""
+    """Convert a prior to JSON data; its arrays become tensors."""
     base = prior.base if isinstance(prior, BoxPrior) else prior
     assert isinstance(base, SitePrior)
     sites, missing = None, None
-    own: Tensors = {}
+    arrays: Tensors = {}
     try:
-        sites = _sites(base, own)
-        tensors |= own
+        sites = _sites(base, arrays)
+        tensors |= arrays
     except ValueError as error:
         missing = str(error)
     if isinstance(prior, BoxPrior):
@@ -66,91 +68,101 @@ def encode(prior: Prior, tensors: Tensors) -> dict[str, Any]:
     }
 
 
-def referred(value: Any) -> set[str]:
-    """Names of the tensors that the prior's data need."""
-    found = set(distributions.referred(value)) | {_POINTS}
-    return found | {_LOW, _HIGH} if value.get("cut") is True else found
+def tensor_names(value: Any) -> set[str]:
+    """Return the names of all tensors of a prior, from its JSON data."""
+    names = set(distributions.tensor_names(value)) | {_POINTS}
+    return names | {_LOW, _HIGH} if value.get("cut") is True else names
 
 
-def decode(value: Any, tensors: Mapping[str, np.ndarray], given: Prior | None) -> Prior:
-    """The prior that the data describe, or the given one if it is as they say.
+def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | None) -> Prior:
+    """Return the prior that JSON data describe, or the user's prior if it is the same.
+
+    Args:
+        value: The data.
+        tensors: The arrays of the prior, by name.
+        user_prior: The prior that the user supplied, if any.
 
     Raises:
-        ArtefactError: The data are malformed, or it is not.
+        ArtefactError: The data are malformed, the prior is missing, or the user's prior differs.
     """
     keys = ("named", "names", "shapes", "bounded", "cut", "sites", "missing")
-    named, names, shapes, bounded, cut, sites, missing = fields("prior", value, *keys)
-    names = [_name(name) for name in items("prior.names", names, MOST_SITES)]
-    shapes = [_shape(shape) for shape in items("prior.shapes", shapes, MOST_SITES)]
+    named, names, shapes, bounded, cut, sites, missing = expect_fields("prior", value, *keys)
+    names = [_name(name) for name in expect_list("prior.names", names, MAX_SITES)]
+    shapes = [_shape(shape) for shape in expect_list("prior.shapes", shapes, MAX_SITES)]
     if not names or len(set(names)) != len(names) or len(shapes) != len(names):
-        raise ArtefactError("prior.names: expected different ones, each with a shape")
-    counted("prior: number of parameters", sum(map(math.prod, shapes)), 1, MOST_ENTRIES)
-    checked("prior.named", named, bool, "a truth value")
-    checked("prior.cut", cut, bool, "a truth value")
+        raise ArtefactError("prior.names: expected distinct names, each with a shape")
+    expect_integer("prior: number of parameters", sum(map(math.prod, shapes)), 1, MOST_ENTRIES)
+    expect_type("prior.named", named, bool, "a truth value")
+    expect_type("prior.cut", cut, bool, "a truth value")
     expected = f"a prior of {', '.join(map(_described, names, shapes))}"
-    if given is not None:
-        prior = given.base if cut and isinstance(given, BoxPrior) else given
+    if user_prior is not None:
+        prior = user_prior.base if cut and isinstance(user_prior, BoxPrior) else user_prior
     elif sites is None:
         raise ArtefactError(
-            f"its prior could not be written ({missing!s:.200}): load(path, prior=...) takes it, "
+            f"its prior could not be saved ({missing!s:.200}): load(path, prior=...) takes it, "
             f"{expected}"
         )
     else:
-        sites = items("prior.sites", sites, MOST_SITES)
+        sites = expect_list("prior.sites", sites, MAX_SITES)
         if len(sites) != len(names):
             raise ArtefactError(f"prior.sites: expected {len(names)}, got {len(sites)}")
         pairs = zip(names, shapes, sites, strict=True)
         prior = SitePrior({n: _site(n, shape, s, tensors) for n, shape, s in pairs}, is_named=named)
     if cut:
         prior = _cut(prior, tensors)
-    found = (prior.is_named, prior.names, list(prior.event_shapes.values()), list(prior.bounded))
-    if found != (named, tuple(names), shapes, bounded) or type(prior) not in (SitePrior, BoxPrior):
+    shapes_found = list(prior.event_shapes.values())
+    structure = (prior.is_named, prior.names, shapes_found, list(prior.bounded))
+    if structure != (named, tuple(names), shapes, bounded) or type(prior) not in (
+        SitePrior,
+        BoxPrior,
+    ):
         raise ArtefactError(f"prior: expected {expected}, got {prior}")
-    if given is not None:
-        _compare(prior, tensors, expected)
+    if user_prior is not None:
+        _require_same_points(prior, tensors, expected)
     return prior
 
 
 def _sites(prior: SitePrior, tensors: Tensors) -> list[Any]:
-    """The distributions as plain data, if they can be made of them again.
+    """Convert the distributions of a prior to JSON data from which they can be rebuilt.
 
     Raises:
-        ValueError: They cannot; the message says why.
+        ValueError: That is impossible; the message says why.
     """
     if prior.dependent:
         raise ValueError(f"a model in which {', '.join(sorted(prior.dependent))} depend on others")
-    found = []
+    sites = []
     for name, site in prior.distributions.items():
-        start, again = len(tensors), Tensors()
-        found.append(distributions.encode(name, site, tensors))
-        own = list(tensors)[start:]
-        copy = distributions.decode(name, found[-1], tensors)
-        # what a constructor changes, or keeps elsewhere, shows when the copy is written as well
-        again |= dict.fromkeys(map(str, range(start)), np.zeros(0))
-        same = distributions.encode(name, copy, again) == found[-1]
-        if not same or any(tensors[n].tobytes() != again[n].tobytes() for n in own):
-            raise ValueError(f"{name}: {type(site).__name__} is not made again by its arguments")
-    return found
+        start, copied = len(tensors), Tensors()
+        sites.append(distributions.encode(name, site, tensors))
+        new_names = list(tensors)[start:]
+        copy = distributions.decode(name, sites[-1], tensors)
+        # a constructor may change its arguments, or the object may hold more than these: encode a
+        # copy that was rebuilt, under the same names, and compare
+        copied |= dict.fromkeys(map(str, range(start)), np.zeros(0))
+        is_same = distributions.encode(name, copy, copied) == sites[-1]
+        if not is_same or any(tensors[n].tobytes() != copied[n].tobytes() for n in new_names):
+            raise ValueError(f"{name}: {type(site).__name__} cannot be rebuilt from its arguments")
+    return sites
 
 
 def _site(
     name: str, shape: tuple[int, ...], value: Any, tensors: Mapping[str, np.ndarray]
 ) -> dist.Distribution:
-    """One distribution; its size is known before any array of it is made."""
-    own = {n: tensors[n] for n in distributions.referred(value) if n in tensors}
-    sizes, spare = [], MOST_SPARE + 2 * sum(array.size for array in own.values())
+    """Build one distribution, after its size was found without computing any array of it."""
+    own = {n: tensors[n] for n in distributions.tensor_names(value) if n in tensors}
+    sizes, max_size = [], MAX_COMPUTED + 2 * sum(array.size for array in own.values())
 
     def trial(arrays: Mapping[str, Any]) -> None:
         site = distributions.decode(name, value, arrays)
         if not isinstance(site, dist.Distribution):
             raise ArtefactError(f"prior site {name!r}: expected a distribution")
-        held = sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(site))
-        sizes.append(((*site.batch_shape, *site.event_shape), held))
+        size = sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(site))
+        sizes.append(((*site.batch_shape, *site.event_shape), size))
 
     jax.eval_shape(trial, own)
-    found, held = sizes[0]
-    if found != shape or held > spare:
-        raise ArtefactError(f"prior site {name!r}: expected shape {shape}, got {found}")
+    actual_shape, size = sizes[0]
+    if actual_shape != shape or size > max_size:
+        raise ArtefactError(f"prior site {name!r}: expected shape {shape}, got {actual_shape}")
     site = distributions.decode(name, value, own)
     try:
         require_site(name, site)
@@ -162,16 +174,17 @@ def _site(
 
 
 def _cut(prior: Prior, tensors: Mapping[str, np.ndarray]) -> BoxPrior:
+    """Restrict a prior to the box of the file."""
     if isinstance(prior, BoxPrior):
         return BoxPrior(prior.base, tensors[_LOW], tensors[_HIGH])
     return BoxPrior(prior, tensors[_LOW], tensors[_HIGH])
 
 
 def _points(prior: Prior) -> Any:
-    """Parameters (POINTS, D) at fixed standard coordinates."""
+    """Compute parameters (POINTS, D) at fixed standard coordinates."""
     count = POINTS * prior.standard_dim
-    places = 1.5 * np.cos(np.arange(1.0, count + 1.0)).reshape(POINTS, -1)
-    return _from_standard(prior, jnp.asarray(places))
+    coordinates = 1.5 * np.cos(np.arange(1.0, count + 1.0)).reshape(POINTS, -1)
+    return _from_standard(prior, jnp.asarray(coordinates))
 
 
 @jax.jit
@@ -179,27 +192,29 @@ def _from_standard(prior: Prior, y: Array) -> Array:
     return prior.unchecked_from_standard(y)
 
 
-def _compare(prior: Prior, tensors: Mapping[str, np.ndarray], expected: str) -> None:
-    found, there = np.asarray(_points(prior), np.float64), tensors[_POINTS]
-    if there.shape != found.shape or there.dtype != np.float64:
-        raise ArtefactError("prior: expected the points that it is compared at, got none")
-    spread = np.ptp(there, axis=0, keepdims=True) + 1e-30
-    if not np.all(np.abs(found - there) <= TOLERANCE * spread):
+def _require_same_points(prior: Prior, tensors: Mapping[str, np.ndarray], expected: str) -> None:
+    """Raise ArtefactError if the user's prior maps the fixed points elsewhere."""
+    points, saved = np.asarray(_points(prior), np.float64), tensors[_POINTS]
+    if saved.shape != points.shape or saved.dtype != np.float64:
+        raise ArtefactError("prior: expected points to compare it at, got none")
+    spread = np.ptp(saved, axis=0, keepdims=True) + 1e-30
+    if not np.all(np.abs(points - saved) <= TOLERANCE * spread):
         raise ArtefactError(
             f"prior: expected {expected} with the distributions that the posterior was fitted to, "
-            f"got others in {prior}"
+            f"got other ones in {prior}"
         )
 
 
 def _name(value: Any) -> str:
-    name = checked("prior.names", value, str, "a name")
-    counted("prior.names: length", len(name), 0, MOST_NAME)
+    name = expect_type("prior.names", value, str, "a name")
+    expect_integer("prior.names: length", len(name), 0, MOST_NAME)
     return name
 
 
 def _shape(value: Any) -> tuple[int, ...]:
     return tuple(
-        counted("prior.shapes", n, 0, MOST_ENTRIES) for n in items("prior.shapes", value, 16)
+        expect_integer("prior.shapes", n, 0, MOST_ENTRIES)
+        for n in expect_list("prior.shapes", value, 16)
     )
 
 

@@ -1,8 +1,8 @@
-"""Settings objects as plain data, by names in one table.
+"""Codec of settings objects, by a table of names.
 
-A density or what it is made of is written as `{"type": name, "fields": {...}}`. The names are those
-of the table below, never of a module; each value must be of the type that its field is annotated
-with, and the class then validates it as it does for a user.
+A density, or a part of one, is written as `{"type": name, "fields": {...}}`. Names are looked up in
+the table below, never in a module. Each value must have the type with which its field is annotated;
+the class then validates it as it does for a user.
 
 Public names: `encode`, `decode`, `DENSITIES`.
 """
@@ -19,7 +19,13 @@ from typing import Any, Literal, Union
 import jax
 import numpy as np
 
-from sbi_flows.artefact.strict import checked, counted, fields, items, number
+from sbi_flows.artefact.strict import (
+    expect_fields,
+    expect_integer,
+    expect_list,
+    expect_number,
+    expect_type,
+)
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.densities.cnf import CNF
 from sbi_flows.densities.distilled import Distilled
@@ -39,33 +45,37 @@ _KINDS: dict[Any, tuple[type, ...]] = {
     Path: (Straight, EDM, VP, VE),
     Sampler: (Heun, Ancestral),
 }
-"""Classes that a protocol stands for."""
+"""Classes that implement each protocol."""
 
 SETTINGS = {
     kind.__name__: kind for kinds in (DENSITIES, (Solver,), *_KINDS.values()) for kind in kinds
 }
 
-# all that the solvers of diffrax are for an ODE without stiffness, and its adjoints
+# solvers and adjoints of diffrax for ordinary differential equations
 METHODS = (
     *("Bosh3", "Dopri5", "Dopri8", "Euler", "Heun", "Midpoint", "Ralston", "Tsit5"),
     *("Kvaerno3", "Kvaerno4", "Kvaerno5", "ImplicitEuler"),
 )
 ADJOINTS = ("RecursiveCheckpointAdjoint", "DirectAdjoint", "ImplicitAdjoint", "BacksolveAdjoint")
 
-MOST_LAYERS = 128
-"""Of a kind in a density: each of them takes time to build."""
+MAX_LAYERS = 128
+"""Maximum number of layers of one kind in a density: each takes time to build."""
 
-MOST_LENGTH = 2**16
-MOST = 2**31 - 1
+MAX_TUPLE_LENGTH = 2**16
+MAX_INTEGER = 2**31 - 1
 
-_LAYERS = {"blocks", "context_blocks", "hidden", "rounds"}
+_LAYER_FIELDS = {"blocks", "context_blocks", "hidden", "rounds"}
 
 
 def encode(name: str, value: Any) -> Any:
-    """Settings as plain data.
+    """Convert settings to JSON data.
+
+    Args:
+        name: Name of the settings, for error messages.
+        value: The settings object, or the value of one of its fields.
 
     Raises:
-        ValueError: A part is of a class that is not in the table.
+        ValueError: A part has a class that is not in the table.
     """
     if value is None or isinstance(value, bool | str):
         return value
@@ -88,35 +98,41 @@ def encode(name: str, value: Any) -> Any:
 
 
 def decode(name: str, value: Any, *allowed: type) -> Any:
-    """Settings of one of the allowed classes from plain data.
+    """Convert JSON data to settings of one of the allowed classes.
+
+    Args:
+        name: Name of the settings, for error messages.
+        value: The data.
+        *allowed: Allowed classes.
 
     Raises:
-        ArtefactError: The data name no such class, or fit none of its fields.
+        ArtefactError: The data name another class, or do not fit its fields.
     """
-    kind, given = fields(name, value, "type", "fields")
+    kind, data = expect_fields(name, value, "type", "fields")
     known = {each.__name__: each for each in allowed}
     if not isinstance(kind, str) or kind not in known:
         raise ArtefactError(f"{name}: expected one of {sorted(known)}, got {kind!r:.80}")
     annotations = _annotations(known[kind])
-    given = checked(f"{name}.fields", given, dict, "an object")
-    if not given.keys() <= annotations.keys():
-        unknown = sorted(given.keys() - annotations.keys())[:5]
+    data = expect_type(f"{name}.fields", data, dict, "an object")
+    if not data.keys() <= annotations.keys():
+        unknown = sorted(data.keys() - annotations.keys())[:5]
         raise ArtefactError(f"{name}: expected fields of {kind}, got {unknown}")
-    found = {n: _value(f"{name}.{n}", n, v, annotations[n]) for n, v in given.items()}
+    values = {n: _value(f"{name}.{n}", n, v, annotations[n]) for n, v in data.items()}
     try:
-        return known[kind](**found)
+        return known[kind](**values)
     except (ValueError, TypeError) as error:
         raise ArtefactError(f"{name}: {error}") from None
 
 
 @functools.cache
 def _annotations(kind: type) -> dict[str, Any]:
+    """Return the annotated type of each field of a dataclass."""
     hints = typing.get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _value(name: str, field: str, value: Any, hint: Any) -> Any:
-    """A field's value, if it is of the annotated type."""
+    """Convert the value of a field to the annotated type, or raise ArtefactError."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return _any_of(name, field, value, parts)
@@ -125,21 +141,23 @@ def _value(name: str, field: str, value: Any, hint: Any) -> Any:
             raise ArtefactError(f"{name}: expected one of {parts}, got {value!r:.80}")
         return value
     if origin is tuple:
-        most = MOST_LAYERS if field in _LAYERS else MOST_LENGTH
-        given = enumerate(items(name, value, most))
-        return tuple(_value(f"{name}[{i}]", "", part, parts[0]) for i, part in given)
+        most = MAX_LAYERS if field in _LAYER_FIELDS else MAX_TUPLE_LENGTH
+        values = enumerate(expect_list(name, value, most))
+        return tuple(_value(f"{name}[{i}]", "", part, parts[0]) for i, part in values)
     if hint is bool:
-        return checked(name, value, bool, "a truth value")
+        return expect_type(name, value, bool, "a truth value")
     if hint is int:
-        return counted(name, value, -MOST, MOST_LAYERS if field in _LAYERS else MOST)
+        most = MAX_LAYERS if field in _LAYER_FIELDS else MAX_INTEGER
+        return expect_integer(name, value, -MAX_INTEGER, most)
     if hint is float:
-        return number(name, value)
+        return expect_number(name, value)
     if hint is Any:
         return None if value is None else _of_diffrax(name, field, value)
     return decode(name, value, *_KINDS.get(hint, (hint,)))
 
 
 def _any_of(name: str, field: str, value: Any, hints: tuple) -> Any:
+    """Convert a value to the first type of a union that fits."""
     if value is None and type(None) in hints:
         return None
     hints = tuple(hint for hint in hints if hint is not type(None))
@@ -154,21 +172,23 @@ def _any_of(name: str, field: str, value: Any, hints: tuple) -> Any:
 
 
 def _of_diffrax(name: str, field: str, value: Any) -> Any:
+    """Create a solver or an adjoint of diffrax with its default arguments."""
     import diffrax
 
-    kind, given = fields(name, value, "type", "fields")
+    kind, data = expect_fields(name, value, "type", "fields")
     known = METHODS if field == "method" else ADJOINTS
-    if kind not in known or given != {}:
+    if kind not in known or data != {}:
         raise ArtefactError(f"{name}: expected one of {known} without fields, got {kind!r:.80}")
     return getattr(diffrax, kind)()
 
 
 def _is_plain_diffrax(value: Any) -> bool:
-    """Whether it is what its class makes without arguments."""
+    """Return whether an object of diffrax equals one created without arguments."""
     import diffrax
 
     kind = getattr(diffrax, type(value).__name__, None)
     if kind is None or type(value) is not kind:
         return False
-    (ours, tree), (plain, like) = (jax.tree.flatten(each) for each in (value, kind()))
-    return tree == like and len(ours) == len(plain) and all(map(np.array_equal, ours, plain))
+    (leaves, tree), (defaults, default_tree) = (jax.tree.flatten(v) for v in (value, kind()))
+    is_same_tree = tree == default_tree and len(leaves) == len(defaults)
+    return is_same_tree and all(map(np.array_equal, leaves, defaults))

@@ -62,7 +62,7 @@ def as_array(name: str, value: Any) -> Array | np.ndarray:
         require_real(name, value.dtype)
         if count := np.ma.count_masked(value):
             raise ValueError(
-                f"{name}: expected numbers, or NaN for a failure, got {count} masked ones"
+                f"{name}: expected numbers, or NaN for a failure, got {count} masked entries"
             )
     try:
         array = np.asarray(value)
@@ -176,7 +176,9 @@ def require_memory(name: str, shape: tuple[int, ...], dtype: Any) -> None:
     for n in shape:
         size *= int(n)
     if hasattr(os, "sysconf") and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-        raise ValueError(f"{name}: expected what fits in memory, got {size:,} bytes of {shape}")
+        raise ValueError(
+            f"{name}: expected an array that fits in memory, got shape {shape}, {size:,} bytes"
+        )
 
 
 def as_random_key(name: str, key: Any) -> Array:

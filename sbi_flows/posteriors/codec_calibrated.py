@@ -20,7 +20,7 @@ from sbi_flows.artefact.container import Entry
 from sbi_flows.artefact.distributions import Tensors
 from sbi_flows.artefact.ensembles import require_entry
 from sbi_flows.artefact.layers import Header, Layer, LayerCodec
-from sbi_flows.artefact.strict import counted
+from sbi_flows.artefact.strict import expect_integer
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.core.typing import Key
 from sbi_flows.posteriors.passes import MIN_DRAWS
@@ -79,9 +79,9 @@ def require_calibration(header: Header, table: Mapping[str, Entry]) -> None:
     generator = values["key"]
     if not isinstance(generator, str) or generator not in _KEY_WORDS:
         raise ArtefactError(f"{name}.key: expected one of {[*_KEY_WORDS]}, got {generator!r:.80}")
-    counted(f"{name}.simulations", values["simulations"], 1, MAX_SIMULATIONS)
-    counted(f"{name}.failed", values["failed"], 0, MAX_SIMULATIONS)
-    counted(f"{name}.draws", values["draws"], MIN_DRAWS, MAX_DRAWS)
+    expect_integer(f"{name}.simulations", values["simulations"], 1, MAX_SIMULATIONS)
+    expect_integer(f"{name}.failed", values["failed"], 0, MAX_SIMULATIONS)
+    expect_integer(f"{name}.draws", values["draws"], MIN_DRAWS, MAX_DRAWS)
     wanted = Entry(np.dtype(np.uint32), (_KEY_WORDS[generator],), 0)
     require_entry(f"{header.prefix}/key", wanted, table)
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from sbi_flows.artefact.container import Entry
 from sbi_flows.artefact.distributions import Tensors
 from sbi_flows.artefact.layers import Header, LayerCodec
-from sbi_flows.artefact.strict import counted
+from sbi_flows.artefact.strict import expect_integer
 
 MAX_LEVELS, MAX_STEPS = 2**16, 2**16
 """Maximum numbers of levels of noise and of Langevin steps at each level."""
@@ -25,8 +25,8 @@ class ComposedCodec(LayerCodec):
 
     def require(self, header: Header, dim: int, table: Mapping[str, Entry]) -> tuple[str, ...]:
         """Check the fields; see `LayerCodec.require`."""
-        counted(f"{header.name}.levels", header.fields["levels"], 1, MAX_LEVELS)
-        counted(f"{header.name}.steps", header.fields["steps"], 1, MAX_STEPS)
+        expect_integer(f"{header.name}.levels", header.fields["levels"], 1, MAX_LEVELS)
+        expect_integer(f"{header.name}.steps", header.fields["steps"], 1, MAX_STEPS)
         return ()
 
     def require_arrays(self, prefix: str, tensors: Tensors) -> None:

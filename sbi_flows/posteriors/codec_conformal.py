@@ -35,7 +35,7 @@ class ConformalCodec(LayerCodec):
         """Raise ArtefactError unless the scores are sorted and none is NaN."""
         scores = tensors["scores"]
         if np.any(np.isnan(scores)) or np.any(scores[1:] < scores[:-1]):
-            raise ArtefactError(f"{prefix}/scores: expected them in order, got others")
+            raise ArtefactError(f"{prefix}/scores: expected sorted numbers, got others")
 
 
 CONFORMAL = ConformalCodec()

@@ -19,16 +19,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbi_flows.artefact import embeddings, ensembles, gates, priors
-from sbi_flows.artefact.container import Entry, File
+from sbi_flows.artefact.container import ArtefactFile, Entry
 from sbi_flows.artefact.distributions import Tensors
 from sbi_flows.artefact.layers import SavedPosterior
-from sbi_flows.artefact.strict import checked, counted, fields, items, number
+from sbi_flows.artefact.strict import (
+    expect_fields,
+    expect_integer,
+    expect_list,
+    expect_number,
+    expect_type,
+)
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.core.typing import Obs
 from sbi_flows.densities.conditional import Blueprint, Embedding, Weights
 from sbi_flows.densities.embedded import space_widths
 from sbi_flows.observations.standardise import Standardiser
 from sbi_flows.observations.typicality import Typicality
+from sbi_flows.prior.checks import MOST_ENTRIES
 from sbi_flows.prior.prior import Prior
 
 _PRECISIONS = ("float32", "float64")
@@ -73,7 +80,7 @@ def encode(contents: Contents) -> SavedPosterior:
     document = {
         "precision": precision,
         "prior": prior,
-        "observation": ensembles.observation_of(contents.observation),
+        "observation": ensembles.encode_observation(contents.observation),
         "linear": float(standardiser.linear),
         "ensembles": written,
         "typicality": gates.encode(contents.typicality, tensors),
@@ -121,16 +128,16 @@ def require_header(
     Raises:
         ArtefactError: The document is malformed, or an embedding is missing.
     """
-    _, _, precision, prior, observation, linear, parts, spaces, record = fields(
+    _, _, precision, prior, observation, linear, parts, spaces, record = expect_fields(
         "document", document, *_FIELD_NAMES
     )
     if precision not in _PRECISIONS:
         raise ArtefactError(f"precision: expected one of {_PRECISIONS}, got {precision!r:.80}")
-    spaces = counted("typicality", spaces, 0, gates.MAX_SPACES)
-    record = checked("record", record, dict, "an object")
-    observation = ensembles.observation_from(observation)
+    spaces = expect_integer("typicality", spaces, 0, gates.MAX_SPACES)
+    record = expect_type("record", record, dict, "an object")
+    observation = ensembles.decode_observation(observation)
     parts, shares = _shares(parts)
-    needs_embedding = tuple(embeddings.is_given(part.get("embedding")) for part in parts)
+    needs_embedding = tuple(embeddings.is_users(part.get("embedding")) for part in parts)
     bounded = _bounded(prior)
     found = tuple(
         ensembles.decode(i, part, bounded, observation, embedding)
@@ -143,7 +150,7 @@ def require_header(
         prior=prior,
         bounded=bounded,
         observation=observation,
-        linear=number("linear", linear),
+        linear=expect_number("linear", linear),
         ensembles=found,
         shares=shares,
         needs_embedding=needs_embedding,
@@ -161,14 +168,14 @@ def require_tensors(header: DirectHeader, table: Mapping[str, Entry]) -> set[str
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(header.observation))
     for name in _STANDARDISER:
         ensembles.require_entry(name, Entry(np.dtype(header.precision), (size,), 0), table)
-    names = {*_STANDARDISER, *priors.referred(header.prior), *gates.names(header.spaces)}
+    names = {*_STANDARDISER, *priors.tensor_names(header.prior), *gates.names(header.spaces)}
     x64 = header.precision == "float64"
-    for ensemble, is_given in zip(header.ensembles, header.needs_embedding, strict=True):
-        names |= ensembles.require(ensemble, is_given, table, x64)
+    for ensemble, is_users in zip(header.ensembles, header.needs_embedding, strict=True):
+        names |= ensembles.require(ensemble, is_users, table, x64)
     return names
 
 
-def decode(header: DirectHeader, file: File, user_prior: Prior | None) -> Contents:
+def decode(header: DirectHeader, file: ArtefactFile, user_prior: Prior | None) -> Contents:
     """Read the arrays of a direct posterior.
 
     Args:
@@ -180,16 +187,18 @@ def decode(header: DirectHeader, file: File, user_prior: Prior | None) -> Conten
         ArtefactError: An array holds impossible numbers, the prior is missing, or a prior or
             embedding of the user's differs from the one that was saved.
     """
-    arrays = {name: file.tensor(name) for name in priors.referred(header.prior)}
+    arrays = {name: file.tensor(name) for name in priors.tensor_names(header.prior)}
     prior = priors.decode(header.prior, arrays, user_prior)
     dtype = jnp.result_type(float)
     center, scale, floor = (jnp.asarray(file.tensor(name), dtype) for name in _STANDARDISER)
     weights = tuple(ensembles.weights_of(ensemble, file.tensor) for ensemble in header.ensembles)
-    for ensemble, stacked, is_given in zip(
+    for ensemble, stacked, is_users in zip(
         header.ensembles, weights, header.needs_embedding, strict=True
     ):
-        if is_given:
-            embeddings.compare(ensemble.blueprint, stacked, file.tensor(ensemble.answered))
+        if is_users:
+            embeddings.require_same_outputs(
+                ensemble.blueprint, stacked, file.tensor(ensemble.probe_name)
+            )
     blueprints = tuple(ensemble.blueprint for ensemble in header.ensembles)
     sizes = space_widths(blueprints[0], weights[0], len(center)) if header.spaces else ()
     return Contents(
@@ -206,19 +215,19 @@ def decode(header: DirectHeader, file: File, user_prior: Prior | None) -> Conten
 
 def _shares(value: Any) -> tuple[list[dict[str, Any]], tuple[float, ...]]:
     """Return the JSON data of the ensembles, and their weights in the mixture."""
-    parts = items("ensembles", value, ensembles.MAX_ENSEMBLES)
-    parts = [dict(checked("ensembles", part, dict, "an object")) for part in parts]
-    shares = tuple(number("share", part.pop("share", None)) for part in parts)
+    parts = expect_list("ensembles", value, ensembles.MAX_ENSEMBLES)
+    parts = [dict(expect_type("ensembles", part, dict, "an object")) for part in parts]
+    shares = tuple(expect_number("share", part.pop("share", None)) for part in parts)
     if not shares or min(shares) <= 0.0 or abs(sum(shares) - 1.0) > 1e-6:
-        raise ArtefactError(f"share: expected positive ones that add up to 1, got {shares!r:.80}")
+        raise ArtefactError(f"share: expected positive numbers of sum 1, got {shares!r:.80}")
     return parts, shares
 
 
 def _bounded(prior: Any) -> tuple[bool, ...]:
     """Return whether each standard coordinate is bounded, from the JSON data of a prior."""
-    flags = checked("prior", prior, dict, "an object").get("bounded")
-    flags = items("prior.bounded", flags, priors.MOST_ENTRIES)
-    return tuple(checked("prior.bounded", flag, bool, "truth values") for flag in flags)
+    flags = expect_type("prior", prior, dict, "an object").get("bounded")
+    flags = expect_list("prior.bounded", flags, MOST_ENTRIES)
+    return tuple(expect_type("prior.bounded", flag, bool, "truth values") for flag in flags)
 
 
 def _embedding_of_each(
@@ -229,6 +238,6 @@ def _embedding_of_each(
     if user_embeddings == [None]:
         return [None] * len(needs_embedding)
     if len(user_embeddings) not in (1, count) or not count:
-        raise ArtefactError(f"embedding: expected {count} of them, got {len(user_embeddings)}")
+        raise ArtefactError(f"embedding: expected {count} embeddings, got {len(user_embeddings)}")
     remaining = iter(user_embeddings * count if len(user_embeddings) == 1 else user_embeddings)
     return [next(remaining) if needed else None for needed in needs_embedding]

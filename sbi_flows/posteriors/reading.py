@@ -12,9 +12,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sbi_flows.artefact.container import File
+from sbi_flows.artefact.container import ArtefactFile
 from sbi_flows.artefact.layers import Header, read_layer, require_layers
-from sbi_flows.artefact.strict import counted
+from sbi_flows.artefact.strict import expect_integer
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.densities.conditional import Embedding, check_embedding
 from sbi_flows.posteriors import codec_direct
@@ -90,7 +90,7 @@ def load(
             check_embedding(each)
     with open(path, "rb") as file:
         try:
-            return _read(File(file), user_prior, user_embeddings)
+            return _read(ArtefactFile(file), user_prior, user_embeddings)
         except ArtefactError as error:
             raise ArtefactError(f"{os.fspath(path)}: {error}") from None
         # a library may raise any error on arguments that none of our checks refused
@@ -101,7 +101,7 @@ def load(
             ) from error
 
 
-def _read(file: File, user_prior: Prior | None, user_embeddings: list[Any]) -> Any:
+def _read(file: ArtefactFile, user_prior: Prior | None, user_embeddings: list[Any]) -> Any:
     """Check the document and the table of tensors, then read the arrays and build the posterior."""
     document = dict(file.document)
     version = _require_version(document)
@@ -113,7 +113,7 @@ def _read(file: File, user_prior: Prior | None, user_embeddings: list[Any]) -> A
     names = codec_direct.require_tensors(direct, file.table)
     names |= {f"{h.prefix}/{name}" for h in headers for name in h.tensor_names}
     if odd := sorted(file.table.keys() ^ names):
-        raise ArtefactError(f"tensors: expected those of the posterior alone, not {odd[:3]}")
+        raise ArtefactError(f"tensors: expected exactly those of the posterior, not {odd[:3]}")
     # only now arrays are read: all are expected, and each has the size that the model needs
     contents = codec_direct.decode(direct, file, user_prior)
     posterior: Any = Posterior(**contents._asdict())
@@ -125,7 +125,7 @@ def _read(file: File, user_prior: Prior | None, user_embeddings: list[Any]) -> A
 
 def _require_version(document: Mapping[str, Any]) -> int:
     """Return the version of the file's format, or raise ArtefactError if it is too new."""
-    version = counted("format", document.get("format"), 1, 2**31)
+    version = expect_integer("format", document.get("format"), 1, 2**31)
     if version > MAX_FORMAT:
         raise ArtefactError(
             f"format: expected one up to {MAX_FORMAT}, got {version}: a later version of sbi_flows "

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from sbi_flows.artefact.container import packed
+from sbi_flows.artefact.container import pack
 from sbi_flows.artefact.distributions import Tensors
 from sbi_flows.artefact.layers import SavedPosterior, write_layers
 from sbi_flows.core.files import atomic_file
@@ -56,7 +56,7 @@ def save(posterior: Savable, path: str | os.PathLike[str], *, report: object = N
     content = posterior.to_saved()
     if report is not None:
         content = content.add_to_record(check=_check_record(report))
-    data = packed(*_document(content))
+    data = pack(*_document(content))
     with atomic_file(path) as file:
         file.write(data)
 

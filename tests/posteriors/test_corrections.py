@@ -125,7 +125,7 @@ def test_what_was_made_of_another_posterior_is_refused(corrected, tmp_path):
         r"expected an sf\.Posterior, or what .* got Sampled, which cannot be saved": within,
         "corrections: expected at most 16 entries": deep,
         r"\[1\]\.draws: expected a number from 20": dataclasses.replace(corrected, draws=3),
-        "scores: expected them in order": dataclasses.replace(
+        "scores: expected sorted numbers": dataclasses.replace(
             corrected, scores=corrected.scores[::-1]
         ),
     }
@@ -165,8 +165,8 @@ SPOILT = {
     "a record that is none": (field(0, "record", 3), r"\[0\]\.record: expected an object"),
     "a field more": (field(0, "extra", 3), r"corrections\[0\]: expected the keys"),
     "too many": (lambda c, _: c.extend(c[:1] * 16), "corrections: expected at most 16 entries"),
-    "scores in no order": (tensor("1/scores", lambda a: a[::-1].copy()), "expected them in order"),
-    "NaN among scores": (tensor("1/scores", lambda a: a * np.nan), "expected them in order"),
+    "scores in no order": (tensor("1/scores", lambda a: a[::-1].copy()), "expected sorted numbers"),
+    "NaN among scores": (tensor("1/scores", lambda a: a * np.nan), "expected sorted numbers"),
     "knots that fall": (tensor("0/values", lambda a: -a), "0/values: expected finite numbers that"),
     "infinite knots": (tensor("0/scores", lambda a: a * np.inf), "0/scores: expected finite"),
     "knots of one parameter": (

@@ -123,7 +123,10 @@ def test_what_is_on_disk_may_stand_beside_what_is_not(tmp_path):
 
 
 ARGUMENTS = {
-    "masked": (lambda: simulations("x", np.ma.masked_array(GOOD, GOOD > 3)), "got 11 masked ones"),
+    "masked": (
+        lambda: simulations("x", np.ma.masked_array(GOOD, GOOD > 3)),
+        "got 11 masked entries",
+    ),
     "None in a dict": (lambda: simulations("x", {"a": GOOD, "b": None}), "got dtype object"),
     "keys": (lambda: simulations("x", {"a": GOOD, 1: GOOD}), "names as keys, got int, str"),
     "beyond": (lambda: simulations("x", GOOD)[np.array([5])], "numbers from -5 to 4, got 5"),
