@@ -107,15 +107,13 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
         if len(sites) != len(names):
             raise ArtefactError(f"prior.sites: expected {len(names)}, got {len(sites)}")
         pairs = zip(names, shapes, sites, strict=True)
-        prior = SitePrior({n: _site(n, shape, s, tensors) for n, shape, s in pairs}, is_named=named)
+        distributions_by_name = {n: _site(n, shape, s, tensors) for n, shape, s in pairs}
+        prior = SitePrior(distributions_by_name, is_named=named)
     if cut:
         prior = _cut(prior, tensors)
-    shapes_found = list(prior.event_shapes.values())
-    structure = (prior.is_named, prior.names, shapes_found, list(prior.bounded))
-    if structure != (named, tuple(names), shapes, bounded) or type(prior) not in (
-        SitePrior,
-        BoxPrior,
-    ):
+    structure = (prior.is_named, list(prior.names), list(prior.event_shapes.values()))
+    is_same = structure == (named, names, shapes) and list(prior.bounded) == bounded
+    if not is_same or type(prior) not in (SitePrior, BoxPrior):
         raise ArtefactError(f"prior: expected {expected}, got {prior}")
     if user_prior is not None:
         _require_same_points(prior, tensors, expected)
