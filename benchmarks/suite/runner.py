@@ -112,7 +112,7 @@ def _run_and_store(
     estimator = _estimator(run.method, task)
     try:
         result = run_one(task, estimator, run.budget, run.seed, observed, settings, Clock())
-    except (BadInput, sf.SbiFlowsError, ReferenceFailed) as error:
+    except (BadInput, sf.errors.SbiFlowsError, ReferenceFailed) as error:
         reason = " ".join(str(error).split())
         print(f"  failed: {reason}", file=sys.stderr, flush=True)
         return reason

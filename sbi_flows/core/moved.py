@@ -42,7 +42,9 @@ FORMER_NAMES = {
     "c2st_jax": "diagnostics",
     "sample_composed": "posteriors.composed",
 }
-"""Names at the top of the package in earlier versions, which go on working there, by module."""
+"""Names that were at the top of the package in earlier versions, with their modules.
+
+They can still be imported from the top."""
 
 MOVED = {
     "arviz_groups": "posteriors.arviz",
@@ -58,7 +60,6 @@ MOVED = {
     "checksums": "core.checksums",
     "classifier": "simulations.classifier",
     "compilation": "core.compilation",
-    "composed": "posteriors.composed",
     "conformal_sets": "posteriors.conformal",
     "data": "simulations.simulations",
     "diagnostics.misspecification": "observations.misspecification",
@@ -89,7 +90,9 @@ MOVED = {
     "validity": "simulations.validity",
     "whole": "core.files",
 }
-"""Old path to new path of each module, both without the name of the package."""
+"""Old path to new path of each module, both without the name of the package.
+
+`composed` is missing: the package now has a function of that name."""
 
 PUBLIC = {"errors"}
 """Old paths that users may go on importing: they give no warning."""

@@ -107,7 +107,7 @@ DENSITY = ("ensembles", 0, "density")
 SITE = ("prior", "sites", 0)
 SYSTEM = {"type": "os.system", "fields": {"command": "touch pwned"}}
 CHANGES = {
-    "a later version": (set_to(3, "format"), "format: expected one up to 2, got 3: a later"),
+    "a later version": (set_to(4, "format"), "format: expected one up to 3, got 4: a later"),
     "a class by its path": (set_to(SYSTEM, *DENSITY), "density: expected one of .*'os.system'"),
     "a builtin": (set_to("eval", *SITE, "type"), "rate: expected one of .*'eval'"),
     "a network as a density": (

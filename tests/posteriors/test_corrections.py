@@ -11,6 +11,7 @@ import pytest
 import sbi_flows as sf
 from sbi_flows.artefact.layers import MAX_LAYERS
 from tests.artefacts import ensemble, opened, posterior, written
+from tests.cases import unchecked
 from tests.golden.make import GOLDEN, HERE
 
 pytestmark = pytest.mark.promotes
@@ -117,7 +118,8 @@ def test_what_was_made_of_another_posterior_is_refused(corrected, tmp_path):
         prior: sf.Prior
 
     base = corrected.posterior
-    within = dataclasses.replace(base, posterior=Sampled(base.prior))
+    values = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    within = unchecked(type(base), **{**values, "posterior": Sampled(base.prior)})
     deep = corrected
     for _ in range(MAX_LAYERS):
         deep = dataclasses.replace(corrected, posterior=deep)
