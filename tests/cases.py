@@ -1,4 +1,4 @@
-"""Constructors that drive the generic tests: one entry more is tested by all of them."""
+"""Priors, bijectors and densities on which the generic tests run, by name."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ from sbi_flows.networks import Conditioned, Conditioner
 
 
 def perturbed(key: Array, tree: Any, scale: float = 0.3) -> Any:
-    """The tree with normal noise on every array, so that nothing is at its initial value."""
+    """Add normal noise to every array of a tree, so that no array keeps its initial value."""
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves) + 1)
     noisy = [
@@ -40,14 +40,14 @@ def perturbed(key: Array, tree: Any, scale: float = 0.3) -> Any:
 
 
 def unchecked(kind: type, *args: Any, **settings: Any) -> Any:
-    """An instance made past the check of types, which in tests alone comes before our own."""
-    made = object.__new__(kind)
-    inspect.unwrap(kind.__init__)(made, *args, **settings)
-    return made
+    """Construct an object without the type checks of the tests, which come before our own."""
+    instance = object.__new__(kind)
+    inspect.unwrap(kind.__init__)(instance, *args, **settings)
+    return instance
 
 
 def hierarchy() -> None:
-    """A numpyro model whose second site is spread around the first."""
+    """Sample from a numpyro model whose second site depends on the first."""
     level = numpyro.sample("level", dist.Normal(1.0, 2.0))
     with numpyro.plate("group", 2):
         numpyro.sample("effect", dist.Normal(level, 0.5))
@@ -92,7 +92,7 @@ PRIORS: dict[str, Callable[[], Any]] = {
 }
 
 FREE: dict[str, tuple[int, ...]] = {"simplex": (0, 1), "Cholesky factor": (3, 6, 7)}
-"""Entries that vary freely, where a support has fewer degrees of freedom than entries."""
+"""Indices of free entries, for supports with fewer degrees of freedom than entries."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +100,11 @@ class BijectorCase:
     """A bijector as a function of its arrays.
 
     Attributes:
-        params: `(key, dim) -> arrays`, the arrays away from their initial values.
-        build: `(arrays, dim) -> bijector` over vectors of length `dim`.
-        dims: Lengths that it works for.
+        params: Function `(key, dim) -> arrays`; no array has its initial value.
+        build: Function `(arrays, dim) -> bijector` over vectors of length `dim`.
+        dims: Lengths of vectors to test.
         width: The forward map is tested on (-width, width).
-        free: Entries of the output that vary freely; None for all.
+        free: Indices of the free entries of the output; None for all.
     """
 
     params: Callable[[Array, int], Any]
@@ -122,7 +122,7 @@ def _spline(params: Array) -> distrax.Bijector:
 
 
 class EachEntry(distrax.Bijector):
-    """A spline over vectors, its parameters (P, D) shared by all rows of a batch."""
+    """Spline over vectors; all rows of a batch share its parameters (P, D)."""
 
     def __init__(self, params: Array) -> None:
         super().__init__(event_ndims_in=1)
@@ -157,7 +157,7 @@ def _linear_layer(arrays: tuple[Array, Array]) -> list[distrax.Bijector]:
 
 
 def autoregressive(transformer: Callable, count: int) -> BijectorCase:
-    """A masked autoregressive layer with its conditioner at one context."""
+    """Return the case of a masked autoregressive layer, given one context."""
 
     def params(key: Array, dim: int) -> Any:
         rest = _network(key, dim - 1, dim - 1, count, masked=True) if dim > 1 else None
@@ -174,7 +174,7 @@ def autoregressive(transformer: Callable, count: int) -> BijectorCase:
 
 
 def coupling(transformer: Callable, count: int) -> BijectorCase:
-    """A coupling layer with its conditioner at one context."""
+    """Return the case of a coupling layer, given one context."""
 
     def params(key: Array, dim: int) -> Any:
         return perturbed(key, _network(key, dim // 2, dim - dim // 2, count, masked=False))
@@ -191,7 +191,7 @@ def coupling(transformer: Callable, count: int) -> BijectorCase:
 
 
 def _truncated_params(key: Array, dim: int) -> Any:
-    # nearly affine and nearly the uniform prior; means inside the box and beyond its faces
+    # small scales (nearly affine) to large ones (nearly uniform); means inside and outside the box
     mean, log_scale = jnp.linspace(0.5, -4.0, dim), jnp.linspace(-4.0, 4.0, dim)
     return perturbed(key, (mean, jnp.zeros((dim, dim)), log_scale))
 
@@ -201,7 +201,7 @@ def _truncated(params: Any, dim: int) -> distrax.Bijector:
 
 
 class Support(distrax.Bijector):
-    """The map of a prior from standard coordinates (*, d) to its support (*, D), as a bijector."""
+    """Map of a prior from standard coordinates (*, d) to its support (*, D), as a bijector."""
 
     def __init__(self, prior: sf.Prior) -> None:
         super().__init__(event_ndims_in=1)
@@ -217,7 +217,7 @@ class Support(distrax.Bijector):
 
 
 def support(name: str) -> BijectorCase:
-    """The map from standard coordinates to one prior's support."""
+    """Return the case of the map from standard coordinates to the support of one of PRIORS."""
     return BijectorCase(
         lambda key, dim: (),
         lambda params, dim: Support(prior(name)),
@@ -228,7 +228,7 @@ def support(name: str) -> BijectorCase:
 
 
 def prior(name: str) -> sf.Prior:
-    """One of PRIORS in the precision that is on; made once, since a trace must not make it."""
+    """Return one of PRIORS in the current precision; it is built once, outside of any trace."""
     return _prior(name, jax.config.jax_enable_x64)
 
 
@@ -240,7 +240,7 @@ def _prior(name: str, x64: bool) -> sf.Prior:
 
 @functools.cache
 def standard_dim(name: str) -> int:
-    """Number of standard coordinates of one of PRIORS."""
+    """Return the number of standard coordinates of one of PRIORS."""
     with jax.numpy_rank_promotion("allow"):
         return prior(name).standard_dim
 

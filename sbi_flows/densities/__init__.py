@@ -1,5 +1,7 @@
-"""Conditional densities of parameters: flows, mixtures and continuous flows, and their settings.
+"""Conditional densities p(z | context): flows, mixtures and continuous flows.
 
+Each density is described by frozen settings, such as `NSF()`, whose method `build` makes a flax
+module. `conditional.py` combines it with an embedding of the observation and a linear start.
 Files outside this room import from its files; users reach these names as `sf.densities.X`.
 """
 

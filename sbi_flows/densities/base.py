@@ -1,4 +1,8 @@
-"""What every conditional density is: a flax module that maps a context to a distribution."""
+"""Base classes of conditional densities: a flax module that maps a context to a distribution.
+
+Public names: `Density`, `DensitySettings`, `TransformedDistribution`, `VectorDistribution`,
+`StandardNormal`, `sample_per_context`, `check_density`.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +22,11 @@ from sbi_flows.core.typing import Key
 
 
 class Density(nnx.Module):
-    """Abstract p(z | context) over R^d.
+    """Abstract conditional density p(z | context) over R^d.
 
     Attributes:
-        likelihood: Whether the loss is the negative log density, in nats.
-        solved: Whether draws and densities solve an ODE; where that fails they are NaN.
+        has_likelihood_loss: Whether the training loss is the negative log density, in nats.
+        needs_ode: Whether draws and densities solve an ODE. They are NaN where the solve fails.
     """
 
     has_likelihood_loss: ClassVar[bool] = True
@@ -30,21 +34,34 @@ class Density(nnx.Module):
 
     @abc.abstractmethod
     def __call__(self, context: Array, *, key: Key | None = None) -> distrax.Distribution:
-        """The distribution given contexts (*, C); a key turns dropout on."""
+        """Return the distribution over R^d.
+
+        Args:
+            context: Contexts (*, C).
+            key: Random key of dropout; without one nothing is dropped.
+        """
 
     def loss(self, key: Key | None, z: Array, context: Array) -> Array:
-        """Training loss of each row: z (B, d), context (B, C) to (B,).
+        """Compute the training loss of each row.
 
-        Without a key, in validation, it is the same each time.
+        Args:
+            key: Random key of a training step; None in validation, where the loss is
+                deterministic.
+            z: Points (B, d).
+            context: Contexts (B, C).
+
+        Returns:
+            Losses (B,).
         """
         return -self(context, key=key).log_prob(z)
 
 
 class TransformedDistribution(distrax.Transformed):
-    """Draws of a distribution, mapped by a bijector that takes any leading axes.
+    """Distribution of bijector(u), where u follows a base distribution.
 
-    `distrax.Transformed` maps `n` draws by `vmap`, which puts their axis before those over which a
-    bijector sums: several times slower on a CPU.
+    The bijector has to accept any leading axes. `distrax.Transformed` would map n draws by `vmap`,
+    which puts their axis before the axes that the bijector sums over: several times slower on a
+    CPU.
     """
 
     def _sample_n(self, key: Key, n: int) -> Array:
@@ -61,35 +78,35 @@ class VectorDistribution(distrax.Distribution):
 
     Args:
         shape: Batch shape and dimension (*batch, d).
-        dtype: Of the draws.
+        dtype: Dtype of the draws.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
-        """Hold both."""
+        """Store the shape and the dtype."""
         super().__init__()
         self._shape, self._dtype = shape, dtype
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """(d,)."""
+        """Shape of one draw, (d,)."""
         return self._shape[-1:]
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        """(*batch)."""
+        """Shape of the batch of distributions."""
         return self._shape[:-1]
 
     @property
     def dtype(self) -> Any:
-        """Of the draws; what distrax has would trace a draw for it."""
+        """Dtype of the draws; the property of distrax would trace a draw to find it."""
         return self._dtype
 
 
 class StandardNormal(VectorDistribution):
-    """Independent standard normal entries."""
+    """Vectors of independent standard normal entries."""
 
     def log_prob(self, value: Array) -> Array:
-        """Log density (*) at points (*, d)."""
+        """Return the log density (*) at points (*, d)."""
         return -0.5 * jnp.sum(value**2 + math.log(2 * math.pi), axis=-1)
 
     def _sample_n(self, key: Key, n: int) -> Array:
@@ -99,61 +116,68 @@ class StandardNormal(VectorDistribution):
 def sample_per_context(
     conditional: Callable[[Array], distrax.DistributionLike], contexts: Array, keys: Key, n: int
 ) -> Array:
-    """Draw n times for each of B contexts, with a key each: shape (n, B, d).
+    """Draw n times for each of B contexts, with one key per context.
 
-    What is drawn for one does not depend on the others.
+    The draws for one context do not depend on the other contexts.
 
     Args:
-        conditional: Makes the distribution given contexts (B, C).
+        conditional: Function from contexts (B, C) to a distribution of batch shape (B,).
         contexts: Shape (B, C).
         keys: Shape (B,).
-        n: Number of draws.
-    """
-    found = _from_noise(conditional(contexts))
-    if found is None:
+        n: Number of draws for each context.
 
-        def one(key: Key, context: Array) -> Array:
+    Returns:
+        Draws (n, B, d).
+    """
+    noise_and_map = _noise_and_map(conditional(contexts))
+    if noise_and_map is None:
+
+        def draw(key: Key, context: Array) -> Array:
             return conditional(context[None]).sample(seed=key, sample_shape=n)[:, 0]
 
-        return jax.vmap(one, out_axes=1)(keys, contexts)
-    # all contexts at once: by `vmap`, their axis would come before those that bijectors sum over
-    base, push = found
-    own = StandardNormal(base.event_shape, base.dtype)
-    return push(jax.vmap(lambda key: own.sample(seed=key, sample_shape=n), out_axes=1)(keys))
+        return jax.vmap(draw, out_axes=1)(keys, contexts)
+    # All contexts at once: `vmap` would put their axis before those that bijectors sum over.
+    noise, transform = noise_and_map
+    noise = StandardNormal(noise.event_shape, noise.dtype)
+    return transform(jax.vmap(lambda key: noise.sample(seed=key, sample_shape=n), out_axes=1)(keys))
 
 
-def _from_noise(
+def _noise_and_map(
     distribution: distrax.DistributionLike,
 ) -> tuple[StandardNormal, Callable[[Array], Array]] | None:
-    """The noise that a distribution is made of, and the map from there, if it is made so."""
+    """Return standard normal noise and the map from it to draws; None if draws are not made so."""
     if isinstance(distribution, StandardNormal):
         return distribution, lambda noise: noise
     if not isinstance(distribution, TransformedDistribution):
         return None
-    found = _from_noise(distribution.distribution)
-    if found is None:
+    noise_and_map = _noise_and_map(distribution.distribution)
+    if noise_and_map is None:
         return None
-    base, inner = found
-    return base, lambda noise: distribution.bijector.forward(inner(noise))
+    noise, inner = noise_and_map
+    return noise, lambda values: distribution.bijector.forward(inner(values))
 
 
 def check_density(name: str, density: Any) -> None:
-    """Refuse what describes no density.
+    """Raise ValueError unless the value is the settings of a density.
+
+    Args:
+        name: Name of the argument, for the message.
+        density: Value to check.
 
     Raises:
-        ValueError: It has no `build`, or is a class where an object was meant.
+        ValueError: The value has no `build`, or it is a class and not an object.
     """
     require_object(name, density, DensitySettings, "a density such as sf.NSF()")
 
 
 @runtime_checkable
 class DensitySettings(Protocol):
-    """A frozen, hashable description that builds a `Density` once the sizes are known.
+    """Frozen, hashable settings from which a `Density` is built once the sizes are known.
 
-    A class variable `fit_defaults` may hold fields of `sf.Training`, by name, that a fit has where
-    the user gives no settings.
+    A class variable `fit_defaults` may hold values for fields of `sf.Training`, by name. A fit uses
+    them if the user gives no training settings.
     """
 
     def build(self, key: Key, dim: int, context_dim: int) -> Density:
-        """Make the module for z in R^dim and contexts in R^context_dim."""
+        """Build the module for z in R^dim and contexts in R^context_dim."""
         ...

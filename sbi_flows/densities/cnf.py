@@ -1,4 +1,4 @@
-"""Continuous normalising flow, trained by its likelihood.
+"""Continuous normalising flow, trained by maximum likelihood.
 
 Public names: `CNF`.
 
@@ -36,19 +36,20 @@ from sbi_flows.networks.velocity import Film, VelocitySettings
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CNF:
-    """Velocity whose solutions carry noise to the posterior, learned by maximum likelihood.
+    """Continuous normalising flow: an ODE carries noise to the posterior.
 
-    Each step of the training solves the ODE and differentiates the solve: the slowest of the
-    continuous flows, and the one whose loss is the held-out log density itself.
+    Every training step solves the ODE and differentiates the solve. Training is therefore slower
+    than that of `FlowMatching` and `Diffusion`, but its loss is the log density itself.
 
     Attributes:
-        network: The velocity network.
-        solver: How the ODE is solved, for draws, densities and in validation.
-        training: How it is solved in training, by default less closely, and with `adjoint`
-            differentiated; what is validated is solved by `solver`. Of steps that do not adapt,
-            training finds a velocity that only they integrate to one.
-        kinetic: Weight of the squared speed along a solution, which straightens it.
-        jacobian: Weight of the squared Frobenius norm of the velocity's Jacobian along it.
+        network: Settings of the velocity network.
+        solver: Settings of the ODE solver for draws, densities and validation.
+        training: Settings of the ODE solver in training steps; by default less accurate than
+            `solver`. Its `adjoint` differentiates the solve. It should adapt its steps: with a few
+            equal steps, training can find a velocity whose density is normalised only for exactly
+            these steps.
+        kinetic: Weight of the squared speed along a solution, which makes solutions straighter.
+        jacobian: Weight of the squared Frobenius norm of the velocity's Jacobian along a solution.
 
     References:
         FFJORD, arXiv:1810.01367; How to Train Your Neural ODE, arXiv:2002.02798.
@@ -67,11 +68,11 @@ class CNF:
     )
     kinetic: float = 0.02
     jacobian: float = 0.02
-    # a field that changes fast needs many steps of its ODE
+    # at a higher rate the velocity becomes steep, and its ODE needs many steps
     fit_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({"learning_rate": 1e-3})
 
     def __post_init__(self) -> None:
-        """Refuse parts that are none."""
+        """Raise ValueError if a setting is out of range or of another type."""
         check_networks(network=self.network, solver=self.solver, training=self.training)
         for name in ("kinetic", "jacobian"):
             value = getattr(self, name)
@@ -79,44 +80,46 @@ class CNF:
                 raise ValueError(f"{name}: expected zero or a positive number, got {value}")
 
     def build(self, key: Key, dim: int, context_dim: int) -> Density:
-        """Make the flow for z in R^dim; it starts at the identity."""
+        """Build the flow for z in R^dim; its velocity is zero initially."""
         return _CNF(self, key, dim, context_dim)
 
 
+_ENDS = 0.0, math.pi / 2
+"""Angle of the noise and angle of the data."""
+
+
 class _CNF(Continuous):
+    """Continuous normalising flow; see `CNF`."""
+
     def __init__(self, settings: CNF, key: Key, dim: int, context_dim: int) -> None:
         super().__init__(settings.network, settings.solver, key, dim, context_dim)
         self.settings = settings
 
     def __call__(self, context: Array, *, key: Key | None = None) -> distrax.Distribution:
-        """The flow given contexts (*, C), a distribution over R^dim."""
+        """Return the flow for contexts (*, C); see `Density.__call__`."""
         return self.flow(context, key, _ENDS)
 
     def loss(self, key: Key | None, z: Array, context: Array) -> Array:
-        """Negative log density of each row (B,), in nats; in training with the regularisers."""
+        """Compute the negative log density (B,) in nats; with a key, plus the regularisers."""
         if key is None:
             return -self(context).log_prob(z)
         settings = self.settings
-        given_key, network_key, probe_key = split_keys(key, 3)
-        graph, arrays = self.velocity(context, given_key)
+        context_key, network_key, probe_key = split_keys(key, 3)
+        graph, arrays = self.velocity(context, context_key)
         probes = settings.training.probes_of(probe_key, self.dim, z.dtype)
 
         def field(angle: Array, state: tuple[Array, Array, Array], arrays: Any) -> tuple:
-            network, given = nnx.merge(graph, arrays[0]), arrays[1]
-            # one mask of the dropout a solve: the field is the same at all times
-            found = field_derivatives(
-                lambda z: network(z, angle, given, key=network_key), state[0], probes
+            network, encoded = nnx.merge(graph, arrays[0]), arrays[1]
+            # one dropout mask for a whole solve, so that the field is continuous in time
+            velocity, divergence, squared_norm = field_derivatives(
+                lambda z: network(z, angle, encoded, key=network_key), state[0], probes
             )
-            speed = jnp.sum(found.value**2, axis=-1)
-            cost = settings.kinetic * speed + settings.jacobian * found.squares
-            return found.value, found.divergence, cost
+            speed = jnp.sum(velocity**2, axis=-1)
+            return velocity, divergence, settings.kinetic * speed + settings.jacobian * squared_norm
 
         zeros = jnp.zeros(z.shape[:-1], z.dtype)
         start = z, zeros, zeros
-        noise, change, cost = settings.training(field, start, arrays, reversed_ends(_ENDS))
+        noise, log_det, cost = settings.training(field, start, arrays, reversed_ends(_ENDS))
         base = StandardNormal(z.shape, z.dtype)
-        # the solve runs backward: what it adds up along the way is negative
-        return -base.log_prob(noise) - change - cost
-
-
-_ENDS = 0.0, math.pi / 2
+        # the solve runs backward in time, so that the integrated cost is negative
+        return -base.log_prob(noise) - log_det - cost

@@ -1,4 +1,9 @@
-"""p(theta in standard coordinates | x): embedding, linear start and density as one module."""
+"""The whole model p(theta in standard coordinates | x): embedding, linear start and density.
+
+Public names: `Conditional`, `Blueprint`, `Sizes`, `Weights`, `Embedding`, `check_embedding`,
+`graph_of`, `has_likelihood_loss`, `needs_ode`, `initial_weights`, `ravel_weights`,
+`unravel_weights`.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +29,20 @@ from sbi_flows.networks.mlp import fast_key, split_key
 from sbi_flows.observations.standardise import Shapes, unflatten_rows
 
 Embedding = nnx.Module | Callable[[nnx.Rngs], nnx.Module]
-"""A flax module, or a function `rngs -> module`, that maps observations (B, *event) to (B, F)."""
+"""A flax module from observations (B, *event) to (B, F), or a function `rngs -> module`."""
 
 
 class Conditional(nnx.Module):
-    """The whole trained model; `features` are standardised and flat, shape (B, C)."""
+    """Model of one ensemble member: p(standard coordinates | features).
+
+    Features are standardised observations, flattened to shape (B, C).
+
+    Args:
+        start: Linear start, which is not trained; None for none.
+        density: Conditional density of the noise that the start leaves.
+        embedding: Network from observations to contexts; None to condition on the features.
+        sizes: Sizes of the data.
+    """
 
     def __init__(
         self,
@@ -37,40 +51,62 @@ class Conditional(nnx.Module):
         embedding: nnx.Module | None,
         sizes: Sizes,
     ) -> None:
-        """Store the parts; the linear start, if there is one, is not a trainable parameter."""
+        """Store the parts."""
         self.start = nnx.data(None if start is None else nnx.Variable(start))
         self.density = density
         self.embedding = nnx.data(embedding)
         self.sizes = sizes
 
     def __call__(self, features: Array) -> distrax.Distribution:
-        """Distribution over standard coordinates given features (B, C)."""
+        """Return the distribution over standard coordinates given features (B, C)."""
         density = self.density(self.context(features))
         return TransformedDistribution(density, self.start_bijector(features))
 
     def whiten(self, y: Array, features: Array) -> tuple[Array, Array]:
-        """Standard coordinates (B, d) to the noise (B, d) that the density models, and log det.
+        """Map standard coordinates to the noise that the density models.
 
-        The start is no trainable parameter, so a fit does this once and not every step.
+        Training does not change the linear start, so a fit calls this once for all steps.
+
+        Args:
+            y: Standard coordinates (B, d).
+            features: Shape (B, C).
+
+        Returns:
+            Noise (B, d) and log determinants (B,).
         """
         return self.start_bijector(features).inverse_and_log_det(y)
 
     def loss(self, key: Key | None, noise: Array, features: Array) -> Array:
-        """Training loss of each row: noise (B, d), features (B, C) to (B,)."""
-        first, second = split_key(key, 2)
-        return self.density.loss(second, noise, self.context(features, first))
+        """Compute the training loss (B,) of noise (B, d) given features (B, C).
+
+        A key turns dropout on; see `Density.loss`.
+        """
+        embedding_key, density_key = split_key(key, 2)
+        return self.density.loss(density_key, noise, self.context(features, embedding_key))
 
     def negative_log_prob(self, noise: Array, features: Array) -> tuple[Array, SolverStats]:
-        """Negative log density (B,) by solving an ODE, in nats, and the work of each solve."""
+        """Compute the negative log density of an ODE density, and the work of each solve.
+
+        Args:
+            noise: Shape (B, d).
+            features: Shape (B, C).
+
+        Returns:
+            Negative log densities (B,) in nats, and solver statistics (B,).
+
+        Raises:
+            TypeError: The density does not solve an ODE.
+        """
         flow = self.density(self.context(features))
-        assert isinstance(flow, OdeFlow)
-        log_prob, effort = flow.log_prob_and_stats(noise)
-        return -log_prob, effort
+        if not isinstance(flow, OdeFlow):
+            raise TypeError(f"expected a density that needs an ODE, got {type(self.density)}")
+        log_prob, stats = flow.log_prob_and_stats(noise)
+        return -log_prob, stats
 
     def start_bijector(self, features: Array, *, at_mean: bool = False) -> distrax.Bijector:
-        """Return the bijector from noise to standard coordinates.
+        """Return the bijector from noise to standard coordinates of the linear start.
 
-        Without a linear start it is the identity for unbounded coordinates; a bounded one is a
+        Without a start it is the identity for unbounded coordinates; a bounded one is a
         standard normal truncated to the prior's box.
 
         Args:
@@ -82,11 +118,19 @@ class Conditional(nnx.Module):
             batch_shape = () if at_mean else features.shape[:-1]
             return standard_truncation(batch_shape, bounded, features.dtype)
         start = self.start.get_value()
-        line = features @ start.weight
-        return start.from_predictor(jnp.mean(line, axis=0) if at_mean else line, bounded)
+        predictor = features @ start.weight
+        return start.from_predictor(jnp.mean(predictor, axis=0) if at_mean else predictor, bounded)
 
     def context(self, features: Array, key: Key | None = None) -> Array:
-        """What the density is conditioned on, given features (B, C); a key turns dropout on."""
+        """Return what the density is conditioned on: embedded observations, or the features.
+
+        Args:
+            features: Shape (B, C).
+            key: Random key of the embedding's dropout; without one nothing is dropped.
+
+        Returns:
+            Contexts (B, F), or (B, C) without an embedding.
+        """
         if self.embedding is None:
             return features
         x = unflatten_rows(features, self.sizes.tree, self.sizes.shapes)
@@ -95,12 +139,12 @@ class Conditional(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Static facts about the data that shape a model.
+    """Sizes of the data that determine the shapes of a model's weights.
 
     Attributes:
         bounded: Which of the d standard coordinates are bounded.
-        tree: Structure of one observation.
-        shapes: Shape of each of its leaves.
+        tree: Pytree structure of one observation.
+        shapes: Shape of each array of the observation.
     """
 
     bounded: tuple[bool, ...]
@@ -109,26 +153,26 @@ class Sizes:
 
     @property
     def dim(self) -> int:
-        """d, the number of standard coordinates."""
+        """Number d of standard coordinates."""
         return len(self.bounded)
 
     @property
     def feature_count(self) -> int:
-        """C, the length of the flat feature vector."""
+        """Number C of features, the length of the flattened observation."""
         return sum(math.prod(shape) for shape in self.shapes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Blueprint:
-    """Everything static that a model is built from; hashable, so that programs can be reused.
+    """Static description of a model, hashable, so that compiled programs are reused.
 
     Attributes:
-        density: The density.
-        embedding: What the density is conditioned on instead of the features; None for these.
-        sizes: Those of the data, or of the part of it that the model is given.
+        density: Settings of the density.
+        embedding: Network from observations to contexts; None to condition on the features.
+        sizes: Sizes of the data; with `feature_indices`, of the selected features.
         feature_indices: Indices of the features that the model uses; None for all.
         linear_start: Whether the model has a `LinearStart`, which a fit sets before training.
-            Without one, `Conditional.start` is None, and a fit has no start to set.
+            Without one, `Conditional.start` is None.
     """
 
     density: DensitySettings
@@ -138,53 +182,55 @@ class Blueprint:
     linear_start: bool = True
 
     def select_features(self, features: Array) -> Array:
-        """Of all features (*, C), those that the model is given."""
-        return (
-            features
-            if self.feature_indices is None
-            else features[..., np.asarray(self.feature_indices)]
-        )
+        """Select the features that the model uses from all features (*, C)."""
+        if self.feature_indices is None:
+            return features
+        return features[..., np.asarray(self.feature_indices)]
 
     def build(self, key: Key) -> Conditional:
-        """Build the model with its initial weights; its start ignores the observation."""
-        first, second = jax.random.split(key)
-        d, features = self.sizes.dim, self.sizes.feature_count
-        embedding, context_dim = self._embedding(first), features
+        """Build the model with its initial weights; its start ignores the observation.
+
+        Raises:
+            ValueError: The output of the embedding is not of shape (B, F).
+        """
+        embedding_key, density_key = jax.random.split(key)
+        dim, features = self.sizes.dim, self.sizes.feature_count
+        embedding, context_dim = self._build_embedding(embedding_key), features
         if embedding is not None:
             x = unflatten_rows(jnp.zeros((2, features)), self.sizes.tree, self.sizes.shapes)
             out = nnx.eval_shape(lambda m: _embed(m, x, None), embedding)
             if out.ndim != 2 or out.shape[0] != 2:
                 raise ValueError(f"embedding: expected output (B, F), got {out.shape} for B = 2")
             context_dim = out.shape[1]
-        start = LinearStart.standard(features, d) if self.linear_start else None
-        density = self.density.build(second, d, context_dim)
+        start = LinearStart.standard(features, dim) if self.linear_start else None
+        density = self.density.build(density_key, dim, context_dim)
         return Conditional(start, density, embedding, self.sizes)
 
-    def _embedding(self, key: Key) -> nnx.Module | None:
+    def _build_embedding(self, key: Key) -> nnx.Module | None:
         if self.embedding is None:
             return None
         if isinstance(self.embedding, nnx.Module):
             return nnx.clone(self.embedding)
-        return _trainable(self.embedding(nnx.Rngs(key)))
+        return _as_trainable(self.embedding(nnx.Rngs(key)))
 
     def embedding_weights(self) -> Any:
-        """Weights, as they are now, of an embedding that is given as a module; None otherwise."""
+        """Return the current weights of an embedding that is a module; None for a function."""
         if not isinstance(self.embedding, nnx.Module):
             return None
         return nnx.as_pure(nnx.state(self.embedding, nnx.Param))
 
 
 def check_embedding(embedding: Any) -> None:
-    """Refuse what is no embedding, as far as that is known before any data.
+    """Raise ValueError if a value cannot be an embedding, as far as is known before any data.
 
     Raises:
-        ValueError: A module with state that is no parameter, or what cannot be called with one
-            `nnx.Rngs`.
+        ValueError: The value is a module with state other than parameters, or it is no module and
+            cannot be called with one `nnx.Rngs`.
     """
     if isinstance(embedding, nnx.Module):
-        _trainable(embedding)
+        _as_trainable(embedding)
         return
-    try:  # the metaclass of modules hides the signature of the class
+    try:  # the metaclass of flax modules hides the signature of the class
         if isinstance(embedding, type):
             inspect.signature(embedding.__init__).bind(None, None)
         else:
@@ -196,11 +242,10 @@ def check_embedding(embedding: Any) -> None:
         ) from None
 
 
-def _trainable(module: Any) -> nnx.Module:
-    """The module, if a fit can train all of its state.
+def _as_trainable(module: Any) -> nnx.Module:
+    """Return the module if all of its state is trainable parameters; otherwise raise ValueError.
 
-    Running statistics and random streams would change with every call, which a posterior that is
-    fitted must not.
+    Running statistics and random streams change with every call, and a fitted posterior must not.
     """
     if not isinstance(module, nnx.Module):
         raise ValueError(f"embedding: expected a flax nnx.Module, got {type(module).__name__}")
@@ -208,9 +253,9 @@ def _trainable(module: Any) -> nnx.Module:
     kinds = {type(v).__name__ for v in jax.tree.leaves(other, is_leaf=_is_variable)}
     if kinds:
         raise ValueError(
-            f"embedding: expected a module whose state is parameters (nnx.Param) alone, got "
-            f"{', '.join(sorted(kinds))}. Use LayerNorm in place of BatchNorm; for dropout, take a "
-            "`key` in __call__, as sf.ResidualMLP does, which is None outside training"
+            f"embedding: expected a module whose state is parameters (nnx.Param) only, got "
+            f"{', '.join(sorted(kinds))}. Use LayerNorm in place of BatchNorm; for dropout, accept "
+            "an argument `key` in __call__, as sf.ResidualMLP does; it is None outside training"
         )
     return module
 
@@ -220,7 +265,12 @@ def _is_variable(node: Any) -> bool:
 
 
 class Weights(NamedTuple):
-    """Arrays of all members of an ensemble, stacked on a leading axis M: trainable and other."""
+    """Arrays of all members of an ensemble, stacked on a leading axis M.
+
+    Attributes:
+        params: Trainable weights.
+        rest: Other arrays: the linear start.
+    """
 
     params: Any
     rest: Any
@@ -235,7 +285,7 @@ def _template(blueprint: Blueprint) -> _Template:
 
 
 class _Template(NamedTuple):
-    """The static half of a model, the shapes of its weights, and what `Density` says of itself."""
+    """Static part of a model, shapes of its weights, and class attributes of its density."""
 
     graph: nnx.GraphDef
     weights: Any
@@ -244,27 +294,34 @@ class _Template(NamedTuple):
 
 
 def graph_of(blueprint: Blueprint) -> nnx.GraphDef:
-    """The static half of a model, without computing any weights."""
+    """Return the static part of a model without computing any weights."""
     return _template(blueprint).graph
 
 
 def has_likelihood_loss(blueprint: Blueprint) -> bool:
-    """Whether the density is trained by its likelihood."""
+    """Return whether the training loss of the density is its negative log density."""
     return _template(blueprint).has_likelihood_loss
 
 
 def needs_ode(blueprint: Blueprint) -> bool:
-    """Whether the density solves an ODE, and is NaN where that fails."""
+    """Return whether the density solves an ODE; it is NaN where the solve fails."""
     return _template(blueprint).needs_ode
 
 
 def initial_weights(blueprint: Blueprint, key: Key, embedding_weights: Any) -> tuple[Any, Any]:
-    """Trainable weights and the other arrays of a new model.
+    """Compute the trainable weights and the other arrays of a new model.
 
-    The weights of an embedding that was given as a module come as an argument: the module itself is
-    a constant of compiled programs, which would not see that its weights have changed.
+    Args:
+        blueprint: Description of the model.
+        key: Random key.
+        embedding_weights: Weights of an embedding that is a module, as
+            `Blueprint.embedding_weights` returns them. They are an argument because the module is
+            a constant of compiled programs, which would not see that its weights have changed.
+
+    Returns:
+        Trainable weights, and the other arrays: the linear start, if there is one.
     """
-    # a third of the time to compile a fit went into threefry for some twenty arrays
+    # the default generator, threefry, took a third of the time to compile a fit
     key = fast_key(key)
     _, params, rest = nnx.split(blueprint.build(key), nnx.Param, ...)
     params = nnx.as_pure(params)
@@ -274,12 +331,12 @@ def initial_weights(blueprint: Blueprint, key: Key, embedding_weights: Any) -> t
 
 
 def ravel_weights(params: Any) -> Array:
-    """All trainable weights as one vector, which is what an optimiser is fast at."""
+    """Concatenate all trainable weights into one vector, for which optimisers are fastest."""
     return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(params)])
 
 
 def unravel_weights(blueprint: Blueprint, vector: Array | np.ndarray) -> Any:
-    """The trainable weights that `ravel_weights` made a vector of; any axes before it stay."""
+    """Invert `ravel_weights`: return the weights of vectors (*, P) with the leading axes (*)."""
     shapes, tree = jax.tree.flatten(_template(blueprint).weights)
     ends = np.cumsum([math.prod(s.shape) for s in shapes])[:-1]
     split = np.split if isinstance(vector, np.ndarray) else jnp.split
@@ -289,6 +346,7 @@ def unravel_weights(blueprint: Blueprint, vector: Array | np.ndarray) -> Any:
 
 
 def _embed(embedding: nnx.Module, x: Any, key: Key | None) -> Array:
-    """Call the embedding, with a key for its dropout where it takes one."""
+    """Call the embedding, with a dropout key if it accepts one."""
     parameters = inspect.signature(type(embedding).__call__).parameters
-    return embedding(x, key=key) if "key" in parameters else embedding(x)  # type: ignore[operator]
+    call: Any = embedding  # nnx.Module does not declare __call__
+    return call(x, key=key) if "key" in parameters else call(x)

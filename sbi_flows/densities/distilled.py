@@ -1,15 +1,15 @@
-"""A continuous flow with a second network that draws in a few evaluations.
+"""Continuous flow with a second network, the student, which draws in a few evaluations.
+
+One step of the student covers many steps of the teacher's sampler. At the angle `now` the student
+predicts a data point, as the teacher does. It is trained to predict the point for which one step
+ends where the teacher's path is at the angle `then`.
 
 Public names: `Distilled`, `add_student`.
-
-What the student learns is where the teacher's ODE leads: a step of it goes as far as many of the
-sampler's. Where it stands at the angle `now`, it aims at a data point, as the sampler does, but at
-the one whose straight step ends where the teacher's path is at the angle `then`.
 
 Sources: Luhman & Luhman 2021, "Knowledge Distillation in Iterative Generative Models for Improved
 Sampling Speed" (arXiv:2101.02388), for regression on the ends of a teacher's paths; Salimans & Ho
 2022, "Progressive Distillation for Fast Sampling of Diffusion Models" (arXiv:2202.00512), equation
-9, for the aim of a step.
+9, for the target of a step.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ from sbi_flows.core.typing import Key
 from sbi_flows.densities.base import Density
 from sbi_flows.densities.matching import Diffusion, FlowMatching, Matching
 from sbi_flows.densities.ode import Velocity
-from sbi_flows.densities.samplers import Heun, point, step_toward, target_of_step
+from sbi_flows.densities.samplers import Heun, data_point, step_toward, target_of_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distilled:
-    """What `sf.distil` makes of flow matching or diffusion; an estimator cannot be fitted to it.
+    """Flow matching or diffusion with a student network, as `sf.distil` returns it.
 
-    Draws take `steps` evaluations of the student's network. Densities are the teacher's.
+    Draws take `steps` evaluations of the student network. Log densities are the teacher's. The
+    student is trained by `sf.distil`; an estimator cannot fit this density.
 
     Attributes:
-        teacher: The density that was fitted.
-        steps: Evaluations a draw.
+        teacher: Settings of the density that was fitted.
+        steps: Number of evaluations of the student for each draw.
 
     References:
         Knowledge distillation, arXiv:2101.02388; progressive distillation, arXiv:2202.00512.
@@ -50,77 +51,97 @@ class Distilled:
     steps: int = 2
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be distilled."""
+        """Raise ValueError if a setting is out of range or of another type."""
         kinds = (FlowMatching, Diffusion)
         require_object("teacher", self.teacher, kinds, "sf.FlowMatching() or sf.Diffusion()")
         require_count(1, steps=self.steps)
 
     def build(self, key: Key, dim: int, context_dim: int) -> Density:
-        """Make the flow for z in R^dim; both networks are at the identity."""
+        """Build the flow for z in R^dim; the velocities of both networks are zero initially."""
         return _Distilled(self, key, dim, context_dim)
 
 
 class _Distilled(Matching):
+    """Teacher and student networks; see `Distilled`."""
+
     def __init__(self, settings: Distilled, key: Key, dim: int, context_dim: int) -> None:
         super().__init__(settings.teacher, key, dim, context_dim)
         self.student = settings.teacher.network.build(nnx.Rngs(key), dim, context_dim)
         self.steps = settings.steps
 
     def __call__(self, context: Array, *, key: Key | None = None) -> distrax.Distribution:
-        """The flow given contexts (*, C), a distribution over R^dim."""
+        """Return the flow for contexts (*, C); see `Density.__call__`."""
         graph, state = nnx.split(self.student)
         student = Velocity(graph, (state, self.student.encode_context(context, key=key)))
 
         def draw(_: Any, noise: Array, key: Key) -> Array:
             z, angles = noise, self._angles(noise.dtype)
             for now, then in itertools.pairwise(angles):
-                aim = point(z, student(z, now, student.arrays), now)
-                z = step_toward(z, aim, now, then)
+                target = data_point(z, student(z, now, student.arrays), now)
+                z = step_toward(z, target, now, then)
             return z
 
         return self.flow(context, key, self.path.ends, draw)
 
     def loss(self, key: Key | None, z: Array, context: Array) -> Array:
-        """Not defined: a student learns from its teacher's paths."""
+        """Raise ValueError: a student is trained on its teacher's paths, not on simulations."""
         raise ValueError(
-            "density: expected one that simulations train, got Distilled, which sf.distil makes of "
-            "a fitted posterior"
+            "density: expected one that can be trained on simulations, got Distilled, which "
+            "sf.distil makes from a fitted posterior"
         )
 
-    def paths(self, noise: Array, context: Array) -> Array:
-        """Where the teacher is after each step of the student, shape (steps + 1, B, d)."""
+    def teacher_paths(self, noise: Array, context: Array) -> Array:
+        """Return points on the teacher's paths before and after each step of the student.
+
+        Args:
+            noise: Shape (B, d).
+            context: Shape (B, C).
+
+        Returns:
+            Points (steps + 1, B, d), from noise to data.
+        """
         velocity = self.velocity(context, None)
         points = self._heun.path(
             self.path, lambda z, angle: velocity(z, angle, velocity.arrays), noise
         )
-        return points[:: self._between]
+        return points[:: self._stride]
 
-    def errors(self, paths: Array, context: Array) -> Array:
-        """Squared error of each of the student's aims, shape (steps, B)."""
-        given, found = self.student.encode_context(context), []
+    def student_errors(self, paths: Array, context: Array) -> Array:
+        """Compute the squared errors (steps, B) of the data points that the student predicts.
+
+        Args:
+            paths: Points (steps + 1, B, d), as `teacher_paths` returns them.
+            context: Shape (B, C).
+        """
+        encoded, errors = self.student.encode_context(context), []
         angles = self._angles(paths.dtype)
         for now, then, z, after in zip(angles[:-1], angles[1:], paths[:-1], paths[1:], strict=True):
-            aim = point(z, self.student(z, now, given), now)
-            found.append(jnp.sum((aim - target_of_step(z, after, now, then)) ** 2, axis=-1))
-        return jnp.stack(found)
+            error = data_point(z, self.student(z, now, encoded), now)
+            error -= target_of_step(z, after, now, then)
+            errors.append(jnp.sum(error**2, axis=-1))
+        return jnp.stack(errors)
 
     @property
-    def _between(self) -> int:
-        """Steps of the teacher in one of the student."""
+    def _stride(self) -> int:
+        """Number of steps of the teacher for each step of the student."""
         sampler = self.sampler if isinstance(self.sampler, Heun) else Heun()
         return -(-sampler.steps // self.steps)
 
     @property
     def _heun(self) -> Heun:
-        return Heun(steps=self._between * self.steps)
+        return Heun(steps=self._stride * self.steps)
 
     def _angles(self, dtype: Any) -> Array:
-        return self.path.steps(self._heun.steps).astype(dtype)[:: self._between]
+        return self.path.steps(self._heun.steps).astype(dtype)[:: self._stride]
 
 
 def add_student(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrays of a distilled density, from those of its teacher, at which the student starts."""
+    """Add the arrays of a student to those of its teacher; the student starts as a copy.
+
+    Args:
+        arrays: Trainable weights of a model, or its other arrays.
+    """
     density = arrays.get("density", {})
-    if "network" not in density:  # a network without arrays of this kind
+    if "network" not in density:  # the network has no arrays of this kind
         return dict(arrays)
     return {**arrays, "density": {**density, "student": density["network"]}}

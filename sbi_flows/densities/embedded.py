@@ -21,7 +21,7 @@ BATCH_ROWS = 256
 
 
 def spaces_of(blueprint: Blueprint, weights: Weights, features: Any) -> tuple[np.ndarray, ...]:
-    """Return features (B, C) and, with an embedding, the output (B, F) of the first member's."""
+    """Return features (B, C) and, with an embedding, the output (B, F) of the first member of the ensemble."""
     rows = np.asarray(features)
     if blueprint.embedding is None:
         return (rows,)

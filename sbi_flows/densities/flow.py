@@ -2,6 +2,8 @@
 
 Sources: Durkan et al. 2019, "Neural Spline Flows" (arXiv:1906.04032); Papamakarios et al. 2017,
 "Masked Autoregressive Flow for Density Estimation" (arXiv:1705.07057).
+
+Public names: `NSF`, `MAF`, `Flow`, `FlowLayer`, `LayerContext`.
 """
 
 from __future__ import annotations
@@ -36,13 +38,14 @@ class NSF:
         transforms: Number of spline layers.
         bins: Number of bins of each spline.
         hidden: Widths of the conditioner's hidden layers.
-        coupling: Coupling layers in place of masked autoregressive ones: draws cost one pass
-            whatever D, at some loss of accuracy.
-        bound: The splines act on (-bound, bound) in whitened units and are the identity outside.
-        context_width: Width of the residual network that the context passes before the layers
-            share it; zero leaves the context as it is.
-        context_blocks: Number of its residual blocks.
-        dropout: Fraction of hidden units dropped in training.
+        coupling: Whether layers are coupling layers and not masked autoregressive ones. A draw then
+            costs one pass through the network in any dimension, but accuracy is lower.
+        bound: The splines act on (-bound, bound), in units of the noise, and are the identity
+            outside.
+        context_width: Width of a residual network that encodes the context for all layers; zero for
+            no such network.
+        context_blocks: Number of residual blocks of that network.
+        dropout: Fraction of hidden units that are dropped in training.
 
     References:
         Neural Spline Flows, arXiv:1906.04032.
@@ -64,13 +67,13 @@ class NSF:
     dropout: float = 0.15
 
     def __post_init__(self) -> None:
-        """Refuse settings that make no flow."""
+        """Raise ValueError if a setting is out of range."""
         _check(self)
         require_count(2, bins=self.bins)
         require_positive(bound=self.bound)
 
     def build(self, key: Key, dim: int, context_dim: int) -> Density:
-        """Make the flow for z in R^dim; it starts at the identity."""
+        """Build the flow for z in R^dim; it is the identity initially."""
         spline = _Spline(self.bins, self.bound)
         return _build(self, spline, key, dim, context_dim)
 
@@ -82,11 +85,11 @@ class MAF:
     Attributes:
         transforms: Number of affine layers.
         hidden: Widths of the conditioner's hidden layers.
-        coupling: Coupling layers in place of masked autoregressive ones.
-        context_width: Width of the residual network that the context passes before the layers
-            share it; zero leaves the context as it is.
-        context_blocks: Number of its residual blocks.
-        dropout: Fraction of hidden units dropped in training.
+        coupling: Whether layers are coupling layers and not masked autoregressive ones.
+        context_width: Width of a residual network that encodes the context for all layers; zero for
+            no such network.
+        context_blocks: Number of residual blocks of that network.
+        dropout: Fraction of hidden units that are dropped in training.
 
     References:
         Masked Autoregressive Flow for Density Estimation, arXiv:1705.07057.
@@ -100,16 +103,18 @@ class MAF:
     dropout: float = 0.15
 
     def __post_init__(self) -> None:
-        """Refuse settings that make no flow."""
+        """Raise ValueError if a setting is out of range."""
         _check(self)
 
     def build(self, key: Key, dim: int, context_dim: int) -> Density:
-        """Make the flow for z in R^dim; it starts at the identity."""
+        """Build the flow for z in R^dim; it is the identity initially."""
         return _build(self, _Affine(), key, dim, context_dim)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Spline:
+    """Elementwise transformer of an NSF, from parameters (P, D, *)."""
+
     bins: int
     bound: float
 
@@ -123,15 +128,24 @@ class _Spline:
 
 @dataclasses.dataclass(frozen=True)
 class _Affine:
+    """Elementwise transformer of a MAF, from parameters (P, D, *)."""
+
     params = 2
 
     def __call__(self, params: Array) -> distrax.Bijector:
-        # bounded log scales: an unbounded one overflows on the first outlier
+        # log scales are bounded: an unbounded one overflows at the first outlier
         return distrax.ScalarAffine(params[0], log_scale=3.0 * jnp.tanh(params[1] / 3.0))
 
 
 class Flow(Density):
-    """A chain of coupling or autoregressive layers, each before a linear map."""
+    """Normalising flow of coupling or autoregressive layers with linear maps between them.
+
+    Args:
+        make_layer: Function from a key to a layer.
+        keys: One key for each layer.
+        encoder: Network that encodes the context for all layers; None for none.
+        dim: Number of entries.
+    """
 
     def __init__(
         self,
@@ -140,7 +154,7 @@ class Flow(Density):
         encoder: ResidualMLP | None,
         dim: int,
     ) -> None:
-        """Make one layer a key, their arrays stacked, and hold the context's own network."""
+        """Build the layers and stack their arrays."""
         template = nnx.eval_shape(lambda: make_layer(keys[0]))
         stacked = jax.vmap(lambda key: nnx.as_pure(nnx.state(make_layer(key))))(keys)
         self.layers = nnx.merge(nnx.graphdef(template), stacked)
@@ -148,31 +162,33 @@ class Flow(Density):
         self.encoder = nnx.data(encoder)
 
     def __call__(self, context: Array, *, key: Key | None = None) -> distrax.Distribution:
-        """The flow given contexts (*, C), a distribution over R^dim."""
-        first, second = split_key(key, 2)
+        """Return the flow for contexts (*, C); see `Density.__call__`."""
+        encoder_key, layers_key = split_key(key, 2)
         if self.encoder is not None:
-            context = jnp.concatenate([context, self.encoder(context, key=first)], axis=-1)
+            encoded = self.encoder(context, key=encoder_key)
+            context = jnp.concatenate([context, encoded], axis=-1)
         base = StandardNormal((*context.shape[:-1], self.dim), context.dtype)
         graph, arrays = nnx.split(self.layers)
-        keys = None if second is None else split_keys(second, self.depth)
-        # what the context alone gives is one product for all layers, and so on
-        given = jax.vmap(lambda own: nnx.merge(graph, own).given(context))(arrays)
+        keys = None if layers_key is None else split_keys(layers_key, self.depth)
+        # one matrix product encodes the context for all layers
+        encode = jax.vmap(lambda weights: nnx.merge(graph, weights).encode_context(context))
+        contexts = encode(arrays)
 
-        def layer(inputs: tuple[Any, Given, Key | None]) -> list[distrax.Bijector]:
-            own, given, key = inputs
-            return nnx.merge(graph, own).bijectors(given, key)
+        def make_layer(inputs: tuple[Any, LayerContext, Key | None]) -> list[distrax.Bijector]:
+            weights, layer_context, key = inputs
+            return nnx.merge(graph, weights).bijectors(layer_context, key)
 
-        layers = Repeated(layer, (arrays, given, keys), written_out=key is not None)
+        layers = Repeated(make_layer, (arrays, contexts, keys), unroll=key is not None)
         return TransformedDistribution(base, layers)
 
 
-class Given(NamedTuple):
-    """What is made for all layers at once.
+class LayerContext(NamedTuple):
+    """Encoded contexts of one layer, and its linear map.
 
     Attributes:
         first: Parameters of entry 0, shape (P, 1, *); None in a coupling layer.
-        rest: What `Conditioner.encode_context` returns; None in one dimension.
-        linear: The factors of the linear map, which no context changes.
+        rest: Contexts as `Conditioner.encode_context` returns them; None in one dimension.
+        linear: Factors of the linear map, which does not depend on the context.
     """
 
     first: Array | None
@@ -181,7 +197,15 @@ class Given(NamedTuple):
 
 
 class FlowLayer(nnx.Module):
-    """One elementwise transformer with its conditioner, and the linear map behind it."""
+    """Layer of a flow: an elementwise transformer with its conditioner, and a linear map.
+
+    Args:
+        settings: Settings of the flow.
+        transformer: Makes the elementwise bijector from its parameters.
+        dim: Number of entries.
+        context_dim: Length of the context.
+        rngs: Keys for the initial weights.
+    """
 
     def __init__(
         self,
@@ -191,13 +215,13 @@ class FlowLayer(nnx.Module):
         context_dim: int,
         rngs: nnx.Rngs,
     ) -> None:
-        """Start the linear map at the reversal of the entries."""
+        """Create the networks; the linear map initially reverses the order of the entries."""
         self.transformer, self.dim = transformer, dim
         coupling = settings.coupling and dim > 1
         self.split = dim // 2 if coupling else 1
         self.first = nnx.data(None)
         if not coupling:
-            # the context's own network is non-linear already; zeros start at the identity
+            # linear, as the encoder of the context is non-linear; zeros give the identity
             self.first = nnx.Linear(
                 context_dim,
                 transformer.params,
@@ -220,25 +244,28 @@ class FlowLayer(nnx.Module):
         self.upper = nnx.Param(jnp.zeros((dim, dim)))
         self.log_diagonal = nnx.Param(jnp.zeros(dim))
 
-    def given(self, context: Array) -> Given:
-        """What contexts (*, C) add to the layer, and its linear map."""
+    def encode_context(self, context: Array) -> LayerContext:
+        """Compute all that depends on contexts (*, C) alone, and assemble the linear map."""
         first = None if self.first is None else jnp.moveaxis(self.first(context), -1, 0)[:, None]
         rest = None if self.rest is None else self.rest.encode_context(context)
-        return Given(first, rest, lu(self.lower[...], self.upper[...], self.log_diagonal[...]))
+        factors = lu(self.lower[...], self.upper[...], self.log_diagonal[...])
+        return LayerContext(first, rest, factors)
 
-    def bijectors(self, given: Given, key: Key | None) -> list[distrax.Bijector]:
-        """Noise-to-data bijectors, the data side first."""
-        rest = None
-        if self.rest is not None and given.rest is not None:
-            rest = Conditioned(self.rest, given.rest, key)
-        if given.first is not None:
-            layer = Autoregressive(given.first, rest, self.transformer)
+    def bijectors(self, context: LayerContext, key: Key | None) -> list[distrax.Bijector]:
+        """Return the bijectors from noise to data; the one nearest the data comes first."""
+        conditioner = None
+        if self.rest is not None and context.rest is not None:
+            conditioner = Conditioned(self.rest, context.rest, key)
+        if context.first is not None:
+            layer = Autoregressive(context.first, conditioner, self.transformer)
+        elif conditioner is not None:
+            layer = Coupling(conditioner, self.transformer, self.split)
         else:
-            layer = Coupling(rest, self.transformer, self.split)  # type: ignore[arg-type]
+            raise ValueError("context: expected parameters of the first or of the other entries")
         if self.dim == 1:
             return [layer]
-        # the direction that training takes is the product, the other one solves
-        return [layer, distrax.Inverse(LULinear(given.linear))]
+        # inverted, so that training multiplies by the matrix, and only draws need its inverse
+        return [layer, distrax.Inverse(LULinear(context.linear))]
 
 
 def _check(settings: NSF | MAF) -> None:

@@ -1,9 +1,9 @@
 """Continuous flows that learn a velocity by regression: flow matching and diffusion.
 
-Public names: `FlowMatching`, `Diffusion`, `Matching`.
+Both regress the velocity of a Gaussian path (`paths.py`) on its points, and define the same kind of
+ODE (`ode.py`). They differ in the times at which they are trained, and in how they draw.
 
-Both regress the velocity of a Gaussian path (`paths.py`) on its points, and draw and evaluate by
-the same ODE (`ode.py`); they differ in where on the path training looks, and in how they draw.
+Public names: `FlowMatching`, `Diffusion`, `Matching`, `VALIDATION_STRATA`.
 """
 
 from __future__ import annotations
@@ -29,40 +29,44 @@ from sbi_flows.densities.samplers import Heun, Sampler
 from sbi_flows.networks.mlp import hashed_normal, hashed_uniform, split_key, split_keys
 from sbi_flows.networks.velocity import Film, VelocitySettings
 
-STRATA = 4
-"""Places on the path at which each row is validated, always the same ones."""
+VALIDATION_STRATA = 4
+"""Number of fixed times on the path at which the loss of each validation row is computed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Settings:
+    """Settings that flow matching and diffusion share."""
+
     network: VelocitySettings = field(default_factory=Film)
     solver: Solver = field(default_factory=Solver)
     sampler: Sampler | None = field(default_factory=Heun)
-    # steps are cheap and losses noisy
+    path: Path
+    # steps are cheap and losses are noisy
     fit_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {"max_epochs": 120, "patience": 30, "learning_rate": 2e-3, "ema_decay": 0.999}
     )
 
     def __post_init__(self) -> None:
-        """Refuse parts that are none."""
+        """Raise ValueError if a setting is of another type."""
         check_networks(network=self.network, solver=self.solver)
         if self.sampler is not None:
             require_object("sampler", self.sampler, Sampler, "one such as sf.Heun()")
 
     def build(self, key: Key, dim: int, context_dim: int) -> Density:
-        """Make the flow for z in R^dim; it starts at the identity."""
+        """Build the flow for z in R^dim; its velocity is zero initially."""
         return Matching(self, key, dim, context_dim)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlowMatching(_Settings):
-    """Velocity of straight lines from noise to the posterior, learned by regression.
+    """Flow matching: regression of the velocity of straight lines from noise to the posterior.
 
     Attributes:
-        network: The velocity network.
-        path: Where on the lines training looks.
-        solver: How the ODE is solved, for densities and, without a sampler, for draws.
-        sampler: `Heun`, or `Ancestral` for draws with noise on the way; None draws by the solver.
+        network: Settings of the velocity network.
+        path: Distribution of the times at which the velocity is trained.
+        solver: Settings of the ODE solver, for densities and, without a sampler, for draws.
+        sampler: `Heun` (deterministic) or `Ancestral` (adds noise at every step); None draws with
+            the ODE solver.
 
     References:
         Flow Matching for Generative Modeling, arXiv:2210.02747; Flow Matching for Scalable
@@ -78,20 +82,21 @@ class FlowMatching(_Settings):
     path: Straight = field(default_factory=Straight)
 
     def __post_init__(self) -> None:
-        """Refuse parts that are none."""
+        """Raise ValueError if a setting is of another type."""
         super().__post_init__()
         require_object("path", self.path, Straight, "one such as sf.Straight()")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Diffusion(_Settings):
-    """Denoising diffusion: the posterior is what its noisy points are denoised to.
+    """Denoising diffusion: a network learns to remove noise, and draws start from pure noise.
 
     Attributes:
-        network: The velocity network.
-        path: The noise levels, `EDM`, `VP` or `VE`, and how training spreads over them.
-        solver: How the ODE is solved, for densities and, without a sampler, for draws.
-        sampler: `Heun` or `Ancestral`; None draws by the solver.
+        network: Settings of the velocity network.
+        path: Noise levels and their distribution in training: `EDM`, `VP` or `VE`.
+        solver: Settings of the ODE solver, for densities and, without a sampler, for draws.
+        sampler: `Heun` (deterministic) or `Ancestral` (adds noise at every step); None draws with
+            the ODE solver.
 
     References:
         Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364;
@@ -107,49 +112,54 @@ class Diffusion(_Settings):
     path: Path = field(default_factory=EDM)
 
     def __post_init__(self) -> None:
-        """Refuse parts that are none."""
+        """Raise ValueError if a setting is of another type."""
         super().__post_init__()
         require_object("path", self.path, Path, "one such as sf.EDM()")
 
 
 class Matching(Continuous):
-    """Flow of a velocity that was learned by regression."""
+    """Continuous flow whose velocity is learned by regression."""
 
     has_likelihood_loss: ClassVar[bool] = False
 
     def __init__(self, settings: _Settings, key: Key, dim: int, context_dim: int) -> None:
-        """Make the network, whose velocity is zero at first."""
+        """Build the network; its initial velocity is zero."""
         super().__init__(settings.network, settings.solver, key, dim, context_dim)
-        self.path: Path = settings.path  # type: ignore[attr-defined]
+        self.path = settings.path
         self.sampler = settings.sampler
 
     def __call__(self, context: Array, *, key: Key | None = None) -> distrax.Distribution:
-        """The flow given contexts (*, C), a distribution over R^dim."""
-        draw = None if self.sampler is None else partial(self.sampler, self.path)
-        return self.flow(context, key, self.path.ends, draw)
+        """Return the flow for contexts (*, C); see `Density.__call__`."""
+        sampler = None if self.sampler is None else partial(self.sampler, self.path)
+        return self.flow(context, key, self.path.ends, sampler)
 
     def loss(self, key: Key | None, z: Array, context: Array) -> Array:
-        """Weighted squared error of the velocity, summed over its entries: (B,).
+        """Compute the weighted squared error of the velocity, summed over its entries: (B,).
 
-        With a key at one place of the path a row, in training. Without at several, which are the
-        same each time: an epoch is not the better for its luck.
+        With a key (a training step) each row has one random time on the path. Without a key
+        (validation) each row has several times, which are the same in every call, so that epochs
+        can be compared.
         """
-        given_key, network_key, key = split_key(key, 3)
-        given = self.network.encode_context(context, key=given_key)
+        context_key, network_key, key = split_key(key, 3)
+        encoded = self.network.encode_context(context, key=context_key)
         if key is not None:
-            return self._error(key, network_key, 0, 1, z, given)
-        keys = split_keys(jax.random.key(0), STRATA)
-        errors = [self._error(k, None, i, STRATA, z, given) for i, k in enumerate(keys)]
+            return self._error(key, network_key, (0, 1), z, encoded)
+        keys = split_keys(jax.random.key(0), VALIDATION_STRATA)
+        errors = [
+            self._error(key, None, (i, VALIDATION_STRATA), z, encoded) for i, key in enumerate(keys)
+        ]
         return jnp.mean(jnp.stack(errors), axis=0)
 
     def _error(
-        self, key: Key, network_key: Key | None, stratum: int, strata: int, z: Array, given: Any
+        self, key: Key, network_key: Key | None, stratum: tuple[int, int], z: Array, encoded: Any
     ) -> Array:
-        place_key, noise_key = split_keys(key, 2)
-        places = (stratum + hashed_uniform(place_key, z.shape[:-1], z.dtype)) / strata
-        angle = self.path.angles(places)
+        """Compute the error at random times of one stratum, given by its index and their number."""
+        time_key, noise_key = split_keys(key, 2)
+        index, count = stratum
+        uniforms = (index + hashed_uniform(time_key, z.shape[:-1], z.dtype)) / count
+        angle = self.path.angles(uniforms)
         noise = hashed_normal(noise_key, z.shape, z.dtype)
         sin, cos = jnp.sin(angle)[..., None], jnp.cos(angle)[..., None]
-        guess = self.network(sin * z + cos * noise, angle, given, key=network_key)
-        error = guess - (cos * z - sin * noise)
+        velocity = self.network(sin * z + cos * noise, angle, encoded, key=network_key)
+        error = velocity - (cos * z - sin * noise)
         return self.path.weight(angle) * jnp.sum(error**2, axis=-1)

@@ -1,6 +1,8 @@
 """Mixture of Gaussians with full covariances (mixture density network).
 
 Source: Bishop 1994, "Mixture Density Networks", NCRG/94/004.
+
+Public names: `GaussianMixture`.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ from sbi_flows.networks.mlp import ResidualMLP
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GaussianMixture:
-    """Mixture of Gaussians whose weights, means and covariances a residual network gives.
+    """Mixture of Gaussians; a residual network computes weights, means and covariances.
 
     Attributes:
         components: Number of components.
         width: Width of the network.
-        blocks: Number of its residual blocks.
-        dropout: Fraction of hidden units dropped in training.
+        blocks: Number of residual blocks of the network.
+        dropout: Fraction of hidden units that are dropped in training.
 
     References:
         Mixture Density Networks, Bishop 1994.
@@ -45,17 +47,19 @@ class GaussianMixture:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        """Refuse settings that make no mixture."""
+        """Raise ValueError if a setting is out of range."""
         require_count(1, components=self.components, width=self.width)
         require_count(0, blocks=self.blocks)
         require_fraction(dropout=self.dropout)
 
     def build(self, key: Key, dim: int, context_dim: int) -> Density:
-        """Make the mixture over R^dim; it starts close to a standard normal."""
+        """Build the mixture over R^dim; initially it is close to a standard normal."""
         return _Mixture(self, key, dim, context_dim)
 
 
 class _Mixture(Density):
+    """Mixture density network; see `GaussianMixture`."""
+
     def __init__(self, settings: GaussianMixture, key: Key, dim: int, context_dim: int) -> None:
         weight_key, shift_key = jax.random.split(key)
         self.components, self.dim = settings.components, dim
@@ -70,11 +74,11 @@ class _Mixture(Density):
         )
         kernel = self.network.leave.kernel
         kernel[...] = jnp.zeros_like(kernel[...])
-        # small offsets: equal components would share one gradient for ever
+        # Small offsets: equal components would have equal gradients and stay equal.
         self.shift = nnx.Param(0.1 * jax.random.normal(shift_key, (settings.components, dim)))
 
     def __call__(self, context: Array, *, key: Key | None = None) -> distrax.Distribution:
-        """The mixture given contexts (*, C)."""
+        """Return the mixture for contexts (*, C); see `Density.__call__`."""
         out = self.network(context, key=key)
         out = jnp.reshape(out, (*out.shape[:-1], self.components, -1))
         logits, means, entries = jnp.split(out, [1, 1 + self.dim], axis=-1)

@@ -1,7 +1,10 @@
-"""The density that a velocity makes of noise: one ODE, solved either way.
+"""Densities defined by an ODE: a velocity carries standard normal noise to data.
+
+Draws solve the ODE from noise to data. Log densities solve it back, and integrate the divergence of
+the velocity along the way.
 
 Public names: `Solver`, `SolverStats`, `Velocity`, `OdeFlow`, `Continuous`, `reversed_ends`,
-`field_derivatives`, `check_networks`.
+`FieldDerivatives`, `field_derivatives`, `check_networks`.
 
 Sources: Chen et al. 2018, "Neural Ordinary Differential Equations" (arXiv:1806.07366), for the
 change of density along a solution; Grathwohl et al. 2018, "FFJORD" (arXiv:1810.01367), for the
@@ -32,22 +35,23 @@ from sbi_flows.networks.velocity import VelocitySettings
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Solver:
-    """How the ODE of a continuous flow is solved.
+    """Settings of the ODE solver of a continuous flow.
 
     Attributes:
         method: A diffrax solver; None for `diffrax.Bosh3()`.
-        rtol: Relative tolerance of an adaptive solve, of the root mean square of all points that
-            are solved for together.
-        atol: Absolute tolerance, in whitened units.
-        steps: Number of equal steps of a fixed solve; None adapts them to the tolerances.
-        max_steps: Most steps of an adaptive solve. One that needs more fails.
-        exact_up_to: Largest dimension whose divergence is computed exactly; above, by `probes`
-            random projections, which are the same at all points of a solve, and in all that
-            evaluate: a density does not change from call to call, but it is an estimate, which need
-            not integrate to one.
-        probes: Number of random projections.
-        noise: Their distribution.
-        adjoint: A diffrax adjoint, which differentiates a solve; None for diffrax's own.
+        rtol: Relative tolerance of an adaptive solve. It applies to the root mean square over all
+            points that are solved together.
+        atol: Absolute tolerance, in units of the noise.
+        steps: Number of steps of a solve with equal steps; None adapts the steps to the tolerances.
+        max_steps: Maximum number of steps of an adaptive solve. A solve that needs more fails.
+        exact_up_to: Largest dimension in which the divergence is computed exactly. Above it, the
+            divergence is estimated from `probes` random directions. They are the same in all
+            solves, so that a density does not change from call to call; but an estimated density
+            need not integrate to one.
+        probes: Number of random directions.
+        noise: Distribution of the random directions.
+        adjoint: A diffrax adjoint, which differentiates the solve; None for
+            `diffrax.RecursiveCheckpointAdjoint()`, which supports reverse mode (`jax.grad`).
 
     Raises:
         ValueError: A setting is out of range.
@@ -67,7 +71,7 @@ class Solver:
     adjoint: Any = None
 
     def __post_init__(self) -> None:
-        """Refuse settings that solve nothing."""
+        """Raise ValueError if a setting is out of range."""
         require_positive(rtol=self.rtol, atol=self.atol)
         for name in ("method", "adjoint"):
             if isinstance(getattr(self, name), type):
@@ -80,17 +84,23 @@ class Solver:
             raise ValueError(f"noise: expected 'rademacher' or 'gaussian', got {self.noise!r}")
 
     def __call__(self, field: Callable, start: Any, args: Any, ends: tuple[float, float]) -> Any:
-        """Solve d state / d angle = field(angle, state, args) from one end to the other.
+        """Solve d state / d angle = field(angle, state, args).
+
+        Args:
+            field: Function `(angle, state, args) -> derivative`.
+            start: Initial state, a pytree of arrays.
+            args: Arrays that the field depends on; the solve can be differentiated by them.
+            ends: First and last angle.
 
         Returns:
-            The state at the end; NaN throughout where the solve failed.
+            The state at the last angle; every entry is NaN if the solve failed.
         """
         return self.solve(field, start, args, ends)[0]
 
     def solve(
         self, field: Callable, start: Any, args: Any, ends: tuple[float, float]
     ) -> tuple[Any, SolverStats]:
-        """What a call returns, and how much work it was."""
+        """Solve as a call does, and also return the work of the solve."""
         import diffrax
 
         method = diffrax.Bosh3() if self.method is None else self.method
@@ -111,7 +121,7 @@ class Solver:
                 else diffrax.ConstantStepSize()
             ),
             adjoint=diffrax.RecursiveCheckpointAdjoint() if self.adjoint is None else self.adjoint,
-            # a fixed solve may need one more for what rounding leaves
+            # equal steps may need one more, because of rounding
             max_steps=self.max_steps if fixed is None else fixed + 1,
             throw=False,
         )
@@ -120,12 +130,15 @@ class Solver:
         steps, evaluations = solution.stats["num_steps"], jnp.full_like(ok, -1, int)
         if isinstance(method, diffrax.AbstractERK):
             tableau: Any = method.tableau
-            # a step may begin with the last evaluation of the one before
+            # the first evaluation of a step may be the last one of the step before (fsal)
             evaluations = steps * (tableau.num_stages - tableau.fsal) + tableau.fsal
         return state, SolverStats(steps, evaluations)
 
     def probes_of(self, key: Key, dim: int, dtype: Any) -> Array:
-        """Directions (K, d) whose outer products add up to the identity, exactly or on average."""
+        """Return the directions (K, d) along which the divergence is computed.
+
+        Their outer products add up to the identity matrix, exactly or on average.
+        """
         if dim <= self.exact_up_to:
             return jnp.eye(dim, dtype=dtype)
         shape = self.probes, dim
@@ -149,39 +162,48 @@ def _times(ends: tuple[float, float], steps: int | None, dtype: np.dtype) -> tup
 
 
 class SolverStats(NamedTuple):
-    """Work of a solve: its steps, and evaluations of the field; -1 where these are not known."""
+    """Work of a solve.
+
+    Attributes:
+        steps: Number of steps.
+        evaluations: Number of evaluations of the field; -1 where it is not known.
+    """
 
     steps: Array
     evaluations: Array
 
 
 class Velocity(NamedTuple):
-    """A velocity network with what contexts give it, so that solves can differentiate both.
+    """Velocity network together with encoded contexts, as a function of its arrays.
+
+    Solves can be differentiated with respect to the arrays.
 
     Attributes:
-        graph: Static half of the network.
-        arrays: Its arrays, and what `VelocityNetwork.encode_context` returns.
+        graph: Static part of the network.
+        arrays: Weights of the network, and contexts as `VelocityNetwork.encode_context` returns
+            them.
     """
 
     graph: nnx.GraphDef
     arrays: tuple[Any, Any]
 
     def __call__(self, z: Array, angle: Array, arrays: tuple[Any, Any]) -> Array:
-        """Velocity at points z (*draws, *batch, d)."""
-        state, given = arrays
-        return nnx.merge(self.graph, state)(z, angle, given)
+        """Compute the velocity at points z (*draws, *batch, d)."""
+        weights, encoded = arrays
+        return nnx.merge(self.graph, weights)(z, angle, encoded)
 
 
 class OdeFlow(VectorDistribution):
-    """The distribution of points that begin as standard normal noise and follow a velocity.
+    """Distribution of points that start as standard normal noise and follow a velocity.
 
     Args:
-        velocity: The velocity.
+        velocity: Velocity as a function of point and angle.
         shape: Batch shape and dimension (*batch, d).
-        dtype: Of the points.
-        ends: First angle, of noise, and last one, of data.
-        solver: How to solve.
-        sampler: What draws instead of a solve, a function `(velocity, noise, key) -> points`.
+        dtype: Dtype of the points.
+        ends: Angle of the noise and angle of the data.
+        solver: Settings of the ODE solver.
+        sampler: Function `(velocity, noise, key) -> points` that draws instead of the solver; None
+            to draw by solving the ODE.
     """
 
     def __init__(
@@ -193,32 +215,34 @@ class OdeFlow(VectorDistribution):
         solver: Solver,
         sampler: Callable[[Callable, Array, Key], Array] | None = None,
     ) -> None:
-        """Hold the velocity and how to solve."""
+        """Store the velocity and the settings of the solver."""
         super().__init__(shape, dtype)
         self._velocity, self._ends = velocity, ends
         self._solver, self._sampler = solver, sampler
         self._base = StandardNormal(shape, dtype)
 
     def log_prob(self, value: Array) -> Array:
-        """Log density (*draws, *batch) of points (*draws, *batch, d).
+        """Return the log density (*draws, *batch) of points (*draws, *batch, d).
 
-        Each context has a solve of its own, whose steps do not depend on the others.
+        Each context is solved separately: its steps do not depend on the other contexts. The
+        density is NaN where a solve fails.
         """
         return self.log_prob_and_stats(value)[0]
 
     def log_prob_and_stats(self, value: Array) -> tuple[Array, SolverStats]:
-        """Log density (*draws, *batch), and the work of the solve for each context, (*batch)."""
+        """Return log densities (*draws, *batch), and the work of each context's solve (*batch)."""
         if not self.batch_shape:
-            (noise, change), effort = self._solve(value, reversed_ends(self._ends))
-            return self._base.log_prob(noise) + change, effort
-        state, given = self._velocity.arrays
+            (noise, log_det), stats = self._solve(value, reversed_ends(self._ends))
+            return self._base.log_prob(noise) + log_det, stats
+        weights, encoded = self._velocity.arrays
 
-        def one(given: Any, value: Array) -> tuple[Array, SolverStats]:
-            velocity = self._velocity._replace(arrays=(state, given))
-            return self._like(velocity, self._shape[1:]).log_prob_and_stats(value)
+        def evaluate(encoded: Any, value: Array) -> tuple[Array, SolverStats]:
+            velocity = self._velocity._replace(arrays=(weights, encoded))
+            return self._with(velocity, self._shape[1:]).log_prob_and_stats(value)
 
         axis = -len(self._shape)
-        return jax.vmap(one, in_axes=(0, axis), out_axes=(axis + 1, 0))(given, value)
+        mapped = jax.vmap(evaluate, in_axes=(0, axis), out_axes=(axis + 1, 0))
+        return mapped(encoded, value)
 
     def _sample_n(self, key: Key, n: int) -> Array:
         noise_key, key = jax.random.split(key)
@@ -237,16 +261,16 @@ class OdeFlow(VectorDistribution):
             points = self._sample_n(key, n)
             return points, self.log_prob(points)
         noise = self._base.sample(seed=jax.random.split(key)[0], sample_shape=n)
-        (points, change), _ = self._solve(noise, self._ends)
-        return points, self._base.log_prob(noise) - change
+        (points, log_det), _ = self._solve(noise, self._ends)
+        return points, self._base.log_prob(noise) - log_det
 
-    def _like(self, velocity: Velocity, shape: tuple[int, ...]) -> OdeFlow:
+    def _with(self, velocity: Velocity, shape: tuple[int, ...]) -> OdeFlow:
         return OdeFlow(velocity, shape, self._dtype, self._ends, self._solver, self._sampler)
 
     def _solve(
         self, z: Array, ends: tuple[float, float]
     ) -> tuple[tuple[Array, Array], SolverStats]:
-        """Where points end with the integral of the divergence on their way (*), and the work."""
+        """Return the final points, the integral (*) of the divergence, and the work."""
         probes = self._solver.probes_of(jax.random.key(0), z.shape[-1], z.dtype)
 
         def field(angle: Array, state: tuple[Array, Array], arrays: Any) -> tuple[Array, Array]:
@@ -259,24 +283,24 @@ class OdeFlow(VectorDistribution):
 
 
 def reversed_ends(ends: tuple[float, float]) -> tuple[float, float]:
-    """From data to noise."""
+    """Return the two angles in reverse order."""
     return ends[1], ends[0]
 
 
 class Continuous(Density):
-    """Abstract density whose distribution follows a velocity network."""
+    """Abstract density whose draws follow the ODE of a velocity network."""
 
     needs_ode: ClassVar[bool] = True
 
     def __init__(
         self, network: VelocitySettings, solver: Solver, key: Key, dim: int, context_dim: int
     ) -> None:
-        """Make the network; its velocity is zero, which is the identity."""
+        """Build the network; its initial velocity is zero, so that the density is the noise's."""
         self.network = network.build(nnx.Rngs(key), dim, context_dim)
         self.solver, self.dim = solver, dim
 
     def velocity(self, context: Array, key: Key | None) -> Velocity:
-        """The network given contexts (*, C); a key turns dropout on."""
+        """Return the velocity for contexts (*, C); a key turns dropout on."""
         graph, state = nnx.split(self.network)
         return Velocity(graph, (state, self.network.encode_context(context, key=key)))
 
@@ -287,49 +311,65 @@ class Continuous(Density):
         ends: tuple[float, float],
         sampler: Callable[[Callable, Array, Key], Array] | None = None,
     ) -> OdeFlow:
-        """The distribution given contexts (*, C)."""
+        """Return the distribution for contexts (*, C); see `OdeFlow` for the arguments."""
         shape = (*context.shape[:-1], self.dim)
         velocity = self.velocity(context, key)
         return OdeFlow(velocity, shape, context.dtype, ends, self.solver, sampler)
 
 
 class FieldDerivatives(NamedTuple):
-    """A field at points (*, d), its divergence (*) and the sum of its Jacobian's squares (*)."""
+    """Values and derivatives of a vector field at points (*, d).
+
+    Attributes:
+        value: The field, shape (*, d).
+        divergence: Trace of its Jacobian, shape (*).
+        squared_norm: Squared Frobenius norm of its Jacobian, shape (*).
+    """
 
     value: Array
     divergence: Array
-    squares: Array
+    squared_norm: Array
+
+
+_PROBES_AT_ONCE = 8
+"""Number of directions that are differentiated together; each takes the network's memory once."""
 
 
 def field_derivatives(
     function: Callable[[Array], Array], z: Array, probes: Array
 ) -> FieldDerivatives:
-    """Evaluate a field with what its Jacobian does along probes (K, d): see `Solver.probes_of`."""
+    """Evaluate a vector field and the trace and norm of its Jacobian.
+
+    Args:
+        function: The field, from points (*, d) to (*, d).
+        z: Points (*, d).
+        probes: Directions (K, d) of the derivatives; see `Solver.probes_of`.
+    """
 
     def along(probe: Array) -> tuple[Array, Array, Array]:
         direction = jnp.broadcast_to(probe, z.shape)
         value, slope = jax.jvp(function, (z,), (direction,))
         return value, jnp.sum(slope * direction, axis=-1), jnp.sum(slope**2, axis=-1)
 
-    if len(probes) <= _ABREAST:
+    if len(probes) <= _PROBES_AT_ONCE:
         value, divergence, squares = jax.vmap(along, out_axes=(None, 0, 0))(probes)
     else:
         value = function(z)
-        # a derivative computes them again, or it would hold those of all batches
-        one = jax.checkpoint(lambda probe: along(probe)[1:])
-        divergence, squares = jax.lax.map(one, probes, batch_size=_ABREAST)
+        # recomputed in a derivative, which otherwise would store the results of all batches
+        derivatives = jax.checkpoint(lambda probe: along(probe)[1:])
+        divergence, squares = jax.lax.map(derivatives, probes, batch_size=_PROBES_AT_ONCE)
     return FieldDerivatives(value, jnp.sum(divergence, axis=0), jnp.sum(squares, axis=0))
 
 
-_ABREAST = 8
-"""Probes at once: each of them takes the memory that the network takes."""
-
-
 def check_networks(network: Any, **solvers: Any) -> None:
-    """Refuse what is no velocity network, and what are no solvers.
+    """Raise ValueError unless the values are settings of a velocity network and of solvers.
+
+    Args:
+        network: Settings of a velocity network, such as `sf.Film()`.
+        **solvers: Settings of solvers by the names of the arguments.
 
     Raises:
-        ValueError: Something else was given, or a class where an object was meant.
+        ValueError: A value has another type, or is a class and not an object.
     """
     require_object("network", network, VelocitySettings, "one such as sf.Film()")
     for name, solver in solvers.items():

@@ -1,19 +1,21 @@
-"""Gaussian paths from noise to a point, and how training spreads over them.
+"""Gaussian paths from noise to data, and the distribution of training times along them.
+
+A Gaussian path mixes a data point z and noise e, both of unit variance. Divided by its standard
+deviation, every such path is a quarter turn:
+
+    z(angle) = sin(angle) z + cos(angle) e,    velocity  cos(angle) z - sin(angle) e.
+
+The angle is 0 for noise and pi / 2 for data; cot(angle) is sigma, the ratio of noise to signal.
+Paths therefore differ only in where they start and end, and in how training times and the steps of
+a sampler are distributed over the angles.
+
+One velocity network serves all paths. The denoiser of Karras et al. 2022, with its preconditioning
+for data of unit variance, has the velocity as its raw output (their equation 7). The velocity is
+also the v of Salimans & Ho 2022, "Progressive Distillation" (arXiv:2202.00512). The vector field of
+Lipman et al. 2023 (arXiv:2210.02747) is the velocity divided by the standard deviation of the
+straight path.
 
 Public names: `Path`, `Straight`, `EDM`, `VP`, `VE`.
-
-Whatever its name in the literature, a Gaussian path mixes a point z of unit variance with noise e
-of unit variance. Divided by its standard deviation it is the quarter turn
-
-    z(angle) = sin(angle) z + cos(angle) e,    velocity  cos(angle) z - sin(angle) e,
-
-from noise at angle 0 to the point at pi / 2; cot(angle) is sigma, the ratio of noise to signal.
-What is left of a path is how training and steps spread over the angles, and where it ends.
-
-In these coordinates one network serves all: the denoiser of Karras et al. 2022 with its
-preconditioning for unit variance has the velocity for its raw output (their equation 7), which is
-the v of Salimans & Ho 2022, "Progressive Distillation" (arXiv:2202.00512), and the vector field of
-Lipman et al. 2023 is the velocity divided by the standard deviation of the straight path.
 """
 
 from __future__ import annotations
@@ -31,34 +33,34 @@ from sbi_flows.core.checks import require_finite, require_positive
 
 @runtime_checkable
 class Path(Protocol):
-    """A frozen, hashable description of the angles of a path."""
+    """Frozen, hashable settings of a Gaussian path: its angles in training and in sampling."""
 
     @property
     def ends(self) -> tuple[float, float]:
-        """First and last angle."""
+        """Angle at the noise end and angle at the data end."""
         ...
 
-    def angles(self, places: Array) -> Array:
-        """Angles that training visits, from uniform places in (0, 1)."""
+    def angles(self, uniforms: Array) -> Array:
+        """Transform uniform numbers in (0, 1) into random angles for training."""
         ...
 
     def steps(self, count: int) -> Array:
-        """Angles (count + 1,) of the fixed steps of a sampler, from noise to data."""
+        """Return the angles (count + 1,) of a sampler's steps, from noise to data."""
         ...
 
     def weight(self, angle: Array) -> Array:
-        """Weight of the squared error of the velocity at angles (*)."""
+        """Return the weight (*) of the squared error of the velocity at angles (*)."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Straight:
-    """Straight lines at constant speed: t z + (1 - t) e for t from 0 to 1 (optimal transport).
+    """Straight path at constant speed: t z + (1 - t) e for t from 0 to 1 (optimal transport).
 
     Attributes:
-        late: Training draws times t from a density proportional to t ** late: 0 spreads them
-            evenly, larger ones go toward the data end (the alpha of Wildberger et al.).
-        smallest: Ratio of noise to signal at which draws and densities end, next to the data.
+        late: Exponent of the density of training times, proportional to t ** late. 0 is uniform;
+            larger values train more near the data (alpha in Wildberger et al. 2023).
+        smallest: Ratio of noise to signal at the data end of the path.
 
     References:
         Flow Matching for Generative Modeling, arXiv:2210.02747; Flow Matching for Scalable
@@ -73,7 +75,7 @@ class Straight:
     smallest: float = 2e-3
 
     def __post_init__(self) -> None:
-        """Refuse a density that has no integral."""
+        """Raise ValueError if a setting is out of range."""
         if not -1.0 < self.late < math.inf:
             raise ValueError(f"late: expected a number above -1, got {self.late}")
         if not 0.0 <= self.smallest < 1.0:
@@ -81,36 +83,39 @@ class Straight:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """First and last angle."""
+        """Angle at the noise end and angle at the data end."""
         return 0.0, math.atan2(1.0, self.smallest)
 
-    def angles(self, places: Array) -> Array:
-        """Angles that training visits, from uniform places in (0, 1)."""
-        time = jnp.minimum(places ** (1.0 / (1.0 + self.late)), 1.0 / (1.0 + self.smallest))
+    def angles(self, uniforms: Array) -> Array:
+        """Transform uniform numbers in (0, 1) into random angles for training."""
+        time = jnp.minimum(uniforms ** (1.0 / (1.0 + self.late)), 1.0 / (1.0 + self.smallest))
         return jnp.arctan2(time, 1.0 - time)
 
     def steps(self, count: int) -> Array:
-        """Angles (count + 1,) of steps that shrink toward the data, where the field is steep."""
+        """Return the angles (count + 1,) of steps that shrink toward the data.
+
+        The velocity changes fastest there.
+        """
         last = self.smallest / (1.0 + self.smallest)
-        left = last + (1.0 - last) * jnp.linspace(1.0, 0.0, count + 1) ** 3
-        return jnp.arctan2(1.0 - left, left)
+        noise = last + (1.0 - last) * jnp.linspace(1.0, 0.0, count + 1) ** 3
+        return jnp.arctan2(1.0 - noise, noise)
 
     def weight(self, angle: Array) -> Array:
-        """Weight that makes the error one of the field on the straight path."""
-        # the standard deviation of the path at t = tan / (1 + tan), inverted and squared
+        """Return the weight that turns the error into that of the straight path's vector field."""
+        # inverse variance of the path at the time t = tan(angle) / (1 + tan(angle))
         return (jnp.sin(angle) + jnp.cos(angle)) ** 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EDM:
-    """Diffusion with log-normal noise levels in training.
+    """Diffusion with log-normal noise levels in training (Karras et al. 2022).
 
     Attributes:
         mean: Mean of log sigma in training.
         spread: Standard deviation of log sigma in training.
         smallest: Smallest sigma, at which sampling ends.
-        largest: Largest sigma, at which it begins.
-        power: How the steps of a sampler crowd toward small sigmas (rho).
+        largest: Largest sigma, at which sampling starts.
+        power: Exponent rho of the steps of a sampler; larger values take more steps at small sigma.
 
     References:
         Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364,
@@ -128,7 +133,7 @@ class EDM:
     power: float = 7.0
 
     def __post_init__(self) -> None:
-        """Refuse levels that are in no order."""
+        """Raise ValueError if a setting is out of range."""
         require_finite(mean=self.mean)
         require_positive(spread=self.spread, power=self.power)
         require_finite(spread=self.spread, power=self.power)
@@ -136,32 +141,32 @@ class EDM:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """First and last angle."""
+        """Angle at the noise end and angle at the data end."""
         return _ends(self.smallest, self.largest)
 
-    def angles(self, places: Array) -> Array:
-        """Angles that training visits, from uniform places in (0, 1)."""
-        levels = jnp.exp(self.mean + self.spread * ndtri(places))
+    def angles(self, uniforms: Array) -> Array:
+        """Transform uniform numbers in (0, 1) into random angles for training."""
+        levels = jnp.exp(self.mean + self.spread * ndtri(uniforms))
         return jnp.arctan2(1.0, jnp.clip(levels, self.smallest, self.largest))
 
     def steps(self, count: int) -> Array:
-        """Angles (count + 1,) of the steps of a sampler, equation 5."""
+        """Return the angles (count + 1,) of a sampler's steps, equation 5."""
         first, last = (v ** (1.0 / self.power) for v in (self.largest, self.smallest))
         return jnp.arctan2(1.0, jnp.linspace(first, last, count + 1) ** self.power)
 
     def weight(self, angle: Array) -> Array:
-        """One: the weight of the preconditioned denoiser's error cancels its output's scale."""
+        """Return one: for a preconditioned denoiser, weight and output scale cancel."""
         return jnp.ones_like(angle)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VP:
-    """Variance-preserving diffusion with a linear rate of noise, trained evenly in its time.
+    """Variance-preserving diffusion with a linear noise rate and uniform training times.
 
     Attributes:
-        first: Rate at the data, beta_min.
-        last: Rate at the noise, beta_max.
-        start: Time next to the data at which it ends, of 1.
+        first: Noise rate beta_min at the data, per unit time.
+        last: Noise rate beta_max at the noise end, time 1.
+        start: Smallest time, at the data end of the path.
 
     References:
         Score-Based Generative Modeling through Stochastic Differential Equations, arXiv:2011.13456,
@@ -177,7 +182,7 @@ class VP:
     start: float = 1e-3
 
     def __post_init__(self) -> None:
-        """Refuse rates and times that are none."""
+        """Raise ValueError if a setting is out of range."""
         require_positive(first=self.first, last=self.last, start=self.start)
         require_finite(last=self.last)
         if not self.first < self.last or not self.start < 1.0:
@@ -188,36 +193,37 @@ class VP:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """First and last angle."""
+        """Angle at the noise end and angle at the data end."""
         first, last = (math.exp(-float(self._integral(t)) / 2) for t in (1.0, self.start))
         return math.asin(first), math.asin(last)
 
-    def angles(self, places: Array) -> Array:
-        """Angles that training visits, from uniform places in (0, 1)."""
-        time = 1.0 - (1.0 - self.start) * places
+    def angles(self, uniforms: Array) -> Array:
+        """Transform uniform numbers in (0, 1) into random angles for training."""
+        time = 1.0 - (1.0 - self.start) * uniforms
         integral = self._integral(time)
-        # the sine and the cosine of small angles keep their digits
+        # sine and cosine are both accurate, also where they are small
         return jnp.arctan2(jnp.exp(-integral / 2), jnp.sqrt(-jnp.expm1(-integral)))
 
     def steps(self, count: int) -> Array:
-        """Angles (count + 1,) of steps of equal time."""
+        """Return the angles (count + 1,) of steps of equal time."""
         return self.angles(jnp.linspace(0.0, 1.0, count + 1))
 
     def weight(self, angle: Array) -> Array:
-        """The weight of an error of the noise, as a share of the velocity's."""
+        """Return the weight that turns the error into that of the predicted noise."""
         return jnp.sin(angle) ** 2
 
     def _integral(self, time: Array | float) -> Array | float:
+        """Return the integral of the noise rate from 0 to a time."""
         return time * self.first + 0.5 * time**2 * (self.last - self.first)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VE:
-    """Variance-exploding diffusion: sigma grows geometrically, training is even in its logarithm.
+    """Variance-exploding diffusion: log sigma is uniform in training and in sampling.
 
     Attributes:
         smallest: Smallest sigma, at which sampling ends.
-        largest: Largest sigma, at which it begins.
+        largest: Largest sigma, at which sampling starts.
 
     References:
         Score-Based Generative Modeling through Stochastic Differential Equations, arXiv:2011.13456,
@@ -232,25 +238,25 @@ class VE:
     largest: float = 80.0
 
     def __post_init__(self) -> None:
-        """Refuse levels that are in no order."""
+        """Raise ValueError if a setting is out of range."""
         _check_levels(self.smallest, self.largest)
 
     @property
     def ends(self) -> tuple[float, float]:
-        """First and last angle."""
+        """Angle at the noise end and angle at the data end."""
         return _ends(self.smallest, self.largest)
 
-    def angles(self, places: Array) -> Array:
-        """Angles that training visits, from uniform places in (0, 1)."""
-        share = self.smallest / self.largest
-        return jnp.arctan2(1.0, self.largest * share**places)
+    def angles(self, uniforms: Array) -> Array:
+        """Transform uniform numbers in (0, 1) into random angles for training."""
+        ratio = self.smallest / self.largest
+        return jnp.arctan2(1.0, self.largest * ratio**uniforms)
 
     def steps(self, count: int) -> Array:
-        """Angles (count + 1,) of steps of equal log sigma."""
+        """Return the angles (count + 1,) of steps of equal log sigma."""
         return self.angles(jnp.linspace(0.0, 1.0, count + 1))
 
     def weight(self, angle: Array) -> Array:
-        """The weight of an error of the noise, as a share of the velocity's."""
+        """Return the weight that turns the error into that of the predicted noise."""
         return jnp.sin(angle) ** 2
 
 

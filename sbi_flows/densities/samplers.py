@@ -1,11 +1,12 @@
 """Samplers that take a fixed number of steps along a Gaussian path.
 
-Public names: `Sampler`, `Heun`, `Ancestral`, `point`, `score`, `step_toward`, `target_of_step`.
+A velocity v at a point z and an angle predicts the data point sin(angle) z + cos(angle) v and the
+noise cos(angle) z - sin(angle) v. A step keeps the predicted data point and reduces the noise. That
+is exact if the data distribution is a single point; otherwise the error falls with the number of
+steps.
 
-A step turns by an angle: with the velocity v at a point z, the point of the data is
-sin(angle) z + cos(angle) v and the noise is cos(angle) z - sin(angle) v. What is held fixed over a
-step is the data point, which is exact where all the mass is at one; elsewhere the error falls with
-the number of steps.
+Public names: `Sampler`, `VelocityFunction`, `Heun`, `Ancestral`, `data_point`, `score`,
+`step_toward`, `target_of_step`.
 
 Sources: Song et al. 2021, "Denoising Diffusion Implicit Models" (arXiv:2010.02502); Karras et al.
 2022 (arXiv:2206.00364), algorithm 1; Lu et al. 2022, "DPM-Solver" (arXiv:2206.00927).
@@ -26,21 +27,30 @@ from sbi_flows.core.typing import Key
 from sbi_flows.densities.paths import Path
 
 VelocityFunction = Callable[[Array, Array], Array]
-"""Velocity (*, d) at points (*, d) and an angle ()."""
+"""Function from points (*, d) and an angle () to the velocity (*, d)."""
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    """A frozen, hashable description of a sampler."""
+    """Frozen, hashable settings of a sampler."""
 
     def __call__(self, path: Path, velocity: VelocityFunction, noise: Array, key: Key) -> Array:
-        """Points (*, d) from noise (*, d)."""
+        """Draw points (*, d), starting from noise (*, d).
+
+        Args:
+            path: Gaussian path, which sets the angles of the steps.
+            velocity: Velocity as a function of points and angle.
+            noise: Standard normal noise (*, d).
+            key: Random key of the noise that the steps add.
+        """
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Heun:
-    """Second-order steps of the probability-flow ODE: 2 * steps - 1 evaluations.
+    """Deterministic sampler: second-order steps of the probability-flow ODE.
+
+    It evaluates the velocity 2 * steps - 1 times.
 
     Attributes:
         steps: Number of steps.
@@ -53,38 +63,40 @@ class Heun:
     steps: int = 24
 
     def __post_init__(self) -> None:
-        """Refuse what takes no step."""
+        """Raise ValueError if a setting is out of range."""
         require_count(1, steps=self.steps)
 
     def __call__(self, path: Path, velocity: VelocityFunction, noise: Array, key: Key) -> Array:
-        """Points (*, d) from noise (*, d)."""
+        """Draw points (*, d), starting from noise (*, d); the key is not used."""
         return self.path(path, velocity, noise)[-1]
 
     def path(self, path: Path, velocity: VelocityFunction, noise: Array) -> Array:
-        """Points before the first step and after each of them, shape (steps + 1, *, d)."""
+        """Return the points before the first step and after each step, (steps + 1, *, d)."""
         angles = path.steps(self.steps).astype(noise.dtype)
 
         def step(z: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
             now, then = ends
-            aim = point(z, velocity(z, now), now)
-            guess = step_toward(z, aim, now, then)
-            average = 0.5 * (aim + point(guess, velocity(guess, then), then))
+            target = data_point(z, velocity(z, now), now)
+            guess = step_toward(z, target, now, then)
+            average = 0.5 * (target + data_point(guess, velocity(guess, then), then))
             return step_toward(z, average, now, then), z
 
         z, before = jax.lax.scan(step, noise, (angles[:-2], angles[1:-1]))
-        # at the data end a second evaluation would divide by a vanishing noise
+        # The last step is first-order: at the data end, a second evaluation would divide by a
+        # noise of nearly zero.
         now, then = angles[-2], angles[-1]
-        end = step_toward(z, point(z, velocity(z, now), now), now, then)
+        end = step_toward(z, data_point(z, velocity(z, now), now), now, then)
         return jnp.concatenate([before, jnp.stack([z, end])])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ancestral:
-    """Steps of the reverse stochastic differential equation: noise is drawn anew in each.
+    """Stochastic sampler: steps of the reverse stochastic differential equation.
 
     Attributes:
-        steps: Number of steps, of one evaluation each.
-        fresh: Share of the noise that is new, from 0, the ODE, to 1, the reverse SDE.
+        steps: Number of steps; each evaluates the velocity once.
+        fresh: Share of the noise that is drawn anew in each step, from 0 (the ODE) to 1 (the
+            reverse SDE).
 
     References:
         Denoising Diffusion Implicit Models, arXiv:2010.02502, equation 12; Score-Based Generative
@@ -95,46 +107,47 @@ class Ancestral:
     fresh: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse what takes no step."""
+        """Raise ValueError if a setting is out of range."""
         require_count(1, steps=self.steps)
         if not 0.0 <= self.fresh <= 1.0:
             raise ValueError(f"fresh: expected a number from 0 to 1, got {self.fresh}")
 
     def __call__(self, path: Path, velocity: VelocityFunction, noise: Array, key: Key) -> Array:
-        """Points (*, d) from noise (*, d)."""
+        """Draw points (*, d), starting from noise (*, d)."""
         angles = path.steps(self.steps).astype(noise.dtype)
 
         def step(z: Array, inputs: tuple[Array, Array, Key]) -> tuple[Array, None]:
             now, then, key = inputs
-            pull = velocity(z, now)
-            aim, old = point(z, pull, now), jnp.cos(now) * z - jnp.sin(now) * pull
+            v = velocity(z, now)
+            target = data_point(z, v, now)
+            old = jnp.cos(now) * z - jnp.sin(now) * v
             new = jax.random.normal(key, z.shape, z.dtype)
-            # what the noise of the next level has of this one's, in a chain that forgets
-            forgotten = self.fresh * jnp.sqrt(
+            # in the reverse SDE, the noise at the next angle keeps the share tan(now) / tan(then)
+            new_share = self.fresh * jnp.sqrt(
                 jnp.maximum(1.0 - (jnp.tan(now) / jnp.tan(then)) ** 2, 0.0)
             )
-            mixed = jnp.sqrt(1.0 - forgotten**2) * old + forgotten * new
-            return jnp.sin(then) * aim + jnp.cos(then) * mixed, None
+            mixed = jnp.sqrt(1.0 - new_share**2) * old + new_share * new
+            return jnp.sin(then) * target + jnp.cos(then) * mixed, None
 
         keys = jax.random.split(key, self.steps)
         return jax.lax.scan(step, noise, (angles[:-1], angles[1:], keys))[0]
 
 
-def point(z: Array, velocity: Array, angle: Array) -> Array:
-    """The data point that a velocity aims at."""
+def data_point(z: Array, velocity: Array, angle: Array) -> Array:
+    """Return the data point that a velocity predicts at points z."""
     return jnp.sin(angle) * z + jnp.cos(angle) * velocity
 
 
 def score(z: Array, velocity: Array, angle: Array) -> Array:
-    """The score of the density of noisy points, by the noise that a velocity says they hold."""
+    """Return the score of the density of noisy points z, from the predicted noise."""
     return jnp.tan(angle) * velocity - z
 
 
-def step_toward(z: Array, aim: Array, now: Array, then: Array) -> Array:
-    """Where a path at z leads that aims at this data point."""
-    # its noise times cos(now) is z - sin(now) * aim; the ratio stays finite at the data end
+def step_toward(z: Array, target: Array, now: Array, then: Array) -> Array:
+    """Move points z from the angle `now` to `then`, for a fixed predicted data point."""
+    # the noise at z is (z - sin(now) * target) / cos(now); the ratio is finite at the data end
     ratio = jnp.cos(then) / jnp.cos(now)
-    return jnp.sin(then) * aim + ratio * (z - jnp.sin(now) * aim)
+    return jnp.sin(then) * target + ratio * (z - jnp.sin(now) * target)
 
 
 def target_of_step(z: Array, after: Array, now: Array, then: Array) -> Array:

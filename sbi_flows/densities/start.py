@@ -1,18 +1,23 @@
-"""The linear-Gaussian posterior, truncated to the prior's box, as the first layer of every density.
+"""Linear start: the linear-Gaussian posterior, truncated to the prior's box.
 
-Ridge regression of the standard coordinates on the standardised observation, in closed form; where
-the prior is bounded, the few numbers that truncation changes (one gain, offset and scale an entry)
-are then fitted by maximum likelihood. A density behind it that starts at the identity is, at epoch
-0, the best linear-Gaussian posterior; training leaves it only as far as held-out density rewards.
+It is the first layer of every model, and is fitted before training. The standard coordinates are
+regressed on the standardised observation by ridge regression, in closed form. Where the prior is
+bounded, a gain, an offset and a scale for each entry are then fitted by maximum likelihood, because
+truncation changes them. A density behind it starts at the identity, so that the model at epoch 0 is
+the best linear-Gaussian posterior. Training keeps a change only if the held-out density improves.
 
-Source for the effective degrees of freedom: Hastie, Tibshirani & Friedman 2009, "The Elements of
-Statistical Learning", section 3.4.1. A regression on truncated data keeps its direction and shrinks
-its length (Brillinger 1983, "A generalized linear model with Gaussian regressor variables"), hence
-one gain an entry.
+Public names: `LinearStart`, `fit_linear_start`, `standard_truncation`, `RIDGE_PENALTIES`,
+`MAX_FEATURES`.
+
+Sources: Hastie, Tibshirani & Friedman 2009, "The Elements of Statistical Learning", section 3.4.1,
+for the effective degrees of freedom; Brillinger 1983, "A generalized linear model with Gaussian
+regressor variables", for the gain: a regression on truncated data keeps its direction, and only its
+length shrinks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,17 +28,17 @@ from jax import Array
 from sbi_flows.densities.bijectors.truncated import TruncatedAutoregression
 from sbi_flows.networks.shapes import align
 
-PENALTIES = (1e-6, 1e-3, 1e-2, 1e-1, 1.0, jnp.inf)
-"""Ridge penalties tried, as multiples of the number of rows; the last one is no regression."""
+RIDGE_PENALTIES = (1e-6, 1e-3, 1e-2, 1e-1, 1.0, jnp.inf)
+"""Ridge penalties to choose from, in units of the number of rows; infinity means no regression."""
 
 MAX_FEATURES = 512
-"""Longer observations are projected onto this many directions before the regression."""
+"""Maximum number of features of a regression; longer observations are projected to so many."""
 
-_STEPS, _RATE, _ROWS = 100, 0.1, 4096
+_ADAM_STEPS, _LEARNING_RATE, _MAX_ROWS = 100, 0.1, 4096
 
 
 class LinearStart(NamedTuple):
-    """y | c ~ truncated Gaussian autoregression around gain * (c @ weight) + bias.
+    """Truncated Gaussian autoregression with mean gain * (c @ weight) + bias given features c.
 
     Attributes:
         weight: Shape (C, d).
@@ -56,12 +61,14 @@ class LinearStart(NamedTuple):
         return cls(jnp.zeros((features, dim)), jnp.ones(dim), zeros, jnp.zeros((dim, dim)), zeros)
 
     def bijector(self, c: Array, bounded: tuple[bool, ...]) -> TruncatedAutoregression:
-        """Noise to standard coordinates given features c (*, C)."""
+        """Return the bijector from noise to standard coordinates given features c (*, C)."""
         return self.from_predictor(c @ self.weight, bounded)
 
-    def from_predictor(self, line: Array, bounded: tuple[bool, ...]) -> TruncatedAutoregression:
-        """The same, given c @ weight of shape (*, d)."""
-        mean = align(self.gain, line) * line + align(self.bias, line)
+    def from_predictor(
+        self, predictor: Array, bounded: tuple[bool, ...]
+    ) -> TruncatedAutoregression:
+        """Return the same bijector given the linear predictor c @ weight, shape (*, d)."""
+        mean = align(self.gain, predictor) * predictor + align(self.bias, predictor)
         return TruncatedAutoregression(mean, self.chain, self.log_scale, bounded)
 
 
@@ -86,42 +93,40 @@ def standard_truncation(
 def fit_linear_start(
     y: Array, c: Array, train: Array, held_out: Array, bounded: tuple[bool, ...]
 ) -> LinearStart:
-    """Fit on the training rows; choose the ridge penalty by log density of the held-out rows.
+    """Fit to the training rows; choose the ridge penalty by log density of the held-out rows.
+
+    Observations of more than `MAX_FEATURES` numbers are projected onto their leading principal
+    directions first.
 
     Args:
         y: Standard coordinates, shape (N, d).
         c: Standardised features of the observation, shape (N, C).
-        train: Row numbers to fit on.
-        held_out: Row numbers to choose on.
+        train: Indices of the rows to fit to.
+        held_out: Indices of the rows that decide on the penalty.
         bounded: Which of the d coordinates are bounded.
 
     Returns:
-        The best fit; where no penalty helps, one that ignores the observation. Observations of more
-        than `MAX_FEATURES` numbers enter through their leading principal directions.
+        The fit with the highest held-out log density. If a regression does not improve it, the
+        start ignores the observation.
     """
     if c.shape[1] > MAX_FEATURES:
-        directions = _leading_directions(c[train[:_ROWS]])
+        directions = _leading_directions(c[train[:_MAX_ROWS]])
         start = fit_linear_start(y, c @ directions, train, held_out, bounded)
         return start._replace(weight=directions @ start.weight)
-    fits = _ridge_path(y[train], c[train])
 
-    def score(f: LinearStart) -> Array:
-        return -jnp.mean(_loss(f, y[held_out], c[held_out] @ f.weight, bounded))
+    def score(start: LinearStart) -> Array:
+        return -jnp.mean(_loss(start, y[held_out], c[held_out] @ start.weight, bounded))
 
-    scores = jax.vmap(score)
-    best = _argmax(scores(fits))
-    start = jax.tree.map(lambda a: a[best], fits)
+    start = _best(score, _ridge_path(y[train], c[train]))
     if not any(bounded):
         return start
-    rows = train[:_ROWS]
-    polished = _polish(start, y[rows], c[rows] @ start.weight, bounded)
-    both = jax.tree.map(lambda a, b: jnp.stack([a, b]), start, polished)
-    best = _argmax(scores(both))
-    return jax.tree.map(lambda a: a[best], both)
+    rows = train[:_MAX_ROWS]
+    refined = _refine(start, y[rows], c[rows] @ start.weight, bounded)
+    return _best(score, jax.tree.map(lambda a, b: jnp.stack([a, b]), start, refined))
 
 
 def _leading_directions(c: Array) -> Array:
-    """Orthonormal directions (C, MAX_FEATURES) that hold most of the variance of rows (N, C).
+    """Return orthonormal directions (C, MAX_FEATURES) with most of the variance of rows (N, C).
 
     Source: Halko, Martinsson & Tropp 2011, "Finding Structure with Randomness" (arXiv:0909.4061),
     algorithm 4.3 with one power iteration.
@@ -136,7 +141,7 @@ def _leading_directions(c: Array) -> Array:
 
 
 def _ridge_path(y: Array, c: Array) -> LinearStart:
-    """One fit a penalty, stacked, from one eigendecomposition."""
+    """Fit once for each penalty, from one eigendecomposition; the fits are stacked."""
     y_mean, c_mean = jnp.mean(y, axis=0), jnp.mean(c, axis=0)
     y, c = y - y_mean[None], c - c_mean[None]
     values, vectors = jnp.linalg.eigh(c.T @ c / len(c))
@@ -151,37 +156,43 @@ def _ridge_path(y: Array, c: Array) -> LinearStart:
         covariance = residual.T @ residual / jnp.maximum(len(c) - freedom, 1.0)
         covariance += (1e-6 * jnp.mean(jnp.diagonal(covariance)) + 1e-12) * eye
         lower = jnp.linalg.cholesky(covariance)
-        # y = mean + lower @ noise, as a regression of each entry on the ones before it
-        whitener = jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
+        # y = mean + lower @ noise, written as a regression of each entry on the ones before it
+        inverse = jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
         scale = jnp.diagonal(lower)
-        chain = (eye - scale[:, None] * whitener).T
+        chain = (eye - scale[:, None] * inverse).T
         weight = weight - weight @ chain
         bias = y_mean - y_mean @ chain - c_mean @ weight
         return LinearStart(weight, jnp.ones_like(bias), bias, chain, jnp.log(scale))
 
-    return jax.lax.map(fit, jnp.asarray(PENALTIES, y.dtype))
+    return jax.lax.map(fit, jnp.asarray(RIDGE_PENALTIES, y.dtype))
 
 
-def _polish(start: LinearStart, y: Array, line: Array, bounded: tuple[bool, ...]) -> LinearStart:
-    """Maximum likelihood over all but the weights, by a fixed number of Adam steps."""
-    optimiser = optax.adam(optax.cosine_decay_schedule(_RATE, _STEPS))
+def _refine(
+    start: LinearStart, y: Array, predictor: Array, bounded: tuple[bool, ...]
+) -> LinearStart:
+    """Maximise the likelihood over all but the weights, by a fixed number of Adam steps."""
+    optimiser = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, _ADAM_STEPS))
 
-    def loss(free: LinearStart) -> Array:
-        return jnp.mean(_loss(free, y, line, bounded))
+    def loss(start: LinearStart) -> Array:
+        return jnp.mean(_loss(start, y, predictor, bounded))
 
     def step(carry: tuple, _: None) -> tuple[tuple, None]:
-        free, state = carry
-        updates, state = optimiser.update(jax.grad(loss)(free), state)
-        return (optax.apply_updates(free, updates), state), None
+        start, state = carry
+        updates, state = optimiser.update(jax.grad(loss)(start), state)
+        return (optax.apply_updates(start, updates), state), None
 
     first = (start, optimiser.init(start))
-    (free, _), _ = jax.lax.scan(step, first, None, length=_STEPS)
-    return free
+    (start, _), _ = jax.lax.scan(step, first, None, length=_ADAM_STEPS)
+    return start
 
 
-def _loss(start: LinearStart, y: Array, line: Array, bounded: tuple[bool, ...]) -> Array:
-    return -start.from_predictor(line, bounded).log_prob(y)
+def _loss(start: LinearStart, y: Array, predictor: Array, bounded: tuple[bool, ...]) -> Array:
+    """Return the negative log density of each row."""
+    return -start.from_predictor(predictor, bounded).log_prob(y)
 
 
-def _argmax(scores: Array) -> Array:
-    return jnp.argmax(jnp.where(jnp.isfinite(scores), scores, -jnp.inf))
+def _best(score: Callable[[LinearStart], Array], fits: LinearStart) -> LinearStart:
+    """Return the fit with the highest finite score out of stacked ones."""
+    scores = jax.vmap(score)(fits)
+    best = jnp.argmax(jnp.where(jnp.isfinite(scores), scores, -jnp.inf))
+    return jax.tree.map(lambda a: a[best], fits)

@@ -192,13 +192,13 @@ def _epoch(
         noise = jax.random.normal(noise_key, (count * batch, blueprint.sizes.dim), features.dtype)
         teacher = model(weights, state.params)
         context = teacher.context(features[chosen])
-        paths = teacher.density.paths(noise, context)
+        paths = teacher.density.teacher_paths(noise, context)
         orders = jax.random.split(order_key, PASSES)
         order = jnp.stack([jax.random.permutation(k, count * batch) for k in orders])
 
         def loss(params: Any, paths: Array, context: Array) -> Array:
             with precision_context(training.matmul_precision):
-                return jnp.mean(model(weights, params).density.errors(paths, context))
+                return jnp.mean(model(weights, params).density.student_errors(paths, context))
 
         def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, None]:
             number, places = inputs

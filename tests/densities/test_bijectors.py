@@ -23,7 +23,7 @@ MARKS = {name: [pytest.mark.promotes] for name in SUPPORTS} | {"spline": [pytest
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One bijector at some points in double precision, with log |det| of its Jacobian."""
+    """Values of one bijector in double precision, with log |det| of its Jacobian."""
 
     name: str
     x: np.ndarray
@@ -43,7 +43,7 @@ def _jacobian(case: cases.BijectorCase, bijector: distrax.Bijector, x: jax.Array
         matrices = jax.vmap(jax.jacobian(bijector.forward))(x)
         free = range(matrices.shape[1]) if case.free is None else case.free
         return jnp.linalg.slogdet(matrices[:, jnp.asarray(free)])[1]
-    # that of the inverse compiles faster: it is one pass
+    # the Jacobian of the inverse compiles faster, as the inverse is one pass
     inverse = jax.vmap(jax.jacobian(bijector.inverse))(bijector.forward(x))
     return -jnp.linalg.slogdet(inverse)[1]
 
@@ -83,7 +83,7 @@ def test_the_log_determinant_is_that_of_the_jacobian(measured):
 
 
 def test_the_points_are_moved(measured):
-    """Were a bijector the identity, the tests above could not fail."""
+    """The tests above could not fail for the identity."""
     x, y = measured.x, measured.y
     moved = x.shape != y.shape or np.max(np.abs(x - y)) > 0.05
     assert moved == (measured.name != "support of correlated normal")
@@ -91,7 +91,7 @@ def test_the_points_are_moved(measured):
 
 @pytest.mark.parametrize("name", cases.BIJECTORS)
 def test_single_precision_is_close_to_double(name):
-    """For supports the tests of the priors do this."""
+    """The tests of the priors check the maps to supports."""
     case = cases.BIJECTORS[name]
     params, x = case.params(jax.random.key(0), 3), _points(case)
     compute = jax.jit(lambda params, x: _both_ways(case.build(params, 3), x))
@@ -138,7 +138,7 @@ def test_extreme_inputs_give_finite_values_and_gradients(name, dtype, direction)
 @hypothesis.settings(max_examples=3)
 @hypothesis.given(data=strategies.data())
 def test_any_batch_shape(name, data):
-    """A batch is its rows one by one: jit and vmap over them give the same."""
+    """A batch gives the same as its rows one by one, by jit and vmap."""
     case = cases.BIJECTORS[name]
     dim = data.draw(strategies.sampled_from(case.dims), label="dim")
     batch = tuple(data.draw(strategies.lists(strategies.integers(1, 4), max_size=2), label="batch"))
@@ -218,7 +218,7 @@ class TestTruncated:
 
     @pytest.mark.parametrize("mean", [0.0, 1.9, 3.0])
     def test_far_tails_come_back_in_order(self, mean):
-        """Where the mean lies outside the box the straight line begins off the diagonal."""
+        """With the mean outside the box, the straight line of a tail starts off the diagonal."""
         narrow = TruncatedAutoregression(
             jnp.full(1, mean), jnp.zeros((1, 1)), jnp.log(jnp.full(1, 0.1)), (True,)
         )
@@ -229,7 +229,7 @@ class TestTruncated:
         np.testing.assert_allclose(back[inside], noise[inside], atol=0.02)
 
     def test_its_density_is_that_of_the_noise(self):
-        """`log_prob` takes no quantile; both are the same within 3 standard deviations."""
+        """`log_prob` computes no quantile; both agree within 3 standard deviations."""
         case = cases.BIJECTORS["truncated normal"]
         bijector = case.build(case.params(jax.random.key(0), 3), 3)
         drawn = jax.random.uniform(jax.random.key(1), (16, 3), minval=-3, maxval=3)

@@ -37,7 +37,7 @@ def test_without_a_linear_start_the_model_is_the_same_before_a_fit():
 def test_without_a_linear_start_noise_is_moved_only_where_the_prior_is_bounded():
     model = WITHOUT_START.build(jax.random.key(0))
     y = jnp.array([[1.7, 4.0, -1.7]])
-    # features of entries that are missing do not reach the noise
+    # the noise does not depend on the features, so that NaN does not reach it
     noise, log_det = model.whiten(y, jnp.full((1, FEATURES), jnp.nan))
     assert noise[0, 1] == 4.0
     assert noise[0, 0] > 2.0

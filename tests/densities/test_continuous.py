@@ -1,4 +1,4 @@
-"""Continuous flows: paths, solves, samplers, and fits beside what is known exactly."""
+"""Continuous flows: paths, solves, samplers and fits, compared with exact results."""
 
 import functools
 import math
@@ -25,7 +25,7 @@ MEAN, SD = jnp.array([1.0, -2.0]), jnp.array([0.3, 2.0])
 
 
 class Exact(VelocityNetwork):
-    """The exact velocity on the path to the normal distribution of `MEAN` and `SD`."""
+    """Exact velocity of the path to the normal distribution of `MEAN` and `SD`."""
 
     def given(self, context, *, key=None):
         return None
@@ -64,7 +64,7 @@ def test_a_path_turns_from_noise_to_data(name):
 
 
 def test_a_straight_path_weighs_errors_of_its_own_field():
-    """At time t, z = t data + (1 - t) noise; its field's error is the velocity's over its sd."""
+    """The field on z = t data + (1 - t) noise is the velocity divided by the path's sd."""
     time = np.linspace(0.05, 0.95, 10)
     angle = np.arctan2(time, 1 - time)
     expected = 1 / (time**2 + (1 - time) ** 2)
@@ -103,7 +103,7 @@ def test_a_solve_carries_noise_to_the_distribution_and_knows_its_density(name):
     )
     assert draws.shape == (4000, 2)
     np.testing.assert_allclose(np.mean(draws, 0), MEAN, atol=4 * 2.0 / math.sqrt(4000))
-    # a path that ends before the data, or begins after the noise, is off by what it leaves out
+    # paths that start after the noise or end before the data have a small bias
     np.testing.assert_allclose(np.std(draws, 0) / SD, 1.0, atol=0.04)
     exact = jnp.sum(norm.logpdf(draws, MEAN[None], SD[None]), axis=-1)
     slack = 0.02 if name == "straight" else 0.15
@@ -127,7 +127,7 @@ def test_a_sampler_that_draws_no_fresh_noise_follows_the_ode():
     exact, few, many = (s(path, velocity, noise, jax.random.key(2)) for s in samplers)
     assert np.max(np.abs(few - exact) / SD[None]) < 0.15
     assert np.max(np.abs(many - exact) / SD[None]) < 0.1
-    # a quarter of the error at twice the steps
+    # second order: twice the steps have a quarter of the error
     closer = Heun(steps=48)(path, velocity, noise, jax.random.key(2))
     assert np.mean(np.abs(closer - exact)) < 0.4 * np.mean(np.abs(few - exact))
 
@@ -140,7 +140,7 @@ def test_the_divergence_is_exact_or_a_projection():
     )
     np.testing.assert_allclose(found.value, z @ matrix, rtol=1e-6)
     np.testing.assert_allclose(found.divergence, np.full(5, -1.75), rtol=1e-5)
-    np.testing.assert_allclose(found.squares, np.full(5, np.sum(matrix**2)), rtol=1e-5)
+    np.testing.assert_allclose(found.squared_norm, np.full(5, np.sum(matrix**2)), rtol=1e-5)
     for noise in ("rademacher", "gaussian"):
         solver = sf.Solver(exact_up_to=2, probes=4000, noise=noise)
         probes = solver.probes_of(jax.random.key(1), 3, z.dtype)
@@ -156,7 +156,7 @@ def test_many_directions_in_turn_add_up_to_the_same():
     each = jax.vmap(jax.jacfwd(lambda z: jnp.tanh(z @ matrix)))(z)
     np.testing.assert_allclose(found.value, jnp.tanh(z @ matrix), rtol=1e-5)
     np.testing.assert_allclose(found.divergence, jnp.trace(each, axis1=1, axis2=2), rtol=1e-4)
-    np.testing.assert_allclose(found.squares, jnp.sum(each**2, axis=(1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(found.squared_norm, jnp.sum(each**2, axis=(1, 2)), rtol=1e-4)
 
 
 def test_projections_are_the_same_in_every_solve_and_exact_for_a_diagonal():
@@ -221,7 +221,7 @@ TRAINED = {"CNF": sf.Training(max_epochs=4, learning_rate=1e-3)}
 
 
 def folded(key, theta):
-    """The size of the first parameter, and the second: two modes for every observation."""
+    """Observe |first parameter| and the second with noise: the posterior has two modes."""
     x = jnp.stack([jnp.abs(theta["place"][0]), theta["place"][1]])
     return x + 0.1 * jax.random.normal(key, (2,))
 
@@ -229,7 +229,7 @@ def folded(key, theta):
 @pytest.fixture(scope="module")
 def simulations():
     sims = sf.simulate(jax.random.key(0), PRIOR, folded, 3000, progress=False)
-    # a feature that never changes, and a simulation that failed
+    # add a constant feature and a failed simulation
     x = jnp.concatenate([sims.x, jnp.ones((3000, 1))], axis=1)
     return sf.Simulations(sims.theta, x.at[7].set(jnp.nan))
 
@@ -287,7 +287,7 @@ def test_held_out_losses_are_log_densities_in_the_units_of_theta(fitted, simulat
     rows = history.held_out[0]
     said = -np.asarray(posterior.log_prob(valid.theta[rows], valid.x[rows]))
     assert history.held_out_loss.shape == (1, len(rows))
-    # of the weights that were kept, or with a likelihood those of either half
+    # the weights are those of the best epoch; with a likelihood loss, of the best of either half
     assert np.mean(history.held_out_loss) == pytest.approx(np.mean(said), abs=0.05)
 
 
@@ -347,7 +347,7 @@ def test_regression_is_trained_for_longer_by_default():
 
 @pytest.fixture(scope="module")
 def tokens():
-    """A network of one token of its own and three that can be exchanged, away from its start."""
+    """A perturbed network with one token of its own kind and three exchangeable ones."""
     settings = sf.Tokens(width=16, heads=2, size=2, kinds=(7, 3, 3, 3))
     graph, state = nnx.split(settings.build(nnx.Rngs(0), dim=8, context_dim=3))
     return nnx.merge(graph, cases.perturbed(jax.random.key(1), state, 0.3))
@@ -362,7 +362,7 @@ def test_exchanged_parameters_have_exchanged_velocities(tokens):
 
     order = np.array([0, 3, 1, 2])
     np.testing.assert_allclose(velocity(z[:, :, order]), velocity(z)[:, :, order], atol=1e-5)
-    # but not with the one that is of another kind
+    # but the token of another kind is not exchangeable
     other = np.array([1, 0, 2, 3])
     assert np.max(np.abs(velocity(z[:, :, other]) - velocity(z)[:, :, other])) > 1e-2
 

@@ -1,4 +1,4 @@
-"""Every density: starts at the identity, integrates to one, draws what it scores, any dimension."""
+"""Every density: initial value, normalisation, agreement of draws and density, any dimension."""
 
 import functools
 
@@ -23,10 +23,10 @@ GRID = jnp.asarray(np.stack(np.meshgrid(MIDDLE, MIDDLE, indexing="ij"), axis=-1)
 
 
 def moved(key: jax.Array, weights: nnx.State) -> nnx.State:
-    """Every weight away from its initial value, by a fifth of the size that one has at random.
+    """Add noise to every weight, of a fifth of the size of random initial weights.
 
-    Further off a density is so sharp that no grid resolves it, and that the last digit of a draw
-    in single precision moves its log density by tenths.
+    With more noise the density is so sharp that no grid resolves it, and rounding of a draw in
+    single precision changes its log density by 0.1 or more.
     """
     leaves, structure = jax.tree.flatten(weights)
     keys = jax.random.split(key, len(leaves))
@@ -38,7 +38,7 @@ def moved(key: jax.Array, weights: nnx.State) -> nnx.State:
 
 
 class Program:
-    """A density in `dim` dimensions as compiled functions of its weights."""
+    """A density in `dim` dimensions, as compiled functions of its weights."""
 
     def __init__(self, name: str, dim: int) -> None:
         density = cases.DENSITIES[name].build(jax.random.key(0), dim, CONTEXT_DIM)
@@ -69,14 +69,14 @@ def test_the_start_is_standard_normal(plane):
     z = jax.random.normal(jax.random.key(3), (500, 2))
     exact = jnp.sum(norm.logpdf(z), axis=-1)
     started = plane.log_prob(plane.initial, z, jnp.tile(CONTEXT, (500, 1)))
-    if "shift" in plane.initial:  # the components of a mixture must differ to be told apart
+    if "shift" in plane.initial:  # the components of a mixture have different initial means
         assert abs(np.mean(exact - started)) < 0.03
     else:
         np.testing.assert_allclose(started, exact, atol=1e-4)
 
 
 def test_integrates_to_one_and_draws_fall_where_the_density_is(plane):
-    """The masses of 16 cells, from the density on a grid and from draws."""
+    """Compare the masses of 16 cells from the density on a grid with those from draws."""
     log_prob = plane.log_prob(plane.perturbed, GRID, CONTEXT)
     assert log_prob.shape == (len(GRID),)
     mass = np.exp(np.asarray(log_prob)).reshape(400, 400) * (EDGES[1] - EDGES[0]) ** 2
@@ -85,7 +85,7 @@ def test_integrates_to_one_and_draws_fall_where_the_density_is(plane):
     assert draws.shape == (20_000, 2)
     again = plane.log_prob(plane.perturbed, draws, CONTEXT)
     np.testing.assert_allclose(scores, again, rtol=1e-3, atol=2e-3)
-    # far from where it started, or the test could not fail
+    # the density differs from its initial value, or the test could not fail
     assert np.mean(scores - jnp.sum(norm.logpdf(draws), axis=-1)) > 0.03
     cuts = np.array([-12.0, -1.2, 0.0, 1.2, 12.0])
     counts = np.histogram2d(*np.asarray(draws).T, bins=[cuts, cuts])[0]
@@ -110,7 +110,7 @@ def test_any_dimension_and_batches_of_contexts(name, dim):
     draws, scores = program.draw(program.perturbed, 50, contexts)
     assert (draws.shape, scores.shape) == ((50, 4, dim), (50, 4))
     assert np.all(np.isfinite(scores))
-    # each row has a context of its own: the same as draws for each context
+    # the densities of rows with one context each are those of draws for each context
     rows = jnp.tile(contexts, (50, 1))
     again = program.log_prob(program.perturbed, draws.reshape(-1, dim), rows)
     np.testing.assert_allclose(again.reshape(50, 4), scores, rtol=1e-3, atol=5e-3)
@@ -180,7 +180,7 @@ def test_settings_out_of_range_are_refused(kind, setting, value, message):
 
 
 def test_depth_adds_layers():
-    """More transforms are more weights, whatever the compiled program's size."""
+    """The number of weights is proportional to the number of transforms."""
 
     def size(transforms: int) -> int:
         density = sf.MAF(transforms=transforms, hidden=(8,), context_width=0)

@@ -8,7 +8,7 @@ import sbi_flows as sf
 
 
 def test_the_work_of_a_solve_is_counted_or_not_known():
-    """Beside the evaluations as the field itself counts them."""
+    """Compare with the evaluations that the field itself counts."""
     for method, known in (
         (diffrax.Bosh3(), True),
         (diffrax.Heun(), True),
@@ -21,6 +21,6 @@ def test_the_work_of_a_solve_is_counted_or_not_known():
             return -z
 
         solver = sf.Solver(method=method)
-        _, effort = solver.solve(field, jnp.ones(2), None, (0.0, 1.0))
+        _, stats = solver.solve(field, jnp.ones(2), None, (0.0, 1.0))
         jax.effects_barrier()
-        assert int(effort.evaluations) == (len(counted) if known else -1)
+        assert int(stats.evaluations) == (len(counted) if known else -1)

@@ -1,4 +1,4 @@
-"""The linear start is the exact posterior of linear-Gaussian problems and never does harm."""
+"""The linear start: exact for linear-Gaussian problems, no worse than the prior for others."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ fit = jax.jit(fit_linear_start, static_argnums=4)
 
 
 def started(y, c, bounded):
-    """The start fitted to the first ROWS rows, and its log densities of the others."""
+    """Fit a start to all rows but the last FRESH, and compute log densities of these."""
     y, c = jnp.asarray(y, jnp.float32), jnp.asarray(c, jnp.float32)
     rows = len(y) - FRESH
     order = jnp.arange(rows)
@@ -40,12 +40,12 @@ def test_a_linear_gaussian_posterior_is_exact():
     means = c[ROWS:] / NOISE**2 @ MIXING @ covariance
     exact = stats.multivariate_normal(cov=covariance).logpdf(y[ROWS:] - means)
     assert -0.01 < np.mean(exact - log_prob) < 0.03
-    # row by row, not on average alone
+    # for each row, and not only on average
     assert np.std(exact - log_prob) < 0.2
 
 
 def test_a_long_observation_is_read_through_its_leading_directions():
-    """A picture of 40 x 40 that two numbers light up, beside noise in every pixel."""
+    """An image of 40 x 40 pixels: a linear function of two parameters plus noise in every pixel."""
     rng = np.random.default_rng(5)
     y = rng.normal(size=(1000 + 2000, 2))
     c = y @ rng.normal(size=(2, 1600)) + 10.0 * rng.normal(size=(len(y), 1600))
@@ -60,7 +60,7 @@ def test_a_long_observation_is_read_through_its_leading_directions():
 
 @pytest.mark.parametrize("noise", [0.1, 0.5, 2.0])
 def test_a_truncated_normal_posterior_is_exact(noise):
-    """A box prior and Gaussian noise: from well inside the box to pressed on its faces."""
+    """A box prior and Gaussian noise: posteriors inside the box and cut off by its faces."""
     rng = np.random.default_rng(1)
     y = rng.uniform(-HALF_WIDTH, HALF_WIDTH, size=(ROWS + FRESH, 2))
     c = np.concatenate([y + noise * rng.normal(size=y.shape), rng.normal(size=(len(y), 1))], axis=1)
@@ -72,7 +72,7 @@ def test_a_truncated_normal_posterior_is_exact(noise):
 
 
 def test_without_information_the_start_is_the_prior():
-    """Far fewer rows than the features deserve: any regression would over-fit."""
+    """Too few rows for so many features: any regression would overfit."""
     rng = np.random.default_rng(2)
     for bounded in ((False, False), (True, True)):
         y = rng.normal(size=(400 + FRESH, 2))

@@ -11,7 +11,7 @@ import pytest
 
 import sbi_flows as sf
 from sbi_flows.densities.distilled import Distilled
-from sbi_flows.densities.samplers import aimed, onward
+from sbi_flows.densities.samplers import step_toward, target_of_step
 from tests.cases import unchecked
 
 BRIEF = sf.Training(max_epochs=40, batch_size=64, learning_rate=3e-3, ema_decay=0.99)
@@ -58,7 +58,7 @@ def test_an_aim_is_where_its_step_leads():
     z, after = jax.random.normal(jax.random.key(0), (2, 5, 3))
     now, then = jnp.array(0.3), jnp.array(1.2)
     np.testing.assert_allclose(
-        onward(z, aimed(z, after, now, then), now, then), after, rtol=1e-4, atol=1e-5
+        step_toward(z, target_of_step(z, after, now, then), now, then), after, rtol=1e-4, atol=1e-5
     )
 
 

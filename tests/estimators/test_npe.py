@@ -285,8 +285,8 @@ def test_a_fit_that_diverges_leaves_a_posterior_that_works(simulations):
 @pytest.mark.parametrize(
     ("embedding", "message"),
     [
-        (nnx.Dropout(0.5, rngs=nnx.Rngs(0)), r"parameters \(nnx.Param\) alone, got .*RngKey"),
-        (nnx.BatchNorm(3, rngs=nnx.Rngs(0)), "alone, got BatchStat. Use LayerNorm in place"),
+        (nnx.Dropout(0.5, rngs=nnx.Rngs(0)), r"parameters \(nnx.Param\) only, got .*RngKey"),
+        (nnx.BatchNorm(3, rngs=nnx.Rngs(0)), "only, got BatchStat. Use LayerNorm in place"),
         (ResidualMLP, "embedding: expected a module or a function of one nnx.Rngs, got"),
         (3, "embedding: expected a module or a function of one nnx.Rngs, got 3"),
     ],

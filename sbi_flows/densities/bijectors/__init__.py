@@ -1,4 +1,4 @@
-"""Bijectors behind the distrax interface."""
+"""Bijectors with the interface of distrax; the forward direction maps noise to data."""
 
 from sbi_flows.densities.bijectors.autoregressive import Autoregressive as Autoregressive
 from sbi_flows.densities.bijectors.coupling import Coupling as Coupling

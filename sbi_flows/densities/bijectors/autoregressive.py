@@ -1,7 +1,7 @@
-"""Masked autoregressive bijector: the density is one parallel pass.
+"""Masked autoregressive bijector; its density costs one parallel pass.
 
 Sources: Papamakarios et al. 2017, "Masked Autoregressive Flow" (arXiv:1705.07057); Durkan et al.
-2019 for splines in place of the affine transformer.
+2019, "Neural Spline Flows" (arXiv:1906.04032), for splines in place of the affine transformer.
 """
 
 from __future__ import annotations
@@ -15,93 +15,102 @@ import jax.numpy as jnp
 from jax import Array
 
 Transformer = Callable[[Array], distrax.BijectorLike]
-"""Makes an elementwise bijector over values (D, *) from parameters (P, D, *)."""
+"""Function from parameters (P, D, *) to an elementwise bijector over values (D, *)."""
 
 
 @runtime_checkable
-class Masked(Protocol):
-    """A network whose parameters of an entry depend on the inputs up to its own place alone."""
+class MaskedConditioner(Protocol):
+    """Network whose parameters for entry i + 1 depend on the entries 0 to i only."""
 
     def __call__(self, x: Array) -> Array:
-        """Inputs (D - 1, *) to the parameters (P, D - 1, *) of all entries."""
+        """Compute the parameters (P, D - 1, *) of entries 1 to D - 1 from entries (D - 1, *)."""
         ...
 
     def begin(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """What it holds for inputs (*shape) of which none is known."""
+        """Return the hidden units for a batch of this shape before any entry is known."""
         ...
 
     def advance(self, i: Array, x: Array, units: Any) -> tuple[Any, Array]:
-        """Once input i is known, later ones of x (D - 1, *) zero: parameters (P, 1, *) of entry i.
+        """Add entry i, which has become known.
 
-        With what it then holds.
+        Args:
+            i: Index of the entry.
+            x: Entries (D - 1, *); those after entry i are zero.
+            units: Hidden units, as `begin` or the previous call returned them.
+
+        Returns:
+            The new hidden units, and the parameters (P, 1, *) of entry i + 1.
         """
         ...
 
 
 class Autoregressive(distrax.Bijector):
-    """Inverse: data to noise, one pass. Forward: noise to data, the same pass entry by entry.
+    """Masked autoregressive bijector.
+
+    The inverse, data to noise, takes one pass through the conditioner. The forward map, noise to
+    data, computes the same pass entry by entry.
 
     Args:
-        first: Parameters of entry 0, shape (P, 1, *context). They depend on the context alone, so
-            that many draws for one context share them.
-        conditioner: Makes the parameters of entries 1 to D - 1 from the data but its last entry,
-            those of each from the entries before it alone. None if D = 1.
+        first: Parameters of entry 0, shape (P, 1, *context). They depend on the context only, and
+            all draws for one context share them.
+        conditioner: Network that computes the parameters of entries 1 to D - 1 from the entries
+            before each of them. None if D = 1.
         transformer: Makes the elementwise bijector from data to noise.
     """
 
     def __init__(
         self,
         first: Array,
-        conditioner: Masked | None,
+        conditioner: MaskedConditioner | None,
         transformer: Transformer,
     ) -> None:
-        """Hold the parameters and the functions."""
+        """Store the parameters and the functions."""
         super().__init__(event_ndims_in=1)
         self._first, self._conditioner, self._transformer = first, conditioner, transformer
 
     def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
-        """Data (*, D) to noise (*, D) with the log determinant (*)."""
+        """Map data (*, D) to noise (*, D); the log determinant has shape (*)."""
         entries = jnp.moveaxis(y, -1, 0)
         first, rest = entries[:1], entries[1:]
-        params = self._params_0(y)
+        params = self._first_params(y)
         if self._conditioner is None:
-            head, head_det = self._transformer(params).forward_and_log_det(first)
-            return jnp.moveaxis(head, 0, -1), head_det[0]
-        others = self._conditioner(entries[:-1])
-        if params.shape[2:] == others.shape[2:]:
-            transformer = self._transformer(jnp.concatenate([params, others], axis=1))
+            noise, log_det = self._transformer(params).forward_and_log_det(first)
+            return jnp.moveaxis(noise, 0, -1), log_det[0]
+        rest_params = self._conditioner(entries[:-1])
+        if params.shape[2:] == rest_params.shape[2:]:
+            transformer = self._transformer(jnp.concatenate([params, rest_params], axis=1))
             noise, log_det = transformer.forward_and_log_det(entries)
             return jnp.moveaxis(noise, 0, -1), jnp.sum(log_det, axis=0)
         # many draws share the parameters of entry 0
-        head, head_det = self._transformer(params).forward_and_log_det(first)
-        tail, tail_det = self._transformer(others).forward_and_log_det(rest)
+        head, head_log_det = self._transformer(params).forward_and_log_det(first)
+        tail, tail_log_det = self._transformer(rest_params).forward_and_log_det(rest)
         noise = jnp.moveaxis(jnp.concatenate([head, tail]), 0, -1)
-        return noise, head_det[0] + jnp.sum(tail_det, axis=0)
+        return noise, head_log_det[0] + jnp.sum(tail_log_det, axis=0)
 
     def forward_and_log_det(self, x: Array) -> tuple[Array, Array]:
-        """Noise (*, D) to data (*, D) with the log determinant (*)."""
+        """Map noise (*, D) to data (*, D); the log determinant has shape (*)."""
         entries = jnp.moveaxis(x, -1, 0)
         first, rest = entries[:1], entries[1:]
-        head, head_det = self._transformer(self._params_0(x)).inverse_and_log_det(first)
+        head, head_log_det = self._transformer(self._first_params(x)).inverse_and_log_det(first)
         conditioner = self._conditioner
         if conditioner is None:
-            return jnp.moveaxis(head, 0, -1), head_det[0]
+            return jnp.moveaxis(head, 0, -1), head_log_det[0]
 
         def step(i: Array, carry: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
             data, total, units = carry
-            # entries that are not there yet are zero
             units, params = conditioner.advance(i, data[:-1], units)
             noise = jax.lax.dynamic_slice_in_dim(rest, i, 1)
             entry, log_det = self._transformer(params).inverse_and_log_det(noise)
             data = jax.lax.dynamic_update_slice_in_dim(data, entry, i + 1, 0)
             return data, total + log_det[0], units
 
+        # entries that are not known yet are zero
         data = jnp.concatenate([head, jnp.zeros_like(rest)])
-        carry = data, head_det[0], conditioner.begin(head.shape[1:], x.dtype)
+        carry = data, head_log_det[0], conditioner.begin(head.shape[1:], x.dtype)
         data, log_det, _ = jax.lax.fori_loop(0, len(rest), step, carry)
         return jnp.moveaxis(data, 0, -1), log_det
 
-    def _params_0(self, like: Array) -> Array:
-        # the draws' axes come before the contexts'
+    def _first_params(self, like: Array) -> Array:
+        """Return the parameters of entry 0 with axes of length 1 for the draws of `like`."""
         params, (count, _, *context) = self._first, self._first.shape
         return jnp.reshape(params, (count, 1, *(1,) * (like.ndim - 1 - len(context)), *context))

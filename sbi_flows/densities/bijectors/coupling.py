@@ -1,4 +1,4 @@
-"""Coupling bijector: one half transforms the other; both directions are one pass.
+"""Coupling bijector: one half of the entries transforms the other; both directions are one pass.
 
 Source: Dinh et al. 2017, "Density estimation using Real NVP" (arXiv:1605.08803).
 """
@@ -15,33 +15,40 @@ from sbi_flows.densities.bijectors.autoregressive import Transformer
 
 
 class Coupling(distrax.Bijector):
-    """Leaves the first `split` entries and transforms the others given them.
+    """Bijector that leaves the first `split` entries unchanged and transforms the others.
 
     Args:
-        conditioner: Maps the first entries (split, *) to parameters (P, D - split, *).
+        conditioner: Function from the first entries (split, *) to parameters (P, D - split, *).
         transformer: Makes the elementwise bijector from data to noise.
-        split: Number of entries left as they are.
+        split: Number of unchanged entries.
     """
 
     def __init__(
         self, conditioner: Callable[[Array], Array], transformer: Transformer, split: int
     ) -> None:
-        """Hold the two functions."""
+        """Store the conditioner and the transformer."""
         super().__init__(event_ndims_in=1)
         self._conditioner, self._transformer, self._split = conditioner, transformer, split
 
     def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
-        """Data (*, D) to noise (*, D) with the log determinant (*)."""
-        return self._map(y, "forward_and_log_det")
+        """Map data (*, D) to noise (*, D); the log determinant has shape (*)."""
+        fixed, changed = self._halves(y)
+        noise, log_det = self._elementwise(fixed).forward_and_log_det(changed)
+        return _join(fixed, noise), jnp.sum(log_det, axis=0)
 
     def forward_and_log_det(self, x: Array) -> tuple[Array, Array]:
-        """Noise (*, D) to data (*, D) with the log determinant (*)."""
-        return self._map(x, "inverse_and_log_det")
+        """Map noise (*, D) to data (*, D); the log determinant has shape (*)."""
+        fixed, changed = self._halves(x)
+        data, log_det = self._elementwise(fixed).inverse_and_log_det(changed)
+        return _join(fixed, data), jnp.sum(log_det, axis=0)
 
-    def _map(self, value: Array, method: str) -> tuple[Array, Array]:
+    def _halves(self, value: Array) -> tuple[Array, Array]:
         entries = jnp.moveaxis(value, -1, 0)
-        kept, changed = entries[: self._split], entries[self._split :]
-        transformer = self._transformer(self._conditioner(kept))
-        out, log_det = getattr(transformer, method)(changed)
-        joined = jnp.moveaxis(jnp.concatenate([kept, out]), 0, -1)
-        return joined, jnp.sum(log_det, axis=0)
+        return entries[: self._split], entries[self._split :]
+
+    def _elementwise(self, fixed: Array) -> distrax.BijectorLike:
+        return self._transformer(self._conditioner(fixed))
+
+
+def _join(fixed: Array, changed: Array) -> Array:
+    return jnp.moveaxis(jnp.concatenate([fixed, changed]), 0, -1)

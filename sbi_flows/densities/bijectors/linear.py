@@ -1,4 +1,7 @@
-"""The linear bijector between the layers of a flow: a reversal and two triangular factors."""
+"""Linear bijector between the layers of a flow: a reversal and two triangular factors.
+
+Source: Kingma & Dhariwal 2018, "Glow" (arXiv:1807.03039), section 3.2.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from sbi_flows.core.precision import FULL
 
 
 class LU(NamedTuple):
-    """Two triangular factors and what follows from them.
+    """Triangular factors of a matrix, their product and its log determinant.
 
     Attributes:
         lower: Unit lower triangular L, shape (D, D).
@@ -29,12 +32,12 @@ class LU(NamedTuple):
 
 
 def lu(lower: Array, upper: Array, log_diagonal: Array) -> LU:
-    """Assemble the factors.
+    """Assemble the factors from unconstrained arrays.
 
     Args:
-        lower: Entries of L below the diagonal (the others are ignored), shape (D, D).
-        upper: Entries of U above the diagonal, shape (D, D).
-        log_diagonal: Logarithm of U's diagonal, shape (D,).
+        lower: Entries of L below the diagonal, shape (D, D); the others are ignored.
+        upper: Entries of U above the diagonal, shape (D, D); the others are ignored.
+        log_diagonal: Logarithm of the diagonal of U, shape (D,).
     """
     lower = jnp.tril(lower, -1) + jnp.eye(len(log_diagonal), dtype=log_diagonal.dtype)
     upper = jnp.triu(upper, 1) + jnp.diag(jnp.exp(log_diagonal))
@@ -43,29 +46,29 @@ def lu(lower: Array, upper: Array, log_diagonal: Array) -> LU:
 
 
 class LULinear(distrax.Bijector):
-    """y = P L U x, where P reverses the order of the entries.
+    """Linear bijector y = P L U x, where P reverses the order of the entries.
 
     Args:
-        factors: What `lu` gives.
+        factors: Triangular factors, as `lu` returns them.
 
     References:
         Glow: Generative Flow with Invertible 1x1 Convolutions, arXiv:1807.03039, section 3.2.
     """
 
     def __init__(self, factors: LU) -> None:
-        """Hold the factors."""
+        """Store the factors."""
         super().__init__(event_ndims_in=1, is_constant_jacobian=True)
         self._factors = factors
 
     def forward_and_log_det(self, x: Array) -> tuple[Array, Array]:
-        """X (*, D) to y (*, D) with the log determinant (*)."""
+        """Map x (*, D) to y (*, D); the log determinant has shape (*)."""
         factors = self._factors
         y = jnp.matmul(x, factors.product.T, precision=FULL)
         return y, jnp.broadcast_to(factors.log_det, x.shape[:-1])
 
     def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
-        """Y (*, D) to x (*, D) with the log determinant (*)."""
-        # one D x D inverse and a matrix product; a triangular solve a row is far slower on a CPU
+        """Map y (*, D) to x (*, D); the log determinant has shape (*)."""
+        # One D x D inverse and a matrix product: on a CPU far faster than a solve for each row.
         lower, upper, _, log_det = self._factors
         eye = jnp.eye(len(lower), dtype=lower.dtype)
         half = jax.scipy.linalg.solve_triangular(lower, eye, lower=True, unit_diagonal=True)

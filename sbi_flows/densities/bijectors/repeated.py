@@ -1,4 +1,4 @@
-"""One kind of layer applied many times with different arrays."""
+"""Composition of layers of one kind, each with its own arrays."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-UNROLLED = 6
-"""Most layers that are written out one after another."""
+MAX_UNROLLED_LAYERS = 6
+"""Maximum number of layers that are unrolled in one iteration of the loop over layers."""
 
 
 class Repeated(distrax.Bijector):
-    """Composition of `make(arrays[0])`, `make(arrays[1])`, ..., the first one nearest the data.
+    """Composition of the layers `make(arrays[0])`, `make(arrays[1])`, ..., from data to noise.
 
     Args:
-        make: Builds one layer's bijectors (noise to data, data side first) from its arrays.
-        arrays: The layers' arrays, stacked on a leading axis.
-        written_out: In the inverse, write up to `UNROLLED` layers out one after another in place of
-            a loop, which reads and writes each array that a layer stores for the derivative once
-            more, a sixth of the time of a step of the training. Others take less time to compile.
+        make: Function from the arrays of one layer to its bijectors, which map noise to data; the
+            one nearest the data comes first.
+        arrays: Arrays of all layers, stacked on a leading axis.
+        unroll: Whether the inverse unrolls the loop over up to `MAX_UNROLLED_LAYERS` layers. A loop
+            reads and writes all arrays that a layer stores for the derivative once more, which is a
+            sixth of the time of a training step. Without unrolling, compilation is faster.
     """
 
     def __init__(
@@ -30,16 +31,16 @@ class Repeated(distrax.Bijector):
         make: Callable[[Any], list[distrax.Bijector]],
         arrays: Any,
         *,
-        written_out: bool = False,
+        unroll: bool = False,
     ) -> None:
-        """Hold the function and the arrays."""
+        """Store the function and the arrays."""
         super().__init__(event_ndims_in=1)
         self._make, self._arrays = make, arrays
         layers = len(jax.tree.leaves(arrays)[0])
-        self._unroll = min(layers, UNROLLED) if written_out else 1
+        self._unroll = min(layers, MAX_UNROLLED_LAYERS) if unroll else 1
 
     def forward_and_log_det(self, x: Array) -> tuple[Array, Array]:
-        """Noise (*, D) to data (*, D) with the log determinant (*)."""
+        """Map noise (*, D) to data (*, D); the log determinant has shape (*)."""
 
         def step(carry: tuple[Array, Array], arrays: Any) -> tuple[tuple[Array, Array], None]:
             value, total = carry
@@ -52,7 +53,7 @@ class Repeated(distrax.Bijector):
         return jax.lax.scan(step, carry, self._arrays, reverse=True)[0]
 
     def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
-        """Data (*, D) to noise (*, D) with the log determinant (*)."""
+        """Map data (*, D) to noise (*, D); the log determinant has shape (*)."""
 
         def step(carry: tuple[Array, Array], arrays: Any) -> tuple[tuple[Array, Array], None]:
             value, total = carry

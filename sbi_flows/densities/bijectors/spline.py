@@ -2,8 +2,10 @@
 
 Source: Durkan et al. 2019, "Neural Spline Flows" (arXiv:1906.04032), equations 4-8.
 
-The K bins of all elements stand on the FIRST axis of the parameters: reductions over a short
-leading axis vectorise over the long ones.
+The first axis of the parameters runs over the K bins: a reduction over a short leading axis
+vectorises over the long axes behind it.
+
+Public names: `RationalQuadraticSpline`, `MIN_BIN`, `MIN_SLOPE`.
 """
 
 from __future__ import annotations
@@ -22,28 +24,28 @@ from jax import Array
 from sbi_flows.core.precision import FULL
 
 MIN_BIN = 1e-3
-"""Smallest width and height of a bin, as a fraction of the box."""
+"""Minimum width and height of a bin, as fractions of the box."""
 
 MIN_SLOPE = 1e-3
-"""Smallest slope at a knot."""
+"""Minimum slope at a knot."""
 
-_LIMIT = 30.0  # of logits: a bin that is e^30 times as large as another fills the box
+_MAX_LOGIT = 30.0  # one bin then fills the box, and the exponential does not overflow
 
 _WIDTHS, _HEIGHTS = 0, 1
 
-_SLOPE_OFFSET = float(np.log(np.expm1(1.0 - MIN_SLOPE)))  # softplus of it + MIN_SLOPE is 1
+_SLOPE_OFFSET = float(np.log(np.expm1(1.0 - MIN_SLOPE)))  # a logit of zero gives slope one
 
 
 class RationalQuadraticSpline(distrax.Bijector):
-    """Elementwise spline on (-bound, bound), the identity outside.
+    """Elementwise monotone spline on (-bound, bound); the identity outside.
 
     Args:
-        params: Unconstrained parameters of shape (3 K - 1, *shape): K widths, K heights, K - 1
-            inner slopes. All zeros give the identity.
-        bound: Half width B of the box.
+        params: Unconstrained parameters of shape (3 K - 1, *shape): K widths, K heights and K - 1
+            inner slopes of the bins. All zeros give the identity.
+        bound: Half width of the box.
 
     Raises:
-        ValueError: The first axis is not 3 K - 1 for some K >= 2.
+        ValueError: The length of the first axis is not 3 K - 1 for some K >= 2.
 
     References:
         Neural Spline Flows, arXiv:1906.04032.
@@ -56,7 +58,7 @@ class RationalQuadraticSpline(distrax.Bijector):
     """
 
     def __init__(self, params: Array, bound: float = 5.0) -> None:
-        """Hold the parameters; each direction computes what it needs of them."""
+        """Store the parameters and check their shape."""
         super().__init__(event_ndims_in=0)
         bins, extra = divmod(params.shape[0] + 1, 3)
         if extra or bins < 2:
@@ -66,9 +68,9 @@ class RationalQuadraticSpline(distrax.Bijector):
         self._params, self._bins, self._bound = params, bins, bound
 
     def forward_and_log_det(self, x: Array) -> tuple[Array, Array]:
-        """The spline and its log derivative, both of x's shape."""
+        """Map values of any shape; the log derivative has the same shape."""
         inside = jnp.abs(x) < self._bound
-        # clipped before the arithmetic: a `where` after it would leave NaN gradients outside
+        # Clip before the arithmetic: a `where` after it would leave NaN gradients outside.
         clipped = jnp.clip(x, -self._bound, self._bound)
         x0, w, y0, h, d0, d1 = self._bin(clipped, _WIDTHS)
         slope, t = h / w, (clipped - x0) / w
@@ -76,7 +78,7 @@ class RationalQuadraticSpline(distrax.Bijector):
         return jnp.where(inside, y, x), jnp.where(inside, log_det, 0.0)
 
     def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
-        """The inverse spline (equations 6-8) and its log derivative."""
+        """Invert the spline by equations 6-8; the log derivative has the shape of y."""
         inside = jnp.abs(y) < self._bound
         clipped = jnp.clip(y, -self._bound, self._bound)
         x0, w, y0, h, d0, d1 = self._bin(clipped, _HEIGHTS)
@@ -90,95 +92,99 @@ class RationalQuadraticSpline(distrax.Bijector):
         _, log_det = _rational_quadratic(t, slope, y0, h, d0, d1)
         return jnp.where(inside, x0 + t * w, y), jnp.where(inside, -log_det, 0.0)
 
-    def _bin(self, value: Array, given: int) -> tuple[Array, ...]:
-        """Left knot, width, lower knot, height and both slopes of the bin that holds each value."""
+    def _bin(self, value: Array, side: int) -> tuple[Array, ...]:
+        """Return left knot, width, lower knot, height and both slopes of the bin of each value."""
         box, free = 2 * self._bound, 1.0 - MIN_BIN * self._bins
-        number, before, here, slopes = _look_up(given, self._params, value / box + 0.5)
-        edge = box * (MIN_BIN * number[None] + free * before) - self._bound
-        size = box * (MIN_BIN + free * here)
+        index, before, share, slopes = _look_up(side, self._params, value / box + 0.5)
+        edge = box * (MIN_BIN * index[None] + free * before) - self._bound
+        size = box * (MIN_BIN + free * share)
         return edge[0], size[0], edge[1], size[1], _slope(slopes[0]), _slope(slopes[1])
 
 
-Sum = Callable[[Array], Array]
-"""Sums over the bins, which are the second axis."""
+BinSum = Callable[[Array], Array]
+"""Function that sums over the bins, the second axis."""
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _look_up(given: int, params: Array, place: Array) -> tuple[Array, Array, Array, Array]:
-    """Find the bin of each value, and what its parameters say.
+def _look_up(side: int, params: Array, position: Array) -> tuple[Array, Array, Array, Array]:
+    """Find the bin of each value and the parameters of that bin.
 
     Args:
-        given: Whether the values lie along the widths or along the heights.
-        params: As for the spline, shape (3 K - 1, *).
-        place: Where the values lie, from 0 to 1 along the box, shape (*).
+        side: `_WIDTHS` if the values lie along the horizontal axis, `_HEIGHTS` if along the
+            vertical one.
+        params: Parameters of the spline, shape (3 K - 1, *).
+        position: Position of each value in the box, from 0 to 1, shape (*).
 
     Returns:
-        The bin's number from 0 (*); the sum of the softmax over the widths and over the heights of
-        the bins before it (2, *), and its own (2, *); the logits of its slopes, left and right
-        (2, *).
+        Index of the bin, from 0, shape (*); sums of the softmax of widths and heights over the bins
+        before it, shape (2, *); the softmax of the bin itself, shape (2, *); logits of its left and
+        right slope, shape (2, *).
     """
-    return _looked_up(_written_out, given, params, place)[0]
+    return _search(_sum_unrolled, side, params, position)[0]
 
 
-def _looked_up(total: Sum, given: int, params: Array, place: Array) -> tuple[tuple, Array]:
-    """What `_look_up` returns, and both softmaxes (2, K, *)."""
-    sizes, slopes = _parts(params)
+def _search(total: BinSum, side: int, params: Array, position: Array) -> tuple[tuple, Array]:
+    """Return the result of `_look_up`, and both softmaxes (2, K, *)."""
+    sizes, slopes = _split(params)
     bins = sizes.shape[1]
-    # limits take the place of the largest, which would be found anew for each bin; the derivative
-    # goes on beyond them, so that training comes back from there
-    powers = jnp.exp(jnp.clip(sizes, -_LIMIT, _LIMIT))
+    # A fixed limit instead of the largest logit, which would have to be searched for each value.
+    # The derivative ignores the limit, so that training can come back from beyond it.
+    powers = jnp.exp(jnp.clip(sizes, -_MAX_LOGIT, _MAX_LOGIT))
     shares = powers / total(powers)[:, None]
-    # running sums of all but the last bin as one small matrix product: the inner knots
-    lengths = MIN_BIN + (1.0 - MIN_BIN * bins) * shares[given]
+    # the inner knots: running sums over all bins but the last, as one small matrix product
+    lengths = MIN_BIN + (1.0 - MIN_BIN * bins) * shares[side]
     lower = jnp.asarray(np.tril(np.ones((bins - 1, bins))), lengths.dtype)
     knots = jnp.tensordot(lower, lengths, axes=1, precision=FULL)
-    number = total((place[None] >= knots).astype(place.dtype)[None])[0]
-    return (number, *_of_bin(total, number, shares, slopes)), shares
+    index = total((position[None] >= knots).astype(position.dtype)[None])[0]
+    return (index, *_select_bin(total, index, shares, slopes)), shares
 
 
-def _of_bin(total: Sum, number: Array, sizes: Array, slopes: Array) -> tuple[Array, Array, Array]:
-    """Linear in sizes (2, K, *) and slopes (K - 1, *): sums before a bin, at it, and its slopes.
+def _select_bin(
+    total: BinSum, index: Array, sizes: Array, slopes: Array
+) -> tuple[Array, Array, Array]:
+    """Return the sizes before a bin, its own sizes, and its slopes: (2, *) each.
 
-    A slope that is not there is zero, which as a logit is the slope of one at the ends of the box.
+    The result is linear in the sizes (2, K, *) and the slopes (K - 1, *). The slope logit at the
+    ends of the box is zero, which means slope one.
     """
-    bins, inner = _along(sizes.shape[1], number), _along(len(slopes), number)
-    before = total(jnp.where((bins < number[None])[None], sizes, 0.0))
-    here = total(jnp.where((bins == number[None])[None], sizes, 0.0))
-    ends = [total(jnp.where(inner == number[None] - i, slopes, 0.0)[None])[0] for i in (1, 0)]
-    return before, here, jnp.stack(ends)
+    bins, inner = _indices(sizes.shape[1], index), _indices(len(slopes), index)
+    before = total(jnp.where((bins < index[None])[None], sizes, 0.0))
+    share = total(jnp.where((bins == index[None])[None], sizes, 0.0))
+    ends = [total(jnp.where(inner == index[None] - i, slopes, 0.0)[None])[0] for i in (1, 0)]
+    return before, share, jnp.stack(ends)
 
 
 @_look_up.defjvp
-def _look_up_tangents(given: int, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
-    """The derivative of a softmax is linear in what it is summed over: nothing else is stored."""
-    out, shares = _looked_up(_looped, given, *primals)
-    number, before, here, _ = out
-    sizes, slopes = _parts(tangents[0])
+def _look_up_tangents(side: int, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    """Differentiate `_look_up`; only the softmaxes are stored, as the tangents are linear sums."""
+    out, shares = _search(_sum_loop, side, *primals)
+    index, before, share, _ = out
+    sizes, slopes = _split(tangents[0])
     weighted = shares * sizes
-    whole = _looped(weighted)
-    d_before, d_here, d_slopes = _of_bin(_looped, number, weighted, slopes)
-    d_before, d_here = d_before - before * whole, d_here - here * whole
-    return out, (jnp.zeros_like(number), d_before, d_here, d_slopes)
+    change = _sum_loop(weighted)
+    d_before, d_share, d_slopes = _select_bin(_sum_loop, index, weighted, slopes)
+    d_before, d_share = d_before - before * change, d_share - share * change
+    return out, (jnp.zeros_like(index), d_before, d_share, d_slopes)
 
 
-def _parts(params: Array) -> tuple[Array, Array]:
-    """Widths and heights (2, K, *) and slopes (K - 1, *) of all parameters (3 K - 1, *)."""
+def _split(params: Array) -> tuple[Array, Array]:
+    """Split parameters (3 K - 1, *) into widths and heights (2, K, *) and slopes (K - 1, *)."""
     count = 2 * ((len(params) + 1) // 3)
     return params[:count].reshape(2, -1, *params.shape[1:]), params[count:]
 
 
-def _written_out(values: Array) -> Array:
-    """Sum over the bins, the second axis: on a CPU the faster way for the rows of an evaluation."""
+def _sum_unrolled(values: Array) -> Array:
+    """Sum over the second axis term by term: faster on a CPU when no derivative is taken."""
     return functools.reduce(operator.add, (values[:, i] for i in range(values.shape[1])))
 
 
-def _looped(values: Array) -> Array:
-    """The same by a loop of XLA: the faster way for the batches of a training."""
+def _sum_loop(values: Array) -> Array:
+    """Sum over the second axis by one reduction: faster in training."""
     return jnp.sum(values, axis=1)
 
 
-def _along(count: int, like: Array) -> Array:
-    """Numbers of the bins on a new first axis, with one axis more than `like`."""
+def _indices(count: int, like: Array) -> Array:
+    """Return the indices 0 to count - 1 on a first axis, before axes of length 1 for `like`."""
     return jnp.arange(count, dtype=like.dtype).reshape((-1,) + (1,) * like.ndim)
 
 
@@ -189,7 +195,7 @@ def _slope(logit: Array) -> Array:
 def _rational_quadratic(
     t: Array, slope: Array, y0: Array, h: Array, d0: Array, d1: Array
 ) -> tuple[Array, Array]:
-    """Equations 4 and 5 at the fraction t of a bin."""
+    """Evaluate equations 4 and 5 at the fraction t of a bin: value and log derivative."""
     mixed = t * (1.0 - t)
     denominator = slope + (d0 + d1 - 2 * slope) * mixed
     y = y0 + h * (slope * t * t + d0 * mixed) / denominator

@@ -1,11 +1,16 @@
-"""A Gaussian autoregression, truncated to a box: noise in R^d to data inside the box, exactly.
+"""Gaussian autoregression truncated to a box: an exact map from noise in R^d into the box.
 
-Entry i of the data is normal around a linear function of the entries before it, truncated to its
-interval. Far from the faces the map is affine; a posterior that presses on a face is mapped to a
-normal exactly; with a very large scale it is the prior's CDF to a standard normal.
+Entry i of the data is normal around a linear function of the entries before it, and truncated to
+its interval. Far from the faces of the box the map is affine. A posterior that is a normal cut off
+by a face becomes exactly normal noise. In the limit of a very large scale the data are uniform in
+the box.
+
+Public names: `TruncatedAutoregression`.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import distrax
 import jax
@@ -17,39 +22,40 @@ from jax.scipy.stats import norm
 from sbi_flows.networks.shapes import align
 from sbi_flows.prior.maps import HALF_WIDTH, positive
 
-_FAR = 8.0
-"""Standard deviations from the mean beyond which the map continues as a straight line."""
+_MAX_SIGMAS = 8.0
+"""Distance from the mean, in standard deviations, beyond which the map is a straight line."""
 
-_OUTSIDE = 3.0
-"""Standard deviations that a mean may lie outside its interval."""
+_MAX_SIGMAS_OUTSIDE = 3.0
+"""Maximum distance of a mean from its interval, in standard deviations."""
 
 
 class TruncatedAutoregression(distrax.Bijector):
-    """Forward: noise (*, d) to data (*, d), data_i ~ N(mean_i + data @ chain_i, scale_i).
+    """Bijector from noise (*, d) to data (*, d), data_i ~ N(mean_i + data @ chain_i, scale_i^2).
 
     Args:
-        mean: Shape (*, d), the part of the mean that the context gives.
-        chain: Shape (d, d); entries on and below the diagonal are ignored.
-        log_scale: Shape (d,).
+        mean: Part of the mean that depends on the context, shape (*, d).
+        chain: Coefficients of the entries before each entry, shape (d, d); those on and below the
+            diagonal are ignored.
+        log_scale: Logarithm of the scales, shape (d,).
         bounded: Which entries are truncated to (-sqrt 3, sqrt 3); the others are affine.
     """
 
     def __init__(
         self, mean: Array, chain: Array, log_scale: Array, bounded: tuple[bool, ...]
     ) -> None:
-        """Hold the parameters."""
+        """Store the parameters."""
         super().__init__(event_ndims_in=1)
         self._mean, self._chain = mean, jnp.triu(chain, 1)
         self._scale, self._bounded = jnp.exp(log_scale), bounded
 
     def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
-        """Data (*, d) to noise (*, d), all entries at once, with the log determinant (*)."""
+        """Map data (*, d) to noise (*, d), all entries at once; the log determinant is (*)."""
         mean = align(self._mean, y) + y @ self._chain
-        noise, log_slope = self._to_noise(y, mean, self._scale, jnp.asarray(self._bounded))
+        noise, log_slope = _to_noise(y, mean, self._scale, jnp.asarray(self._bounded))
         return noise, jnp.sum(log_slope, axis=-1)
 
     def forward_and_log_det(self, x: Array) -> tuple[Array, Array]:
-        """Noise (*, d) to data (*, d), entry after entry, with the log determinant (*)."""
+        """Map noise (*, d) to data (*, d), entry after entry; the log determinant is (*)."""
         from_context = jnp.broadcast_to(align(self._mean, x), x.shape)
         bounded = jnp.asarray(self._bounded)
 
@@ -61,69 +67,93 @@ class TruncatedAutoregression(distrax.Bijector):
         return y, -self.inverse_and_log_det(y)[1]
 
     def log_prob(self, y: Array) -> Array:
-        """Log density (*) of data (*, d) whose noise is standard normal; no quantile is needed."""
+        """Return the log density (*) of data (*, d) whose noise is standard normal.
+
+        It is cheaper than the inverse, as it needs no normal quantile.
+        """
         mean = align(self._mean, y) + y @ self._chain
         scale = align(self._scale, y)
         affine = norm.logpdf((y - mean) / scale)
-        near, low, high, sign = _faces(mean, scale)
-        mass = ndtr(high) - ndtr(low)
-        truncated = norm.logpdf((y - near) / scale * sign) - jnp.log(mass)
+        box = _standardised_box(mean, scale)
+        mass = ndtr(box.high) - ndtr(box.low)
+        truncated = norm.logpdf((y - box.mean) / scale * box.sign) - jnp.log(mass)
         bounded = align(jnp.asarray(self._bounded), y)
         return jnp.sum(jnp.where(bounded, truncated, affine) - jnp.log(scale), axis=-1)
 
-    @staticmethod
-    def _to_noise(y: Array, mean: Array, scale: Array, bounded: Array) -> tuple[Array, Array]:
-        scale = align(scale, y)
-        affine, affine_slope = (y - mean) / scale, -jnp.log(jnp.broadcast_to(scale, y.shape))
-        mean, low, high, sign = _faces(mean, scale)
-        t = (y - mean) / scale * sign
-        near = jnp.clip(t, jnp.maximum(low, -_FAR), jnp.minimum(high, _FAR))
-        noise = _quantile(near, low, high)
-        slope = norm.logpdf(near) - norm.logpdf(noise) - jnp.log(ndtr(high) - ndtr(low))
-        bounded = align(bounded, y)
-        noise = jnp.where(bounded, sign * (noise + t - near), affine)
-        return noise, affine_slope + jnp.where(bounded, slope, 0.0)
+
+def _to_noise(y: Array, mean: Array, scale: Array, bounded: Array) -> tuple[Array, Array]:
+    """Map data to noise; both results, noise and log derivative, have the shape (*, d) of y."""
+    scale = align(scale, y)
+    affine, affine_slope = (y - mean) / scale, -jnp.log(jnp.broadcast_to(scale, y.shape))
+    mean, low, high, sign = _standardised_box(mean, scale)
+    t = (y - mean) / scale * sign
+    near = jnp.clip(t, jnp.maximum(low, -_MAX_SIGMAS), jnp.minimum(high, _MAX_SIGMAS))
+    noise = _quantile(near, low, high)
+    slope = norm.logpdf(near) - norm.logpdf(noise) - jnp.log(ndtr(high) - ndtr(low))
+    bounded = align(bounded, y)
+    noise = jnp.where(bounded, sign * (noise + t - near), affine)
+    return noise, affine_slope + jnp.where(bounded, slope, 0.0)
 
 
 def _quantile(t: Array, low: Array, high: Array) -> Array:
-    """Normal quantile of the truncated normal's CDF at t, between its faces."""
+    """Return the normal quantile of F(t), where F is the CDF of a normal truncated to (low, high).
+
+    All are in standard deviations from the mean.
+    """
     mass = ndtr(high) - ndtr(low)
     below = (ndtr(t) - ndtr(low)) / mass
     above = jnp.where(t > 0, ndtr(-t) - ndtr(-high), ndtr(high) - ndtr(t)) / mass
-    # the smaller of the two tails keeps its digits
+    # use the smaller tail probability, which is more accurate
     quantile = ndtri(positive(jnp.minimum(below, above)))
     return jnp.where(below < above, quantile, -quantile)
 
 
 def _from_noise(x: Array, mean: Array, scale: Array, bounded: Array) -> Array:
+    """Map noise to data, both of shape (*), for one entry."""
     affine = mean + scale * x
-    mean, low, high, sign = _faces(mean, scale)
+    mean, low, high, sign = _standardised_box(mean, scale)
     x = sign * x
     mass = ndtr(high) - ndtr(low)
-    # each half from its own face, and in the lower tail, so that no digits are lost
+    # Each half is measured from its own face, as a lower tail: small numbers are accurate.
     share = mass * ndtr(-jnp.abs(x))
     upper = x > 0
     p = jnp.where(
         upper, jnp.where(high > 0, ndtr(-high) + share, ndtr(high) - share), ndtr(low) + share
     )
     t = ndtri(p) * jnp.where(upper & (high > 0), -1.0, 1.0)
-    # beyond _FAR a straight line goes on, from where the inverse lets it begin
-    far = jnp.where(upper, _FAR, -_FAR)
-    line = far + x - _quantile(jnp.clip(far, low, high), low, high)
-    t = jnp.where(jnp.isfinite(t) & (jnp.abs(t) < _FAR), t, line)
+    # Beyond _MAX_SIGMAS continue as a straight line, which starts where the inverse starts it.
+    edge = jnp.where(upper, _MAX_SIGMAS, -_MAX_SIGMAS)
+    line = edge + x - _quantile(jnp.clip(edge, low, high), low, high)
+    t = jnp.where(jnp.isfinite(t) & (jnp.abs(t) < _MAX_SIGMAS), t, line)
     y = jnp.clip(mean + scale * sign * t, -HALF_WIDTH, HALF_WIDTH)
     return jnp.where(bounded, y, affine)
 
 
-def _faces(mean: Array, scale: Array) -> tuple[Array, Array, Array, Array]:
-    """The mean kept near the box, its faces in standard deviations, and the side to work on.
+class _Box(NamedTuple):
+    """Interval of each entry, in standard deviations from its mean.
 
-    The sign turns the interval so that most of it lies below the mean: tails are small numbers
-    there and keep their digits.
+    Attributes:
+        mean: Mean, moved to at most `_MAX_SIGMAS_OUTSIDE` from the interval.
+        low: Lower face.
+        high: Upper face.
+        sign: -1 where the interval is mirrored, so that most of it lies below the mean.
     """
-    reach = HALF_WIDTH + _OUTSIDE * scale
+
+    mean: Array
+    low: Array
+    high: Array
+    sign: Array
+
+
+def _standardised_box(mean: Array, scale: Array) -> _Box:
+    """Express the interval (-sqrt 3, sqrt 3) in standard deviations from the mean.
+
+    Probabilities below the mean are small numbers and therefore accurate; the interval is mirrored
+    if most of it lies above.
+    """
+    reach = HALF_WIDTH + _MAX_SIGMAS_OUTSIDE * scale
     mean = jnp.clip(mean, -reach, reach)
     sign = jnp.where(mean < 0, -1.0, 1.0).astype(mean.dtype)
     low = (-HALF_WIDTH - sign * mean) / scale
     high = (HALF_WIDTH - sign * mean) / scale
-    return mean, low, high, sign
+    return _Box(mean, low, high, sign)
