@@ -21,21 +21,21 @@ BATCH_ROWS = 256
 
 
 def spaces_of(blueprint: Blueprint, weights: Weights, features: Any) -> tuple[np.ndarray, ...]:
-    """Return features (B, C) and, with an embedding, the output (B, F) of the first member of the ensemble."""
+    """Return features (B, C) and, with an embedding, its output (B, F) for the first member."""
     rows = np.asarray(features)
     if blueprint.embedding is None:
         return (rows,)
     size = min(BATCH_ROWS, len(rows))
     parts = []
     for start in range(0, len(rows), size):
-        # the last chunk repeats rows, so that all chunks have one compiled shape
-        places = np.arange(start, start + size) % len(rows)
-        parts.append(np.asarray(_embedded(blueprint, weights, rows[places])))
+        # the last batch repeats rows, so that all batches have one compiled shape
+        indices = np.arange(start, start + size) % len(rows)
+        parts.append(np.asarray(_embedded(blueprint, weights, rows[indices])))
     return rows, np.concatenate(parts)[: len(rows)]
 
 
 def space_widths(blueprint: Blueprint, weights: Weights, features: int) -> tuple[int, ...]:
-    """Return the lengths of the vectors that `spaces_of` gives for this number of features."""
+    """Return the vector lengths of the arrays that `spaces_of` returns for C features."""
     if blueprint.embedding is None:
         return (features,)
     like = jax.ShapeDtypeStruct((1, features), float)
@@ -45,5 +45,6 @@ def space_widths(blueprint: Blueprint, weights: Weights, features: int) -> tuple
 @partial(jax.jit, static_argnums=0)
 @full_precision
 def _embedded(blueprint: Blueprint, weights: Weights, features: Array) -> Array:
+    """Return the output (B, F) of the first member's embedding for features (B, C)."""
     first = jax.tree.map(lambda leaf: leaf[0], weights)
     return nnx.merge(graph_of(blueprint), *first).context(blueprint.select_features(features))

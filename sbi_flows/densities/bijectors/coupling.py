@@ -33,21 +33,20 @@ class Coupling(distrax.Bijector):
     def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
         """Map data (*, D) to noise (*, D); the log determinant has shape (*)."""
         fixed, changed = self._halves(y)
-        noise, log_det = self._elementwise(fixed).forward_and_log_det(changed)
+        transformer = self._transformer(self._conditioner(fixed))
+        noise, log_det = transformer.forward_and_log_det(changed)
         return _join(fixed, noise), jnp.sum(log_det, axis=0)
 
     def forward_and_log_det(self, x: Array) -> tuple[Array, Array]:
         """Map noise (*, D) to data (*, D); the log determinant has shape (*)."""
         fixed, changed = self._halves(x)
-        data, log_det = self._elementwise(fixed).inverse_and_log_det(changed)
+        transformer = self._transformer(self._conditioner(fixed))
+        data, log_det = transformer.inverse_and_log_det(changed)
         return _join(fixed, data), jnp.sum(log_det, axis=0)
 
     def _halves(self, value: Array) -> tuple[Array, Array]:
         entries = jnp.moveaxis(value, -1, 0)
         return entries[: self._split], entries[self._split :]
-
-    def _elementwise(self, fixed: Array) -> distrax.BijectorLike:
-        return self._transformer(self._conditioner(fixed))
 
 
 def _join(fixed: Array, changed: Array) -> Array:
