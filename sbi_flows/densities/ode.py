@@ -1,7 +1,7 @@
 """Densities defined by an ODE: a velocity carries standard normal noise to data.
 
-Draws solve the ODE from noise to data. Log densities solve it back, and integrate the divergence of
-the velocity along the way.
+Time is an angle from 0 (noise) to pi / 2 (data); see `paths.py`. Draws solve the ODE from noise to
+data. Log densities solve it from data to noise, and integrate the divergence of the velocity.
 
 Public names: `Solver`, `SolverStats`, `Velocity`, `OdeFlow`, `Continuous`, `reversed_ends`,
 `FieldDerivatives`, `field_derivatives`, `check_networks`.

@@ -18,6 +18,7 @@ length shrinks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -140,31 +141,52 @@ def _leading_directions(c: Array) -> Array:
     return directions
 
 
+class _Moments(NamedTuple):
+    """Moments of centred rows, of which every ridge regression is computed.
+
+    Attributes:
+        y_mean: Mean of the standard coordinates, shape (d,).
+        c_mean: Mean of the features, shape (C,).
+        values: Eigenvalues of the covariance of the features, shape (C,).
+        vectors: Its eigenvectors, shape (C, C).
+        products: Covariance of eigenvector coordinates and standard coordinates, shape (C, d).
+    """
+
+    y_mean: Array
+    c_mean: Array
+    values: Array
+    vectors: Array
+    products: Array
+
+
 def _ridge_path(y: Array, c: Array) -> LinearStart:
     """Fit once for each penalty, from one eigendecomposition; the fits are stacked."""
     y_mean, c_mean = jnp.mean(y, axis=0), jnp.mean(c, axis=0)
     y, c = y - y_mean[None], c - c_mean[None]
     values, vectors = jnp.linalg.eigh(c.T @ c / len(c))
-    values = jnp.maximum(values, 0.0)
-    moments = vectors.T @ (c.T @ y) / len(c)
-    eye = jnp.eye(y.shape[-1], dtype=y.dtype)
-
-    def fit(penalty: Array) -> LinearStart:
-        weight = vectors @ (moments / (values + penalty)[:, None])
-        freedom = 1.0 + jnp.sum(values / (values + penalty))
-        residual = y - c @ weight
-        covariance = residual.T @ residual / jnp.maximum(len(c) - freedom, 1.0)
-        covariance += (1e-6 * jnp.mean(jnp.diagonal(covariance)) + 1e-12) * eye
-        lower = jnp.linalg.cholesky(covariance)
-        # y = mean + lower @ noise, written as a regression of each entry on the ones before it
-        inverse = jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
-        scale = jnp.diagonal(lower)
-        chain = (eye - scale[:, None] * inverse).T
-        weight = weight - weight @ chain
-        bias = y_mean - y_mean @ chain - c_mean @ weight
-        return LinearStart(weight, jnp.ones_like(bias), bias, chain, jnp.log(scale))
-
+    products = vectors.T @ (c.T @ y) / len(c)
+    moments = _Moments(y_mean, c_mean, jnp.maximum(values, 0.0), vectors, products)
+    fit = partial(_ridge_regression, moments, y, c)
     return jax.lax.map(fit, jnp.asarray(RIDGE_PENALTIES, y.dtype))
+
+
+def _ridge_regression(moments: _Moments, y: Array, c: Array, penalty: Array) -> LinearStart:
+    """Fit centred rows y (N, d) and c (N, C) with one penalty ()."""
+    y_mean, c_mean, values, vectors, products = moments
+    weight = vectors @ (products / (values + penalty)[:, None])
+    freedom = 1.0 + jnp.sum(values / (values + penalty))
+    residual = y - c @ weight
+    covariance = residual.T @ residual / jnp.maximum(len(c) - freedom, 1.0)
+    eye = jnp.eye(y.shape[-1], dtype=y.dtype)
+    covariance += (1e-6 * jnp.mean(jnp.diagonal(covariance)) + 1e-12) * eye
+    lower = jnp.linalg.cholesky(covariance)
+    # y = mean + lower @ noise, written as a regression of each entry on the ones before it
+    inverse = jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
+    scale = jnp.diagonal(lower)
+    chain = (eye - scale[:, None] * inverse).T
+    weight = weight - weight @ chain
+    bias = y_mean - y_mean @ chain - c_mean @ weight
+    return LinearStart(weight, jnp.ones_like(bias), bias, chain, jnp.log(scale))
 
 
 def _refine(
