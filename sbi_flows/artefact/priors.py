@@ -25,7 +25,7 @@ from sbi_flows.artefact.distributions import Tensors
 from sbi_flows.artefact.strict import expect_fields, expect_integer, expect_list, expect_type
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.prior.box import BoxPrior
-from sbi_flows.prior.checks import MOST_ENTRIES, MOST_NAME, require_site
+from sbi_flows.prior.checks import MAX_ENTRIES, MAX_NAME_LENGTH, require_site
 from sbi_flows.prior.prior import Prior, SitePrior
 
 MAX_SITES = 1024
@@ -91,7 +91,7 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
     shapes = [_shape(shape) for shape in expect_list("prior.shapes", shapes, MAX_SITES)]
     if not names or len(set(names)) != len(names) or len(shapes) != len(names):
         raise ArtefactError("prior.names: expected distinct names, each with a shape")
-    expect_integer("prior: number of parameters", sum(map(math.prod, shapes)), 1, MOST_ENTRIES)
+    expect_integer("prior: number of parameters", sum(map(math.prod, shapes)), 1, MAX_ENTRIES)
     expect_type("prior.named", named, bool, "a truth value")
     expect_type("prior.cut", cut, bool, "a truth value")
     expected = f"a prior of {', '.join(map(_described, names, shapes))}"
@@ -205,13 +205,13 @@ def _require_same_points(prior: Prior, tensors: Mapping[str, np.ndarray], expect
 
 def _name(value: Any) -> str:
     name = expect_type("prior.names", value, str, "a name")
-    expect_integer("prior.names: length", len(name), 0, MOST_NAME)
+    expect_integer("prior.names: length", len(name), 0, MAX_NAME_LENGTH)
     return name
 
 
 def _shape(value: Any) -> tuple[int, ...]:
     return tuple(
-        expect_integer("prior.shapes", n, 0, MOST_ENTRIES)
+        expect_integer("prior.shapes", n, 0, MAX_ENTRIES)
         for n in expect_list("prior.shapes", value, 16)
     )
 

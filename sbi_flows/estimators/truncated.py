@@ -30,10 +30,10 @@ from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.box import BoxPrior
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.executors import Executor
-from sbi_flows.simulations.simulate import identity, simulate
+from sbi_flows.simulations.outputs import row_outputs
+from sbi_flows.simulations.simulate import simulate
 from sbi_flows.simulations.simulations import Simulations
 from sbi_flows.simulations.store import SimulationStore
-from sbi_flows.simulations.worker import bare
 
 DRAWS = 10_000
 """Draws of a posterior whose extent is the next box."""
@@ -173,9 +173,7 @@ def truncated_rounds(
 
 def _check_observation(simulator: Simulator, prior: Prior, x: Obs) -> None:
     """Refuse what is not one observation of this simulator."""
-    outputs = identity(simulator, prior)["outputs"]
-    like = {name: jax.ShapeDtypeStruct(tuple(s), np.dtype(d)) for name, (s, d) in outputs.items()}
-    if not as_batch(x, bare(like))[1]:
+    if not as_batch(x, row_outputs(simulator, prior))[1]:
         raise ValueError("x: expected one observation, got a batch")
 
 

@@ -35,7 +35,7 @@ from sbi_flows.densities.conditional import Blueprint, Embedding, Weights
 from sbi_flows.densities.embedded import space_widths
 from sbi_flows.observations.standardise import Standardiser
 from sbi_flows.observations.typicality import Typicality
-from sbi_flows.prior.checks import MOST_ENTRIES
+from sbi_flows.prior.checks import MAX_ENTRIES
 from sbi_flows.prior.prior import Prior
 
 _PRECISIONS = ("float32", "float64")
@@ -226,7 +226,7 @@ def _shares(value: Any) -> tuple[list[dict[str, Any]], tuple[float, ...]]:
 def _bounded(prior: Any) -> tuple[bool, ...]:
     """Return whether each standard coordinate is bounded, from the JSON data of a prior."""
     flags = expect_type("prior", prior, dict, "an object").get("bounded")
-    flags = expect_list("prior.bounded", flags, MOST_ENTRIES)
+    flags = expect_list("prior.bounded", flags, MAX_ENTRIES)
     return tuple(expect_type("prior.bounded", flag, bool, "truth values") for flag in flags)
 
 

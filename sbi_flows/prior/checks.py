@@ -1,7 +1,6 @@
-"""What a prior is refused for before anything is drawn from it.
+"""Checks of the distributions and models that make a prior.
 
-Public names: `require_site`, `require_names`, `require_parameters`, `require_model`,
-`base_of`.
+Public names: `require_site`, `require_names`, `require_parameters`, `require_model`, `base_of`.
 """
 
 from __future__ import annotations
@@ -22,24 +21,27 @@ from numpyro.distributions.constraints import is_dependent
 
 from sbi_flows.core.checks import as_array, require_real
 
-MOST_NAME = 256
-"""Characters of a name."""
+MAX_NAME_LENGTH = 256
+"""Maximum number of characters of a site's name."""
 
-MOST_ENTRIES = 2**16
-"""Numbers of the parameters together: each of them has a label."""
+MAX_ENTRIES = 2**16
+"""Maximum number D of parameters: each has a label."""
 
 
 def require_site(name: str, site: dist.Distribution) -> None:
-    """Refuse what has no density over numbers, or parameters that are none.
+    """Raise ValueError unless a distribution has a density, and can be drawn from.
 
-    Raises:
-        ValueError: It is discrete, improper or a point mass, is over no number or too many, or a
-            parameter of it is no real number or out of range.
+    A discrete or improper distribution, a point mass, a shape without entries or with too many, and
+    a parameter that is out of range or not finite are errors.
+
+    Args:
+        name: Name of the site.
+        site: Its distribution.
     """
     kind = base_of(site).__class__.__name__
-    if not isinstance(name, str) or not 0 < len(name) <= MOST_NAME or not name.isprintable():
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable():
         raise ValueError(
-            f"prior: expected names of 1 to {MOST_NAME} characters that can be printed, got "
+            f"prior: expected names of 1 to {MAX_NAME_LENGTH} characters that can be printed, got "
             f"{name!r:.80}"
         )
     if site.support is None or site.support.is_discrete:
@@ -53,21 +55,22 @@ def require_site(name: str, site: dist.Distribution) -> None:
                 f"from, got {type(part).__name__}"
             )
     shape = (*site.batch_shape, *site.event_shape)
-    if not 1 <= math.prod(shape) <= MOST_ENTRIES:
+    if not 1 <= math.prod(shape) <= MAX_ENTRIES:
         raise ValueError(
-            f"prior site {name!r}: expected 1 to {MOST_ENTRIES:,} numbers, got shape {shape}"
+            f"prior site {name!r}: expected 1 to {MAX_ENTRIES:,} numbers, got shape {shape}"
         )
     require_parameters(name, site)
 
 
 def require_names(names: Sequence[str], labels: Sequence[str]) -> None:
-    """Refuse a prior without parameters, or with two that are called the same.
+    """Raise ValueError if a prior has no parameter, too many, or two with the same label.
 
-    Raises:
-        ValueError: It has none, or too many, or two of one label.
+    Args:
+        names: Names of the sites.
+        labels: Labels of the D parameters.
     """
-    if not 1 <= len(labels) <= MOST_ENTRIES:
-        raise ValueError(f"prior: expected 1 to {MOST_ENTRIES:,} parameters, got {len(labels)}")
+    if not 1 <= len(labels) <= MAX_ENTRIES:
+        raise ValueError(f"prior: expected 1 to {MAX_ENTRIES:,} parameters, got {len(labels)}")
     twice = [label for label, count in Counter(labels).items() if count > 1]
     if twice:
         raise ValueError(
@@ -77,33 +80,35 @@ def require_names(names: Sequence[str], labels: Sequence[str]) -> None:
 
 
 def require_parameters(name: str, site: dist.Distribution) -> None:
-    """Refuse a distribution whose parameters numpyro would not take, or are no numbers of JAX.
+    """Raise ValueError unless the parameters of a distribution are finite, and in range.
 
-    Raises:
-        ValueError: A parameter is NaN or out of range, or of a dtype that JAX does not compute
-            with.
+    Values are not checked under a trace.
+
+    Args:
+        name: Name of the site.
+        site: Its distribution.
     """
     leaves = jax.tree.leaves(site)
     if any(isinstance(leaf, Tracer) for leaf in leaves):
         return
     for leaf in leaves:
-        _require_held(name, leaf)
+        _require_dtype(name, leaf)
     with jax.ensure_compile_time_eval():
         for part in _parts(site):
             _require_range(name, part)
+            _require_bounds(name, part)
+            for transform in getattr(part, "transforms", ()):
+                for leaf in jax.tree.leaves(transform):
+                    _require_finite(name, f"a parameter of {type(transform).__name__}", leaf)
 
 
 def require_model(model: Callable[[], Any]) -> None:
-    """Refuse a class, and a function that has to be given something.
-
-    Raises:
-        ValueError: It is one.
-    """
+    """Raise ValueError if a model is a class, or a function with required arguments."""
     if isinstance(model, type):
         raise ValueError(f"prior: expected a distribution, got the class {model.__name__}")
     try:
         signature = inspect.signature(model)
-    except (ValueError, TypeError):  # of a function that was not written in Python
+    except (ValueError, TypeError):  # functions that are not written in Python have none
         return
     try:
         signature.bind()
@@ -114,30 +119,35 @@ def require_model(model: Callable[[], Any]) -> None:
 
 
 def base_of(site: dist.Distribution) -> dist.Distribution:
-    """The distribution within those that repeat, join or mask it."""
+    """Return the distribution below `Independent`, `expand` and `mask`."""
     while isinstance(site, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
         site = site.base_dist
     return site
 
 
 def _parts(site: Any) -> list[dist.Distribution]:
-    """A distribution and those that it is made of."""
+    """Return a distribution and the distributions that it is made of."""
     inner = [part for part in vars(site).values() if isinstance(part, dist.Distribution)]
     return [site, *(deeper for part in inner for deeper in _parts(part))]
 
 
-def _require_held(name: str, leaf: Any) -> None:
+def _require_dtype(name: str, leaf: Any) -> None:
+    """Raise ValueError unless JAX computes with the dtype of a parameter."""
     where = f"prior site {name!r}: a parameter"
     array = as_array(where, leaf)
     require_real(where, array.dtype)
     if not isinstance(array, Array) and not array.dtype.isnative:
         raise ValueError(
-            f"{where}: expected the machine's order of bytes, got dtype {array.dtype}; "
-            "array.astype(float) brings it there"
+            f"{where}: expected native byte order, got dtype {array.dtype}; convert it by "
+            "array.astype(float)"
         )
 
 
 def _require_range(name: str, part: dist.Distribution) -> None:
+    """Raise ValueError if an argument of a distribution is not finite, or violates its constraint.
+
+    Bounds of a truncated distribution may be infinite.
+    """
     kind = type(part).__name__
     for argument, constraint in part.arg_constraints.items():
         values = part.__dict__.get(argument)
@@ -148,6 +158,22 @@ def _require_range(name: str, part: dist.Distribution) -> None:
                 f"prior site {name!r}: expected an array or a number as {argument} of {kind}, and "
                 f"none out of range, got {np.asarray(values)!s:.80}"
             )
+        if not (argument in ("low", "high") and hasattr(part, "base_dist")):
+            _require_finite(name, f"{argument} of {kind}", values)
+
+
+def _require_finite(name: str, argument: str, values: Any) -> None:
+    """Raise ValueError unless an argument is finite in the precision of JAX."""
+    if not np.all(np.isfinite(jnp.asarray(values))):
+        raise ValueError(
+            f"prior site {name!r}: expected finite numbers as {argument}, got "
+            f"{np.asarray(values)!s:.80}"
+        )
+
+
+def _require_bounds(name: str, part: dist.Distribution) -> None:
+    """Raise ValueError unless the bounds of a support are in order; a uniform's must be finite."""
+    kind = type(part).__name__
     low = getattr(part.support, "lower_bound", None)
     high = getattr(part.support, "upper_bound", None)
     if low is None or high is None:

@@ -1,8 +1,11 @@
-"""One bijection between each site of a prior and standard coordinates.
+"""Bijections between the value of each site of a prior and standard coordinates.
 
-In standard coordinates the prior has mean 0 and variance 1: an elementwise prior with a CDF becomes
-a standard normal, or, where its support is an interval, a uniform on (-sqrt 3, sqrt 3), which
-leaves a box as it is up to scale. Other sites go through numpyro's `biject_to` their support.
+In standard coordinates the prior has mean 0 and variance 1. An elementwise prior with a CDF becomes
+a standard normal, or a uniform on (-sqrt 3, sqrt 3) if its support is an interval. Sites without a
+CDF are mapped by numpyro's `biject_to` of their support.
+
+Public names: `HALF_WIDTH`, `SiteMap`, `NormalMap`, `CdfMap`, `IntervalMap`, `SupportMap`,
+`MapKind`, `map_kind`, `standard_shape`, `keep_inside`, `elementwise`, `positive`.
 """
 
 from __future__ import annotations
@@ -22,10 +25,10 @@ from sbi_flows.prior.sites import Site
 from sbi_flows.prior.tails import tails_of
 
 HALF_WIDTH = math.sqrt(3.0)
-"""Half the width of an interval in standard coordinates: its uniform has variance 1."""
+"""Half the width of a bounded standard coordinate: a uniform of this width has variance 1."""
 
 _PROBABILITIES = (1e-3, 0.02, 0.3, 0.7, 0.98, 0.999)
-"""At which a distribution's CDF and quantiles are compared."""
+"""Probabilities at which CDF and quantile function of a distribution are compared."""
 
 
 @runtime_checkable
@@ -192,11 +195,12 @@ def standard_shape(kind: MapKind, site: Site) -> tuple[int, ...]:
 
 
 def keep_inside(theta: Array, support: Any) -> Array:
-    """Move what rounding put on or beyond a bound to the next number inside; NaN stays NaN.
+    """Move values that rounding put on or beyond a bound to the next number inside.
 
-    So 1 - exp(-20) stays below 1, and a draw of a gamma distribution above 0. Without bounds, the
-    largest finite numbers take their place; ordered numbers that became equal are set apart. Other
-    supports of several dimensions (a simplex) have no bounds of this kind.
+    For example, 1 - exp(-20) stays below 1, and a draw of a gamma distribution above 0. Where there
+    is no bound, values are limited to the largest finite number. Entries of an ordered vector that
+    are equal are separated. NaN stays NaN. Other multivariate supports, such as a simplex, are not
+    changed except for this.
     """
     while isinstance(support, dist.constraints.independent):
         support = support.base_constraint
@@ -208,10 +212,10 @@ def keep_inside(theta: Array, support: Any) -> Array:
 
 
 def _set_apart(theta: Array) -> Array:
-    """Raise entries that are not above the one before them to the next number."""
+    """Raise each entry that is not above the previous one to the next number above it."""
 
     def step(before: Array, entry: Array) -> tuple[Array, Array]:
-        # to the gradient, which no next number has, the two are still one
+        # the gradient treats both entries as equal: nextafter has no derivative
         above = jnp.nextafter(jax.lax.stop_gradient(before), jnp.inf)
         entry = jnp.where(entry <= before, above, entry)
         return entry, entry
@@ -222,10 +226,10 @@ def _set_apart(theta: Array) -> Array:
 
 
 def _beyond(bound: Any, towards: float, like: Array) -> Array:
-    """The next number beyond the bound, of the dtype of `like` and with as many axes."""
+    """Return the next number beyond a bound, in the dtype of `like` and with its number of axes."""
     bound = jnp.asarray(bound, like.dtype)
     step = jnp.nextafter(bound, jnp.full_like(bound, towards))
-    # compiled programs flush numbers too small for a full mantissa to zero
+    # compiled programs flush subnormal numbers to zero
     tiny = jnp.finfo(like.dtype).tiny
     step = jnp.where(jnp.abs(step) < tiny, jnp.copysign(tiny, step), step)
     return jnp.reshape(step, (1,) * (like.ndim - step.ndim) + step.shape)
@@ -274,11 +278,11 @@ def _is_interval(support: Any) -> bool:
 
 
 def positive(u: Array) -> Array:
-    """Keep a probability off 0, and off numbers that compiled programs flush to it."""
+    """Limit a probability to normal numbers above 0, which compiled programs do not flush to 0."""
     return jnp.maximum(u, 8 * jnp.finfo(u.dtype).tiny)
 
 
 def _inside(u: Array) -> Array:
-    """Keep a probability off 0 and 1, where quantiles are infinite."""
+    """Limit a probability to numbers above 0 and below 1: quantiles at 0 and 1 are infinite."""
     tiny = jnp.finfo(u.dtype).eps
     return jnp.clip(u, tiny, 1.0 - tiny)

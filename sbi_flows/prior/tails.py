@@ -1,7 +1,8 @@
-"""Both tails of the priors on half lines, each to full relative precision.
+"""Both tails of distributions on half lines, in full relative precision.
 
-A distribution function near 1 has no digits left for the upper tail: in single precision its
-normal quantile stops at 5.2. The survival function keeps them.
+A CDF near 1 has no digits left for the upper tail: in single precision its normal quantile stops at
+5.2. The survival function keeps the digits.
+
 Public names: `Tails`, `tails_of`.
 """
 
@@ -19,7 +20,7 @@ from numpyro.distributions.truncated import LeftTruncatedDistribution
 
 
 class Tails(NamedTuple):
-    """Distribution function and survival function, and their inverses."""
+    """CDF, survival function, and their inverses."""
 
     cdf: Callable[[Array], Array]
     icdf: Callable[[Array], Array]
@@ -28,7 +29,7 @@ class Tails(NamedTuple):
 
 
 def tails_of(base: dist.Distribution) -> Tails | None:
-    """The tails of an elementwise distribution; None where no closed form is known here.
+    """Return the tails of an elementwise distribution, None if no closed form is known here.
 
     Example:
         >>> import numpyro.distributions as dist
@@ -81,7 +82,7 @@ def _truncated_below(base: LeftTruncatedDistribution) -> Tails:
 
     def cdf(t: Array) -> Array:
         z = (t - loc) / scale
-        # differences of the tail in which the numbers are small
+        # the difference of small numbers keeps its digits
         return jnp.where(low > 0, mass - ndtr(-z), ndtr(z) - ndtr(low)) / mass
 
     def icdf(u: Array) -> Array:

@@ -1,6 +1,7 @@
-"""The chunks of a store as they are read: nothing in a file is believed before it is checked.
+"""Read the chunks of a store; everything in a file is checked before it is used.
 
-Public names: `Sealed`, `sealed`, `Opened`, `opened`, `read`, `Column`, `reading`.
+Public names: `SealedChunk`, `sealed_chunks`, `OpenChunk`, `open_chunks`, `read_array`, `Column`,
+`spoilt_on_error`.
 """
 
 from __future__ import annotations
@@ -14,21 +15,22 @@ import numpy as np
 
 from sbi_flows.core.checks import require_memory
 from sbi_flows.core.errors import SbiFlowsError, StoreSpoilt
-from sbi_flows.simulations.simulations import MOST, Lazy
+from sbi_flows.simulations.disk import LazyArray
+from sbi_flows.simulations.simulations import MAX_INDEX
 
 CODECS = {"BytesCodec", "ZstdCodec", "GzipCodec", "BloscCodec", "Crc32cCodec"}
-"""Those of zarr that only turn bytes into numbers."""
+"""Codecs of zarr that are allowed: they convert bytes to numbers, and run no code."""
 
 
-class Sealed(NamedTuple):
-    """A finished chunk.
+class SealedChunk(NamedTuple):
+    """A complete chunk: its seal was written after its arrays.
 
     Attributes:
-        start: Number of its first row.
-        count: Its number of rows.
-        checksum: Of its arrays.
-        failed: Reasons of the rows that failed, by their numbers.
-        group: Its group in the store.
+        start: Number of the first row.
+        count: Number of rows.
+        checksum: Checksum of the arrays.
+        failed: Reasons of failed rows, by row number.
+        group: Group of the chunk in the store.
     """
 
     start: int
@@ -39,17 +41,21 @@ class Sealed(NamedTuple):
 
 
 @contextlib.contextmanager
-def reading(path: str, what: str) -> Iterator[None]:
-    """Say of a store that it is spoilt, whatever a library says of its files.
+def spoilt_on_error(path: str, what: str) -> Iterator[None]:
+    """Context that turns every error of a library that reads the store into `StoreSpoilt`.
+
+    Args:
+        path: Path of the store.
+        what: What is read, for the message.
 
     Raises:
-        StoreSpoilt: What is done within fails.
+        StoreSpoilt: The block raises any other error than ours.
     """
     try:
         yield
     except SbiFlowsError:
         raise
-    # zarr and its codecs raise whatever comes of bytes that they were never made for
+    # zarr and its codecs raise errors of any type on damaged files
     except Exception as error:
         raise StoreSpoilt(
             f"{path}: expected {what} as they were written, got {type(error).__name__}: "
@@ -57,13 +63,13 @@ def reading(path: str, what: str) -> Iterator[None]:
         ) from error
 
 
-class Opened(NamedTuple):
-    """A finished chunk whose arrays were looked at.
+class OpenChunk(NamedTuple):
+    """A complete chunk whose arrays have a valid layout.
 
     Attributes:
-        start: Number of its first row.
-        count: Its number of rows.
-        arrays: Its arrays by name, which are on disk.
+        start: Number of the first row.
+        count: Number of rows.
+        arrays: Arrays of zarr by name, on disk.
     """
 
     start: int
@@ -71,67 +77,74 @@ class Opened(NamedTuple):
     arrays: dict[str, Any]
 
 
-def sealed(path: str, rows: Any) -> list[Sealed]:
-    """Finished chunks in the order of their rows; their arrays are not looked at.
+def sealed_chunks(path: str, rows: Any) -> list[SealedChunk]:
+    """Return complete chunks in the order of their rows, without opening their arrays.
 
     Args:
-        path: Of the store, for errors.
-        rows: Its group of chunks.
+        path: Path of the store, for errors.
+        rows: Group of its chunks.
 
     Raises:
-        StoreSpoilt: What a chunk says of itself cannot be.
+        StoreSpoilt: A seal is invalid, or two chunks have rows in common.
     """
-    with reading(path, "groups of rows"), warnings.catch_warnings():
-        # a chunk whose first file a kill kept back is no group yet, and is not missed
+    with spoilt_on_error(path, "groups of rows"), warnings.catch_warnings():
+        # the folder of a chunk whose first file was not finished is no group yet
         warnings.filterwarnings("ignore", "Object at .* is not recognized as a component")
         groups = sorted(rows.groups())
-    found = []
+    chunks: list[SealedChunk] = []
     for name, group in groups:
-        with reading(path, f"rows/{name:.40}"):
+        with spoilt_on_error(path, f"rows/{name:.40}"):
             seal = group.attrs.get("seal")
             if seal is None:
                 continue
-            chunk = _sealed(name, seal, group)
-        if found and chunk.start < found[-1].start + found[-1].count:
+            chunk = _sealed_chunk(name, seal, group)
+        if chunks and chunk.start < chunks[-1].start + chunks[-1].count:
             raise StoreSpoilt(f"{path}: expected each row once, rows/{name} has some again")
-        found.append(chunk)
-    return found
+        chunks.append(chunk)
+    return chunks
 
 
-def opened(path: str, chunks: list[Sealed]) -> list[Opened]:
-    """The arrays of chunks, all of one layout.
+def open_chunks(path: str, chunks: list[SealedChunk]) -> list[OpenChunk]:
+    """Open the arrays of chunks, which must have one layout.
 
     Raises:
-        StoreSpoilt: They are of several, or of one that cannot be.
+        StoreSpoilt: A layout is invalid, or differs from that of the first chunk.
     """
-    found, first = [], None
+    opened: list[OpenChunk] = []
+    first_layout = None
     for chunk in chunks:
         name = f"rows/{chunk.start:012d}"
-        with reading(path, name):
-            own = Opened(chunk.start, chunk.count, dict(chunk.group.arrays()))
-            layout = _layout(own)
-        first = layout if first is None else first
-        if layout != first:
+        with spoilt_on_error(path, name):
+            arrays = dict(chunk.group.arrays())
+            layout = _layout(chunk.count, arrays)
+        first_layout = layout if first_layout is None else first_layout
+        if layout != first_layout:
             raise StoreSpoilt(f"{path}: expected chunks of one layout, {name} has another")
-        found.append(own)
-    return found
+        opened.append(OpenChunk(chunk.start, chunk.count, arrays))
+    return opened
 
 
-def read(path: str, chunk: Opened, name: str) -> np.ndarray:
-    """An array of a chunk, in the order of bytes of this machine.
+def read_array(path: str, chunk: OpenChunk, name: str) -> np.ndarray:
+    """Read an array of a chunk, in native byte order.
 
     Raises:
         StoreSpoilt: It cannot be read.
     """
-    with reading(path, f"rows/{chunk.start:012d}/{name}"):
+    with spoilt_on_error(path, f"rows/{chunk.start:012d}/{name}"):
         array = chunk.arrays[name][:]
         return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
-class Column(Lazy):
-    """One array of the observations, over all chunks."""
+class Column(LazyArray):
+    """One array of the observations, over all chunks.
 
-    def __init__(self, path: str, chunks: list[Opened], name: str) -> None:
+    Args:
+        path: Path of the store, for errors.
+        chunks: The chunks, of one layout.
+        name: Name of the array in each chunk.
+    """
+
+    def __init__(self, path: str, chunks: list[OpenChunk], name: str) -> None:
         self._path, self._chunks, self._name = path, chunks, name
         self._ends = np.cumsum([chunk.count for chunk in chunks])
         first = chunks[0].arrays[name]
@@ -139,45 +152,54 @@ class Column(Lazy):
         self.dtype = first.dtype.newbyteorder("=")
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        """The rows of a slice or of these numbers, in memory."""
-        given = np.arange(len(self))[rows]
-        places = np.searchsorted(self._ends, given, side="right")
-        found = np.empty((len(given), *self.shape[1:]), self.dtype)
-        for c in np.unique(places):
-            own, chunk = places == c, self._chunks[c]
+        """Read the rows of a slice or of an index array."""
+        numbers = np.arange(len(self))[rows]
+        chunk_of_row = np.searchsorted(self._ends, numbers, side="right")
+        values = np.empty((len(numbers), *self.shape[1:]), self.dtype)
+        for c in np.unique(chunk_of_row):
+            in_chunk, chunk = chunk_of_row == c, self._chunks[c]
             first = self._ends[c] - chunk.count
-            # a chunk is one object on disk: it is read as a whole in any case
-            found[own] = read(self._path, chunk, self._name)[given[own] - first]
-        return found
+            # zarr stores a chunk as one object, and reads all of it in any case
+            array = read_array(self._path, chunk, self._name)
+            values[in_chunk] = array[numbers[in_chunk] - first]
+        return values
 
 
-def _sealed(name: str, seal: Any, group: Any) -> Sealed:
+def _sealed_chunk(name: str, seal: Any, group: Any) -> SealedChunk:
+    """Check a seal.
+
+    Raises:
+        ValueError: It is invalid.
+    """
     failed = {int(row): reason for row, reason in seal["failed"].items()}
-    chunk = Sealed(int(name), seal["rows"], seal["sha256"], failed, group)
+    chunk = SealedChunk(int(name), seal["rows"], seal["sha256"], failed, group)
     rows = range(chunk.start, chunk.start + chunk.count)
-    known = isinstance(chunk.checksum, str) and 0 <= chunk.start and 1 <= chunk.count <= MOST
-    named = all(row in rows and isinstance(reason, str) for row, reason in failed.items())
-    if not known or not named or isinstance(chunk.count, bool):
-        raise ValueError("a seal that cannot be")
+    has_sizes = 0 <= chunk.start and 1 <= chunk.count <= MAX_INDEX
+    has_reasons = all(row in rows and isinstance(reason, str) for row, reason in failed.items())
+    is_bool = isinstance(chunk.count, bool)
+    if not isinstance(chunk.checksum, str) or not has_sizes or not has_reasons or is_bool:
+        raise ValueError("an invalid seal")
     return chunk
 
 
-def _layout(chunk: Opened) -> dict[str, tuple]:
-    """Shape of a row and dtype of each array, after a look at what zarr would do to read it."""
-    found = {}
-    for name, array in chunk.arrays.items():
+def _layout(count: int, arrays: dict[str, Any]) -> dict[str, tuple]:
+    """Return row shape and dtype of each array of a chunk of `count` rows.
+
+    Raises:
+        ValueError: A codec is not allowed, an array is missing, or a shape is wrong.
+    """
+    layout = {}
+    for name, array in arrays.items():
         codecs = {type(codec).__name__ for codec in array.metadata.codecs}
         if not codecs <= CODECS or np.dtype(array.dtype).kind not in "biuf":
             raise ValueError(f"{name} of {array.dtype} by {sorted(codecs)}")
-        if array.shape[:1] != (chunk.count,) or array.chunks != array.shape:
+        if array.shape[:1] != (count,) or array.chunks != array.shape:
             raise ValueError(f"{name} of shape {array.shape} in chunks of {array.chunks}")
         require_memory(name, array.shape, array.dtype)
-        found[name] = (array.shape[1:], np.dtype(array.dtype).newbyteorder("="))
-    if not {"theta", "valid"} < found.keys() or found["valid"] != ((), np.dtype(bool)):
-        raise ValueError(f"arrays {sorted(found)}")
-    if len(found["theta"][0]) != 1 or not all(n.startswith("x.") for n in found.keys() - _OURS):
-        raise ValueError(f"arrays {sorted(found)}")
-    return found
-
-
-_OURS = {"theta", "valid"}
+        layout[name] = (array.shape[1:], np.dtype(array.dtype).newbyteorder("="))
+    if not {"theta", "valid"} < layout.keys() or layout["valid"] != ((), np.dtype(bool)):
+        raise ValueError(f"arrays {sorted(layout)}")
+    observations = layout.keys() - {"theta", "valid"}
+    if len(layout["theta"][0]) != 1 or not all(name.startswith("x.") for name in observations):
+        raise ValueError(f"arrays {sorted(layout)}")
+    return layout

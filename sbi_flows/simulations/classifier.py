@@ -1,9 +1,10 @@
-"""A small classifier of what happened, with probabilities that are meant as such.
+"""A small binary classifier with calibrated probabilities.
 
-Public names: `Net`, `Fitted`, `fit_classifier`, `mean_probability`.
+Networks are trained by cross-validation, each without one fold of the rows, starting from logistic
+regression. Each fold has two halves: a network that was stopped early by the loss of one half is
+tested on the other half.
 
-Networks are trained by cross-validation, each without a fold of the rows, from logistic regression
-on. Each fold has two halves: a network that was stopped by one of them is judged by the other.
+Public names: `Network`, `Classifier`, `fit_classifier`, `mean_probability`.
 """
 
 from __future__ import annotations
@@ -21,172 +22,201 @@ from jax.scipy.special import logit
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key
 
-ROWS = 50_000
-"""Rows that are used, at most."""
+MAX_ROWS = 50_000
+"""Maximum number of rows that are used."""
 
-FOLDS, WIDTH, NEWTON = 5, 32, 20
-ROUNDS, STEPS, BATCH, RATE = 20, 50, 512, 5e-3
+FOLDS, WIDTH, NEWTON_STEPS = 5, 32, 20
+EPOCHS, EPOCH_STEPS, BATCH_SIZE, LEARNING_RATE = 20, 50, 512, 5e-3
 
 
-class Net(NamedTuple):
-    """Logistic regression on coordinates, their squares and what a small network makes of them."""
+class Network(NamedTuple):
+    """Logistic regression on coordinates, their squares and the last layer of a small MLP.
+
+    Attributes:
+        matrices: Weights of the hidden layers.
+        biases: Biases of the hidden layers.
+        coefficients: Coefficients of the regression.
+        intercept: Its intercept.
+    """
 
     matrices: list[Array]
     biases: list[Array]
-    out: Array
-    level: Array
+    coefficients: Array
+    intercept: Array
 
 
-class Fitted(NamedTuple):
-    """What `fit_classifier` gives.
+class Classifier(NamedTuple):
+    """Networks fitted by cross-validation, and their predictions of held-out rows.
 
     Attributes:
-        nets: The networks, two for each of K folds, stacked on one leading axis.
+        networks: The networks, two for each of K folds, stacked on one leading axis.
         p: Probabilities of held-out rows (K, 2, r), by networks that have not seen them.
-        constant: The share of ones in the other folds, shape (K, 1, 1).
-        v: What these rows are, 0 or 1, shape (K, 2, r).
+        constant: Fraction of ones in the other folds, shape (K, 1, 1).
+        labels: Labels of the held-out rows, 0 or 1, shape (K, 2, r).
     """
 
-    nets: Net
+    networks: Network
     p: np.ndarray
     constant: np.ndarray
-    v: np.ndarray
+    labels: np.ndarray
 
 
-def fit_classifier(key: Key, y: np.ndarray, v: np.ndarray) -> Fitted:
-    """Fit probabilities of v (N,), some zeros and some ones, given y (N, d) of unit scale."""
-    order_key, fit_key, batch_key = jax.random.split(key, 3)
-    chosen = _in_blocks(order_key, v)
-    train, held = _folds(y[chosen], v[chosen].astype(y.dtype))
-    shape = (FOLDS, ROUNDS, STEPS, BATCH)
-    batches = jax.random.randint(batch_key, shape, 0, train[1].shape[1])
-    nets = _fit(jax.random.split(fit_key, FOLDS), train, held, batches)
-    # each half by the network that was stopped by the other one
-    p = _halves(jax.tree.map(lambda leaf: leaf[:, ::-1], nets), held[0])
-    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), nets)
-    constant = train[1].mean(axis=1, dtype=float)[:, None, None]
-    return Fitted(flat, np.asarray(p, float), constant, held[1])
+def fit_classifier(key: Key, y: np.ndarray, labels: np.ndarray) -> Classifier:
+    """Fit the probability that a label is 1.
 
-
-def _in_blocks(key: Key, v: np.ndarray) -> np.ndarray:
-    """Numbers of rows (blocks, r) in random order, each block with its share of zeros.
-
-    There are two blocks a fold.
+    Args:
+        key: Random key.
+        y: Coordinates of unit scale, shape (N, d).
+        labels: Labels, shape (N,); both values must occur.
     """
-    count = min(len(v), ROWS) // (2 * FOLDS)
-    order = np.asarray(jax.random.permutation(key, len(v)))[: count * 2 * FOLDS]
-    order = order[np.argsort(v[order], kind="stable")]
+    order_key, fit_key, batch_key = jax.random.split(key, 3)
+    rows = _stratified_blocks(order_key, labels)
+    train, held_out = _split_folds(y[rows], labels[rows].astype(y.dtype))
+    shape = (FOLDS, EPOCHS, EPOCH_STEPS, BATCH_SIZE)
+    batches = jax.random.randint(batch_key, shape, 0, train[1].shape[1])
+    networks = _fit(jax.random.split(fit_key, FOLDS), train, held_out, batches)
+    # each half is predicted by the network that was stopped by the other half
+    p = _predict_halves(jax.tree.map(lambda leaf: leaf[:, ::-1], networks), held_out[0])
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), networks)
+    constant = train[1].mean(axis=1, dtype=float)[:, None, None]
+    return Classifier(flat, np.asarray(p, float), constant, held_out[1])
+
+
+def _stratified_blocks(key: Key, labels: np.ndarray) -> np.ndarray:
+    """Return row indices (2 K, r) in random order, with equal fractions of zeros in each block."""
+    count = min(len(labels), MAX_ROWS) // (2 * FOLDS)
+    order = np.asarray(jax.random.permutation(key, len(labels)))[: count * 2 * FOLDS]
+    order = order[np.argsort(labels[order], kind="stable")]
     return order.reshape(count, 2 * FOLDS).T
 
 
-def _folds(y: np.ndarray, v: np.ndarray) -> tuple[tuple, tuple]:
-    """Of blocks (2 K, r, d) and (2 K, r): rows to train on (K, n, d), and to hold (K, 2, r, d)."""
-    own = np.arange(2 * FOLDS).reshape(FOLDS, 2)
-    others = np.array([np.setdiff1d(own, pair) for pair in own])
+def _split_folds(y: np.ndarray, labels: np.ndarray) -> tuple[tuple, tuple]:
+    """Split blocks into training rows and held-out rows of each fold.
+
+    Args:
+        y: Coordinates, shape (2 K, r, d).
+        labels: Labels, shape (2 K, r).
+
+    Returns:
+        Coordinates (K, n, d) and labels (K, n) for training; coordinates (K, 2, r, d) and labels
+        (K, 2, r) that are held out.
+    """
+    held_blocks = np.arange(2 * FOLDS).reshape(FOLDS, 2)
+    train_blocks = np.array([np.setdiff1d(held_blocks, pair) for pair in held_blocks])
 
     def split(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return a[others].reshape(FOLDS, -1, *a.shape[2:]), a[own]
+        return a[train_blocks].reshape(FOLDS, -1, *a.shape[2:]), a[held_blocks]
 
-    (train_y, held_y), (train_v, held_v) = split(y), split(v)
-    return (train_y, train_v), (held_y, held_v)
+    (train_y, held_y), (train_labels, held_labels) = split(y), split(labels)
+    return (train_y, train_labels), (held_y, held_labels)
 
 
-def _logits(net: Net, y: Array) -> Array:
-    """Log odds (N,) of a one."""
+def _logits(network: Network, y: Array) -> Array:
+    """Compute the log odds (N,) of label 1."""
     hidden = y
-    for matrix, bias in zip(net.matrices, net.biases, strict=True):
+    for matrix, bias in zip(network.matrices, network.biases, strict=True):
         hidden = jnp.tanh(hidden @ matrix + bias[None])
-    return jnp.concatenate([y, y**2, hidden], axis=1) @ net.out + net.level
+    features = jnp.concatenate([y, y**2, hidden], axis=1)
+    return features @ network.coefficients + network.intercept
 
 
-def _loss(net: Net, y: Array, v: Array) -> Array:
-    return jnp.mean(optax.sigmoid_binary_cross_entropy(_logits(net, y), v))
+def _loss(network: Network, y: Array, labels: Array) -> Array:
+    """Compute the mean binary cross-entropy."""
+    return jnp.mean(optax.sigmoid_binary_cross_entropy(_logits(network, y), labels))
 
 
-def _constant(key: Key, dim: int, share: Array) -> Net:
-    """A network that says the share everywhere."""
+def _constant_network(key: Key, dim: int, p: Array) -> Network:
+    """Return a network with probability p everywhere."""
     widths = (dim, WIDTH, WIDTH)
     matrices = [
-        jax.random.normal(k, (a, b), share.dtype) / a**0.5
+        jax.random.normal(k, (a, b), p.dtype) / a**0.5
         for k, a, b in zip(jax.random.split(key), widths, widths[1:], strict=False)
     ]
-    biases = [jnp.zeros(WIDTH, share.dtype) for _ in matrices]
-    return Net(matrices, biases, jnp.zeros(2 * dim + WIDTH, share.dtype), logit(share))
+    biases = [jnp.zeros(WIDTH, p.dtype) for _ in matrices]
+    return Network(matrices, biases, jnp.zeros(2 * dim + WIDTH, p.dtype), logit(p))
 
 
-def _regressed(net: Net, y: Array, v: Array) -> Net:
-    """The network with logistic regression for a start, by Newton's method and a ridge."""
+def _start_at_regression(network: Network, y: Array, labels: Array) -> Network:
+    """Set the coefficients to those of a ridge logistic regression, found by Newton's method."""
     rows = jnp.concatenate([y, y**2, jnp.ones((len(y), 1), y.dtype)], axis=1)
     ridge = jnp.ones(rows.shape[1], y.dtype).at[-1].set(0.0)
 
     def newton(weights: Array, _: None) -> tuple[Array, None]:
         p = jax.nn.sigmoid(rows @ weights)
-        slope = rows.T @ (p - v) + ridge * weights
-        curve = (rows * (p * (1.0 - p))[:, None]).T @ rows + jnp.diag(ridge + 1e-4)
-        return weights - jnp.linalg.solve(curve, slope), None
+        gradient = rows.T @ (p - labels) + ridge * weights
+        hessian = (rows * (p * (1.0 - p))[:, None]).T @ rows + jnp.diag(ridge + 1e-4)
+        return weights - jnp.linalg.solve(hessian, gradient), None
 
-    start = jnp.zeros(rows.shape[1], y.dtype).at[-1].set(net.level)
-    weights = jax.lax.scan(newton, start, length=NEWTON)[0]
-    out = net.out.at[: rows.shape[1] - 1].set(weights[:-1])
-    found = net._replace(out=out, level=weights[-1])
-    # the method may go astray where zeros are rare, or parted from ones by a line
-    better = _loss(found, y, v) < _loss(net, y, v)
-    return jax.tree.map(partial(jnp.where, better), found, net)
+    start = jnp.zeros(rows.shape[1], y.dtype).at[-1].set(network.intercept)
+    weights = jax.lax.scan(newton, start, length=NEWTON_STEPS)[0]
+    coefficients = network.coefficients.at[: rows.shape[1] - 1].set(weights[:-1])
+    regression = network._replace(coefficients=coefficients, intercept=weights[-1])
+    # Newton's method may diverge where zeros are rare, or separated from ones by a plane
+    is_better = _loss(regression, y, labels) < _loss(network, y, labels)
+    return jax.tree.map(partial(jnp.where, is_better), regression, network)
 
 
 @jax.jit
 @full_precision
-def _fit(keys: Key, train: tuple[Array, Array], held: tuple[Array, Array], batches: Array) -> Net:
-    """Networks (K, 2) of each fold, stopped by one half of its held-out rows and by the other."""
-    return jax.vmap(_fit_fold)(keys, train, held, batches)
+def _fit(
+    keys: Key, train: tuple[Array, Array], held_out: tuple[Array, Array], batches: Array
+) -> Network:
+    """Fit networks (K, 2): for each fold, one stopped by each half of its held-out rows."""
+    return jax.vmap(_fit_fold)(keys, train, held_out, batches)
 
 
 def _fit_fold(
-    key: Key, train: tuple[Array, Array], held: tuple[Array, Array], batches: Array
-) -> Net:
-    y, v = train
-    constant = _constant(key, y.shape[1], jnp.mean(v))
-    net = _regressed(constant, y, v)
-    optimiser = optax.adamw(optax.cosine_decay_schedule(RATE, ROUNDS * STEPS), weight_decay=1e-3)
+    key: Key, train: tuple[Array, Array], held_out: tuple[Array, Array], batches: Array
+) -> Network:
+    """Fit two networks (2,) of one fold."""
+    y, labels = train
+    constant = _constant_network(key, y.shape[1], jnp.mean(labels))
+    network = _start_at_regression(constant, y, labels)
+    schedule = optax.cosine_decay_schedule(LEARNING_RATE, EPOCHS * EPOCH_STEPS)
+    optimiser = optax.adamw(schedule, weight_decay=1e-3)
 
     def step(state: tuple, rows: Array) -> tuple:
-        net, moments = state
-        updates, moments = optimiser.update(jax.grad(_loss)(net, y[rows], v[rows]), moments, net)
-        return (optax.apply_updates(net, updates), moments), None
+        network, moments = state
+        gradient = jax.grad(_loss)(network, y[rows], labels[rows])
+        updates, moments = optimiser.update(gradient, moments, network)
+        return (optax.apply_updates(network, updates), moments), None
 
-    def several(state: tuple, batches: Array) -> tuple:
-        (net, moments), best = state
-        best = _better(best, net, held)
-        return (jax.lax.scan(step, (net, moments), batches)[0], best), None
+    def epoch(state: tuple, batches: Array) -> tuple:
+        (network, moments), best = state
+        best = _keep_best(best, network, held_out)
+        return (jax.lax.scan(step, (network, moments), batches)[0], best), None
 
-    least = jnp.full(2, jnp.inf, y.dtype)
-    best = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), constant), least
-    state = (net, optimiser.init(net)), _better(best, constant, held)
-    ((net, _), best), _ = jax.lax.scan(several, state, batches)
-    return _better(best, net, held)[0]
+    losses = jnp.full(2, jnp.inf, y.dtype)
+    best = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), constant), losses
+    state = (network, optimiser.init(network)), _keep_best(best, constant, held_out)
+    ((network, _), best), _ = jax.lax.scan(epoch, state, batches)
+    return _keep_best(best, network, held_out)[0]
 
 
-def _better(best: tuple[Net, Array], net: Net, held: tuple[Array, Array]) -> tuple[Net, Array]:
-    """Networks (2) with the least loss of each half of the held-out rows, and these losses (2)."""
-    nets, least = best
-    found = jax.vmap(partial(_loss, net))(*held)
-    less = found < least
+def _keep_best(
+    best: tuple[Network, Array], network: Network, held_out: tuple[Array, Array]
+) -> tuple[Network, Array]:
+    """Return the networks (2,) with the smallest loss on each held-out half, and the losses."""
+    networks, best_losses = best
+    losses = jax.vmap(partial(_loss, network))(*held_out)
+    is_better = losses < best_losses
 
     def keep(new: Array, old: Array) -> Array:
-        return jnp.where(less.reshape(-1, *(1,) * new.ndim), new[None], old)
+        return jnp.where(is_better.reshape(-1, *(1,) * new.ndim), new[None], old)
 
-    return jax.tree.map(keep, net, nets), jnp.minimum(found, least)
-
-
-@jax.jit
-@full_precision
-def _halves(nets: Net, y: Array) -> Array:
-    """Probabilities (K, 2, r) of rows (K, 2, r, d), each by the network in its place."""
-    return jax.nn.sigmoid(jax.vmap(jax.vmap(_logits))(nets, y))
+    return jax.tree.map(keep, network, networks), jnp.minimum(losses, best_losses)
 
 
 @jax.jit
 @full_precision
-def mean_probability(nets: Net, y: Array) -> Array:
-    """The mean (N,) over all networks."""
-    return jnp.mean(jax.lax.map(lambda net: jax.nn.sigmoid(_logits(net, y)), nets), axis=0)
+def _predict_halves(networks: Network, y: Array) -> Array:
+    """Predict probabilities (K, 2, r) of rows (K, 2, r, d) with networks (K, 2)."""
+    return jax.nn.sigmoid(jax.vmap(jax.vmap(_logits))(networks, y))
+
+
+@jax.jit
+@full_precision
+def mean_probability(networks: Network, y: Array) -> Array:
+    """Average the probabilities (N,) of all networks."""
+    p = jax.lax.map(lambda network: jax.nn.sigmoid(_logits(network, y)), networks)
+    return jnp.mean(p, axis=0)

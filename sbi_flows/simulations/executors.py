@@ -1,9 +1,9 @@
-"""Where simulations run that are no JAX functions: in processes of this machine, or of a cluster.
+"""Run external simulators in worker processes of this machine or of a Dask cluster.
 
-Public names: `Executor`, `Processes`, `Dask`, `Task`, `Outside`, `Row`, `row_seeds`.
+Each simulation has its own seed, so that the result depends neither on the executor nor on the
+order of the simulations. If a worker process dies, one row is lost.
 
-Each simulation has a seed of its own, so the result is the same whatever runs it, in what order and
-in chunks of what size. It runs in a process that may die: what is lost then is one row.
+Public names: `Executor`, `Processes`, `Dask`, `Task`, `External`, `row_seeds`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -23,52 +24,52 @@ import numpy as np
 
 from sbi_flows.core.checks import require_count
 from sbi_flows.core.typing import Key
-from sbi_flows.simulations.processes import Limits, Process, packed
+from sbi_flows.simulations.processes import Limits, Process, pickle_job
 from sbi_flows.simulations.worker import Job, Row
 
-_WAITING = 64
-"""Finished rows a worker that wait to be read, at the most."""
+_QUEUED_ROWS = 64
+"""Maximum number of finished rows per worker that wait to be read."""
 
 
 Task = tuple[int, int, Any]
-"""Number of a row, its seed, and its parameters: an array or a dict of arrays."""
+"""Row number, seed, and parameters: an array or a dict of arrays."""
 
 
 @runtime_checkable
 class Executor(Protocol):
-    """A frozen description of where simulations run."""
+    """Settings of where external simulators run."""
 
     def run(self, job: Job, limits: Limits, tasks: Iterable[Task]) -> Iterator[tuple[int, Row]]:
-        """Number and outcome of each row, in any order, as they are finished."""
+        """Run tasks; yield number and result of each row when it is finished, in any order."""
         ...
 
 
 @runtime_checkable
-class Outside(Protocol):
-    """A simulator that is no JAX function, such as `simulators.ExternalSimulator`."""
+class External(Protocol):
+    """An external simulator: one that JAX cannot trace. See `simulators.ExternalSimulator`."""
 
     @property
     def job(self) -> Job:
-        """What a process has to know."""
+        """Settings of the worker processes."""
         ...
 
     @property
     def limits(self) -> Limits:
-        """What a simulation may take."""
+        """Limits of each simulation."""
         ...
 
     @property
     def executor(self) -> Executor:
-        """Where it runs if nothing else is said."""
+        """Executor that is used by default."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Processes:
-    """Processes of this machine; each runs one simulation at a time.
+    """Executor on this machine: processes that each run one simulation at a time.
 
     Attributes:
-        workers: Number of processes; None for as many as there are cores.
+        workers: Number of processes; None for the number of cores.
 
     Raises:
         ValueError: `workers` is not positive.
@@ -81,63 +82,74 @@ class Processes:
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a number that runs nothing."""
+        """Check the number of processes."""
         if self.workers is not None:
             require_count(1, workers=self.workers)
 
     def run(self, job: Job, limits: Limits, tasks: Iterable[Task]) -> Iterator[tuple[int, Row]]:
-        """Number and outcome of each row, in any order, as they are finished."""
-        todo, lock = iter(tasks), threading.Lock()
+        """Run tasks; yield number and result of each row when it is finished, in any order."""
         count = self.workers or _cores()
-        # what is finished waits for who reads it, and the simulations with it
-        done: queue.Queue[tuple[int, Row] | BaseException | None] = queue.Queue(_WAITING * count)
-        processes = [Process(packed(job)) for _ in range(count)]
-
-        def work(process: Process) -> None:
-            try:
-                while not process.closed:
-                    with lock:
-                        task = next(todo, None)
-                    if task is None:
-                        break
-                    row, seed, theta = task
-                    done.put((row, process.run(seed, theta, limits)))
-                done.put(None)
-            except BaseException as error:  # a thread must not die unheard
-                done.put(error)
-
+        # a bounded queue: simulations wait for the reader of the rows
+        results: queue.Queue[_Result] = queue.Queue(_QUEUED_ROWS * count)
+        processes = [Process(pickle_job(job)) for _ in range(count)]
+        work = partial(_work, iter(tasks), threading.Lock(), results, limits)
         threads = [threading.Thread(target=work, args=(p,), daemon=True) for p in processes]
         for thread in threads:
             thread.start()
         try:
-            left = count
-            while left:
-                found = done.get()
-                if isinstance(found, BaseException):
-                    raise found
-                if found is None:
-                    left -= 1
+            working = count
+            while working:
+                result = results.get()
+                if isinstance(result, BaseException):
+                    raise result
+                if result is None:
+                    working -= 1
                 else:
-                    yield found
+                    yield result
         finally:
             for process in processes:
                 process.stop()
             while any(thread.is_alive() for thread in threads):
                 with contextlib.suppress(queue.Empty):
-                    done.get(timeout=0.05)
+                    results.get(timeout=0.05)
             for process in processes:
                 process.close()
 
 
+_Result = tuple[int, Row] | BaseException | None
+"""A finished row, an error that ended a thread, or None from a thread without further tasks."""
+
+
+def _work(
+    tasks: Iterator[Task],
+    lock: threading.Lock,
+    results: queue.Queue[_Result],
+    limits: Limits,
+    process: Process,
+) -> None:
+    """Run tasks in one process until none is left; the body of a thread."""
+    try:
+        while not process.closed:
+            with lock:
+                task = next(tasks, None)
+            if task is None:
+                break
+            number, seed, theta = task
+            results.put((number, process.run(seed, theta, limits)))
+        results.put(None)
+    except BaseException as error:  # the reader of the rows raises it
+        results.put(error)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Dask:
-    """Workers of a Dask cluster; each of its threads has a process that runs the simulations.
+    """Executor on a Dask cluster: each thread of its workers has a process for simulations.
 
-    A worker that dies is made up for by the others. Install the extra `distributed`.
+    The tasks of a worker that dies run on other workers. Install the extra `distributed`.
 
     Attributes:
         client: A `dask.distributed.Client`, or the address of a scheduler.
-        rows: Simulations of one task of Dask.
+        rows: Number of simulations in one Dask task.
 
     Raises:
         ValueError: `rows` is not positive.
@@ -154,48 +166,48 @@ class Dask:
     rows: int = 32
 
     def __post_init__(self) -> None:
-        """Refuse a number that runs nothing."""
+        """Check the number of simulations in a task."""
         require_count(1, rows=self.rows)
 
     def run(self, job: Job, limits: Limits, tasks: Iterable[Task]) -> Iterator[tuple[int, Row]]:
-        """Number and outcome of each row, in any order, as they are finished."""
+        """Run tasks; yield number and result of each row when it is finished, in any order."""
         from dask.distributed import Client, as_completed
 
-        given, sent = isinstance(self.client, str), packed(job)
-        client = Client(self.client) if given else self.client
-        chunks = _batched(tasks, self.rows)
-        held: dict[Any, list[Task]] = {}
+        is_address, pickled = isinstance(self.client, str), pickle_job(job)
+        client = Client(self.client) if is_address else self.client
+        batches = _batched(tasks, self.rows)
+        submitted: dict[Any, list[Task]] = {}
 
         def submit(count: int) -> list[Any]:
-            fresh = itertools.islice(chunks, count)
-            futures = {client.submit(_on_worker, sent, limits, c, pure=False): c for c in fresh}
-            held.update(futures)
+            batch = itertools.islice(batches, count)
+            futures = {client.submit(_run_batch, pickled, limits, b, pure=False): b for b in batch}
+            submitted.update(futures)
             return list(futures)
 
         try:
-            # some for each thread, so that none waits; not all, which would be kept in memory
+            # a few per thread, so that no thread waits; all of them might not fit in memory
             threads: Any = client.ncores()
             finished = as_completed(submit(4 * max(1, sum(threads.values()))))
             for future in finished:
-                yield from _outcomes(future, held.pop(future))
+                yield from _results(future, submitted.pop(future))
                 future.release()
                 for following in submit(1):
                     finished.add(following)
         finally:
-            client.cancel(list(held))
-            if given:
+            client.cancel(list(submitted))
+            if is_address:
                 client.close()
 
 
 def _batched(tasks: Iterable[Task], size: int) -> Iterator[list[Task]]:
-    """The tasks in lists of this size."""
+    """Yield the tasks in lists of this size."""
     iterator = iter(tasks)
-    while chunk := list(itertools.islice(iterator, size)):
-        yield chunk
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
 
 
-def _outcomes(future: Any, tasks: list[Task]) -> list[tuple[int, Row]]:
-    """What a task of Dask has found; rows that killed their workers again and again have failed."""
+def _results(future: Any, tasks: list[Task]) -> list[tuple[int, Row]]:
+    """Return the rows of a Dask task; all have failed if several workers in turn died of it."""
     from dask.distributed import KilledWorker
 
     try:
@@ -204,16 +216,25 @@ def _outcomes(future: Any, tasks: list[Task]) -> list[tuple[int, Row]]:
         return [(row, Row(None, "was lost with several workers in turn")) for row, *_ in tasks]
 
 
-_HELD = threading.local()
+class _Worker(threading.local):
+    """Process of one thread of a Dask worker, kept from task to task."""
+
+    job: bytes | None = None
+    process: Process | None = None
 
 
-def _on_worker(job: bytes, limits: Limits, tasks: list[Task]) -> list[tuple[int, Row]]:
-    """Run some rows in the process that this thread of a Dask worker keeps."""
-    if getattr(_HELD, "job", None) != job:
-        if hasattr(_HELD, "process"):
-            _HELD.process.close()
-        _HELD.job, _HELD.process = job, Process(job)
-    return [(row, _HELD.process.run(seed, theta, limits)) for row, seed, theta in tasks]
+_WORKER = _Worker()
+
+
+def _run_batch(job: bytes, limits: Limits, tasks: list[Task]) -> list[tuple[int, Row]]:
+    """Run tasks in the process of this thread of a Dask worker."""
+    process = _WORKER.process
+    if process is None or _WORKER.job != job:
+        if process is not None:
+            process.close()
+        process = _WORKER.process = Process(job)
+        _WORKER.job = job
+    return [(number, process.run(seed, theta, limits)) for number, seed, theta in tasks]
 
 
 def _cores() -> int:
@@ -221,7 +242,7 @@ def _cores() -> int:
 
 
 def row_seeds(keys: Key) -> list[int]:
-    """One whole number of 64 bits for each of the keys (N,)."""
+    """Draw one integer of 64 bits from each of the keys (N,)."""
     words = jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(keys)
     high, low = np.asarray(words).astype(np.uint64).T
     return (high << np.uint64(32) | low).tolist()

@@ -1,34 +1,41 @@
-"""Simulations that failed: why, and where in the prior they lie.
+"""Failed simulations: their reasons, and where in the prior they lie.
 
-Public names: `Failures`.
+Public names: `Failures`, `report_failures`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
+from sbi_flows.core.errors import SbiFlowsWarning, SimulationFailed
+from sbi_flows.simulations.simulations import Simulations
 from sbi_flows.simulations.worker import PRINTED
 
-_PARTS = ("lowest third", "middle third", "highest third")
+_MAX_REASONS = 8
+"""Maximum number of reasons that a warning names."""
+
+_THIRDS = ("lowest third", "middle third", "highest third")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Failures:
-    """Rows that failed, among all that were simulated.
+    """Failed rows among all rows of a store.
 
-    A failure that is more likely at some parameters than at others is information: the prior that
-    a posterior is fitted with is the one of the parameters whose simulations are valid.
-    `sf.fit_validity` learns how likely that is at each.
+    A posterior is fitted to the valid simulations. If some parameters fail more often than others,
+    it is the posterior of another prior: that of the parameters whose simulations are valid.
+    `sf.fit_validity` learns the probability of a valid simulation as a function of the parameters.
 
     Attributes:
-        labels: One for each of the D parameters.
+        labels: One label for each of the D parameters.
         theta: Parameters of all rows, shape (N, D).
-        rows: Places of those that failed, shape (F,).
-        reasons: The reason of each of them.
+        rows: Indices of failed rows, shape (F,).
+        reasons: Reason of each failed row.
     """
 
     labels: tuple[str, ...]
@@ -37,37 +44,37 @@ class Failures:
     reasons: tuple[str, ...]
 
     def __len__(self) -> int:
-        """Number of rows that failed."""
+        """Number of failed rows."""
         return len(self.rows)
 
     @property
     def counts(self) -> dict[str, int]:
-        """How often each reason occurs, without what the simulations printed; most first."""
+        """Number of rows with each reason, without printed output; the most frequent first."""
         return dict(Counter(r.split(PRINTED)[0] for r in self.reasons).most_common())
 
     @property
     def shares(self) -> np.ndarray:
-        """Share of rows that failed in the thirds of each parameter's values, shape (D, 3)."""
+        """Fraction of failed rows in each third of each parameter's values, shape (D, 3)."""
         failed = np.zeros(len(self.theta), bool)
         failed[self.rows] = True
         ranks = np.argsort(np.argsort(self.theta, axis=0), axis=0)
         thirds = np.minimum(3 * ranks // len(self.theta), 2)
-        found = [[failed[column == third] for third in range(3)] for column in thirds.T]
-        return np.array([[np.mean(part) if len(part) else 0.0 for part in row] for row in found])
+        groups = [[failed[column == third] for third in range(3)] for column in thirds.T]
+        return np.array([[np.mean(part) if len(part) else 0.0 for part in row] for row in groups])
 
     def __repr__(self) -> str:
-        """The reasons, and a table of where in the prior the failures lie."""
+        """The reasons, and a table of the fractions of failed rows in thirds of each parameter."""
         lines = [f"{len(self)} of {len(self.theta)} simulations failed"]
         lines += [f"{count:>8,}  {reason}" for reason, count in self.counts.items()]
         if len(self):
             width = max(map(len, self.labels))
-            lines.append(" " * width + "".join(f"{part:>15}" for part in _PARTS))
+            lines.append(" " * width + "".join(f"{part:>15}" for part in _THIRDS))
             for label, shares in zip(self.labels, self.shares, strict=True):
                 lines.append(f"{label:<{width}}" + "".join(f"{share:>15.1%}" for share in shares))
         return "\n".join(lines)
 
     def plot(self) -> Any:
-        """Histograms of each parameter, of the rows that failed beside all others.
+        """Draw histograms of each parameter, for failed and for valid rows.
 
         Returns:
             A matplotlib figure.
@@ -94,3 +101,31 @@ class Failures:
         axes[0].legend(frameon=False)
         figure.suptitle(f"{len(self):,} of {len(self.theta):,} simulations failed")
         return figure
+
+
+def report_failures(simulations: Simulations, reasons: Iterable[str], stacklevel: int) -> None:
+    """Warn of invalid rows, with the number of rows for each reason.
+
+    Args:
+        simulations: The simulations.
+        reasons: Reasons of rows that failed; all other invalid rows gave NaN or infinity.
+        stacklevel: Level of the caller that the warning names, as for `warnings.warn`.
+
+    Raises:
+        SimulationFailed: All rows are invalid.
+    """
+    failed = len(simulations) - simulations.num_valid
+    if not failed:
+        return
+    counts = Counter(reason.split(PRINTED)[0] for reason in reasons)
+    counts["gave NaN or infinity"] = failed - counts.total()
+    common = [f"{n} {reason}" for reason, n in counts.most_common() if n]
+    summary = "; ".join(common[:_MAX_REASONS]) + ("; ..." if len(common) > _MAX_REASONS else "")
+    if failed == len(simulations):
+        raise SimulationFailed(f"all {failed} simulations failed: {summary}")
+    warnings.warn(
+        f"{failed} of {len(simulations)} simulations failed: {summary}; they are kept, marked "
+        "invalid, and left out of training",
+        SbiFlowsWarning,
+        stacklevel=stacklevel,
+    )

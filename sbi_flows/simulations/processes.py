@@ -1,6 +1,6 @@
-"""A process that runs simulations, as its parent sees it: it may hang, grow, print and die.
+"""Start worker processes and run simulations in them, with limits on time and output.
 
-Public names: `Limits`, `Process`, `packed`.
+Public names: `Limits`, `Process`, `pickle_job`.
 """
 
 from __future__ import annotations
@@ -20,51 +20,59 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from sbi_flows.core.errors import SimulationFailed
-from sbi_flows.simulations.worker import OUT_OF_MEMORY, PRINTED, Job, Row, by_name, encoded, row_of
+from sbi_flows.simulations.worker import (
+    OUT_OF_MEMORY,
+    PRINTED,
+    Job,
+    Row,
+    decode_row,
+    encode_message,
+    to_named,
+)
 
-_SAID = 2_000
-"""Bytes of what a simulation has printed that a failure report quotes, at the most."""
+_MAX_QUOTED_BYTES = 2_000
+"""Maximum printed output of a simulation that the reason of its failure quotes."""
 
-_KEPT = 2**20
-"""Bytes of it that are kept, at the most."""
+_MAX_KEPT_BYTES = 2**20
+"""Printed output of a process after which the file of its output is emptied."""
 
-_PRINTED = 2**28
-"""Bytes of it after which a simulation is stopped."""
+_MAX_PRINTED_BYTES = 2**28
+"""Printed output after which a simulation is stopped."""
 
-_SLICE = 0.25
-"""Seconds after which it is asked whether a process that says nothing is alive."""
+_POLL_SECONDS = 0.25
+"""Time between two checks that a process without an answer is alive."""
 
-_LOADING = 600.0
-"""Seconds in which a process has to have loaded its job."""
+_LOADING_SECONDS = 600.0
+"""Maximum time for a process to load its job."""
 
-_GRACE = 5.0
-"""Seconds from the end of a process's pipes to its own, at the most."""
+_EXIT_SECONDS = 5.0
+"""Maximum time from the closing of a process's pipes to its exit."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one simulation may take.
+    """Limits of one simulation.
 
     Attributes:
-        seconds: Time after which it is stopped; None for any time.
-        retries: How often one that failed is run again, with the same seed.
+        seconds: Maximum time of a simulation; None for no limit.
+        retries: Number of times that a failed simulation is run again, with the same seed.
     """
 
     seconds: float | None = None
     retries: int = 0
 
 
-def packed(job: Job) -> bytes:
-    """The job as it is sent to another process.
+def pickle_job(job: Job) -> bytes:
+    """Pickle a job for a worker process.
 
     Raises:
-        ValueError: Its function cannot be sent.
+        ValueError: Its function cannot be pickled.
     """
     import cloudpickle
 
     try:
         return cloudpickle.dumps(job)
-    except Exception as error:  # whatever an object's own pickling raises
+    except Exception as error:  # the pickling of an object may raise any exception
         raise ValueError(
             "simulator: expected a function that can be sent to another process, got "
             f"{type(error).__name__}: {error}"
@@ -80,20 +88,27 @@ serve(int(sys.argv[1]), int(sys.argv[2]))
 
 
 class Process:
-    """A worker process, started when it is first needed and again after each death.
+    """A worker process, started when it is first needed and restarted after it has died.
 
     Args:
-        job: What it runs, as `packed` says.
+        job: The job, as `pickle_job` returns it.
+
+    Attributes:
+        closed: Whether `stop` was called.
     """
 
     def __init__(self, job: bytes) -> None:
-        """Hold the job."""
-        self._job, self.closed, self._began = job, False, False
-        self._held: _Held | None = None
+        self._job, self.closed, self._has_run = job, False, False
+        self._handle: _Handle | None = None
         self._lock = threading.Lock()
 
     def run(self, seed: int, theta: Any, limits: Limits) -> Row:
-        """Run one simulation, again if it fails and that is allowed.
+        """Run one simulation, and run it again if it fails and the limits allow it.
+
+        Args:
+            seed: Seed of the simulation.
+            theta: Its parameters, an array or a dict of arrays.
+            limits: Its limits.
 
         Raises:
             SimulationFailed: The process cannot load the job.
@@ -106,68 +121,70 @@ class Process:
         return row
 
     def stop(self) -> None:
-        """Stop the process, whatever it is doing; it is not started again."""
+        """Kill the process, even during a simulation; it is not started again."""
         with self._lock:
-            self.closed, held = True, self._held
-        if held is not None:
-            held.stop()
+            self.closed, handle = True, self._handle
+        if handle is not None:
+            handle.kill()
 
     def close(self) -> None:
-        """Stop the process, which does nothing, and let go of its pipes."""
+        """Kill an idle process and close its pipes."""
         self.stop()
-        if self._held is not None:
-            self._held.forget()
-            self._held = None
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None
 
     def _run_once(self, seed: int, theta: Any, seconds: float | None) -> Row:
         try:
-            held = self._started()
+            handle = self._start()
         except SimulationFailed as error:
-            if not self._began:
+            if not self._has_run:
                 raise
             return Row(None, f"was not run: {error}")
-        if held is None:
+        if handle is None:
             return Row(None, "was not run: its process was closed")
-        self._began, said = True, held.printed()
+        self._has_run, printed_bytes = True, handle.printed_bytes()
         try:
-            held.send.send_bytes(encoded(seed, by_name(theta)))
-            late = held.wait(seconds)
-            if late:
-                return Row(None, late + self._ended(held, said))
-            row = row_of(held.receive.recv_bytes())
+            handle.send.send_bytes(encode_message(seed, to_named(theta)))
+            failure = handle.wait(seconds)
+            if failure:
+                return Row(None, failure + self._end(handle, printed_bytes))
+            row = decode_row(handle.receive.recv_bytes())
         except (EOFError, OSError):
-            death = held.death()
-            return Row(None, f"its process {death}" + self._ended(held, said))
-        if row.x is None:
-            # what a row has left in memory would be missing to the next one
-            full = row.reason == OUT_OF_MEMORY
-            return Row(None, row.reason + (self._ended(held, said) if full else held.said(said)))
-        return row
+            failure = f"its process {handle.exit_reason()}"
+            return Row(None, failure + self._end(handle, printed_bytes))
+        if row.x is not None:
+            return row
+        if row.reason == OUT_OF_MEMORY:
+            # memory that this row has not freed would be missing to the next one
+            return Row(None, row.reason + self._end(handle, printed_bytes))
+        return Row(None, row.reason + handle.quote_output(printed_bytes))
 
-    def _started(self) -> _Held | None:
+    def _start(self) -> _Handle | None:
+        """Return the running process, started if there is none; None after `stop`."""
         with self._lock:
-            if self._held is not None or self.closed:
-                return None if self.closed else self._held
-            held = self._held = _Held()
+            if self._handle is not None or self.closed:
+                return None if self.closed else self._handle
+            handle = self._handle = _Handle()
         try:
-            held.greet(self._job)
+            handle.send_job(self._job)
         except SimulationFailed:
-            self._ended(held, 0)
+            self._end(handle, 0)
             raise
-        return held
+        return handle
 
-    def _ended(self, held: _Held, began: int) -> str:
-        """Stop the process and forget it; what it has printed."""
-        held.stop()
-        said = held.said(began)
+    def _end(self, handle: _Handle, first_byte: int) -> str:
+        """Kill the process, and quote its output from a byte on."""
+        handle.kill()
+        output = handle.quote_output(first_byte)
         with self._lock:
-            self._held = None
-        held.forget()
-        return said
+            self._handle = None
+        handle.close()
+        return output
 
 
-class _Held:
-    """One life of a worker process, with the pipes to it and what it prints."""
+class _Handle:
+    """A running worker process, the pipes to it and the file of its output."""
 
     def __init__(self) -> None:
         ours_in, theirs_out = os.pipe()
@@ -181,86 +198,86 @@ class _Held:
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _COMMAND, *map(str, ends), json.dumps(sys.path)],
-                # what a simulation that is stopped leaves there goes with the process
+                # temporary files of a simulation that is stopped are removed with this folder
                 env={**threads, **os.environ, "TMPDIR": self._folder.name},
                 pass_fds=ends,
                 stdin=subprocess.DEVNULL,
                 stdout=self._file,
                 stderr=self._file,
-                # an interrupt is ours to handle; and what it starts can be stopped with it
+                # an interrupt reaches this process alone; the worker and its children are a group
                 start_new_session=True,
             )
         finally:
             for end in ends:
                 os.close(end)
 
-    def greet(self, job: bytes) -> None:
-        """Send the job.
+    def send_job(self, job: bytes) -> None:
+        """Send the job, and wait until the process has loaded it.
 
         Raises:
             SimulationFailed: The process cannot load it.
         """
         try:
             self.send.send_bytes(job)
-            late = self.wait(_LOADING)
-            if not late:
+            failure = self.wait(_LOADING_SECONDS)
+            if not failure:
                 self.receive.recv_bytes()
         except (EOFError, OSError):
-            late = self.death()
-        if late:
-            raise SimulationFailed(f"simulator: the process for it {late}{self.said(0)}")
+            failure = self.exit_reason()
+        if failure:
+            raise SimulationFailed(f"simulator: the process for it {failure}{self.quote_output(0)}")
 
     def wait(self, seconds: float | None) -> str:
-        """Wait for an answer; the empty string, or why there will be none.
+        """Wait for an answer; return the empty string, or the reason why there is none.
 
         Raises:
-            EOFError: The process has died. Its pipe may be open in what it has started.
+            EOFError: The process has died. A child that it started may hold its pipe open.
         """
         end = math.inf if seconds is None else time.monotonic() + seconds
-        while not self.receive.poll(min(_SLICE, max(0.0, end - time.monotonic()))):
+        while not self.receive.poll(min(_POLL_SECONDS, max(0.0, end - time.monotonic()))):
             if time.monotonic() >= end:
                 return f"was stopped after {seconds:g} s"
-            if os.fstat(self._file.fileno()).st_size > _PRINTED:
-                return f"was stopped: it printed more than {_PRINTED // 2**20} MiB"
+            if os.fstat(self._file.fileno()).st_size > _MAX_PRINTED_BYTES:
+                return f"was stopped: it printed more than {_MAX_PRINTED_BYTES // 2**20} MiB"
             if self._process.poll() is not None and not self.receive.poll():
                 raise EOFError
         return ""
 
-    def stop(self) -> None:
-        """Kill the process and all that it has started."""
+    def kill(self) -> None:
+        """Kill the process and its children."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
-    def forget(self) -> None:
-        """Close the pipes to a process that has ended, and what it printed."""
+    def close(self) -> None:
+        """Close the pipes to a process that has ended, and remove its files."""
         for end in (self.send, self.receive, self._file):
             end.close()
         with contextlib.suppress(OSError):
             self._folder.cleanup()
 
-    def death(self) -> str:
-        """How the process, whose pipes are closed, ended, in words."""
+    def exit_reason(self) -> str:
+        """Describe how the process, whose pipes are closed, has ended."""
         try:
-            status = self._process.wait(timeout=_GRACE)
+            status = self._process.wait(timeout=_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
-            self.stop()
+            self.kill()
             return "closed its pipes"
         if status < 0:
             return f"was ended by {signal.Signals(-status).name}"
         return f"ended with status {status}"
 
-    def printed(self) -> int:
-        """Bytes that were printed so far; from time to time they are forgotten."""
+    def printed_bytes(self) -> int:
+        """Return the size of the output so far; a large file is emptied first."""
         size = os.fstat(self._file.fileno()).st_size
-        if size < _KEPT:
+        if size < _MAX_KEPT_BYTES:
             return size
         self._file.truncate(0)
         return 0
 
-    def said(self, began: int) -> str:
-        """The end of what was printed since then, to be put after a reason."""
+    def quote_output(self, first_byte: int) -> str:
+        """Quote the end of the output from a byte on, as text that follows a reason."""
         size = os.fstat(self._file.fileno()).st_size
-        first = max(began, size - _SAID)
+        first = max(first_byte, size - _MAX_QUOTED_BYTES)
         text = os.pread(self._file.fileno(), size - first, first).decode(errors="replace").strip()
         return f"{PRINTED}{text}" if text else ""

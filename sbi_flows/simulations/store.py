@@ -1,10 +1,10 @@
-"""Simulations on disk, written as they are made: whatever is killed, what was finished is kept.
+"""Simulations on disk, written chunk by chunk: complete chunks survive a killed process.
+
+A store is a zarr group. Its group `rows` holds one group per chunk of rows, named by the number of
+the first row, with the parameters, the observations and whether they are valid. The seal of a chunk
+is written last: a checksum and the reasons of failures. A chunk without a seal is simulated again.
 
 Public names: `SimulationStore`.
-
-A store is a zarr group: `rows` holds one group for each chunk of rows, named by its first row, with
-the parameters, the observations and whether they are valid. The last thing written of a chunk is
-its seal, a checksum and the reasons of failures; one without is made again.
 """
 
 from __future__ import annotations
@@ -12,49 +12,62 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from sbi_flows.core.checks import require_count
+from sbi_flows.core.checks import as_random_key, require_count
 from sbi_flows.core.checksums import checksum
 from sbi_flows.core.errors import StoreBusy, StoreSpoilt
 from sbi_flows.core.typing import Key, Simulator
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
-from sbi_flows.simulations.chunks import Column, Sealed, opened, read, reading, sealed
-from sbi_flows.simulations.executors import Executor
-from sbi_flows.simulations.failures import Failures
-from sbi_flows.simulations.simulate import (
-    check_simulator,
-    identity,
-    report_failures,
-    simulated_rows,
+from sbi_flows.simulations.batching import plan_store_calls, with_current_state
+from sbi_flows.simulations.chunks import (
+    Column,
+    SealedChunk,
+    open_chunks,
+    read_array,
+    sealed_chunks,
+    spoilt_on_error,
+)
+from sbi_flows.simulations.executors import Executor, External
+from sbi_flows.simulations.failures import Failures, report_failures
+from sbi_flows.simulations.numbered import Chunk, simulate_ranges
+from sbi_flows.simulations.outputs import (
+    check_executor,
+    check_outputs,
+    row_outputs,
+    simulator_identity,
 )
 from sbi_flows.simulations.simulations import Simulations
-from sbi_flows.simulations.worker import bare
+from sbi_flows.simulations.worker import from_named
 
 FORMAT = 1
 
-MOST_NAME = 200
-"""Bytes of the name of an array of observations."""
+MAX_NAME_BYTES = 200
+"""Maximum length of the name of an array of observations, which becomes the name of a folder."""
 
 
 class SimulationStore:
     """Simulations of one prior and one simulator, on disk.
 
     Args:
-        path: A folder, which is made if there is none, or the address of one that fsspec knows,
-            `s3://...` say.
-        chunk: Rows of a chunk, which is written when all of them are finished: what is lost when
-            the process is killed are the rows of chunks that are not. A JAX simulator makes
-            several small ones at a time, 256 rows or more. Those of a store that is there may
-            differ.
+        path: A folder, created if it is missing, or an address that fsspec supports, such as
+            `s3://...`.
+        chunk: Number of rows in a chunk. A chunk is written when all of its rows are finished: if
+            the process is killed, the rows of unfinished chunks are lost. A JAX simulator
+            simulates several small chunks at once, at least 256 rows. Chunks that the store
+            already holds may have other sizes.
+
+    Attributes:
+        path: The folder or address.
+        chunk: Number of rows in a new chunk.
 
     Raises:
-        ValueError: `chunk` is not positive, or the folder holds something else.
+        ValueError: `chunk` is not positive, or the folder holds anything but a store.
 
     Example:
         >>> import jax, tempfile, numpyro.distributions as dist
@@ -66,18 +79,18 @@ class SimulationStore:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, chunk: int = 1024) -> None:
-        """Open the store; nothing is read yet but its schema."""
+        """Open the store and read its schema."""
         import zarr
 
         require_count(1, chunk=chunk)
         if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
             raise ValueError(f"path: expected a path, got {type(path).__name__}")
         if not os.fspath(path):
-            raise ValueError("path: expected that of a folder, got an empty one")
+            raise ValueError("path: expected the path of a folder, got an empty string")
         self.path, self.chunk = os.fspath(path), chunk
         try:
-            # what zarr says of its types would have to be narrowed at every use; codecs of the
-            # second version of its format may run code
+            # `Any`, because zarr's types would have to be narrowed at every use. Format 3 only,
+            # because codecs of format 2 may run code.
             self._root: Any = zarr.open_group(self.path, mode="a", zarr_format=3)
             self._rows: Any = self._root.require_group("rows")
             self._schema()
@@ -85,10 +98,10 @@ class SimulationStore:
             raise ValueError(f"path: expected a store or none, got {self.path}: {error}") from error
 
     def _schema(self) -> Mapping[str, Any] | None:
-        """What the store says of itself; None of a new one.
+        """Return the schema of the store, None if it is new.
 
         Raises:
-            ValueError: It is of no format that is known.
+            ValueError: The schema is invalid, or of another format.
         """
         schema = self._root.attrs.get("sbi_flows")
         if schema is None:
@@ -107,10 +120,10 @@ class SimulationStore:
 
     def __len__(self) -> int:
         """Number of finished rows."""
-        return sum(sealed.count for sealed in self._sealed())
+        return sum(chunk.count for chunk in self._sealed())
 
     def __repr__(self) -> str:
-        """Where it is and how much it holds."""
+        """The path and the number of rows."""
         return f"SimulationStore({self.path!r}, N={len(self)})"
 
     def simulate(
@@ -123,60 +136,56 @@ class SimulationStore:
         executor: Executor | None = None,
         progress: bool = True,
     ) -> Simulations:
-        """Simulate until there are n rows; those that are there are not made again.
+        """Simulate the rows that are missing until the store holds n rows.
 
-        Row i depends on the key and on i alone, whatever the chunks and the executor.
+        Row i depends on the key and on i alone, not on chunks or executor.
 
         Args:
             key: Random key, the same at every call.
-            prior: What `as_prior` takes.
+            prior: A prior, or anything that `as_prior` accepts.
             simulator: As for `sf.simulate`.
             n: Number of rows.
             executor: As for `sf.simulate`.
             progress: Show a progress bar.
 
         Returns:
-            The first n rows at least, on disk.
+            All rows of the store, at least n, with observations on disk.
 
         Raises:
-            ValueError: The store was made with another key, prior or simulator, or what is given
-                does not fit.
-            StoreBusy: Another process is simulating into it.
+            ValueError: The store holds rows of another key, prior or simulator, n is not positive,
+                or the simulator is not accepted (see `sf.simulate`).
+            StoreBusy: Another process is simulating into the store.
         """
         require_count(1, n=n)
-        prior = as_prior(prior)
-        check_simulator(prior, simulator, executor)
+        key, prior = as_random_key("key", key), as_prior(prior)
+        check_executor(simulator, executor)
+        run: Simulator | External = simulator
+        if isinstance(simulator, External):
+            outputs = row_outputs(simulator, prior)
+        else:
+            run = with_current_state(simulator)
+            outputs = check_outputs(key, prior, run, plan_store_calls(self.chunk))
         with self._locked():
-            self._require_same(key, prior, simulator)
-            self._make(key, prior, simulator, n, executor, progress=progress)
-            chunks = self._sealed()
-        sims = self._opened(chunks)
-        report_failures(sims, (reason for chunk in chunks for reason in chunk.failed.values()), 3)
+            self._require_same(key, prior, simulator_identity(simulator, outputs))
+            missing = list(_gaps(self._sealed(), n))
+            chunks = simulate_ranges(key, prior, run, missing, self.chunk, executor)
+            self._write_all(chunks, sum(stop - start for start, stop in missing), progress)
+            sealed = self._sealed()
+        sims = self._open(sealed)
+        reasons = (reason for chunk in sealed for reason in chunk.failed.values())
+        report_failures(sims, reasons, stacklevel=3)
         return sims
 
-    def _make(
-        self,
-        key: Key,
-        prior: Prior,
-        simulator: Simulator,
-        n: int,
-        executor: Executor | None,
-        *,
-        progress: bool,
-    ) -> None:
-        """Simulate the rows below n that are missing, and write them."""
-        missing = list(_gaps(self._sealed(), n))
-        total = sum(stop - start for start, stop in missing)
-        bar = tqdm(total=total, desc="simulate", disable=not progress or not total)
-        with bar:
-            rows = simulated_rows(key, prior, simulator, missing, self.chunk, executor)
-            for start, theta, x, reasons in rows:
-                self._write(start, theta, x, reasons)
-                bar.update(len(theta))
+    def _write_all(self, chunks: Iterable[Chunk], total: int, progress: bool) -> None:
+        """Write chunks when they are finished, with a progress bar of `total` rows."""
+        with tqdm(total=total, desc="simulate", disable=not progress or not total) as bar:
+            for chunk in chunks:
+                self._write(chunk)
+                bar.update(len(chunk.theta))
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Keep other processes from writing; where locks are known, which is in local folders."""
+        """Context in which no other process writes; only local folders can be locked."""
         if "://" in self.path:
             yield
             return
@@ -190,34 +199,41 @@ class SimulationStore:
             yield
 
     def simulations(self) -> Simulations:
-        """All finished rows, with observations that stay on disk.
+        """Return all finished rows, with observations that stay on disk.
 
         Raises:
-            ValueError: There is none.
+            ValueError: The store has no rows.
+            StoreSpoilt: A file does not have the content that was written.
         """
-        return self._opened(self._sealed())
+        return self._open(self._sealed())
 
-    def _opened(self, chunks: list[Sealed]) -> Simulations:
-        if not chunks:
+    def _open(self, sealed: list[SealedChunk]) -> Simulations:
+        if not sealed:
             raise ValueError(f"{self.path}: expected a store with rows, got none")
-        there = opened(self.path, chunks)
-        names = [name for name in there[0].arrays if name.startswith("x.")]
-        x = {n[2:]: Column(self.path, there, n) for n in names}
+        chunks = open_chunks(self.path, sealed)
+        names = [name for name in chunks[0].arrays if name.startswith("x.")]
+        x = {n[2:]: Column(self.path, chunks, n) for n in names}
         theta, valid = (
-            np.concatenate([read(self.path, c, n) for c in there]) for n in ("theta", "valid")
+            np.concatenate([read_array(self.path, c, n) for c in chunks])
+            for n in ("theta", "valid")
         )
-        with reading(self.path, "rows"):
-            return Simulations(theta, bare(x), valid=valid)
+        with spoilt_on_error(self.path, "rows"):
+            return Simulations(theta, from_named(x), valid=valid)
 
     def failures(self) -> Failures:
-        """Rows that failed, with their parameters and reasons, beside all others."""
-        chunks = self._sealed()
-        sims, reasons, first = self._opened(chunks), {}, 0
-        for chunk in chunks:
-            reasons |= {first + row - chunk.start: why for row, why in chunk.failed.items()}
+        """Return the failed rows and their reasons, with the parameters of all rows.
+
+        Raises:
+            ValueError: The store has no rows.
+            StoreSpoilt: A file does not have the content that was written.
+        """
+        sealed = self._sealed()
+        sims, reason_at, first = self._open(sealed), {}, 0
+        for chunk in sealed:
+            reason_at |= {first + row - chunk.start: why for row, why in chunk.failed.items()}
             first += chunk.count
         failed = np.flatnonzero(~np.asarray(sims.valid))
-        said = tuple(reasons.get(int(i), "gave NaN or infinity") for i in failed)
+        reasons = tuple(reason_at.get(int(i), "gave NaN or infinity") for i in failed)
         schema = self._schema()
         labels = () if schema is None else tuple(schema["prior"]["labels"])
         if len(labels) != sims.theta.shape[1]:
@@ -225,97 +241,98 @@ class SimulationStore:
                 f"{self.path}: expected a label for each of {sims.theta.shape[1]} parameters, "
                 f"got {len(labels)}"
             )
-        return Failures(labels, np.asarray(sims.theta), failed, said)
+        return Failures(labels, np.asarray(sims.theta), failed, reasons)
 
     def verify(self) -> None:
-        """Read everything and compare it with its checksums.
+        """Read all chunks and compare them with their checksums.
 
         Raises:
-            StoreSpoilt: A chunk is not what was written.
+            StoreSpoilt: A chunk does not have the content that was written.
         """
-        chunks = self._sealed()
-        for chunk, there in zip(chunks, opened(self.path, chunks), strict=True):
-            arrays = {name: read(self.path, there, name) for name in there.arrays}
-            if checksum(arrays) != chunk.checksum:
+        sealed = self._sealed()
+        for seal, chunk in zip(sealed, open_chunks(self.path, sealed), strict=True):
+            arrays = {name: read_array(self.path, chunk, name) for name in chunk.arrays}
+            if checksum(arrays) != seal.checksum:
                 raise StoreSpoilt(
-                    f"{self.path}: the rows from {chunk.start} on are not those that were written; "
-                    f"remove rows/{chunk.start:012d} to have them made again"
+                    f"{self.path}: the rows from {seal.start} on are not those that were written; "
+                    f"remove rows/{seal.start:012d} to have them made again"
                 )
 
-    def _write(
-        self, start: int, theta: np.ndarray, x: dict[str, np.ndarray], reasons: dict[int, str]
-    ) -> None:
-        """Write a chunk, its seal last."""
-        for name in x:
+    def _write(self, chunk: Chunk) -> None:
+        """Write a chunk, and then its seal."""
+        for name in chunk.x:
             # names become those of folders
-            if not name.isprintable() or set(name) & set("/\\") or len(name.encode()) > MOST_NAME:
+            has_slash = bool(set(name) & set("/\\"))
+            if not name.isprintable() or has_slash or len(name.encode()) > MAX_NAME_BYTES:
                 raise ValueError(
-                    f"x: expected names without slashes of at most {MOST_NAME} bytes, got "
+                    f"x: expected names without slashes of at most {MAX_NAME_BYTES} bytes, got "
                     f"{name!r:.80}"
                 )
-        group = self._rows.create_group(f"{start:012d}", overwrite=True)
-        arrays = {"theta": theta, **{f"x.{name}": value for name, value in x.items()}}
-        finite = [np.isfinite(v.reshape(len(v), -1)).all(axis=1) for v in x.values()]
+        group = self._rows.create_group(f"{chunk.start:012d}", overwrite=True)
+        arrays = {"theta": chunk.theta, **{f"x.{name}": a for name, a in chunk.x.items()}}
+        finite = [np.isfinite(a.reshape(len(a), -1)).all(axis=1) for a in chunk.x.values()]
         arrays["valid"] = np.all(finite, axis=0)
-        arrays["valid"][[row - start for row in reasons]] = False
-        for name, value in arrays.items():
-            group.create_array(name, data=value, chunks=value.shape)
-        failed = {str(row): reason for row, reason in reasons.items()}
-        group.attrs["seal"] = {"rows": len(theta), "sha256": checksum(arrays), "failed": failed}
+        arrays["valid"][[row - chunk.start for row in chunk.reasons]] = False
+        for name, array in arrays.items():
+            group.create_array(name, data=array, chunks=array.shape)
+        failed = {str(row): reason for row, reason in chunk.reasons.items()}
+        count = len(chunk.theta)
+        group.attrs["seal"] = {"rows": count, "sha256": checksum(arrays), "failed": failed}
 
-    def _sealed(self) -> list[Sealed]:
-        """Finished chunks in the order of their rows."""
-        return sealed(self.path, self._rows)
+    def _sealed(self) -> list[SealedChunk]:
+        """Return complete chunks in the order of their rows."""
+        return sealed_chunks(self.path, self._rows)
 
-    def _require_same(self, key: Key, prior: Prior, simulator: Simulator) -> None:
-        """Write the schema of a new store; refuse another prior, simulator or key."""
-        mine = {
+    def _require_same(self, key: Key, prior: Prior, identity: dict[str, Any]) -> None:
+        """Write the schema of a new store; raise ValueError unless that of an old one is equal."""
+        schema = {
             "format": FORMAT,
             "key": np.asarray(jax.random.key_data(key)).tolist(),
-            "prior": _described(prior),
-            "simulator": identity(simulator, prior),
+            "prior": _prior_identity(prior),
+            "simulator": identity,
         }
-        there = self._schema()
-        if there is None:
-            self._root.attrs["sbi_flows"] = {**mine, "versions": _versions()}
+        stored = self._schema()
+        if stored is None:
+            self._root.attrs["sbi_flows"] = {**schema, "versions": _versions()}
             return
         for name in ("prior", "simulator", "key"):
-            if not _alike(there[name], mine[name]):
+            if not _is_same(stored[name], schema[name]):
                 raise ValueError(
-                    f"{name}: expected that of the store {self.path}, {_short(there[name])}, got "
-                    f"{_short(mine[name])}"
+                    f"{name}: expected that of the store {self.path}, {_shorten(stored[name])}, "
+                    f"got {_shorten(schema[name])}"
                 )
 
 
-def _gaps(chunks: list[Sealed], n: int) -> Iterator[tuple[int, int]]:
-    """Rows below n that are in no chunk."""
+def _gaps(chunks: list[SealedChunk], n: int) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of rows below n that are in no chunk."""
     start = 0
-    for chunk in [*chunks, Sealed(n, 0, "", {}, None)]:
+    for chunk in [*chunks, SealedChunk(n, 0, "", {}, None)]:
         if start < min(chunk.start, n):
             yield start, min(chunk.start, n)
         start = max(start, chunk.start + chunk.count)
 
 
-def _described(prior: Prior) -> dict[str, Any]:
-    """What tells a prior from others: its labels, and some draws."""
+def _prior_identity(prior: Prior) -> dict[str, Any]:
+    """Describe a prior by its labels and some draws."""
     draws = np.asarray(prior.sample(jax.random.key(0), 4), float)
     return {"labels": list(prior.labels), "draws": draws.tolist()}
 
 
-def _alike(there: Any, mine: Any) -> bool:
-    """Whether two descriptions are the same, draws up to rounding."""
-    if not isinstance(mine, Mapping) or "draws" not in mine:
-        return there == mine
+def _is_same(stored: Any, present: Any) -> bool:
+    """Return whether two descriptions are the same; draws may differ by rounding."""
+    if not isinstance(present, Mapping) or "draws" not in present:
+        return stored == present
     try:
-        first, second = (np.asarray(each["draws"], float) for each in (there, mine))
+        first, second = (np.asarray(each["draws"], float) for each in (stored, present))
     except (TypeError, ValueError, KeyError, OverflowError):
         return False
-    if there["labels"] != mine["labels"] or first.shape != second.shape:
+    if stored["labels"] != present["labels"] or first.shape != second.shape:
         return False
     return bool(np.all(np.abs(first - second) <= 1e-3 * first.std(axis=0)))
 
 
-def _short(description: Any) -> str:
+def _shorten(description: Any) -> str:
+    """Return a description as a short text."""
     if isinstance(description, Mapping) and "labels" in description:
         return f"of {', '.join(description['labels'])}"
     return f"{json.dumps(description):.200}"

@@ -1,10 +1,11 @@
 """Worker process that runs simulations one by one; it never imports JAX.
 
-It is sent the `Job`, says that it is ready, is sent a seed and parameters at a time, and answers
-each with a `Row`. The job alone, a function of the user's, is code that this process loads, from
-the one that started it; all other messages are numbers and words, and read as such.
+It receives a `Job` and answers that it is ready. Then it receives one seed and one parameter vector
+at a time, and answers each with a `Row`. Only the job contains code: a function of the user's, sent
+by the process that started this one. All other messages are JSON and arrays of numbers.
 
-Public names: `Job`, `Row`, `by_name`, `bare`, `encoded`, `decoded`, `row_of`, `ran`, `serve`.
+Public names: `Job`, `Row`, `to_named`, `from_named`, `encode_message`, `decode_message`,
+`decode_row`, `run_row`, `serve`.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 OUT_OF_MEMORY = "ran out of memory"
+"""Reason of a row whose simulation raised MemoryError."""
 
 PRINTED = "; it printed: "
-"""What stands between a reason and what the simulation has printed."""
+"""Text between the reason of a failure and the output that the simulation printed."""
 
 
 class Job(NamedTuple):
-    """What a worker is told once.
+    """Settings sent to a worker process when it starts.
 
     Attributes:
-        function: `(seed, theta) -> x`, with theta an array or a dict of arrays.
-        outputs: Shape and dtype of each array of x by its name; the name "" alone for an array.
-        memory: Bytes that it may take beyond what it has at its start; None for any number.
+        function: Simulator `(seed, theta) -> x`, with theta an array or a dict of arrays.
+        outputs: Shape and dtype of each array of x, by name. A single array has the name "".
+        memory: Maximum memory in bytes, beyond that of the process at its start; None for no limit.
     """
 
     function: Callable[[int, Any], Any]
@@ -42,73 +44,74 @@ class Job(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One simulation: its arrays by name, or, in words, the reason why there are none."""
+    """Result of one simulation: its arrays by name, or None and the reason of the failure."""
 
     x: dict[str, np.ndarray] | None
     reason: str = ""
 
 
-def by_name(x: Any) -> dict[str, Any]:
-    """Arrays by name; an array alone by the name ""."""
+def to_named(x: Any) -> dict[str, Any]:
+    """Return the arrays of x by name; a single array has the name ""."""
     return dict(x) if isinstance(x, Mapping) else {"": x}
 
 
-def bare(parts: dict[str, Any]) -> Any:
-    """What `by_name` was given."""
+def from_named(parts: dict[str, Any]) -> Any:
+    """Invert `to_named`: return the dict, or the single array."""
     return parts[""] if set(parts) == {""} else parts
 
 
-def encoded(said: Any, arrays: Mapping[str, Any]) -> bytes:
-    """A message: what JSON can say, and arrays by name."""
-    held = {name: np.asarray(value) for name, value in arrays.items()}
-    kinds = [[name, a.dtype.str, a.shape] for name, a in held.items()]
-    parts = [json.dumps([said, kinds]).encode(), b"\n", *(a.tobytes() for a in held.values())]
+def encode_message(value: Any, named: Mapping[str, Any]) -> bytes:
+    """Encode a value that JSON can represent, and arrays by name."""
+    arrays = {name: np.asarray(array) for name, array in named.items()}
+    headers = [[name, a.dtype.str, a.shape] for name, a in arrays.items()]
+    parts = [json.dumps([value, headers]).encode(), b"\n", *(a.tobytes() for a in arrays.values())]
     return b"".join(parts)
 
 
-def decoded(message: bytes) -> tuple[Any, dict[str, Any]]:
-    """What was said, and the arrays; those without axes are numbers."""
+def decode_message(message: bytes) -> tuple[Any, dict[str, Any]]:
+    """Return the value and the arrays of a message; arrays without axes become scalars."""
     head, _, data = message.partition(b"\n")
-    said, kinds = json.loads(head)
-    arrays, first = {}, 0
-    for name, kind, shape in kinds:
-        dtype = np.dtype(kind)
+    value, headers = json.loads(head)
+    arrays, offset = {}, 0
+    for name, dtype_name, shape in headers:
+        dtype = np.dtype(dtype_name)
         count = math.prod(shape)
-        value = np.frombuffer(data, dtype, count, first).reshape(shape).copy()
-        arrays[name], first = value[()], first + count * dtype.itemsize
-    return said, arrays
+        array = np.frombuffer(data, dtype, count, offset).reshape(shape).copy()
+        arrays[name], offset = array[()], offset + count * dtype.itemsize
+    return value, arrays
 
 
-def row_of(message: bytes) -> Row:
-    """The row that an answer holds."""
-    reason, x = decoded(message)
+def decode_row(message: bytes) -> Row:
+    """Return the row of a worker's answer."""
+    reason, x = decode_message(message)
     return Row(None if reason else x, reason)
 
 
-def ran(job: Job, seed: int, theta: Any) -> Row:
-    """Run one simulation and check what it returns; no exception leaves this function."""
+def run_row(job: Job, seed: int, theta: Any) -> Row:
+    """Run one simulation and check its outputs; an exception becomes the reason of a failure."""
     try:
-        return Row(checked(job.outputs, job.function(seed, theta)))
+        return Row(_cast_outputs(job.outputs, job.function(seed, theta)))
     except MemoryError:
         return Row(None, OUT_OF_MEMORY)
-    except Exception as error:  # whatever a simulator raises is a failure of its row
+    except Exception as error:  # a simulator may raise any exception
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{os.path.basename(last.filename)}, line {last.lineno}"
         return Row(None, f"raised {type(error).__name__}: {error} ({place})")
 
 
-def checked(outputs: dict[str, tuple[tuple[int, ...], str]], x: Any) -> dict[str, np.ndarray]:
-    """Arrays of the expected names, shapes and dtypes.
+def _cast_outputs(outputs: dict[str, tuple[tuple[int, ...], str]], x: Any) -> dict[str, np.ndarray]:
+    """Return the arrays of x, cast to the expected dtypes.
 
     Raises:
-        ValueError: x is something else.
+        ValueError: Names or shapes differ from the expected ones, or a dtype cannot hold the
+            values.
     """
-    given = by_name(x)
-    if set(given) != set(outputs):
-        raise ValueError(f"expected {_named(outputs)}, got {_named(given)}")
-    found = {}
+    arrays = to_named(x)
+    if set(arrays) != set(outputs):
+        raise ValueError(f"expected {_describe(outputs)}, got {_describe(arrays)}")
+    cast_arrays = {}
     for name, (shape, dtype) in outputs.items():
-        value = np.asarray(given[name])
+        value = np.asarray(arrays[name])
         what = f"{name}: " if name else ""
         if value.shape != shape or value.dtype.kind not in "biuf":
             raise ValueError(
@@ -119,24 +122,25 @@ def checked(outputs: dict[str, tuple[tuple[int, ...], str]], x: Any) -> dict[str
             raise ValueError(
                 f"{what}expected numbers that {dtype} holds, got {value.dtype} {value}"
             )
-        found[name] = cast
-    return found
+        cast_arrays[name] = cast
+    return cast_arrays
 
 
-def _named(names: Any) -> str:
+def _describe(names: Any) -> str:
     return "an array" if set(names) == {""} else f"a dict of {sorted(map(str, names))}"
 
 
-def _limit(memory: int) -> None:
+def _limit_memory(memory: int) -> None:
+    """Limit this process to so many bytes beyond those that it has now."""
     import resource
 
     with open("/proc/self/statm") as file:
-        held = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + memory, held + memory))
+        present = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (present + memory, present + memory))
 
 
 def _die_with_parent() -> None:
-    """End with the thread that started this process (Linux), even in the midst of a simulation."""
+    """Ask Linux to kill this process when the thread that started it ends."""
     import ctypes
     import signal
 
@@ -145,25 +149,30 @@ def _die_with_parent() -> None:
 
 
 def serve(incoming: int, outgoing: int) -> None:
-    """Answer rows until the other end is closed."""
+    """Run the worker process: answer rows until the other end of the pipe is closed.
+
+    Args:
+        incoming: File descriptor of the pipe that messages come from.
+        outgoing: File descriptor of the pipe for answers.
+    """
     import cloudpickle
 
     receive, send = Connection(incoming, writable=False), Connection(outgoing, readable=False)
     _die_with_parent()
-    # what a simulator prints goes to where its errors go; it reads nothing
+    # the output of a simulator goes to stderr, and its input is empty
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     job = cloudpickle.loads(receive.recv_bytes())
     if job.memory is not None:
-        _limit(job.memory)
+        _limit_memory(job.memory)
     send.send_bytes(b"ready")
     while True:
         try:
-            seed, theta = decoded(receive.recv_bytes())
+            seed, theta = decode_message(receive.recv_bytes())
         except EOFError:
             return
-        row = ran(job, seed, bare(theta))
+        row = run_row(job, seed, from_named(theta))
         sys.stdout.flush()
-        send.send_bytes(encoded(row.reason, row.x or {}))
+        send.send_bytes(encode_message(row.reason, row.x or {}))
         if row.reason == OUT_OF_MEMORY:
             return

@@ -23,7 +23,7 @@ from sbi_flows.core.errors import SimulationFailed
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.simulations.executors import Executor, Processes, row_seeds
 from sbi_flows.simulations.processes import Limits
-from sbi_flows.simulations.worker import Job, bare
+from sbi_flows.simulations.worker import Job, from_named
 
 Shape = tuple[int, ...] | Mapping[str, tuple[int, ...]]
 
@@ -62,7 +62,7 @@ class ExternalSimulator:
         ((_, row),) = self.executor.run(self.job, self.limits, tasks)
         if row.x is None:
             raise SimulationFailed(f"the simulation {row.reason}")
-        return bare(row.x)
+        return from_named(row.x)
 
     def __repr__(self) -> str:
         """Name the function and its outputs."""

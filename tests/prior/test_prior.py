@@ -344,3 +344,37 @@ def test_values_that_do_not_fit_are_refused():
         prior.flatten({"rate": values["rate"]})
     with pytest.raises(ValueError, match=r"p: expected shape \(\*, \*\(2, 2\)\), got \(4,\)"):
         prior.flatten({**values, "p": jnp.zeros(4)})
+
+
+NOT_FINITE = {
+    "scale": (lambda: dist.Normal(0.0, np.inf), "finite numbers as scale of Normal, got inf"),
+    "entry": (
+        lambda: {"a": dist.Normal(np.zeros(2), np.array([1.0, np.inf]))},
+        r"'a': expected finite numbers as scale of Normal, got \[ *1. *inf\]",
+    ),
+    "base": (
+        lambda: dist.Gamma(np.inf, 1.0).expand([2]).to_event(1),
+        "finite numbers as concentration of Gamma, got inf",
+    ),
+    "precision": (lambda: dist.HalfNormal(1e300), "finite numbers as scale of .*Normal, got 1e"),
+    "transform": (
+        lambda: dist.TransformedDistribution(
+            dist.Normal(0.0, 1.0), dist.transforms.AffineTransform(np.inf, 1.0)
+        ),
+        "finite numbers as a parameter of AffineTransform, got inf",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_parameters_that_are_not_finite_are_refused(name):
+    make, message = NOT_FINITE[name]
+    with pytest.raises(ValueError, match=message):
+        sf.as_prior(make())
+
+
+def test_a_truncated_distribution_may_have_an_infinite_bound():
+    bounds = {"low": np.array([0.0, -np.inf]), "high": np.array([np.inf, 1.0])}
+    prior = sf.as_prior(dist.TruncatedNormal(np.zeros(2), 1.0, **bounds))
+    theta = prior.sample(jax.random.key(0), 100)
+    assert np.all(prior.contains(theta)) and np.all(np.isfinite(prior.log_prob(theta)))

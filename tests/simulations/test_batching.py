@@ -8,13 +8,13 @@ import sys
 import jax
 import pytest
 
-from sbi_flows.simulations import batching as lanes
+from sbi_flows.simulations import batching
 
 SIMULATE = """
 import hashlib, json, sys
 import jax, jax.numpy as jnp, numpy as np, numpyro.distributions as dist
 import sbi_flows as sf
-from sbi_flows.simulations import batching as lanes
+from sbi_flows.simulations import batching
 
 prior = {"rate": dist.HalfNormal(1.0), "place": dist.Normal(0.0, 1.0).expand([2])}
 mixing = jax.device_put(jax.random.normal(jax.random.key(9), (2, 30)), jax.devices()[0])
@@ -47,20 +47,20 @@ for n in (200, 1000, 2300):
         sims = sf.simulate(key, prior, simulator, n, progress=False)
         assert jax.tree.leaves(sims.x)[0].devices() == {jax.devices()[0]}
         found[f"{simulator.__name__} {n}"] = digest(sims)
-whole = lanes.CHUNK
+whole = batching.MAX_CALL_ROWS
 for chunk in (256, 512):
-    lanes.CHUNK = chunk
+    batching.MAX_CALL_ROWS = chunk
     found[f"chunks of {chunk}"] = digest(sf.simulate(key, prior, path, 2300, progress=False))
-lanes.CHUNK = whole
+batching.MAX_CALL_ROWS = whole
 theta = sf.simulate(key, prior, path, 700, progress=False).theta
 found["given"] = digest(sf.simulate_at(key, prior, path, theta, progress=False))
 for chunk in (100, 1000):
     store = sf.SimulationStore(f"{sys.argv[1]}/{chunk}", chunk=chunk)
     found[f"store of {chunk}"] = digest(store.simulate(key, prior, path, 1500, progress=False))
-mesh = lanes.spread(2048).mesh
+mesh = batching.plan_calls(2048).mesh
 print(json.dumps({
     "digests": found,
-    "programs": [lanes._on_one._cache_size(), lanes._on_all._cache_size()],
+    "programs": [batching._on_one_device._cache_size(), batching._on_all_devices._cache_size()],
     "devices": 1 if mesh is None else mesh.size,
 }))
 """
@@ -95,15 +95,15 @@ def test_rows_are_the_same_bit_for_bit_on_eight_devices_and_on_one(tmp_path):
 
 
 def test_how_rows_are_spread_over_calls_and_devices(monkeypatch):
-    one = [lanes.spread(n) for n in (5, 256, 257, 16_384, 100_000)]
+    one = [batching.plan_calls(n) for n in (5, 256, 257, 16_384, 100_000)]
     assert one == [(rows, None) for rows in (5, 256, 512, 16_384, 16_384)]
-    assert [lanes.spread_for_store(n).rows for n in (5, 1000, 100_000)] == [256, 1024, 100_096]
+    assert [batching.plan_store_calls(n).rows for n in (5, 1000, 100_000)] == [256, 1024, 100_096]
     device = jax.devices()[0]
     monkeypatch.setattr(jax, "local_devices", lambda: [device] * 8)
-    several = [lanes.spread(n) for n in (5, 300, 2048, 2300, 200_000)]
+    several = [batching.plan_calls(n) for n in (5, 300, 2048, 2300, 200_000)]
     sizes = [None if mesh is None else mesh.size for _, mesh in several]
     assert [rows for rows, _ in several] == [5, 512, 2048, 2560, 8 * 16_384]
     assert sizes == [None, 2, 8, 5, 8]
-    assert [lanes.spread_for_store(n).rows for n in (5, 5000)] == [2048, 5376]
+    assert [batching.plan_store_calls(n).rows for n in (5, 5000)] == [2048, 5376]
     with jax.default_device(device):
-        assert lanes.spread(2048) == (2048, None)
+        assert batching.plan_calls(2048) == (2048, None)

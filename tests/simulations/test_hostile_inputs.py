@@ -114,6 +114,28 @@ def test_integers_on_disk_do_not_wrap_round(tmp_path):
     np.testing.assert_array_equal(simulations("x", file)[:2].x, np.full((2, 1), 2.0**40))
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    ["<i8", ">i8", "<u8", "<i4", ">i4", "<i2", "<f2", ">f4", "<f8", ">f8", "?", np.longdouble],
+)
+@pytest.mark.parametrize("largest", [1, 2**31 - 1, 2**31])
+def test_an_array_has_one_dtype_in_memory_and_on_disk(dtype, largest, tmp_path, monkeypatch):
+    monkeypatch.setattr("sbi_flows.simulations.disk.MAX_READ_ENTRIES", 4)
+    values = np.zeros((5, 3))
+    values[4, 1] = largest
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = values.astype(dtype)
+    file = np.memmap(tmp_path / "x", values.dtype, "w+", shape=values.shape)
+    file[:] = values
+    in_memory, mapped = simulations("x", values), simulations("x", file)
+    assert mapped.on_disk and mapped.x.dtype == in_memory.x.dtype
+    np.testing.assert_array_equal(mapped.valid, in_memory.valid)
+    for rows in (slice(0, 2), np.array([4, 0])):
+        part = mapped[rows]
+        assert part.x.dtype == in_memory.x.dtype
+        np.testing.assert_array_equal(part.x[:], in_memory[rows].x)
+
+
 def test_what_is_on_disk_may_stand_beside_what_is_not(tmp_path):
     file = np.memmap(tmp_path / "x", np.float32, "w+", shape=(5, 3))
     found = simulations("x", {"a": file, "b": [1.0, 2.0, float("nan"), 4.0, 5.0]})
@@ -178,6 +200,13 @@ def wrong(kind, *parameters):
 NAN, INF, ONE = float("nan"), float("inf"), dist.Normal(0.0, 1.0)
 REFUSED = {
     "NaN": lambda: wrong(dist.Normal, NAN, 1.0),
+    "a scale that is infinite": lambda: dist.Normal(0.0, INF),
+    "a scale beyond single precision": lambda: {"a": dist.HalfNormal(1e300)},
+    "a concentration that is infinite": lambda: dist.Gamma(INF, 1.0).expand([2]),
+    "an entry that is infinite": lambda: dist.Normal(np.zeros(2), np.array([1.0, INF])).to_event(1),
+    "an infinite transform": lambda: dist.TransformedDistribution(
+        ONE, dist.transforms.AffineTransform(0.0, INF)
+    ),
     "infinite": lambda: wrong(dist.Normal, INF, 1.0),
     "no scale": lambda: {"a": wrong(dist.Normal, 0.0, 0.0)},
     "negative": lambda: wrong(dist.Gamma, -1.0, 1.0),

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import sbi_flows as sf
 from sbi_flows.core.errors import SbiFlowsError, SbiFlowsWarning, SimulationFailed
-from sbi_flows.simulations import batching as lanes
+from sbi_flows.simulations import batching
 from sbi_flows.simulations import simulate as simulating
 
 PRIOR = sf.as_prior(dist.Normal(0.0, 1.0).expand([2]))
@@ -54,7 +54,7 @@ def test_rows_are_independent_and_belong_together():
 @pytest.mark.parametrize("chunk", [256, 512])
 def test_the_result_does_not_depend_on_the_chunks(chunk, monkeypatch):
     whole = sf.simulate(jax.random.key(0), NAMED, named, 700)
-    monkeypatch.setattr(lanes, "CHUNK", chunk)
+    monkeypatch.setattr(batching, "MAX_CALL_ROWS", chunk)
     pieces = sf.simulate(jax.random.key(0), NAMED, named, 700, progress=False)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(pieces), strict=True):
         assert a.dtype == b.dtype
@@ -70,7 +70,7 @@ def test_progress_is_shown_for_several_chunks_alone(monkeypatch):
 
     monkeypatch.setattr(simulating, "tqdm", spy)
     sf.simulate(jax.random.key(0), PRIOR, noisy, 300)
-    monkeypatch.setattr(lanes, "CHUNK", 256)
+    monkeypatch.setattr(batching, "MAX_CALL_ROWS", 256)
     sf.simulate(jax.random.key(0), PRIOR, noisy, 300)
     sf.simulate(jax.random.key(0), PRIOR, noisy, 300, progress=False)
     assert shown == [False, True, False]
@@ -156,6 +156,7 @@ def test_a_number_of_simulations_below_one_is_refused(n):
         sf.simulate(jax.random.key(0), PRIOR, noisy, n)
 
 
+KEY = jax.random.key(0)
 GOOD = np.zeros((4, 2))
 
 
@@ -258,3 +259,48 @@ def test_given_parameters_are_simulated_row_by_row():
     np.testing.assert_array_equal(sims.x, 2.0 * theta)
     with pytest.raises(ValueError, match=r"theta: expected 2 columns for .*, got 3"):
         sf.simulate_at(jax.random.key(0), prior, lambda key, t: t, jnp.zeros((4, 3)))
+
+
+class Counting:
+    """A simulator that counts how often Python runs it: once for each trace."""
+
+    def __init__(self):
+        self.traces = 0
+
+    def function(self):
+        """A plain function, which JAX knows by itself."""
+
+        def simulator(key, theta):
+            self.traces += 1
+            return theta + jax.random.normal(key, theta.shape)
+
+        return simulator
+
+
+@pytest.mark.parametrize("n", [5, 300, 2_000])
+def test_a_simulator_is_traced_once(n):
+    counting = Counting()
+    simulator = counting.function()
+    sf.simulate(KEY, PRIOR, simulator, n, progress=False)
+    assert counting.traces == 1
+    theta = sf.simulate(KEY, PRIOR, simulator, n, progress=False).theta
+    sf.simulate_at(KEY, PRIOR, simulator, theta, progress=False)
+    assert counting.traces == 1
+
+
+def test_a_simulator_is_traced_once_for_a_store(tmp_path):
+    counting = Counting()
+    simulator = counting.function()
+    store = sf.SimulationStore(tmp_path / "s", chunk=100)
+    store.simulate(KEY, PRIOR, simulator, 600, progress=False)
+    store.simulate(KEY, PRIOR, simulator, 900, progress=False)
+    assert counting.traces == 1
+
+
+def test_what_simulate_returns_is_not_checked_again(monkeypatch):
+    def checked(*_):
+        raise AssertionError("checked again")
+
+    for name in ("as_parameters", "_require_rows", "as_real_tree"):
+        monkeypatch.setattr(f"sbi_flows.simulations.simulations.{name}", checked)
+    assert sf.simulate(KEY, PRIOR, noisy, 20).num_valid == 20

@@ -15,8 +15,8 @@ import numpyro.distributions as dist
 import pytest
 
 import sbi_flows as sf
-from sbi_flows.simulations import simulate as simulating
-from sbi_flows.simulations.chunks import Sealed
+from sbi_flows.simulations import numbered
+from sbi_flows.simulations.chunks import SealedChunk
 from sbi_flows.simulations.store import _gaps
 from simulators import external_simulator
 from tests import cases
@@ -66,13 +66,13 @@ def test_rows_do_not_depend_on_the_chunks_they_were_made_in(tmp_path):
 
 
 def test_small_chunks_are_simulated_together(tmp_path, monkeypatch):
-    made, simulate_call = [], simulating.simulate_call
+    made, simulate_call = [], numbered.simulate_call
 
     def spy(prior, simulator, keys, theta, mesh):
         made.append(len(keys))
         return simulate_call(prior, simulator, keys, theta, mesh)
 
-    monkeypatch.setattr(simulating, "simulate_call", spy)
+    monkeypatch.setattr(numbered, "simulate_call", spy)
     store, sims = stored(tmp_path / "s", 300)
     assert made == [256, 256] and len(sims) == 300
     assert [c.count for c in store._sealed()] == [16] * 18 + [12]
@@ -96,7 +96,7 @@ def test_a_store_grows_and_is_opened_again(tmp_path):
         raise AssertionError("simulated again")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sbi_flows.simulations.simulate.simulate_call", failing)
+        patch.setattr("sbi_flows.simulations.numbered.simulate_call", failing)
         assert len(again.simulate(KEY, PRIOR, noisy, 30)) == 50
 
 
@@ -219,7 +219,7 @@ def test_a_store_may_be_anywhere_that_fsspec_knows():
 
 
 def test_gaps_are_all_rows_that_are_missing():
-    chunks = [Sealed(start, count, "", {}, None) for start, count in ((4, 4), (8, 2), (20, 5))]
+    chunks = [SealedChunk(start, count, "", {}, None) for start, count in ((4, 4), (8, 2), (20, 5))]
     assert list(_gaps(chunks, 30)) == [(0, 4), (10, 20), (25, 30)]
     assert list(_gaps(chunks, 22)) == [(0, 4), (10, 20)]
     assert list(_gaps(chunks, 15)) == [(0, 4), (10, 15)]

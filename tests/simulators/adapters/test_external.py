@@ -13,7 +13,7 @@ import pytest
 import sbi_flows as sf
 from sbi_flows.core.errors import SimulationFailed
 from sbi_flows.simulations.executors import Processes
-from sbi_flows.simulations.processes import Limits, Process, packed
+from sbi_flows.simulations.processes import Limits, Process, pickle_job
 from sbi_flows.simulations.worker import Job
 from simulators import executable, external_simulator
 
@@ -93,7 +93,7 @@ def test_a_failed_simulation_gives_one_invalid_row_and_its_reason():
     (message,) = {str(w.message) for w in caught if w.category is sf.SbiFlowsWarning}
     assert "1 its process was ended by SIGSEGV" in message
     reasons = {}
-    process = Process(packed(simulator.job))
+    process = Process(pickle_job(simulator.job))
     for what in range(1, 9):
         reasons[what] = process.run(0, np.full(1, what), simulator.limits).reason
     process.close()
@@ -153,7 +153,7 @@ def test_a_function_that_cannot_be_loaded_is_reported_at_once():
     with pytest.raises(SimulationFailed, match=r"process for it ended with (?s:.)*ZeroDivision"):
         simulated(simulator)
     with pytest.raises(ValueError, match="expected a function that can be sent to another process"):
-        packed(Job(sys.stderr.write, {"": ((), "<f8")}))
+        pickle_job(Job(sys.stderr.write, {"": ((), "<f8")}))
 
 
 SCRIPT = """
@@ -207,7 +207,7 @@ def test_invalid_settings_are_refused(settings, message):
 
 
 def test_an_executor_is_for_external_simulators():
-    with pytest.raises(ValueError, match="expected none with a simulator that is a JAX function"):
+    with pytest.raises(ValueError, match="expected None with a simulator that is a JAX function"):
         simulated(lambda key, theta: theta["place"], executor=TWO)
     with pytest.raises(ValueError, match="arguments: expected a list of strings, got 'ls'"):
         executable("ls", shape=())
@@ -223,7 +223,7 @@ def test_memory_of_a_failed_simulation_is_freed_for_the_next(tmp_path):
         return np.ones(2**25).sum() + theta
 
     simulator = external_simulator(greedy, shape=(), memory=0.5)
-    process = Process(packed(simulator.job))
+    process = Process(pickle_job(simulator.job))
     rows = [process.run(seed, 0.0, Limits()) for seed in (0, 1, 2, 3)]
     process.close()
     assert [row.reason for row in rows] == ["", "ran out of memory", "", ""]
@@ -236,7 +236,7 @@ def test_a_process_that_dies_is_noticed_although_its_child_lives():
             os._exit(0)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    process = Process(packed(external_simulator(forking, shape=()).job))
+    process = Process(pickle_job(external_simulator(forking, shape=()).job))
     row = process.run(0, 0.0, Limits())
     process.close()
     assert "was ended by SIGKILL" in row.reason
