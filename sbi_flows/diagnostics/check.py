@@ -20,7 +20,7 @@ from sbi_flows.diagnostics.sbc import sbc_of
 from sbi_flows.diagnostics.sharpness import sharpness_of
 from sbi_flows.diagnostics.tarp import tarp_of
 from sbi_flows.diagnostics.verdict import UNDER, findings_of, tests_of, verdict_of
-from sbi_flows.posteriors.base import PosteriorLike
+from sbi_flows.posteriors.adapter import PosteriorLike
 from sbi_flows.posteriors.passes import MIN_DATASETS, MIN_DRAWS
 from sbi_flows.simulations.simulate import simulate
 from sbi_flows.simulations.simulations import Simulations

@@ -15,7 +15,7 @@ from sbi_flows.core.typing import Key
 from sbi_flows.diagnostics.ranks import Ranks, draw_pass
 from sbi_flows.diagnostics.uniformity import ks_p_value
 from sbi_flows.plots.calibration import coverage_curve
-from sbi_flows.posteriors.base import PosteriorLike
+from sbi_flows.posteriors.adapter import PosteriorLike
 from sbi_flows.simulations.simulations import Simulations
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from sbi_flows.diagnostics.local_draws import local_pairs
 from sbi_flows.diagnostics.local_errors import LocalPairs, errors_of, findings_of, verdict_of
 from sbi_flows.diagnostics.local_report import LocalCheck
 from sbi_flows.observations.batches import as_batch
-from sbi_flows.posteriors.base import PosteriorLike
+from sbi_flows.posteriors.adapter import PosteriorLike, as_posterior, single_shape
+from sbi_flows.posteriors.base import AbstractPosterior
 from sbi_flows.posteriors.passes import usable
 from sbi_flows.simulations.simulate import simulate
 from sbi_flows.simulations.simulations import Simulations, observation_shape
@@ -95,6 +96,7 @@ def check_at(
         (True, ())
     """
     _check_settings(simulator, simulations, permutations, draws, level)
+    posterior = as_posterior(posterior, single_shape(x_o))
     simulate_key, sample_key, pair_key, train_key = jax.random.split(key, 4)
     samples = posterior.sample(sample_key, x_o, draws)
     if samples.ndim != 2:
@@ -157,7 +159,7 @@ def _check_settings(
         raise ValueError("simulator: expected a simulator, or its simulations, got None")
 
 
-def _valid(posterior: PosteriorLike, simulations: Simulations) -> Simulations:
+def _valid(posterior: AbstractPosterior, simulations: Simulations) -> Simulations:
     """Return the simulations that succeeded, loaded into memory.
 
     Raises:

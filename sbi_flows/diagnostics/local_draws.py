@@ -23,8 +23,7 @@ from sbi_flows.diagnostics.local_neighbours import (
     nearest,
 )
 from sbi_flows.observations.standardise import fit_standardiser
-from sbi_flows.posteriors.base import PosteriorLike, innermost
-from sbi_flows.posteriors.direct import Posterior
+from sbi_flows.posteriors.base import AbstractPosterior
 from sbi_flows.posteriors.passes import chunks_of
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.simulations import Simulations
@@ -73,7 +72,7 @@ class _Moments(NamedTuple):
 
 def local_pairs(
     key: Key,
-    posterior: PosteriorLike,
+    posterior: AbstractPosterior,
     sims: Simulations,
     observed: Obs,
     samples: Array,
@@ -123,7 +122,7 @@ def local_pairs(
 
 
 def _draw_moments(
-    key: Key, posterior: PosteriorLike, sims: Simulations, progress: bool
+    key: Key, posterior: AbstractPosterior, sims: Simulations, progress: bool
 ) -> _Moments:
     """Draw at each data set and reduce the draws, chunk by chunk.
 
@@ -162,14 +161,15 @@ def _to_standard(prior: Prior, theta: Any) -> Array:
     return jnp.clip(prior.to_standard(theta), -MAX_COORDINATE, MAX_COORDINATE)
 
 
-def _features(posterior: PosteriorLike, x: Obs, observed: Obs) -> np.ndarray:
+def _features(posterior: AbstractPosterior, x: Obs, observed: Obs) -> np.ndarray:
     """Return features of the N data sets and, last, of the observation, shape (N + 1, C).
 
     Features are the output of the posterior's embedding if it has one, and otherwise the
     standardised entries.
     """
     joined = jax.tree.map(lambda a, b: np.concatenate([a, np.asarray(b, a.dtype)]), x, observed)
-    posterior = innermost(posterior)
-    if not isinstance(posterior, Posterior):
-        return np.asarray(fit_standardiser(x)(joined))
-    return posterior.spaces(joined)[-1]
+    spaces = posterior.spaces(joined)
+    # A composed posterior has features of each of the observations that a data set consists of.
+    if spaces and len(spaces[-1]) == len(jax.tree.leaves(joined)[0]):
+        return spaces[-1]
+    return np.asarray(fit_standardiser(x)(joined))

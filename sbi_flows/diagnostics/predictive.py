@@ -31,8 +31,8 @@ from sbi_flows.diagnostics.discrepancies import (
 )
 from sbi_flows.observations.batches import as_batch
 from sbi_flows.observations.standardise import entry_labels, fit_standardiser, flatten_rows
-from sbi_flows.posteriors.base import PosteriorLike, innermost
-from sbi_flows.posteriors.direct import Posterior
+from sbi_flows.posteriors.adapter import PosteriorLike, as_posterior, single_shape
+from sbi_flows.posteriors.base import AbstractPosterior
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.simulate import simulate_at
 from sbi_flows.simulations.simulations import Simulations, observation_shape
@@ -179,6 +179,7 @@ def predictive_check(
         x, simulator = simulator, x
     if not callable(simulator):
         raise ValueError("simulator: expected a function, got none among the arguments")
+    posterior = as_posterior(posterior, single_shape(x))
     traced = trace_discrepancies(discrepancies, posterior.prior, x)
     draw_key, simulate_key = jax.random.split(key)
     theta = posterior.sample(draw_key, x, draws)
@@ -227,14 +228,14 @@ def _compare(simulated: Obs, observed: Obs, num_failed: int) -> Predictive:
     )
 
 
-def _embedding_p(posterior: PosteriorLike, simulated: Obs, observed: Obs) -> float | None:
+def _embedding_p(posterior: AbstractPosterior, simulated: Obs, observed: Obs) -> float | None:
     """Return `_distance_p` in the output of the embedding; None without an embedding."""
-    posterior = innermost(posterior)
-    if not isinstance(posterior, Posterior) or posterior.blueprints[0].embedding is None:
+    spaces = posterior.spaces(observed)
+    # A composed posterior has one output for each of the observations of a data set.
+    if len(spaces) < 2 or len(spaces[1]) != 1:
         return None
-    outputs = (posterior.spaces(x)[1] for x in (simulated, observed))
-    simulations, (observation,) = (np.asarray(rows, float) for rows in outputs)
-    return _distance_p(simulations, observation)
+    simulations = np.asarray(posterior.spaces(simulated)[1], float)
+    return _distance_p(simulations, np.asarray(spaces[1][0], float))
 
 
 def _distance_p(simulated: np.ndarray, observed: np.ndarray) -> float:

@@ -18,9 +18,10 @@ from jax import Array
 
 from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.core.typing import Key
-from sbi_flows.posteriors.base import PosteriorLike
+from sbi_flows.posteriors.adapter import PosteriorLike, as_posterior
+from sbi_flows.posteriors.base import AbstractPosterior
 from sbi_flows.posteriors.passes import chunks_of, continuous_ranks, usable
-from sbi_flows.simulations.simulations import Simulations
+from sbi_flows.simulations.simulations import Simulations, observation_shape
 
 DENSITY_DRAWS, ODE_DENSITY_DRAWS = 100, 7
 """Number of draws per posterior whose density is evaluated; fewer if each density needs an ODE.
@@ -97,6 +98,7 @@ def draw_pass(
         ValueError: The input fails the checks of `usable`, or references have another shape.
         SbiFlowsError: The posterior gave NaN, or draws that are not finite.
     """
+    posterior = as_posterior(posterior, observation_shape(simulations.x))
     valid = usable(posterior, simulations, draws)
     n, dim = valid.theta.shape
     if references is not None and np.shape(references) != (n, dim):
@@ -116,7 +118,7 @@ def draw_pass(
     below, denser, nearer = _uniform_ranks(tie_key, counts, draws, ranked)
     if density and not ranked:
         level_key = jax.random.fold_in(tie_key, 3)
-        denser = posterior.density_ranks(level_key, valid.theta, valid.x)
+        denser = posterior.credible_levels(level_key, valid.theta, valid.x)
     return Ranks(
         theta=np.asarray(valid.theta),
         uniform=below,
@@ -131,15 +133,14 @@ def draw_pass(
     )
 
 
-def _num_density_draws(posterior: PosteriorLike, draws: int) -> int:
+def _num_density_draws(posterior: AbstractPosterior, draws: int) -> int:
     """Return the number of draws per data set whose density is evaluated.
 
     It is 0 if the posterior has credible regions of its own: these give the levels directly.
     """
-    if hasattr(posterior, "density_ranks"):
+    if posterior.has_own_regions:
         return 0
-    most = ODE_DENSITY_DRAWS if getattr(posterior, "solved", False) else DENSITY_DRAWS
-    return min(draws, most)
+    return min(draws, ODE_DENSITY_DRAWS if posterior.needs_ode else DENSITY_DRAWS)
 
 
 def _uniform_ranks(
@@ -155,7 +156,7 @@ def _uniform_ranks(
 
 
 def _draws_and_densities(
-    key: Key, posterior: PosteriorLike, part: Simulations, draws: int, ranked: int
+    key: Key, posterior: AbstractPosterior, part: Simulations, draws: int, ranked: int
 ) -> tuple[Array, Array, Array]:
     """Draw (B, L, D) and evaluate log densities of the first draws (B, ranked) and truths (B,).
 

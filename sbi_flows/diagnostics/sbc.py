@@ -16,7 +16,7 @@ from sbi_flows.core.typing import Key
 from sbi_flows.diagnostics.ranks import Ranks, draw_pass
 from sbi_flows.diagnostics.uniformity import ecdf_band, ks_p_value, log_gamma, normal_p_values
 from sbi_flows.plots.calibration import rank_ecdf
-from sbi_flows.posteriors.base import PosteriorLike
+from sbi_flows.posteriors.adapter import PosteriorLike
 from sbi_flows.simulations.simulations import Simulations
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from sbi_flows.core.checks import as_real_tree, require_count, require_positive
+from sbi_flows.core.checks import require_count, require_positive
 from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.core.tables import table
 from sbi_flows.core.typing import Key, Obs, Simulator
@@ -28,7 +28,9 @@ from sbi_flows.observations.standardise import (
     flatten_rows,
 )
 from sbi_flows.plots.local import heat_map
-from sbi_flows.posteriors.base import PosteriorLike, innermost
+from sbi_flows.posteriors.adapter import PosteriorLike, as_posterior, single_shape
+from sbi_flows.posteriors.base import AbstractPosterior
+from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.simulations.simulations import observation_shape
 
 if TYPE_CHECKING:
@@ -187,13 +189,14 @@ def data_sensitivity(
     """
     require_count(MIN_DRAWS, draws=draws)
     require_positive(step=step)
-    base = innermost(posterior)
-    standardiser: Standardiser | None = getattr(base, "standardiser", None)
+    posterior = as_posterior(posterior, single_shape(x))
+    standardiser = _standardiser_of(posterior)
     if simulator is not None and unit is not None:
         raise ValueError("unit: expected none beside a simulator, got both")
     if simulator is None and unit is None and standardiser is None:
         raise ValueError("unit: expected units or a simulator for this posterior, got neither")
-    batch, shapes = _as_single(x, getattr(base, "observation", None))
+    shapes = posterior.observation
+    batch = _as_single(x, shapes)
     scales = None if unit is None else _unit_of_entries(unit, shapes)
 
     draw_key, simulate_key = jax.random.split(key)
@@ -224,23 +227,26 @@ def data_sensitivity(
     return DataSensitivity(*names, low, high, shift, width, distance, float(step), unit_text, draws)
 
 
-def _as_single(x: Obs, shapes: Obs | None) -> tuple[Obs, Obs]:
-    """Return a batch of the one observation, and its shapes and dtypes.
+def _standardiser_of(posterior: AbstractPosterior) -> Standardiser | None:
+    """Return the standardiser of the posterior's training simulations, if it has one."""
+    origin = posterior.origin
+    return origin.standardiser if isinstance(origin, Posterior) else None
+
+
+def _as_single(x: Obs, shapes: Obs) -> Obs:
+    """Return a batch of the one observation in the dtypes of training observations.
 
     Args:
         x: One observation.
-        shapes: Shapes and dtypes of a training observation; those of x if None.
+        shapes: Shapes and dtypes of a training observation.
 
     Raises:
         ValueError: x is a batch, or has another shape.
     """
-    if shapes is None:
-        arrays = jax.tree.map(jnp.asarray, as_real_tree("x", x))
-        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
     batch, is_single = as_batch(x, shapes)
     if not is_single:
         raise ValueError("x: expected one observation, got a batch")
-    return jax.tree.map(lambda a, b: np.asarray(a).astype(b.dtype), batch, shapes), shapes
+    return jax.tree.map(lambda a, b: np.asarray(a).astype(b.dtype), batch, shapes)
 
 
 def _unit_of_entries(unit: Obs, shapes: Obs) -> np.ndarray:

@@ -24,7 +24,7 @@ from sbi_flows.core.checks import require_count
 from sbi_flows.core.errors import SbiFlowsError, WeightsUneven
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.diagnostics.prior_report import PriorSensitivity, Reweighted
-from sbi_flows.posteriors.base import PosteriorLike
+from sbi_flows.posteriors.adapter import PosteriorLike, as_posterior, single_shape
 from sbi_flows.posteriors.reweighting import Reweighting, cjs_distance, reweighted
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
 
@@ -96,6 +96,7 @@ def prior_sensitivity(
         (True, True)
     """
     require_count(MIN_DRAWS, draws=draws)
+    posterior = as_posterior(posterior, single_shape(x))
     old = posterior.prior
     draw_key, prior_key = jax.random.split(key)
     if prior is not None:

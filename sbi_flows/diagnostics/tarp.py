@@ -17,7 +17,7 @@ from sbi_flows.diagnostics.ranks import Ranks, draw_pass
 from sbi_flows.diagnostics.references import crude_posterior, prior_scale
 from sbi_flows.diagnostics.uniformity import ecdf_band, ks_p_value
 from sbi_flows.plots.calibration import coverage_curve
-from sbi_flows.posteriors.base import PosteriorLike
+from sbi_flows.posteriors.adapter import PosteriorLike
 from sbi_flows.posteriors.passes import usable
 from sbi_flows.simulations.simulations import Simulations
 

@@ -26,13 +26,14 @@ from sbi_flows.artefact.layers import Layer, LayerCodec, SavedPosterior
 from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.core.pytrees import is_traced, register_pytree
 from sbi_flows.core.typing import Key, Obs
+from sbi_flows.posteriors.adapter import PosteriorLike, as_posterior
 from sbi_flows.posteriors.base import AbstractPosterior, Derived
 from sbi_flows.posteriors.codec_calibrated import Calibration, calibrated_layer, calibration_of
 from sbi_flows.posteriors.codec_conformal import CONFORMAL
 from sbi_flows.posteriors.passes import chunks_of, continuous_ranks, usable
 from sbi_flows.posteriors.quantile_maps import quantiles_of
 from sbi_flows.posteriors.writing import content_of
-from sbi_flows.simulations.simulations import Simulations
+from sbi_flows.simulations.simulations import Simulations, observation_shape
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -215,7 +216,7 @@ register_pytree(
 
 def conformal(
     key: Key,
-    posterior: AbstractPosterior,
+    posterior: PosteriorLike,
     simulations: Simulations,
     *,
     draws: int = 200,
@@ -265,6 +266,7 @@ def conformal(
         >>> sets.contains(jax.numpy.array([[0.0, 0.0], [0.0, 9.0]]), jax.numpy.zeros(2), 0.9)
         Array([ True, False], dtype=bool)
     """
+    posterior = as_posterior(posterior, observation_shape(simulations.x))
     valid = usable(posterior, simulations, draws)
     rank_key, key = jax.random.split(key)
     scores = np.sort(_scores(key, posterior, valid, draws, progress=progress))

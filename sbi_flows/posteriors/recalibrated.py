@@ -30,6 +30,7 @@ from sbi_flows.artefact.layers import Layer, LayerCodec, SavedPosterior
 from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.core.pytrees import register_pytree
 from sbi_flows.core.typing import Key, Obs
+from sbi_flows.posteriors.adapter import PosteriorLike, as_posterior
 from sbi_flows.posteriors.base import AbstractPosterior, Derived
 from sbi_flows.posteriors.codec_calibrated import Calibration, calibrated_layer, calibration_of
 from sbi_flows.posteriors.codec_recalibrated import RECALIBRATED, quantiles_in
@@ -38,7 +39,7 @@ from sbi_flows.posteriors.quantile_maps import Quantiles, quantile_map, quantile
 from sbi_flows.posteriors.writing import content_of
 from sbi_flows.prior.maps import HALF_WIDTH
 from sbi_flows.prior.prior import Prior
-from sbi_flows.simulations.simulations import Simulations
+from sbi_flows.simulations.simulations import Simulations, observation_shape
 
 SMOOTH = {"spacing": 0.75, "furthest": 1.5}
 """Knots of T_x: few knots keep the noise of its draws out of the density."""
@@ -169,7 +170,7 @@ register_pytree(
 
 def recalibrate(
     key: Key,
-    posterior: AbstractPosterior,
+    posterior: PosteriorLike,
     simulations: Simulations,
     *,
     draws: int = 1_000,
@@ -221,6 +222,7 @@ def recalibrate(
         >>> better.sample(jax.random.key(3), sims.x[0], 5).shape
         (5, 2)
     """
+    posterior = as_posterior(posterior, observation_shape(simulations.x))
     valid = usable(posterior, simulations, draws)
     map_key, key = jax.random.split(key)
     entries, chunks = draws * valid.theta.shape[1], []

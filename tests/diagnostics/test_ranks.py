@@ -91,7 +91,7 @@ def test_chunks_of_one_shape_change_nothing(posterior, simulations, monkeypatch)
 
 def test_a_posterior_with_its_own_regions_ranks_no_densities(posterior, simulations):
     levels = np.linspace(0.01, 0.99, N)
-    posterior.density_ranks = lambda key, theta, x: levels
+    posterior.credible_levels = lambda key, theta, x: levels
     calls = []
     log_prob = posterior.log_prob
     posterior.log_prob = lambda theta, x: calls.append(theta.shape) or log_prob(theta, x)
@@ -173,12 +173,12 @@ def test_fewer_densities_are_ranked_if_each_needs_an_ode(posterior, simulations)
         return log_prob(theta, x)
 
     posterior.log_prob = counted
-    for solved, count in ((False, DRAWS), (True, ranks.ODE_DENSITY_DRAWS)):
-        posterior.solved = solved
+    for needs_ode, count in ((False, DRAWS), (True, ranks.ODE_DENSITY_DRAWS)):
+        posterior.needs_ode = needs_ode
         # `Grid.sample` calls log_prob once; the two later calls are made by `draw_pass`
         asked.clear()
         result = draw_pass(jax.random.key(0), posterior, simulations, draws=DRAWS)
-        assert asked[1:] == [(count,), ()]
+        assert asked[1:] == [(count,), (1,)]
         # each entry is random within a step of 1 / (count + 1)
         theta, x = simulations.only_valid().theta, simulations.only_valid().x
         draws = posterior.sample(jax.random.key(0), x, DRAWS)[:, :count]

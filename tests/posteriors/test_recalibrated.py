@@ -10,6 +10,7 @@ import pytest
 
 import sbi_flows as sf
 from sbi_flows.core.errors import SbiFlowsError
+from sbi_flows.posteriors.adapter import as_posterior
 from sbi_flows.posteriors.conformal import order_of
 from sbi_flows.posteriors.quantile_maps import quantile_map, quantiles_of
 from sbi_flows.prior.prior import as_prior
@@ -98,7 +99,8 @@ def test_conformal_coverage_is_exact_at_any_number_of_simulations(gaussian):
         bounds = np.sort(rng.uniform(size=(40_000, n)), axis=1)[:, k - 1]
         assert bounds.mean() == pytest.approx(k / (n + 1), abs=0.005)
     assert order_of(0.07, 99) == 7  # 100 * .07 is more than 7 in floating point
-    few = sf.ConformalPosterior(gaussian(), np.linspace(-1.0, 1.0, 9), 0, 100, KEY)
+    posterior = as_posterior(gaussian(), jax.ShapeDtypeStruct((2,), float))
+    few = sf.ConformalPosterior(posterior, np.linspace(-1.0, 1.0, 9), 0, 100, KEY)
     assert few.level(0.5) == pytest.approx(0.5)
     assert few.level(0.9) == pytest.approx(NormalDist().cdf(1.0))
     with pytest.raises(
@@ -215,7 +217,7 @@ def test_bad_input_is_refused(gaussian, calibration):
     right = sf.recalibrate(KEY, gaussian(), sims, draws=100)
     with pytest.raises(ValueError, match=r"theta: expected shape \(\*, 2\)"):
         right.log_prob(jnp.zeros((3, 3)), sims.x[:3])
-    with pytest.raises(ValueError, match=r"theta: expected 3 rows as there are observations"):
+    with pytest.raises(ValueError, match=r"theta: expected \(3, 2\) or \(3, n, 2\) for a batch of 3"):
         right.log_prob(jnp.zeros((2, 2)), sims.x[:3])
 
 

@@ -1,0 +1,206 @@
+"""Posteriors of other libraries as an `AbstractPosterior`.
+
+Public names: `SamplesPosterior`, `PosteriorLike`, `ExternalPosterior`, `as_posterior`,
+`single_shape`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sbi_flows.artefact.layers import SavedPosterior
+from sbi_flows.core.checks import as_real_tree
+from sbi_flows.core.pytrees import register_pytree
+from sbi_flows.core.typing import Key, Obs
+from sbi_flows.observations.batches import as_batch
+from sbi_flows.posteriors.base import AbstractPosterior
+from sbi_flows.prior.prior import Prior
+
+
+@runtime_checkable
+class SamplesPosterior(Protocol):
+    """Object that can be used as a posterior: it has a prior and can be sampled.
+
+    Coverage needs `log_prob(theta, x)` as well. `sample_and_log_prob(key, x, n)` is optional. All
+    follow the conventions of `AbstractPosterior`. An object whose credible regions are not those of
+    highest density has `credible_levels(key, theta, x)`. An object whose densities are solutions of
+    an ODE has a true attribute `needs_ode`.
+    """
+
+    @property
+    def prior(self) -> Prior:
+        """The prior, which names the parameters."""
+        ...
+
+    def sample(self, key: Key, x: Obs, n: int) -> Array:
+        """Draw (n, D) at one observation, or (B, n, D) at a batch."""
+        ...
+
+
+PosteriorLike: TypeAlias = AbstractPosterior | SamplesPosterior
+"""Posterior of this library, or an object of another one that can be sampled."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bound:
+    """Observations of a call: a batch (B, *event), and whether the caller gave a single one."""
+
+    x: Obs
+    is_single: bool
+
+    def unbatched(self) -> Obs:
+        """Return the observations as the caller gave them."""
+        return jax.tree.map(lambda leaf: leaf[0], self.x) if self.is_single else self.x
+
+    def with_axis(self, values: Array) -> Array:
+        """Give the result at a single observation a leading axis of length 1."""
+        return values[None] if self.is_single else values
+
+
+register_pytree(_Bound, leaves=("x",), static=("is_single",))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ExternalPosterior(AbstractPosterior):
+    """A posterior of another library.
+
+    Attributes:
+        posterior: The user's object.
+        observation: Shape and dtype of one observation (`jax.ShapeDtypeStruct` leaves).
+        record: Facts about it, as plain JSON data.
+    """
+
+    posterior: SamplesPosterior
+    observation: Obs
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """The user's object."""
+        return f"ExternalPosterior({self.posterior!r})"
+
+    @property
+    def prior(self) -> Prior:
+        """The prior, which names the parameters."""
+        return self.posterior.prior
+
+    @property
+    def typicality(self) -> None:
+        """None: the training simulations are not known."""
+        return None
+
+    @property
+    def origin(self) -> AbstractPosterior:
+        """The posterior itself."""
+        return self
+
+    @property
+    def needs_ode(self) -> bool:
+        """Whether a density is the solution of an ODE: many evaluations of a network."""
+        return self._optional("needs_ode", "solved") or False
+
+    @property
+    def has_own_regions(self) -> bool:
+        """Whether credible regions are other sets than those of highest density."""
+        return self._optional("credible_levels", "density_ranks") is not None
+
+    def credible_levels(self, key: Key, theta: Any, x: Obs) -> np.ndarray:
+        """Return the level of the smallest credible region that contains each truth, shape (B,).
+
+        Raises:
+            ValueError: The posterior has no regions of its own (`has_own_regions` is False).
+        """
+        function = self._optional("credible_levels", "density_ranks")
+        if function is None:
+            raise ValueError("posterior: expected one with credible regions of its own")
+        return function(key, theta, x)
+
+    def is_single(self, x: Obs) -> bool:
+        """Return whether x is one observation, not a batch; raise ValueError if it is neither."""
+        return as_batch(x, self.observation)[1]
+
+    def spaces(self, x: Obs) -> tuple[np.ndarray, ...]:
+        """Return an empty tuple: features and embedding are not known."""
+        del x
+        return ()
+
+    def to_saved(self) -> SavedPosterior:
+        """Raise ValueError: the user's object cannot be written to a file."""
+        name = type(self.posterior).__name__
+        raise ValueError(f"posterior: expected an sf.Posterior to save, got {name}")
+
+    def _optional(self, *names: str) -> Any:
+        """Return the first of these attributes that the user's object has, else None.
+
+        Later names are earlier spellings of the first one.
+        """
+        found = (getattr(self.posterior, name, None) for name in names)
+        return next((value for value in found if value is not None), None)
+
+    def _bind(self, x: Obs) -> tuple[_Bound, bool]:
+        batch, is_single = as_batch(x, self.observation)
+        return _Bound(batch, is_single), is_single
+
+    def _features_of(self, bound: _Bound) -> Array:
+        return jnp.zeros((len(jax.tree.leaves(bound)[0]), 0))
+
+    def _sample(self, key: Key, bound: _Bound, n: int, with_log_prob: bool) -> tuple[Array, Array]:
+        x = bound.unbatched()
+        both: Callable[..., Any] | None = self._optional("sample_and_log_prob")
+        if with_log_prob and both is not None:
+            draws, log_prob = both(key, x, n)
+            return bound.with_axis(draws), bound.with_axis(log_prob)
+        draws = bound.with_axis(self.posterior.sample(key, x, n))
+        if with_log_prob:
+            return draws, self._log_prob(draws, bound)
+        return draws, jnp.zeros(draws.shape[:-1], draws.dtype)
+
+    def _log_prob(self, theta: Array, bound: _Bound) -> Array:
+        function: Callable[..., Any] | None = self._optional("log_prob")
+        if function is None:
+            name = type(self.posterior).__name__
+            raise ValueError(f"posterior: expected an object with log_prob, got {name} without")
+        rows = theta[0] if bound.is_single else theta
+        return bound.with_axis(function(rows, bound.unbatched()))
+
+    def _standard_log_prob(self, y: Array, bound: _Bound) -> Array:
+        return self._log_prob(self.prior.from_standard(y)[:, None], bound)[:, 0]
+
+
+register_pytree(
+    ExternalPosterior, leaves=("posterior",), static=("observation",), facts=("record",)
+)
+
+
+def as_posterior(posterior: PosteriorLike, observation: Obs) -> AbstractPosterior:
+    """Return a posterior of this library unchanged, and any other as an `ExternalPosterior`.
+
+    Args:
+        posterior: The posterior.
+        observation: Shape and dtype of one observation, for posteriors of other libraries.
+
+    Raises:
+        ValueError: The object has no prior or cannot be sampled.
+    """
+    if isinstance(posterior, AbstractPosterior):
+        return posterior
+    if not isinstance(posterior, SamplesPosterior):
+        name = type(posterior).__name__
+        raise ValueError(f"posterior: expected an object with prior and sample, got {name}")
+    return ExternalPosterior(posterior, observation)
+
+
+def single_shape(x: Obs) -> Obs:
+    """Return shape and dtype of x as those of one observation.
+
+    Raises:
+        ValueError: x holds no real numbers.
+    """
+    arrays = jax.tree.map(jnp.asarray, as_real_tree("x", x))
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
