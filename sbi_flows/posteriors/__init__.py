@@ -3,6 +3,8 @@
 Files outside this room import from its files; users reach these names as `sf.posteriors.X`.
 """
 
+from sbi_flows.posteriors.adapter import ExternalPosterior as ExternalPosterior
+from sbi_flows.posteriors.adapter import as_posterior as as_posterior
 from sbi_flows.posteriors.base import AbstractPosterior as AbstractPosterior
 from sbi_flows.posteriors.base import Derived as Derived
 from sbi_flows.posteriors.bound import AtObservation as AtObservation

@@ -37,9 +37,6 @@ from sbi_flows.posteriors.writing import save
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.executors import Executor
 
-PosteriorLike = Any
-"""Object with `prior`, `sample`, `log_prob` and `sample_and_log_prob`, as a posterior has."""
-
 
 class AbstractPosterior(Bindable):
     """Posterior of parameters theta (D,) given an observation x (*event).
@@ -330,8 +327,3 @@ class Derived(AbstractPosterior):
     def origin(self) -> AbstractPosterior:
         """The posterior that this one was derived from in the first place."""
         return self.posterior.origin
-
-
-def innermost(posterior: PosteriorLike) -> PosteriorLike:
-    """Return the posterior that this one was derived from in the first place, or itself."""
-    return posterior.origin if isinstance(posterior, AbstractPosterior) else posterior

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sbi_flows.core.typing import Key
-from sbi_flows.posteriors.base import PosteriorLike
+from sbi_flows.posteriors.adapter import PosteriorLike
 from sbi_flows.simulations.simulations import Simulations
 
 CHUNK = 4_000_000

@@ -104,7 +104,7 @@ def test_conformal_coverage_is_exact_at_any_number_of_simulations(gaussian):
     assert few.level(0.5) == pytest.approx(0.5)
     assert few.level(0.9) == pytest.approx(NormalDist().cdf(1.0))
     with pytest.raises(
-        ValueError, match=r"at most 0\.9, which 9 calibration simulations can vouch"
+        ValueError, match=r"at most 0\.9, the most that 9 calibration simulations allow"
     ):
         few.level(0.95)
     with pytest.raises(ValueError, match="level: expected a number between 0 and 1"):
@@ -217,7 +217,9 @@ def test_bad_input_is_refused(gaussian, calibration):
     right = sf.recalibrate(KEY, gaussian(), sims, draws=100)
     with pytest.raises(ValueError, match=r"theta: expected shape \(\*, 2\)"):
         right.log_prob(jnp.zeros((3, 3)), sims.x[:3])
-    with pytest.raises(ValueError, match=r"theta: expected \(3, 2\) or \(3, n, 2\) for a batch of 3"):
+    with pytest.raises(
+        ValueError, match=r"theta: expected \(3, 2\) or \(3, n, 2\) for a batch of 3"
+    ):
         right.log_prob(jnp.zeros((2, 2)), sims.x[:3])
 
 
