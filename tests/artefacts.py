@@ -1,4 +1,4 @@
-"""Posteriors that were never fitted, and the parts of the files that they are saved in."""
+"""Posteriors with random weights, and helpers that read and write the parts of their files."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ EVENT = 3
 
 
 def ensemble(density: Any, bounded: tuple[bool, ...], like: Any = None, **settings: Any) -> Any:
-    """A blueprint with the weights of two members, away from their initial values."""
+    """Return a blueprint, and perturbed weights of two members."""
     like = jax.ShapeDtypeStruct((EVENT,), jnp.float32) if like is None else like
     tree, shapes = jax.tree.structure(like), tuple(leaf.shape for leaf in jax.tree.leaves(like))
     if (kept := settings.get("kept")) is not None:
@@ -36,7 +36,7 @@ def ensemble(density: Any, bounded: tuple[bool, ...], like: Any = None, **settin
 
 
 def posterior(prior: Any, *parts: Any, shares: tuple[float, ...] = (1.0,), like: Any = None):
-    """A posterior of these ensembles."""
+    """Return a posterior that is a mixture of ensembles."""
     like = jax.ShapeDtypeStruct((EVENT,), jnp.result_type(float)) if like is None else like
     count = sum(leaf.size for leaf in jax.tree.leaves(like))
     dtype = jnp.result_type(float)
@@ -50,7 +50,7 @@ def posterior(prior: Any, *parts: Any, shares: tuple[float, ...] = (1.0,), like:
 
 
 def opened(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Document and tensors of a file, as safetensors reads them."""
+    """Read the document and the tensors of a file with the safetensors library."""
     with safe_open(path, "np") as file:
         document = json.loads(file.metadata()["sbi_flows"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -59,6 +59,6 @@ def opened(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def written(path: Path, document: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:
-    """A file with another content, its checksum in order."""
+    """Write a file with this content and a valid hash."""
     path.write_bytes(pack(document, tensors))
     return path

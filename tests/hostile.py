@@ -1,6 +1,6 @@
-"""Artefacts that somebody has spoilt or forged, and what a load does with them.
+"""Damaged and forged files of posteriors, and what happens when they are loaded.
 
-`python -m tests.hostile 10000` loads that many and prints what it saw as JSON.
+`python -m tests.hostile 10000` loads 10,000 files and prints a summary as JSON.
 """
 
 import copy
@@ -44,13 +44,13 @@ RUNS = (
     "socket.",
     "pickle.",
 )
-"""Beginnings of the audit events of what no load may do."""
+"""Prefixes of audit events that loading a file must never cause."""
 
 Maker = Callable[[random.Random, bytes, dict, dict], bytes]
 
 
 def flipped(draw: random.Random, good: bytes, *_: Any) -> bytes:
-    """Some bytes changed."""
+    """Change some bytes."""
     spoilt = bytearray(good)
     for _ in range(draw.choice([1, 1, 2, 20])):
         spoilt[draw.randrange(len(good))] = draw.randrange(256)
@@ -58,25 +58,25 @@ def flipped(draw: random.Random, good: bytes, *_: Any) -> bytes:
 
 
 def cut(draw: random.Random, good: bytes, *_: Any) -> bytes:
-    """The end, or a part within, is missing."""
+    """Remove the end of the file, or a part in the middle."""
     first = draw.randrange(len(good))
     last = draw.choice([len(good), draw.randrange(first, len(good) + 1)])
     return good[:first] + good[last:]
 
 
 def grown(draw: random.Random, good: bytes, *_: Any) -> bytes:
-    """Bytes more than there should be."""
+    """Append bytes."""
     return good + draw.randbytes(draw.choice([1, 8, 4096]))
 
 
 def longer_header(draw: random.Random, good: bytes, *_: Any) -> bytes:
-    """Another length of the header, up to the largest number."""
+    """Change the length of the header, up to the largest number."""
     length = draw.choice([0, 1, 2**22, 2**22 + 1, 2**40, 2**64 - 1, draw.randrange(2 * len(good))])
     return length.to_bytes(8, "little") + good[8:]
 
 
 def wrong_end(draw: random.Random, good: bytes, *_: Any) -> bytes:
-    """The length of the header, or the tensors, in the other order of bytes."""
+    """Reverse the byte order of the length of the header, or of the tensors."""
     begin = 8 + int.from_bytes(good[:8], "little")
     if draw.random() < 0.5:
         return good[:8][::-1] + good[8:]
@@ -84,7 +84,7 @@ def wrong_end(draw: random.Random, good: bytes, *_: Any) -> bytes:
 
 
 def edited(draw: random.Random, _: bytes, document: dict, tensors: dict) -> bytes:
-    """A value of the document replaced, removed, added or moved; the checksum is in order."""
+    """Replace, remove, add or move values of the document, with a valid hash."""
     document = copy.deepcopy(document)
     for _ in range(draw.choice([1, 1, 1, 3])):
         place = document
@@ -110,7 +110,7 @@ def edited(draw: random.Random, _: bytes, document: dict, tensors: dict) -> byte
 
 
 def bigger(draw: random.Random, _: bytes, document: dict, tensors: dict) -> bytes:
-    """Sizes far beyond the tensors."""
+    """Claim sizes that are far larger than the tensors."""
     document = copy.deepcopy(document)
     huge = draw.choice([10**4, 10**6, 2**31 - 1])
     part = document["ensembles"][0]
@@ -127,7 +127,7 @@ def bigger(draw: random.Random, _: bytes, document: dict, tensors: dict) -> byte
 
 
 def retensored(draw: random.Random, _: bytes, document: dict, tensors: dict) -> bytes:
-    """A tensor of another dtype or shape, renamed, missing, doubled, or full of odd numbers."""
+    """Change a tensor's dtype, shape, name or values, remove it, or add another one."""
     tensors = dict(tensors)
     name = draw.choice(list(tensors))
     array = tensors[name]
@@ -150,7 +150,7 @@ def retensored(draw: random.Random, _: bytes, document: dict, tensors: dict) -> 
 
 
 def odd_text(draw: random.Random, good: bytes, document: dict, tensors: dict) -> bytes:
-    """JSON that nests, repeats a key, or holds NaN, half a character or a very long number."""
+    """Insert JSON that is too deep, repeats a key, or holds NaN or a huge number."""
     text = draw.choice(
         [
             "[" * draw.choice([60, 10**5]),
@@ -186,24 +186,27 @@ MAKERS: tuple[Maker, ...] = (
 
 
 class Attack:
-    """Files that are made from a good one.
+    """Source of damaged and forged files, made from a valid one.
 
     Attributes:
-        good: Its bytes.
+        good: Bytes of the valid file.
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the good one."""
+        """Read the valid file."""
         self.good, self.parts = path.read_bytes(), opened(path)
 
     def make(self, seed: int) -> bytes:
-        """Another file."""
+        """Return the bytes of a damaged or forged file; equal seeds give equal bytes."""
         draw = random.Random(seed)
         return draw.choice(MAKERS)(draw, self.good, *copy.copy(self.parts))
 
 
 def outcome(path: Path) -> str:
-    """What a load of a file comes to; anything but an `ArtefactError` or a posterior is raised."""
+    """Load a file and return "loaded", "refused" or "net"; any error but ArtefactError is raised.
+
+    "net" means that no check of the library refused the file, only the handler of all other errors.
+    """
     try:
         sf.load(path)
     except sf.ArtefactError as error:
@@ -212,7 +215,7 @@ def outcome(path: Path) -> str:
 
 
 def watched(good: list[Path], count: int) -> dict[str, Any]:
-    """Load so many files; what they came to, what was run, and by how much memory grew, in MiB."""
+    """Load `count` files; return outcomes, forbidden audit events, and growth of memory in MiB."""
     attacks, seen, ran = [Attack(path) for path in good], Counter(), []
     active = False
 
@@ -228,7 +231,7 @@ def watched(good: list[Path], count: int) -> dict[str, Any]:
         sf.load(path)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "x.sbif"
-        for seed in range(min(100, count)):  # what JAX keeps for good, it has by then
+        for seed in range(min(100, count)):  # fills the caches of JAX before memory is measured
             target.write_bytes(attacks[seed % len(attacks)].make(10**6 + seed))
             outcome(target)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -176,9 +176,9 @@ def require_layers(
             raise ArtefactError(f"{name}.type: expected one of {[*codecs]}, got {kind!r:.80}")
         codec = codecs[kind]
         _, *values, record = expect_fields(name, part, "type", *codec.field_names, "record")
-        own = dict(zip(codec.field_names, values, strict=True))
+        named_values = dict(zip(codec.field_names, values, strict=True))
         record = expect_type(f"{name}.record", record, dict, "an object")
-        header = Header(codec, name, f"corrections/{i}", own, record)
+        header = Header(codec, name, f"corrections/{i}", named_values, record)
         headers.append(header._replace(tensor_names=codec.require(header, dim, table)))
     return headers
 

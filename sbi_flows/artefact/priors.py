@@ -147,8 +147,8 @@ def _site(
     name: str, shape: tuple[int, ...], value: Any, tensors: Mapping[str, np.ndarray]
 ) -> dist.Distribution:
     """Build one distribution, after its size was found without computing any array of it."""
-    own = {n: tensors[n] for n in distributions.tensor_names(value) if n in tensors}
-    sizes, max_size = [], MAX_COMPUTED + 2 * sum(array.size for array in own.values())
+    arrays_used = {n: tensors[n] for n in distributions.tensor_names(value) if n in tensors}
+    sizes, max_size = [], MAX_COMPUTED + 2 * sum(array.size for array in arrays_used.values())
 
     def trial(arrays: Mapping[str, Any]) -> None:
         site = distributions.decode(name, value, arrays)
@@ -157,11 +157,11 @@ def _site(
         size = sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(site))
         sizes.append(((*site.batch_shape, *site.event_shape), size))
 
-    jax.eval_shape(trial, own)
+    jax.eval_shape(trial, arrays_used)
     actual_shape, size = sizes[0]
     if actual_shape != shape or size > max_size:
         raise ArtefactError(f"prior site {name!r}: expected shape {shape}, got {actual_shape}")
-    site = distributions.decode(name, value, own)
+    site = distributions.decode(name, value, arrays_used)
     try:
         require_site(name, site)
     except ValueError as error:

@@ -22,10 +22,10 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
         >>> versions(["no-such-package"])["no-such-package"]
         'unknown'
     """
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in packages:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+            installed[name] = "unknown"
+    return installed

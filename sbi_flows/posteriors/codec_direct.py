@@ -139,7 +139,7 @@ def require_header(
     parts, shares = _shares(parts)
     needs_embedding = tuple(embeddings.is_users(part.get("embedding")) for part in parts)
     bounded = _bounded(prior)
-    found = tuple(
+    ensemble_parts = tuple(
         ensembles.decode(i, part, bounded, observation, embedding)
         for i, (part, embedding) in enumerate(
             zip(parts, _embedding_of_each(user_embeddings, needs_embedding), strict=True)
@@ -151,7 +151,7 @@ def require_header(
         bounded=bounded,
         observation=observation,
         linear=expect_number("linear", linear),
-        ensembles=found,
+        ensembles=ensemble_parts,
         shares=shares,
         needs_embedding=needs_embedding,
         spaces=spaces,

@@ -1,4 +1,4 @@
-"""What the training simulations look like travels with a posterior, and is believed by no file."""
+"""The gate is saved with a posterior, and checked when it is loaded."""
 
 import dataclasses
 from functools import partial
@@ -21,7 +21,7 @@ PRIOR = sf.as_prior(dist.Normal(0.0, 1.0).expand([2]))
 
 
 def gated(embedding=None) -> sf.Posterior:
-    """An unfitted posterior that knows some rows as its training simulations."""
+    """Return a posterior with random weights, and a gate that was fitted to random rows."""
     made = posterior(PRIOR, ensemble(SMALL, PRIOR.bounded, embedding=embedding))
     rows = jax.random.normal(jax.random.key(3), (600, 3))
     (blueprint,), (weights,) = made.blueprints, made.weights

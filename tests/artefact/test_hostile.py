@@ -1,4 +1,4 @@
-"""Artefacts that were spoilt, forged or written by an earlier version of the library."""
+"""Files that are damaged, forged, or written by an earlier version of the library."""
 
 import json
 import re
@@ -63,7 +63,7 @@ def target(tmp_path_factory):
 @given(which=st.integers(0, len(ATTACKS) - 1), seed=st.integers(0, 2**32))
 def test_spoilt_and_forged_files_are_refused_by_name(target, which, seed):
     target.write_bytes(ATTACKS[which].make(seed))
-    # refused by a check of ours, or loaded: nothing reaches what only the last net catches
+    # loaded, or refused by one of our checks rather than by the handler of all other errors
     assert outcome(target) != "net"
 
 
@@ -85,7 +85,7 @@ def test_any_changed_byte_is_found(target, which, data):
 
 
 def forged(target, change):
-    """What a load says of a golden file that was changed, its checksum in order."""
+    """Change a golden file, keep its hash valid, and return the error of loading it."""
     document, tensors = opened(HERE / "spline-1.sbif")
     change(document, tensors)
     with pytest.raises(sf.ArtefactError) as caught:

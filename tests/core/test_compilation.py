@@ -1,4 +1,4 @@
-"""The compilation cache: a second process finds what the first one compiled."""
+"""Compilation cache: a second process loads programs that the first one compiled."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Old module paths can be imported, and name the new ones."""
+"""Old module paths can be imported, and warn with the new path."""
 
 import importlib
 import subprocess

@@ -1,4 +1,4 @@
-"""In what precision products stand in the compiled programs, whatever the machine makes of it."""
+"""Precision of matrix products in compiled programs, whatever hardware runs them."""
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +26,7 @@ def blueprint(density):
 
 
 def products(jaxpr):
-    """How many products there are of each precision, in all that the program calls too."""
+    """Count the products of each precision in a program, including all programs that it calls."""
     found = Counter()
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -37,7 +37,7 @@ def products(jaxpr):
 
 
 def epoch(density, **settings):
-    """Products of one epoch of training."""
+    """Count the products in one epoch of training, by precision."""
     setting = sf.Training(batch_size=64, max_epochs=1, **settings)
     zeros = jnp.zeros((ROWS, DIM))
     source = Source(TrainingData(zeros, zeros, zeros[:, 0]), None)
@@ -49,7 +49,7 @@ def epoch(density, **settings):
 
 
 def posterior(density):
-    """Products of draws with their densities."""
+    """Count the products in draws with their densities, by precision."""
     made = blueprint(density)
     weights = jax.eval_shape(lambda: initial_weights(made, jax.random.key(0), None))
     stacked = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape), a.dtype), weights)

@@ -1,4 +1,4 @@
-"""Conditioners are autoregressive where masked and start at zero; dropout; broadcasting."""
+"""Networks: autoregressive masks, zero initial outputs, dropout, symmetries of point clouds."""
 
 import itertools
 
@@ -18,7 +18,7 @@ PARAMS, CONTEXT = 3, 2
 
 
 def conditioner(in_dim: int, out_dim: int, *, masked: bool, hidden=(16, 16), rate=0.0):
-    """A conditioner away from its initial zeros."""
+    """Return a conditioner with perturbed weights, since initial outputs are zero."""
     module = Conditioner(
         in_dim,
         out_dim,
@@ -47,10 +47,10 @@ def test_a_new_conditioner_gives_zeros(masked):
 # hidden widths at and off a multiple of the number of entries
 @pytest.mark.parametrize("hidden", [(16, 16), (4,), (7, 5, 7)])
 @pytest.mark.parametrize("dim", [1, 4])
-def test_masked_parameters_see_inputs_up_to_their_own(dim, hidden):
+def test_masked_parameters_depend_on_inputs_up_to_their_own(dim, hidden):
     module = conditioner(dim, dim, masked=True, hidden=hidden)
     x = jnp.full((dim, dim), 0.3)
-    # row i with its input i moved, against all of them as they were
+    # row i has input i changed; the second half of the batch is unchanged
     out = module(
         jnp.stack([x + jnp.eye(dim), x], axis=1), module.encode_context(jnp.zeros(CONTEXT))
     )
@@ -63,8 +63,8 @@ def test_masked_parameters_see_inputs_up_to_their_own(dim, hidden):
             assert strength[entry, source] > 0.0
 
 
-def test_inputs_beyond_the_width_are_seen():
-    """Fewer units than entries cannot tell all inputs apart, but each has some influence."""
+def test_all_inputs_matter_in_a_narrow_network():
+    """Each input has an influence, also where there are fewer hidden units than inputs."""
     module = conditioner(6, 6, masked=True, hidden=(3,))
     x = jnp.full((6, 6), 0.3)
     out = module(jnp.stack([x + jnp.eye(6), x], axis=1), module.encode_context(jnp.zeros(CONTEXT)))
@@ -73,7 +73,7 @@ def test_inputs_beyond_the_width_are_seen():
     assert np.all(np.triu(strength, 1) == 0.0)
 
 
-def test_unmasked_parameters_see_every_input_and_the_context():
+def test_unmasked_parameters_depend_on_every_input_and_the_context():
     module = conditioner(2, 3, masked=False)
     x, context = jnp.full(2, 0.3), jnp.full(CONTEXT, -0.2)
     for jacobian in jax.jacobian(lambda x, c: module(x, module.encode_context(c)), argnums=(0, 1))(
@@ -95,7 +95,7 @@ def test_one_context_serves_many_draws():
 
 # widths at and off a multiple of the number of entries, and fewer units than these
 @pytest.mark.parametrize("hidden", [(16, 16), (7, 5, 7), (10, 10, 10), (3,)])
-def test_going_on_from_entry_to_entry_gives_the_parameters_of_all(hidden):
+def test_advancing_input_by_input_gives_the_parameters_of_one_pass(hidden):
     module = conditioner(4, 4, masked=True, hidden=hidden)
     x, context = jax.random.normal(jax.random.key(1), (4, 5, 2)), jnp.ones((2, CONTEXT))
     given = module.encode_context(context)
@@ -181,13 +181,13 @@ def clouds():
     }
 
 
-def test_a_cloud_is_embedded_whatever_the_order_of_its_points(cloud):
+def test_the_embedding_of_a_cloud_does_not_depend_on_the_order_of_its_points(cloud):
     x, order = clouds(), np.array([3, 1, 5, 0, 2, 4])
     shuffled = jax.tree.map(lambda a: a[:, order], x)
     np.testing.assert_allclose(cloud(shuffled), cloud(x), atol=1e-5)
 
 
-def test_many_clouds_are_embedded_one_after_another(cloud, monkeypatch):
+def test_clouds_embedded_in_small_batches_give_the_same(cloud, monkeypatch):
     x, whole = clouds(), cloud(clouds())
     points = x["points"].shape[1]
     monkeypatch.setattr(graph, "_MAX_PAIRS", points**2)
@@ -203,7 +203,7 @@ def test_the_embedding_of_a_cloud_moves_as_the_cloud_does(cloud):
     np.testing.assert_allclose(after[:, :4], before[:, :4], atol=1e-5)
     vectors, moved = (a[:, 4:].reshape(2, 2, 3) for a in (before, after))
     np.testing.assert_allclose(moved, vectors @ turn + shift, atol=1e-5)
-    # what the points carry, and how they lie to each other, is told apart
+    # marks and distances between points change the invariant features
     other = cloud(x | {"marks": -x["marks"]}), cloud(x | {"points": 2.0 * x["points"]})
     assert all(np.max(np.abs(o[:, :4] - before[:, :4])) > 1e-3 for o in other)
 

@@ -1,4 +1,4 @@
-"""Corrected posteriors that were saved and loaded: the same bits, or a sentence why not."""
+"""Saving and loading of recalibrated and conformal posteriors."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Posteriors that were saved and loaded: the same draws, the same facts, and who gives what."""
+"""Saving and loading: draws, records, priors and embeddings of a loaded posterior."""
 
 import dataclasses
 import inspect
@@ -93,10 +93,10 @@ def test_a_posterior_without_a_linear_start_comes_back(small, tmp_path):
 
 
 def returned(name, tmp_path):
-    """A posterior before and after, all that its draws are made from being the same."""
+    """Save and load a posterior, compare weights and standardiser, and return both posteriors."""
     saved = posterior(FLAT, ensemble((DENSITIES | CONTINUOUS)[name], FLAT.bounded))
     saved.save(tmp_path / "a.sbif")
-    # the same prior: equal blueprints are then the same compiled program
+    # with the same prior and equal blueprints, both posteriors share their compiled programs
     loaded = sf.load(tmp_path / "a.sbif", prior=FLAT)
     assert loaded.blueprints == saved.blueprints
     assert jax.tree.structure(loaded.weights) == jax.tree.structure(saved.weights)
@@ -242,7 +242,7 @@ def test_a_prior_that_was_cut_comes_back_cut():
 
 
 class Mine(dist.Normal):
-    """A distribution of the user's own."""
+    """A distribution of a user's own class."""
 
 
 def test_a_prior_that_cannot_be_written_is_given_and_compared(tmp_path):
@@ -272,7 +272,7 @@ def test_a_prior_that_cannot_be_written_is_given_and_compared(tmp_path):
 
 
 class Own(nnx.Module):
-    """An embedding of the user's own, with something that no weight shows."""
+    """An embedding of a user's own class, with a setting that its weights do not show."""
 
     def __init__(self, width, *, sign=1.0, rngs):
         self.layer, self.sign = nnx.Linear(EVENT, width, rngs=rngs), sign
