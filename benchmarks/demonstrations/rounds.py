@@ -133,7 +133,7 @@ def rounds_at(key: Key, task: Task, case: Case, x: Obs, reference: Any) -> dict[
         summary,
         simulations=case.simulations,
         rounds=case.rounds,
-        paying=case.paying,
+        shrink_below=case.paying,
     )
     exact = np.asarray(reference, np.float64)
     draws = np.asarray(posterior.sample(draw_key, summary, len(exact)), np.float64)

@@ -1,6 +1,8 @@
 """Priors cut to a box, and rounds that simulate within one."""
 
+import dataclasses
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,9 @@ from scipy.stats import kstest, truncnorm
 
 import sbi_flows as sf
 from sbi_flows.estimators import truncated
+from sbi_flows.estimators.round_folder import RoundFolder
 from sbi_flows.prior.box import BoxPrior
+from sbi_flows.simulations.outputs import row_outputs
 from tests import cases
 
 pytestmark = pytest.mark.promotes
@@ -123,12 +127,12 @@ def test_a_posterior_that_presses_against_its_box_is_warned_of(monkeypatch):
         left.append(moved)
         return moved
 
-    cut = truncated._box
-    monkeypatch.setattr(truncated, "_box", too_high)
+    cut = truncated._next_box
+    monkeypatch.setattr(truncated, "_next_box", too_high)
     with pytest.warns(sf.SbiFlowsWarning, match=r"round 2: .*place\[0\] low \(\d+%\)"):
         _, rounds = rounds_of(rounds=2)
-    assert rounds[0].pressed == ()
-    assert rounds[1].pressed[0].startswith("place[0] low")
+    assert rounds[0].near_edges == rounds[0].pressed == ()
+    assert rounds[1].near_edges[0].startswith("place[0] low")
 
 
 @pytest.mark.slow
@@ -164,9 +168,9 @@ def test_the_check_draws_from_the_prior_that_was_cut():
 
 @pytest.mark.slow
 def test_rounds_end_when_they_do_not_pay():
-    _, rounds = rounds_of(rounds=10, paying=0.05)
+    _, rounds = rounds_of(rounds=10, shrink_below=0.05)
     assert len(rounds) < 5
-    _, rounds = rounds_of(rounds=6, paying=1.0)
+    _, rounds = rounds_of(rounds=6, shrink_below=1.0)
     assert len(rounds) == 6
 
 
@@ -187,7 +191,7 @@ def test_rounds_that_are_kept_are_not_repeated(tmp_path, monkeypatch):
     [
         ({"rounds": 0}, "rounds: expected a whole number of at least 1, got 0"),
         ({"simulations": 0}, "simulations: expected a whole number"),
-        ({"paying": 1.5}, "paying: expected a number"),
+        ({"shrink_below": 1.5}, "shrink_below: expected a number"),
     ],
 )
 def test_settings_that_make_no_rounds_are_refused(settings, message):
@@ -226,6 +230,101 @@ def test_an_observation_that_is_none_is_refused_before_any_simulation(tmp_path):
         wrong(np.zeros(3))
     with pytest.raises(ValueError, match="x: expected finite values"):
         wrong(np.array([0.0, np.nan]))
-    truncated._Kept(tmp_path, SEEN).keep(0, BOX)
-    with pytest.raises(ValueError, match="x: expected the observation of the rounds in"):
-        truncated._Kept(tmp_path, SEEN + 1)
+
+
+BOX_OF_TWO = BoxPrior(SMALL.prior, [-0.5, -0.5], [0.5, 0.5])
+
+
+def folder_of(path, **changed):
+    """The folder of rounds of `SMALL` at `SEEN`, or of others."""
+    settings = {"estimator": SMALL, "simulator": noisy, "x": SEEN, "simulations": 300, **changed}
+    outputs = row_outputs(settings["simulator"], SMALL.prior)
+    settings["simulator"] = (settings["simulator"], outputs)
+    return RoundFolder(path, *settings.values())
+
+
+def shifted(key, theta):
+    return noisy(key, theta) + 1.0
+
+
+WIDER = dataclasses.replace(SMALL, density=dataclasses.replace(SMALL.density, hidden=(9,)))
+LONGER = dataclasses.replace(SMALL, training=sf.Training(max_epochs=9))
+OTHERS = {
+    "x": (
+        {"x": SEEN + 1},
+        r"x: expected that of the rounds in .*\[3.0, -2.0\].*, got .*\[4.0, -1.0",
+    ),
+    "simulations": ({"simulations": 400}, "simulations: expected that of .*, 300, got 400; name"),
+    "simulator": ({"simulator": shifted}, "simulator: .* name='.*noisy', got name='.*shifted'"),
+    "training": ({"estimator": LONGER}, "estimator: .*, training.max_epochs=8, got .*epochs=9;"),
+    "density": ({"estimator": WIDER}, r"estimator: .*density.hidden=.*, got density.hidden=\[9"),
+    "kind": ({"estimator": sf.Stack([SMALL])}, "estimator: .*, type='NPE', .*, got type='Stack', "),
+}
+
+
+@pytest.mark.parametrize(("changed", "message"), OTHERS.values(), ids=OTHERS)
+def test_a_folder_of_other_rounds_is_refused(tmp_path, changed, message):
+    folder_of(tmp_path).save(0, BOX_OF_TWO)
+    before = (tmp_path / "boxes.json").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        folder_of(tmp_path, **changed)
+    assert (tmp_path / "boxes.json").read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["boxes.json"]
+
+
+def test_a_folder_of_the_same_rounds_has_their_boxes(tmp_path):
+    """Where checkpoints are, and on how many devices fits run, makes no other rounds."""
+    folder = folder_of(tmp_path)
+    folder.save(0, BOX_OF_TWO)
+    elsewhere = sf.Training(max_epochs=8, checkpoint="elsewhere", devices=1)
+    again = folder_of(tmp_path, estimator=dataclasses.replace(SMALL, training=elsewhere))
+    assert again.box(0, SMALL.prior).matches(BOX_OF_TWO)
+    assert again.box(1, SMALL.prior) is None
+
+
+def test_boxes_of_an_earlier_version_are_used_with_a_warning(tmp_path):
+    """They do not say which estimator made them."""
+    box = [BOX_OF_TWO.low.tolist(), BOX_OF_TWO.high.tolist()]
+    document = {"x": [SEEN.astype(float).tolist()], "boxes": [box]}
+    (tmp_path / "boxes.json").write_text(json.dumps(document))
+    with pytest.warns(sf.SbiFlowsWarning, match="boxes.json was written by an earlier version"):
+        folder = folder_of(tmp_path)
+    assert folder.box(0, SMALL.prior).matches(BOX_OF_TWO)
+    with pytest.raises(ValueError, match="x: expected that of the rounds in"):
+        folder_of(tmp_path, x=SEEN + 1)
+    # what is written from now on says so
+    folder.save(1, BOX_OF_TWO)
+    with pytest.raises(ValueError, match="estimator: expected that of the rounds in"):
+        folder_of(tmp_path, estimator=LONGER)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"x": []}'])
+def test_a_file_that_holds_no_boxes_is_refused(tmp_path, text):
+    (tmp_path / "boxes.json").write_text(text)
+    with pytest.raises(ValueError, match=r"boxes.json: expected boxes of earlier rounds, got"):
+        folder_of(tmp_path)
+
+
+def test_a_box_that_cannot_be_written_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    folder = folder_of(tmp_path)
+    folder.save(0, BOX_OF_TWO)
+    before = (tmp_path / "boxes.json").read_bytes()
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        folder.save(1, BOX_OF_TWO)
+    assert (tmp_path / "boxes.json").read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["boxes.json"]
+
+
+def test_the_earlier_name_of_shrink_below_is_deprecated():
+    with (
+        pytest.warns(DeprecationWarning, match="paying: the name is now shrink_below"),
+        pytest.raises(ValueError, match="shrink_below: expected a number in"),
+    ):
+        rounds_of(paying=1.5)
+    with pytest.raises(TypeError, match="truncated_rounds: got unexpected arguments pressing, s"):
+        rounds_of(shrink=0.5, pressing=1)
