@@ -16,7 +16,7 @@ References:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,9 +51,9 @@ class Pairs(NamedTuple):
         weight: Weight of each data set, shape (k,): 1 for the nearest.
     """
 
-    truth: Any
-    draw: Any
-    weight: Any
+    truth: Array | np.ndarray
+    draw: Array | np.ndarray
+    weight: Array | np.ndarray
 
 
 class ClassifierOutput(NamedTuple):
@@ -94,7 +94,7 @@ def classify(key: Key, pairs: Pairs, points: Array, permutations: int) -> Classi
 
 @jax.jit
 @full_precision
-def _probabilities(key: Key, pairs: Pairs, points: Array, is_swapped: Any) -> Array:
+def _probabilities(key: Key, pairs: Pairs, points: Array, is_swapped: Array | np.ndarray) -> Array:
     """Fit 1 + P logistic regressions and return their probabilities at points, (n, 1 + P)."""
     rows = _features(key, jnp.concatenate([pairs.truth, pairs.draw]))
     weight = jnp.tile(jnp.asarray(pairs.weight, rows.dtype), 2)

@@ -5,7 +5,7 @@ Names for this package: `LocalDraws`, `local_pairs`.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,13 +40,13 @@ class LocalDraws(NamedTuple):
 
     Attributes:
         classifier: Truths and draws in the coordinates of the classifiers.
-        parameters: Truths and draws of single parameters, in posterior standard deviations from
-            the posterior mean.
+        parameters: Truths (k, D) and draws (k, D) of single parameters, in posterior standard
+            deviations from the posterior mean, and weights (k,).
         points: Draws at the observation in the coordinates of the classifiers, shape (n, d).
     """
 
     classifier: Pairs
-    parameters: Pairs
+    parameters: tuple[np.ndarray, np.ndarray, np.ndarray]
     points: Array
 
 
@@ -62,12 +62,12 @@ class _Moments(NamedTuple):
         finite: True where all draws are finite, shape (N,).
     """
 
-    theta: Any
-    standard: Any
-    center: Any
-    scale: Any
+    theta: Array | np.ndarray
+    standard: Array | np.ndarray
+    center: Array | np.ndarray
+    scale: Array | np.ndarray
     frame: Frame
-    finite: Any
+    finite: Array | np.ndarray
 
 
 def local_pairs(
@@ -101,7 +101,7 @@ def local_pairs(
     sd = np.concatenate([drawn.frame.sd, frame.sd])
     # Half a factor of e in width counts as much as one standard deviation of the prior in mean.
     moments = np.concatenate([mean, 2.0 * np.log(sd)], axis=1)
-    truth_and_draw = np.asarray(_to_standard(prior, sims.theta)), drawn.standard
+    truth_and_draw = np.asarray(_to_standard(prior, sims.theta)), np.asarray(drawn.standard)
     features = _features(posterior, sims.x, observed)
     rows, weight = nearest(
         near_key, features, moments, truth_and_draw, NEIGHBOUR_SHARE, MIN_NEIGHBOURS
@@ -116,7 +116,7 @@ def local_pairs(
     first, second = (np.clip(z, -MAX_DISTANCE_SD, MAX_DISTANCE_SD).astype(float) for z in scaled)
     return LocalDraws(
         classifier=Pairs(truth, draw, weight),
-        parameters=Pairs(first, second, weight),
+        parameters=(first, second, weight),
         points=in_frame(frame, standard_samples),
     )
 
@@ -156,7 +156,7 @@ def _reduce(prior: Prior, samples: Array) -> _Moments:
 
 
 @jax.jit
-def _to_standard(prior: Prior, theta: Any) -> Array:
+def _to_standard(prior: Prior, theta: Array | np.ndarray) -> Array:
     """Transform parameters (*, D) to standard coordinates (*, d), clipped to `MAX_COORDINATE`."""
     return jnp.clip(prior.to_standard(theta), -MAX_COORDINATE, MAX_COORDINATE)
 

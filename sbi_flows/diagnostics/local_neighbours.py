@@ -5,7 +5,7 @@ Names for this package: `Frame`, `local_frame`, `in_frame`, `nearest`, `MOMENT_D
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +37,9 @@ class Frame(NamedTuple):
         sd: Posterior standard deviations, shape (B, d).
     """
 
-    mean: Any
-    whitening: Any
-    sd: Any
+    mean: Array | np.ndarray
+    whitening: Array | np.ndarray
+    sd: Array | np.ndarray
 
 
 @jax.jit
@@ -66,7 +66,7 @@ def local_frame(draws: Array) -> Frame:
 
 @jax.jit
 @full_precision
-def in_frame(frame: Frame, y: Any) -> Array:
+def in_frame(frame: Frame, y: Array | np.ndarray) -> Array:
     """Transform parameters (B, d) to B frames, or (n, d) to one frame; logarithmic beyond 3.
 
     The logarithm limits the influence of single truths far from all draws.
@@ -103,7 +103,8 @@ def nearest(
     Returns:
         Row numbers (k,), the nearest first, and weights (k,) that decrease from 1 to nearly 0.
     """
-    positions = np.asarray(_positions(key, features, moments, truth_and_draw), float)
+    arrays = jax.tree.map(jnp.asarray, (features, moments, truth_and_draw))
+    positions = np.asarray(_positions(key, *arrays), float)
     positions = positions - positions[:-1].mean(axis=0)
     variances, axes = np.linalg.eigh(positions[:-1].T @ positions[:-1] / len(positions))
     chosen = np.flatnonzero(variances >= MIN_VARIANCE_SHARE * variances[-1])[-MAX_AXES:]
@@ -119,7 +120,9 @@ def nearest(
 
 @jax.jit
 @full_precision
-def _positions(key: Key, features: Any, moments: Any, truth_and_draw: tuple[Any, Any]) -> Array:
+def _positions(
+    key: Key, features: Array, moments: Array, truth_and_draw: tuple[Array, Array]
+) -> Array:
     """Return coordinates of the data sets in prior standard deviations, shape (N + 1, 4 d)."""
     v = _principal_components(key, features)
     rows = jnp.concatenate([v, v**2 - 1.0], axis=1)

@@ -9,7 +9,6 @@ Names for this package: `draw_pass`, `Ranks`.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +72,8 @@ def draw_pass(
     simulations: Simulations,
     *,
     draws: int = 1_000,
-    references: Any | None = None,
-    scale: Any | None = None,
+    references: Array | np.ndarray | None = None,
+    scale: Array | np.ndarray | None = None,
     density: bool = True,
     progress: bool = False,
 ) -> Ranks:

@@ -5,14 +5,13 @@ Names for this package: `crude_posterior`, `prior_scale`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import numpy as np
+from jax import Array
 from scipy import linalg, special
 
 from sbi_flows.core.arrays import squared_distances
-from sbi_flows.core.typing import Key
+from sbi_flows.core.typing import Key, Obs
 from sbi_flows.simulations.simulations import Simulations
 
 MAX_FEATURES = 256
@@ -23,7 +22,7 @@ NORMAL_IQR = 1.349
 """Interquartile range of a standard normal distribution."""
 
 
-def prior_scale(theta: Any) -> np.ndarray:
+def prior_scale(theta: Array | np.ndarray) -> np.ndarray:
     """Estimate the width of the prior in each parameter from its draws.
 
     The width is the interquartile range divided by that of a standard normal, because the standard
@@ -75,7 +74,7 @@ def crude_posterior(key: Key, simulations: Simulations) -> np.ndarray:
     return center + scale * points
 
 
-def _normal_scores(rng: np.random.Generator, x: Any) -> np.ndarray:
+def _normal_scores(rng: np.random.Generator, x: Obs) -> np.ndarray:
     """Return normal scores of at most `MAX_FEATURES` random entries of x, shape (N, P).
 
     Scores depend only on the order of the values, so that heavy tails do no harm.

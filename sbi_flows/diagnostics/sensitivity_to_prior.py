@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 
 from sbi_flows.core.checks import require_count
 from sbi_flows.core.errors import SbiFlowsError, WeightsUneven
@@ -124,7 +124,7 @@ def _alternative(prior: PriorLike, old: Prior) -> Prior:
     return new
 
 
-def _log_prior(prior: Prior, theta: Any) -> np.ndarray:
+def _log_prior(prior: Prior, theta: Array) -> np.ndarray:
     """Return the log prior density of draws (n, D), shape (n,).
 
     Raises:
@@ -136,13 +136,13 @@ def _log_prior(prior: Prior, theta: Any) -> np.ndarray:
     return _as_finite(prior.log_prob(theta), "draws outside the support of its prior")
 
 
-def _site_log_probs(prior: Prior, theta: Any) -> dict[str, np.ndarray]:
+def _site_log_probs(prior: Prior, theta: Array) -> dict[str, np.ndarray]:
     """Return the log prior density of each named parameter, shape (n,) each."""
     log_probs = prior.site_log_probs(theta).items()
     return {name: np.asarray(value, np.float64) for name, value in log_probs}
 
 
-def _as_finite(values: Any, problem: str) -> np.ndarray:
+def _as_finite(values: Array | np.ndarray, problem: str) -> np.ndarray:
     """Return a float64 array; raise SbiFlowsError with the problem unless it is finite."""
     values = np.asarray(values, np.float64)
     if not np.all(np.isfinite(values)):
@@ -151,7 +151,7 @@ def _as_finite(values: Any, problem: str) -> np.ndarray:
 
 
 def _under_new_prior(
-    key: Key, old: Prior, new: Prior, theta: Any, log_prior: np.ndarray
+    key: Key, old: Prior, new: Prior, theta: Array, log_prior: np.ndarray
 ) -> PriorSensitivity:
     """Re-weight draws to another prior, and to the new prior of each site that differs."""
     draws, log_new = np.asarray(theta, np.float64), np.asarray(new.log_prob(theta), np.float64)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax import Array
 
 from sbi_flows.core.tables import p_text
 from sbi_flows.core.typing import Key
@@ -79,7 +80,7 @@ def tarp(
     posterior: PosteriorLike,
     simulations: Simulations,
     *,
-    references: Any | None = None,
+    references: Array | np.ndarray | None = None,
     draws: int = 1_000,
     progress: bool = False,
 ) -> TARP:
@@ -136,7 +137,7 @@ def tarp_of(ranks: Ranks) -> TARP:
     return tarp_from_fractions(ranks.distance, num_failed=ranks.num_failed)
 
 
-def tarp_from_fractions(fractions: Any, *, num_failed: int = 0) -> TARP:
+def tarp_from_fractions(fractions: Array | np.ndarray, *, num_failed: int = 0) -> TARP:
     """Run the test of TARP on fractions f in (0, 1), shape (N,)."""
     fractions = np.asarray(fractions, np.float64)
     levels, lower, upper = ecdf_band(len(fractions))

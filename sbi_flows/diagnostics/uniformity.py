@@ -9,8 +9,8 @@ Names for this package: `ks_p_value`, `normal_p_values`, `log_gamma`, `gamma_qua
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from scipy import special
@@ -22,7 +22,7 @@ MAX_NULL_ENTRIES = 4_000_000
 """Largest number of random values of a null distribution that are held in memory at once."""
 
 
-def ks_p_value(uniform: Any, *, alternative: str = "two-sided") -> float:
+def ks_p_value(uniform: np.ndarray, *, alternative: str = "two-sided") -> float:
     """Return the p-value of a Kolmogorov-Smirnov test of values (N,) against U(0, 1).
 
     `alternative` is that of `scipy.stats.kstest`: "less" rejects values that are too large.
@@ -32,7 +32,7 @@ def ks_p_value(uniform: Any, *, alternative: str = "two-sided") -> float:
     return float(stats.kstest(np.asarray(uniform), "uniform", alternative=alternative).pvalue)
 
 
-def normal_p_values(uniform: Any) -> tuple[np.ndarray, np.ndarray]:
+def normal_p_values(uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Test the location and the spread of uniform values (N, ...) along axis 0, exactly.
 
     v = Phi^-1(u) is standard normal under the null hypothesis. So the t statistic of its mean and
@@ -54,7 +54,7 @@ def normal_p_values(uniform: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(location), np.asarray(np.minimum(spread, 1.0))
 
 
-def log_gamma(uniform: Any, draws: int, *, level: float = 0.05) -> float:
+def log_gamma(uniform: np.ndarray, draws: int, *, level: float = 0.05) -> float:
     """Return the logarithm of the rank statistic gamma divided by its null quantile.
 
     A value below 0 rejects uniformity at `level`. The statistic is
@@ -129,7 +129,7 @@ def ecdf_band(
     return points, lower, stats.binom.isf(gamma / 2, n, points) / n
 
 
-def holm(p_values: Any) -> np.ndarray:
+def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
     """Adjust p-values for multiple tests by Holm's step-down method; the order is kept.
 
     Rejecting where the adjusted value is at most `level` rejects any true hypothesis with a
