@@ -118,7 +118,7 @@ class ComposedPosterior(Derived):
         Raises:
             ValueError: A part of the posterior cannot be written.
         """
-        fields = {"levels": self.levels, "steps": self.steps}
+        fields = {"levels": int(self.levels), "steps": int(self.steps)}
         return content_of(self.posterior).derive(Layer(COMPOSED, fields, {}, self.record))
 
     @classmethod

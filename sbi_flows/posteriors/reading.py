@@ -119,7 +119,11 @@ def _read(file: ArtefactFile, user_prior: Prior | None, user_embeddings: list[An
     posterior: Any = Posterior(**contents._asdict())
     for header in headers:
         layer = read_layer(header, file.tensor)
-        posterior = _KINDS[header.codec.kind].from_layer(posterior, layer)
+        try:
+            posterior = _KINDS[header.codec.kind].from_layer(posterior, layer)
+        # the kind cannot be derived from the posterior within
+        except ValueError as error:
+            raise ArtefactError(f"{header.name}: {error}") from None
     return posterior
 
 

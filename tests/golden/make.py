@@ -1,6 +1,6 @@
-"""Writes the golden files of a format and what their posteriors say; run once for each format.
+"""Write golden files of each version of the file format, and the draws of their posteriors.
 
-`python -m tests.golden.make` writes those that are not there: one that is stays as it was written.
+`python -m tests.golden.make` writes the missing files only: an existing file is never replaced.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 
 
 def spline() -> sf.Posterior:
-    """A mixture of a spline flow and Gaussians, of named parameters and a dict of observations."""
+    """Return a mixture of a spline flow and Gaussians, with named parameters and a dict as x."""
     prior = sf.as_prior(
         {
             "rate": dist.LogNormal(0.5, 0.7),
@@ -43,7 +43,7 @@ def spline() -> sf.Posterior:
 
 
 def matched() -> sf.Posterior:
-    """Flow matching with its sampler, of one array of parameters, and a gate."""
+    """Return flow matching with a sampler and a gate, for one array of parameters."""
     prior = sf.as_prior(dist.Normal(0.0, 2.0).expand([2]).to_event(1))
     flow = sf.FlowMatching(
         network=sf.Film(width=6, blocks=1, frequencies=2), sampler=sf.Heun(steps=4)
@@ -57,7 +57,7 @@ def matched() -> sf.Posterior:
 
 
 def corrected() -> sf.ConformalPosterior:
-    """Sets of a recalibrated mixture of Gaussians, of a parameter without bounds and one with."""
+    """Return a conformal posterior of a recalibrated mixture; one parameter is bounded."""
     prior = sf.as_prior({"a": dist.Normal(0.0, 2.0), "b": dist.Uniform(0.0, 1.0)})
     mixture = sf.GaussianMixture(components=2, width=4, blocks=1)
     made = posterior(prior, ensemble(mixture, prior.bounded))
@@ -69,22 +69,28 @@ def corrected() -> sf.ConformalPosterior:
     return sf.ConformalPosterior(moved, scores, 2, 20, jax.random.key(5), {"check": {"p": 0.5}})
 
 
+def composed() -> sf.posteriors.ComposedPosterior:
+    """Return a posterior given sets of observations, from flow matching."""
+    return sf.posteriors.ComposedPosterior(matched(), 3, 2, {"check": {"p": 0.5}})
+
+
 GOLDEN = {
     "spline-1": (spline, {"n": 3, "y": jnp.array([0.5, -1.0])}),
     "matched-1": (matched, jnp.array([0.3, 1.2, -0.7])),
     "corrected-2": (corrected, jnp.array([0.3, 1.2, -0.7])),
+    "composed-3": (composed, jnp.array([[0.3, 1.2, -0.7], [0.1, 0.9, -0.4]])),
 }
-"""Name, with the format's version, to what is saved and one observation."""
+"""Function that makes the posterior, and an observation, by name and version of the format."""
 
 
 def told(made: Any, name: str) -> dict[str, list]:
-    """Draws at the observation and their log densities, and what more the posterior knows."""
+    """Return draws at the observation, their log densities, and facts of the kind of posterior."""
     x = GOLDEN[name][1]
     draws, log_prob = made.sample_and_log_prob(jax.random.key(7), x, 4)
     said = {"draws": np.asarray(draws).tolist(), "log_prob": np.asarray(log_prob).tolist()}
     if isinstance(made, sf.ConformalPosterior):
         said |= {"level": [made.level(0.5)], "score": made.score(draws, x).tolist()}
-    elif made.typicality is not None:
+    elif made.typicality is not None and isinstance(made, sf.Posterior):
         said["p_value"] = [made.misspecification(x).p_value]
     return said
 

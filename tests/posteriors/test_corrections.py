@@ -200,3 +200,11 @@ def test_corrections_belong_to_the_second_format_alone(tmp_path):
     path = written(tmp_path / "b.sbif", document, tensors)
     with pytest.raises(sf.ArtefactError, match="corrections: expected a list, got None"):
         sf.load(path)
+
+
+def test_a_kind_that_cannot_be_derived_from_the_posterior_within_is_refused(tmp_path):
+    document, tensors = opened(HERE / "corrected-2.sbif")
+    document["corrections"].append({"type": "composed", "levels": 3, "steps": 2, "record": {}})
+    path = written(tmp_path / "a.sbif", {**document, "format": 3}, tensors)
+    with pytest.raises(sf.errors.ArtefactError, match=r"corrections\[2\]: posterior: expected an"):
+        sf.load(path)
