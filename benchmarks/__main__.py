@@ -51,6 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_folder(demo, "--folder", "demo")
     uses = _command(commands, "uses", _uses, "two real uses: an epidemic, a hierarchical model")
     _add_folder(uses, "--folder", "uses")
+    inside = _command(
+        commands, "inside-jax", _inside_jax, "a posterior as a prior for NUTS, and in a scan"
+    )
+    _add_folder(inside, "--results", "results")
     _add_rounds(commands)
     speed = _command(commands, "speed", _speed, "times of training, of a check, of a cold process")
     _add_folder(speed, "--results", "results")
@@ -287,6 +291,13 @@ def _uses(arguments: argparse.Namespace) -> None:
     from benchmarks.demonstrations import uses
 
     uses.run(folder)
+
+
+def _inside_jax(arguments: argparse.Namespace) -> None:
+    folder = writable_folder(arguments.results, "--results")
+    from benchmarks.demonstrations import inside_jax
+
+    inside_jax.run(folder)
 
 
 def _rounds(arguments: argparse.Namespace) -> None:

@@ -1,12 +1,13 @@
 """A posterior bound to an observation: pure functions of keys and parameters.
 
-Public names: `Bindable`, `AtObservation`, `in_chunks`, `MAX_CALL_ENTRIES`.
+Public names: `Bindable`, `AtObservation`, `split_draws`, `in_chunks`, `MAX_CALL_ENTRIES`.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -154,7 +155,9 @@ class AtObservation:
         draws = draws.reshape(-1, starts, self.prior.dim)
         best = jnp.argmax(log_prob.reshape(-1, starts), axis=1)
         first = draws[jnp.arange(len(draws)), best]
-        modes = in_chunks(partial(_ascend, steps, self.posterior), 1, self.bound, first)[0]
+        modes = in_chunks(
+            partial(_ascend, steps, self.posterior), self.prior.dim, self.bound, first
+        )[0]
         return modes[0] if self.is_single else modes
 
     def to_numpyro(self) -> PosteriorDistribution:
@@ -238,19 +241,31 @@ class AtObservation:
 register_pytree(AtObservation, leaves=("posterior", "bound"), static=("is_single",))
 
 
+def split_draws(n: int, dim: int) -> tuple[int, int]:
+    """Split n draws of D entries into pieces of equal size, each small enough for one call.
+
+    Returns:
+        Number of pieces, and number of draws in each.
+    """
+    each = max(1, MAX_CALL_ENTRIES // dim)
+    count = math.ceil(n / each)
+    return count, math.ceil(n / count)
+
+
 def in_chunks(
-    evaluate: Callable[[Any, Any], tuple], draws: int, bound: Any, other: Any
+    evaluate: Callable[[Any, Any], tuple], entries: int, bound: Any, other: Any
 ) -> tuple[Array, ...]:
     """Evaluate chunks of observations of one padded shape and join the results.
 
     Args:
         evaluate: Function of a chunk of `bound` and of `other` that returns a tuple of arrays.
-        draws: Number of draws at each observation, which sets the size of a chunk.
+        entries: Number of entries at each observation, which sets the number of observations in a
+            chunk.
         bound: Pytree of arrays with a leading axis of B observations.
-        other: Array with the same leading axis; its last axis or the prior sets D.
+        other: Array with the same leading axis.
     """
     total = len(jax.tree.leaves(bound)[0])
-    size = min(total, max(1, MAX_CALL_ENTRIES // draws))
+    size = min(total, max(1, MAX_CALL_ENTRIES // entries))
     if size == total:
         return evaluate(bound, other)
     outputs = []

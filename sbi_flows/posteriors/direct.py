@@ -6,7 +6,6 @@ Public names: `Posterior`.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -26,7 +25,7 @@ from sbi_flows.observations.standardise import Standardiser
 from sbi_flows.observations.typicality import Typicality
 from sbi_flows.posteriors import codec_direct, mixtures
 from sbi_flows.posteriors.base import AbstractPosterior
-from sbi_flows.posteriors.bound import MAX_CALL_ENTRIES, in_chunks
+from sbi_flows.posteriors.bound import in_chunks, split_draws
 from sbi_flows.prior.prior import Prior
 
 
@@ -124,7 +123,7 @@ class Posterior(AbstractPosterior):
 
     def _sample(self, key: Key, bound: Array, n: int, with_log_prob: bool) -> tuple[Array, Array]:
         # many draws for an observation: split them up as if there were more observations
-        pieces, each = _pieces(n, self.prior.dim)
+        pieces, each = split_draws(n, self.prior.dim)
         repeated = jnp.repeat(bound, pieces, axis=0)
         keys = jax.random.split(key, len(repeated))
         evaluate = partial(
@@ -137,7 +136,7 @@ class Posterior(AbstractPosterior):
     def _log_prob(self, theta: Array, bound: Array) -> Array:
         n = theta.shape[1]
         # many theta at an observation: split them up as if there were more observations
-        pieces, each = _pieces(n, self.prior.dim)
+        pieces, each = split_draws(n, self.prior.dim)
         padded = _pad(theta, pieces * each).reshape(-1, each, self.prior.dim)
         repeated = jnp.repeat(bound, pieces, axis=0)
         evaluate = partial(mixtures.log_prob, self._parts, self.prior, self.weights)
@@ -164,13 +163,6 @@ register_pytree(
 @jax.jit
 def _standardised(standardiser: Standardiser, x: Obs) -> Array:
     return standardiser(x)
-
-
-def _pieces(n: int, dim: int) -> tuple[int, int]:
-    """Split n draws into pieces of equal size, each small enough for one call."""
-    each = max(1, MAX_CALL_ENTRIES // dim)
-    count = math.ceil(n / each)
-    return count, math.ceil(n / count)
 
 
 def _pad(rows: Array, n: int) -> Array:

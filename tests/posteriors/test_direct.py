@@ -9,7 +9,7 @@ import numpyro.distributions as dist
 import pytest
 
 import sbi_flows as sf
-from sbi_flows.posteriors import direct as posteriors
+from sbi_flows.posteriors import bound
 from sbi_flows.posteriors.arviz import Groups, arviz_groups
 
 pytestmark = pytest.mark.promotes
@@ -101,18 +101,18 @@ def test_the_result_does_not_depend_on_the_chunks(gaussian, monkeypatch):
     key, theta = jax.random.key(0), jax.random.normal(jax.random.key(1), (5, 9, 2))
     draws, log_prob = gaussian.sample_and_log_prob(key, BATCH, 9)
     many, single = gaussian.log_prob(theta, BATCH), gaussian.log_prob(theta[0], ONE)
-    monkeypatch.setattr(posteriors, "ENTRIES", 36)  # two observations of nine draws at a time
+    monkeypatch.setattr(bound, "MAX_CALL_ENTRIES", 36)  # two observations of nine draws at a time
     chunked, chunked_log_prob = gaussian.sample_and_log_prob(key, BATCH, 9)
     np.testing.assert_allclose(chunked, draws, atol=1e-5)
     np.testing.assert_allclose(chunked_log_prob, log_prob, atol=1e-4)
     np.testing.assert_allclose(gaussian.log_prob(theta, BATCH), many, rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr(posteriors, "ENTRIES", 8)  # four of nine theta at one observation
+    monkeypatch.setattr(bound, "MAX_CALL_ENTRIES", 8)  # four of nine theta at one observation
     np.testing.assert_allclose(gaussian.log_prob(theta, BATCH), many, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(gaussian.log_prob(theta[0], ONE), single, rtol=1e-4, atol=1e-4)
 
 
 def test_many_draws_for_one_observation_are_made_in_pieces(gaussian, monkeypatch):
-    monkeypatch.setattr(posteriors, "ENTRIES", 800)
+    monkeypatch.setattr(bound, "MAX_CALL_ENTRIES", 800)
     draws, log_prob = gaussian.sample_and_log_prob(jax.random.key(0), ONE, 3001)
     assert (draws.shape, log_prob.shape) == ((3001, 2), (3001,))
     assert len(np.unique(np.asarray(draws), axis=0)) == 3001
@@ -333,6 +333,35 @@ def test_to_arviz_takes_one_array_and_refuses_a_batch(gaussian):
     np.testing.assert_array_equal(data["observed_data"]["x"].values, ONE)
     with pytest.raises(ValueError, match="x: expected one observation, got a batch"):
         gaussian.to_arviz(jax.random.key(0), BATCH)
+
+
+def test_to_arviz_has_predictions_and_the_users_dimensions(boxed):
+    x = jax.tree.map(lambda leaf: leaf[0], SEEN)
+    data = boxed.to_arviz(
+        jax.random.key(0),
+        x,
+        n=50,
+        prior_draws=20,
+        simulator=boxed_simulator,
+        predictive_draws=30,
+        dims={"p": ["school"]},
+        coords={"school": ["north", "south"]},
+    )
+    predicted = data["posterior_predictive"]
+    assert {n: predicted[n].shape for n in predicted.data_vars} == {
+        "level": (1, 30),
+        "seen": (1, 30, 2),
+    }
+    assert data["posterior"]["p"].dims == ("chain", "draw", "school")
+    assert list(data["prior"]["school"].values) == ["north", "south"]
+    with pytest.raises(ValueError, match="dims: expected names among"):
+        boxed.to_arviz(jax.random.key(0), x, n=5, dims={"q": ["school"]})
+    with pytest.raises(ValueError, match="dims: expected 1 names for 'p'"):
+        boxed.to_arviz(jax.random.key(0), x, n=5, dims={"p": ["a", "b"]})
+    with pytest.raises(ValueError, match="coords: expected 2 values for 'school', got 3"):
+        boxed.to_arviz(
+            jax.random.key(0), x, n=5, dims={"p": ["school"]}, coords={"school": [1, 2, 3]}
+        )
 
 
 def test_the_representation_names_prior_density_and_members(gaussian, boxed):
