@@ -1,4 +1,4 @@
-"""Observations that take few values, a step apart: noise that fills the gaps, and rounding.
+"""Quantised observations, such as counts: uniform noise between the values, and rounding.
 
 Public names: `Grid`, `find_grid`, `dequantised`, `quantised`.
 
@@ -16,11 +16,11 @@ from jax import Array
 
 from sbi_flows.core.typing import Key
 
-MOST_STEPS = 2**16
-"""Numbers that many steps apart are not taken for multiples of a step: rounding makes any so."""
+MAX_STEPS = 2**16
+"""Maximum range of a column in steps; beyond it, rounding makes any numbers look like multiples."""
 
 ATOM = 0.01
-"""Share of the rows at an end of the range that shows it to be one that cannot be passed."""
+"""Fraction of rows at an end of the range above which that end is taken for a hard limit."""
 
 
 class Grid(NamedTuple):
@@ -29,9 +29,9 @@ class Grid(NamedTuple):
     Attributes:
         step: The step; zero for a continuous column, infinite for a constant one.
         origin: The lowest value.
-        low: Lowest value that can be: that of many rows, or the first that is not negative where
-            none is.
-        high: Highest value that can be: that of many rows.
+        low: Lower limit: the lowest value if many rows have it; else the first non-negative grid
+            value, if no value is negative; else -inf.
+        high: Upper limit: the highest value if many rows have it, else inf.
     """
 
     step: Array
@@ -41,7 +41,7 @@ class Grid(NamedTuple):
 
 
 def find_grid(x: np.ndarray) -> Grid:
-    """The grids of the columns of finite rows (N, C).
+    """Find the grid of each column of finite rows (N, C).
 
     Example:
         >>> import numpy as np
@@ -62,22 +62,22 @@ def _column(values: np.ndarray) -> tuple[float, float, float, float]:
     step = np.diff(distinct).min()
     places = (distinct - origin) / step
     regular = np.max(np.abs(places - np.round(places))) < 0.01
-    if len(distinct) == len(values) or span / step > MOST_STEPS or not regular:
+    if len(distinct) == len(values) or span / step > MAX_STEPS or not regular:
         return 0.0, origin, -np.inf, np.inf
     low, high = (counts[i] >= ATOM * len(values) for i in (0, -1))
-    # the lowest value of the grid that is not negative
+    # the lowest non-negative value of the grid
     least = origin - step * np.floor(origin / step + 0.01) if origin >= 0 else -np.inf
     return step, origin, origin if low else least, distinct[-1] if high else np.inf
 
 
 def dequantised(grid: Grid, key: Key, x: Array) -> Array:
-    """Rows (N, C) with uniform noise of a step's width; constants stay."""
+    """Add uniform noise of one step's width to rows (N, C); constant columns stay."""
     noise = jax.random.uniform(key, x.shape, x.dtype, -0.5, 0.5)
     return x + noise * jnp.where(jnp.isinf(grid.step), 0.0, grid.step)[None]
 
 
 def quantised(grid: Grid, x: Array) -> Array:
-    """Rows (N, C) on the grid, inside its range; continuous columns as they are."""
+    """Round rows (N, C) to the grid, within its limits; continuous columns stay."""
     stepped = (grid.step > 0) & jnp.isfinite(grid.step)
     step = jnp.where(stepped, grid.step, 1.0)[None]
     origin = grid.origin[None]

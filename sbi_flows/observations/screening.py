@@ -1,4 +1,4 @@
-"""Which entries of an observation depend on the parameters, one entry and one parameter at a time.
+"""Screening: find the features that depend on a parameter, by tests of pairs.
 
 Public name: `dependent_features`.
 
@@ -14,28 +14,27 @@ from typing import Any
 
 import numpy as np
 
-ROWS = 20_000
-"""The most rows that the tests look at, chosen from all of them, always the same."""
+MAX_ROWS = 20_000
+"""Maximum number of rows in the tests; more are subsampled with a fixed seed."""
 
 DEGREE = 3
-"""Highest polynomial of the ranks: trends, changes of spread and of skewness."""
+"""Highest degree of the polynomials of ranks: trend, change of spread, change of skewness."""
 
 
 def dependent_features(theta: Any, features: Any, rate: float) -> np.ndarray:
-    """Test each feature against each parameter, and keep those that depend on any.
+    """Test each feature against each parameter; return which features depend on any of them.
 
-    A feature that says something only together with others, as a measurement of the noise alone
-    would, is not found.
+    A feature that is informative only together with others (a measurement of the noise, say) is
+    not found.
 
     Args:
         theta: Parameters, shape (N, d).
         features: Flat observations, shape (N, C).
-        rate: Expected share of independent features among those that are kept, at the most; about
-            that, as p-values are those of many rows, and tests that depend on each other negatively
-            may exceed it.
+        rate: False discovery rate: expected fraction of independent features among those returned.
+            It holds approximately, for large N and without strong negative dependence of the tests.
 
     Returns:
-        Whether each feature is kept, shape (C,).
+        Whether each feature depends on a parameter, bool of shape (C,).
 
     Example:
         >>> import numpy as np
@@ -50,14 +49,14 @@ def dependent_features(theta: Any, features: Any, rate: float) -> np.ndarray:
     from scipy.stats import false_discovery_control
 
     theta, features = np.asarray(theta), np.asarray(features)
-    if len(theta) > ROWS:
-        rows = np.random.default_rng(0).choice(len(theta), ROWS, replace=False)
+    if len(theta) > MAX_ROWS:
+        rows = np.random.default_rng(0).choice(len(theta), MAX_ROWS, replace=False)
         theta, features = theta[rows], features[rows]
     return false_discovery_control(_p_values(theta, features)) <= rate
 
 
 def _p_values(theta: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """Of independence of all parameters, for each feature; Bonferroni over the parameters."""
+    """Compute p-values (C,) of independence from all parameters, Bonferroni over parameters."""
     from scipy.stats import chi2
 
     parameters = [_scores(column) for column in theta.T]
@@ -73,9 +72,9 @@ def _p_values(theta: np.ndarray, features: np.ndarray) -> np.ndarray:
 
 
 def _scores(column: np.ndarray) -> np.ndarray:
-    """Polynomials of the ranks that are uncorrelated, of mean 0 and variance 1: (N, up to 3).
+    """Compute uncorrelated polynomials of the ranks, with mean 0 and variance 1: (N, at most 3).
 
-    Fewer where a column takes few values: two values have one such polynomial, one has none.
+    A column with few distinct values has fewer polynomials: one for two values, none for one.
     """
     from scipy.stats import rankdata
 

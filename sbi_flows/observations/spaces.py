@@ -1,4 +1,4 @@
-"""Training rows in one space: their moments, their ranks, and how far from them others lie.
+"""Distances of observations from the training rows in one space of features.
 
 Public names: `Space`, `Moments`, `fit_space`, `normal_scores`.
 """
@@ -15,25 +15,23 @@ from scipy.special import ndtri
 from sbi_flows.core.arrays import squared_distances
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.5)
-"""Shares of the mean variance that a covariance is shrunk by, of which held-out rows choose; what
-depends on other features to less than a thousandth of a standard deviation is not looked at."""
+"""Candidate shrinkage weights of the covariance; the likelihood of held-out rows selects one."""
 
 SCALES = (0.01, 0.03, 0.1, 0.3)
-"""Widths of the kernels, in squared median distances: wide ones are large in the middle of a ring.
-"""
+"""Widths of the kernels, in units of the median squared distance."""
 
-CENTRES = 500
-"""Rows that kernels are around."""
+MAX_CENTRES = 500
+"""Maximum number of kernel centres."""
 
 
 class Moments(NamedTuple):
-    """Mean and covariance: directions of their own variance and, across them, one for the rest.
+    """Mean and covariance: principal directions with their variances, and one for the rest.
 
     Attributes:
         center: Means, shape (C,).
-        scale: Standard deviations, shape (C,); everything else is in units of these.
-        directions: Orthonormal, shape (K, C).
-        variances: Variance along each, and that of the rest, shape (K + 1,).
+        scale: Standard deviations, shape (C,), the units of all other attributes.
+        directions: Principal directions, orthonormal rows, shape (K, C).
+        variances: Variance along each direction, and of all other directions, shape (K + 1,).
     """
 
     center: np.ndarray
@@ -44,51 +42,51 @@ class Moments(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Space:
-    """The training rows in one space: features, or what an embedding makes of them.
+    """Training rows in one space: the features, or the output of an embedding.
 
     Attributes:
         moments: Mean and covariance.
-        rows: Other rows, in standard deviations from the mean, shape (m, C).
+        rows: Rows that the moments were not computed from, in standard deviations, shape (m, C).
     """
 
     moments: Moments
     rows: np.ndarray
 
     def standard(self, values: Any) -> np.ndarray:
-        """Values (B, C) in standard deviations from the mean."""
+        """Express values (B, C) in standard deviations from the mean."""
         return (np.asarray(values, float) - self.moments.center) / self.moments.scale
 
     def errors(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of standard values (B, C), by mean and covariance.
+        """Compute Mahalanobis distances and prediction residuals of standard values (B, C).
 
         Returns:
-            Squared Mahalanobis distances, shape (B,), and each value less what all others predict
-            it to be, in units of that prediction's error, shape (B, C).
+            Squared Mahalanobis distances, shape (B,), and the residual of each value from its
+            linear prediction by all others, in units of the prediction's error, shape (B, C).
         """
         directions, variances = self.moments.directions, self.moments.variances[:-1]
         along = z @ directions.T
         rest = z - along @ directions
         distance = np.sum(along**2 / variances, axis=1) + np.sum(rest**2, axis=1) / self._rest
         solved = (along / variances) @ directions + rest / self._rest
-        # what the others determine leaves rounding errors, which must tie
+        # residuals of exactly determined features are rounding errors: make them tie
         return distance, np.round(solved / self._root_precision, 4)
 
     def discrepancy(self, z: np.ndarray) -> np.ndarray:
-        """Squared maximum mean discrepancy (B,) between one observation and the rows.
+        """Compute the squared maximum mean discrepancy (B,) between each observation and the rows.
 
-        Up to a constant that the rows share: less twice the mean kernel between both. Kernels are
-        rational quadratic, of several widths.
+        It is given up to a constant of the rows: minus twice the mean kernel between both. The
+        kernel is a sum of rational quadratic kernels of several widths.
         """
-        squares = squared_distances(z, self.rows[:CENTRES]) / self._width
+        squares = squared_distances(z, self.rows[:MAX_CENTRES]) / self._width
         kernels = sum(1.0 / (1.0 + squares / scale) for scale in SCALES)
         return -2.0 * np.mean(np.asarray(kernels), axis=1)
 
     def marginal_scores(self, z: np.ndarray) -> np.ndarray:
-        """`normal_scores` of standard values (B, C) among the rows."""
+        """Return the normal scores of standard values (B, C) among the rows."""
         return normal_scores(self._ordered, z)
 
     def conditional_scores(self, errors: np.ndarray) -> np.ndarray:
-        """`normal_scores` of the second of `errors` (B, C), among those of the rows."""
+        """Return the normal scores of residuals (B, C) among those of the rows."""
         return normal_scores(self._errors, errors)
 
     @property
@@ -119,12 +117,18 @@ class Space:
 
 
 def fit_space(fitted: np.ndarray, kept: np.ndarray, floor: np.ndarray) -> Space:
-    """Moments of some rows (n, C), shrunk by what is best for other rows (m, C), which are kept."""
+    """Fit the moments of rows (n, C), with shrinkage that is best for held-out rows (m, C).
+
+    Args:
+        fitted: Rows that the moments are computed from, shape (n, C).
+        kept: Held-out rows, which the space keeps, shape (m, C).
+        floor: Smallest standard deviation of each feature, shape (C,).
+    """
     center = fitted.mean(axis=0)
     scale = np.maximum(fitted.std(axis=0), floor)
     z, others = (fitted - center) / scale, (kept - center) / scale
     n, width = z.shape
-    # of the two products, the smaller one
+    # the smaller of the two Gram matrices
     if width <= n:
         variances, vectors = np.linalg.eigh(z.T @ z / n)
         directions = vectors.T
@@ -139,10 +143,10 @@ def fit_space(fitted: np.ndarray, kept: np.ndarray, floor: np.ndarray) -> Space:
 
 
 def _shrunk(variances: np.ndarray, directions: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Variances (K + 1,) drawn to their mean by as much as makes other rows the likeliest."""
+    """Shrink variances (K + 1,) to their mean, by what maximises the likelihood of other rows."""
     count, width = directions.shape
     mean = max(float(np.sum(variances)) / width, 1e-12)
-    others = np.clip(others, -10.0, 10.0)  # what never varied before would rule the choice
+    others = np.clip(others, -10.0, 10.0)  # features that never varied would dominate the choice
     along = np.mean((others @ directions.T) ** 2, axis=0)
     rest = max(float(np.mean(np.sum(others**2, axis=1)) - np.sum(along)), 0.0)
 
@@ -156,9 +160,9 @@ def _shrunk(variances: np.ndarray, directions: np.ndarray, others: np.ndarray) -
 
 
 def normal_scores(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Ranks of values (B, C) among ordered rows (m, C), as normal quantiles; ties in the middle.
+    """Return the ranks of values (B, C) among sorted rows (m, C) as normal quantiles.
 
-    Beyond all rows it goes on by the distance from the last of them.
+    Ties get the middle rank. Beyond all rows, the distance from the outermost row is added.
     """
     ranks = np.empty(values.shape)
     for i, column in enumerate(ordered.T):

@@ -1,4 +1,4 @@
-"""Observations as flat, robustly standardised feature vectors.
+"""Standardisation: observations to flat feature vectors on a robust scale.
 
 Public names: `Standardiser`, `fit_standardiser`, `flatten_rows`, `unflatten_rows`, `entry_labels`.
 """
@@ -19,23 +19,25 @@ Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 
 _NORMAL_IQR = 1.349
 _LESS_SKEW = 0.7
-"""Logarithms are taken of positive arrays whose mean skewness falls to this share of it."""
+"""Take logarithms of a positive array if they multiply its mean skewness by less than this."""
 
 
 class Standardiser(NamedTuple):
-    """Median and scale of each feature of a flattened observation, or of its logarithm.
+    """Map from observations to standardised features, with robust location and scale.
 
-    Logarithms are taken of arrays (leaves of an observation) that are positive throughout, and
-    less skew so. Heavy tails are compressed, never cut: the map is monotone and keeps all
+    Arrays (leaves of an observation) that are positive in all simulations are replaced by their
+    logarithms if that makes them less skew. Heavy tails are compressed: a feature is linear within
+    `linear` scales of the median and logarithmic beyond. The map is monotone, so that it loses no
     information.
 
     Attributes:
         center: Medians, shape (C,).
-        scale: Interquartile range over 1.349; the standard deviation where that range is zero, as
-            it is for sparse counts; 1 where the feature is constant. Shape (C,).
-        floor: Number below which the logarithm goes on as a straight line, shape (C,); zero where
-            no logarithm is taken.
-        linear: Features are linear within this many scales of the median and logarithmic beyond.
+        scale: Interquartile range over 1.349, which is the standard deviation of a normal feature,
+            shape (C,). The standard deviation where that range is zero (sparse counts); 1 where the
+            feature is constant.
+        floor: Value below which the logarithm is continued as a straight line, shape (C,); zero
+            where no logarithm is taken.
+        linear: Half-width of the linear range, in scales.
     """
 
     center: Array
@@ -44,24 +46,24 @@ class Standardiser(NamedTuple):
     linear: float = 3.0
 
     def __call__(self, x: Obs) -> Array:
-        """A batch of observations (B, *event) to features (B, C)."""
+        """Map a batch of observations (B, *event) to features (B, C)."""
         rows = _logarithms(flatten_rows(x), self.floor)
         s = (rows - self.center[None]) / self.scale[None]
-        # a finite number over a small scale may overflow; its logarithm does not
+        # a finite number divided by a small scale may overflow
         largest = jnp.finfo(s.dtype).max
         s = jnp.clip(s, -largest, largest)
         beyond = jnp.maximum(jnp.abs(s) - self.linear, 0.0)
         return jnp.clip(s, -self.linear, self.linear) + jnp.sign(s) * jnp.log1p(beyond)
 
     def of(self, places: tuple[int, ...] | None) -> Standardiser:
-        """The same for some entries of a flattened observation alone; for all of them if None."""
+        """Return the standardiser of some entries of a flattened observation; None means all."""
         if places is None:
             return self
         at = np.asarray(places)
         return Standardiser(self.center[at], self.scale[at], self.floor[at], self.linear)
 
     def inverse(self, features: Array) -> Array:
-        """Features (B, C) to flattened observations (B, C)."""
+        """Map features (B, C) back to flattened observations (B, C)."""
         beyond = jnp.maximum(jnp.abs(features) - self.linear, 0.0)
         s = jnp.clip(features, -self.linear, self.linear) + jnp.sign(features) * jnp.expm1(beyond)
         rows = s * self.scale[None] + self.center[None]
@@ -69,7 +71,7 @@ class Standardiser(NamedTuple):
 
 
 def fit_standardiser(x: Obs) -> Standardiser:
-    """Medians and scales of a batch of finite observations (N, *event)."""
+    """Fit a standardiser to a batch of finite observations (N, *event)."""
     return Standardiser(*_fitted(x))
 
 
@@ -90,9 +92,12 @@ def unflatten_rows(rows: Array, tree: Any, shapes: Shapes) -> Obs:
 
 
 def entry_labels(like: Obs) -> tuple[str, ...]:
-    """Names of the entries of a flattened observation, given its shapes (`jax.ShapeDtypeStruct`).
+    """Return a name for each entry of a flattened observation.
 
-    They are x[0], x[1], ..., or by the keys of a dict; x for a single number.
+    Names are x[0], x[1], ... for an array, x for a single number, and key[0], ... for a dict.
+
+    Args:
+        like: Shape and dtype of one observation (`jax.ShapeDtypeStruct` leaves).
     """
     names: list[str] = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(like):
@@ -103,14 +108,14 @@ def entry_labels(like: Obs) -> tuple[str, ...]:
 
 
 def _logarithms(rows: Array, floor: Array) -> Array:
-    """Logarithms of the columns whose floor is positive, going on as a line below the floor."""
+    """Take logarithms of columns with a positive floor, continued as a line below the floor."""
     taken, safe = floor[None] > 0, jnp.where(floor > 0, floor, 1.0)[None]
     logarithms = jnp.log(jnp.maximum(rows, safe)) + jnp.minimum(rows / safe - 1.0, 0.0)
     return jnp.where(taken, logarithms, rows)
 
 
 def _exponentials(rows: Array, floor: Array) -> Array:
-    """The inverse of `_logarithms`."""
+    """Invert `_logarithms`."""
     taken, safe = floor[None] > 0, jnp.where(floor > 0, floor, 1.0)[None]
     above = rows - jnp.log(safe)
     large = jnp.exp(jnp.maximum(above, 0.0) + jnp.log(safe))  # the product could overflow
@@ -119,17 +124,17 @@ def _exponentials(rows: Array, floor: Array) -> Array:
 
 
 def _floors(rows: Array) -> Array:
-    """Half the least number of each column, if all are less skew as logarithms; zero otherwise."""
+    """Return half the minimum of each column where logarithms are to be taken, zero otherwise."""
     least = jnp.min(rows, axis=0)
     tails = jnp.quantile(rows, jnp.asarray([0.01, 0.5, 0.99]), axis=0)
     logarithms = jnp.log(jnp.maximum(tails, jnp.finfo(rows.dtype).tiny))
-    # of all columns together: entries of a series or an image stay comparable
+    # one decision for all columns keeps the entries of a series or an image comparable
     better = jnp.mean(_skewness(logarithms)) < _LESS_SKEW * jnp.mean(_skewness(tails))
     return jnp.where(jnp.all(least > 0) & better, 0.5 * least, 0.0)
 
 
 def _skewness(tails: Array) -> Array:
-    """How far the median (second row) is from halfway between both tails: 0 to 1."""
+    """Measure skewness, 0 to 1: distance of the median (row 2) from the middle of both tails."""
     low, center, high = tails
     width = jnp.maximum(high - low, jnp.finfo(tails.dtype).tiny)
     return jnp.abs(high + low - 2 * center) / width
@@ -140,11 +145,11 @@ def _fitted(x: Obs) -> tuple[Array, Array, Array]:
     floor = jnp.concatenate([_floors(flatten_rows(leaf)) for leaf in jax.tree.leaves(x)])
     rows = _logarithms(flatten_rows(x), floor)
     low, center, high = jnp.quantile(rows, jnp.asarray([0.25, 0.5, 0.75]), axis=0)
-    # the standard deviation of differences from the median, on a scale that cannot overflow
+    # root mean square deviation from the median, scaled so that it cannot overflow
     spread = (high - low) / _NORMAL_IQR
     size = jnp.maximum(jnp.max(jnp.abs(rows - center[None]), axis=0), 1e-30)
     deviation = size * jnp.sqrt(jnp.mean(((rows - center[None]) / size[None]) ** 2, axis=0))
-    # differences at the rounding error of the values themselves carry nothing
+    # differences as small as the rounding error of the values carry no information
     least = 1e-6 * jnp.abs(center)
     scale = jnp.where(spread > least, spread, deviation)
     return center, jnp.where(scale > jnp.maximum(least, 1e-30), scale, 1.0), floor

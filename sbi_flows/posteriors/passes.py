@@ -16,18 +16,19 @@ from sbi_flows.core.typing import Key
 from sbi_flows.posteriors.adapter import PosteriorLike
 from sbi_flows.simulations.simulations import Simulations
 
-CHUNK = 4_000_000
-"""Numbers (data sets x draws x D) held at once; 16 MB in single precision."""
+MAX_CHUNK_ENTRIES = 4_000_000
+"""Maximum number of entries (data sets x draws x D) at once: 16 MB in single precision."""
 
 MIN_DATASETS = 50
 MIN_DRAWS = 20
 
 
 def usable(posterior: PosteriorLike, simulations: Simulations, draws: int) -> Simulations:
-    """The simulations that succeeded, after the checks that come before any work.
+    """Return the valid simulations, after checks that come before any long work.
 
     Raises:
-        ValueError: Too few data sets succeeded, too few draws, or parameters of another width.
+        ValueError: Fewer than `MIN_DATASETS` are valid, there are fewer than `MIN_DRAWS` draws, or the
+            number of parameters is another than the posterior's.
     """
     if draws < MIN_DRAWS:
         raise ValueError(f"draws: expected at least {MIN_DRAWS}, got {draws}")
@@ -47,34 +48,35 @@ def usable(posterior: PosteriorLike, simulations: Simulations, draws: int) -> Si
 
 
 def chunks_of(
-    key: Key, n: int, numbers: int, label: str, progress: bool
+    key: Key, n: int, entries: int, label: str, progress: bool
 ) -> Iterator[tuple[Key, np.ndarray, int]]:
-    """Chunks of n data sets, equally long (the last one wraps round), under a progress bar.
+    """Yield chunks of n data sets, equally long (the last one wraps round), with a progress bar.
 
     Args:
         key: Random key.
         n: Number of data sets.
-        numbers: Numbers held for each at once.
-        label: What the bar says.
-        progress: Show it, if there are several chunks.
+        entries: Number of entries in memory for each data set.
+        label: Label of the progress bar.
+        progress: Show the bar, if there are several chunks.
 
     Yields:
-        A key, numbers of data sets, and how many of these to keep.
+        A random key, the indices of the data sets in a chunk, and how many of them are new.
     """
-    count = -(-n // max(1, CHUNK // numbers))
+    count = -(-n // max(1, MAX_CHUNK_ENTRIES // entries))
     size = -(-n // count)
     starts = range(0, n, size)
     bar = tqdm(starts, desc=label, disable=not progress or len(starts) < 2)
-    for own, start in zip(jax.random.split(key, len(starts)), bar, strict=True):
-        yield own, np.arange(start, start + size) % n, min(size, n - start)
+    for chunk_key, start in zip(jax.random.split(key, len(starts)), bar, strict=True):
+        yield chunk_key, np.arange(start, start + size) % n, min(size, n - start)
 
 
 def continuous_ranks(key: Key, below: Any, equal: Any, draws: int) -> np.ndarray:
-    """Spread integer ranks among `draws` draws evenly over (0, 1).
+    """Convert integer ranks among draws to continuous ranks in (0, 1).
 
-    A rank takes one of `draws` + 1 values, so that a Kolmogorov-Smirnov test on rank / draws sees
-    steps. Ties with the true value are broken at random, and each rank is then placed at random
-    within its own cell of width 1 / (draws + 1); both make it uniform exactly under the null.
+    An integer rank takes one of `draws` + 1 values, so that rank / draws is not uniform for a
+    Kolmogorov-Smirnov test. Here ties with the true value are broken at random, and each rank is
+    placed at random within its cell of width 1 / (draws + 1); it is then exactly uniform under the
+    null hypothesis.
 
     Args:
         key: Random key.
@@ -86,7 +88,7 @@ def continuous_ranks(key: Key, below: Any, equal: Any, draws: int) -> np.ndarray
         Values in (0, 1), float64, the shape of `below`.
     """
     below, equal = np.asarray(below), np.asarray(equal)
-    # on the host, in double precision: a cell next to 1 must not round to 1
+    # on the host, in double precision: values in the last cell must not round to 1
     rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,))))
     rank = below + rng.integers(0, equal + 1)
     return (rank + rng.uniform(1e-9, 1.0 - 1e-9, below.shape)) / (draws + 1)

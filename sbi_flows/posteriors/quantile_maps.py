@@ -1,9 +1,9 @@
-"""Monotone maps between quantiles, piecewise linear and straight at both ends.
+"""Increasing piecewise linear maps between quantiles.
 
 Public names: `Quantiles`, `quantiles_of`, `quantile_map`, `increasing`.
 
-The ends go on beyond all draws, where the rank among them says no more: a truth that far out still
-has a score that tells how far.
+Outside the range of the draws, ranks carry no information. There the maps are extrapolated as
+straight lines, so that a true value far outside still has a score that grows with its distance.
 """
 
 from __future__ import annotations
@@ -16,47 +16,47 @@ import numpy as np
 from jax import Array
 from scipy import special
 
-OUTSIDE = 5
-"""Draws beyond the outermost knot on each side: fewer do not say where it is."""
+MIN_DRAWS_OUTSIDE = 5
+"""Minimum number of draws beyond the outermost knot on each side, which locate the knot."""
 
 SPACING = 0.5
-"""Normal scores between knots, at the most."""
+"""Maximum distance between knots, in normal scores."""
 
 FURTHEST = 3.0
-"""Normal score of the outermost knot, at the most."""
+"""Maximum normal score of the outermost knot."""
 
 
 class Quantiles(NamedTuple):
-    """An increasing map through knots, or many of them.
+    """Increasing piecewise linear map through K knots, or a batch of such maps.
 
     Attributes:
-        scores: Knots, increasing, shape (*, K); the normal scores of quantiles, say.
-        values: What they are mapped to, increasing, shape (*, K).
+        scores: Arguments at the knots, increasing, shape (*, K): normal scores of quantiles.
+        values: Values at the knots, increasing, shape (*, K).
     """
 
     scores: Array
     values: Array
 
     def value(self, score: Array) -> tuple[Array, Array]:
-        """Values (*, n) at scores (*, n), and the log derivatives there."""
+        """Map scores (*, n) to values; return values and log derivatives, both (*, n)."""
         return _through(self.scores, self.values, score)
 
     def score(self, value: Array) -> tuple[Array, Array]:
-        """Scores (*, n) of values (*, n), and the log derivatives there."""
+        """Map values (*, n) to scores; return scores and log derivatives, both (*, n)."""
         return _through(self.values, self.scores, value)
 
 
 def quantiles_of(
     draws: Array, *, spacing: float = SPACING, furthest: float = FURTHEST
 ) -> Quantiles:
-    """The quantiles of draws (*, n), 20 of them or more, by their normal scores.
+    """Map normal scores to the quantiles of draws (*, n), n at least 20.
 
-    Draws that are all equal still give an increasing map, a very steep one.
+    If all draws are equal, the map still increases, with a very small slope.
 
     Args:
         draws: Draws, shape (*, n).
-        spacing: Normal scores between knots, at the most.
-        furthest: Normal score of the outermost knot, at the most.
+        spacing: Maximum distance between knots, in normal scores.
+        furthest: Maximum normal score of the outermost knot.
 
     Example:
         >>> import jax
@@ -71,20 +71,20 @@ def quantiles_of(
 
 
 def quantile_map(source: Array, target: Array) -> Quantiles:
-    """The map that takes the quantiles of draws (*, m) to those of others (*, n)."""
+    """Map the quantiles of draws `source` (*, m) to those of draws `target` (*, n)."""
     inner = _knots(min(source.shape[-1], target.shape[-1]), SPACING, FURTHEST)
     return Quantiles(_quantiles(source, inner), _quantiles(target, inner))
 
 
 def _knots(n: int, spacing: float, furthest: float) -> np.ndarray:
-    """Evenly spaced normal scores that n draws know the quantiles at."""
-    outer = min(furthest, -float(special.ndtri(OUTSIDE / (n + 1))))
+    """Return evenly spaced normal scores at which n draws determine the quantiles."""
+    outer = min(furthest, -float(special.ndtri(MIN_DRAWS_OUTSIDE / (n + 1))))
     half = max(2, math.ceil(outer / spacing))
     return np.linspace(-outer, outer, 2 * half + 1)
 
 
 def _quantiles(draws: Array, inner: np.ndarray) -> Array:
-    """Quantiles (*, K) at normal scores, and a knot more at each end on the line of the last."""
+    """Compute quantiles (*, K) at normal scores, and one extrapolated knot at each end."""
     n = draws.shape[-1]
     ordered = jnp.sort(draws, axis=-1)
     places = np.clip((n + 1) * special.ndtr(inner) - 1.0, 0.0, n - 1.0)
@@ -100,7 +100,7 @@ def _quantiles(draws: Array, inner: np.ndarray) -> Array:
 
 
 def increasing(values: Array) -> Array:
-    """Set equal neighbours (*, K) apart by what the numbers can just hold."""
+    """Separate equal neighbours (*, K) by a small multiple of the rounding error."""
     largest = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
     least = 16.0 * jnp.finfo(values.dtype).eps * jnp.maximum(largest, 1e-30)
     steps = jnp.maximum(jnp.diff(values, axis=-1), least)
@@ -108,7 +108,7 @@ def increasing(values: Array) -> Array:
 
 
 def _through(xs: Array, ys: Array, points: Array) -> tuple[Array, Array]:
-    """The line through knots at points (*, n), and the log of its slope."""
+    """Interpolate linearly between knots at points (*, n); return also the log slope."""
     return jnp.vectorize(_line, signature="(k),(k),(n)->(n),(n)")(xs, ys, points)
 
 

@@ -1,9 +1,9 @@
-"""Draws re-weighted to another density: weights with a smooth tail, and what they are worth.
+"""Importance weights of draws: Pareto smoothing, and effective sample size.
 
 Public names: `Reweighting`, `reweighted`, `cjs_distance`.
 
-The smoothing is that of `psislw` of ArviZ 0.x, which ArviZ 1.x, supported too, has no longer by
-that name; a test compares the two.
+The smoothing is that of `psislw` of ArviZ 0.x. ArviZ 1.x has no function of that name; a test
+compares both where it exists.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-LEAST_EFFECTIVE = 100
-"""Draws that weighted ones have to be worth, for a mean to be good to a tenth of its sd."""
+MIN_EFFECTIVE_SAMPLE_SIZE = 100
+"""Minimum effective sample size for a weighted mean to be accurate to 0.1 standard deviations."""
 
 
 class Reweighting(NamedTuple):
-    """Weights of draws.
+    """Importance weights of draws.
 
     Attributes:
-        weights: They add up to 1, shape (n,).
-        effective: Number of draws without weights that they are worth: 1 over the sum of squares.
-        pareto_k: Shape of the tail of the weights: their mean needs it below 1, their variance
-            below 1/2; 0 where the largest weights tie.
+        weights: Weights, which add up to 1, shape (n,).
+        effective: Effective sample size: 1 over the sum of squared weights.
+        pareto_k: Shape parameter of the tail of the weights. Their mean exists below 1, their
+            variance below 1/2. It is 0 where the largest weights tie.
     """
 
     weights: np.ndarray
@@ -33,17 +33,17 @@ class Reweighting(NamedTuple):
 
     @property
     def reliable(self) -> bool:
-        """Whether averages with these weights can be told from so many draws."""
+        """Whether weighted averages are reliable at this number of draws."""
         limit = min(0.7, 1.0 - 1.0 / math.log10(len(self.weights)))
-        return self.pareto_k <= limit and self.effective >= LEAST_EFFECTIVE
+        return self.pareto_k <= limit and self.effective >= MIN_EFFECTIVE_SAMPLE_SIZE
 
 
 def reweighted(log_ratio: np.ndarray) -> Reweighting:
-    """Weights from log density ratios (n,), the largest replaced by quantiles of a Pareto tail.
+    """Compute weights from log density ratios (n,), the largest smoothed by a Pareto tail.
 
     Args:
-        log_ratio: Up to a constant; -inf is a weight of zero, one at least is finite. n is at least
-            25, and NaN has no meaning here.
+        log_ratio: Log ratios up to a constant, n at least 25. -inf is a weight of zero; at least
+            one is finite, and none is NaN.
 
     References:
         Vehtari, Simpson, Gelman, Yao & Gabry 2024, Pareto Smoothed Importance Sampling,
@@ -61,7 +61,7 @@ def reweighted(log_ratio: np.ndarray) -> Reweighting:
     order = np.argsort(ratios)
     tail = order[n - math.ceil(min(0.2 * n, 3.0 * math.sqrt(n))) :]
     cut = ratios[order[n - len(tail) - 1]]
-    tail = tail[ratios[tail] > cut]  # what ties with the cut is no part of a tail
+    tail = tail[ratios[tail] > cut]  # values that tie with the cut are not in the tail
     k = 0.0
     if len(tail) >= 5:
         excess = ratios[tail] - cut
@@ -74,10 +74,11 @@ def reweighted(log_ratio: np.ndarray) -> Reweighting:
 
 
 def _pareto(excess: np.ndarray) -> tuple[float, float]:
-    """Shape and scale of a generalised Pareto distribution of increasing positive numbers (m,).
+    """Fit shape and scale of a generalised Pareto distribution to sorted positive numbers (m,).
 
     Source: Zhang & Stephens 2009, "A New and Efficient Estimation Method for the Generalized Pareto
-    Distribution" (Technometrics 51:316), in the opposite sign; drawn to 1/2 as by ten more numbers.
+    Distribution" (Technometrics 51:316), with the opposite sign of the shape, and a weak prior at 1/2 that is
+    worth ten more numbers.
     """
     m = len(excess)
     count = 30 + int(math.sqrt(m))
@@ -92,10 +93,10 @@ def _pareto(excess: np.ndarray) -> tuple[float, float]:
 
 
 def cjs_distance(draws: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Between draws (n, D) and the same with weights (n,), column by column; in [0, 1], shape (D,).
+    """Compute the distance (D,) between draws (n, D) and weighted draws, for each parameter.
 
-    The cumulative Jensen-Shannon distance of distribution functions, over its upper bound; the
-    larger one of draws and of negative draws.
+    It is the cumulative Jensen-Shannon distance of both distribution functions, divided by its
+    upper bound, so that it lies in [0, 1]; the larger of the values for draws and negated draws.
 
     References:
         Nguyen & Vreeken 2015, Non-Parametric Jensen-Shannon Divergence, section 3. Kallioinen et
@@ -111,10 +112,10 @@ def cjs_distance(draws: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _cjs(p: np.ndarray, q: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """Divergence in both directions of functions on steps, over its upper bound."""
+    """Compute the symmetric divergence of two step functions over its upper bound."""
     p, q = np.maximum(p, 1e-300), np.maximum(q, 1e-300)
     middle = 0.5 * (p + q)
-    # what makes each of both directions positive cancels in their sum
+    # the terms that make each direction positive cancel in the sum
     divergence = np.sum(steps * (p * np.log2(p / middle) + q * np.log2(q / middle)), axis=0)
     bound = np.sum(steps * (p + q), axis=0)
     return np.maximum(divergence, 0.0) / np.maximum(bound, 1e-300)

@@ -82,7 +82,7 @@ def test_pass_is_what_numpy_counts(posterior, simulations):
 def test_chunks_of_one_shape_change_nothing(posterior, simulations, monkeypatch):
     whole = draw_pass(jax.random.key(0), posterior, simulations, draws=DRAWS)
     assert posterior.sizes == [N]
-    monkeypatch.setattr(passes, "CHUNK", 25 * DRAWS * D)
+    monkeypatch.setattr(passes, "MAX_CHUNK_ENTRIES", 25 * DRAWS * D)
     split = draw_pass(jax.random.key(0), posterior, simulations, draws=DRAWS)
     assert posterior.sizes[1:] == [24, 24, 24]
     for name in ("uniform", "density", "log_prob", "mean", "sd", "theta"):

@@ -40,7 +40,7 @@ def test_sorted_rows_are_all_looked_at(monkeypatch):
     rng = np.random.default_rng(0)
     theta = np.sort(rng.normal(size=(4_000, 1)), axis=0)
     x = np.where(theta > 0, theta, 0.0) + 0.1 * rng.normal(size=(4_000, 1))
-    monkeypatch.setattr(screening, "ROWS", 1_000)
+    monkeypatch.setattr(screening, "MAX_ROWS", 1_000)
     assert dependent_features(theta, x, 1e-3).all()
     assert not dependent_features(theta[:1_000], x[:1_000], 1e-3).any()
 
