@@ -27,8 +27,8 @@ def usable(posterior: PosteriorLike, simulations: Simulations, draws: int) -> Si
     """Return the valid simulations, after checks that come before any long work.
 
     Raises:
-        ValueError: Fewer than `MIN_DATASETS` are valid, there are fewer than `MIN_DRAWS` draws, or the
-            number of parameters is another than the posterior's.
+        ValueError: Fewer than `MIN_DATASETS` are valid, `draws` is below `MIN_DRAWS`, or the number
+            of parameters differs from the posterior's.
     """
     if draws < MIN_DRAWS:
         raise ValueError(f"draws: expected at least {MIN_DRAWS}, got {draws}")

@@ -77,8 +77,8 @@ def _pareto(excess: np.ndarray) -> tuple[float, float]:
     """Fit shape and scale of a generalised Pareto distribution to sorted positive numbers (m,).
 
     Source: Zhang & Stephens 2009, "A New and Efficient Estimation Method for the Generalized Pareto
-    Distribution" (Technometrics 51:316), with the opposite sign of the shape, and a weak prior at 1/2 that is
-    worth ten more numbers.
+    Distribution" (Technometrics 51:316), with the opposite sign of the shape and a
+    weak prior at 1/2 that is worth ten more numbers.
     """
     m = len(excess)
     count = 30 + int(math.sqrt(m))
