@@ -52,9 +52,9 @@ CASES = {name: lambda d=d: direct(d) for name, d in {**DENSITIES, **ODE_DENSITIE
     "conformal": conformal,
     "composed": lambda: sf.composed(direct(DIFFUSION), levels=3, steps=2),
 }
-# slower to compile; their densities are tested one by one in tests/densities/test_tracing.py
-SLOW = {"NSF", "coupling NSF", "NSF without trunk", "coupling MAF", "CNF", "distilled", "stack"}
-PARAMS = [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES]
+# the others take longer to compile; tests/densities/test_tracing.py has all densities one by one
+QUICK = {"mixture", "MAF", "flow matching", "recalibrated", "conformal", "composed"}
+PARAMS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 
 
 @pytest.fixture(scope="module", params=PARAMS)
@@ -67,6 +67,18 @@ def case(request):
         yield made, x, jnp.array([0.6, 1.1]), jax.random.key(7)
 
 
+def slope(function, value, step=1e-5):
+    """Central difference of a function of an array, along a fixed direction."""
+    direction = jnp.cos(jnp.arange(1.0, value.size + 1)).reshape(value.shape)
+    ends = function(value + step * direction), function(value - step * direction)
+    return (ends[0] - ends[1]) / (2 * step)
+
+
+def along(gradient):
+    """Slope along the same direction, of a gradient."""
+    return jnp.sum(gradient * jnp.cos(jnp.arange(1.0, gradient.size + 1)).reshape(gradient.shape))
+
+
 @jax.jit
 def everything(made, x, theta, key):
     """All that a posterior does, with the posterior as an argument of a jitted function."""
@@ -77,28 +89,14 @@ def everything(made, x, theta, key):
     return {
         "log_prob": made.log_prob(theta, x),
         "at": at.log_prob(thetas),
-        "grad": jax.grad(made.log_prob, argnums=(0, 1))(theta, x),
+        "grad": jax.tree.map(along, jax.grad(made.log_prob, argnums=(0, 1))(theta, x)),
         "over theta": jax.vmap(at.log_prob)(thetas),
         "over x": jax.vmap(lambda x: made.at(x).log_prob(theta))(xs),
         "over keys": jax.vmap(lambda key: at.sample(key, N))(keys),
         "scan": jax.lax.scan(lambda c, theta: (c, at.log_prob(theta)), None, thetas)[1],
         "draws": draws,
         "draws' log_prob": log_prob,
-        "map": at.map(starts=4, steps=2),
     }
-
-
-def central(function, value, step=1e-5):
-    """Central differences of a function of an array."""
-    flat = jnp.ravel(value)
-    shifts = step * jnp.eye(len(flat))
-    return jnp.stack(
-        [
-            (function((flat + s).reshape(value.shape)) - function((flat - s).reshape(value.shape)))
-            / (2 * step)
-            for s in shifts
-        ]
-    ).reshape(value.shape)
 
 
 def test_everything_works_under_a_trace_and_gives_what_calls_give(case):
@@ -110,8 +108,8 @@ def test_everything_works_under_a_trace_and_gives_what_calls_give(case):
         "log_prob": made.log_prob(theta, x),
         "at": made.log_prob(thetas, x),
         "grad": (
-            central(lambda t: made.log_prob(t, x), theta),
-            central(lambda v: made.log_prob(theta, v), x),
+            slope(lambda t: made.log_prob(t, x), theta),
+            slope(lambda v: made.log_prob(theta, v), x),
         ),
         "over theta": made.log_prob(thetas, x),
         "over x": jnp.stack([made.log_prob(theta, x), made.log_prob(theta, x + 0.1)]),
@@ -119,13 +117,22 @@ def test_everything_works_under_a_trace_and_gives_what_calls_give(case):
         "scan": made.log_prob(thetas, x),
         "draws": draws,
         "draws' log_prob": log_prob,
-        "map": made.map(x, starts=4, steps=2),
     }
     assert traced.keys() == expected.keys()
     for name, value in expected.items():
         tolerance = 1e-4 if name == "grad" else 1e-6
         for a, b in zip(jax.tree.leaves(traced[name]), jax.tree.leaves(value), strict=True):
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mixture", "conformal", *(pytest.param(n, marks=pytest.mark.slow) for n in ODE_DENSITIES)],
+)
+def test_modes_are_found_under_a_trace(name):
+    made, x = CASES[name](), jnp.array([0.31, 1.2, -0.7])
+    traced = jax.jit(lambda made, x: made.map(x, starts=4, steps=2))(made, x)
+    np.testing.assert_allclose(traced, made.map(x, starts=4, steps=2), rtol=1e-4, atol=1e-4)
 
 
 def test_it_is_a_pytree_and_goes_through_a_jitted_function(case):
