@@ -27,10 +27,10 @@ MEAN, SD = jnp.array([1.0, -2.0]), jnp.array([0.3, 2.0])
 class Exact(VelocityNetwork):
     """Exact velocity of the path to the normal distribution of `MEAN` and `SD`."""
 
-    def given(self, context, *, key=None):
+    def encode_context(self, context, *, key=None):
         return None
 
-    def __call__(self, z, angle, given, *, key=None):
+    def __call__(self, z, angle, encoded, *, key=None):
         sin, cos = jnp.sin(angle), jnp.cos(angle)
         shift = z - jnp.broadcast_to(sin * MEAN, z.shape)
         variance = (sin * SD) ** 2 + cos**2
@@ -355,10 +355,10 @@ def tokens():
 
 def test_exchanged_parameters_have_exchanged_velocities(tokens):
     z = jax.random.normal(jax.random.key(0), (5, 2, 4, 2))
-    given = tokens.encode_context(jax.random.normal(jax.random.key(1), (2, 3)))
+    encoded = tokens.encode_context(jax.random.normal(jax.random.key(1), (2, 3)))
 
     def velocity(z):
-        return tokens(z.reshape(5, 2, 8), jnp.asarray(0.7), given).reshape(z.shape)
+        return tokens(z.reshape(5, 2, 8), jnp.asarray(0.7), encoded).reshape(z.shape)
 
     order = np.array([0, 3, 1, 2])
     np.testing.assert_allclose(velocity(z[:, :, order]), velocity(z)[:, :, order], atol=1e-5)
@@ -372,8 +372,8 @@ def test_a_mask_keeps_tokens_apart():
     settings = sf.Tokens(width=8, heads=2, blocks=1, mask=chain)
     graph, state = nnx.split(settings.build(nnx.Rngs(0), dim=3, context_dim=2))
     network = nnx.merge(graph, cases.perturbed(jax.random.key(1), state, 0.3))
-    given = network.encode_context(jnp.ones(2))
-    jacobian = jax.jacobian(lambda z: network(z, jnp.asarray(0.3), given))(jnp.ones(3))
+    encoded = network.encode_context(jnp.ones(2))
+    jacobian = jax.jacobian(lambda z: network(z, jnp.asarray(0.3), encoded))(jnp.ones(3))
     seen = np.abs(np.asarray(jacobian)) > 1e-6
     np.testing.assert_array_equal(seen, np.array(chain))
 
