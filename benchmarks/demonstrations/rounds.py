@@ -43,18 +43,20 @@ class Case:
         rounds: Maximum number of rounds.
         summary: Function from an observation to the input of the posterior.
         estimator: Function from a prior to an estimator.
-        paying: As for `sf.truncated_rounds`; with 1, all rounds take place.
+        shrink_below: As for `sf.truncated_rounds`; with 1, all rounds take place.
     """
 
     simulations: int
     rounds: int
     summary: Callable[[Any], Obs] = _identity
     estimator: Callable[[Any], sf.NPE] = sf.NPE
-    paying: float = 0.7
+    shrink_below: float = 0.7
 
 
 CASES: Mapping[str, Case] = {
-    "sir": Case(5_000, 2, estimator=partial(sf.NPE, emulator=sf.Emulator(), members=2), paying=1.0),
+    "sir": Case(
+        5_000, 2, estimator=partial(sf.NPE, emulator=sf.Emulator(), members=2), shrink_below=1.0
+    ),
     # one mode, nearly Gaussian
     "lynx_hare": Case(15_000, 4, with_fit, partial(sf.NPE, density=sf.MAF())),
 }
@@ -133,7 +135,7 @@ def rounds_at(key: Key, task: Task, case: Case, x: Obs, reference: Any) -> dict[
         summary,
         simulations=case.simulations,
         rounds=case.rounds,
-        shrink_below=case.paying,
+        shrink_below=case.shrink_below,
     )
     exact = np.asarray(reference, np.float64)
     draws = np.asarray(posterior.sample(draw_key, summary, len(exact)), np.float64)
