@@ -62,3 +62,8 @@ def written(path: Path, document: dict[str, Any], tensors: dict[str, np.ndarray]
     """Write a file with this content and a valid hash."""
     path.write_bytes(pack(document, tensors))
     return path
+
+
+def bits(tree: Any) -> list[tuple[np.dtype, bytes]]:
+    """Return dtype and bytes of each array, to compare trees exactly."""
+    return [(np.asarray(a).dtype, np.asarray(a).tobytes()) for a in jax.tree.leaves(tree)]

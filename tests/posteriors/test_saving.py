@@ -13,13 +13,11 @@ import pytest
 from flax import nnx
 
 import sbi_flows as sf
-from sbi_flows.artefact import priors
 from sbi_flows.core import files
 from sbi_flows.densities.conditional import Weights
 from sbi_flows.densities.distilled import Distilled
-from tests.artefacts import EVENT, ensemble, opened, posterior, written
+from tests.artefacts import EVENT, bits, ensemble, opened, posterior, written
 from tests.cases import DENSITIES, PRIORS, hierarchy, unchecked
-from tests.cases import prior as prior_of
 
 pytestmark = pytest.mark.promotes
 
@@ -44,10 +42,6 @@ CONTINUOUS = {
     ),
     "distilled": Distilled(teacher=sf.Diffusion(network=FILM, solver=FAST, path=sf.VE()), steps=1),
 }
-
-
-def bits(tree):
-    return [(np.asarray(a).dtype, np.asarray(a).tobytes()) for a in jax.tree.leaves(tree)]
 
 
 def same_draws(first, second, x=X):
@@ -196,49 +190,6 @@ def test_stacked_emulated_and_distilled_fits_come_back(sims, tmp_path):
     report = sf.check(jax.random.key(2), stacked, noisy, datasets=50, draws=20, progress=False)
     stacked.save(tmp_path / "a.sbif", report=report)
     assert sf.load(tmp_path / "a.sbif").record["check"]["verdict"] == report.verdict
-
-
-SLOW = {"Student t", "beta", "gamma"}  # to compile
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
-        for name in sorted(PRIORS.keys() - {"model"})
-    ],
-)
-def test_priors_come_back_with_all_their_bits(name):
-    prior, tensors = prior_of(name), {}
-    record = json.loads(json.dumps(priors.encode(prior, tensors)))
-    again = priors.decode(record, tensors, None)
-    assert (record["missing"], again.labels) == (None, prior.labels)
-    found, there = (jax.tree.leaves(list(p.distributions.values())) for p in (again, prior))
-    if name != "correlated normal":  # which keeps the covariance that it was made with
-        assert list(map(type, found)) == list(map(type, there))
-        assert bits(found) == bits(there)
-    assert priors.decode(record, tensors, prior) is prior
-
-
-def test_a_prior_of_slightly_other_numbers_is_another_one():
-    prior, tensors = prior_of("dict"), {}
-    record = priors.encode(prior, tensors)
-    points = tensors["prior/points"]
-    tensors["prior/points"] = points + 0.01 * np.ptp(points, axis=0, keepdims=True)
-    with pytest.raises(sf.ArtefactError, match=r"prior: expected a prior of .* got other ones"):
-        priors.decode(record, tensors, prior)
-
-
-def test_a_prior_that_was_cut_comes_back_cut():
-    from sbi_flows.prior.box import BoxPrior
-
-    base, tensors = sf.as_prior({"a": dist.Normal(0, 1), "b": dist.Uniform(np.float64(0.1), 3)}), {}
-    box = BoxPrior(base, [-1.0, -1.0], [0.5, np.inf])
-    record = priors.encode(box, tensors)
-    again = priors.decode(record, tensors, None)
-    assert isinstance(again, BoxPrior) and again.mass == box.mass
-    for given in (base, box):
-        assert priors.decode(record, tensors, given).matches(box)
 
 
 class Mine(dist.Normal):
