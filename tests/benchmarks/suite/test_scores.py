@@ -9,7 +9,7 @@ import numpyro.distributions as dist
 import pytest
 
 from benchmarks.suite import scores
-from sbi_flows.prior.prior import as_prior
+from sbi_flows.prior import as_prior
 
 
 def test_mmd_is_unbiased_and_sees_a_shift_in_any_units():

@@ -7,7 +7,7 @@ import numpyro.distributions as dist
 import pytest
 
 import simulators
-from sbi_flows.prior.prior import as_prior
+from sbi_flows.prior import as_prior
 from simulators import ReferenceFailed, Task
 from simulators.adapters import stored
 

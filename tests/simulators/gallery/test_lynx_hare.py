@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 from scipy.integrate import solve_ivp
 
-from sbi_flows.prior.prior import as_prior
+from sbi_flows.prior import as_prior
 from simulators import lynx_hare
 from simulators.adapters import mcmc
 from simulators.gallery import lynx_hare_model as model
