@@ -1,6 +1,7 @@
-"""Values that somebody gives for arrays, priors and stores, and what the library says to them.
+"""Random invalid values for arrays, priors and stores, for tests of error messages.
 
-`python -m tests.hostile_inputs 1000` gives so many of each and prints what it saw as JSON.
+`python -m tests.hostile_inputs 1000` tries 1000 values of each kind, and prints how many were
+accepted and how many raised an error, as JSON.
 """
 
 import collections
@@ -33,7 +34,7 @@ DTYPES: tuple[Any, ...] = (
 
 
 class Raises:
-    """What says that it is an array, and is none."""
+    """An object that claims to be an array, and cannot be converted to one."""
 
     shape, ndim, dtype = (5, 3), 2, np.dtype(float)
 
@@ -58,7 +59,7 @@ def _looped() -> list:
 
 
 def _array(draw: random.Random) -> Any:
-    """An array of any dtype, shape and order, with odd numbers among its own."""
+    """Return an array of a random dtype, shape and byte order, which may hold NaN or infinity."""
     sizes = [5, 3, 1, 0, 4]
     shape = tuple(draw.choice(sizes) for _ in range(draw.choice([0, 1, 1, 2, 2, 2, 2, 3])))
     if draw.random() < 0.5:
@@ -88,7 +89,7 @@ def _array(draw: random.Random) -> Any:
 
 
 def anything(draw: random.Random, deep: bool = True) -> Any:
-    """An array most of the time, a tree of them, or what is nothing of the kind."""
+    """Return a random array, a tree of arrays, or an object of another kind."""
     kind = draw.random()
     if kind < 0.6:
         return _array(draw)
@@ -104,14 +105,14 @@ def anything(draw: random.Random, deep: bool = True) -> Any:
 
 
 def outcome(call: Callable[[], Any]) -> Any:
-    """What a call gives, or "refused"; what is no clear error of ours is raised."""
+    """Return the result of a call, or "refused" after a clear error; raise any other error."""
     try:
         return call()
-    except (sf.SbiFlowsError, jaxtyping.TypeCheckError):  # the latter in tests alone
+    except (sf.SbiFlowsError, jaxtyping.TypeCheckError):  # tests check types at run time
         return "refused"
     except ValueError as error:
         if not re.match(r"[^:]+(: .*)?: expected .*, ?(got|not|rows)", str(error), re.DOTALL):
-            raise AssertionError(f"expected an error that says what was wanted: {error}") from error
+            raise AssertionError(f"expected a message of the form "expected ..., got ...": {error}") from error
         return "refused"
 
 
@@ -123,10 +124,10 @@ NASTY: list[Any] = [
 
 
 class Stores:
-    """Copies of a good store that are spoilt one way or the other."""
+    """A valid store, and copies of it with random damage."""
 
     def __init__(self, folder: Path) -> None:
-        """Make the good one."""
+        """Create the valid store."""
         self.folder = folder
         self.prior = {"rate": dist.LogNormal(0.0, 1.0), "place": dist.Uniform(-1.0, 1.0)}
         self.simulate(folder / "good")
@@ -134,12 +135,12 @@ class Stores:
         self.files = sorted(p.relative_to(folder / "good") for p in paths)
 
     def simulate(self, path: Path) -> sf.Simulations:
-        """Simulate what is missing."""
+        """Simulate the missing rows of a store."""
         store = sf.SimulationStore(path, chunk=8)
         return store.simulate(jax.random.key(3), self.prior, _noisy, 24, progress=False)
 
     def spoilt(self, seed: int) -> Path:
-        """Another one, in place of the last."""
+        """Return a damaged copy, which replaces the previous one."""
         draw, path = random.Random(seed), self.folder / "spoilt"
         shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(self.folder / "good", path)
@@ -162,7 +163,7 @@ class Stores:
         return path
 
     def read(self, path: Path) -> sf.Simulations:
-        """All that is to be read in a store."""
+        """Read all files of a store."""
         store = sf.SimulationStore(path)
         sims = store.simulations()
         for column in jax.tree.leaves(sims.x):
@@ -178,7 +179,7 @@ def _noisy(key: Any, theta: Any) -> Any:
 
 
 def _edited(draw: random.Random, document: Any) -> Any:
-    """A document with a value replaced, removed or added."""
+    """Return a JSON document with a value replaced, removed or added."""
     place = document
     while True:
         keys = list(place) if isinstance(place, dict) else list(range(len(place)))

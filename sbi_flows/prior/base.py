@@ -53,7 +53,7 @@ class Layout:
 
     @functools.cached_property
     def labels(self) -> tuple[str, ...]:
-        """One label for each of the D entries."""
+        """Labels of the D entries."""
         pairs = zip(self.names, self.shapes, strict=True)
         return tuple(label for name, shape in pairs for label in labels(name, shape))
 
@@ -124,7 +124,7 @@ class Prior(abc.ABC):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """One label for each of the D entries."""
+        """Labels of the D entries."""
         return self.layout.labels
 
     @property
@@ -139,17 +139,17 @@ class Prior(abc.ABC):
 
     @property
     def bounded(self) -> tuple[bool, ...]:
-        """Which of the d standard coordinates fill the interval (-sqrt 3, sqrt 3)."""
+        """Flags of the d standard coordinates: True for (-sqrt 3, sqrt 3), False for R."""
         return self.layout.bounded
 
     @property
     def is_named(self) -> bool:
-        """Whether the simulator receives a dict rather than one array."""
+        """True if the simulator receives a dict rather than one array."""
         return self.layout.is_named
 
     @abc.abstractmethod
     def matches(self, other: Prior) -> bool:
-        """Return whether the other has the same parameters with the same distributions."""
+        """Return whether another prior has the same parameters and distributions."""
 
     # for users: arguments are checked
 

@@ -20,7 +20,7 @@ from jax.scipy.stats import norm
 from sbi_flows.core.typing import Key
 from sbi_flows.prior.base import Layout, Prior, labels
 from sbi_flows.prior.maps import HALF_WIDTH, CdfMap, IntervalMap, NormalMap, positive
-from sbi_flows.prior.prior import SitePrior
+from sbi_flows.prior.site_prior import SitePrior
 
 _EDGE = 1e-6
 """Fraction of the box next to a side in which coordinates are those of its inner end."""
@@ -128,7 +128,7 @@ class BoxPrior(Prior):
         self._mass: Any = float(np.exp(np.sum(self._bounds.log_mass)))
 
     def __repr__(self) -> str:
-        """The prior, and the fraction of its mass in the box."""
+        """Name the prior, and the fraction of its mass in the box."""
         mass = "part" if isinstance(self._mass, Tracer) else f"{float(self._mass):.2g}"
         return f"{self.base} cut to {mass} of its mass"
 

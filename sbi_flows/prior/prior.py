@@ -1,285 +1,25 @@
-"""Priors of numpyro distributions and models.
+"""Make a prior of numpyro distributions, or of a numpyro model: `as_prior`.
 
-Public names: `SitePrior`, `as_prior`, and from `base`: `Prior`, `labels`. A prior is given as a
-numpyro distribution, a dict of them, or a numpyro model function with latent sites only; `as_prior`
-turns any of these into a `Prior` once.
+Public names: `as_prior`, `PriorLike`, and from the other files of this room `Prior`, `SitePrior`,
+`labels`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable, Mapping
-from types import MethodType
-from typing import Any, final
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import numpyro
 import numpyro.distributions as dist
-from jax import Array
 
-from sbi_flows.core.typing import Key
-from sbi_flows.prior.base import Layout as Layout
 from sbi_flows.prior.base import Prior as Prior
 from sbi_flows.prior.base import labels as labels
-from sbi_flows.prior.checks import (
-    base_of,
-    require_model,
-    require_names,
-    require_parameters,
-    require_site,
-)
-from sbi_flows.prior.maps import (
-    IntervalMap,
-    MapKind,
-    SiteMap,
-    keep_inside,
-    map_kind,
-    standard_shape,
-)
-from sbi_flows.prior.sites import Site
+from sbi_flows.prior.checks import require_model, require_parameters
+from sbi_flows.prior.models import Model, is_same, sample_model, trace_model
+from sbi_flows.prior.site_prior import SitePrior as SitePrior
 
 PriorLike = Any
 """A numpyro `Distribution`, a dict `{name: Distribution}`, a numpyro model or a `Prior`."""
-
-
-class Model:
-    """A numpyro model function as static data, equal to another only if both draw alike.
-
-    Functions are compared by identity, and what they traced to by value: a function may read
-    variables that change between two calls of `as_prior`.
-
-    Args:
-        function: The model, without arguments.
-        fingerprint: Names of its sites, and the parameters of their distributions for fixed seeds.
-    """
-
-    def __init__(self, function: Callable[[], Any], fingerprint: tuple[Any, ...]) -> None:
-        self.function, self.fingerprint = function, fingerprint
-
-    def __eq__(self, other: object) -> bool:
-        """Return whether function and fingerprint are the same."""
-        return self is other or (
-            isinstance(other, Model)
-            and _is_same_function(self.function, other.function)
-            and self.fingerprint == other.fingerprint
-        )
-
-    def __hash__(self) -> int:
-        """Return the hash of the fingerprint."""
-        return hash(self.fingerprint)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """Structure of a prior of sites.
-
-    Attributes:
-        layout: Names and shapes.
-        kinds: Class of each site's map.
-        model: The model that draws the sites, if there is one.
-        dependent: Names of sites whose distributions depend on other sites.
-    """
-
-    layout: Layout
-    kinds: tuple[MapKind, ...]
-    model: Model | None
-    dependent: frozenset[str]
-
-
-@final
-@jax.tree_util.register_pytree_node_class
-class SitePrior(Prior):
-    """A prior of one numpyro distribution a site, or of a numpyro model; see `as_prior`.
-
-    Args:
-        sites: Distribution of each site, by name.
-        is_named: Whether the simulator receives a dict rather than one array.
-        model: The numpyro model that draws the sites, if they come from one.
-        dependent: Names of sites whose distributions depend on other sites.
-
-    Raises:
-        ValueError: A site has no density, or a parameter out of range.
-    """
-
-    def __init__(
-        self,
-        sites: Mapping[str, dist.Distribution],
-        *,
-        is_named: bool,
-        model: Model | None = None,
-        dependent: frozenset[str] = frozenset(),
-    ) -> None:
-        for name, distribution in sites.items():
-            require_site(name, distribution)
-        wrapped = {name: Site(distribution) for name, distribution in sites.items()}
-        kinds = [map_kind(site, is_dependent=name in dependent) for name, site in wrapped.items()]
-        standard = [
-            standard_shape(kind, site) for kind, site in zip(kinds, wrapped.values(), strict=True)
-        ]
-        bounded = [
-            kind is IntervalMap
-            for kind, shape in zip(kinds, standard, strict=True)
-            for _ in range(math.prod(shape))
-        ]
-        shapes = tuple(site.shape for site in wrapped.values())
-        layout = Layout(tuple(sites), shapes, tuple(standard), tuple(bounded), is_named)
-        require_names(layout.names, layout.labels)
-        self._static = _Static(layout, tuple(kinds), model, dependent)
-        self._sites = tuple(wrapped.values())
-
-    def __repr__(self) -> str:
-        """Name the sites, their distributions and shapes."""
-        sites = ", ".join(
-            f"{name}: {base_of(d).__class__.__name__}{list(self.event_shapes[name])}"
-            for name, d in self.distributions.items()
-        )
-        return f"Prior({sites})"
-
-    def tree_flatten(self) -> tuple[tuple[Site, ...], _Static]:
-        """Return the sites, and what is static."""
-        return self._sites, self._static
-
-    @classmethod
-    def tree_unflatten(cls, static: _Static, sites: Any) -> SitePrior:
-        """Return a prior with these sites, without validating them."""
-        prior = object.__new__(cls)
-        prior._static, prior._sites = static, tuple(sites)
-        return prior
-
-    @property
-    def layout(self) -> Layout:
-        """Names and shapes."""
-        return self._static.layout
-
-    @property
-    def mass(self) -> float:
-        """Probability of the support: 1."""
-        return 1.0
-
-    @property
-    def distributions(self) -> dict[str, dist.Distribution]:
-        """Distribution of each site, by name."""
-        return {n: s.distribution for n, s in zip(self.names, self._sites, strict=True)}
-
-    @property
-    def dependent(self) -> frozenset[str]:
-        """Names of sites whose distributions depend on other sites."""
-        return self._static.dependent
-
-    @property
-    def map_kinds(self) -> tuple[MapKind, ...]:
-        """Class of map of each of the d standard coordinates."""
-        pairs = zip(self._static.kinds, self.layout.standard_shapes, strict=True)
-        return tuple(kind for kind, shape in pairs for _ in range(math.prod(shape)))
-
-    def matches(self, other: Prior) -> bool:
-        """Return whether the other has the same parameters with the same distributions."""
-        if not isinstance(other, SitePrior):
-            return False
-        left, right = self._static, other._static
-        pairs = zip(self.distributions.values(), other.distributions.values(), strict=False)
-        return (left.layout, left.model) == (right.layout, right.model) and all(
-            type(base_of(a)) is type(base_of(b)) and _same(a, b) for a, b in pairs
-        )
-
-    def unchecked_sample(self, key: Key, n: int) -> Array:
-        """Draw n parameter vectors (n, D)."""
-        if self._static.model is not None:
-            draw = self._static.model.function
-            values = jax.vmap(lambda k: _sample_model(draw, self.names, k))(
-                jax.random.split(key, n)
-            )
-        else:
-            keys = jax.random.split(key, len(self.names))
-            pairs = zip(self.distributions.items(), keys, strict=True)
-            values = {name: site.sample(k, (n,)) for (name, site), k in pairs}
-        supports = zip(self.names, self._sites, strict=True)
-        return self.unchecked_flatten(
-            {name: keep_inside(jnp.asarray(values[name]), s.support) for name, s in supports}
-        )
-
-    def unchecked_contains(self, theta: Array) -> Array:
-        """Return whether theta (*, D) is in the support."""
-        inside = jnp.all(jnp.isfinite(theta), axis=-1)
-        values = self.unchecked_unflatten(theta)
-        for site, value in zip(self._sites, values.values(), strict=True):
-            ok = jnp.asarray(site.support(value))
-            inside &= jnp.all(ok, axis=tuple(range(inside.ndim, ok.ndim)))
-        return inside
-
-    def unchecked_log_prob_inside(self, theta: Array) -> Array:
-        """Compute the log density at theta (*, D) inside the support."""
-        if self._static.model is not None:
-            flat = jnp.reshape(theta, (-1, self.dim))
-            return jnp.reshape(jax.vmap(self._log_density_model)(flat), theta.shape[:-1])
-        total = jnp.zeros(theta.shape[:-1], theta.dtype)
-        values = self.unchecked_unflatten(theta)
-        for site, value in zip(self._sites, values.values(), strict=True):
-            total += _site_log_prob(site, value, total.shape)
-        return total
-
-    def unchecked_site_log_probs(self, theta: Array) -> dict[str, Array]:
-        """Compute the log density of each site at theta (*, D)."""
-        if self.dependent:
-            return {}
-        batch, parts = theta.shape[:-1], {}
-        centers = self.unchecked_unflatten(self.center(batch))
-        values = self.unchecked_unflatten(theta)
-        for site, (name, value) in zip(self._sites, values.items(), strict=True):
-            ok = jnp.reshape(site.support(value), (*batch, -1)).all(axis=-1)
-            wide = jnp.reshape(ok, (*batch, *(1,) * len(site.shape)))
-            safe = jnp.where(wide, value, centers[name])
-            parts[name] = jnp.where(ok, _site_log_prob(site, safe, batch), -jnp.inf)
-        return parts
-
-    def unchecked_from_standard(self, y: Array) -> Array:
-        """Map standard coordinates (*, d) to parameters (*, D)."""
-        parts = self.layout.split_standard(y)
-        return self.unchecked_flatten(
-            {name: site_map.forward(parts[name]) for name, site_map in self._maps()}
-        )
-
-    def unchecked_to_standard(self, theta: Array) -> Array:
-        """Map parameters (*, D) to standard coordinates (*, d)."""
-        values, batch = self.unchecked_unflatten(theta), theta.shape[:-1]
-        sizes = map(math.prod, self.layout.standard_shapes)
-        parts = [site_map.inverse(values[name]) for name, site_map in self._maps()]
-        rows = [jnp.reshape(part, (*batch, n)) for part, n in zip(parts, sizes, strict=True)]
-        return jnp.concatenate(rows, axis=-1)
-
-    def unchecked_log_det(self, y: Array, theta: Array) -> Array:
-        """Compute the log determinant of `from_standard` at y (*, d)."""
-        parts, values = self.layout.split_standard(y), self.unchecked_unflatten(theta)
-        dets = [site_map.log_det(parts[name], values[name]) for name, site_map in self._maps()]
-        batch = y.shape[:-1]
-        return sum((jnp.sum(d.reshape((*batch, -1)), axis=-1) for d in dets), jnp.zeros(batch))
-
-    def _maps(self) -> list[tuple[str, SiteMap]]:
-        """Return the map of each site, by name; made anew, as its arrays may be traced."""
-        triples = zip(self.names, self._static.kinds, self._sites, strict=True)
-        return [(name, kind(site)) for name, kind, site in triples]
-
-    def _log_density_model(self, theta: Array) -> Array:
-        assert self._static.model is not None
-        values = self.unchecked_unflatten(theta)
-        model = self._static.model.function
-        log_density, _ = numpyro.infer.util.log_density(model, (), {}, values)
-        return log_density
-
-
-def _site_log_prob(site: Site, value: Array, batch: tuple[int, ...]) -> Array:
-    """Sum the log densities of a site's entries; shape batch."""
-    log_prob = site.distribution.log_prob(value)
-    return jnp.sum(jnp.reshape(log_prob, (*batch, -1)), axis=-1)
-
-
-def _sample_model(model: Callable[[], Any], names: tuple[str, ...], key: Key) -> dict[str, Any]:
-    """Draw the values of these sites of a model."""
-    trace = numpyro.handlers.trace(numpyro.handlers.seed(model, key)).get_trace()
-    return {name: trace[name]["value"] for name in names}
 
 
 def as_prior(prior: PriorLike) -> Prior:
@@ -324,69 +64,26 @@ def as_prior(prior: PriorLike) -> Prior:
 
 
 def _from_model(model: Callable[[], Any]) -> Prior:
-    """Trace a model twice: sites whose distribution changes depend on other sites."""
+    """Make a prior of a model.
+
+    The model is traced with two seeds. Sites whose distributions differ depend on other sites.
+    """
     require_model(model)
-    first, second = (_trace(model, seed) for seed in (0, 1))
+    first, second = (trace_model(model, seed) for seed in (0, 1))
     if set(first) != set(second):
         raise ValueError("prior model: expected the same sample sites at every call")
     for name, site in first.items():
         require_parameters(name, site)
-    dependent = frozenset(n for n in first if not _same(first[n], second[n]))
+    dependent = frozenset(n for n in first if not is_same(first[n], second[n]))
     for name in dependent:
-        if not _same(first[name].support, second[name].support):
+        if not is_same(first[name].support, second[name].support):
             raise ValueError(f"prior site {name!r}: its support depends on another parameter")
-    static = Model(model, _fingerprint(first) + _fingerprint(second))
-    prior = SitePrior(first, is_named=True, model=static, dependent=dependent)
+    prior = SitePrior(first, is_named=True, model=Model(model, first, second), dependent=dependent)
     try:
-        jax.eval_shape(lambda key: _sample_model(model, prior.names, key), jax.random.key(0))
+        jax.eval_shape(lambda key: sample_model(model, prior.names, key), jax.random.key(0))
     except Exception as error:
         raise ValueError(
             f"prior model: expected one that JAX can trace, got {type(error).__name__}: "
             f"{str(error)[:200]}"
         ) from error
     return prior
-
-
-def _trace(model: Callable[[], Any], seed: int) -> dict[str, dist.Distribution]:
-    key = jax.random.key(seed)
-    try:
-        trace = numpyro.handlers.trace(numpyro.handlers.seed(model, key)).get_trace()
-    except Exception as error:
-        raise ValueError(
-            f"prior model: expected one that runs, got {type(error).__name__}: {str(error)[:200]}"
-        ) from error
-    sites = {n: s for n, s in trace.items() if s["type"] == "sample"}
-    observed = [n for n, s in sites.items() if s["is_observed"]]
-    if observed:
-        raise ValueError(f"prior model: expected latent sample sites only, got observed {observed}")
-    if not sites:
-        raise ValueError("prior model: expected at least one sample site, got none")
-    return {n: s["fn"] for n, s in sites.items()}
-
-
-def _same(a: Any, b: Any) -> bool:
-    left, right = jax.tree.leaves(a), jax.tree.leaves(b)
-    return len(left) == len(right) and all(
-        jnp.shape(x) == jnp.shape(y) and bool(jnp.all(jnp.asarray(x) == jnp.asarray(y)))
-        for x, y in zip(left, right, strict=True)
-    )
-
-
-def _fingerprint(sites: Mapping[str, dist.Distribution]) -> tuple[Any, ...]:
-    """Return names and classes of sites, and their parameters as bytes."""
-    return tuple(
-        (name, type(base_of(site)), *(_bytes_of(leaf) for leaf in jax.tree.leaves(site)))
-        for name, site in sites.items()
-    )
-
-
-def _bytes_of(leaf: Any) -> tuple[Any, ...]:
-    array = np.asarray(leaf)
-    return array.dtype.str, array.shape, array.tobytes()
-
-
-def _is_same_function(a: Callable[[], Any], b: Callable[[], Any]) -> bool:
-    if isinstance(a, MethodType) and isinstance(b, MethodType):
-        # each access to a method makes a new object
-        return a.__self__ is b.__self__ and a.__func__ is b.__func__
-    return a is b

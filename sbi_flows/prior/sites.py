@@ -81,7 +81,7 @@ class Site:
 
     @property
     def distribution(self) -> dist.Distribution:
-        """The distribution with the present leaves as its parameters."""
+        """Distribution with the leaves as its parameters."""
         return self._parts()[0]
 
     @property

@@ -68,6 +68,9 @@ def simulate(
     check_executor(simulator, executor)
     prior_key, noise_key = jax.random.split(as_random_key("key", key))
     theta = prior.sample(prior_key, n)
+    not_finite = n - int(np.sum(np.isfinite(theta).all(axis=1)))
+    if not_finite:
+        raise ValueError(f"prior: expected finite draws, got {not_finite} of {n} with NaN or inf")
     return _simulate(noise_key, prior, simulator, theta, executor, progress)
 
 

@@ -98,7 +98,7 @@ class Simulations:
         return jax.tree.map(lambda leaf: _as_leaf(leaf[rows]), self)
 
     def __repr__(self) -> str:
-        """Sizes, the observation's shape and the number of failed rows."""
+        """Show the sizes, the shape of an observation and the number of failed rows."""
         leaves = [f"{a.dtype}{list(a.shape[1:])}" for a in jax.tree.leaves(self.x)]
         n, d = self.theta.shape
         invalid = n - self.num_valid
@@ -111,7 +111,7 @@ class Simulations:
 
     @property
     def on_disk(self) -> bool:
-        """Whether the observations are on disk, and read in parts."""
+        """True if the observations are on disk, and read in parts."""
         return is_on_disk(self.x)
 
     def only_valid(self) -> Simulations:

@@ -123,7 +123,7 @@ class SimulationStore:
         return sum(chunk.count for chunk in self._sealed())
 
     def __repr__(self) -> str:
-        """The path and the number of rows."""
+        """Show the path and the number of rows."""
         return f"SimulationStore({self.path!r}, N={len(self)})"
 
     def simulate(

@@ -96,7 +96,7 @@ class Validity:
     _scale: Array
 
     def __repr__(self) -> str:
-        """Losses with and without the parameters, and the test of calibration."""
+        """Show losses with and without the parameters, and the test of calibration."""
         gain, error = self.gain
         lines = [
             f"P(valid | theta) of {self.num_simulations:,} simulations, of which "

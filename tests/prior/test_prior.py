@@ -1,4 +1,4 @@
-"""Priors of every kind: names, density, support and the map to standard coordinates."""
+"""All kinds of priors: names, density, support and the map to standard coordinates."""
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +102,7 @@ def test_the_prior_is_standard_in_standard_coordinates(case):
 
 
 def test_no_standard_coordinates_lead_outside(case):
-    """Extreme ones stop at the last number inside, of either sign and in every mixture."""
+    """Extreme coordinates of both signs map to the outermost number inside the support."""
     name, prior, _ = case
     # one that the support alone gives meets numbers of many sizes, which round to their sum
     elementwise = name in [*THROUGH_CDF, "Weibull", "model"]

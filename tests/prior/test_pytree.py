@@ -1,4 +1,4 @@
-"""Priors as pytrees: under jit, grad and vmap, as arguments, and without compiling again."""
+"""Priors as pytrees: jit, grad, vmap, arguments of jitted functions, number of compilations."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ import pytest
 
 import sbi_flows as sf
 from sbi_flows.prior.box import BoxPrior
-from sbi_flows.prior.prior import SitePrior
+from sbi_flows.prior.site_prior import SitePrior
 from tests import cases
 from tests.compilations import count_compilations
 
@@ -28,7 +28,7 @@ BASE = {
 
 
 def made(shift: float = 0.0) -> sf.Prior:
-    """A prior made anew, its parameters moved by `shift`."""
+    """Make a new prior, its parameters moved by `shift`."""
     return sf.as_prior(
         {
             "rate": dist.LogNormal(0.1 + shift, 1.0),
@@ -39,7 +39,7 @@ def made(shift: float = 0.0) -> sf.Prior:
 
 
 def box(share: float = 1.0) -> BoxPrior:
-    """A box of `made`, made anew."""
+    """Make a new box of a new prior."""
     return BoxPrior(made(), share * np.array([-1.0, -1.0, 0.2, 0.3]), [2.0, 1.0, 1.5, 2.5])
 
 
@@ -155,7 +155,7 @@ def test_other_priors_have_other_structures(name):
 
 
 def test_a_support_that_depends_on_a_sign_survives_a_trace():
-    """Numpyro takes a traced scale for a positive one, which would turn the support round."""
+    """Numpyro assumes that a traced scale is positive, which would reverse the support."""
     prior = sf.as_prior(cases.PRIORS["negative lognormal"]())
     theta = jnp.array([[0.5], [2.0]])
     inside = jax.jit(lambda prior: prior.contains(theta))(prior)
@@ -163,7 +163,7 @@ def test_a_support_that_depends_on_a_sign_survives_a_trace():
 
 
 class Powered(dist.Normal):
-    """A user's distribution, with an attribute that its leaves do not show."""
+    """A user's distribution with an attribute that is no leaf."""
 
     power = 1.0
 
@@ -188,7 +188,7 @@ SCALE = {"value": 1.0}
 
 
 def changing() -> None:
-    """A model that reads a variable."""
+    """Model that reads a variable which can change."""
     level = numpyro.sample("level", dist.Normal(0.0, 1.0))
     numpyro.sample("effect", dist.Normal(level, SCALE["value"]))
 

@@ -67,8 +67,8 @@ print(json.dumps({
 
 
 def simulated(folder, devices):
-    """What a process with so many devices has found."""
-    # optimised as it is for users: what rounds in another way does so then
+    """Run the script in a process with this many devices, and return its results."""
+    # with the optimisation that users have: a difference in rounding shows only then
     flags = f"--xla_force_host_platform_device_count={devices}"
     run = subprocess.run(
         [sys.executable, "-c", SIMULATE, str(folder)],

@@ -1,4 +1,4 @@
-"""Whatever is given for arrays and stores works rightly, or is refused by a clear error of ours."""
+"""Any value for an array or a store is accepted, or raises an error with a clear message."""
 
 import inspect
 import json
@@ -297,7 +297,7 @@ def test_names_of_observations_are_no_paths(name, tmp_path):
 
 
 def test_a_store_of_the_second_format_of_zarr_runs_nothing(tmp_path):
-    """There an array may be of objects, by a codec that runs what it reads."""
+    """In format 2, a codec of object arrays runs code that it reads."""
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / ".zgroup").write_text(json.dumps({"zarr_format": 2}))
     store = sf.SimulationStore(tmp_path / "s")
@@ -306,7 +306,7 @@ def test_a_store_of_the_second_format_of_zarr_runs_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_seven_thousand_inputs():
-    """As a user sees them, whose types nobody checks."""
+    """In a process of its own, without the type checks of the tests."""
     command = [sys.executable, "-m", "tests.hostile_inputs", "1000"]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=3000)

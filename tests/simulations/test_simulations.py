@@ -1,4 +1,4 @@
-"""Simulations: validated, sliced, counted; `simulate`: keyed, chunked, honest about failures."""
+"""`Simulations`: checks, rows, counts. `simulate`: keys, compiled calls, failures, traces."""
 
 import warnings
 
@@ -23,12 +23,12 @@ def noisy(key, theta):
 
 
 def failing(key, theta):
-    """Fails where the first parameter is above one."""
+    """Simulator that returns NaN where the first parameter is above 1."""
     return jnp.where(theta[0] > 1.0, jnp.nan, noisy(key, theta))
 
 
 def named(key, theta):
-    """A dict in, a dict out, integers among it."""
+    """Simulator with a dict of parameters and a dict of arrays, one of them integer."""
     counts = jax.random.poisson(key, jnp.exp(theta["mean"]), (3,))
     return {"counts": counts, "total": jnp.sum(theta["noise"])}
 
@@ -114,7 +114,7 @@ def test_no_valid_row_at_all_is_an_error():
 
 
 class Shifted:
-    """An object that is called, with state, and without a hash."""
+    """Callable object with state and without a hash."""
 
     __hash__ = None
     shift = 0.0
@@ -203,7 +203,7 @@ def test_arrays_of_either_library_and_lists_are_accepted():
 
 
 def test_numbers_beyond_single_precision_keep_their_size_or_count_as_infinite():
-    """JAX's own conversion would wrap the integers round, to 5 and 0."""
+    """JAX's own conversion would overflow, to 5 and 0."""
     sims = sf.Simulations(np.zeros((2, 1)), {"a": np.array([2**40 + 5, 1])})
     np.testing.assert_allclose(sims.x["a"], [2.0**40, 1.0])
     sims = sf.Simulations(np.zeros((2, 1)), np.array([2**63, 1], np.uint64))
@@ -268,7 +268,7 @@ class Counting:
         self.traces = 0
 
     def function(self):
-        """A plain function, which JAX knows by itself."""
+        """Return a plain function, whose programs JAX reuses."""
 
         def simulator(key, theta):
             self.traces += 1

@@ -1,4 +1,4 @@
-"""Simulations on disk: what is finished stays, whatever is killed, spoilt or asked for next."""
+"""Stores: finished chunks survive kills and damage, and rows do not depend on chunks."""
 
 import functools
 import os
@@ -110,7 +110,7 @@ def test_a_chunk_that_was_hardly_begun_is_not_missed(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Object at theta is not recognized as a component")
 def test_rows_are_counted_without_a_look_at_the_arrays(tmp_path):
-    """A store of many chunks has several arrays in each, and a request for each is slow."""
+    """Each chunk has several arrays, and a request for each of them to a remote store is slow."""
     stored(tmp_path / "s")
     for file in (tmp_path / "s").glob("rows/*/theta/zarr.json"):
         file.unlink()
@@ -246,7 +246,7 @@ store.simulate(jax.random.key(0), prior, simulator, 600, progress=False)
 @pytest.mark.slow
 @pytest.mark.parametrize("times", [20])
 def test_a_kill_loses_no_finished_chunk(tmp_path, times):
-    """Killed at random moments of the writing, and started again until all is there."""
+    """The process is killed at random moments, and restarted until all rows are finished."""
     (tmp_path / "run.py").write_text(SCRIPT)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 

@@ -1,4 +1,4 @@
-"""P(valid | theta), and posteriors with known answers that failures change or do not."""
+"""P(valid | theta), and posteriors with known answers, with and without an effect of failures."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ FAILING = {
     "nothing": lambda theta, x: np.full(len(theta), 0.3),
 }
 EXACT = X / (1.0 + NOISE**2), NOISE / (1.0 + NOISE**2) ** 0.5
-"""Mean and standard deviation given x = X, of a simulator that does not fail."""
+"""Posterior mean and standard deviation at x = X for a simulator without failures."""
 
 
 def joint(kind, n, seed):
@@ -32,7 +32,7 @@ def joint(kind, n, seed):
 
 
 def given_valid():
-    """Mean and standard deviation given x = X and that the simulation is valid, on a grid."""
+    """Compute posterior mean and standard deviation given x = X and a valid simulation, on a grid."""
     grid = np.linspace(-6.0, 6.0, 10_001)
     density = np.exp(-0.5 * grid**2 - 0.5 * ((X - grid) / NOISE) ** 2) * expit(-2.0 * grid)
     density /= density.sum()
@@ -54,7 +54,7 @@ def validity(kind):
 
 @pytest.fixture(scope="module")
 def learned(kind):
-    """Draws of what is learned from valid simulations: those whose outcome is next to X."""
+    """Return parameters of valid simulations with outcomes close to X."""
     theta, x, valid = joint(kind, 2_000_000, 1)
     return theta[valid & (np.abs(x - X) < 0.02), None].astype(np.float32)
 
@@ -113,7 +113,7 @@ def test_weights_that_are_too_uneven_are_refused(kind, validity):
 
 @pytest.mark.slow
 def test_two_parameters_in_double_precision():
-    """Failures in two opposite corners, which only the network can tell."""
+    """Failures in two opposite corners, which logistic regression cannot represent."""
     with jax.enable_x64(True):
         prior = {"a": dist.Uniform(-1.0, 1.0), "b": dist.LogNormal(0.0, 1.0)}
         rng = np.random.default_rng(0)
@@ -151,7 +151,7 @@ def test_draws_that_do_not_fit_are_refused(validity):
 
 @pytest.mark.slow
 def test_a_fitted_posterior_is_corrected():
-    """From a JAX simulator that fails by its parameters, to draws of the posterior without."""
+    """From a JAX simulator that fails at some parameters to draws of the corrected posterior."""
 
     def failing(key, theta):
         noise_key, fail_key = jax.random.split(key)
