@@ -112,7 +112,7 @@ def outcome(call: Callable[[], Any]) -> Any:
         return "refused"
     except ValueError as error:
         if not re.match(r"[^:]+(: .*)?: expected .*, ?(got|not|rows)", str(error), re.DOTALL):
-            raise AssertionError(f"expected a message of the form "expected ..., got ...": {error}") from error
+            raise AssertionError(f"expected `expected ..., got ...` in: {error}") from error
         return "refused"
 
 

@@ -63,7 +63,7 @@ class Failures:
         return np.array([[np.mean(part) if len(part) else 0.0 for part in row] for row in groups])
 
     def __repr__(self) -> str:
-        """List the reasons, and tabulate the fraction of failed rows by thirds of each parameter."""
+        """List the reasons, and the fraction of failed rows in each third of each parameter."""
         lines = [f"{len(self)} of {len(self.theta)} simulations failed"]
         lines += [f"{count:>8,}  {reason}" for reason, count in self.counts.items()]
         if len(self):

@@ -32,7 +32,7 @@ def joint(kind, n, seed):
 
 
 def given_valid():
-    """Compute posterior mean and standard deviation given x = X and a valid simulation, on a grid."""
+    """Compute mean and standard deviation given x = X and a valid simulation, on a grid."""
     grid = np.linspace(-6.0, 6.0, 10_001)
     density = np.exp(-0.5 * grid**2 - 0.5 * ((X - grid) / NOISE) ** 2) * expit(-2.0 * grid)
     density /= density.sum()
