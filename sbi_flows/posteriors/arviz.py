@@ -15,7 +15,6 @@ from jax import Array
 
 from sbi_flows.core.typing import Key, Obs, Simulator
 from sbi_flows.prior.prior import Prior
-from sbi_flows.simulations.executors import Executor
 from sbi_flows.simulations.simulate import simulate_at
 from sbi_flows.simulations.simulations import Simulations
 
@@ -38,11 +37,9 @@ class Groups(NamedTuple):
     simulated: Simulations | None = None
 
 
-def predictive_at(
-    key: Key, prior: Prior, simulator: Simulator, draws: Array, executor: Executor | None
-) -> Simulations:
+def predictive_at(key: Key, prior: Prior, simulator: Simulator, draws: Array) -> Simulations:
     """Simulate once at each of the posterior draws (n, D); failed simulations are left out."""
-    sims = simulate_at(key, prior, simulator, draws, executor=executor, progress=False)
+    sims = simulate_at(key, prior, simulator, draws, progress=False)
     return sims.only_valid()
 
 

@@ -35,7 +35,6 @@ from sbi_flows.posteriors.bound import AtObservation, Bindable
 from sbi_flows.posteriors.gate import gate
 from sbi_flows.posteriors.writing import save
 from sbi_flows.prior.prior import Prior
-from sbi_flows.simulations.executors import Executor
 
 
 class AbstractPosterior(Bindable):
@@ -195,7 +194,6 @@ class AbstractPosterior(Bindable):
         prior_draws: int = 1000,
         simulator: Any = None,
         predictive_draws: int = 1000,
-        executor: Executor | None = None,
         coords: Mapping[str, Any] | None = None,
         dims: Mapping[str, Any] | None = None,
     ) -> Any:
@@ -208,7 +206,6 @@ class AbstractPosterior(Bindable):
             prior_draws: Number of prior draws.
             simulator: The simulator, for the group posterior_predictive; None leaves it out.
             predictive_draws: Number of simulations in that group, at most n.
-            executor: Where an external simulator runs, as for `sf.simulate`.
             coords: Coordinate values by the name of a dimension.
             dims: Names of dimensions by the name of an array parameter or of an array of x.
 
@@ -230,7 +227,7 @@ class AbstractPosterior(Bindable):
         if simulator is not None:
             simulate_key = jax.random.fold_in(key, 2)
             few = draws[:predictive_draws]
-            simulated = predictive_at(simulate_key, self.prior, simulator, few, executor)
+            simulated = predictive_at(simulate_key, self.prior, simulator, few)
             groups = groups._replace(simulated=simulated)
         return arviz_groups(self.prior, groups, coords=coords, dims=dims)
 
