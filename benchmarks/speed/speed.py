@@ -116,9 +116,10 @@ def training_speed(
         repeats: Number of timed fits.
 
     Returns:
-        A dict of the sizes; `steps_per_second`, a list by library; `median`, by library; and
-        `ratio`, ours over flowjax's, None if flowjax is not installed. `ours, defaults` also has
-        the context network and the dropout of `sf.NSF()`, which flowjax does not have.
+        A dict of the sizes; `steps_per_second`, the rates of all repeats of each fit, by its name;
+        `median`, their median, by name; and `ratio`, the median of "ours" over that of "flowjax",
+        None if flowjax is not installed. The names are "ours", "flowjax" and "ours, defaults". The
+        last has the context network and the dropout of `sf.NSF()`, which flowjax lacks.
     """
     task = slcp()
     sims = sf.simulate(jax.random.key(0), task.prior, task.simulator, simulations, progress=False)

@@ -217,7 +217,7 @@ def _step(key: Any) -> str:
 
 
 def _sizes(bounded: tuple[bool, ...], observation: Obs, kept: Sequence[int] | None) -> Sizes:
-    """Return the sizes of a model of a whole observation, or of the features `kept` of it."""
+    """Return the sizes of a model given a whole observation, or only its features `kept`."""
     if kept is not None:
         return Sizes(bounded, jax.tree.structure(0), ((len(kept),),))
     shapes = tuple(tuple(leaf.shape) for leaf in jax.tree.leaves(observation))

@@ -75,7 +75,7 @@ def tensor_names(value: Any) -> set[str]:
 
 
 def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | None) -> Prior:
-    """Return the prior that JSON data describe, or the user's prior if it is the same.
+    """Return the prior that JSON data describe, made from the user's prior if there is one.
 
     Args:
         value: The data.
@@ -83,7 +83,8 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
         user_prior: The prior that the user supplied, if any.
 
     Raises:
-        ArtefactError: The data are malformed, the prior is missing, or the user's prior differs.
+        ArtefactError: The data are malformed, they lack the distributions and the user supplied no
+            prior, or the user's prior differs.
     """
     keys = ("named", "names", "shapes", "bounded", "cut", "sites", "missing")
     named, names, shapes, bounded, cut, sites, missing = expect_fields("prior", value, *keys)

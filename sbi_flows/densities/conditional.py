@@ -38,8 +38,8 @@ class Conditional(nnx.Module):
     Features are standardised observations, flattened to shape (B, C).
 
     Args:
-        start: Linear start, which is not trained; None for none.
-        density: Conditional density of the noise that the start leaves.
+        start: Linear start, which training does not change; None for a model without one.
+        density: Conditional density of the noise, which the start maps to standard coordinates.
         embedding: Network from observations to contexts; None to condition on the features.
         sizes: Sizes of the data.
     """

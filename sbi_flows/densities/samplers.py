@@ -151,6 +151,6 @@ def step_toward(z: Array, target: Array, now: Array, then: Array) -> Array:
 
 
 def target_of_step(z: Array, after: Array, now: Array, then: Array) -> Array:
-    """Return the data point of the step from z to `after`: the inverse of `step_toward`."""
+    """Return the predicted data point with which `step_toward` moves z to `after`."""
     ratio = jnp.cos(then) / jnp.cos(now)
     return (after - ratio * z) / (jnp.sin(then) - ratio * jnp.sin(now))

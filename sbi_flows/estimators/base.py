@@ -94,9 +94,9 @@ class Estimator(Protocol):
         ...
 
     def with_checkpoint_folder(self, name: str) -> Estimator:
-        """Return the same estimator, with its checkpoints in a folder of this name.
+        """Return the same estimator, with the subfolder `name` as its checkpoint folder.
 
-        The folder lies in the folder of its checkpoints. An estimator without checkpoints returns
-        itself.
+        The subfolder lies in the present checkpoint folder. An estimator without checkpoints
+        returns itself.
         """
         ...

@@ -1,11 +1,11 @@
-"""Truncated sequential neural posterior estimation: simulate again where the posterior may be.
+"""Truncated sequential neural posterior estimation: simulate again in a box around the posterior.
 
 Public names: `truncated_rounds`, `Round`.
 
 Source: Deistler, Goncalves & Macke 2022, "Truncated proposals for scalable and hassle-free
-simulation-based inference" (arXiv:2210.04815). The region is a box in the prior's standard
-coordinates instead of a region of highest density: no draws have to be rejected, and the posterior
-of a round is that of a prior, which `sf.check` can draw from.
+simulation-based inference" (arXiv:2210.04815). They cut the prior to a region of highest density.
+Here it is cut to a box in its standard coordinates. The cut prior can be drawn from without
+rejection, both for the simulations of the next round and when `sf.check` tests its posterior.
 """
 
 from __future__ import annotations

@@ -74,8 +74,9 @@ class Space:
     def discrepancy(self, z: np.ndarray) -> np.ndarray:
         """Compute the squared maximum mean discrepancy (B,) between each observation and the rows.
 
-        It is given up to a constant of the rows: minus twice the mean kernel between both. The
-        kernel is a sum of rational quadratic kernels of several widths.
+        Terms that are the same for every observation are left out. What remains is minus twice the
+        mean of the kernel between the observation and each row. The kernel is a sum of rational
+        quadratic kernels of several widths.
         """
         squares = squared_distances(z, self.rows[:MAX_CENTRES]) / self._width
         kernels = sum(1.0 / (1.0 + squares / scale) for scale in SCALES)

@@ -1,6 +1,6 @@
 """Posteriors: direct, composed, recalibrated and conformal; bound to data, in files, in ArviZ.
 
-Files outside this room import from its files; users reach these names as `sf.posteriors.X`.
+Other packages import from the modules of this one; users reach these names as `sf.posteriors.X`.
 """
 
 from sbi_flows.posteriors.adapter import ExternalPosterior as ExternalPosterior

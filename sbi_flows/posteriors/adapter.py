@@ -29,9 +29,9 @@ class SamplesPosterior(Protocol):
     """Object that can be used as a posterior: it has a prior and can be sampled.
 
     Coverage needs `log_prob(theta, x)` as well. `sample_and_log_prob(key, x, n)` is optional. All
-    follow the conventions of `AbstractPosterior`. An object whose credible regions are not those of
-    highest density has `credible_levels(key, theta, x)`. An object whose densities are solutions of
-    an ODE has a true attribute `needs_ode`.
+    follow the conventions of `AbstractPosterior`. An object with credible regions other than those
+    of highest density has a method `credible_levels(key, theta, x)`. An object whose densities are
+    solutions of an ODE has an attribute `needs_ode`, which is True.
     """
 
     @property

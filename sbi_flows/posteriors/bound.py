@@ -223,7 +223,7 @@ class AtObservation:
         return theta
 
     def _require_solved(self, values: Array, result: Any) -> Any:
-        """Return the result; raise SolveFailed if an ODE failed, which made values (B, *) NaN."""
+        """Return the result; raise SolveFailed if a failed ODE solve left NaN in values (B, *)."""
         if not self.posterior.needs_ode or is_traced(values):
             return result
         failed = np.flatnonzero(_any_nan(values))

@@ -1,7 +1,8 @@
-"""What the layers of posteriors that were calibrated on simulations have in common.
+"""The common part of the saved layers of calibrated posteriors.
 
-A calibrated posterior ranks values among draws that it makes with a random key of its own. The
-layer holds the key and the number of draws, so that a loaded posterior gives the same answers.
+Such a posterior was calibrated on simulations, and ranks values among draws that it makes with a
+random key of its own. The layer holds the key and the number of draws, so that a loaded posterior
+gives the same answers.
 
 Public names: `FIELD_NAMES`, `Calibration`, `calibrated_layer`, `require_calibration`,
 `calibration_of`.

@@ -279,7 +279,7 @@ class _Plan(NamedTuple):
 @partial(jax.jit, static_argnums=0)
 @full_precision
 def _ensemble(plan: _Plan, prior: Prior, weights: Weights, features: Array, key: Key) -> Array:
-    """Draw (members * each, D) given features (N, C), one member after the other."""
+    """Draw from each member in turn, given features (N, C); shape (members * each, D)."""
     chunk = min(plan.each, max(1, MAX_CALL_ENTRIES // features.size))
     pieces = math.ceil(plan.each / chunk)
 

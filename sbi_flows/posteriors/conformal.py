@@ -296,7 +296,7 @@ def _scores(
     *,
     progress: bool = False,
 ) -> np.ndarray:
-    """Compute the scores of the truths of N data sets, shape (N,), in chunks of one shape."""
+    """Compute the scores (N,) of the true parameters of N data sets, in chunks of equal length."""
     entries, chunks = draws * simulations.theta.shape[1], []
     for chunk_key, rows, count in chunks_of(key, len(simulations), entries, "calibrate", progress):
         part = simulations[rows]

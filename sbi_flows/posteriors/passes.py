@@ -50,7 +50,9 @@ def usable(posterior: PosteriorLike, simulations: Simulations, draws: int) -> Si
 def chunks_of(
     key: Key, n: int, entries: int, label: str, progress: bool
 ) -> Iterator[tuple[Key, np.ndarray, int]]:
-    """Yield chunks of n data sets, equally long (the last one wraps round), with a progress bar.
+    """Split n data sets into chunks of equal length; yield them with a progress bar.
+
+    The last chunk is filled up with data sets from the start.
 
     Args:
         key: Random key.
@@ -60,7 +62,8 @@ def chunks_of(
         progress: Show the bar, if there are several chunks.
 
     Yields:
-        A random key, the indices of the data sets in a chunk, and how many of them are new.
+        A random key, the indices of the data sets in a chunk, and how many of them come before the
+        filling.
     """
     count = -(-n // max(1, MAX_CHUNK_ENTRIES // entries))
     size = -(-n // count)

@@ -100,7 +100,7 @@ class RecalibratedPosterior(Derived):
         return False
 
     def credible_levels(self, key: Key, theta: Any, x: Obs) -> np.ndarray:
-        """Raise ValueError: credible regions are those of highest density."""
+        """Raise ValueError: only a posterior with credible regions of its own gives levels."""
         raise ValueError("posterior: expected one with credible regions of its own")
 
     def is_single(self, x: Obs) -> bool:

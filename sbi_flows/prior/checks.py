@@ -172,7 +172,7 @@ def _require_finite(name: str, argument: str, values: Any) -> None:
 
 
 def _require_bounds(name: str, part: dist.Distribution) -> None:
-    """Raise ValueError unless the bounds of a support are in order; a uniform's must be finite."""
+    """Raise ValueError unless low < high, with a finite width if the distribution is uniform."""
     kind = type(part).__name__
     low = getattr(part.support, "lower_bound", None)
     high = getattr(part.support, "upper_bound", None)

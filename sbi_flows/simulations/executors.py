@@ -207,7 +207,7 @@ def _batched(tasks: Iterable[Task], size: int) -> Iterator[list[Task]]:
 
 
 def _results(future: Any, tasks: list[Task]) -> list[tuple[int, Row]]:
-    """Return the rows of a Dask task; all have failed if several workers in turn died of it."""
+    """Return the rows of a Dask task; all are failures if Dask gave it up as its workers died."""
     from dask.distributed import KilledWorker
 
     try:
@@ -227,7 +227,7 @@ _WORKER = _Worker()
 
 
 def _run_batch(job: bytes, limits: Limits, tasks: list[Task]) -> list[tuple[int, Row]]:
-    """Run tasks in the process of this thread of a Dask worker."""
+    """Run tasks on a Dask worker, in the process that the current thread keeps for the job."""
     process = _WORKER.process
     if process is None or _WORKER.job != job:
         if process is not None:

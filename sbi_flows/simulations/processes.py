@@ -276,7 +276,7 @@ class _Handle:
         return 0
 
     def quote_output(self, first_byte: int) -> str:
-        """Quote the end of the output from a byte on, as text that follows a reason."""
+        """Return the end of the output since `first_byte`, to append to the reason of a failure."""
         size = os.fstat(self._file.fileno()).st_size
         first = max(first_byte, size - _MAX_QUOTED_BYTES)
         text = os.pread(self._file.fileno(), size - first, first).decode(errors="replace").strip()

@@ -64,7 +64,7 @@ class TrainingData:
         return TrainingData(self.y, self.features, self.log_det)
 
     def shared_rows(self, members: int) -> int:
-        """Return the number of rows that all members share."""
+        """Return the number of rows shared by all members; each later row is one member's own."""
         return len(self.y) - members * self.member_rows
 
 

@@ -24,11 +24,11 @@ CHUNK_ROWS = 64 * BLOCK_ROWS
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """Rows to train on, in an order that depends on a key alone.
+    """Training rows on disk, read in a random order that a key determines.
 
     Attributes:
-        rows: Row numbers in the order in which the rows are stored, shape (N,).
-        sample: Row numbers of the rows that are also in memory.
+        rows: Numbers of the rows to train on, ascending, shape (N,).
+        sample: Numbers of the rows that are also in memory.
         read: Function that maps row numbers (n,) to standard coordinates (n, d) and features
             (n, C).
     """

@@ -95,7 +95,7 @@ def distractors() -> Distractors:
 
 
 def informative(x: Array) -> Array:
-    """Return the eight informative entries, as `slcp` orders them, of an observation (100,)."""
+    """Return the eight informative entries of an observation (100,), in the order of `slcp`."""
     return x[jnp.asarray(np.argsort(distractors().order)[:INFORMATIVE])]
 
 
