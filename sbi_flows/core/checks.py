@@ -95,7 +95,8 @@ def as_real_array(name: str, value: Any) -> Array | np.ndarray:
     require_real(name, array.dtype)
     native_dtype = array.dtype.newbyteorder("=")
     if native_dtype not in _KEPT_DTYPES:
-        return array.astype(jnp.result_type(float))
+        with np.errstate(over="ignore"):
+            return array.astype(jnp.result_type(float))
     if isinstance(array, Array):
         return array
     with np.errstate(over="ignore"):
