@@ -252,7 +252,7 @@ class Ensemble:
         order_key, *keys = jax.random.split(key, 1 + members * count)
         chunk_keys = jnp.stack(keys).reshape(count, members)
         states = {i: self._states[i] for i in active}
-        train = {i: np.zeros(()) for i in active}
+        train = {i: np.zeros(len(self._groups[i].train_rows), self._features.dtype) for i in active}
         for member_keys, rows in zip(chunk_keys, stream.chunks(order_key), strict=True):
             advance = partial(self._advance_chunk, states, member_keys, self._on_devices(rows))
             for i, (state, mean) in zip(active, self._pool.map(advance, active), strict=True):
