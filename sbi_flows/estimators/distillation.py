@@ -1,4 +1,4 @@
-"""Posteriors of continuous flows that draw in a few evaluations of a network.
+"""Distillation of a continuous flow into a network that draws in a few steps.
 
 Public names: `distil`.
 """
@@ -29,12 +29,12 @@ from sbi_flows.densities.matching import Diffusion, FlowMatching
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.simulations.simulations import Simulations
 from sbi_flows.training import Training
-from sbi_flows.training.members import State
+from sbi_flows.training.group import State
 
-ROWS, PASSES = 2**12, 4
-"""Paths of an epoch, at most, and passes over them; each epoch has new ones, of other noise."""
+MAX_PATHS, PASSES = 2**12, 4
+"""Maximum number of paths in an epoch, and passes over them. Each epoch has paths of new noise."""
 
-TRAINING = Training(max_epochs=30, batch_size=128, learning_rate=1e-3, ema_decay=0.999)
+DEFAULT_TRAINING = Training(max_epochs=30, batch_size=128, learning_rate=1e-3, ema_decay=0.999)
 
 
 def distil(
@@ -46,28 +46,28 @@ def distil(
     training: Training | None = None,
     progress: bool = True,
 ) -> tuple[Posterior, np.ndarray]:
-    """Teach a second network where the ODE of a fitted posterior leads, for draws in a few steps.
+    """Train a second network to follow the ODE of a fitted posterior in a few steps.
 
-    Only draws change: densities are those of the given posterior. How far the draws are from it is
-    for `c2st` to say; the errors that are returned tell when training has ended too early. What is
-    learned is the ODE as `Heun` solves it, whatever the posterior's own sampler is.
+    Only draws change; densities are those of the given posterior. The network learns the ODE as
+    `Heun` solves it, whatever the sampler of the posterior is. Use `c2st` to measure how far the
+    new draws are from the old ones; the returned errors show whether training ended too early.
 
     Args:
         key: Random key.
-        posterior: One of `FlowMatching` or `Diffusion`, or a stack of these.
-        simulations: Those it was fitted to; their observations alone are used.
-        steps: Evaluations of the network that a draw takes.
-        training: Its epochs, batch size, optimiser, products and average of the weights; the rest
-            is not used: nothing is held out, as each epoch has noise of its own. A checkpoint is
-            refused. By default 30 epochs of 128 rows a step.
+        posterior: A posterior of `FlowMatching` or `Diffusion`, or a mixture of these, from any
+            estimator.
+        simulations: The simulations that it was fitted to, of which the observations are used.
+        steps: Number of evaluations of the network in a draw.
+        training: Settings, of which the epochs, the batch size, the optimiser, the precision of
+            products and the average of the weights are used. Nothing is held out, as each epoch has
+            new noise. A checkpoint is a ValueError. The default is 30 epochs with batches of 128.
         progress: Show a progress bar.
 
     Returns:
-        The posterior that draws in a few steps, and by epoch and member, before the epoch and on
-        paths that are new to it, the root mean square distance between the data point that the
-        student aims at and the one it should, in whitened units, shape (epochs, members). An
-        interrupt ends the training of all parts of the posterior early, but not before an epoch of
-        each.
+        The posterior that draws in a few steps, and the errors, shape (epochs, members): the root
+        mean square distance in whitened units between the end point that the student aims at and
+        that of the ODE, on paths that are new to it, before each epoch. An interrupt ends the
+        training of all parts of a mixture early, but not before the first epoch of each.
 
     Raises:
         ValueError: A density of the posterior is of another kind, no simulation is valid, or there
@@ -92,55 +92,72 @@ def distil(
         >>> fast.sample(jax.random.key(3), sims.x[0], 5).shape, errors.shape
         ((5, 1), (1, 1))
     """
+    training = DEFAULT_TRAINING if training is None else training
+    _check(posterior, simulations, steps, training)
+    features = posterior.features(simulations.only_valid().x)
+    parts, errors, epochs = [], [], training.max_epochs
+    for i, (blueprint, teacher) in enumerate(
+        zip(posterior.blueprints, posterior.weights, strict=True)
+    ):
+        density = Distilled(teacher=blueprint.density, steps=steps)  # type: ignore[arg-type]  # checked above
+        student = _Student(dataclasses.replace(blueprint, density=density), training)
+        selected, part_key = blueprint.select_features(features), jax.random.fold_in(key, i)
+        weights, part_errors = student.train(part_key, teacher, selected, epochs, progress=progress)
+        epochs = len(part_errors)  # an interrupt ends the training of all parts
+        if not np.all(np.isfinite(part_errors)):
+            raise TrainingDiverged(
+                f"the error was not finite in epoch {epochs}; the posterior that was given is kept "
+                "in `.state`. A smaller learning rate may help, unless this was epoch 1",
+                epoch=epochs,
+                state=posterior,
+            )
+        parts.append((student.blueprint, weights))
+        errors.append(part_errors)
+    blueprints, weights = zip(*parts, strict=True)
+    joined = np.concatenate([part_errors[:epochs] for part_errors in errors], axis=1)
+    entry = {"steps": steps, "training": to_json_data(training), "errors": to_json_data(joined)}
+    record = MappingProxyType({**posterior.record, "distilled": entry})
+    changed = {"blueprints": blueprints, "weights": weights, "record": record}
+    return dataclasses.replace(posterior, **changed), joined
+
+
+def _check(posterior: Posterior, simulations: Simulations, steps: int, training: Training) -> None:
+    """Raise ValueError if the posterior cannot be distilled with these settings."""
     require_object("posterior", posterior, Posterior, "an sf.Posterior")
     require_object("simulations", simulations, Simulations, "sf.Simulations")
     require_count(1, steps=steps)
-    training = TRAINING if training is None else training
     if training.checkpoint is not None:
         raise ValueError("checkpoint: expected none, as a distillation keeps no state, got one")
     kinds = (FlowMatching, Diffusion)
     for blueprint in posterior.blueprints:
-        wanted = "a posterior of sf.FlowMatching or sf.Diffusion"
-        require_object("posterior", blueprint.density, kinds, wanted)
+        expected = "a posterior of sf.FlowMatching or sf.Diffusion"
+        require_object("posterior", blueprint.density, kinds, expected)
     if not simulations.num_valid:
         raise ValueError(f"simulations: expected valid ones, got none of {len(simulations)}")
-    features = posterior.features(simulations.only_valid().x)
-    made, errors = [], []
-    parts = zip(posterior.blueprints, posterior.weights, strict=True)
-    epochs = training.max_epochs
-    for i, (blueprint, weights) in enumerate(parts):
-        density = Distilled(teacher=blueprint.density, steps=steps)  # type: ignore[arg-type]
-        student = _Student(dataclasses.replace(blueprint, density=density), training)
-        given, own = blueprint.select_features(features), jax.random.fold_in(key, i)
-        weights, found = student.taught(own, weights, given, epochs, progress=progress)
-        epochs = len(found)  # an interrupt is one of all parts
-        if not np.all(np.isfinite(found)):
-            raise TrainingDiverged(
-                f"the error was not finite in epoch {len(found)}; the posterior that was given is "
-                "kept in `.state`. A smaller learning rate may help, unless that was so in epoch 1",
-                epoch=len(found),
-                state=posterior,
-            )
-        made.append((student.blueprint, weights))
-        errors.append(found)
-    blueprints, weights = zip(*made, strict=True)
-    joined = np.concatenate([found[:epochs] for found in errors], axis=1)
-    taught = {"steps": steps, "training": to_json_data(training), "errors": to_json_data(joined)}
-    record = MappingProxyType({**posterior.record, "distilled": taught})
-    made_of = {"blueprints": blueprints, "weights": weights, "record": record}
-    return dataclasses.replace(posterior, **made_of), joined
 
 
 class _Student(NamedTuple):
-    """What is static about a distillation, and part of its program."""
+    """The static part of a distillation, on which its compiled program depends."""
 
     blueprint: Blueprint
     training: Training
 
-    def taught(
+    def train(
         self, key: Key, weights: Weights, features: Array, epochs: int, *, progress: bool
     ) -> tuple[Weights, np.ndarray]:
-        """Weights of teacher and student, and the errors (epochs, M) until these are not finite."""
+        """Train the student of each member.
+
+        Args:
+            key: Random key.
+            weights: Weights of the teacher.
+            features: Features of the observations, shape (N, C).
+            epochs: Number of epochs.
+            progress: Show a progress bar.
+
+        Returns:
+            Weights of teacher and student, and the errors, shape (epochs, M), which end with the
+            first one that is not finite.
+        """
         weights = weights._replace(rest=add_student(weights.rest))
         student = add_student(weights.params)["density"]["student"]
         optimiser = self.training.transform(1, 1.0)
@@ -150,14 +167,14 @@ class _Student(NamedTuple):
         with bar:
             try:
                 for epoch in bar:
-                    own = jax.random.fold_in(key, epoch)
-                    new, error = _epoch(self, weights, state, features, epoch, own)
-                    state, found = new, np.asarray(error)
-                    errors.append(found)
-                    bar.set_postfix(error=f"{found.mean():.3f}")
-                    if not np.all(np.isfinite(found)):
+                    epoch_key = jax.random.fold_in(key, epoch)
+                    new, error = _epoch(self, weights, state, features, epoch, epoch_key)
+                    state, last = new, np.asarray(error)
+                    errors.append(last)
+                    bar.set_postfix(error=f"{last.mean():.3f}")
+                    if not np.all(np.isfinite(last)):
                         break
-            except KeyboardInterrupt:  # what was learned until the last epoch is kept
+            except KeyboardInterrupt:  # the epochs before it count
                 if not errors:
                     raise
         density = {**weights.params["density"], "student": state.average}
@@ -167,54 +184,64 @@ class _Student(NamedTuple):
             np.asarray(errors).reshape(-1, count),
         )
 
+    # its density is that of `Distilled`, which has more methods than `Density`
+    def model(self, weights: Weights, student: Any) -> Any:
+        """Return the `Conditional` of one member with these weights of the student."""
+        density = {**weights.params["density"], "student": student}
+        params = {**weights.params, "density": density}
+        return nnx.merge(graph_of(self.blueprint), params, weights.rest)
+
+    def loss(self, weights: Weights, student: Any, paths: Array, context: Array) -> Array:
+        """Return the mean squared distance of end points for solutions of the ODE."""
+        with precision_context(self.training.matmul_precision):
+            return jnp.mean(self.model(weights, student).density.student_errors(paths, context))
+
 
 @partial(jax.jit, static_argnums=0)
 @full_precision
 def _epoch(
     student: _Student, weights: Weights, state: State, features: Array, epoch: int | Array, key: Key
 ) -> tuple[State, Array]:
-    """Passes over new paths, and the error of the averages before them, of all members."""
-    blueprint, training = student
-    batch = training.batch(ROWS)
-    count = ROWS // batch  # steps of a pass
-    decay = training.ema_decay or 0.0
-
-    def model(weights: Weights, params: Any) -> Any:
-        density = {**weights.params["density"], "student": params}
-        full = {**weights.params, "density": density}
-        return nnx.merge(graph_of(blueprint), full, weights.rest)
-
-    def one(inputs: tuple[Weights, State, Key, Array]) -> tuple[State, Array]:
-        weights, state, key, rate = inputs
-        transform = training.transform(PASSES * count * training.max_epochs, rate)
-        row_key, noise_key, order_key = jax.random.split(key, 3)
-        chosen = jax.random.randint(row_key, (count * batch,), 0, len(features))
-        noise = jax.random.normal(noise_key, (count * batch, blueprint.sizes.dim), features.dtype)
-        teacher = model(weights, state.params)
-        context = teacher.context(features[chosen])
-        paths = teacher.density.teacher_paths(noise, context)
-        orders = jax.random.split(order_key, PASSES)
-        order = jnp.stack([jax.random.permutation(k, count * batch) for k in orders])
-
-        def loss(params: Any, paths: Array, context: Array) -> Array:
-            with precision_context(training.matmul_precision):
-                return jnp.mean(model(weights, params).density.student_errors(paths, context))
-
-        def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, None]:
-            number, places = inputs
-            gradient = jax.grad(loss)(state.params, paths[:, places], context[places])
-            updates, optimiser = transform.update(gradient, state.optimiser, state.params)
-            params = optax.apply_updates(state.params, updates)
-            # it forgets the teacher's weights sooner than a long average would
-            kept = jnp.minimum(decay, (1.0 + number) / (10.0 + number))
-            average = optax.incremental_update(params, state.average, 1.0 - kept)
-            return State(params, average, optimiser), None
-
-        error = jnp.sqrt(loss(state.average, paths, context))
-        numbers = epoch * PASSES * count + jnp.arange(PASSES * count)
-        batches = order.reshape(PASSES * count, batch)
-        return jax.lax.scan(step, state, (numbers, batches))[0], error
-
+    """Train on new paths; return also the error of the averaged weights on them, before that."""
     members = len(jax.tree.leaves(weights)[0])
-    rates = jnp.asarray(np.resize(training.learning_rate, members), features.dtype)
+    rates = jnp.asarray(np.resize(student.training.learning_rate, members), features.dtype)
+    one = partial(_member_epoch, student, features, epoch)
     return jax.lax.map(one, (weights, state, jax.random.split(key, members), rates))
+
+
+def _member_epoch(
+    student: _Student,
+    features: Array,
+    epoch: int | Array,
+    inputs: tuple[Weights, State, Key, Array],
+) -> tuple[State, Array]:
+    weights, state, key, learning_rate = inputs
+    blueprint, training = student
+    batch_size = training.batch(MAX_PATHS)
+    count = MAX_PATHS // batch_size  # steps in a pass
+    optimiser = training.transform(PASSES * count * training.max_epochs, learning_rate)
+    row_key, noise_key, order_key = jax.random.split(key, 3)
+    rows = jax.random.randint(row_key, (count * batch_size,), 0, len(features))
+    shape = (count * batch_size, blueprint.sizes.dim)
+    noise = jax.random.normal(noise_key, shape, features.dtype)
+    teacher = student.model(weights, state.params)
+    context = teacher.context(features[rows])
+    paths = teacher.density.teacher_paths(noise, context)
+    orders = jax.random.split(order_key, PASSES)
+    order = jnp.stack([jax.random.permutation(k, count * batch_size) for k in orders])
+    loss = partial(student.loss, weights)
+
+    def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, None]:
+        number, places = inputs
+        gradient = jax.grad(loss)(state.params, paths[:, places], context[places])
+        updates, optimiser_state = optimiser.update(gradient, state.optimiser, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # a short average at first, so that it forgets the weights of the teacher
+        decay = jnp.minimum(training.ema_decay or 0.0, (1.0 + number) / (10.0 + number))
+        average = optax.incremental_update(params, state.average, 1.0 - decay)
+        return State(params, average, optimiser_state), None
+
+    error = jnp.sqrt(loss(state.average, paths, context))
+    numbers = epoch * PASSES * count + jnp.arange(PASSES * count)
+    batches = order.reshape(PASSES * count, batch_size)
+    return jax.lax.scan(step, state, (numbers, batches))[0], error

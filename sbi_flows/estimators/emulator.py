@@ -1,10 +1,10 @@
-"""An emulator of the simulator: densities of the observation given the parameters.
+"""Emulator of a simulator: densities of the observation given the parameters.
 
-A density of 8 numbers given 5 parameters may be far simpler than the posterior that follows from
-it, and is then learned from far fewer simulations. Draws of it cost next to nothing: a posterior
-estimator that trains on them as well no longer over-fits the few real rows.
+Public names: `Emulator`, `EmulatorFailed`, `Emulated`, `Seen`, `emulate`.
 
-Public names: `Emulator`.
+The density of an observation of 8 numbers given 5 parameters can be far simpler than the posterior
+that follows from it, and is then learned from far fewer simulations. Its draws cost almost nothing.
+A posterior estimator that trains on them as well no longer over-fits the few real simulations.
 
 Sources: Papamakarios et al. 2019, "Sequential Neural Likelihood" (arXiv:1805.07226), for the
 densities; Wiqvist, Frellsen & Picchini 2021 (arXiv:2102.06522), who fit a posterior to draws of a
@@ -37,33 +37,36 @@ from sbi_flows.observations.standardise import Standardiser
 from sbi_flows.prior.prior import Prior
 from sbi_flows.training import FitKeys, History, Training, TrainingData, fit
 
-CHUNK = 2_500
-"""Draws in one compiled call."""
+CHUNK_DRAWS = 2_500
+"""Number of draws in one compiled call."""
 
-LINEAR = 25.0
-"""Scales within which an emulated observation stays as it is: noise of constant size is simpler
-than what compressed tails make of it, which only the heaviest need."""
+LINEAR_RANGE = 25.0
+"""Number of scales within which standardisation for the emulator is linear. Compressing the tails
+would turn noise of constant size into noise that is harder to learn; only very heavy tails need
+it."""
 
-NEIGHBOURS = 20
-"""Simulations around a parameter vector that say how likely one is to fail there."""
+NUM_NEIGHBOURS = 20
+"""Number of simulations around a parameter vector that estimate the probability of a failure
+there."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Emulator:
-    """Densities of the observation that are fitted first, and how much is drawn from them.
+    """Settings of an emulator: densities of the observation to fit, and the number of draws.
 
-    They are weighted by the log density of held-out rows, as in `sf.Stack`; each member of an
-    ensemble trains on draws of the emulator that held out the same rows as it does. Observations
-    with few values a step apart, such as counts, are emulated with uniform noise added, and
-    rounded. Where simulations failed, fewer parameters are drawn.
+    The densities are weighted by the log density of held-out rows, as in `sf.Stack`. Each member of
+    an ensemble trains on draws of an emulator that held out the same rows. Observations on a grid,
+    such as counts, are emulated with uniform noise added, and rounded afterwards. Where simulations
+    failed, fewer parameters are drawn.
 
     Attributes:
         densities: The densities to fit and to mix.
-        training: Settings of their fits; the validation fraction and the checkpoint are the
-            estimator's.
+        training: Settings of their fits; the validation fraction and the checkpoint are those of
+            the estimator.
         simulations: Number of emulated simulations for each member, with parameters from the prior.
-        max_features: Longer observations are not emulated, and the estimator is fitted without:
-            the noise of hundreds of numbers takes more simulations to learn than the posterior.
+        max_features: Maximum length of an observation. Longer ones are not emulated, and the
+            estimator is fitted without an emulator: learning the noise of hundreds of numbers takes
+            more simulations than learning the posterior.
 
     Example:
         >>> import jax, numpyro.distributions as dist, sbi_flows as sf
@@ -87,14 +90,14 @@ class Emulator:
     max_features: int = 50
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be fitted.
+        """Check the settings.
 
         Raises:
-            ValueError: There is no density, a number is not positive, or `training` is no training
-                or has a checkpoint of its own.
+            ValueError: There is no density; a number is not positive; or `training` is of a wrong
+                type or has a checkpoint of its own.
         """
-        given = self.densities
-        densities = tuple(given) if isinstance(given, list | tuple) else (given,)
+        densities = self.densities
+        densities = tuple(densities) if isinstance(densities, list | tuple) else (densities,)
         if not densities:
             raise ValueError("densities: expected one or more densities such as sf.MAF(), got none")
         for density in densities:
@@ -108,11 +111,11 @@ class Emulator:
 
 
 class EmulatorFailed(SbiFlowsError):
-    """There is no emulator of these simulations; the message says why."""
+    """Raised if these simulations cannot be emulated; the message gives the reason."""
 
 
 class Emulated(NamedTuple):
-    """Draws of an emulator: standard coordinates (M * n, d), features (M * n, C)."""
+    """Draws of an emulator: standard coordinates (M * n, d) and features (M * n, C)."""
 
     y: Array
     features: Array
@@ -122,9 +125,9 @@ class Seen(NamedTuple):
     """Simulations that an emulator is fitted to.
 
     Attributes:
-        y: Standard coordinates of the valid ones, shape (N, d).
-        x: Their observations, flat, shape (N, C).
-        failed: Standard coordinates of the others, shape (F, d).
+        y: Standard coordinates of the valid simulations, shape (N, d).
+        x: Their observations, flattened, shape (N, C).
+        failed: Standard coordinates of the failed simulations, shape (F, d).
     """
 
     y: Array
@@ -147,74 +150,113 @@ def emulate(
 
     Args:
         keys: Keys of the fit that the draws are for, so that its members hold out the same rows.
-        emulator: What to fit and how much to draw.
+        emulator: The settings.
         prior: The prior.
         seen: The simulations.
-        standardiser: Observation to features.
+        standardiser: Standardiser of the observation.
         members: Number of members M of the fit that the draws are for.
-        training: Its settings, for the validation fraction and the checkpoint.
+        training: Settings of that fit, for the validation fraction and the checkpoint.
         progress: Show progress bars.
 
     Returns:
-        The draws, those of one member after those of another, and the history of the fits, whose
-        losses are those of the observation as it is emulated, not of theta.
+        The draws, member after member, and the history of the fits. Its losses are those of the
+        observation as it is emulated, not of theta.
 
     Raises:
         EmulatorFailed: The observation is too long, every density diverged, or none of a member's
             draws is finite.
-        KeyboardInterrupt: A fit was interrupted; there is nothing to train on then.
+        KeyboardInterrupt: A fit was interrupted, so that there is nothing to train on.
     """
     if seen.x.shape[1] > emulator.max_features:
         raise EmulatorFailed(
             f"observations of {seen.x.shape[1]} numbers are longer than its "
             f"max_features={emulator.max_features}"
         )
-    grid, wide = find_grid(np.asarray(seen.x)), standardiser._replace(linear=LINEAR)
-    noise_key, theta_key, draw_key = jax.random.split(keys.emulator, 3)
-    features = _smooth(grid, wide, noise_key, seen.x)
     fraction = training.validation_fraction
-    kept = emulator.training.with_checkpoint_of(training)
-    training = dataclasses.replace(kept, validation_fraction=fraction)
-    sizes = Sizes((False,) * seen.x.shape[1], jax.tree.structure(0), (seen.y.shape[1:],))
+    training = emulator.training.with_checkpoint_of(training)
+    training = dataclasses.replace(training, validation_fraction=fraction)
+    noise_key, theta_key, draw_key = jax.random.split(keys.emulator, 3)
+    space = _Space(
+        find_grid(np.asarray(seen.x)), standardiser._replace(linear=LINEAR_RANGE), standardiser
+    )
+    features = _smooth(space.grid, space.emulated, noise_key, seen.x)
+    rows = TrainingData.of_rows(features, seen.y)
+    settings = {"members": members, "progress": progress}
+    parts, history = _fitted(keys, emulator, training, rows, **settings)
+    draws = []
+    for m in range(members):
+        member_theta_key, member_draw_key = (
+            jax.random.fold_in(k, m) for k in (theta_key, draw_key)
+        )
+        n = emulator.simulations
+        y = _parameters(member_theta_key, prior, seen, -(-n // CHUNK_DRAWS) * CHUNK_DRAWS)
+        drawn = _draw(member_draw_key, [part.of_member(m) for part in parts], y, n)
+        emulated = _standard(space.grid, space.emulated, space.standardiser, drawn)
+        draws.append(_finite(y, emulated, n))
+    ys, xs = zip(*draws, strict=True)
+    return Emulated(jnp.concatenate(ys), jnp.concatenate(xs)), history
+
+
+class _Space(NamedTuple):
+    """Maps between observations and features.
+
+    Attributes:
+        grid: Grid that each entry of the observation lies on.
+        emulated: Standardiser of what the emulator models.
+        standardiser: Standardiser of the estimator.
+    """
+
+    grid: Grid
+    emulated: Standardiser
+    standardiser: Standardiser
+
+
+class _Part(NamedTuple):
+    """A fitted density of the emulator, with its weight in the mixture."""
+
+    blueprint: Blueprint
+    weights: Weights
+    share: float
+
+    def of_member(self, m: int) -> _Part:
+        """Return the density of one member."""
+        return self._replace(weights=jax.tree.map(lambda leaf: leaf[m], self.weights))
+
+
+def _fitted(
+    keys: FitKeys,
+    emulator: Emulator,
+    training: Training,
+    rows: TrainingData,
+    *,
+    members: int,
+    progress: bool,
+) -> tuple[list[_Part], StackHistory]:
+    """Fit every density to rows whose parameters are observations, and weigh them."""
+    num_features, num_parameters = rows.y.shape[1], rows.features.shape[1:]
+    sizes = Sizes((False,) * num_features, jax.tree.structure(0), (num_parameters,))
 
     def fit_one(i: int, blueprint: Blueprint) -> tuple[tuple[Blueprint, Weights], History]:
+        settings = {"label": "fit emulator", "name": f"emulator-{i}"}
         weights, history = fit(
-            keys,
-            blueprint,
-            training,
-            TrainingData.of_rows(features, seen.y),
-            members=members,
-            progress=progress,
-            label="fit emulator",
-            name=f"emulator-{i}",
+            keys, blueprint, training, rows, members=members, progress=progress, **settings
         )
         return (blueprint, weights), history
 
     blueprints = [Blueprint(density, None, sizes) for density in emulator.densities]
     try:
         fits = [partial(fit_one, i, b) for i, b in enumerate(blueprints)]
-        parts, history = fit_each(fits, "density of the emulator", stacklevel=5)
+        parts, history = fit_each(fits, "density of the emulator")
     except TrainingDiverged as error:
         raise EmulatorFailed(str(error)) from error
     if history.interrupted:
         raise KeyboardInterrupt
-    n, drawn = emulator.simulations, []
-    for m in range(members):
-        own_theta_key, own_draw_key = (jax.random.fold_in(k, m) for k in (theta_key, draw_key))
-        y = _parameters(own_theta_key, prior, seen, -(-n // CHUNK) * CHUNK)
-        own = [
-            (blueprint, jax.tree.map(lambda leaf, m=m: leaf[m], weights), share)
-            for (blueprint, weights), share in parts
-        ]
-        emulated = _standard(grid, wide, standardiser, _draw(own_draw_key, own, y, n))
-        drawn.append(_finite(y, emulated, n))
-    ys, xs = zip(*drawn, strict=True)
-    return Emulated(jnp.concatenate(ys), jnp.concatenate(xs)), history
+    return [_Part(blueprint, weights, share) for (blueprint, weights), share in parts], history
 
 
 @jax.jit
 def _smooth(grid: Grid, emulated: Standardiser, key: Key, x: Array) -> Array:
-    """Features that have a density: those of constants become noise, whatever their size."""
+    """Return features with a density: noise is added to grids and takes the place of constants."""
     features, constant_key = emulated(dequantised(grid, key, x)), jax.random.fold_in(key, 1)
     noise = jax.random.uniform(constant_key, features.shape, features.dtype, -0.5, 0.5)
     return jnp.where(jnp.isinf(grid.step)[None], noise, features)
@@ -224,7 +266,7 @@ def _smooth(grid: Grid, emulated: Standardiser, key: Key, x: Array) -> Array:
 def _standard(
     grid: Grid, emulated: Standardiser, standardiser: Standardiser, features: Array
 ) -> Array:
-    """Features of the observations that emulated features stand for; NaN where these overflow."""
+    """Return features of the estimator for emulated ones; NaN where an observation overflows."""
     x = quantised(grid, emulated.inverse(features))
     return standardiser(jnp.where(jnp.isfinite(x), x, jnp.nan))
 
@@ -236,45 +278,52 @@ def _prior_draws(key: Key, prior: Prior, n: int) -> Array:
 
 
 def _parameters(key: Key, prior: Prior, seen: Seen, n: int) -> Array:
-    """Draws (n, d) of the prior, thinned by how often simulations near each of them are valid."""
+    """Draw parameters (n, d) from the prior, fewer where simulations nearby failed."""
     if not len(seen.failed):
         return _prior_draws(key, prior, n)
     from sklearn.neighbors import KNeighborsClassifier
 
     rows = np.concatenate([seen.y, seen.failed])
     labels = np.arange(len(rows)) < len(seen.y)
-    model = KNeighborsClassifier(min(NEIGHBOURS, len(rows))).fit(rows, labels)
-    kept: list[np.ndarray] = []
-    # at a share s of valid simulations, some 1 / s passes; what is missing then is repeated
+    model = KNeighborsClassifier(min(NUM_NEIGHBOURS, len(rows))).fit(rows, labels)
+    accepted: list[np.ndarray] = []
+    # a fraction s of valid simulations takes about 1 / s passes; draws are repeated if too few
     for i in range(10 + 2 * len(rows) // len(seen.y)):
-        prior_key, keep_key = jax.random.split(jax.random.fold_in(key, i))
+        prior_key, accept_key = jax.random.split(jax.random.fold_in(key, i))
         draws = np.asarray(_prior_draws(prior_key, prior, n))
-        chance = model.predict_proba(draws)[:, 1]
-        kept.append(draws[np.asarray(jax.random.uniform(keep_key, (n,))) < chance])
-        if sum(map(len, kept)) >= n:
+        probability = model.predict_proba(draws)[:, 1]
+        accepted.append(draws[np.asarray(jax.random.uniform(accept_key, (n,))) < probability])
+        if sum(map(len, accepted)) >= n:
             break
-    found = np.concatenate(kept)
-    if not len(found):
+    draws = np.concatenate(accepted)
+    if not len(draws):
         raise EmulatorFailed("no simulation near a draw of the prior is valid")
-    return jnp.asarray(found[np.arange(n) % len(found)])
+    return jnp.asarray(draws[np.arange(n) % len(draws)])
 
 
-def _draw(key: Key, parts: Sequence[tuple[Blueprint, Weights, float]], y: Array, n: int) -> Array:
-    """Features of observations for parameters (N, d): each density draws its share of the first n.
+def _draw(key: Key, parts: Sequence[_Part], y: Array, n: int) -> Array:
+    """Draw features of observations for parameters (N, d), of which the first n are needed.
 
-    The parameters are in random order, so it does not matter which rows these are.
+    Each density draws its share of them. The parameters are in random order, so that it does not
+    matter which density draws for which of them.
     """
-    ends = np.round(np.cumsum([share for *_, share in parts]) * n).astype(int)
+    ends = np.round(np.cumsum([part.share for part in parts]) * n).astype(int)
     ends[-1], first, drawn = len(y), 0, []
-    for i, ((blueprint, weights, _), end) in enumerate(zip(parts, ends, strict=True)):
-        keys = jax.random.split(jax.random.fold_in(key, i), len(y) // CHUNK)
-        chunks = range(first // CHUNK, -(-end // CHUNK))
+    for i, (part, end) in enumerate(zip(parts, ends, strict=True)):
+        keys = jax.random.split(jax.random.fold_in(key, i), len(y) // CHUNK_DRAWS)
+        chunks = range(first // CHUNK_DRAWS, -(-end // CHUNK_DRAWS))
         rows = [
-            np.asarray(_draw_chunk(blueprint, weights, keys[c], y[c * CHUNK : (c + 1) * CHUNK]))
+            _draw_chunk(
+                part.blueprint,
+                part.weights,
+                keys[c],
+                y[c * CHUNK_DRAWS : (c + 1) * CHUNK_DRAWS],
+            )
             for c in chunks
         ]
-        skipped = first - chunks.start * CHUNK
-        drawn += [np.concatenate(rows)[skipped:][: end - first]] if rows else []
+        if rows:
+            skipped = first - chunks.start * CHUNK_DRAWS
+            drawn.append(np.concatenate(rows)[skipped:][: end - first])
         first = end
     return jnp.asarray(np.concatenate(drawn))
 
@@ -286,7 +335,7 @@ def _draw_chunk(blueprint: Blueprint, weights: Weights, key: Key, y: Array) -> A
 
 
 def _finite(y: Array, features: Array, n: int) -> tuple[Array, Array]:
-    """The first n rows that are finite, from the start again where there are too few."""
+    """Return the first n finite rows, repeated from the start if there are too few."""
     rows = np.flatnonzero(np.all(np.isfinite(np.asarray(features)), axis=1))
     if not len(rows):
         raise EmulatorFailed("none of its draws is finite")

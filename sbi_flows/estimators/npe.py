@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import warnings
 from functools import partial
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from jax import Array
 from sbi_flows.core.checks import require_count, require_fraction, require_positive
 from sbi_flows.core.errors import SbiFlowsWarning, SimulationFailed, TrainingDiverged
 from sbi_flows.core.typing import Key, Obs
+from sbi_flows.core.warn import warn_user
 from sbi_flows.densities.base import DensitySettings, check_density
 from sbi_flows.densities.conditional import (
     Blueprint,
@@ -187,9 +187,7 @@ class NPE:
                     keys, self.emulator, problem, simulations, progress=progress
                 )
             except EmulatorFailed as error:
-                warnings.warn(
-                    f"trained without the emulator: {error}", SbiFlowsWarning, stacklevel=2
-                )
+                warn_user(f"trained without the emulator: {error}", SbiFlowsWarning)
                 plain = self._without_emulator()
                 return plain.fit(key, simulations, progress=progress, summarise=summarise)
         complete = partial(problem.posterior, self.prior, key if summarise else None)
@@ -245,10 +243,9 @@ class NPE:
             return None
         places = np.flatnonzero(dependent_features(data.y, data.features, self.screening))
         if not len(places):
-            warnings.warn(
+            warn_user(
                 f"no entry of the observation passes screening={self.screening}; all are kept",
                 SbiFlowsWarning,
-                stacklevel=4,
             )
             return None
         return tuple(places.tolist())

@@ -135,7 +135,7 @@ class Stack:
             )
             for i, e in enumerate(self.estimators)
         ]
-        parts, history = fit_each(fits, "estimator", stacklevel=3)
+        parts, history = fit_each(fits, "estimator")
         posterior = _mixture(parts)
         if summarise:
             rows, _ = rows_in_memory(FitKeys.of(key).sample, simulations)

@@ -9,13 +9,13 @@ Stacking to Average Bayesian Predictive Distributions" (arXiv:1704.02030), eq. 4
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
 from sbi_flows.core.errors import SbiFlowsWarning, TrainingDiverged
+from sbi_flows.core.warn import warn_user
 from sbi_flows.estimators.base import FitHistory
 
 MIN_WEIGHT = 0.01
@@ -60,7 +60,7 @@ class StackHistory:
 
 
 def fit_each(
-    fits: Sequence[Callable[[], tuple[Fitted, FitHistory]]], name: str, *, stacklevel: int
+    fits: Sequence[Callable[[], tuple[Fitted, FitHistory]]], name: str
 ) -> tuple[list[tuple[Fitted, float]], StackHistory]:
     """Run several fits and weigh their results by the log densities of held-out rows.
 
@@ -68,7 +68,6 @@ def fit_each(
         fits: Functions that fit and return the result and its history. All of them hold out the
             same rows.
         name: Name of what is fitted, for the warning about a fit that diverged.
-        stacklevel: Stack level of that warning, from here to the user's call.
 
     Returns:
         The results of positive weight with their weights, and the history.
@@ -79,7 +78,7 @@ def fit_each(
         KeyboardInterrupt: An interrupt came before any fit had ended; after that, the remaining
             fits are left out.
     """
-    done, interrupted = _run(fits, name, stacklevel + 1)
+    done, interrupted = _run(fits, name)
     histories = {i: history for i, (_, history) in done.items()}
     held_out = _common_rows(name, list(histories.values()))
     log_prob = np.stack([h.held_out_log_prob.ravel() for h in histories.values()], axis=1)
@@ -104,7 +103,7 @@ def fit_each(
 
 
 def _run(
-    fits: Sequence[Callable[[], tuple[Fitted, FitHistory]]], name: str, stacklevel: int
+    fits: Sequence[Callable[[], tuple[Fitted, FitHistory]]], name: str
 ) -> tuple[dict[int, tuple[Fitted, FitHistory]], bool]:
     """Return the results by the number of the fit, and whether an interrupt ended the fits."""
     done: dict[int, tuple[Fitted, FitHistory]] = {}
@@ -114,9 +113,7 @@ def _run(
         except TrainingDiverged as error:
             if i == len(fits) - 1 and not done:
                 raise
-            warnings.warn(
-                f"{name} {i} is left out: {error}", SbiFlowsWarning, stacklevel=stacklevel
-            )
+            warn_user(f"{name} {i} is left out: {error}", SbiFlowsWarning)
             continue
         except KeyboardInterrupt:
             if not done:

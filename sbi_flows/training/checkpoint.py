@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from sbi_flows.core.checks import writable_folder
 from sbi_flows.core.checksums import checksum
 from sbi_flows.core.errors import CheckpointSpoilt, SbiFlowsWarning
 from sbi_flows.core.files import atomic_file
+from sbi_flows.core.warn import warn_user
 from sbi_flows.training.devices import from_first_process
 from sbi_flows.training.fingerprint import differing
 from sbi_flows.training.settings import Training
@@ -116,11 +116,10 @@ class Checkpoint:
                 self._write({_name(path): _as_numpy_dtype(leaf) for path, leaf in leaves})
         except OSError as error:
             if not self._has_warned:
-                warnings.warn(
+                warn_user(
                     f"checkpoint: cannot write to {self.path}: {error.strerror or error}; the fit "
                     "goes on",
                     SbiFlowsWarning,
-                    stacklevel=3,
                 )
             self._has_warned = True
         self._last_time = time.perf_counter()

@@ -6,7 +6,6 @@ Public names: `fit`.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from tqdm.auto import tqdm
 
 from sbi_flows.core.errors import SbiFlowsWarning, TrainingDiverged
 from sbi_flows.core.typing import Key
+from sbi_flows.core.warn import warn_user
 from sbi_flows.densities.conditional import (
     Blueprint,
     Weights,
@@ -353,10 +353,9 @@ def _validation_losses(
         return np.concatenate([to_host(b.cross_losses) for b in best]), solver_stats
     unsolved = int(np.sum(np.isnan(losses)))
     if unsolved:
-        warnings.warn(
+        warn_user(
             f"held_out_loss: the ODE was not solved for {unsolved} of {losses.size} rows",
             SbiFlowsWarning,
-            stacklevel=5,
         )
     return losses, solver_stats
 

@@ -31,7 +31,7 @@ def folded(key, theta):
 def fewer_paths(monkeypatch):
     from sbi_flows.estimators import distillation
 
-    monkeypatch.setattr(distillation, "ROWS", 1_024)
+    monkeypatch.setattr(distillation, "MAX_PATHS", 1_024)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from sbi_flows.densities.conditional import Blueprint, Sizes, Weights
 from sbi_flows.estimators import emulator as module
 from sbi_flows.observations.quantised import find_grid
 from sbi_flows.observations.standardise import fit_standardiser
+from sbi_flows.training import FitKeys
 from tests import cases
 
 pytestmark = pytest.mark.promotes
@@ -44,7 +45,7 @@ def draw(simulations, *, settings=EMULATOR, key=1):
     y, standardiser = PRIOR.to_standard(simulations.theta), fit_standardiser(simulations.x)
     seen = module.Seen(y, simulations.x, y[:0])
     emulated, history = module.emulate(
-        jax.random.key(key),
+        FitKeys.of(jax.random.key(key)),
         settings,
         PRIOR,
         seen,
@@ -107,11 +108,12 @@ def test_each_density_draws_its_share(monkeypatch, n):
         return jnp.full((len(y), 1), weights.params) + y
 
     monkeypatch.setattr(module, "_draw_chunk", chunk)
-    size = -(-n // module.CHUNK) * module.CHUNK
+    size = -(-n // module.CHUNK_DRAWS) * module.CHUNK_DRAWS
     y = jnp.linspace(0.0, 0.5, size)[:, None]
     blueprint = Blueprint(SMALL, None, Sizes((False,), jax.tree.structure(0), ((1,),)))
     shares = (0.3, 0.0001, 0.6999)
-    parts = [(blueprint, Weights(float(i), None), share) for i, share in enumerate(shares)]
+    weights = [Weights(float(i), None) for i in range(3)]
+    parts = [module._Part(blueprint, w, s) for w, s in zip(weights, shares, strict=True)]
     drawn = np.asarray(module._draw(jax.random.key(0), parts, y, n))
     assert drawn.shape == (size, 1)
     # row i is of parameter i, whoever drew it
