@@ -62,7 +62,8 @@ class StoreBusy(SbiFlowsError):
 class CheckpointSpoilt(SbiFlowsError):
     """The file of `Training(checkpoint=...)` does not have the content that was written.
 
-    Raised by `fit` when it resumes from this file. Delete the file; the fit then starts from the beginning.
+    Raised by `fit` when it resumes from this file. Delete the file; the fit then starts from the
+    beginning.
     """
 
 
@@ -80,8 +81,8 @@ class ArtefactError(SbiFlowsError):
     """A file cannot be loaded as a posterior.
 
     Raised by `load` if the file is not a saved posterior, was changed or truncated, or was written
-    by a later version of the library. Also raised if the file needs a `prior` or an `embedding`, and
-    this argument is missing or differs from the saved one. The message gives the reason.
+    by a later version of the library. Also raised if the file needs a `prior` or an `embedding`,
+    and this argument is missing or differs from the saved one. The message gives the reason.
     """
 
 

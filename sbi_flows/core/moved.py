@@ -111,7 +111,7 @@ class _Loader(importlib.abc.Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Restore the module's spec, which Python replaced by the spec of the old path, and warn."""
+        """Warn, and restore the module's spec, which Python replaced by that of the old path."""
         module.__spec__ = self.new_spec
         if self.old in PUBLIC:
             return
