@@ -19,7 +19,8 @@ def to_json_data(value: Any) -> Any:
 
     Arrays become lists, and settings objects become dicts with their class name as "type". Fields
     of a dataclass with the metadata `local=True` are left out, because they are valid on one
-    machine only. NaN and infinity become None. Any other object, such as a function, becomes its name.
+    machine only. NaN and infinity become None. Any other object, such as a function, becomes its
+    name.
 
     Example:
         >>> import sbi_flows as sf

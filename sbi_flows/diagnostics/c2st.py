@@ -69,8 +69,8 @@ def c2st(
     trained on draws that are standardised by the reference's mean and standard deviation. The
     result is the mean accuracy in a cross-validation with shuffled folds. 0.5 means that the sets
     cannot be distinguished; 1 means that they do not overlap. With 10,000 draws in each set, the
-    standard error is about 0.0035 if both sets have the same distribution. Accuracies of other classifiers, such as
-    random forests, cannot be compared with these.
+    standard error is about 0.0035 if both sets have the same distribution. Accuracies of other
+    classifiers, such as random forests, cannot be compared with these.
 
     Args:
         reference: Draws of the reference posterior in any units, shape (N, D), or (B, N, D) for B
