@@ -1,1 +1,1 @@
-"""What every other room uses: argument checks, errors, matrix precision, atomic files, versions."""
+"""Code that all other packages use: argument checks, errors, matrix precision, files, versions."""

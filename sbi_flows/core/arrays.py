@@ -16,7 +16,7 @@ def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         b: Rows, shape (m, C).
 
     Returns:
-        Shape (n, m). Rounding errors never make an entry negative.
+        Squared distances, shape (n, m). Negative values from rounding are set to 0.
 
     Example:
         >>> squared_distances(np.array([[0.0, 0.0]]), np.array([[3.0, 4.0], [0.0, 1.0]]))

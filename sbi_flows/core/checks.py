@@ -1,7 +1,7 @@
-"""Checks of arguments, so that a mistake is reported before any long work starts.
+"""Checks of arguments, so that a mistake is reported before any long computation starts.
 
-Functions named `require_...` return nothing and raise ValueError. Functions named `as_...` convert
-a value and raise ValueError if that is impossible.
+Functions named `require_...` raise ValueError if an argument is invalid, and return nothing.
+Functions named `as_...` convert a value, and raise ValueError if they cannot.
 
 Public names: `require_real`, `as_array`, `as_real_array`, `as_real_tree`, `require_tree`,
 `require_memory`, `as_random_key`, `require_count`, `require_positive`, `require_finite`,
@@ -26,21 +26,22 @@ MAX_TREE_DEPTH = 32
 _KEPT_DTYPES = {np.dtype(f"{kind}{8 * n}") for kind in ("int", "uint") for n in (1, 2, 4, 8)} | {
     np.dtype(kind) for kind in (bool, np.float16, jnp.bfloat16, np.float32, np.float64)
 }
-"""Dtypes of observations that are kept. Numbers of any other width become floats."""
+"""Dtypes that observations keep. All other real dtypes are converted to JAX's default float."""
 
 
 def require_real(name: str, dtype: Any) -> None:
     """Raise ValueError unless a dtype is boolean, integer or real floating-point.
 
-    Complex numbers are refused, since they would lose their imaginary part when they become
-    features. The user chooses the real numbers that represent them: parts, or modulus and phase.
+    Complex numbers are refused, because their imaginary part would be lost when they are converted
+    to features. Users convert them to real numbers first, for example to real and imaginary parts,
+    or to modulus and phase.
 
     Args:
         name: Name of the argument, for the error message.
-        dtype: Dtype of its values.
+        dtype: Dtype of the argument.
     """
     is_real = any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating))
-    # NumPy counts time differences among the integers
+    # NumPy's dtype of time differences is a subtype of its integers
     if not is_real or jnp.issubdtype(dtype, np.timedelta64):
         raise ValueError(f"{name}: expected real numbers, got dtype {dtype}")
 
@@ -66,7 +67,7 @@ def as_array(name: str, value: Any) -> Array | np.ndarray:
             )
     try:
         array = np.asarray(value)
-    # a list of rows of different lengths, or an error from an object's own conversion
+    # for example a list of rows of different lengths, or an object whose `__array__` fails
     except Exception as error:
         raise ValueError(
             f"{name}: expected an array, got {type(value).__name__}: {str(error)[:200]}"
@@ -83,9 +84,9 @@ def as_real_array(name: str, value: Any) -> Array | np.ndarray:
         value: The value.
 
     Returns:
-        A JAX array unchanged, any other value as a NumPy array in native byte order. Integers that
-        JAX cannot hold in its present precision become floats, since they would overflow. Floats
-        that it cannot hold become infinite.
+        A JAX array is returned unchanged. Any other value becomes a NumPy array in native byte
+        order. In 32-bit mode, integers that would overflow become floats, and floats that would
+        overflow become infinite.
 
     Raises:
         ValueError: The value holds anything but real numbers, or needs more memory than the machine
@@ -107,7 +108,9 @@ def as_real_array(name: str, value: Any) -> Array | np.ndarray:
 
 
 def as_real_tree(name: str, tree: Any, *, kept: tuple[type, ...] = ()) -> Any:
-    """Convert an array, or a tree of arrays, to real numbers; a list of numbers is an array.
+    """Convert an array, or a tree of arrays, to arrays of real numbers.
+
+    A list or tuple of numbers counts as one array.
 
     Args:
         name: Name of the argument, for error messages.
@@ -126,14 +129,14 @@ def as_real_tree(name: str, tree: Any, *, kept: tuple[type, ...] = ()) -> Any:
         arrays = (Array, np.ndarray, dict, *kept)
         return isinstance(node, list | tuple) and not any(isinstance(v, arrays) for v in node)
 
-    # None counts as a leaf, so that it is refused: JAX would drop it from its dict
+    # `is_leaf` makes None a leaf, so that `leaf` refuses it; JAX would silently drop it
     return jax.tree.map(leaf, tree, is_leaf=lambda node: node is None or is_list_of_numbers(node))
 
 
 def require_tree(name: str, tree: Any) -> None:
-    """Raise ValueError if dicts and lists nest too deeply, or have keys that cannot be sorted.
+    """Raise ValueError if a tree is nested too deeply, or a dict has keys that cannot be sorted.
 
-    A container that holds itself nests too deeply.
+    A container that contains itself is refused as nested too deeply.
 
     Args:
         name: Name of the argument, for error messages.
@@ -165,7 +168,7 @@ def _require_sortable(name: str, node: dict) -> None:
 def require_memory(name: str, shape: tuple[int, ...], dtype: Any) -> None:
     """Raise ValueError if an array needs more memory than the machine has.
 
-    A NumPy view can claim such a shape by repeating one number.
+    A NumPy view can have such a shape although it stores a single number (`np.broadcast_to`).
 
     Args:
         name: Name of the argument, for the error message.
@@ -183,14 +186,16 @@ def require_memory(name: str, shape: tuple[int, ...], dtype: Any) -> None:
 
 
 def as_random_key(name: str, key: Any) -> Array:
-    """Return a single JAX random key; keys of the old form (arrays of uint32) are accepted.
+    """Return a value as a single JAX random key.
+
+    Both typed keys and keys of the old form (arrays of uint32) are accepted.
 
     Args:
         name: Name of the argument, for the error message.
-        key: The key. Keys of the old form may be NumPy arrays: read from a file, for example.
+        key: The key. A key of the old form may be a NumPy array, for example read from a file.
 
     Raises:
-        ValueError: The value is not a random key, or an array of several keys.
+        ValueError: The value is not a random key, or is an array of several keys.
     """
     is_array = isinstance(key, Array | np.ndarray)
     if is_array:
@@ -202,7 +207,7 @@ def as_random_key(name: str, key: Any) -> Array:
 
 
 def require_count(least: int, **settings: Any) -> None:
-    """Raise ValueError unless all settings are integers of at least `least`."""
+    """Raise ValueError unless all settings are integers that are at least `least`."""
     for name, value in settings.items():
         is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if not is_integer or value < least:
@@ -233,13 +238,13 @@ def require_fraction(**settings: Any) -> None:
 def require_object(name: str, value: Any, kind: type | tuple[type, ...], wanted: str) -> None:
     """Raise ValueError unless a value is an instance of a class.
 
-    A class in the place of an instance (`sf.NSF` instead of `sf.NSF()`) is named in the message.
+    If the value is itself a class (`sf.NSF` instead of `sf.NSF()`), the message names that class.
 
     Args:
         name: Name of the argument.
         value: The value.
-        kind: The class, or several allowed ones.
-        wanted: What the message says that is expected.
+        kind: The class, or a tuple of allowed classes.
+        wanted: Description of the expected value, for the error message.
     """
     if isinstance(value, type) or not isinstance(value, kind):
         got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__

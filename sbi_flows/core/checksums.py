@@ -1,4 +1,4 @@
-"""Checksums of arrays, which show that stored arrays were not changed.
+"""Checksums that detect changes of stored arrays.
 
 Public name: `checksum`.
 """
@@ -12,7 +12,9 @@ import numpy as np
 
 
 def checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    """Compute the SHA-256 of named arrays: names, dtypes, shapes and values, in any order.
+    """Compute the SHA-256 checksum of named arrays.
+
+    It depends on names, dtypes, shapes and values, but not on the order of the arrays.
 
     Args:
         arrays: Arrays by name.

@@ -13,15 +13,15 @@ import jax
 from sbi_flows.core.checks import writable_folder
 
 MIN_COMPILE_SECONDS = 0.1
-"""Minimum compile time of a program that is kept."""
+"""Programs that compile faster than this are not written to the cache."""
 
 
 def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path:
-    """Keep compiled programs in a folder, so that later processes need not compile them again.
+    """Store compiled programs in a folder, so that later processes need not compile them again.
 
-    The cache is off by default. It is enabled for the whole process, including JAX code that does
-    not belong to this library. Call this function before the first computation. A fit with the same
-    shapes and settings as an earlier one then starts at once. The files hold programs that will be
+    The cache is off by default. This function enables it for the whole process, including JAX code
+    of other libraries. Call it before the first computation. A fit with the same shapes and
+    settings as an earlier fit then starts at once. The files hold programs that will be
     executed, so use a folder that only you can write to. Delete the folder to empty the cache.
 
     Args:

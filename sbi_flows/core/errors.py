@@ -1,15 +1,16 @@
 """Errors and warnings of the library.
 
-A mistake that is known before any work starts raises `ValueError`. What only a run can show raises
-a subclass of `SbiFlowsError`, so that one `except sf.SbiFlowsError` catches them all.
+A mistake that is found before any computation starts raises `ValueError`. A problem that appears
+during a computation raises `SbiFlowsError` or a subclass of it, so that `except sf.SbiFlowsError`
+catches all of them.
 """
 
 
 class SbiFlowsError(Exception):
-    """Base class of the errors that only a run can show.
+    """Base class of errors that appear during a computation.
 
-    It is raised itself where no subclass fits: a posterior gives draws or densities that are not
-    finite during a calibration or a check, for example. The message names the cause.
+    The base class itself is raised if no subclass fits, for example if a posterior returns draws or
+    densities that are not finite during a calibration or a check. The message names the cause.
     """
 
 
@@ -17,15 +18,15 @@ class TrainingDiverged(SbiFlowsError):
     """A training or validation loss is NaN or infinite.
 
     Raised by `fit` and `distil`. Try a smaller `Training(learning_rate=...)`, and look for extreme
-    values among the simulations. The weights of the last epoch before that are in `state`.
+    values among the simulations. `state` has the weights of the last epoch with a finite loss.
 
     Attributes:
         epoch: The first epoch whose loss is not finite, counted from 1.
-        state: Posterior with the last finite weights, or None if there are none.
+        state: Posterior with these weights, or None if no epoch had a finite loss.
     """
 
     def __init__(self, message: str, *, epoch: int, state: object = None) -> None:
-        """Create the error with the number of the epoch and the last finite state."""
+        """Store the number of the epoch, and the posterior with the last finite weights."""
         super().__init__(message)
         self.epoch = epoch
         self.state = state
@@ -36,18 +37,18 @@ class SimulationFailed(SbiFlowsError):
 
     Raised by `simulate` if every simulation fails or a worker process cannot load the simulator,
     by fits with fewer than 10 valid simulations, and by checks with fewer than 50. A simulation
-    fails if it raises an error or returns NaN or infinity. Run the simulator by hand at one
-    parameter vector that the message names. If it fails by design in a part of the prior, run more
-    simulations, or use a prior without this part.
+    fails if it raises an error or returns NaN or infinity. To find the cause, call the simulator
+    with a parameter vector from the message. If the simulator is expected to fail in a part of the
+    prior, run more simulations, or use a prior without this part.
     """
 
 
 class StoreSpoilt(SbiFlowsError):
     """A file of a `SimulationStore` does not have the content that was written.
 
-    Raised where a chunk of simulations cannot be read, and by `SimulationStore.verify` where its
-    checksum differs. Remove the folder that the message names and call `simulate` with the same
-    arguments again: it simulates the missing chunks only.
+    Raised if a chunk of simulations cannot be read, and by `SimulationStore.verify` if the checksum
+    of a chunk differs. Remove the folder that the message names and call `simulate` with the same
+    arguments again; only the missing chunks are simulated.
     """
 
 
@@ -61,7 +62,8 @@ class StoreBusy(SbiFlowsError):
 class CheckpointSpoilt(SbiFlowsError):
     """The file of `Training(checkpoint=...)` does not have the content that was written.
 
-    Raised by `fit` when it resumes. Delete the file; the fit then starts from the beginning.
+    Raised by `fit` when it resumes from this file. Delete the file; the fit then starts from the
+    beginning.
     """
 
 
@@ -69,18 +71,18 @@ class WeightsUneven(SbiFlowsError):
     """A few draws carry almost all of the importance weight.
 
     Raised by `Validity.corrected` if the effective sample size is less than a tenth of the number
-    of draws, because nearly all simulations fail where the posterior is. Raised by
-    `prior_sensitivity` if no draw of the posterior is in the support of the other prior. Use a
-    simulator that fails less often there, or a prior that is closer to that of the fit.
+    of draws; the cause is that nearly all simulations at posterior draws fail. Use a simulator that
+    fails less often at these parameters. Raised by `prior_sensitivity` if no posterior draw is in
+    the support of the new prior. Use a prior that is closer to the prior of the fit.
     """
 
 
 class ArtefactError(SbiFlowsError):
     """A file cannot be loaded as a posterior.
 
-    Raised by `load` where the file is not a saved posterior, was changed or cut short, was written
-    by a later version of the library, or needs a `prior` or an `embedding` that was not supplied or
-    differs from the saved one. The message says which.
+    Raised by `load` if the file is not a saved posterior, was changed or truncated, or was written
+    by a later version of the library. Also raised if the file needs a `prior` or an `embedding`,
+    and this argument is missing or differs from the saved one. The message gives the reason.
     """
 
 
@@ -92,11 +94,11 @@ class SolveFailed(SbiFlowsError):
     with larger `rtol` and `atol`.
 
     Attributes:
-        values: What the call would have returned, with NaN where the ODE was not solved.
+        values: Return value of the call, with NaN where the ODE was not solved.
     """
 
     def __init__(self, message: str, *, values: object) -> None:
-        """Create the error with the values that were computed."""
+        """Store the values that were computed before the error."""
         super().__init__(message)
         self.values = values
 
@@ -104,5 +106,5 @@ class SolveFailed(SbiFlowsError):
 class SbiFlowsWarning(UserWarning):
     """Category of the library's warnings.
 
-    Imports from a module path that has moved give a `DeprecationWarning` instead.
+    One warning has another category: imports from an old module path give a `DeprecationWarning`.
     """

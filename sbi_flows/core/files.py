@@ -15,13 +15,13 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to write whose content appears at `path` only when it is complete.
+    """Open a file for writing that appears at `path` only when its content is complete.
 
-    An older file of the same name stays until then, and stays for good if the block raises an
-    error. No reader ever sees a part of the new content.
+    Until then, an older file at `path` remains unchanged. If the `with` block raises an error, the
+    older file remains. Other processes never read an incomplete file.
 
     Args:
-        path: Where the file will be.
+        path: Final path of the file.
 
     Yields:
         The file, open for writing bytes.
@@ -29,7 +29,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: The file cannot be written.
     """
-    # a random name: two processes that write the same file at once do not mix their content
+    # the random name separates two processes that write the same file at the same time
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         with open(partial, "xb") as file:

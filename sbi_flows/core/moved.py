@@ -1,8 +1,8 @@
 """Old module paths, which can still be imported.
 
-Before the package was divided into rooms, its modules stood side by side: `sbi_flows.data`, for
-example, is now `sbi_flows.simulations.simulations`. An import of an old path returns the module at
-the new path and gives a `DeprecationWarning`, once. This module imports the standard library only.
+In earlier versions all modules were in one folder: `sbi_flows.data`, for example, is now
+`sbi_flows.simulations.simulations`. An import of an old path returns the module at the new path and
+gives a `DeprecationWarning`, once. This module imports only the standard library.
 
 Public names: `MOVED`, `FORMER_NAMES`, `install`.
 """
@@ -90,12 +90,12 @@ MOVED = {
     "validity": "simulations.validity",
     "whole": "core.files",
 }
-"""Old path to new path of each module, both without the name of the package.
+"""New path of each module by its old path, both without the leading "sbi_flows.".
 
-`composed` is missing: the package now has a function of that name."""
+The old module `composed` is missing, because `sbi_flows` now has a function of that name."""
 
 PUBLIC = {"errors"}
-"""Old paths that users may go on importing: they give no warning."""
+"""Old paths that users may continue to import; they give no warning."""
 
 
 class _Loader(importlib.abc.Loader):
@@ -138,6 +138,6 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 def install() -> None:
     """Make old module paths importable. A second call has no effect."""
-    # before Python's own finder, which would load the parts of `bijectors` a second time
+    # first in the list: Python's own finder would load the modules of `bijectors` a second time
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

@@ -1,8 +1,8 @@
-"""Precision of matrix products: full by default, lower where the user asks for it.
+"""Precision of matrix products: full by default, lower if the user requests it.
 
-By default JAX computes products of 32-bit numbers with 10 bits of mantissa on an NVIDIA GPU
-(TensorFloat-32) and with 7 on a TPU (bfloat16). A density would then not integrate to one, and
-would not be the density of its own draws.
+By default JAX computes products of 32-bit matrices with a mantissa of 10 bits on an NVIDIA GPU
+(TensorFloat-32) and of 7 bits on a TPU (bfloat16). With such products, the density of a flow would
+not integrate to one, and would disagree with the distribution of the flow's draws.
 
 Public names: `FULL`, `full_precision`, `precision_context`, `inherit_precision`.
 """
@@ -20,15 +20,15 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 FULL = jax.lax.Precision.HIGHEST
-"""Full precision. Products inside bijectors always use it, also where the networks use less."""
+"""Full precision. Bijectors always use it, even if the networks use a lower precision."""
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
     """Make a function compute its matrix products in full precision.
 
-    A precision that the user has set with `jax.default_matmul_precision` takes priority. Decorate
-    the function that `jax.jit` traces: a context around the call of a compiled program does not
-    reach the threads that compile it.
+    A precision that the user has set with `jax.default_matmul_precision` takes priority. Apply
+    this decorator to the function that `jax.jit` traces. A context around the call of a jitted
+    function has no effect in other threads that compile it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -46,13 +46,13 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def precision_context(precision: str | None) -> AbstractContextManager[None]:
-    """Return a context in which matrix products use a precision; None changes nothing.
+    """Return a context in which matrix products use the given precision.
 
-    "bfloat16" rounds both factors to bfloat16 and adds their products in 32 bits, on a GPU too.
-    (JAX's own setting of that name selects TensorFloat-32 on a GPU.)
+    "bfloat16" rounds both factors to bfloat16 and sums their products in 32 bits, also on a GPU.
+    (On a GPU, JAX's setting of the same name would select TensorFloat-32.)
 
     Args:
-        precision: A name that `jax.default_matmul_precision` accepts, or None.
+        precision: A name that `jax.default_matmul_precision` accepts. None changes nothing.
     """
     if precision is None:
         return nullcontext()
@@ -61,9 +61,9 @@ def precision_context(precision: str | None) -> AbstractContextManager[None]:
 
 
 def inherit_precision() -> Callable[[], None]:
-    """Return a function that, called in another thread, sets this thread's precision there.
+    """Return a function that copies this thread's matrix precision to the thread that calls it.
 
-    JAX keeps the setting of `jax.default_matmul_precision` for each thread.
+    JAX has a separate setting of `jax.default_matmul_precision` in each thread.
     """
     precision = _user_precision()
 
@@ -76,5 +76,5 @@ def inherit_precision() -> Callable[[], None]:
 
 
 def _user_precision() -> str | None:
-    """Return the precision that the user has set in this thread, if any."""
+    """Return the precision that the user has set in this thread; None if there is none."""
     return getattr(jax.config, "jax_default_matmul_precision", None)

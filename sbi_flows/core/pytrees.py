@@ -1,4 +1,4 @@
-"""Frozen objects as JAX pytrees, and values under a trace.
+"""Registration of classes as JAX pytrees, and detection of tracers.
 
 Public names: `register_pytree`, `is_traced`.
 """
@@ -13,10 +13,10 @@ from jax.core import Tracer
 
 
 class _Unchecked:
-    """Facts carried along with a pytree that no computation depends on.
+    """Data stored in a pytree that no computation depends on, for example a name.
 
-    Two of them always compare equal, so that a program compiled for one object serves another
-    whose facts differ.
+    All instances compare equal, so that JAX uses one compiled program for objects that differ only
+    in these data.
     """
 
     def __init__(self, values: tuple[Any, ...]) -> None:
@@ -34,14 +34,14 @@ def register_pytree(
 ) -> None:
     """Register a class as a pytree by the names of its attributes.
 
-    A rebuilt object does not pass through the constructor, which would validate tracers.
+    When JAX rebuilds an object, the constructor is not called, because it would validate tracers.
 
     Args:
         kind: The class.
         leaves: Attributes that are arrays or pytrees of arrays.
-        static: Attributes that programs depend on: hashable values, or trees of these.
-        facts: Attributes that no program depends on. A jitted function that returns such an object
-            returns the facts of the object that it was first called with.
+        static: Attributes that are compiled into programs: hashable values, or trees of them.
+        facts: Attributes that no computation depends on. If a jitted function returns an object
+            of this class, these attributes are those of the first call.
     """
 
     def flatten(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
@@ -63,7 +63,7 @@ def register_pytree(
 
 
 def is_traced(*trees: Any) -> bool:
-    """Return whether any leaf is a tracer: its shape is known, its values are not.
+    """Return whether any leaf is a tracer: an array with a known shape and unknown values.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Python objects as plain JSON data, for the record that a posterior carries.
+"""Conversion of Python objects to JSON data, for the record that is saved with a posterior.
 
 Public names: `to_json_data`.
 """
@@ -18,8 +18,9 @@ def to_json_data(value: Any) -> Any:
     """Convert a value to data that JSON can hold.
 
     Arrays become lists, and settings objects become dicts with their class name as "type". Fields
-    of a dataclass whose metadata have `local=True` are left out: they hold for one machine only.
-    NaN and infinity become None. Any other object, a function for example, becomes its name.
+    of a dataclass with the metadata `local=True` are left out, because they are valid on one
+    machine only. NaN and infinity become None. Any other object, such as a function, becomes its
+    name.
 
     Example:
         >>> import sbi_flows as sf
@@ -38,7 +39,7 @@ def to_json_data(value: Any) -> Any:
         return to_json_data(np.asarray(value).tolist())
     if isinstance(value, Mapping):
         return {str(name): to_json_data(part) for name, part in value.items()}
-    # a named tuple in the settings of a fit is an optax optimiser, a pair of functions
+    # a named tuple is an optax optimiser (a pair of functions); the last line returns its name
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
         return [to_json_data(part) for part in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

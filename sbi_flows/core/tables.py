@@ -1,4 +1,4 @@
-"""Plain text for reports: aligned tables and short p-values.
+"""Text of reports: tables with aligned columns, and p-values.
 
 Public names: `table`, `p_text`.
 """
@@ -13,7 +13,7 @@ def table(rows: Sequence[str], columns: Mapping[str, Iterable[str]]) -> str:
 
     Args:
         rows: Names of the rows.
-        columns: Cells of each column, by the column's name.
+        columns: Cells of each column, by the name of the column.
 
     Example:
         >>> print(table(["a", "rate"], {"p": ["0.5", "1e-09"]}))
@@ -34,7 +34,7 @@ def table(rows: Sequence[str], columns: Mapping[str, Iterable[str]]) -> str:
 
 
 def p_text(p: float) -> str:
-    """Format a p-value in at most five characters or so.
+    """Format a p-value in about five characters.
 
     Example:
         >>> p_text(0.0312), p_text(3.2e-9), p_text(0.0)

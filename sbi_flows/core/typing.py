@@ -1,4 +1,4 @@
-"""Types that all rooms use.
+"""Types that all packages of the library use.
 
 Shapes: theta is `(*, D)`, x is `(*, *event)` or a dict of such arrays. The order of arguments is
 always `(theta, x)`.
@@ -21,12 +21,12 @@ Obs: TypeAlias = PyTree
 """One observation `(*event)` or a batch of them `(B, *event)`, or a dict of such arrays."""
 
 Simulator: TypeAlias = Callable[[Key, Any], Obs]
-"""Function `(key, theta) -> x` of one parameter vector, or of a dict of named parameters."""
+"""Function `(key, theta) -> x`; theta is one parameter vector, or a dict of named parameters."""
 
 
 @runtime_checkable
 class CheckReport(Protocol):
-    """The report of a check, as it is saved with a posterior; `sf.Report` is one."""
+    """Report of a check that can be saved with a posterior, for example `sf.Report`."""
 
     @property
     def verdict(self) -> str:

@@ -16,7 +16,7 @@ PACKAGES = ("sbi-flows", "jax", "flax", "numpyro")
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Return the version of Python and of each package, "unknown" where one is not installed.
+    """Return the version of Python and of each package; "unknown" if a package is not installed.
 
     Example:
         >>> versions(["no-such-package"])["no-such-package"]

@@ -1,4 +1,4 @@
-"""Warnings that point at the user's own line.
+"""Warnings that show the line of the user's code.
 
 Public name: `warn_user`.
 """
@@ -13,11 +13,11 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 
 def warn_user(message: str, category: type[Warning]) -> None:
-    """Warn at the first caller outside this package, however many of its functions lie between.
+    """Give a warning that shows the line of user code that called this library.
 
     Args:
         message: The text of the warning.
-        category: Its class.
+        category: The class of the warning.
     """
     level, frame = 2, sys._getframe(1)
     while frame is not None and _is_internal(frame.f_code.co_filename):
@@ -26,7 +26,7 @@ def warn_user(message: str, category: type[Warning]) -> None:
 
 
 def _is_internal(filename: str) -> bool:
-    """Return whether a frame is of this package, or of a run-time type checker around it."""
+    """Return whether a file belongs to this library or to a run-time type checker."""
     checkers = ("<@beartype", "<string>")
     packages = ("jaxtyping", "beartype")
     return filename.startswith((_PACKAGE, *checkers)) or any(

@@ -1,6 +1,6 @@
-"""Checks of a posterior: calibration, one observation, predictions, sensitivity; and their reports.
+"""Checks of a posterior and their reports: calibration, local check, predictions, sensitivity.
 
-Files outside this package import from here what the list below names.
+Other packages import the names below from here, not from the modules.
 """
 
 from sbi_flows.diagnostics.anomalies import anomalies as anomalies

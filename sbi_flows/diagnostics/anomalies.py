@@ -1,4 +1,4 @@
-"""Anomalies: which of many observations are not typical of the training simulations.
+"""Anomalies: observations in a batch that are not typical of the training simulations.
 
 Public names: `anomalies`.
 """
@@ -12,18 +12,20 @@ from sbi_flows.posteriors.base import AbstractPosterior
 
 
 def anomalies(posterior: AbstractPosterior, xs: Obs) -> Anomalies:
-    """Test many observations: `posterior.misspecification(xs)` of a batch.
+    """Test which observations of a batch are not typical of the training simulations.
+
+    This is `posterior.misspecification(xs)` with a check that xs is a batch.
 
     Args:
         posterior: The posterior.
         xs: A batch of observations (B, *event).
 
     Returns:
-        P-values and scores; printing gives the number of flagged observations.
+        P-values and scores; printing them shows the number of flagged observations.
 
     Raises:
-        ValueError: xs is a single observation or does not fit, or the posterior does not know its
-            training simulations.
+        ValueError: xs is a single observation or has another shape than a training observation, or
+            the posterior has no record of its training simulations.
 
     Example:
         >>> import jax, numpyro.distributions as dist, sbi_flows as sf

@@ -26,7 +26,7 @@ class SklearnMLP:
 
     Attributes:
         jobs: Number of folds trained in parallel, each in its own process; -1 uses every core.
-            The accuracy does not depend on it.
+            The accuracy does not depend on this number.
     """
 
     jobs: int | None = None
@@ -63,14 +63,14 @@ def c2st(
     jobs: int | None = None,
     backend: ClassifierBackend | None = None,
 ) -> Any:
-    """Compute the cross-validated accuracy of a classifier between two sets of draws (C2ST-MLP).
+    """Compute the accuracy of a classifier that separates two sets of draws (C2ST-MLP).
 
     A perceptron with two hidden layers of width 10 D (relu, Adam, at most 10,000 epochs) is
     trained on draws that are standardised by the reference's mean and standard deviation. The
-    result is its mean accuracy over shuffled folds. 0.5 means that the sets cannot be
-    distinguished, 1 that they do not overlap. With 10,000 draws in each set, the standard error is
-    about 0.0035 if both have the same distribution. Accuracies of other classifiers, such as
-    random forests, cannot be compared with these.
+    result is the mean accuracy in a cross-validation with shuffled folds. 0.5 means that the sets
+    cannot be distinguished; 1 means that they do not overlap. With 10,000 draws in each set, the
+    standard error is about 0.0035 if both sets have the same distribution. Accuracies of other
+    classifiers, such as random forests, cannot be compared with these.
 
     Args:
         reference: Draws of the reference posterior in any units, shape (N, D), or (B, N, D) for B
@@ -82,13 +82,13 @@ def c2st(
         jobs: Number of folds that the default backend trains in parallel; see `SklearnMLP`.
         backend: Implementation of the classifier. `SklearnMLP(jobs)`, the default, takes about a
             minute for ten parameters on one core. `CompiledMLP()` trains the same network in JAX,
-            faster, above all for many pairs; it differs by rounding.
+            faster, especially for many pairs; results differ by rounding errors.
 
     Returns:
         The mean accuracy over the folds, between 0 and 1: a float, or shape (B,) for B pairs.
 
     Raises:
-        ValueError: The arrays are not finite or have other shapes, there are fewer rows than
+        ValueError: The arrays are not finite or have wrong shapes, there are fewer rows than
             folds, or `jobs` is given together with a backend.
 
     References:
@@ -117,5 +117,5 @@ def c2st(
 
 
 def c2st_jax(reference: Any, samples: Any, *, folds: int = 5, seed: int = 1) -> Any:
-    """Return `c2st` with the backend `CompiledMLP()`; kept for programs that use this name."""
+    """Return `c2st` with `backend=CompiledMLP()`; an earlier name that still works."""
     return c2st(reference, samples, folds=folds, seed=seed, backend=CompiledMLP())

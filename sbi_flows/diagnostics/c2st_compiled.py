@@ -1,11 +1,11 @@
-"""The classifier of `c2st`, compiled by JAX: same network, optimiser and stopping rule.
+"""The classifier of `c2st`, compiled by JAX.
 
 Public name: `CompiledMLP`.
 
-Initial weights and the order of the batches come from scikit-learn's random numbers, so that only
-rounding differs. Every fold of every pair of sets runs the same program. On a CPU, each fold trains
-on its own thread. On an accelerator, all folds of one size train together under `vmap` until the
-last one has stopped.
+Network, optimiser and stopping rule are those of `SklearnMLP`. Initial weights and the order of the
+batches use the same random numbers as scikit-learn, so that only rounding errors differ. Every fold
+of every pair of sets runs the same program. On a CPU, each fold trains in a separate thread. On an
+accelerator, all folds with equally many rows train together under `vmap` until the last one stops.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _Weights = list[tuple[Array, Array]]
 
 
 class _State(NamedTuple):
-    """Weights, Adam's first and second moments, and the number of steps taken."""
+    """Training state: weights, Adam's first and second moments, number of steps."""
 
     weights: _Weights
     first: _Weights
@@ -48,7 +48,7 @@ class _State(NamedTuple):
 
 
 class _FoldRows(NamedTuple):
-    """Rows and labels to train on, and rows and labels to score on."""
+    """Training rows and labels, and test rows and labels, of one fold."""
 
     x: Array
     y: Array
@@ -84,8 +84,8 @@ def _fold_rows(pair: LabelledRows) -> list[_FoldRows]:
 
 
 def _train_on_threads(rows: list[_FoldRows], width: int, seed: int) -> list[float]:
-    """Return the accuracy in each fold, one thread per fold."""
-    # Compile once per size before the threads start; otherwise each of them would.
+    """Train each fold in a thread; return the accuracy in each fold."""
+    # Compile once per size before the threads start; otherwise every thread would compile.
     by_size = {len(fold.x): fold for fold in rows}
     for size, fold in by_size.items():
         run = _Run(size, fold.x.shape[1], width, seed)
@@ -105,7 +105,7 @@ def _train_one(fold: _FoldRows, width: int, seed: int) -> float:
 
 
 def _train_under_vmap(rows: list[_FoldRows], width: int, seed: int) -> list[float]:
-    """Return the accuracy in each fold; folds with equally many rows share one program."""
+    """Train folds with equally many rows together; return the accuracy in each fold."""
     scores = np.zeros(len(rows))
     for size in sorted({len(fold.x) for fold in rows}):
         same_size = [i for i, fold in enumerate(rows) if len(fold.x) == size]
@@ -116,9 +116,10 @@ def _train_under_vmap(rows: list[_FoldRows], width: int, seed: int) -> list[floa
 
 
 def _train_together(folds: _FoldRows, run: _Run) -> Array:
-    """Return accuracies (F,) of folds stacked on a leading axis.
+    """Train F folds that are stacked on a leading axis; return their accuracies, shape (F,).
 
-    All folds train until the last one stops. Each keeps the weights of its own last epoch.
+    All folds train until the last one stops. The weights of a fold are those of the epoch in which
+    the fold reached its stopping rule.
     """
     count = len(folds.x)
     state = jax.tree.map(lambda a: jnp.stack([a] * count), run.state)
@@ -133,7 +134,7 @@ def _train_together(folds: _FoldRows, run: _Run) -> Array:
 
 
 def _updated_patience(loss: Any, best_loss: Any, stale_epochs: Any) -> tuple[Any, Any]:
-    """Return the lowest loss, and the number of epochs since it last fell by `TOLERANCE`.
+    """Update the lowest loss, and the number of epochs since the loss last fell by `TOLERANCE`.
 
     All arguments are numbers, or arrays with one number per fold.
     """
@@ -142,7 +143,7 @@ def _updated_patience(loss: Any, best_loss: Any, stale_epochs: Any) -> tuple[Any
 
 
 class _Run:
-    """Initial weights and batch order of one training, from scikit-learn's random numbers.
+    """Initial weights and batch order of one training, with the random numbers of scikit-learn.
 
     Attributes:
         state: Initial state.
@@ -164,7 +165,7 @@ class _Run:
     def next_batches(self) -> tuple[np.ndarray, np.ndarray]:
         """Return row numbers and row weights of the next epoch, shape (steps, batch size).
 
-        The weight is 0 for rows that fill up the last batch.
+        The last batch is filled up with rows of weight 0.
         """
         self.epochs += 1
         permutation = np.arange(len(self._order))
@@ -199,8 +200,8 @@ def _train_epoch(
 def _adam_step(state: _State, gradient: _Weights) -> _State:
     """Return the state after one Adam step in scikit-learn's form.
 
-    scikit-learn adds epsilon before the bias correction and optax after it. Weights with tiny
-    gradients would differ by 0.01 after four epochs.
+    scikit-learn adds epsilon before the bias correction, optax after it. With optax, weights with
+    tiny gradients would differ from those of scikit-learn by 0.01 after four epochs.
     """
     steps = state.steps + 1
     a, b = BETAS

@@ -1,4 +1,4 @@
-"""Input of a classifier two-sample test: checked, standardised and split into folds.
+"""Input of a classifier two-sample test: checks, standardisation and division into folds.
 
 Names for this package: `Fold`, `LabelledRows`, `ClassifierBackend`, `labelled_rows`.
 """
@@ -17,8 +17,8 @@ class Fold(NamedTuple):
     """Row numbers of one fold of a cross-validation.
 
     Attributes:
-        train: Rows to train on, shape (n,).
-        test: Rows to score on, shape (m,).
+        train: Training rows, shape (n,).
+        test: Test rows, shape (m,).
     """
 
     train: np.ndarray
@@ -41,13 +41,13 @@ class LabelledRows(NamedTuple):
 
 @runtime_checkable
 class ClassifierBackend(Protocol):
-    """Trains and scores the classifier of `c2st`."""
+    """Implementation of the classifier of `c2st`."""
 
     def accuracies(self, pairs: Sequence[LabelledRows], seed: int) -> np.ndarray:
         """Cross-validate a classifier for each pair of sets.
 
         Args:
-            pairs: B labelled pairs with the same number F of folds.
+            pairs: B labelled pairs of sets, all with the same number F of folds.
             seed: Seed of the initial weights.
 
         Returns:
@@ -72,7 +72,7 @@ def labelled_rows(reference: Any, samples: Any, folds: int, seed: int) -> Labell
 
 
 def each_pair(reference: Any, samples: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield the B pairs of sets (N, D) and (M, D) in arrays (B, N, D) and (B, M, D).
+    """Yield B pairs of sets (N, D) and (M, D) from arrays (B, N, D) and (B, M, D).
 
     Raises:
         ValueError: The arrays have other shapes, B differs, or B is 0.
@@ -116,9 +116,9 @@ def _checked(name: str, draws: Any) -> np.ndarray:
 
 
 def _standardised(reference: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """Stack both sets in units of the reference's mean and standard deviation, (N + M, D).
+    """Standardise both sets by the reference's mean and standard deviation, shape (N + M, D).
 
-    A constant column is centred but not scaled.
+    A column that is constant in the reference is centred but not scaled.
     """
     sd = reference.std(axis=0, ddof=1)
     sd = np.where(sd > 0, sd, 1.0)

@@ -1,4 +1,4 @@
-"""Calibration check of a posterior: three checks on fresh simulations, and a verdict.
+"""Calibration check of a posterior: SBC, TARP and coverage on fresh simulations, and a verdict.
 
 Public name: `check`.
 """
@@ -36,23 +36,24 @@ def check(
     level: float = 0.05,
     progress: bool = True,
 ) -> Report:
-    """Check a posterior on fresh simulations from its prior, and say what is wrong.
+    """Check the calibration of a posterior on fresh simulations from its prior.
 
-    SBC, TARP and highest-density coverage share the same posterior draws. Each parameter is tested
-    for a shift, for a wrong width and for ranks of another shape; the joint posterior is tested by
-    coverage and by TARP. Holm's correction over all tests limits the probability of rejecting a
+    SBC, TARP and highest-density coverage use the same posterior draws. Each parameter is tested
+    for a shift, for a wrong width and for ranks that are not uniform. The joint posterior is tested
+    by coverage and by TARP. Holm's correction over all tests limits the probability of rejecting a
     correct posterior to `level`.
 
-    The verdict is about the posterior on average over data sets from the prior. It does not say
-    that the posterior is right at one observation, nor that the simulator describes the real data.
-    If some simulations fail, the verdict is about the others: parameters are from the prior given
-    that their simulation succeeds, which is the distribution that the posterior was trained on.
+    The verdict holds on average over data sets simulated from the prior. For the posterior at one
+    observation use `check_at`; whether the simulator describes the real data is tested by
+    `predictive_check` and `misspecification`. If some simulations fail, the verdict holds for those
+    that succeed. Their parameters follow the prior given success, the distribution that the
+    posterior was trained on.
 
     Args:
         key: Random key.
         posterior: The posterior to check.
-        simulator: The simulator that it was trained on, `(key, theta) -> x`.
-        datasets: Number of fresh simulations, at least 50; those that fail are left out and
+        simulator: The simulator that the posterior was trained on, `(key, theta) -> x`.
+        datasets: Number of fresh simulations, at least 50; failed simulations are left out and
             counted.
         draws: Independent draws from each posterior, at least 20.
         level: Probability of rejecting a correct posterior.
@@ -65,7 +66,7 @@ def check(
         ValueError: There are too few data sets or draws, the level is outside (0, 1), or JAX
             cannot trace the simulator.
         SimulationFailed: Fewer than 50 simulations succeeded.
-        SbiFlowsError: The posterior gave NaN, or draws that are not finite.
+        SbiFlowsError: The posterior returned NaN, or draws that are not finite.
     """
     _check_sizes(datasets, draws, level)
     simulate_key, reference_key, draw_key = jax.random.split(key, 3)
@@ -130,7 +131,7 @@ def _command(key: Key, datasets: int, draws: int, level: float) -> str:
 
 
 def _subject_text(sims: Simulations) -> str:
-    """Return which simulations the verdict is about, or nothing if all succeeded."""
+    """Return a clause with the number of valid simulations; empty if all succeeded."""
     if sims.num_valid == len(sims):
         return ""
     return f"; about the {sims.num_valid} of {len(sims)} simulations that did not fail"

@@ -33,14 +33,14 @@ class Coverage:
 
     Attributes:
         labels: Names of the D parameters.
-        density_ranks: Level r* of the smallest highest-density region that holds the truth, in
-            (0, 1), shape (N,): the continuous share of draws with a higher density than the truth.
-            Its resolution is 1/100, or 1/8 if each density needs an ODE solve. Within that it is
-            random: ranks of a correct posterior are exactly uniform, but for a wrong posterior
-            `expected` deviates less from the levels.
+        density_ranks: Level r* of the smallest highest-density region that contains the truth, in
+            (0, 1), shape (N,). It is the share of draws with a higher density than the truth, in
+            steps of 1/100, or of 1/8 if each density needs an ODE solve. Each r* is placed at
+            random within its step, so that the r* of a correct posterior are exactly uniform. For
+            a wrong posterior, coarse steps bring `expected` closer to `levels`.
         levels: Credibility levels, 0.01 to 0.99, shape (K,).
         expected: Share of truths inside the joint highest-density region of each level, shape
-            (K,). A share on or above the level is conservative.
+            (K,). The posterior is conservative where this share is at or above the level.
         lower: Lower edge of the pointwise binomial 95% band at each level, shape (K,).
         upper: Upper edge of this band, shape (K,).
         central: Share of truths inside the central interval of each parameter, shape (K, D).
@@ -124,7 +124,7 @@ def coverage(
     Raises:
         ValueError: Fewer than 50 simulations succeeded, there are fewer than 20 draws, or the
             number of parameters differs from the posterior's.
-        SbiFlowsError: The posterior gave NaN, or draws that are not finite.
+        SbiFlowsError: The posterior returned NaN, or draws that are not finite.
 
     References:
         Hermans et al. 2022, A Trust Crisis In Simulation-Based Inference?, arXiv:2110.06581,
@@ -136,10 +136,10 @@ def coverage(
 
 
 def coverage_of(ranks: Ranks) -> Coverage:
-    """Compute coverage from the ranks of a draw pass.
+    """Compute coverage from the result of `draw_pass`.
 
     Raises:
-        ValueError: The draw pass was made without densities.
+        ValueError: The ranks were computed without densities.
     """
     from scipy import stats
 

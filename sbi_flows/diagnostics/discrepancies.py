@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Discrepancy: TypeAlias = Callable[..., Any]
-"""Function `x -> number` or `(x, theta) -> number` of one observation, traceable by JAX."""
+"""Function `x -> number` or `(x, theta) -> number` of one observation, in JAX operations."""
 
 QUANTILES = (0.05, 0.5, 0.95)
-"""Quantiles of the simulated discrepancies that summaries show."""
+"""Quantiles of the simulated values that `summary` and `to_dict` show."""
 
 
 class TracedDiscrepancy(NamedTuple):
-    """A discrepancy that JAX can trace.
+    """A user-defined discrepancy that JAX has traced without an error.
 
     Attributes:
-        name: Its name.
+        name: Name of the discrepancy.
         function: The user's function.
         needs_theta: True for a function `(x, theta) -> number`.
     """
@@ -54,13 +54,13 @@ class TracedDiscrepancy(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Discrepancies:
-    """K discrepancies of an observation and of n simulations at posterior draws.
+    """Values of K discrepancies for an observation and for n simulations at posterior draws.
 
     Attributes:
         labels: Names of the K discrepancies.
-        p: Two-sided tail probability of each observed value, shape (K,): twice the share of
-            simulations beyond it, on the rarer side. If a discrepancy depends on the parameters,
-            simulation and observation are compared at the same draw.
+        p: Two-sided p-value of each observed value, shape (K,): twice the share of simulated
+            values below it or above it, whichever is smaller. If a discrepancy depends on the
+            parameters, simulation and observation are compared at the same draw.
         simulated: Discrepancies of the simulations, shape (n, K).
         observed: Discrepancies of the observation at each draw, shape (n, K); all rows are equal
             unless the discrepancy depends on the parameters.
@@ -73,7 +73,7 @@ class Discrepancies:
 
     @property
     def adjusted(self) -> np.ndarray:
-        """P-values corrected for the number of discrepancies (Holm), shape (K,)."""
+        """P-values with Holm's correction for the number of discrepancies, shape (K,)."""
         return holm(self.p)
 
     def __repr__(self) -> str:
@@ -115,15 +115,15 @@ class Discrepancies:
 
 
 def two_sided_p_values(simulated: np.ndarray, observed: np.ndarray) -> np.ndarray:
-    """Compute two-sided tail probabilities of observed values among simulated values.
+    """Compute two-sided p-values of observed values relative to simulated values.
 
     Args:
         simulated: Simulated values, shape (n, K).
         observed: Observed values, shape (1, K), or (n, K) to compare row by row.
 
     Returns:
-        Shape (K,). Ties count as half below and half above. With n simulations no value is below
-        1 / (n + 1).
+        P-values, shape (K,). Simulated values equal to the observed one count half as below and
+        half as above. With n simulations, no p-value is below 1 / (n + 1).
     """
     n = len(simulated)
     below = np.mean(simulated < observed, axis=0) + np.mean(simulated <= observed, axis=0)
@@ -134,7 +134,7 @@ def two_sided_p_values(simulated: np.ndarray, observed: np.ndarray) -> np.ndarra
 def trace_discrepancies(
     discrepancies: Mapping[str, Discrepancy] | None, prior: Prior, x: Obs
 ) -> list[TracedDiscrepancy]:
-    """Check user-defined discrepancies by tracing them on one observation; nothing is computed.
+    """Check user-defined discrepancies by tracing them with JAX on one observation.
 
     Raises:
         ValueError: The argument is not a dict of functions of one or two arguments that each
@@ -157,7 +157,7 @@ def trace_discrepancies(
 
 
 def _traced(name: str, function: Discrepancy, x: Obs, theta: Any) -> TracedDiscrepancy:
-    """Trace one discrepancy.
+    """Trace one discrepancy, and check that it returns one real number.
 
     Raises:
         ValueError: JAX cannot trace it, or it does not return one real number.
@@ -179,7 +179,7 @@ def _traced(name: str, function: Discrepancy, x: Obs, theta: Any) -> TracedDiscr
 
 
 def _num_required_arguments(function: Discrepancy) -> int:
-    """Return the number of positional arguments without a default; 1 if Python cannot tell."""
+    """Return the number of positional arguments without a default; 1 if it is unknown."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -194,10 +194,10 @@ def evaluate_discrepancies(
     """Evaluate discrepancies at n simulations and at the observation.
 
     Args:
-        traced: The discrepancies; None is returned if there are none.
-        prior: The prior, which gives parameters their structure.
-        simulations: Simulations at posterior draws that all succeeded.
-        observed: A batch of one observation.
+        traced: The discrepancies. If the list is empty, the function returns None.
+        prior: The prior, which converts draws to the form that the simulator receives.
+        simulations: Simulations at posterior draws, all successful.
+        observed: A batch that consists of one observation.
 
     Raises:
         SbiFlowsError: A discrepancy is NaN.
@@ -217,10 +217,10 @@ def evaluate_discrepancies(
 
 
 def _evaluate(discrepancy: TracedDiscrepancy, x: Obs, theta: Any) -> np.ndarray:
-    """Evaluate a discrepancy at n parameters and at n observations, or at a batch of one.
+    """Evaluate a discrepancy for n parameter vectors, and for n observations or a single one.
 
     Returns:
-        Shape (n,), or (1,) for one observation and a function of x alone.
+        Values, shape (n,); shape (1,) for a single observation and a function of x alone.
     """
     function = discrepancy.function
     if not discrepancy.needs_theta:

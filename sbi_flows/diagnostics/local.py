@@ -42,40 +42,43 @@ def check_at(
     level: float = 0.05,
     progress: bool = True,
 ) -> LocalCheck:
-    """Check a posterior at one observation; `check` does so on average over data sets.
+    """Check a posterior at one observation. `check` tests the average over data sets.
 
-    A classifier learns to separate the true parameters of simulations from one posterior draw at
-    each of them. Posterior draws at the observation that it can classify show where the posterior
-    differs from the true one. Classifiers trained on permuted labels show how well this works by
-    chance. The training set is the quarter of the simulations with the most similar posteriors,
-    weighted by similarity. A posterior that is correct at all of these is rejected with a
-    probability of `level`. One that is correct at the observation but wrong at these neighbours
-    may be rejected more often. A posterior that is not rejected may still have errors that are too
-    small for this number of simulations.
+    A classifier is trained to separate true parameters from posterior draws, one pair for each
+    simulation. It is then applied to posterior draws at the observation: where its probability
+    differs from 1/2, the posterior differs from the true posterior. Classifiers trained on
+    permuted labels give the null distribution of the test statistic. The training set is the
+    quarter of the simulations whose posteriors are most similar to the posterior at the
+    observation, weighted by similarity.
 
-    If some simulations fail, the check is about the others, as in `check`.
+    A posterior that is correct for all these simulations is rejected with a probability of
+    `level`. A posterior that is correct at the observation, but wrong for these simulations, may be
+    rejected more often. A posterior that is not rejected may still have errors that are too small
+    to be detected with this number of simulations. If some simulations fail, the check holds for
+    those that succeed, as in `check`.
 
     Args:
         key: Random key.
         posterior: The posterior to check; only its `sample` is used.
         x_o: One observation.
-        simulator: The simulator that it was trained on, `(key, theta) -> x`; not needed if
-            `simulations` are given.
+        simulator: The simulator that the posterior was trained on, `(key, theta) -> x`; not needed
+            if `simulations` is a set of simulations.
         simulations: Number of fresh simulations, at least 400; or simulations from the prior that
-            the posterior was not trained on. Those that fail are left out and counted.
+            the posterior was not trained on. Failed simulations are left out and counted.
         permutations: Number of permutations of the labels, at least 19.
         draws: Number of posterior draws at the observation, at least 200.
         level: Probability of rejecting a correct posterior.
         progress: Show progress bars.
 
     Returns:
-        The report; printing it shows the verdict and a table, `plot` draws it.
+        The report. Printing it shows the verdict and a table; its method `plot` makes a figure.
 
     Raises:
         ValueError: x_o is a batch or has another shape than a simulation, a number is out of
-            range, the number of parameters differs from the posterior's, or there is no simulator.
+            range, the simulations have another number of parameters than the posterior, or there is
+            no simulator.
         SimulationFailed: Fewer than 400 simulations succeeded.
-        SbiFlowsError: The posterior gave draws that are not finite.
+        SbiFlowsError: The posterior returned draws that are not finite.
 
     References:
         Linhart, Gramfort & Rodrigues 2023, L-C2ST, arXiv:2306.03580 (the statistic and the
@@ -142,7 +145,7 @@ def _check_settings(
     draws: int,
     level: float,
 ) -> None:
-    """Raise ValueError if a setting is out of range or the simulator is missing."""
+    """Raise ValueError if a setting is out of range, or if the simulator is missing."""
     require_count(MIN_DRAWS, draws=draws)
     require_count(MIN_PERMUTATIONS, permutations=permutations)
     if not 0 < level < 1:
@@ -163,7 +166,7 @@ def _valid(posterior: AbstractPosterior, simulations: Simulations) -> Simulation
     """Return the simulations that succeeded, loaded into memory.
 
     Raises:
-        SimulationFailed: There are fewer than `MIN_SIMULATIONS`.
+        SimulationFailed: Fewer than `MIN_SIMULATIONS` succeeded.
     """
     if simulations.num_valid < MIN_SIMULATIONS:
         raise SimulationFailed(

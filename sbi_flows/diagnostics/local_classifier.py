@@ -1,9 +1,10 @@
 """Classifiers that separate true parameters from posterior draws near one observation.
 
-A classifier is a logistic regression. Its features describe errors of a posterior in coordinates in
-which the posterior has mean 0 and covariance 1: the coordinates, their squares and products, and
-random waves, which distinguish any two densities. The loss is convex, so the solution is unique,
-and all classifiers share one matrix factorisation: a hundred cost little more than one.
+Each classifier is a logistic regression. It uses coordinates in which the posterior has mean 0 and
+covariance 1. Its features are the coordinates, their squares and products, and cosine waves in
+random directions; with enough waves, any two densities can be distinguished. The loss is convex, so
+the solution is unique. All classifiers use the same matrix factorisation, so that a hundred of them
+cost little more than one.
 
 Names for this package: `Pairs`, `ClassifierOutput`, `classify`, `MAX_COORDINATE`.
 
@@ -27,28 +28,28 @@ from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key
 
 NUM_WAVES = 64
-"""Number of random waves among the features."""
+"""Number of features that are cosine waves in random directions."""
 
 WAVE_NUMBERS = (0.5, 3.0)
-"""Range of the wave numbers, per standard deviation of the posterior."""
+"""Range of the wave numbers, in radians per standard deviation of the posterior."""
 
 MAX_PRODUCT_COORDINATES = 30
-"""Largest number of coordinates whose products are features (435 products)."""
+"""With more coordinates than this, their products are not used as features (30 give 435)."""
 
 NUM_STEPS = 8
-"""Number of solver steps; for small errors the first one nearly reaches the solution."""
+"""Number of solver steps; for small errors of the posterior, one step is nearly enough."""
 
 MAX_COORDINATE = 40.0
-"""Largest absolute value of a standard coordinate."""
+"""Standard coordinates of parameters are clipped to this absolute value."""
 
 
 class Pairs(NamedTuple):
-    """True parameters and posterior draws at the same k data sets.
+    """True parameters and one posterior draw for each of k data sets.
 
     Attributes:
         truth: True parameters, shape (k, d).
-        draw: Draws, shape (k, d).
-        weight: Weight of each data set, shape (k,): 1 for the nearest.
+        draw: Posterior draws, shape (k, d).
+        weight: Weight of each data set, shape (k,); 1 for the data set nearest to the observation.
     """
 
     truth: Array | np.ndarray
@@ -57,11 +58,11 @@ class Pairs(NamedTuple):
 
 
 class ClassifierOutput(NamedTuple):
-    """Output of 1 + P classifiers: the first has the true labels, the others permuted ones.
+    """Output of 1 + P classifiers, the first trained on true labels, the others on permuted ones.
 
     Attributes:
         probability: Probability that each of n points is a true parameter, shape (n, 1 + P).
-        statistic: Mean squared distance of the probability from 1/2, shape (1 + P,).
+        statistic: Mean of (probability - 1/2)^2 over the points, shape (1 + P,).
         is_swapped: True where the labels of a pair were swapped, shape (k, 1 + P).
     """
 
@@ -73,14 +74,16 @@ class ClassifierOutput(NamedTuple):
 def classify(key: Key, pairs: Pairs, points: Array, permutations: int) -> ClassifierOutput:
     """Train classifiers on true and on permuted labels, and evaluate them at points.
 
-    A permutation swaps truth and draw in a random half of the pairs. If both have the same
-    distribution at each data set, the true labels are one more such permutation: the first
-    statistic is exchangeable with the others, whatever the features and weights.
+    A permutation swaps truth and draw in about half of the pairs, chosen at random. If truth and
+    draw have the same distribution for each data set, the true labels are equivalent to one more
+    permutation. The first statistic is then exchangeable with the others, for any features and
+    weights.
 
     Args:
         key: Random key.
-        pairs: The training pairs.
-        points: Points in the same coordinates, shape (n, d).
+        pairs: The pairs to train on.
+        points: Points at which to evaluate the classifiers, in the coordinates of the pairs, shape
+            (n, d).
         permutations: Number P of permutations.
     """
     wave_key, swap_key = jax.random.split(key)
@@ -101,7 +104,7 @@ def _probabilities(key: Key, pairs: Pairs, points: Array, is_swapped: Array | np
     labels = jnp.concatenate([~is_swapped, is_swapped]).astype(rows.dtype)
     center = jnp.mean(rows, axis=0)[None]
     features = _with_constant(rows - center)
-    # The ridge is a prior standard deviation of about 1 of the log odds from each kind of feature.
+    # The ridge is a Gaussian prior: each kind of feature adds about 1 sd to the log odds.
     bound = 0.25 * (features.T * weight[None]) @ features + jnp.eye(features.shape[1])
     factor = jax.scipy.linalg.cho_factor(bound)
 
@@ -121,14 +124,14 @@ def _with_constant(rows: Array) -> Array:
 
 
 def _features(key: Key, z: Array) -> Array:
-    """Return features of parameters (n, d): polynomials and random waves of equal total weight."""
+    """Return features of points (n, d): polynomials and random waves, with equal total weight."""
     dim = z.shape[1]
     i, j = np.triu_indices(dim if dim <= MAX_PRODUCT_COORDINATES else 0, 1)
     polynomials = jnp.concatenate([z, z**2 - 1.0, z[:, i] * z[:, j]], axis=1)
     wave_key, length_key, phase_key = jax.random.split(key, 3)
     direction = jax.random.normal(wave_key, (dim, NUM_WAVES), z.dtype)
     direction /= jnp.sqrt(jnp.sum(direction**2, axis=0))[None]
-    # Half of the waves vary along one coordinate: most errors of shape concern one parameter.
+    # Half of the waves vary along a single coordinate, because most errors affect one parameter.
     single = np.arange(NUM_WAVES // 2)
     direction = direction.at[:, single].set(jnp.eye(dim)[:, single % dim])
     number = jax.random.uniform(length_key, (1, NUM_WAVES), z.dtype, *WAVE_NUMBERS)

@@ -1,4 +1,4 @@
-"""True parameters and posterior draws at data sets near an observation, for the local check.
+"""True parameters and posterior draws for data sets near an observation, for the local check.
 
 Names for this package: `LocalDraws`, `local_pairs`.
 """
@@ -29,19 +29,19 @@ from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.simulations import Simulations
 
 NEIGHBOUR_SHARE, MIN_NEIGHBOURS = 0.25, 200
-"""Share and minimum number of simulations that the classifiers are trained on."""
+"""Share of the simulations that the classifiers are trained on, and its minimum in simulations."""
 
 MAX_DISTANCE_SD = 10.0
-"""Distances of a truth from the posterior mean are clipped to this many standard deviations."""
+"""Truths and draws are clipped to this many posterior standard deviations from the mean."""
 
 
 class LocalDraws(NamedTuple):
-    """Pairs near the observation, and the draws at the observation.
+    """Truths and draws for data sets near the observation, and posterior draws at the observation.
 
     Attributes:
         classifier: Truths and draws in the coordinates of the classifiers.
-        parameters: Truths (k, D) and draws (k, D) of single parameters, in posterior standard
-            deviations from the posterior mean, and weights (k,).
+        parameters: Truths (k, D) and draws (k, D), in posterior standard deviations from the
+            posterior mean of each parameter, and weights (k,).
         points: Draws at the observation in the coordinates of the classifiers, shape (n, d).
     """
 
@@ -51,11 +51,11 @@ class LocalDraws(NamedTuple):
 
 
 class _Moments(NamedTuple):
-    """One draw at each of N data sets, and moments of further draws.
+    """One posterior draw for each of N data sets, and moments of further draws.
 
     Attributes:
-        theta: The draw, shape (N, D).
-        standard: The draw in the prior's standard coordinates, shape (N, d).
+        theta: The single draw, shape (N, D).
+        standard: The single draw in the prior's standard coordinates, shape (N, d).
         center: Mean of the further draws, shape (N, D).
         scale: Standard deviation of the further draws, shape (N, D).
         frame: Frame of the further draws in standard coordinates.
@@ -79,16 +79,16 @@ def local_pairs(
     *,
     progress: bool,
 ) -> LocalDraws:
-    """Draw once at each data set, and select the data sets near the observation.
+    """Draw once for each data set, and select the data sets near the observation.
 
-    The draw that is paired with the truth is not among the draws that define the posterior's frame:
-    otherwise it would fit that frame better than the truth does.
+    The draw that is paired with the truth is not one of the draws that define the posterior's
+    frame. Otherwise it would be closer to the center of this frame than the truth is.
 
     Args:
         key: Random key.
         posterior: The posterior.
-        sims: Simulations that all succeeded.
-        observed: A batch of the one observation.
+        sims: Simulations, all successful.
+        observed: A batch that consists of the observation.
         samples: Posterior draws at the observation, shape (n, D).
         progress: Show a progress bar.
     """
@@ -99,7 +99,7 @@ def local_pairs(
     frame = jax.tree.map(np.asarray, local_frame(standard_samples[None]))
     mean = np.concatenate([drawn.frame.mean, frame.mean])
     sd = np.concatenate([drawn.frame.sd, frame.sd])
-    # Half a factor of e in width counts as much as one standard deviation of the prior in mean.
+    # A width larger by exp(1/2) counts as much as a mean shifted by one prior standard deviation.
     moments = np.concatenate([mean, 2.0 * np.log(sd)], axis=1)
     truth_and_draw = np.asarray(_to_standard(prior, sims.theta)), np.asarray(drawn.standard)
     features = _features(posterior, sims.x, observed)
@@ -112,7 +112,7 @@ def local_pairs(
         (theta[rows] - drawn.center[rows]) / drawn.scale[rows]
         for theta in (np.asarray(sims.theta), drawn.theta)
     ]
-    # Without the limit, one truth far from all draws would dominate the width.
+    # Without this limit, one truth far from all draws would dominate the width.
     first, second = (np.clip(z, -MAX_DISTANCE_SD, MAX_DISTANCE_SD).astype(float) for z in scaled)
     return LocalDraws(
         classifier=Pairs(truth, draw, weight),
@@ -124,7 +124,7 @@ def local_pairs(
 def _draw_moments(
     key: Key, posterior: AbstractPosterior, sims: Simulations, progress: bool
 ) -> _Moments:
-    """Draw at each data set and reduce the draws, chunk by chunk.
+    """Draw for each data set, and reduce the draws to moments, one chunk of data sets at a time.
 
     Raises:
         SbiFlowsError: A draw is not finite.
@@ -162,14 +162,14 @@ def _to_standard(prior: Prior, theta: Array | np.ndarray) -> Array:
 
 
 def _features(posterior: AbstractPosterior, x: Obs, observed: Obs) -> np.ndarray:
-    """Return features of the N data sets and, last, of the observation, shape (N + 1, C).
+    """Return C features of N data sets and, in the last row, of the observation, (N + 1, C).
 
-    Features are the output of the posterior's embedding if it has one, and otherwise the
+    Features are the output of the posterior's embedding. Without an embedding, they are the
     standardised entries.
     """
     joined = jax.tree.map(lambda a, b: np.concatenate([a, np.asarray(b, a.dtype)]), x, observed)
     spaces = posterior.spaces(joined)
-    # A composed posterior has features of each of the observations that a data set consists of.
+    # In a composed posterior, a data set is several observations, each with its own features.
     if spaces and len(spaces[-1]) == len(jax.tree.leaves(joined)[0]):
         return spaces[-1]
     return np.asarray(fit_standardiser(x)(joined))

@@ -1,8 +1,7 @@
 """Errors of a posterior near one observation, as numbers and as a verdict.
 
-The classifiers test whether truths and draws differ. Shifts, widths and correlations of truths and
-draws at the same data sets say how. Permuted labels give their distribution under the null
-hypothesis.
+The classifiers test whether truths and draws differ. This module measures how they differ: in mean,
+width and correlation. The null distribution of these effects comes from permuted labels.
 
 Names for this package: `LocalPairs`, `LocalErrors`, `errors_of`, `findings_of`, `verdict_of`.
 """
@@ -21,24 +20,24 @@ from sbi_flows.diagnostics import verdict
 from sbi_flows.diagnostics.verdict import BIASED, OVER, SHAPE, UNDER, Finding
 
 CURVE_POINTS = 20
-"""Number of groups of draws, along each parameter, in which probabilities are averaged."""
+"""Number of groups of sorted draws, along each parameter, in which probabilities are averaged."""
 
 MIN_EFFECT, MIN_RELATIVE_Z = 0.05, 0.2
-"""Smallest effect that is reported, and its smallest z-score relative to the largest one."""
+"""An effect is reported from this size, and from this fraction of the largest z-score."""
 
 MAX_NAMED_PAIRS = 3
 """Largest number of pairs with a wrong correlation that a verdict names."""
 
 
 class LocalPairs(NamedTuple):
-    """Truths and draws at the k data sets nearest to an observation.
+    """Truths and posterior draws for the k data sets nearest to an observation.
 
     Attributes:
         truth: Truths in posterior standard deviations from the posterior mean, shape (k, D).
         draw: Draws in the same units, shape (k, D).
         weight: Weight of each data set, shape (k,).
-        is_swapped: True where labels are swapped: nowhere in the first column, then by each of P
-            permutations, shape (k, 1 + P).
+        is_swapped: True where the labels of a pair are swapped, shape (k, 1 + P). The first column
+            is False everywhere; the others are P permutations.
     """
 
     truth: np.ndarray
@@ -59,8 +58,9 @@ class LocalErrors:
         width: Posterior width divided by correct width, shape (D,).
         correlation: Posterior correlation minus true correlation of each pair, shape
             (D (D - 1) / 2,).
-        z: Effects in standard deviations of their distribution under permuted labels, shape (E,).
-        p: P-values of the effects, corrected for their number (max-T), shape (E,).
+        z: Z-scores of the effects, by their mean and standard deviation under permuted labels,
+            shape (E,).
+        p: P-values of the effects, corrected for the number of effects (max-T), shape (E,).
         points: Means of each parameter in K equal groups of its sorted draws, shape (D, K).
         curve: Mean probability of "true parameter" in each group, shape (D, K).
         band: 5% and 95% quantiles of the curves under permuted labels, shape (2, D, K).
@@ -95,10 +95,10 @@ def errors_of(pairs: LocalPairs, draws: np.ndarray, probability: np.ndarray) -> 
     """Compute the errors at one observation.
 
     Args:
-        pairs: Truths and draws at the nearest data sets.
-        draws: Draws at the observation, shape (n, D).
-        probability: Probability that each draw is a true parameter, by the classifier of true
-            labels and by those of permuted ones, shape (n, 1 + P).
+        pairs: Truths and draws for the nearest data sets.
+        draws: Posterior draws at the observation, shape (n, D).
+        probability: Probability that each draw is a true parameter, shape (n, 1 + P). The first
+            column is from the classifier of true labels, the others from permuted labels.
 
     References:
         Westfall & Young 1993, Resampling-Based Multiple Testing (the max-T correction).
@@ -128,20 +128,19 @@ def _effects(pairs: LocalPairs) -> np.ndarray:
     indices = np.triu_indices(dim, 1)
     truth, draw = (_monomials(z, indices) for z in (pairs.truth, pairs.draw))
     weight = (pairs.weight / pairs.weight.sum())[:, None]
-    # Swapping a pair moves this difference from the draws' mean to the truths' mean.
+    # A swapped pair adds this difference to the truths' mean and subtracts it from the draws'.
     moved = pairs.is_swapped.T.astype(float) @ (weight * (draw - truth))
     truth_means = np.sum(weight * truth, axis=0) + moved
     draw_means = np.sum(weight * draw, axis=0) - moved
     mean, sd, correlation = _moments(truth_means, indices, dim)
     draw_mean, draw_sd, draw_correlation = _moments(draw_means, indices, dim)
-    # The units are the standard deviation of the draws themselves, because a frame of few draws
-    # is only approximate.
+    # Divide by the sd of these draws, because the sd from the few draws of a frame is inaccurate.
     shift, log_width = (draw_mean - mean) / draw_sd, np.log(draw_sd / sd)
     return np.concatenate([shift, log_width, draw_correlation - correlation], axis=1)
 
 
 def _monomials(z: np.ndarray, indices: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Return coordinates, squares and products of pairs, shape (k, E)."""
+    """Return coordinates, their squares, and products of two coordinates, shape (k, E)."""
     return np.concatenate([z, z**2, z[:, indices[0]] * z[:, indices[1]]], axis=1)
 
 
@@ -173,7 +172,7 @@ def findings_of(
 ) -> tuple[Finding, ...]:
     """Return the errors of the posterior, the most significant first.
 
-    Nothing is returned if the test of the joint posterior does not reject.
+    The result is empty if the test of the joint posterior does not reject.
     """
     if p_value > level:
         return ()

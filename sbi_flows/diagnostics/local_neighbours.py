@@ -1,4 +1,4 @@
-"""Coordinates relative to a posterior, and the data sets whose posteriors are most similar.
+"""Standardised coordinates of a posterior, and a search for data sets with similar posteriors.
 
 Names for this package: `Frame`, `local_frame`, `in_frame`, `nearest`, `MOMENT_DRAWS`.
 """
@@ -16,14 +16,14 @@ from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key
 
 MOMENT_DRAWS = 64
-"""Number of draws that define a posterior's frame at a data set."""
+"""Number of posterior draws per data set that define its frame."""
 
 MAX_COMPONENTS, NUM_PROJECTIONS = 32, 64
-"""Number of principal components that replace more features than this, and of the random
-projections that they are computed from."""
+"""More features than this are replaced by this many principal components; number of random
+projections from which these are computed."""
 
 MIN_VARIANCE_SHARE, MAX_AXES = 0.05, 12
-"""Principal axes used for distances: minimum variance relative to the first, and their number."""
+"""Principal axes used for distances: minimum variance relative to the first, maximum number."""
 
 REGRESSION_RIDGE = 10.0
 
@@ -67,9 +67,10 @@ def local_frame(draws: Array) -> Frame:
 @jax.jit
 @full_precision
 def in_frame(frame: Frame, y: Array | np.ndarray) -> Array:
-    """Transform parameters (B, d) to B frames, or (n, d) to one frame; logarithmic beyond 3.
+    """Transform parameters (B, d) to B frames, or (n, d) to one frame.
 
-    The logarithm limits the influence of single truths far from all draws.
+    Absolute values |z| above 3 become 3 + log(|z| - 2). The logarithm limits the influence of
+    single truths far from all draws.
     """
     whitening = jnp.broadcast_to(frame.whitening, (len(y), *frame.whitening.shape[1:]))
     z = jnp.einsum("bij,bj->bi", whitening, y - frame.mean)
@@ -84,18 +85,18 @@ def nearest(
     share: float,
     min_count: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Find the data sets nearest to the last one, and their weights.
+    """Find the data sets nearest to the observation, and their weights.
 
-    Data sets are near each other if their posteriors are similar: in the moments of the posterior
-    that is checked, and in what a linear regression on the observation and its squares predicts
-    for parameters and their squares. The regression uses the average of truth and draw, which does
-    not tell which is which.
+    Data sets are near each other if their posteriors are similar. Posteriors are compared by the
+    moments of the posterior that is checked, and by a linear regression that predicts parameters
+    and their squares from features and their squares. The regression is fitted to the average of
+    truth and draw, so that it cannot distinguish truths from draws.
 
     Args:
         key: Random key.
         features: Features of the N data sets and, last, of the observation, shape (N + 1, C).
-        moments: Posterior means and scaled logarithms of standard deviations, in the same order,
-            shape (N + 1, 2 d).
+        moments: Posterior means and scaled logarithms of posterior standard deviations, for the
+            same rows as `features`, shape (N + 1, 2 d).
         truth_and_draw: Truths and draws in standard coordinates, shape (N, d) each.
         share: Share of the data sets to return.
         min_count: Minimum number of data sets to return.
@@ -123,7 +124,7 @@ def nearest(
 def _positions(
     key: Key, features: Array, moments: Array, truth_and_draw: tuple[Array, Array]
 ) -> Array:
-    """Return coordinates of the data sets in prior standard deviations, shape (N + 1, 4 d)."""
+    """Return coordinates that define distances between data sets, shape (N + 1, 4 d)."""
     v = _principal_components(key, features)
     rows = jnp.concatenate([v, v**2 - 1.0], axis=1)
     training = rows[:-1]

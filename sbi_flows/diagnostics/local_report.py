@@ -27,8 +27,8 @@ class LocalCheck:
     Attributes:
         verdict: One sentence: the posterior is consistent with the true posterior at this
             observation, or it is not, and how it differs.
-        p_value: Share of classifiers that separate at least as well, among those trained on
-            permuted labels and the classifier itself.
+        p_value: P-value of the permutation test: (1 + number of values of `null` that are at least
+            `statistic`) / (1 + P).
         statistic: Mean of (d - 1/2)^2 over posterior draws at the observation, where d is the
             classifier's probability of being a true parameter. 0 if draws and true parameters
             cannot be separated, 1/4 if they are always separated.
@@ -37,14 +37,14 @@ class LocalCheck:
         labels: Names of the D parameters.
         shift: Posterior mean minus true mean near the observation, in posterior standard
             deviations, shape (D,).
-        width: Posterior width divided by the correct width there, shape (D,); below 1 is too
-            narrow.
+        width: Posterior width divided by the correct width near the observation, shape (D,);
+            below 1 if the posterior is too narrow.
         level: Probability of rejecting a correct posterior.
         draws: Posterior draws at the observation, in the parameters' units, shape (n, D).
-        probability: The classifier's probability that each draw is a true parameter, shape (n,);
-            above 1/2 the posterior has too little mass.
-        errors: Details on single parameters, pairs of parameters, and the classifier's probability
-            along each parameter.
+        probability: The classifier's probability that each draw is a true parameter, shape (n,).
+            Where it is above 1/2, the posterior has too little mass.
+        errors: Errors of single parameters and of pairs of parameters, and the classifier's mean
+            probability along each parameter.
         num_simulations: Number of simulations that succeeded.
         num_near: Number of simulations near the observation that the classifiers were trained on.
         num_failed: Number of failed simulations that were left out.

@@ -1,7 +1,7 @@
 """Parts of a self-contained HTML page: document, sections, tables and pictures.
 
-The page loads nothing: its style sheet is embedded, and pictures are data. Pictures are separate
-images, so that text in them, such as a parameter's name, cannot act on the page.
+The page loads no other file: it contains the style sheet and the pictures. Pictures are `img`
+elements, so that text in a picture, such as a parameter's name, cannot run as code of the page.
 
 Names for this package: `document`, `section`, `html_table`, `picture`, `environment`, `write_text`.
 """
@@ -91,17 +91,17 @@ def html_table(
 
 
 def picture(draw: Callable[[Axes], Axes], alt: str) -> str:
-    """Return a figure as an SVG image; the same input gives the same bytes.
+    """Return a figure as an HTML image in SVG format; the same input gives the same bytes.
 
     Args:
         draw: Function that draws on axes.
-        alt: Text for readers who do not see the image.
+        alt: Alternative text, shown or read aloud if the image cannot be seen.
     """
     import matplotlib
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    # Names are plain text, not mathematics. Fonts are those of the reader, for any script.
+    # Names are drawn as plain text, without TeX, in a font of the reader's browser.
     settings = {"svg.hashsalt": alt, "svg.fonttype": "none", "text.parse_math": False}
     with matplotlib.rc_context(), style.context(["default", settings]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
@@ -126,7 +126,7 @@ def environment() -> dict[str, str]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: it is complete, or the old file stays.
+    """Write a text file atomically: an older file is replaced only when the new one is complete.
 
     Raises:
         ValueError: The folder does not exist, or the file cannot be written.

@@ -41,28 +41,30 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MIN_DRAWS = 100
-"""Smallest number of posterior draws, and of successful simulations at them."""
+"""Minimum number of posterior draws, and of successful simulations at these draws."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Predictive:
-    """Result of `predictive_check`. Small p-values mean that the model does not make such data.
+    """Result of `predictive_check`. Small p-values mean that the model rarely produces such data.
 
-    The data are used twice, for the posterior and for its check. So p-values of a correct model are
-    not uniform but concentrate around 0.5, and a small one is stronger evidence than its value.
+    The observation is used twice: for the posterior and for the check. The p-values of a correct
+    model therefore concentrate around 0.5 instead of being uniform, and a small p-value is stronger
+    evidence against the model than its value says.
 
     Attributes:
         labels: Names of the C entries of the flattened observation.
-        entry_p: Two-sided tail probability of each entry among the simulations, shape (C,).
-        distance_p: Share of simulations whose Mahalanobis distance from the mean, over all entries
-            together, is at least that of the observation.
-        observed: Standardised observation, shape (C,): 0 is the median of the simulations, 1 their
-            interquartile range / 1.349; values beyond 3 are logarithmic.
+        entry_p: Two-sided p-value of each entry relative to the simulations, shape (C,).
+        distance_p: Share of simulations that are at least as far from their mean as the
+            observation, by the Mahalanobis distance over all entries.
+        observed: Standardised observation, shape (C,): 0 is the median of the simulations, and the
+            unit is their interquartile range / 1.349; absolute values above 3 are compressed by a
+            logarithm.
         simulated: Simulations in the same units, shape (n, C).
         num_failed: Number of failed simulations that were left out.
-        embedding_p: As `distance_p`, in the output of the posterior's embedding (first ensemble
-            member); None without an embedding.
-        discrepancies: Result of the user's discrepancies; None without any.
+        embedding_p: Like `distance_p`, but computed from the output of the posterior's embedding
+            (first ensemble member); None without an embedding.
+        discrepancies: Values and p-values of the user's discrepancies; None if there are none.
     """
 
     labels: tuple[str, ...]
@@ -84,7 +86,7 @@ class Predictive:
         return self.summary()
 
     def summary(self, most: int = 10) -> str:
-        """Return the p-values, and a table of the `most` entries with the smallest ones."""
+        """Return the p-values, and a table of the `most` entries with the smallest p-values."""
         n = len(self.simulated)
         title = f"predictive check with {n} simulations: distance p {p_text(self.distance_p)}, "
         if self.embedding_p is not None:
@@ -114,7 +116,7 @@ class Predictive:
         }
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Plot bands of the simulations and the observation, entry by entry."""
+        """Plot the observation over quantile bands of the simulations, for each entry."""
         label = ["standardised"]
         options = {"time_label": "entry", "labels": label, "ax": ax}
         return plots.predictive(self.observed, self.simulated, **options)
@@ -132,8 +134,8 @@ def predictive_check(
 ) -> Predictive:
     """Simulate at posterior draws, and compare the simulations with the observation.
 
-    The check tests whether the model can make such data at all. `check`, in contrast, tests whether
-    the posterior is right for data that the model makes.
+    This check tests whether the model can produce data like the observation. `check`, in contrast,
+    tests whether the posterior is correct for data that the model produces.
 
     Args:
         key: Random key.
@@ -144,12 +146,12 @@ def predictive_check(
         draws: Number of posterior draws, with one simulation each; at least 100.
         discrepancies: Additional quantities to compare, by name: a number computed from one
             observation, `lambda x: x.max()`, or from an observation and parameters in the form the
-            simulator receives, `lambda x, theta: ...`. The latter are compared draw by draw. JAX
-            must be able to trace them.
+            simulator receives, `lambda x, theta: ...`. With parameters, simulation and observation
+            are compared at the same draw. JAX must be able to trace the functions.
         progress: Show a progress bar.
 
     Returns:
-        The p-values; printing shows them.
+        The p-values; printing the result shows them.
 
     Raises:
         ValueError: x is a batch or has another shape than a simulation, there are too few draws,
@@ -213,7 +215,7 @@ def simulate_at_draws(
 
 
 def _compare(simulated: Obs, observed: Obs, num_failed: int) -> Predictive:
-    """Compare a batch of one observation with simulations (n, *event)."""
+    """Compare one observation (1, *event) with simulations (n, *event)."""
     standardiser = fit_standardiser(simulated)
     simulated_rows, observed_row = flatten_rows(simulated), flatten_rows(observed)
     features = np.asarray(standardiser(simulated))
@@ -231,7 +233,7 @@ def _compare(simulated: Obs, observed: Obs, num_failed: int) -> Predictive:
 def _embedding_p(posterior: AbstractPosterior, simulated: Obs, observed: Obs) -> float | None:
     """Return `_distance_p` in the output of the embedding; None without an embedding."""
     spaces = posterior.spaces(observed)
-    # A composed posterior has one output for each of the observations of a data set.
+    # In a composed posterior, a data set is several observations, each with its own output.
     if len(spaces) < 2 or len(spaces[1]) != 1:
         return None
     simulations = np.asarray(posterior.spaces(simulated)[1], float)
@@ -241,7 +243,8 @@ def _embedding_p(posterior: AbstractPosterior, simulated: Obs, observed: Obs) ->
 def _distance_p(simulated: np.ndarray, observed: np.ndarray) -> float:
     """Return the share of simulations at least as far from the mean as the observation.
 
-    Mean and covariance come from the first half of the rows (n, C), distances from the second.
+    The first half of the simulations (n, C) gives mean and covariance; the second half gives the
+    distances that the observation is compared with.
     """
     from sklearn.covariance import LedoitWolf
 

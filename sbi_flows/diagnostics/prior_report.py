@@ -18,21 +18,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MIN_SENSITIVITY = 0.05
-"""Smallest sensitivity that is reported in the diagnosis (arXiv:2107.14054, section 2.4)."""
+"""Minimum sensitivity that `diagnosis` reports (arXiv:2107.14054, section 2.4)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Reweighted:
-    """The posterior of D parameters under one set of weights.
+    """Change of the posterior of D parameters when its draws are re-weighted.
 
     Attributes:
         name: Name of the weights, for example "new prior" or "likelihood ** 0.8".
         shift: Change of each posterior mean, in posterior standard deviations, shape (D,).
         width: New standard deviation divided by the old one, shape (D,).
         effective: Effective sample size of the weighted draws.
-        pareto_k: Shape of the Pareto tail of the weights; see `posteriors.reweighting`.
-        reliable: True if the number of draws is sufficient; otherwise shift and width are NaN.
-        flat: True if all weights are equal, so that nothing changes.
+        pareto_k: Shape parameter of a Pareto distribution fitted to the largest weights; see
+            `posteriors.reweighting`.
+        reliable: True if there are enough draws for these weights; otherwise shift and width are
+            NaN.
+        flat: True if all weights are equal, so that the posterior does not change.
     """
 
     name: str
@@ -68,12 +70,12 @@ class PriorSensitivity:
 
     Attributes:
         parameters: Names of the D parameters.
-        rows: The posterior under each set of weights.
-        sensitivity: By component ("prior", "likelihood", "prior of a"): slope of the cumulative
-            Jensen-Shannon distance of each marginal with the binary logarithm of the component's
-            power, shape (D,). Empty if another prior was given.
-        notes: Sentences on components without effect and on unreliable weights.
-        draws: Number of draws.
+        rows: Change of the posterior for each set of weights.
+        sensitivity: Sensitivity of each parameter to each component ("prior", "likelihood",
+            "prior of a"), shape (D,): cumulative Jensen-Shannon distance between the old and the
+            new marginal per doubling of the component's power. Empty if another prior was given.
+        notes: Sentences about components without effect and about unreliable weights.
+        draws: Number of posterior draws.
     """
 
     parameters: tuple[str, ...]
@@ -83,7 +85,7 @@ class PriorSensitivity:
     draws: int
 
     def __getitem__(self, name: str) -> Reweighted:
-        """Return the row of a name, for example `result["prior ** 0.8"]`."""
+        """Return the row with a name, for example `result["prior ** 0.8"]`."""
         by_name = {row.name: row for row in self.rows}
         if name not in by_name:
             raise KeyError(f"{name}: expected one of {', '.join(by_name)}")

@@ -1,7 +1,7 @@
-"""Posterior draws for many data sets, reduced to ranks chunk by chunk.
+"""Ranks of true parameters among posterior draws, for many data sets.
 
-All calibration checks need the same draws. `draw_pass` makes them once, for one chunk of data sets
-of fixed shape at a time, and keeps only a few numbers per data set.
+All calibration checks need the same draws. `draw_pass` draws them once, for one chunk of data sets
+at a time, and keeps only a few numbers per data set.
 
 Names for this package: `draw_pass`, `Ranks`.
 """
@@ -25,9 +25,9 @@ from sbi_flows.simulations.simulations import Simulations, observation_shape
 DENSITY_DRAWS, ODE_DENSITY_DRAWS = 100, 7
 """Number of draws per posterior whose density is evaluated; fewer if each density needs an ODE.
 
-100 draws resolve density ranks finely enough for a thousand data sets. With 7, ranks of a correct
-posterior are still uniform, because each is placed at random within its step; tests lose little
-power, but coverage curves are smoothed.
+With 100 draws, density ranks are fine enough for a thousand data sets. With 7 draws, ranks of a
+correct posterior are still uniform, because each rank is placed at random within its step. Tests
+lose little power, but coverage curves are smoothed.
 """
 
 
@@ -46,7 +46,7 @@ class Ranks:
         distance: Continuous share of draws closer to the reference point than the truth, shape
             (N,); None without reference points.
         log_prob: Posterior log density of the truth in nats, shape (N,); None if densities were
-            not requested, or if the posterior has credible regions of its own.
+            not requested, or if the posterior defines credible regions itself.
         mean: Posterior means, shape (N, D), in the parameters' units.
         sd: Posterior standard deviations, shape (N, D), in the parameters' units.
         draws: Number of draws from each posterior.
@@ -94,8 +94,9 @@ def draw_pass(
         The ranks, as NumPy arrays.
 
     Raises:
-        ValueError: The input fails the checks of `usable`, or references have another shape.
-        SbiFlowsError: The posterior gave NaN, or draws that are not finite.
+        ValueError: There are too few successful simulations or draws, the number of parameters
+            differs from the posterior's, or references have another shape.
+        SbiFlowsError: The posterior returned NaN, or draws that are not finite.
     """
     posterior = as_posterior(posterior, observation_shape(simulations.x))
     valid = usable(posterior, simulations, draws)
@@ -135,7 +136,8 @@ def draw_pass(
 def _num_density_draws(posterior: AbstractPosterior, draws: int) -> int:
     """Return the number of draws per data set whose density is evaluated.
 
-    It is 0 if the posterior has credible regions of its own: these give the levels directly.
+    It is 0 if the posterior defines credible regions itself, because these give the levels
+    directly.
     """
     if posterior.has_own_regions:
         return 0

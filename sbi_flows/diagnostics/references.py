@@ -41,21 +41,22 @@ def prior_scale(theta: Array | np.ndarray) -> np.ndarray:
 
 
 def crude_posterior(key: Key, simulations: Simulations) -> np.ndarray:
-    """Draw once from a crude posterior for each data set, fitted to the simulations alone.
+    """Draw a reference point for each data set from a crude posterior.
 
-    A draw is a kernel ridge regression of theta on x, plus the residual of another, random data
-    set. It depends on x, so that TARP rejects a posterior that ignores x; with references that do
-    not depend on x, a posterior equal to the prior would pass. It scatters about as widely as a
-    posterior, so that the truth is seen from all sides. The regression for one half of the data
-    sets is fitted to the other half: a reference does not depend on its own truth, and TARP is
-    valid however poor the fit is.
+    A reference point is the prediction of a kernel ridge regression of theta on x, plus the
+    residual of another, random data set. It depends on x, so that TARP rejects a posterior that
+    ignores x; with references independent of x, a posterior equal to the prior would pass.
+    Reference points scatter about as widely as a posterior, in all directions from the truth. The
+    regression for one half of the data sets is fitted to the other half. A reference point is
+    therefore independent of the truth of its data set, and TARP is valid even if the fit is poor.
 
     Args:
         key: Random key.
-        simulations: N data sets that all succeeded.
+        simulations: N simulations, all successful.
 
     Returns:
-        Points in the parameters' units, shape (N, D). They may lie outside the prior's support.
+        Reference points in the parameters' units, shape (N, D). They may lie outside the prior's
+        support.
     """
     rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,))))
     theta = np.asarray(simulations.theta, np.float64)
@@ -77,7 +78,7 @@ def crude_posterior(key: Key, simulations: Simulations) -> np.ndarray:
 def _normal_scores(rng: np.random.Generator, x: Obs) -> np.ndarray:
     """Return normal scores of at most `MAX_FEATURES` random entries of x, shape (N, P).
 
-    Scores depend only on the order of the values, so that heavy tails do no harm.
+    Scores depend only on the order of the values, so that heavy tails have no effect.
     """
     from scipy import stats
 

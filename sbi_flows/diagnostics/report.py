@@ -32,14 +32,15 @@ class Report:
     """Result of `check`.
 
     Attributes:
-        verdict: One sentence: calibrated, or over-confident, under-confident, biased or
-            mis-shaped, in which parameters, by how much and with which corrected p-values. If some
-            simulations failed, it also says how many the verdict is about.
+        verdict: One sentence: the posterior is calibrated, over-confident, under-confident, biased
+            or mis-shaped; in which parameters, by how much, and with which corrected p-values. If
+            some simulations failed, the sentence gives the number of simulations used.
         calibrated: True if no test rejects. A correct posterior is rejected with a probability of
             about `level`.
-        conservative: True if nothing worse than under-confidence was found.
+        conservative: True if the posterior is calibrated, or under-confident and not otherwise
+            wrong.
         findings: Errors of the posterior, in order of their p-values; empty if calibrated.
-        tests: All tests, with p-values alone and corrected for the number of tests.
+        tests: All tests, with p-values before and after correction for the number of tests.
         sbc: Ranks per parameter.
         tarp: Coverage around reference points.
         coverage: Coverage of highest-density regions and central intervals.
@@ -160,9 +161,9 @@ class Report:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the report as a self-contained HTML page or as JSON.
 
-        The page has the verdict, each check with its picture, sharpness, failures, versions and
-        the command that repeats the check. In JSON, NaN and infinity are null. An existing file is
-        replaced only when the new one is complete.
+        The page contains the verdict, a picture of each check, the sharpness, the number of failed
+        simulations, versions, and the command that repeats the check. In JSON, NaN and infinity are
+        null. An existing file is replaced only when the new one is complete.
 
         Args:
             path: File to write, with the ending `.html` or `.json`, in a folder that exists.

@@ -43,10 +43,10 @@ class SBC:
         width: Posterior width divided by the correct width, shape (D,); below 1 if the posterior
             is too narrow.
         num_failed: Number of failed simulations that were left out.
-        beyond: True where significantly many truths lie outside the range of all draws, shape
-            (D,). Ranks do not tell how far outside: shift and width are then lower bounds of the
-            error. A posterior that only appears too wide for this reason is not tested for width
-            (its p-value is 1).
+        beyond: True if significantly many truths lie outside the range of all draws, shape (D,).
+            Ranks do not measure how far outside, so `shift` and `width` are then lower bounds of
+            the error. If the posterior then appears too wide, its width is not tested (`spread` is
+            1).
     """
 
     labels: tuple[str, ...]
@@ -124,7 +124,7 @@ def sbc(
     Raises:
         ValueError: Fewer than 50 simulations succeeded, there are fewer than 20 draws, or the
             number of parameters differs from the posterior's.
-        SbiFlowsError: The posterior gave draws that are not finite.
+        SbiFlowsError: The posterior returned draws that are not finite.
 
     References:
         Talts et al. 2018, Validating Bayesian Inference Algorithms with Simulation-Based
@@ -137,7 +137,7 @@ def sbc(
 
 
 def sbc_of(ranks: Ranks) -> SBC:
-    """Run the tests of SBC on the ranks of a draw pass."""
+    """Run the tests of SBC on the result of `draw_pass`."""
     v = special.ndtri(ranks.uniform)
     location, spread = normal_p_values(ranks.uniform)
     columns, width = ranks.uniform.T, 1.0 / v.std(axis=0, ddof=1)

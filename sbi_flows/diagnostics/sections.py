@@ -33,7 +33,7 @@ def tests_section(tests: Sequence[Test], level: float) -> str:
 
 
 def ranks_section(sbc: SBC) -> str:
-    """Return the picture of the ranks and the table of SBC."""
+    """Return the plot of the ranks and the table of SBC."""
     values = zip(sbc.labels, sbc.shift, sbc.width, sbc.ks, sbc.log_gamma, strict=True)
     rows = [[m, f"{s:+.2f}", f"x{w:.2f}", p_text(k), f"{g:.1f}"] for m, s, w, k, g in values]
     explanation = (
@@ -87,7 +87,7 @@ def sharpness_section(sharpness: Sharpness) -> str:
 
 
 def repeat_section(command: str) -> str:
-    """Return the command that repeats the check, and the versions it ran with."""
+    """Return the command that repeats the check, and the installed versions."""
     rows = [[name, number] for name, number in environment().items()]
     explanation = "The same posterior, simulator and versions give the same numbers."
     code = f"<pre><code>{escape(command)}</code></pre>"

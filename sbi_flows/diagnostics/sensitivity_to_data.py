@@ -53,8 +53,8 @@ class DataSensitivity:
         width: Posterior standard deviation at `high` divided by that at `low`, shape (D, C).
         distance: Sum of the Wasserstein distances of the marginal from `low` to the observation
             and from there to `high`, in posterior standard deviations, shape (D, C). It equals
-            |shift| if the marginal only shifts; it is larger if its width or shape changes, or if
-            it moves back.
+            |shift| if the marginal only shifts in one direction; it is larger if the width or shape
+            of the marginal changes, or if the direction reverses at the observation.
         step: Number of units that an entry is changed by, down and up.
         unit: Description of the unit.
         draws: Number of draws at each observation.
@@ -87,7 +87,7 @@ class DataSensitivity:
         return self.summary()
 
     def summary(self, most: int = 10) -> str:
-        """Return shift and width for the `most` influential entries, and which entries they are."""
+        """Return a table of shift and width for the `most` influential entries."""
         count = len(self.entries)
         lines = [
             f"sensitivity to the data: {count} {'entry' if count == 1 else 'entries'}, each moved "
@@ -144,8 +144,8 @@ def data_sensitivity(
     """Change each entry of an observation, and measure how each parameter's posterior changes.
 
     All observations are sampled with the same random numbers, so that sampling noise mostly cancels
-    in differences. An entry with a large effect and a doubtful value should be measured again. An
-    entry that should have an effect and has none indicates an error of the fit or of the embedding.
+    in differences. An entry with a large effect and a doubtful value should be measured again. If
+    an entry should have an effect but has none, the fit or the embedding may be wrong.
 
     Args:
         key: Random key.
@@ -165,7 +165,7 @@ def data_sensitivity(
         progress: Show a progress bar.
 
     Returns:
-        The effects; printing shows them, `plot` draws them.
+        The effects. Printing them shows a table; the method `plot` makes a figure.
 
     Raises:
         ValueError: x is a batch or does not fit the posterior, a number is not positive, both a

@@ -32,10 +32,10 @@ MIN_DRAWS = 500
 NUM_PRIOR_DRAWS = 10_000
 
 POWERS = (0.8, 1.25)
-"""Powers whose effect is reported: weaker and stronger by the same factor."""
+"""Powers whose effect is reported; 1.25 is 1 / 0.8."""
 
 SLOPE_POWER = 1.01
-"""The sensitivity is a slope between this power and its inverse."""
+"""The sensitivity is computed from this power and its inverse."""
 
 MIN_LOG_RANGE = 1e-4
 """Log weights that vary by less than this are rounding errors of equal weights."""
@@ -57,7 +57,7 @@ def prior_sensitivity(
     not learned from x. If the prior is a product, the prior of each named parameter is also raised
     alone.
 
-    The likelihood is that of the fit: posterior density divided by prior density.
+    The likelihood is estimated by posterior density divided by prior density.
 
     Args:
         key: Random key.
@@ -69,7 +69,7 @@ def prior_sensitivity(
         draws: Number of draws, at least 500.
 
     Returns:
-        Shifts and widths; printing shows them, `plot` draws them.
+        Shifts and widths. Printing them shows a table; the method `plot` makes a figure.
 
     Raises:
         ValueError: x is a batch or does not fit, the prior has other parameters, or there are too
@@ -113,10 +113,10 @@ def prior_sensitivity(
 
 
 def _alternative(prior: PriorLike, old: Prior) -> Prior:
-    """Return the other prior.
+    """Convert the new prior to a `Prior`.
 
     Raises:
-        ValueError: It has other parameters than the old one.
+        ValueError: The new prior has other parameters than the old one.
     """
     new = as_prior(prior)
     if dict(new.event_shapes) != dict(old.event_shapes) or new.names != old.names:
@@ -128,7 +128,7 @@ def _log_prior(prior: Prior, theta: Array) -> np.ndarray:
     """Return the log prior density of draws (n, D), shape (n,).
 
     Raises:
-        ValueError: The draws are those of a batch.
+        ValueError: The draws belong to a batch of observations.
         SbiFlowsError: A draw is outside the prior's support.
     """
     if theta.ndim != 2:
@@ -143,7 +143,7 @@ def _site_log_probs(prior: Prior, theta: Array) -> dict[str, np.ndarray]:
 
 
 def _as_finite(values: Array | np.ndarray, problem: str) -> np.ndarray:
-    """Return a float64 array; raise SbiFlowsError with the problem unless it is finite."""
+    """Return values as a float64 array; raise SbiFlowsError unless all values are finite."""
     values = np.asarray(values, np.float64)
     if not np.all(np.isfinite(values)):
         raise SbiFlowsError(f"the posterior gave {problem}")
@@ -233,7 +233,7 @@ def _is_flat(log_ratio: np.ndarray) -> bool:
 
 
 def _notes(prior: Prior, rows: tuple[Reweighted, ...]) -> tuple[str, ...]:
-    """Return sentences on components without effect and on unreliable weights."""
+    """Return sentences about components without effect and about unreliable weights."""
     notes = []
     flat = [row.name.split(" **")[0] for row in rows if row.flat]
     if flat:

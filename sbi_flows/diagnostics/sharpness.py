@@ -36,7 +36,7 @@ class Sharpness:
 
     @property
     def unlearned(self) -> tuple[str, ...]:
-        """Names of parameters whose posterior is the prior: as wide, and independent of the data.
+        """Names of parameters whose posterior is as wide as the prior and independent of the data.
 
         The limits are a contraction below 0.1 and a movement below 0.05, because 50 data sets
         determine the prior variance to about 10%.
@@ -68,7 +68,7 @@ class Sharpness:
 
 
 def sharpness_of(ranks: Ranks) -> Sharpness:
-    """Compute sharpness from the posterior moments of a draw pass.
+    """Compute sharpness from the result of `draw_pass`.
 
     The median over data sets is used, because the variance of one heavy-tailed posterior can
     exceed the sum of all others.

@@ -88,8 +88,8 @@ def tarp(
 
     Distances are Euclidean, in units of each parameter's prior width. By default, a reference point
     is a draw from a crude posterior that is fitted to the simulations alone (`crude_posterior`).
-    It depends on x; otherwise a posterior equal to the prior would pass. It is random; otherwise
-    an error might not show from a single point.
+    Reference points depend on x, because otherwise a posterior equal to the prior would pass. They
+    are random, because a single point might not reveal an error.
 
     Args:
         key: Random key.
@@ -131,7 +131,7 @@ def tarp(
 
 
 def tarp_of(ranks: Ranks) -> TARP:
-    """Run the test of TARP on the distance ranks of a draw pass."""
+    """Run the test of TARP on the distance ranks from `draw_pass`."""
     if ranks.distance is None:
         raise ValueError("ranks: expected a draw pass with reference points, got one without")
     return tarp_from_fractions(ranks.distance, num_failed=ranks.num_failed)

@@ -1,7 +1,7 @@
 """Tests of uniformity on (0, 1), and a correction for multiple tests.
 
 For a correct posterior, the ranks, density ranks and TARP fractions that `continuous_ranks` returns
-are independent and exactly uniform. All checks of a posterior test this.
+are independent and exactly uniform. All calibration checks test this uniformity.
 
 Names for this package: `ks_p_value`, `normal_p_values`, `log_gamma`, `gamma_quantile`, `ecdf_band`,
 `holm`.
@@ -16,7 +16,7 @@ import numpy as np
 from scipy import special
 
 NULL_SEED = 20_230_221
-"""Seed of simulated null distributions, so that a band is the same in every run."""
+"""Fixed seed of simulated null distributions, so that bands are the same in every run."""
 
 MAX_NULL_ENTRIES = 4_000_000
 """Largest number of random values of a null distribution that are held in memory at once."""
@@ -25,7 +25,7 @@ MAX_NULL_ENTRIES = 4_000_000
 def ks_p_value(uniform: np.ndarray, *, alternative: str = "two-sided") -> float:
     """Return the p-value of a Kolmogorov-Smirnov test of values (N,) against U(0, 1).
 
-    `alternative` is that of `scipy.stats.kstest`: "less" rejects values that are too large.
+    `alternative` has the meaning of `scipy.stats.kstest`: "less" rejects values that are too large.
     """
     from scipy import stats
 
@@ -38,9 +38,9 @@ def normal_p_values(uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     v = Phi^-1(u) is standard normal under the null hypothesis. So the t statistic of its mean and
     the sum of its squared deviations have their textbook distributions. A posterior that is shifted
     changes only the mean of v; one that is too narrow or too wide by a factor changes only its
-    standard deviation (exactly so for a normal posterior). The verdict distinguishes the two by
-    this. The mean is tested in units of the standard deviation of v; otherwise a posterior that is
-    too narrow would also appear biased.
+    standard deviation (exactly so for a normal posterior). The verdict uses this to distinguish the
+    two errors. The mean is tested in units of the standard deviation of v; otherwise a posterior
+    that is too narrow would also appear biased.
 
     Returns:
         Two-sided p-values of the location and of the spread, each with the shape of one row.

@@ -1,4 +1,4 @@
-"""From p-values to a verdict: which tests reject, and what they say about the posterior.
+"""Verdict on a posterior: the errors that rejecting tests show, and their description as text.
 
 Public names: `Test`, `Finding`. For this package: `tests_of`, `findings_of`, `verdict_of`.
 """
@@ -22,12 +22,12 @@ JOINT_TEST_TITLES = {"coverage": "HPD coverage", "tarp": "TARP", "classifier": "
 """Names of tests of the joint posterior as they appear in a verdict."""
 
 JOINT_KIND_LEVEL = 0.01
-"""Level of the one-sided tests that decide in which direction a joint test rejects."""
+"""Level of one-sided tests: is the joint posterior over-confident or under-confident?"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Test:
-    """One test of a family that is corrected together for the number of tests.
+    """One of the tests of `check`, whose p-values are corrected together for their number.
 
     Attributes:
         name: "shift", "width" or "ranks" for one parameter; "coverage" or "tarp" for all
@@ -86,10 +86,10 @@ def findings_of(
 ) -> tuple[Finding, ...]:
     """Translate rejected tests into findings, in order of their p-values.
 
-    Tests of shift and width name the error of a parameter; a test of the ranks alone only says that
-    there is one. Joint tests are reported only if no parameter has a finding, because they reject
-    for the same reasons. Coverage has priority over TARP, whose distances refer to a crude guess
-    and give a less reliable direction.
+    Tests of shift and width identify the error of a parameter. If only the test of the ranks
+    rejects, the error is reported as mis-shaped. Joint tests are reported only if no parameter has
+    a finding, because they reject for the same reasons. Coverage has priority over TARP, whose
+    distances refer to a crude guess and give a less reliable direction.
     """
     rejected = {(t.parameter, t.name): t for t in tests if t.adjusted <= level}
     findings: list[Finding] = []

@@ -1,4 +1,4 @@
-"""Figures with matplotlib. Functions here draw arrays; they know no posterior and no report."""
+"""Figures with matplotlib. All functions take plain arrays."""
 
 from sbi_flows.plots.calibration import coverage_curve as coverage_curve
 from sbi_flows.plots.calibration import rank_ecdf as rank_ecdf

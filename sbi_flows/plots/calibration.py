@@ -25,9 +25,9 @@ def rank_ecdf(
 ) -> Axes:
     """Plot the ECDF of posterior ranks minus the uniform distribution, one line per parameter.
 
-    A line that is above zero everywhere means that the ranks are too low: the posterior lies too
-    high. A line that is first above and then below zero means too many ranks at both ends: the
-    posterior is too narrow.
+    If a line is above zero everywhere, the ranks are too low: the posterior lies too high. If a
+    line is first above and then below zero, too many ranks are near 0 and 1: the posterior is too
+    narrow.
 
     Args:
         ranks: Ranks scaled to [0, 1], shape (N, D) or (N,).

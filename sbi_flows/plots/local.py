@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_LABELLED_CELLS = 200
-"""Largest number of heat map cells that have their value printed in them."""
+"""Heat maps with more cells than this show colours only, without printed values."""
 
 PANELS_PER_ROW = 3
 
@@ -177,8 +177,8 @@ def probabilities(
 ) -> Figure:
     """Plot a classifier's probability of "true parameter" against each parameter.
 
-    The classifier separates true parameters from posterior draws. Above 1/2 the posterior has too
-    little mass.
+    The classifier separates true parameters from posterior draws. Where the probability is above
+    1/2, the posterior has too little mass.
 
     Args:
         labels: Names of the D parameters.

@@ -29,7 +29,7 @@ def axes_or_new(ax: Axes | None, size_inches: tuple[float, float]) -> Axes:
 
 
 def line_style(i: int) -> dict[str, Any]:
-    """Return colour and line style of line number i; 24 combinations differ."""
+    """Return colour and line style of line number i. There are 24 different combinations."""
     return {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i // len(COLOURS) % len(STYLES)]}
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class LossHistory(Protocol):
-    """Losses of a fit by epoch and ensemble member, as `History` holds them.
+    """Losses of a fit by epoch and ensemble member; `History` is one implementation.
 
     Attributes:
         train_loss: Training loss, shape (epochs, members).
@@ -54,7 +54,9 @@ class LossHistory(Protocol):
 
 
 def loss_curves(history: LossHistory, *, ax: Axes | None = None) -> Axes:
-    """Plot training and validation loss by epoch, one line per member, and mark the kept weights.
+    """Plot training and validation loss by epoch, with one line per ensemble member.
+
+    A dot marks the epoch whose weights were kept.
 
     Args:
         history: Losses of a fit: the `History` returned by `NPE.fit`.

@@ -1,4 +1,4 @@
-"""Figure of a misspecification test: entries of an observation against the simulations.
+"""Figure of a misspecification test: entries of an observation compared with simulations.
 
 Public names: `entries`.
 """
@@ -32,7 +32,7 @@ def entries(
         values: Standardised values by name, shape (C,) each, one panel per name. The first panel
             shows `bands`; every other panel marks plus and minus two standard deviations.
         bands: Quantiles of the simulations at 0.5, 5, 50, 95 and 99.5%, shape (5, C).
-        off: True for entries to highlight, shape (C,).
+        off: True for entries that are drawn in the highlight colour, shape (C,).
         title: Title of the figure.
 
     Returns:
