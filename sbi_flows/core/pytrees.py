@@ -5,7 +5,7 @@ Public names: `register_pytree`, `is_traced`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +30,11 @@ class _Unchecked:
 
 
 def register_pytree(
-    kind: type, *, leaves: Sequence[str], static: Sequence[str] = (), facts: Sequence[str] = ()
+    kind: type,
+    *,
+    leaves: Sequence[str],
+    static: Sequence[str] = (),
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Register a class as a pytree by the names of its attributes.
 
@@ -40,21 +44,25 @@ def register_pytree(
         kind: The class.
         leaves: Attributes that are arrays or pytrees of arrays.
         static: Attributes that are compiled into programs: hashable values, or trees of them.
-        facts: Attributes that no computation depends on. If a jitted function returns an object
-            of this class, these attributes are those of the first call.
+        facts: Attributes that no program depends on, with the values that they have in the result
+            of a jitted function. There the facts of the argument are not known: a program that was
+            compiled for one object also serves other objects.
     """
+    defaults = dict(facts or {})
 
     def flatten(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
         children = [(jax.tree_util.GetAttrKey(name), getattr(node, name)) for name in leaves]
         structure = [jax.tree.flatten(getattr(node, name)) for name in static]
         fixed = tuple((tuple(parts), tree) for parts, tree in structure)
-        return children, (fixed, _Unchecked(tuple(getattr(node, name) for name in facts)))
+        known = not is_traced([child for _, child in children])
+        values = [getattr(node, name) if known else value for name, value in defaults.items()]
+        return children, (fixed, _Unchecked(tuple(values)))
 
     def unflatten(structure: Any, children: Any) -> Any:
         fixed, unchecked = structure
         node = object.__new__(kind)
         values = [jax.tree.unflatten(tree, parts) for parts, tree in fixed]
-        names = (*leaves, *static, *facts)
+        names = (*leaves, *static, *defaults)
         for name, value in zip(names, (*children, *values, *unchecked.values), strict=True):
             object.__setattr__(node, name, value)
         return node

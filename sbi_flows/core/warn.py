@@ -5,11 +5,12 @@ Public name: `warn_user`.
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
 
-_PACKAGE = str(Path(__file__).parents[1])
+_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 def warn_user(message: str, category: type[Warning]) -> None:
@@ -27,8 +28,7 @@ def warn_user(message: str, category: type[Warning]) -> None:
 
 def _is_internal(filename: str) -> bool:
     """Return whether a file belongs to this library or to a run-time type checker."""
-    checkers = ("<@beartype", "<string>")
     packages = ("jaxtyping", "beartype")
-    return filename.startswith((_PACKAGE, *checkers)) or any(
+    return filename.startswith((_PACKAGE, "<@beartype")) or any(
         f"site-packages/{name}" in filename for name in packages
     )

@@ -174,7 +174,7 @@ class ExternalPosterior(AbstractPosterior):
 
 
 register_pytree(
-    ExternalPosterior, leaves=("posterior",), static=("observation",), facts=("record",)
+    ExternalPosterior, leaves=(), static=("posterior", "observation"), facts={"record": {}}
 )
 
 

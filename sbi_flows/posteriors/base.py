@@ -61,6 +61,11 @@ class AbstractPosterior(Bindable):
     typicality: Typicality | None
 
     @property
+    def solved(self) -> bool:
+        """Return `needs_ode`; the name in earlier versions."""
+        return self.needs_ode
+
+    @property
     @abc.abstractmethod
     def origin(self) -> AbstractPosterior:
         """The posterior that this one was derived from in the first place, or itself."""

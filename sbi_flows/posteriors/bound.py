@@ -198,7 +198,13 @@ class AtObservation:
     @property
     def _count(self) -> int:
         """Number of observations B."""
-        return len(jax.tree.leaves(self.bound)[0])
+        count = len(jax.tree.leaves(self.bound)[0])
+        if self.is_single and count != 1:
+            raise ValueError(
+                f"at: expected one observation, got {count}: call posterior.at inside the function "
+                "that jax.vmap maps, or give it a batch"
+            )
+        return count
 
     def _draw(self, key: Key, n: int, *, with_log_prob: bool) -> tuple[Array, Array]:
         require_count(1, n=n)

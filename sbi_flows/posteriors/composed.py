@@ -170,19 +170,25 @@ class ComposedPosterior(Derived):
         return draws, self._log_prob(draws, bound)
 
     def _draw_set(self, key: Key, features: Array, n: int) -> Array:
-        """Draw (n, D) given the features (N, C) of one set."""
+        """Draw (n, D) given the features (N, C) of one set; each ensemble gives its share."""
         posterior = self.posterior
         order_key, *keys = jax.random.split(key, 1 + len(posterior.weights))
-        parts = zip(posterior.blueprints, posterior.weights, posterior.shares, keys, strict=True)
+        counts, fractions = mixtures.split_shares(posterior.shares, n)
         draws = []
-        for blueprint, weights, share, part_key in parts:
-            each = math.ceil(n * share / mixtures.count(weights))
-            plan = _Plan(blueprint, each, self.levels, self.steps)
+        for i, blueprint in enumerate(posterior.blueprints):
+            count = int(counts[i] + (fractions[i] > 0))
+            weights = posterior.weights[i]
+            plan = _Plan(
+                blueprint, math.ceil(count / mixtures.count(weights)), self.levels, self.steps
+            )
             given = blueprint.select_features(features)
-            draws.append(_ensemble(plan, posterior.prior, weights, given, part_key))
-        joined = jnp.concatenate(draws)
-        # draws left over by equal shares come from any member with equal probability
-        return joined[jax.random.permutation(order_key, len(joined))[:n]]
+            joined = _ensemble(plan, posterior.prior, weights, given, keys[i])
+            # draws left over by equal shares come from any member with equal probability
+            part_key = order_key if len(keys) == 1 else jax.random.fold_in(order_key, i)
+            draws.append(joined[jax.random.permutation(part_key, len(joined))[:count]])
+        if len(draws) == 1:
+            return draws[0]
+        return mixtures.choose(order_key, draws, counts=counts, fractions=fractions, n=n)
 
     def _log_prob(self, theta: Array, bound: Array) -> Array:
         count = bound.shape[1]
@@ -198,7 +204,7 @@ class ComposedPosterior(Derived):
 
 
 register_pytree(
-    ComposedPosterior, leaves=("posterior",), static=("levels", "steps"), facts=("record",)
+    ComposedPosterior, leaves=("posterior",), static=("levels", "steps"), facts={"record": {}}
 )
 
 

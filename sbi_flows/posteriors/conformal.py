@@ -67,6 +67,8 @@ class ConformalPosterior(Derived):
 
     def __repr__(self) -> str:
         """The posterior within, and the levels of its regions that are the sets."""
+        if is_traced(self.scores):
+            return f"ConformalPosterior({self.posterior})"
         levels = [c for c in (0.5, 0.8, 0.95) if c <= _largest(self.num_simulations)]
         sets = ", ".join(f"{c:.0%} is its {self.level(c):.2%}" for c in levels)
         return (
@@ -95,7 +97,7 @@ class ConformalPosterior(Derived):
         """
         counts = (self.num_simulations, self.num_failed, self.draws)
         calibration = Calibration(*counts, self._key, self.record)
-        arrays = {"scores": np.asarray(self.scores)}
+        arrays = {"scores": np.asarray(self.scores, np.float64)}
         return content_of(self.posterior).derive(calibrated_layer(CONFORMAL, calibration, arrays))
 
     @classmethod
@@ -193,6 +195,10 @@ class ConformalPosterior(Derived):
         equal = np.searchsorted(self.scores, new, side="right") - below
         return continuous_ranks(key, below, equal, self.num_simulations)
 
+    def density_ranks(self, key: Key, theta: Any, x: Obs) -> np.ndarray:
+        """Return `credible_levels`; the name in earlier versions."""
+        return self.credible_levels(key, theta, x)
+
     def _bound(self, level: float) -> Any:
         """Return the largest score inside the set of a level."""
         n = self.num_simulations
@@ -209,8 +215,8 @@ class ConformalPosterior(Derived):
 register_pytree(
     ConformalPosterior,
     leaves=("posterior", "scores", "_key"),
-    static=("draws",),
-    facts=("num_failed", "record"),
+    static=("draws", "num_failed"),
+    facts={"record": {}},
 )
 
 

@@ -156,7 +156,7 @@ register_pytree(
     Posterior,
     leaves=("prior", "weights", "standardiser"),
     static=("blueprints", "shares", "observation"),
-    facts=("record", "typicality"),
+    facts={"record": {}, "typicality": None},
 )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from jax import Array
+from scipy.stats import binom
 
 from sbi_flows.core.errors import SbiFlowsWarning
 from sbi_flows.core.pytrees import is_traced
@@ -35,7 +36,9 @@ def gate(
 ) -> None:
     """Warn, once, if any of a set of observations is not typical at `LEVEL`.
 
-    Several observations share the level (Bonferroni). Under a trace nothing is tested.
+    Of several observations, it warns if the smallest p-value is too small (Bonferroni) or if too
+    many p-values are below `LEVEL` (binomial test), each at half the level. Under a trace nothing
+    is tested.
 
     Args:
         typicality: Distribution of the training simulations; None tests nothing.
@@ -45,10 +48,9 @@ def gate(
     """
     if typicality is None or is_traced(features):
         return
-    level = LEVEL / len(features)
     tested = _tested.setdefault(typicality, set())
     name = np.asarray(features).tobytes()
-    if name in tested or typicality.least_p > level:
+    if name in tested or typicality.least_p > LEVEL:
         return
     if len(tested) >= MAX_REMEMBERED:
         tested.clear()
@@ -56,7 +58,7 @@ def gate(
     spaces = values()
     p_values = typicality.test(spaces).p_value
     worst = int(np.argmin(p_values))
-    if p_values[worst] <= level:
+    if _is_atypical(p_values):
         unusual = np.flatnonzero(typicality.unusual(spaces[0])[worst])
         names = labels()
         where = first_names([names[int(i)] for i in unusual])
@@ -67,3 +69,12 @@ def gate(
             "posterior.misspecification(x) says more",
             SbiFlowsWarning,
         )
+
+
+def _is_atypical(p_values: np.ndarray) -> bool:
+    """Return whether p-values (N,) of several observations are too small together."""
+    count = len(p_values)
+    if count == 1:
+        return bool(p_values[0] <= LEVEL)
+    too_many = binom.sf(np.sum(p_values <= LEVEL) - 1, count, LEVEL)
+    return bool(count * p_values.min() <= LEVEL / 2 or too_many <= LEVEL / 2)

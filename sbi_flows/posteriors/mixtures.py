@@ -1,11 +1,13 @@
 """Compiled programs of a mixture of ensembles: draws and log densities.
 
-Public names: `Parts`, `count`, `sample`, `log_prob`, `standard_log_prob`.
+Public names: `Parts`, `count`, `sample`, `log_prob`, `standard_log_prob`,
+`split_shares`, `choose`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -74,10 +76,7 @@ def sample(
         features: Features of the observations, shape (B, C).
         keys: One random key for each observation, shape (B,).
     """
-    expected = np.array([share for _, share in parts]) * n
-    counts = np.floor(expected + 1e-6).astype(int)
-    fractions = np.where(expected - counts > 1e-6, expected - counts, 0.0)
-
+    counts, fractions = split_shares([share for _, share in parts], n)
     split = jax.vmap(lambda key: jax.random.split(key, 1 + len(parts)))(keys)
     draws = [
         _ensemble_draws(split[:, 1 + i], blueprint, stacked, features, int(m + (rest > 0)))
@@ -85,13 +84,20 @@ def sample(
             zip(parts, weights, counts, fractions, strict=True)
         )
     ]
-    choose = partial(_choose, counts=counts, fractions=fractions, n=n)
-    y = draws[0] if len(parts) == 1 else jax.vmap(choose)(split[:, 0], draws)
+    join = partial(choose, counts=counts, fractions=fractions, n=n)
+    y = draws[0] if len(parts) == 1 else jax.vmap(join)(split[:, 0], draws)
     theta = prior.from_standard(y)
     if not with_log_prob:
         return theta, jnp.zeros(y.shape[:2], y.dtype)
     log_prob = standard_log_prob(parts, weights, jnp.swapaxes(y, 0, 1), features).T
     return theta, log_prob - prior.standard_log_det(y, theta)
+
+
+def split_shares(shares: Sequence[float], n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split n draws by shares: whole numbers of draws, and the fractions that are left over."""
+    expected = np.array(shares) * n
+    counts = np.floor(expected + 1e-6).astype(int)
+    return counts, np.where(expected - counts > 1e-6, expected - counts, 0.0)
 
 
 def _ensemble_draws(
@@ -119,7 +125,7 @@ def _ensemble_draws(
     return jax.vmap(interleave, in_axes=(0, 2))(split[:, 0], y)
 
 
-def _choose(
+def choose(
     key: Key, draws: list[Array], *, counts: np.ndarray, fractions: np.ndarray, n: int
 ) -> Array:
     """Return n draws in random order, from the draws of each ensemble.

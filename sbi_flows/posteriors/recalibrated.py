@@ -163,8 +163,8 @@ class RecalibratedPosterior(Derived):
 register_pytree(
     RecalibratedPosterior,
     leaves=("posterior", "correction", "_key"),
-    static=("draws",),
-    facts=("num_simulations", "num_failed", "record"),
+    static=("draws", "num_simulations", "num_failed"),
+    facts={"record": {}},
 )
 
 

@@ -141,7 +141,10 @@ class SitePrior(Prior):
         left, right = self._static, other._static
         pairs = zip(self.distributions.values(), other.distributions.values(), strict=False)
         return (left.layout, left.model) == (right.layout, right.model) and all(
-            type(base_of(a)) is type(base_of(b)) and is_same(a, b) for a, b in pairs
+            jax.tree.structure(a) == jax.tree.structure(b)
+            and type(base_of(a)) is type(base_of(b))
+            and is_same(a, b)
+            for a, b in pairs
         )
 
     def unchecked_sample(self, key: Key, n: int) -> Array:

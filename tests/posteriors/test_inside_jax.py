@@ -1,5 +1,7 @@
 """Every kind of posterior, and every density, inside jit, grad, vmap and scan."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 import sbi_flows as sf
 from sbi_flows.densities.distilled import Distilled
+from sbi_flows.posteriors.adapter import as_posterior
 from sbi_flows.posteriors.quantile_maps import quantile_map
 from tests.artefacts import ensemble, posterior
 from tests.cases import DENSITIES
@@ -187,3 +190,34 @@ def test_at_takes_a_batch_and_checks_it_once():
         jax.jit(lambda x: made.at(x).sample(key, 3))(jnp.zeros(4))
     with pytest.raises(ValueError, match="x: expected finite values"):
         made.at(jnp.array([0.0, jnp.nan, 1.0]))
+
+
+def test_the_result_of_a_jitted_function_has_no_facts_of_another_posterior():
+    identity = jax.jit(lambda made: made)
+    first, second = (
+        dataclasses.replace(direct(DENSITIES["mixture"]), record={"number": i}) for i in (1, 2)
+    )
+    assert (identity(first).record, identity(second).record) == ({}, {})
+    leaves, tree = jax.tree.flatten(second)
+    assert jax.tree.unflatten(tree, leaves).record == {"number": 2}
+
+
+def test_a_batch_of_bound_posteriors_is_refused_by_name():
+    xs = jnp.array([[0.3, 1.2, -0.7], [2.0, -0.1, 0.4]])
+    many = jax.vmap(direct(DENSITIES["mixture"]).at)(xs)
+    with pytest.raises(ValueError, match="call posterior.at inside the function"):
+        many.sample(jax.random.key(0), 3)
+
+
+def test_an_object_of_another_library_has_modes():
+    inner = direct(DENSITIES["mixture"])
+
+    class Other:
+        prior, sample, log_prob = inner.prior, inner.sample, inner.log_prob
+
+    made = as_posterior(Other(), inner.observation)
+    x = jnp.array([0.3, 1.2, -0.7])
+    mode = made.map(x, starts=20, steps=20)
+    assert (
+        inner.log_prob(mode, x) >= inner.log_prob(inner.sample(jax.random.key(0), x, 20), x).max()
+    )
