@@ -205,7 +205,7 @@ def test_the_result_of_a_jitted_function_has_no_facts_of_another_posterior():
 def test_a_batch_of_bound_posteriors_is_refused_by_name():
     xs = jnp.array([[0.3, 1.2, -0.7], [2.0, -0.1, 0.4]])
     many = jax.vmap(direct(DENSITIES["mixture"]).at)(xs)
-    with pytest.raises(ValueError, match="call posterior.at inside the function"):
+    with pytest.raises(ValueError, match=r"call posterior\.at inside the function"):
         many.sample(jax.random.key(0), 3)
 
 
