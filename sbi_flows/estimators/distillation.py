@@ -1,4 +1,4 @@
-"""Posteriors of continuous flows that draw in a few evaluations of a network.
+"""Distillation: train a student network that draws from a continuous flow in a few evaluations.
 
 Public names: `distil`.
 """
@@ -32,7 +32,10 @@ from sbi_flows.training import Training
 from sbi_flows.training.members import State
 
 ROWS, PASSES = 2**12, 4
-"""Paths of an epoch, at most, and passes over them; each epoch has new ones, of other noise."""
+"""Maximum number of paths in an epoch, and number of passes over these paths.
+
+Every epoch solves the teacher's ODE for new paths, which start at new noise.
+"""
 
 TRAINING = Training(max_epochs=30, batch_size=128, learning_rate=1e-3, ema_decay=0.999)
 
@@ -46,33 +49,38 @@ def distil(
     training: Training | None = None,
     progress: bool = True,
 ) -> tuple[Posterior, np.ndarray]:
-    """Teach a second network where the ODE of a fitted posterior leads, for draws in a few steps.
+    """Distil a fitted posterior: train a student network whose draws take a few evaluations.
 
-    Only draws change: densities are those of the given posterior. How far the draws are from it is
-    for `c2st` to say; the errors that are returned tell when training has ended too early. What is
-    learned is the ODE as `Heun` solves it, whatever the posterior's own sampler is.
+    The fitted posterior is the teacher. The student learns the solutions of the teacher's ODE, as
+    the sampler `Heun` computes them, even if the teacher has another sampler. The student only
+    makes the draws; log densities are still computed by the teacher. Use `c2st` to measure how
+    much the draws of the student and of the teacher differ. If the returned errors still fall in
+    the last epochs, train for more epochs.
 
     Args:
         key: Random key.
-        posterior: One of `FlowMatching` or `Diffusion`, or a stack of these.
-        simulations: Those it was fitted to; their observations alone are used.
-        steps: Evaluations of the network that a draw takes.
-        training: Its epochs, batch size, optimiser, products and average of the weights; the rest
-            is not used: nothing is held out, as each epoch has noise of its own. A checkpoint is
-            refused. By default 30 epochs of 128 rows a step.
+        posterior: Fitted posterior whose density is `FlowMatching` or `Diffusion`, or a stack of
+            such posteriors.
+        simulations: Simulations that the posterior was fitted to. Only their observations are used.
+        steps: Number of evaluations of the student for each draw.
+        training: Training settings, by default 30 epochs with a batch size of 128. The number of
+            epochs, the batch size, the optimiser settings, the precision of matrix products and
+            the weight average (`ema_decay`) are used. Settings of validation are ignored: no rows
+            are held out, because every epoch draws new noise. A checkpoint is not supported.
         progress: Show a progress bar.
 
     Returns:
-        The posterior that draws in a few steps, and by epoch and member, before the epoch and on
-        paths that are new to it, the root mean square distance between the data point that the
-        student aims at and the one it should, in whitened units, shape (epochs, members). An
-        interrupt ends the training of all parts of the posterior early, but not before an epoch of
-        each.
+        The distilled posterior, and the errors of the student, shape (epochs, members). An error is
+        the root mean square distance between the data point that the student predicts and its
+        target, in whitened coordinates. It is computed at the start of each epoch, on the new paths
+        of that epoch. After an interrupt (Ctrl-C), training ends early and the result of the
+        finished epochs is returned; every density of a stack is trained for at least one epoch.
 
     Raises:
-        ValueError: A density of the posterior is of another kind, no simulation is valid, or there
-            is a checkpoint.
-        TrainingDiverged: An error was not finite; `.state` is the posterior that was given.
+        ValueError: A density of the posterior is neither `FlowMatching` nor `Diffusion`, no
+            simulation is valid, or `training` has a checkpoint.
+        TrainingDiverged: An error is not finite. The attribute `state` of the exception holds the
+            posterior that was passed in.
 
     References:
         Knowledge distillation, arXiv:2101.02388; progressive distillation, arXiv:2202.00512.
@@ -113,7 +121,7 @@ def distil(
         student = _Student(dataclasses.replace(blueprint, density=density), training)
         given, own = blueprint.select_features(features), jax.random.fold_in(key, i)
         weights, found = student.taught(own, weights, given, epochs, progress=progress)
-        epochs = len(found)  # an interrupt is one of all parts
+        epochs = len(found)  # after an interrupt, the other densities train no longer
         if not np.all(np.isfinite(found)):
             raise TrainingDiverged(
                 f"the error was not finite in epoch {len(found)}; the posterior that was given is "
@@ -132,7 +140,7 @@ def distil(
 
 
 class _Student(NamedTuple):
-    """What is static about a distillation, and part of its program."""
+    """Static settings of a distillation; they are compiled into its program."""
 
     blueprint: Blueprint
     training: Training
@@ -140,7 +148,12 @@ class _Student(NamedTuple):
     def taught(
         self, key: Key, weights: Weights, features: Array, epochs: int, *, progress: bool
     ) -> tuple[Weights, np.ndarray]:
-        """Weights of teacher and student, and the errors (epochs, M) until these are not finite."""
+        """Train the student.
+
+        Returns:
+            Weights of teacher and student, and the errors (epochs, M). Training ends at the first
+            error that is not finite.
+        """
         weights = weights._replace(rest=add_student(weights.rest))
         student = add_student(weights.params)["density"]["student"]
         optimiser = self.training.transform(1, 1.0)
@@ -157,7 +170,7 @@ class _Student(NamedTuple):
                     bar.set_postfix(error=f"{found.mean():.3f}")
                     if not np.all(np.isfinite(found)):
                         break
-            except KeyboardInterrupt:  # what was learned until the last epoch is kept
+            except KeyboardInterrupt:  # keep the result of the finished epochs
                 if not errors:
                     raise
         density = {**weights.params["density"], "student": state.average}
@@ -173,10 +186,14 @@ class _Student(NamedTuple):
 def _epoch(
     student: _Student, weights: Weights, state: State, features: Array, epoch: int | Array, key: Key
 ) -> tuple[State, Array]:
-    """Passes over new paths, and the error of the averages before them, of all members."""
+    """Train all members for one epoch on new paths.
+
+    Returns:
+        The new state, and the error (M,) of the averaged weights at the start of the epoch.
+    """
     blueprint, training = student
     batch = training.batch(ROWS)
-    count = ROWS // batch  # steps of a pass
+    count = ROWS // batch  # number of steps in a pass
     decay = training.ema_decay or 0.0
 
     def model(weights: Weights, params: Any) -> Any:
@@ -205,7 +222,7 @@ def _epoch(
             gradient = jax.grad(loss)(state.params, paths[:, places], context[places])
             updates, optimiser = transform.update(gradient, state.optimiser, state.params)
             params = optax.apply_updates(state.params, updates)
-            # it forgets the teacher's weights sooner than a long average would
+            # average over few steps at first, to forget the initial weights soon
             kept = jnp.minimum(decay, (1.0 + number) / (10.0 + number))
             average = optax.incremental_update(params, state.average, 1.0 - kept)
             return State(params, average, optimiser), None

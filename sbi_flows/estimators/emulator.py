@@ -1,14 +1,14 @@
-"""An emulator of the simulator: densities of the observation given the parameters.
+"""Emulator of the simulator: learned densities p(x | theta) of the observation.
 
-A density of 8 numbers given 5 parameters may be far simpler than the posterior that follows from
-it, and is then learned from far fewer simulations. Draws of it cost next to nothing: a posterior
-estimator that trains on them as well no longer over-fits the few real rows.
+The likelihood can be a far simpler function than the posterior. It can then be learned from far
+fewer simulations. Draws from the learned likelihood are cheap. A posterior estimator that trains on
+the simulations and on these draws over-fits less.
 
 Public names: `Emulator`.
 
 Sources: Papamakarios et al. 2019, "Sequential Neural Likelihood" (arXiv:1805.07226), for the
-densities; Wiqvist, Frellsen & Picchini 2021 (arXiv:2102.06522), who fit a posterior to draws of a
-learned likelihood, by the other Kullback-Leibler divergence.
+densities; Wiqvist, Frellsen & Picchini 2021 (arXiv:2102.06522), for fitting a posterior to a
+learned likelihood (they minimise the reverse Kullback-Leibler divergence).
 """
 
 from __future__ import annotations
@@ -38,32 +38,38 @@ from sbi_flows.prior.prior import Prior
 from sbi_flows.training import FitKeys, History, Training, TrainingData, fit
 
 CHUNK = 2_500
-"""Draws in one compiled call."""
+"""Number of draws in one compiled call."""
 
 LINEAR = 25.0
-"""Scales within which an emulated observation stays as it is: noise of constant size is simpler
-than what compressed tails make of it, which only the heaviest need."""
+"""Distance from the median, in units of the scale, beyond which the emulator compresses values.
+
+The limit is wide: compression makes the noise depend on the value, which is harder to learn. Only
+the heaviest tails need it.
+"""
 
 NEIGHBOURS = 20
-"""Simulations around a parameter vector that say how likely one is to fail there."""
+"""Number of nearest simulations from which the probability of a valid simulation is estimated."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Emulator:
-    """Densities of the observation that are fitted first, and how much is drawn from them.
+    """Settings of an emulator: densities p(x | theta) and the number of draws from them.
 
-    They are weighted by the log density of held-out rows, as in `sf.Stack`; each member of an
-    ensemble trains on draws of the emulator that held out the same rows as it does. Observations
-    with few values a step apart, such as counts, are emulated with uniform noise added, and
-    rounded. Where simulations failed, fewer parameters are drawn.
+    The emulator is fitted before the posterior. It is a mixture of `densities`, weighted by the log
+    density of held-out rows as in `sf.Stack`. The emulator and the posterior are ensembles with the
+    same held-out rows: each member of the posterior trains on draws from the emulator's member that
+    holds out the same rows. If an observed quantity takes values on a grid, such as counts, uniform
+    noise is added before the fit, and draws are rounded to the grid. Fewer parameters are drawn
+    where many simulations failed.
 
     Attributes:
         densities: The densities to fit and to mix.
-        training: Settings of their fits; the validation fraction and the checkpoint are the
-            estimator's.
+        training: Training settings of the densities. The validation fraction and the checkpoint are
+            taken from the training settings of the posterior estimator.
         simulations: Number of emulated simulations for each member, with parameters from the prior.
-        max_features: Longer observations are not emulated, and the estimator is fitted without:
-            the noise of hundreds of numbers takes more simulations to learn than the posterior.
+        max_features: Maximum length of an observation. With longer observations the posterior is
+            fitted without an emulator: the likelihood of hundreds of numbers takes more simulations
+            to learn than the posterior.
 
     Example:
         >>> import jax, numpyro.distributions as dist, sbi_flows as sf
@@ -87,11 +93,11 @@ class Emulator:
     max_features: int = 50
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be fitted.
+        """Check the settings.
 
         Raises:
-            ValueError: There is no density, a number is not positive, or `training` is no training
-                or has a checkpoint of its own.
+            ValueError: `densities` is empty, a number is not positive, `training` is not an
+                `sf.Training`, or `training` has a checkpoint.
         """
         given = self.densities
         densities = tuple(given) if isinstance(given, list | tuple) else (given,)
@@ -108,23 +114,23 @@ class Emulator:
 
 
 class EmulatorFailed(SbiFlowsError):
-    """There is no emulator of these simulations; the message says why."""
+    """The emulator could not be fitted or used; the message gives the reason."""
 
 
 class Emulated(NamedTuple):
-    """Draws of an emulator: standard coordinates (M * n, d), features (M * n, C)."""
+    """Draws from an emulator: standard coordinates (M * n, d) and features (M * n, C)."""
 
     y: Array
     features: Array
 
 
 class Seen(NamedTuple):
-    """Simulations that an emulator is fitted to.
+    """Simulations to which an emulator is fitted.
 
     Attributes:
-        y: Standard coordinates of the valid ones, shape (N, d).
-        x: Their observations, flat, shape (N, C).
-        failed: Standard coordinates of the others, shape (F, d).
+        y: Standard coordinates of the parameters of valid simulations, shape (N, d).
+        x: Flattened observations of the valid simulations, shape (N, C).
+        failed: Standard coordinates of the parameters of failed simulations, shape (F, d).
     """
 
     y: Array
@@ -143,26 +149,28 @@ def emulate(
     training: Training,
     progress: bool,
 ) -> tuple[Emulated, StackHistory]:
-    """Fit an emulator and draw from it.
+    """Fit an emulator and draw simulations from it.
 
     Args:
-        keys: Keys of the fit that the draws are for, so that its members hold out the same rows.
-        emulator: What to fit and how much to draw.
-        prior: The prior.
-        seen: The simulations.
-        standardiser: Observation to features.
-        members: Number of members M of the fit that the draws are for.
-        training: Its settings, for the validation fraction and the checkpoint.
+        keys: Keys of the fit of the posterior. Emulator and posterior then hold out the same rows.
+        emulator: Settings of the emulator.
+        prior: Prior from which the parameters of the draws are drawn.
+        seen: Simulations to which the emulator is fitted.
+        standardiser: Map from observations to the features of the posterior.
+        members: Number of members M of the posterior.
+        training: Training settings of the posterior; the emulator takes the validation fraction and
+            the checkpoint from them.
         progress: Show progress bars.
 
     Returns:
-        The draws, those of one member after those of another, and the history of the fits, whose
-        losses are those of the observation as it is emulated, not of theta.
+        The draws, grouped by member, and the history of the fits. The losses in the history are
+        negative log densities of the standardised observation given theta.
 
     Raises:
-        EmulatorFailed: The observation is too long, every density diverged, or none of a member's
-            draws is finite.
-        KeyboardInterrupt: A fit was interrupted; there is nothing to train on then.
+        EmulatorFailed: The observation is too long, the training of every density diverged, all
+            draws of a member are infinite or NaN, or no simulation near a draw of the prior is
+            valid.
+        KeyboardInterrupt: The user interrupted a fit.
     """
     if seen.x.shape[1] > emulator.max_features:
         raise EmulatorFailed(
@@ -214,7 +222,10 @@ def emulate(
 
 @jax.jit
 def _smooth(grid: Grid, emulated: Standardiser, key: Key, x: Array) -> Array:
-    """Features that have a density: those of constants become noise, whatever their size."""
+    """Return features with a continuous distribution, to which a density can be fitted.
+
+    Grid values get uniform noise of one grid step. A constant feature becomes uniform noise.
+    """
     features, constant_key = emulated(dequantised(grid, key, x)), jax.random.fold_in(key, 1)
     noise = jax.random.uniform(constant_key, features.shape, features.dtype, -0.5, 0.5)
     return jnp.where(jnp.isinf(grid.step)[None], noise, features)
@@ -224,7 +235,7 @@ def _smooth(grid: Grid, emulated: Standardiser, key: Key, x: Array) -> Array:
 def _standard(
     grid: Grid, emulated: Standardiser, standardiser: Standardiser, features: Array
 ) -> Array:
-    """Features of the observations that emulated features stand for; NaN where these overflow."""
+    """Convert emulated features to features of the posterior; NaN where observations overflow."""
     x = quantised(grid, emulated.inverse(features))
     return standardiser(jnp.where(jnp.isfinite(x), x, jnp.nan))
 
@@ -236,7 +247,11 @@ def _prior_draws(key: Key, prior: Prior, n: int) -> Array:
 
 
 def _parameters(key: Key, prior: Prior, seen: Seen, n: int) -> Array:
-    """Draws (n, d) of the prior, thinned by how often simulations near each of them are valid."""
+    """Draw parameters (n, d) from the prior, thinned where simulations fail.
+
+    A draw is kept with the probability that a simulation there is valid, which is estimated from
+    the nearest simulations.
+    """
     if not len(seen.failed):
         return _prior_draws(key, prior, n)
     from sklearn.neighbors import KNeighborsClassifier
@@ -245,7 +260,7 @@ def _parameters(key: Key, prior: Prior, seen: Seen, n: int) -> Array:
     labels = np.arange(len(rows)) < len(seen.y)
     model = KNeighborsClassifier(min(NEIGHBOURS, len(rows))).fit(rows, labels)
     kept: list[np.ndarray] = []
-    # at a share s of valid simulations, some 1 / s passes; what is missing then is repeated
+    # if a fraction s of simulations is valid, about 1 / s iterations; then draws are repeated
     for i in range(10 + 2 * len(rows) // len(seen.y)):
         prior_key, keep_key = jax.random.split(jax.random.fold_in(key, i))
         draws = np.asarray(_prior_draws(prior_key, prior, n))
@@ -260,9 +275,10 @@ def _parameters(key: Key, prior: Prior, seen: Seen, n: int) -> Array:
 
 
 def _draw(key: Key, parts: Sequence[tuple[Blueprint, Weights, float]], y: Array, n: int) -> Array:
-    """Features of observations for parameters (N, d): each density draws its share of the first n.
+    """Draw features of observations for parameters (N, d) from the mixture of densities.
 
-    The parameters are in random order, so it does not matter which rows these are.
+    Each density draws a consecutive block of rows, whose length is its share of the first n. The
+    parameters are in random order, so consecutive blocks are random subsets.
     """
     ends = np.round(np.cumsum([share for *_, share in parts]) * n).astype(int)
     ends[-1], first, drawn = len(y), 0, []
@@ -286,7 +302,7 @@ def _draw_chunk(blueprint: Blueprint, weights: Weights, key: Key, y: Array) -> A
 
 
 def _finite(y: Array, features: Array, n: int) -> tuple[Array, Array]:
-    """The first n rows that are finite, from the start again where there are too few."""
+    """Return the first n finite rows; if there are fewer, repeat them from the start."""
     rows = np.flatnonzero(np.all(np.isfinite(np.asarray(features)), axis=1))
     if not len(rows):
         raise EmulatorFailed("none of its draws is finite")
