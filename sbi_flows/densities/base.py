@@ -26,7 +26,7 @@ class Density(nnx.Module):
 
     Attributes:
         has_likelihood_loss: Whether the training loss is the negative log density, in nats.
-        needs_ode: Whether an ODE is solved for draws and densities, which are NaN if that fails.
+        needs_ode: Whether draws and densities solve an ODE. They are NaN if the solve fails.
     """
 
     has_likelihood_loss: ClassVar[bool] = True

@@ -85,7 +85,7 @@ class Conditional(nnx.Module):
         return self.density.loss(density_key, noise, self.context(features, embedding_key))
 
     def negative_log_prob(self, noise: Array, features: Array) -> tuple[Array, SolverStats]:
-        """Compute the negative log density and the solver statistics of a density with an ODE.
+        """Compute the negative log density of an ODE density, and the solver statistics.
 
         Args:
             noise: Shape (B, d).

@@ -74,7 +74,7 @@ class _Mixture(Density):
         )
         kernel = self.network.leave.kernel
         kernel[...] = jnp.zeros_like(kernel[...])
-        # Small offsets between components: equal components would have equal gradients forever.
+        # Small offsets: components that start equal have equal gradients and stay equal.
         self.shift = nnx.Param(0.1 * jax.random.normal(shift_key, (settings.components, dim)))
 
     def __call__(self, context: Array, *, key: Key | None = None) -> distrax.Distribution:

@@ -152,8 +152,7 @@ class Solver:
 def _times(ends: tuple[float, float], steps: int | None, dtype: np.dtype) -> tuple[Any, Any, Any]:
     """Return the first angle, the last one, and the step size (None adapts it).
 
-    They are Python floats if Python floats are converted to the dtype of the state. diffrax checks
-    the sign of a Python float while tracing; for an array, the check is a callback to the host.
+    They are Python floats if the state has JAX's default float dtype. diffrax checks the sign of a Python float while tracing; for an array, the check is a callback to the host.
     """
     first, last = (dtype.type(end) for end in ends)
     size = None if steps is None else (last - first) / dtype.type(steps)
@@ -163,7 +162,7 @@ def _times(ends: tuple[float, float], steps: int | None, dtype: np.dtype) -> tup
 
 
 class SolverStats(NamedTuple):
-    """Statistics of ODE solves: their numbers of steps and of evaluations.
+    """Statistics of an ODE solve, or of several: numbers of steps and of evaluations.
 
     Attributes:
         steps: Number of steps.
@@ -367,7 +366,7 @@ def check_networks(network: Any, **solvers: Any) -> None:
 
     Args:
         network: Settings of a velocity network, such as `sf.Film()`.
-        **solvers: Settings of solvers; each keyword is the argument name for the message.
+        **solvers: Settings of solvers; each keyword is the name of an argument, for the message.
 
     Raises:
         ValueError: A value has another type, or is a class instead of an instance.

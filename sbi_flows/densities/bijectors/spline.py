@@ -29,7 +29,7 @@ MIN_BIN = 1e-3
 MIN_SLOPE = 1e-3
 """Minimum slope at a knot."""
 
-_MAX_LOGIT = 30.0  # such a bin fills the box, and the exponential does not overflow
+_MAX_LOGIT = 30.0  # with this logit one bin fills the box; larger logits might overflow
 
 _WIDTHS, _HEIGHTS = 0, 1
 

@@ -114,7 +114,7 @@ def _from_noise(x: Array, mean: Array, scale: Array, bounded: Array) -> Array:
     mean, low, high, sign = _standardised_box(mean, scale)
     x = sign * x
     mass = ndtr(high) - ndtr(low)
-    # Compute each half from its nearest face, as a lower tail: small probabilities are accurate.
+    # Compute each half from the face on its side, as a lower tail: small numbers are accurate.
     share = mass * ndtr(-jnp.abs(x))
     upper = x > 0
     p = jnp.where(
@@ -133,7 +133,7 @@ class _Box(NamedTuple):
     """Interval of each entry, in standard deviations from its mean.
 
     Attributes:
-        mean: Mean; one farther than `_MAX_SIGMAS_OUTSIDE` from the interval is moved closer.
+        mean: Mean, clipped so that it is at most `_MAX_SIGMAS_OUTSIDE` outside the interval.
         low: Lower end of the interval.
         high: Upper end of the interval.
         sign: -1 where the interval is mirrored so that most of it lies below the mean, else 1.
