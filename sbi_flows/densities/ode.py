@@ -152,7 +152,8 @@ class Solver:
 def _times(ends: tuple[float, float], steps: int | None, dtype: np.dtype) -> tuple[Any, Any, Any]:
     """Return the first angle, the last one, and the step size (None adapts it).
 
-    They are Python floats if the state has JAX's default float dtype. diffrax checks the sign of a Python float while tracing; for an array, the check is a callback to the host.
+    They are Python floats if the state has JAX's default float dtype. diffrax checks the sign of a
+    Python float while tracing; for an array, the check is a callback to the host.
     """
     first, last = (dtype.type(end) for end in ends)
     size = None if steps is None else (last - first) / dtype.type(steps)

@@ -121,7 +121,7 @@ def distil(
         student = _Student(dataclasses.replace(blueprint, density=density), training)
         given, own = blueprint.select_features(features), jax.random.fold_in(key, i)
         weights, found = student.taught(own, weights, given, epochs, progress=progress)
-        epochs = len(found)  # after an interrupt, the other densities train no longer
+        epochs = len(found)  # after an interrupt, later densities stop at this epoch
         if not np.all(np.isfinite(found)):
             raise TrainingDiverged(
                 f"the error was not finite in epoch {len(found)}; the posterior that was given is "
@@ -222,7 +222,7 @@ def _epoch(
             gradient = jax.grad(loss)(state.params, paths[:, places], context[places])
             updates, optimiser = transform.update(gradient, state.optimiser, state.params)
             params = optax.apply_updates(state.params, updates)
-            # average over few steps at first, to forget the initial weights soon
+            # average over few steps at first, so that the initial weights lose their influence
             kept = jnp.minimum(decay, (1.0 + number) / (10.0 + number))
             average = optax.incremental_update(params, state.average, 1.0 - kept)
             return State(params, average, optimiser), None

@@ -57,7 +57,7 @@ def prepare(prior: Prior, theta: Array, x: Obs) -> tuple[TrainingData, Standardi
 def with_emulated(
     prior: Prior, data: TrainingData, emulated: Emulated, member_rows: int
 ) -> TrainingData:
-    """Append emulated rows to the training rows; each member uses `member_rows` of them."""
+    """Append emulated rows to the training rows: `member_rows` rows for each member."""
     return dataclasses.replace(_appended(prior, data, emulated), member_rows=member_rows)
 
 

@@ -134,9 +134,9 @@ def truncated_rounds(
         `sf.check` draws from that prior.
 
     Raises:
-        ValueError: A number is out of range; `estimator` is not an `Estimator`; x has not the
-            shape of the simulator's output; the folder belongs to a call with other settings; or
-            the parameters of the prior are not independent.
+        ValueError: A number is out of range; `estimator` is not an `Estimator`; x does not
+            have the shape of the simulator's output; the folder belongs to a call with other
+            settings; or the parameters of the prior are not independent.
         SimulationFailed: All simulations of a round failed.
 
     References:
