@@ -1,8 +1,9 @@
 """Conditional densities p(z | context): flows, mixtures and continuous flows.
 
 Each density is described by frozen settings, such as `NSF()`, whose method `build` makes a flax
-module. `conditional.py` combines it with an embedding of the observation and a linear start.
-Files outside this room import from its files; users reach these names as `sf.densities.X`.
+module. `conditional.py` combines this module with an embedding of the observation and a linear
+start. Code outside this package imports from its files; users access these names as
+`sf.densities.X`.
 """
 
 from sbi_flows.densities.base import Density as Density

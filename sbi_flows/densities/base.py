@@ -1,4 +1,4 @@
-"""Base classes of conditional densities: a flax module that maps a context to a distribution.
+"""Base classes of conditional densities: flax modules that map a context to a distribution.
 
 Public names: `Density`, `DensitySettings`, `TransformedDistribution`, `VectorDistribution`,
 `StandardNormal`, `sample_per_context`, `check_density`.
@@ -26,7 +26,7 @@ class Density(nnx.Module):
 
     Attributes:
         has_likelihood_loss: Whether the training loss is the negative log density, in nats.
-        needs_ode: Whether draws and densities solve an ODE. They are NaN where the solve fails.
+        needs_ode: Whether draws and densities solve an ODE. They are NaN if the solve fails.
     """
 
     has_likelihood_loss: ClassVar[bool] = True
@@ -38,7 +38,7 @@ class Density(nnx.Module):
 
         Args:
             context: Contexts (*, C).
-            key: Random key of dropout; without one nothing is dropped.
+            key: Random key of dropout; None turns dropout off.
         """
 
     def loss(self, key: Key | None, z: Array, context: Array) -> Array:
@@ -59,9 +59,9 @@ class Density(nnx.Module):
 class TransformedDistribution(distrax.Transformed):
     """Distribution of bijector(u), where u follows a base distribution.
 
-    The bijector has to accept any leading axes. `distrax.Transformed` would map n draws by `vmap`,
-    which puts their axis before the axes that the bijector sums over: several times slower on a
-    CPU.
+    The bijector must accept any leading axes: one call transforms all n draws. The base class
+    `distrax.Transformed` would use `vmap` over the draws. This is several times slower on a CPU,
+    because `vmap` puts the axis of draws before the axes that the bijector sums over.
     """
 
     def _sample_n(self, key: Key, n: int) -> Array:
@@ -98,7 +98,10 @@ class VectorDistribution(distrax.Distribution):
 
     @property
     def dtype(self) -> Any:
-        """Dtype of the draws; the property of distrax would trace a draw to find it."""
+        """Dtype of the draws.
+
+        It is stored, because the base class would trace a draw to find the dtype.
+        """
         return self._dtype
 
 
@@ -116,7 +119,7 @@ class StandardNormal(VectorDistribution):
 def sample_per_context(
     conditional: Callable[[Array], distrax.DistributionLike], contexts: Array, keys: Key, n: int
 ) -> Array:
-    """Draw n times for each of B contexts, with one key per context.
+    """Draw n points for each of B contexts, with one key per context.
 
     The draws for one context do not depend on the other contexts.
 
@@ -136,7 +139,7 @@ def sample_per_context(
             return conditional(context[None]).sample(seed=key, sample_shape=n)[:, 0]
 
         return jax.vmap(draw, out_axes=1)(keys, contexts)
-    # All contexts at once: `vmap` would put their axis before those that bijectors sum over.
+    # One call for all contexts: `vmap` would put the axis of contexts before summed axes (slow).
     noise, transform = noise_and_map
     noise = StandardNormal(noise.event_shape, noise.dtype)
     return transform(jax.vmap(lambda key: noise.sample(seed=key, sample_shape=n), out_axes=1)(keys))
@@ -145,7 +148,7 @@ def sample_per_context(
 def _noise_and_map(
     distribution: distrax.DistributionLike,
 ) -> tuple[StandardNormal, Callable[[Array], Array]] | None:
-    """Return standard normal noise and the map from it to draws; None if draws are not made so."""
+    """Return the noise distribution and the map from noise to draws; None without such a map."""
     if isinstance(distribution, StandardNormal):
         return distribution, lambda noise: noise
     if not isinstance(distribution, TransformedDistribution):
@@ -165,17 +168,17 @@ def check_density(name: str, density: Any) -> None:
         density: Value to check.
 
     Raises:
-        ValueError: The value has no `build`, or it is a class and not an object.
+        ValueError: The value has no method `build`, or is a class instead of an instance.
     """
     require_object(name, density, DensitySettings, "a density such as sf.NSF()")
 
 
 @runtime_checkable
 class DensitySettings(Protocol):
-    """Frozen, hashable settings from which a `Density` is built once the sizes are known.
+    """Protocol of the settings of a density: frozen, hashable, with a method `build`.
 
-    A class variable `fit_defaults` may hold values for fields of `sf.Training`, by name. A fit uses
-    them if the user gives no training settings.
+    An optional class variable `fit_defaults` maps names of fields of `sf.Training` to values. A fit
+    uses these values if the user gives no training settings.
     """
 
     def build(self, key: Key, dim: int, context_dim: int) -> Density:

@@ -39,15 +39,15 @@ class CNF:
     """Continuous normalising flow: an ODE carries noise to the posterior.
 
     Every training step solves the ODE and differentiates the solve. Training is therefore slower
-    than that of `FlowMatching` and `Diffusion`, but its loss is the log density itself.
+    than with `FlowMatching` or `Diffusion`, but the loss is the negative log density itself.
 
     Attributes:
         network: Settings of the velocity network.
         solver: Settings of the ODE solver for draws, densities and validation.
         training: Settings of the ODE solver in training steps; by default less accurate than
-            `solver`. Its `adjoint` differentiates the solve. It should adapt its steps: with a few
-            equal steps, training can find a velocity whose density is normalised only for exactly
-            these steps.
+            `solver`. Its `adjoint` differentiates the solve. Use adaptive steps: with a few equal
+            steps, training can find a velocity whose density is normalised only for exactly these
+            steps.
         kinetic: Weight of the squared speed along a solution, which makes solutions straighter.
         jacobian: Weight of the squared Frobenius norm of the velocity's Jacobian along a solution.
 
@@ -85,7 +85,7 @@ class CNF:
 
 
 _ENDS = 0.0, math.pi / 2
-"""Angle of the noise and angle of the data."""
+"""Angle at the noise end and angle at the data end of the ODE."""
 
 
 class _CNF(Continuous):
@@ -100,7 +100,7 @@ class _CNF(Continuous):
         return self.flow(context, key, _ENDS)
 
     def loss(self, key: Key | None, z: Array, context: Array) -> Array:
-        """Compute the negative log density (B,) in nats; with a key, plus the regularisers."""
+        """Compute the negative log density (B,) in nats; a training step adds the regularisers."""
         if key is None:
             return -self(context).log_prob(z)
         settings = self.settings
@@ -110,7 +110,7 @@ class _CNF(Continuous):
 
         def field(angle: Array, state: tuple[Array, Array, Array], arrays: Any) -> tuple:
             network, encoded = nnx.merge(graph, arrays[0]), arrays[1]
-            # one dropout mask for a whole solve, so that the field is continuous in time
+            # use one dropout mask for a whole solve, so that the field is continuous in time
             velocity, divergence, squared_norm = field_derivatives(
                 lambda z: network(z, angle, encoded, key=network_key), state[0], probes
             )

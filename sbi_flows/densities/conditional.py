@@ -1,4 +1,4 @@
-"""The whole model p(theta in standard coordinates | x): embedding, linear start and density.
+"""Model of the posterior in standard coordinates: embedding, linear start and density.
 
 Public names: `Conditional`, `Blueprint`, `Sizes`, `Weights`, `Embedding`, `check_embedding`,
 `graph_of`, `has_likelihood_loss`, `needs_ode`, `initial_weights`, `ravel_weights`,
@@ -29,7 +29,7 @@ from sbi_flows.networks.mlp import fast_key, split_key
 from sbi_flows.observations.standardise import Shapes, unflatten_rows
 
 Embedding = nnx.Module | Callable[[nnx.Rngs], nnx.Module]
-"""A flax module from observations (B, *event) to (B, F), or a function `rngs -> module`."""
+"""Flax module that maps observations (B, *event) to (B, F), or function `rngs -> module`."""
 
 
 class Conditional(nnx.Module):
@@ -85,7 +85,7 @@ class Conditional(nnx.Module):
         return self.density.loss(density_key, noise, self.context(features, embedding_key))
 
     def negative_log_prob(self, noise: Array, features: Array) -> tuple[Array, SolverStats]:
-        """Compute the negative log density of an ODE density, and the work of each solve.
+        """Compute the negative log density of an ODE density, and the solver statistics.
 
         Args:
             noise: Shape (B, d).
@@ -106,8 +106,8 @@ class Conditional(nnx.Module):
     def start_bijector(self, features: Array, *, at_mean: bool = False) -> distrax.Bijector:
         """Return the bijector from noise to standard coordinates of the linear start.
 
-        Without a start it is the identity for unbounded coordinates; a bounded one is a
-        standard normal truncated to the prior's box.
+        Without a start, the bijector is the identity for unbounded coordinates, and maps noise to a
+        standard normal truncated to the prior's box for bounded coordinates.
 
         Args:
             features: Shape (B, C).
@@ -122,11 +122,11 @@ class Conditional(nnx.Module):
         return start.from_predictor(jnp.mean(predictor, axis=0) if at_mean else predictor, bounded)
 
     def context(self, features: Array, key: Key | None = None) -> Array:
-        """Return what the density is conditioned on: embedded observations, or the features.
+        """Return the context of the density: embedded observations, or features.
 
         Args:
             features: Shape (B, C).
-            key: Random key of the embedding's dropout; without one nothing is dropped.
+            key: Random key of the embedding's dropout; None turns dropout off.
 
         Returns:
             Contexts (B, F), or (B, C) without an embedding.
@@ -169,7 +169,7 @@ class Blueprint:
     Attributes:
         density: Settings of the density.
         embedding: Network from observations to contexts; None to condition on the features.
-        sizes: Sizes of the data; with `feature_indices`, of the selected features.
+        sizes: Sizes of the data, after the selection of features by `feature_indices`.
         feature_indices: Indices of the features that the model uses; None for all.
         linear_start: Whether the model has a `LinearStart`, which a fit sets before training.
             Without one, `Conditional.start` is None.
@@ -214,18 +214,20 @@ class Blueprint:
         return _as_trainable(self.embedding(nnx.Rngs(key)))
 
     def embedding_weights(self) -> Any:
-        """Return the current weights of an embedding that is a module; None for a function."""
+        """Return the current weights of the embedding if it is a module, and None otherwise."""
         if not isinstance(self.embedding, nnx.Module):
             return None
         return nnx.as_pure(nnx.state(self.embedding, nnx.Param))
 
 
 def check_embedding(embedding: Any) -> None:
-    """Raise ValueError if a value cannot be an embedding, as far as is known before any data.
+    """Raise ValueError if a value cannot be an embedding.
+
+    The shape of its output is checked later, by `Blueprint.build`.
 
     Raises:
-        ValueError: The value is a module with state other than parameters, or it is no module and
-            cannot be called with one `nnx.Rngs`.
+        ValueError: The value is a module with state other than parameters, or is neither a module
+            nor a function of one `nnx.Rngs`.
     """
     if isinstance(embedding, nnx.Module):
         _as_trainable(embedding)
@@ -245,7 +247,8 @@ def check_embedding(embedding: Any) -> None:
 def _as_trainable(module: Any) -> nnx.Module:
     """Return the module if all of its state is trainable parameters; otherwise raise ValueError.
 
-    Running statistics and random streams change with every call, and a fitted posterior must not.
+    Running statistics and random streams change with every call, but a fitted posterior must not
+    change.
     """
     if not isinstance(module, nnx.Module):
         raise ValueError(f"embedding: expected a flax nnx.Module, got {type(module).__name__}")
@@ -304,7 +307,7 @@ def has_likelihood_loss(blueprint: Blueprint) -> bool:
 
 
 def needs_ode(blueprint: Blueprint) -> bool:
-    """Return whether the density solves an ODE; it is NaN where the solve fails."""
+    """Return whether draws and densities need the solution of an ODE."""
     return _template(blueprint).needs_ode
 
 
@@ -315,13 +318,13 @@ def initial_weights(blueprint: Blueprint, key: Key, embedding_weights: Any) -> t
         blueprint: Description of the model.
         key: Random key.
         embedding_weights: Weights of an embedding that is a module, as
-            `Blueprint.embedding_weights` returns them. They are an argument because the module is
-            a constant of compiled programs, which would not see that its weights have changed.
+            `Blueprint.embedding_weights` returns them. They are a separate argument because the
+            module is a constant in compiled programs: these would not notice changed weights.
 
     Returns:
         Trainable weights, and the other arrays: the linear start, if there is one.
     """
-    # the default generator, threefry, took a third of the time to compile a fit
+    # with the default generator (threefry) this would take a third of the compile time of a fit
     key = fast_key(key)
     _, params, rest = nnx.split(blueprint.build(key), nnx.Param, ...)
     params = nnx.as_pure(params)
@@ -331,12 +334,12 @@ def initial_weights(blueprint: Blueprint, key: Key, embedding_weights: Any) -> t
 
 
 def ravel_weights(params: Any) -> Array:
-    """Concatenate all trainable weights into one vector, for which optimisers are fastest."""
+    """Concatenate all trainable weights into one vector, because optimisers are then fastest."""
     return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(params)])
 
 
 def unravel_weights(blueprint: Blueprint, vector: Array | np.ndarray) -> Any:
-    """Invert `ravel_weights`: return the weights of vectors (*, P) with the leading axes (*)."""
+    """Invert `ravel_weights`: convert vectors (*, P) to weights with leading axes (*)."""
     shapes, tree = jax.tree.flatten(_template(blueprint).weights)
     ends = np.cumsum([math.prod(s.shape) for s in shapes])[:-1]
     split = np.split if isinstance(vector, np.ndarray) else jnp.split

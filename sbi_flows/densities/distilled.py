@@ -1,8 +1,9 @@
-"""Continuous flow with a second network, the student, which draws in a few evaluations.
+"""Continuous flow with a student network, which draws in a few evaluations.
 
-One step of the student covers many steps of the teacher's sampler. At the angle `now` the student
-predicts a data point, as the teacher does. It is trained to predict the point for which one step
-ends where the teacher's path is at the angle `then`.
+The teacher is the velocity network that was fitted to simulations. One step of the student, from
+the angle `now` to the angle `then`, covers many steps of the teacher's sampler. Both networks
+predict a data point at the angle `now`. The student is trained so that a step to its predicted data
+point ends at the point that the teacher's sampler reaches at the angle `then`.
 
 Public names: `Distilled`, `add_student`.
 
@@ -36,11 +37,11 @@ from sbi_flows.densities.samplers import Heun, data_point, step_toward, target_o
 class Distilled:
     """Flow matching or diffusion with a student network, as `sf.distil` returns it.
 
-    Draws take `steps` evaluations of the student network. Log densities are the teacher's. The
+    Draws take `steps` evaluations of the student network. The teacher computes log densities. The
     student is trained by `sf.distil`; an estimator cannot fit this density.
 
     Attributes:
-        teacher: Settings of the density that was fitted.
+        teacher: Settings of the density that was fitted to simulations.
         steps: Number of evaluations of the student for each draw.
 
     References:
@@ -136,10 +137,10 @@ class _Distilled(Matching):
 
 
 def add_student(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the arrays of a student to those of its teacher; the student starts as a copy.
+    """Add arrays of a student network to a model; they start as a copy of the teacher's arrays.
 
     Args:
-        arrays: Trainable weights of a model, or its other arrays.
+        arrays: Either the trainable weights of a model or its other arrays.
     """
     density = arrays.get("density", {})
     if "network" not in density:  # the network has no arrays of this kind

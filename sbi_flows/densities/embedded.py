@@ -1,4 +1,4 @@
-"""Features and embedded features of observations, on the host.
+"""Features and embeddings of observations, as NumPy arrays.
 
 Public names: `spaces_of`, `space_widths`.
 """
@@ -21,7 +21,7 @@ BATCH_ROWS = 256
 
 
 def spaces_of(blueprint: Blueprint, weights: Weights, features: Any) -> tuple[np.ndarray, ...]:
-    """Return features (B, C) and, with an embedding, its output (B, F) for the first member."""
+    """Return features (B, C) and, with an embedding, the first member's embedding (B, F)."""
     rows = np.asarray(features)
     if blueprint.embedding is None:
         return (rows,)
@@ -35,7 +35,7 @@ def spaces_of(blueprint: Blueprint, weights: Weights, features: Any) -> tuple[np
 
 
 def space_widths(blueprint: Blueprint, weights: Weights, features: int) -> tuple[int, ...]:
-    """Return the vector lengths of the arrays that `spaces_of` returns for C features."""
+    """Return the row lengths of the arrays from `spaces_of`: (C,), or (C, F) with an embedding."""
     if blueprint.embedding is None:
         return (features,)
     like = jax.ShapeDtypeStruct((1, features), float)

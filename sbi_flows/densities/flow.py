@@ -38,14 +38,14 @@ class NSF:
         transforms: Number of spline layers.
         bins: Number of bins of each spline.
         hidden: Widths of the conditioner's hidden layers.
-        coupling: Whether layers are coupling layers and not masked autoregressive ones. A draw then
-            costs one pass through the network in any dimension, but accuracy is lower.
+        coupling: Whether to use coupling layers in place of masked autoregressive layers. Coupling
+            layers draw in one pass through the network in any dimension, but are less accurate.
         bound: The splines act on (-bound, bound), in units of the noise, and are the identity
             outside.
-        context_width: Width of a residual network that encodes the context for all layers; zero for
-            no such network.
+        context_width: Width of a residual network that encodes the context for all layers; 0
+            means no such network.
         context_blocks: Number of residual blocks of that network.
-        dropout: Fraction of hidden units that are dropped in training.
+        dropout: Fraction of hidden units that dropout sets to zero in training.
 
     References:
         Neural Spline Flows, arXiv:1906.04032.
@@ -85,11 +85,11 @@ class MAF:
     Attributes:
         transforms: Number of affine layers.
         hidden: Widths of the conditioner's hidden layers.
-        coupling: Whether layers are coupling layers and not masked autoregressive ones.
-        context_width: Width of a residual network that encodes the context for all layers; zero for
-            no such network.
+        coupling: Whether to use coupling layers in place of masked autoregressive layers.
+        context_width: Width of a residual network that encodes the context for all layers; 0
+            means no such network.
         context_blocks: Number of residual blocks of that network.
-        dropout: Fraction of hidden units that are dropped in training.
+        dropout: Fraction of hidden units that dropout sets to zero in training.
 
     References:
         Masked Autoregressive Flow for Density Estimation, arXiv:1705.07057.
@@ -143,7 +143,7 @@ class Flow(Density):
     Args:
         make_layer: Function from a key to a layer.
         keys: One key for each layer.
-        encoder: Network that encodes the context for all layers; None for none.
+        encoder: Network that encodes the context for all layers; None means no such network.
         dim: Number of entries.
     """
 
@@ -201,7 +201,7 @@ class FlowLayer(nnx.Module):
 
     Args:
         settings: Settings of the flow.
-        transformer: Makes the elementwise bijector from its parameters.
+        transformer: Function from parameters to the elementwise bijector.
         dim: Number of entries.
         context_dim: Length of the context.
         rngs: Keys for the initial weights.
@@ -221,7 +221,7 @@ class FlowLayer(nnx.Module):
         self.split = dim // 2 if coupling else 1
         self.first = nnx.data(None)
         if not coupling:
-            # linear, as the encoder of the context is non-linear; zeros give the identity
+            # a linear layer suffices: the context encoder is non-linear. Zeros give the identity.
             self.first = nnx.Linear(
                 context_dim,
                 transformer.params,
@@ -245,14 +245,14 @@ class FlowLayer(nnx.Module):
         self.log_diagonal = nnx.Param(jnp.zeros(dim))
 
     def encode_context(self, context: Array) -> LayerContext:
-        """Compute all that depends on contexts (*, C) alone, and assemble the linear map."""
+        """Compute everything that depends only on contexts (*, C), and assemble the linear map."""
         first = None if self.first is None else jnp.moveaxis(self.first(context), -1, 0)[:, None]
         rest = None if self.rest is None else self.rest.encode_context(context)
         factors = lu(self.lower[...], self.upper[...], self.log_diagonal[...])
         return LayerContext(first, rest, factors)
 
     def bijectors(self, context: LayerContext, key: Key | None) -> list[distrax.Bijector]:
-        """Return the bijectors from noise to data; the one nearest the data comes first."""
+        """Return the bijectors from noise to data; the bijector nearest the data comes first."""
         conditioner = None
         if self.rest is not None and context.rest is not None:
             conditioner = Conditioned(self.rest, context.rest, key)
@@ -264,7 +264,7 @@ class FlowLayer(nnx.Module):
             raise ValueError("context: expected parameters of the first or of the other entries")
         if self.dim == 1:
             return [layer]
-        # inverted, so that training multiplies by the matrix, and only draws need its inverse
+        # the inverse of LULinear: training multiplies by the matrix, only draws need its inverse
         return [layer, distrax.Inverse(LULinear(context.linear))]
 
 

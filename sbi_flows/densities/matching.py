@@ -1,7 +1,8 @@
 """Continuous flows that learn a velocity by regression: flow matching and diffusion.
 
-Both regress the velocity of a Gaussian path (`paths.py`) on its points, and define the same kind of
-ODE (`ode.py`). They differ in the times at which they are trained, and in how they draw.
+In both, a network learns the velocity of a Gaussian path (`paths.py`) by regression, and this
+velocity defines an ODE (`ode.py`). They differ in the distribution of training times and in the
+steps of the sampler.
 
 Public names: `FlowMatching`, `Diffusion`, `Matching`, `VALIDATION_STRATA`.
 """
@@ -41,7 +42,7 @@ class _Settings:
     solver: Solver = field(default_factory=Solver)
     sampler: Sampler | None = field(default_factory=Heun)
     path: Path
-    # steps are cheap and losses are noisy
+    # many epochs and a long average, because steps are cheap and losses are noisy
     fit_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {"max_epochs": 120, "patience": 30, "learning_rate": 2e-3, "ema_decay": 0.999}
     )
@@ -63,8 +64,8 @@ class FlowMatching(_Settings):
 
     Attributes:
         network: Settings of the velocity network.
-        path: Distribution of the times at which the velocity is trained.
-        solver: Settings of the ODE solver, for densities and, without a sampler, for draws.
+        path: Straight path, which sets the distribution of training times.
+        solver: Settings of the ODE solver for densities, and for draws if `sampler` is None.
         sampler: `Heun` (deterministic) or `Ancestral` (adds noise at every step); None draws with
             the ODE solver.
 
@@ -94,7 +95,7 @@ class Diffusion(_Settings):
     Attributes:
         network: Settings of the velocity network.
         path: Noise levels and their distribution in training: `EDM`, `VP` or `VE`.
-        solver: Settings of the ODE solver, for densities and, without a sampler, for draws.
+        solver: Settings of the ODE solver for densities, and for draws if `sampler` is None.
         sampler: `Heun` (deterministic) or `Ancestral` (adds noise at every step); None draws with
             the ODE solver.
 
@@ -153,7 +154,7 @@ class Matching(Continuous):
     def _error(
         self, key: Key, network_key: Key | None, stratum: tuple[int, int], z: Array, encoded: Any
     ) -> Array:
-        """Compute the error at random times of one stratum, given by its index and their number."""
+        """Compute the error at random times in one stratum, given as (index, number of strata)."""
         time_key, noise_key = split_keys(key, 2)
         index, count = stratum
         uniforms = (index + hashed_uniform(time_key, z.shape[:-1], z.dtype)) / count

@@ -29,7 +29,7 @@ class GaussianMixture:
         components: Number of components.
         width: Width of the network.
         blocks: Number of residual blocks of the network.
-        dropout: Fraction of hidden units that are dropped in training.
+        dropout: Fraction of hidden units that dropout sets to zero in training.
 
     References:
         Mixture Density Networks, Bishop 1994.
@@ -74,7 +74,7 @@ class _Mixture(Density):
         )
         kernel = self.network.leave.kernel
         kernel[...] = jnp.zeros_like(kernel[...])
-        # Small offsets: equal components would have equal gradients and stay equal.
+        # Small offsets: components that start equal have equal gradients and stay equal.
         self.shift = nnx.Param(0.1 * jax.random.normal(shift_key, (settings.components, dim)))
 
     def __call__(self, context: Array, *, key: Key | None = None) -> distrax.Distribution:

@@ -39,16 +39,16 @@ class Solver:
 
     Attributes:
         method: A diffrax solver; None for `diffrax.Bosh3()`.
-        rtol: Relative tolerance of an adaptive solve. It applies to the root mean square over all
+        rtol: Relative tolerance of an adaptive solve. The error is the root mean square over all
             points that are solved together.
         atol: Absolute tolerance, in units of the noise.
         steps: Number of steps of a solve with equal steps; None adapts the steps to the tolerances.
         max_steps: Maximum number of steps of an adaptive solve. A solve that needs more fails.
         exact_up_to: Largest dimension in which the divergence is computed exactly. Above it, the
-            divergence is estimated from `probes` random directions. They are the same in all
-            solves, so that a density does not change from call to call; but an estimated density
-            need not integrate to one.
-        probes: Number of random directions.
+            divergence is estimated from `probes` random directions. All solves use the
+            same directions, so that repeated calls give the same density. An estimated density need
+            not integrate to one.
+        probes: Number of random directions for the estimate of the divergence.
         noise: Distribution of the random directions.
         adjoint: A diffrax adjoint, which differentiates the solve; None for
             `diffrax.RecursiveCheckpointAdjoint()`, which supports reverse mode (`jax.grad`).
@@ -100,7 +100,7 @@ class Solver:
     def solve(
         self, field: Callable, start: Any, args: Any, ends: tuple[float, float]
     ) -> tuple[Any, SolverStats]:
-        """Solve as a call does, and also return the work of the solve."""
+        """Solve the ODE as `__call__` does, and also return the solver statistics."""
         import diffrax
 
         method = diffrax.Bosh3() if self.method is None else self.method
@@ -121,7 +121,7 @@ class Solver:
                 else diffrax.ConstantStepSize()
             ),
             adjoint=diffrax.RecursiveCheckpointAdjoint() if self.adjoint is None else self.adjoint,
-            # equal steps may need one more, because of rounding
+            # rounding can add one step to a solve with equal steps
             max_steps=self.max_steps if fixed is None else fixed + 1,
             throw=False,
         )
@@ -137,7 +137,8 @@ class Solver:
     def probes_of(self, key: Key, dim: int, dtype: Any) -> Array:
         """Return the directions (K, d) along which the divergence is computed.
 
-        Their outer products add up to the identity matrix, exactly or on average.
+        The sum of their outer products is the identity matrix: exactly if the divergence is exact,
+        on average if it is estimated.
         """
         if dim <= self.exact_up_to:
             return jnp.eye(dim, dtype=dtype)
@@ -151,8 +152,8 @@ class Solver:
 def _times(ends: tuple[float, float], steps: int | None, dtype: np.dtype) -> tuple[Any, Any, Any]:
     """Return the first angle, the last one, and the step size (None adapts it).
 
-    They are Python floats where these have the dtype of the state: diffrax checks the sign of a
-    Python float when it traces, and that of an array by a callback to the host.
+    They are Python floats if the state has JAX's default float dtype. diffrax checks the sign of a
+    Python float while tracing; for an array, the check is a callback to the host.
     """
     first, last = (dtype.type(end) for end in ends)
     size = None if steps is None else (last - first) / dtype.type(steps)
@@ -162,11 +163,11 @@ def _times(ends: tuple[float, float], steps: int | None, dtype: np.dtype) -> tup
 
 
 class SolverStats(NamedTuple):
-    """Work of a solve.
+    """Statistics of an ODE solve, or of several: numbers of steps and of evaluations.
 
     Attributes:
         steps: Number of steps.
-        evaluations: Number of evaluations of the field; -1 where it is not known.
+        evaluations: Number of evaluations of the vector field; -1 if it is unknown.
     """
 
     steps: Array
@@ -202,8 +203,8 @@ class OdeFlow(VectorDistribution):
         dtype: Dtype of the points.
         ends: Angle of the noise and angle of the data.
         solver: Settings of the ODE solver.
-        sampler: Function `(velocity, noise, key) -> points` that draws instead of the solver; None
-            to draw by solving the ODE.
+        sampler: Function `(velocity, noise, key) -> points` that makes the draws; None to draw by
+            solving the ODE.
     """
 
     def __init__(
@@ -230,7 +231,7 @@ class OdeFlow(VectorDistribution):
         return self.log_prob_and_stats(value)[0]
 
     def log_prob_and_stats(self, value: Array) -> tuple[Array, SolverStats]:
-        """Return log densities (*draws, *batch), and the work of each context's solve (*batch)."""
+        """Return log densities (*draws, *batch), and solver statistics (*batch) of each context."""
         if not self.batch_shape:
             (noise, log_det), stats = self._solve(value, reversed_ends(self._ends))
             return self._base.log_prob(noise) + log_det, stats
@@ -270,7 +271,7 @@ class OdeFlow(VectorDistribution):
     def _solve(
         self, z: Array, ends: tuple[float, float]
     ) -> tuple[tuple[Array, Array], SolverStats]:
-        """Return the final points, the integral (*) of the divergence, and the work."""
+        """Return the final points, the integral (*) of the divergence, and solver statistics."""
         probes = self._solver.probes_of(jax.random.key(0), z.shape[-1], z.dtype)
 
         def field(angle: Array, state: tuple[Array, Array], arrays: Any) -> tuple[Array, Array]:
@@ -295,7 +296,7 @@ class Continuous(Density):
     def __init__(
         self, network: VelocitySettings, solver: Solver, key: Key, dim: int, context_dim: int
     ) -> None:
-        """Build the network; its initial velocity is zero, so that the density is the noise's."""
+        """Build the network; its initial velocity is zero, so the density is a standard normal."""
         self.network = network.build(nnx.Rngs(key), dim, context_dim)
         self.solver, self.dim = solver, dim
 
@@ -322,8 +323,8 @@ class FieldDerivatives(NamedTuple):
 
     Attributes:
         value: The field, shape (*, d).
-        divergence: Trace of its Jacobian, shape (*).
-        squared_norm: Squared Frobenius norm of its Jacobian, shape (*).
+        divergence: Trace of the Jacobian of the field, shape (*).
+        squared_norm: Squared Frobenius norm of the Jacobian, shape (*).
     """
 
     value: Array
@@ -332,7 +333,7 @@ class FieldDerivatives(NamedTuple):
 
 
 _PROBES_AT_ONCE = 8
-"""Number of directions that are differentiated together; each takes the network's memory once."""
+"""Number of directions in one batch of derivatives; the memory is proportional to it."""
 
 
 def field_derivatives(
@@ -355,7 +356,7 @@ def field_derivatives(
         value, divergence, squares = jax.vmap(along, out_axes=(None, 0, 0))(probes)
     else:
         value = function(z)
-        # recomputed in a derivative, which otherwise would store the results of all batches
+        # recompute in the backward pass, which would otherwise store the results of all batches
         derivatives = jax.checkpoint(lambda probe: along(probe)[1:])
         divergence, squares = jax.lax.map(derivatives, probes, batch_size=_PROBES_AT_ONCE)
     return FieldDerivatives(value, jnp.sum(divergence, axis=0), jnp.sum(squares, axis=0))
@@ -366,10 +367,10 @@ def check_networks(network: Any, **solvers: Any) -> None:
 
     Args:
         network: Settings of a velocity network, such as `sf.Film()`.
-        **solvers: Settings of solvers by the names of the arguments.
+        **solvers: Settings of solvers; each keyword is the name of an argument, for the message.
 
     Raises:
-        ValueError: A value has another type, or is a class and not an object.
+        ValueError: A value has another type, or is a class instead of an instance.
     """
     require_object("network", network, VelocitySettings, "one such as sf.Film()")
     for name, solver in solvers.items():

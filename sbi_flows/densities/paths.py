@@ -1,7 +1,7 @@
 """Gaussian paths from noise to data, and the distribution of training times along them.
 
-A Gaussian path mixes a data point z and noise e, both of unit variance. Divided by its standard
-deviation, every such path is a quarter turn:
+A Gaussian path mixes a data point z and noise e, both of unit variance. After division by its
+standard deviation, every such path is a rotation from noise to data by a quarter turn:
 
     z(angle) = sin(angle) z + cos(angle) e,    velocity  cos(angle) z - sin(angle) e.
 
@@ -33,7 +33,7 @@ from sbi_flows.core.checks import require_finite, require_positive
 
 @runtime_checkable
 class Path(Protocol):
-    """Frozen, hashable settings of a Gaussian path: its angles in training and in sampling."""
+    """Protocol of Gaussian paths: frozen, hashable settings of training and sampling angles."""
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -59,7 +59,7 @@ class Straight:
 
     Attributes:
         late: Exponent of the density of training times, proportional to t ** late. 0 is uniform;
-            larger values train more near the data (alpha in Wildberger et al. 2023).
+            larger values place more times near the data (alpha in Wildberger et al. 2023).
         smallest: Ratio of noise to signal at the data end of the path.
 
     References:
@@ -92,16 +92,19 @@ class Straight:
         return jnp.arctan2(time, 1.0 - time)
 
     def steps(self, count: int) -> Array:
-        """Return the angles (count + 1,) of steps that shrink toward the data.
+        """Return the angles (count + 1,) of a sampler's steps, from noise to data.
 
-        The velocity changes fastest there.
+        The steps are shortest near the data, where the velocity changes fastest.
         """
         last = self.smallest / (1.0 + self.smallest)
         noise = last + (1.0 - last) * jnp.linspace(1.0, 0.0, count + 1) ** 3
         return jnp.arctan2(1.0 - noise, noise)
 
     def weight(self, angle: Array) -> Array:
-        """Return the weight that turns the error into that of the straight path's vector field."""
+        """Return the weight (*) of the squared error of the velocity.
+
+        The weighted error is the squared error of the straight path's vector field.
+        """
         # inverse variance of the path at the time t = tan(angle) / (1 + tan(angle))
         return (jnp.sin(angle) + jnp.cos(angle)) ** 2
 
@@ -155,7 +158,7 @@ class EDM:
         return jnp.arctan2(1.0, jnp.linspace(first, last, count + 1) ** self.power)
 
     def weight(self, angle: Array) -> Array:
-        """Return one: for a preconditioned denoiser, weight and output scale cancel."""
+        """Return ones: the loss weight of Karras et al. 2022 cancels their output scale."""
         return jnp.ones_like(angle)
 
 
@@ -201,15 +204,15 @@ class VP:
         """Transform uniform numbers in (0, 1) into random angles for training."""
         time = 1.0 - (1.0 - self.start) * uniforms
         integral = self._integral(time)
-        # sine and cosine are both accurate, also where they are small
+        # this form gives an accurate sine and cosine, even where they are small
         return jnp.arctan2(jnp.exp(-integral / 2), jnp.sqrt(-jnp.expm1(-integral)))
 
     def steps(self, count: int) -> Array:
-        """Return the angles (count + 1,) of steps of equal time."""
+        """Return the angles (count + 1,) of a sampler's steps, which have equal length in time."""
         return self.angles(jnp.linspace(0.0, 1.0, count + 1))
 
     def weight(self, angle: Array) -> Array:
-        """Return the weight that turns the error into that of the predicted noise."""
+        """Return the weight (*) that makes the loss the squared error of the predicted noise."""
         return jnp.sin(angle) ** 2
 
     def _integral(self, time: Array | float) -> Array | float:
@@ -252,11 +255,11 @@ class VE:
         return jnp.arctan2(1.0, self.largest * ratio**uniforms)
 
     def steps(self, count: int) -> Array:
-        """Return the angles (count + 1,) of steps of equal log sigma."""
+        """Return the angles (count + 1,) of a sampler's steps, which are equal in log sigma."""
         return self.angles(jnp.linspace(0.0, 1.0, count + 1))
 
     def weight(self, angle: Array) -> Array:
-        """Return the weight that turns the error into that of the predicted noise."""
+        """Return the weight (*) that makes the loss the squared error of the predicted noise."""
         return jnp.sin(angle) ** 2
 
 

@@ -1,9 +1,9 @@
 """Samplers that take a fixed number of steps along a Gaussian path.
 
 A velocity v at a point z and an angle predicts the data point sin(angle) z + cos(angle) v and the
-noise cos(angle) z - sin(angle) v. A step keeps the predicted data point and reduces the noise. That
-is exact if the data distribution is a single point; otherwise the error falls with the number of
-steps.
+noise cos(angle) z - sin(angle) v. A step keeps the predicted data point and reduces the noise. A
+step is exact if the data distribution is a single point. Otherwise its error decreases as the
+number of steps increases.
 
 Public names: `Sampler`, `VelocityFunction`, `Heun`, `Ancestral`, `data_point`, `score`,
 `step_toward`, `target_of_step`.
@@ -32,7 +32,7 @@ VelocityFunction = Callable[[Array, Array], Array]
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Frozen, hashable settings of a sampler."""
+    """Protocol of samplers: frozen, hashable settings that can be called to draw points."""
 
     def __call__(self, path: Path, velocity: VelocityFunction, noise: Array, key: Key) -> Array:
         """Draw points (*, d), starting from noise (*, d).
@@ -83,7 +83,7 @@ class Heun:
 
         z, before = jax.lax.scan(step, noise, (angles[:-2], angles[1:-1]))
         # The last step is first-order: at the data end, a second evaluation would divide by a
-        # noise of nearly zero.
+        # noise level near zero.
         now, then = angles[-2], angles[-1]
         end = step_toward(z, data_point(z, velocity(z, now), now), now, then)
         return jnp.concatenate([before, jnp.stack([z, end])])
@@ -95,7 +95,7 @@ class Ancestral:
 
     Attributes:
         steps: Number of steps; each evaluates the velocity once.
-        fresh: Share of the noise that is drawn anew in each step, from 0 (the ODE) to 1 (the
+        fresh: Fraction of the noise that a step replaces by new noise, from 0 (the ODE) to 1 (the
             reverse SDE).
 
     References:
@@ -122,7 +122,7 @@ class Ancestral:
             target = data_point(z, v, now)
             old = jnp.cos(now) * z - jnp.sin(now) * v
             new = jax.random.normal(key, z.shape, z.dtype)
-            # in the reverse SDE, the noise at the next angle keeps the share tan(now) / tan(then)
+            # in the reverse SDE, noise at the next angle keeps the fraction tan(now) / tan(then)
             new_share = self.fresh * jnp.sqrt(
                 jnp.maximum(1.0 - (jnp.tan(now) / jnp.tan(then)) ** 2, 0.0)
             )

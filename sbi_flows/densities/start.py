@@ -1,18 +1,19 @@
 """Linear start: the linear-Gaussian posterior, truncated to the prior's box.
 
-It is the first layer of every model, and is fitted before training. The standard coordinates are
+It is the first layer of a model, and is fitted before training. The standard coordinates are
 regressed on the standardised observation by ridge regression, in closed form. Where the prior is
 bounded, a gain, an offset and a scale for each entry are then fitted by maximum likelihood, because
-truncation changes them. A density behind it starts at the identity, so that the model at epoch 0 is
-the best linear-Gaussian posterior. Training keeps a change only if the held-out density improves.
+truncation changes them. The density that follows is the identity initially, so that the model at
+epoch 0 is the best linear-Gaussian posterior. Training keeps a change only if the held-out log
+density improves.
 
 Public names: `LinearStart`, `fit_linear_start`, `standard_truncation`, `RIDGE_PENALTIES`,
 `MAX_FEATURES`.
 
 Sources: Hastie, Tibshirani & Friedman 2009, "The Elements of Statistical Learning", section 3.4.1,
 for the effective degrees of freedom; Brillinger 1983, "A generalized linear model with Gaussian
-regressor variables", for the gain: a regression on truncated data keeps its direction, and only its
-length shrinks.
+regressor variables", for the gain: truncation of the data shrinks the regression coefficients, but
+does not change their direction.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ RIDGE_PENALTIES = (1e-6, 1e-3, 1e-2, 1e-1, 1.0, jnp.inf)
 """Ridge penalties to choose from, in units of the number of rows; infinity means no regression."""
 
 MAX_FEATURES = 512
-"""Maximum number of features of a regression; longer observations are projected to so many."""
+"""Maximum number of features of a regression; longer ones are projected to this number."""
 
 _ADAM_STEPS, _LEARNING_RATE, _MAX_ROWS = 100, 0.1, 4096
 
@@ -42,11 +43,12 @@ class LinearStart(NamedTuple):
     """Truncated Gaussian autoregression with mean gain * (c @ weight) + bias given features c.
 
     Attributes:
-        weight: Shape (C, d).
-        gain: Shape (d,).
-        bias: Shape (d,).
-        chain: Regression of entry i on the entries before it, strictly upper, shape (d, d).
-        log_scale: Shape (d,).
+        weight: Regression coefficients of the entries on the features, shape (C, d).
+        gain: Factor of the linear predictor c @ weight for each entry, shape (d,).
+        bias: Offset of each entry, shape (d,).
+        chain: Regression coefficients of entry i on the entries before it, a strictly upper
+            triangular matrix, shape (d, d).
+        log_scale: Logarithm of the scale of each entry, shape (d,).
     """
 
     weight: Array
@@ -78,8 +80,8 @@ def standard_truncation(
 ) -> TruncatedAutoregression:
     """Return the bijector from noise to standard coordinates of a model without a linear start.
 
-    It is that of `LinearStart.standard`: the identity for unbounded coordinates, and a standard
-    normal truncated to the prior's box for bounded ones.
+    It is the bijector of `LinearStart.standard`: the identity for unbounded coordinates, and a
+    standard normal truncated to the prior's box for bounded ones.
 
     Args:
         batch_shape: Batch shape of the bijector.
@@ -94,7 +96,7 @@ def standard_truncation(
 def fit_linear_start(
     y: Array, c: Array, train: Array, held_out: Array, bounded: tuple[bool, ...]
 ) -> LinearStart:
-    """Fit to the training rows; choose the ridge penalty by log density of the held-out rows.
+    """Fit the linear start to training rows; choose the ridge penalty on held-out rows.
 
     Observations of more than `MAX_FEATURES` numbers are projected onto their leading principal
     directions first.
@@ -103,12 +105,12 @@ def fit_linear_start(
         y: Standard coordinates, shape (N, d).
         c: Standardised features of the observation, shape (N, C).
         train: Indices of the rows to fit to.
-        held_out: Indices of the rows that decide on the penalty.
+        held_out: Indices of the rows whose log density selects the penalty.
         bounded: Which of the d coordinates are bounded.
 
     Returns:
-        The fit with the highest held-out log density. If a regression does not improve it, the
-        start ignores the observation.
+        The fit with the highest log density of the held-out rows. If no regression improves this
+        log density, the start ignores the observation.
     """
     if c.shape[1] > MAX_FEATURES:
         directions = _leading_directions(c[train[:_MAX_ROWS]])
@@ -127,7 +129,7 @@ def fit_linear_start(
 
 
 def _leading_directions(c: Array) -> Array:
-    """Return orthonormal directions (C, MAX_FEATURES) with most of the variance of rows (N, C).
+    """Return the leading principal directions (C, MAX_FEATURES) of rows (N, C), orthonormal.
 
     Source: Halko, Martinsson & Tropp 2011, "Finding Structure with Randomness" (arXiv:0909.4061),
     algorithm 4.3 with one power iteration.
@@ -142,14 +144,15 @@ def _leading_directions(c: Array) -> Array:
 
 
 class _Moments(NamedTuple):
-    """Moments of centred rows, of which every ridge regression is computed.
+    """Moments of centred rows, from which all ridge regressions are computed.
 
     Attributes:
         y_mean: Mean of the standard coordinates, shape (d,).
         c_mean: Mean of the features, shape (C,).
         values: Eigenvalues of the covariance of the features, shape (C,).
-        vectors: Its eigenvectors, shape (C, C).
-        products: Covariance of eigenvector coordinates and standard coordinates, shape (C, d).
+        vectors: Eigenvectors of the same covariance, shape (C, C).
+        products: Covariance of the features, in the basis of eigenvectors, and the standard
+            coordinates, shape (C, d).
     """
 
     y_mean: Array
@@ -160,7 +163,7 @@ class _Moments(NamedTuple):
 
 
 def _ridge_path(y: Array, c: Array) -> LinearStart:
-    """Fit once for each penalty, from one eigendecomposition; the fits are stacked."""
+    """Fit once for each penalty, from one eigendecomposition; return the stacked fits."""
     y_mean, c_mean = jnp.mean(y, axis=0), jnp.mean(c, axis=0)
     y, c = y - y_mean[None], c - c_mean[None]
     values, vectors = jnp.linalg.eigh(c.T @ c / len(c))
@@ -192,7 +195,7 @@ def _ridge_regression(moments: _Moments, y: Array, c: Array, penalty: Array) -> 
 def _refine(
     start: LinearStart, y: Array, predictor: Array, bounded: tuple[bool, ...]
 ) -> LinearStart:
-    """Maximise the likelihood over all but the weights, by a fixed number of Adam steps."""
+    """Maximise the likelihood over all arrays except `weight`, by a fixed number of Adam steps."""
     optimiser = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, _ADAM_STEPS))
 
     def loss(start: LinearStart) -> Array:
@@ -214,7 +217,7 @@ def _loss(start: LinearStart, y: Array, predictor: Array, bounded: tuple[bool, .
 
 
 def _best(score: Callable[[LinearStart], Array], fits: LinearStart) -> LinearStart:
-    """Return the fit with the highest finite score out of stacked ones."""
+    """Return the fit with the highest finite score from stacked fits."""
     scores = jax.vmap(score)(fits)
     best = jnp.argmax(jnp.where(jnp.isfinite(scores), scores, -jnp.inf))
     return jax.tree.map(lambda a: a[best], fits)

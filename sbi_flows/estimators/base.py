@@ -1,4 +1,4 @@
-"""The estimator protocol: what stacks and truncated rounds need of an estimator.
+"""Protocol of estimators: the members that stacks and truncated rounds use.
 
 Public names: `Estimator`, `FitHistory`.
 """
@@ -17,37 +17,37 @@ from sbi_flows.simulations.simulations import Simulations
 
 @runtime_checkable
 class FitHistory(Protocol):
-    """What a stack needs to know of a fit; `History` and `StackHistory` have it."""
+    """Protocol of the history of a fit; `History` and `StackHistory` implement it."""
 
     @property
     def held_out(self) -> np.ndarray:
-        """Numbers of the valid rows that each member was validated on, shape (M, V)."""
+        """Indices, among the valid rows, of each member's validation rows, shape (M, V)."""
         ...
 
     @property
     def held_out_log_prob(self) -> np.ndarray:
-        """Log density of theta of each of these rows, shape (M, V), in nats.
+        """Log density of theta in each validation row, shape (M, V), in nats.
 
-        Row (m, v) is evaluated by member m, which did not train on it. NaN and -inf both mean that
-        the model gives the row no density.
+        Entry (m, v) is computed by member m, which did not train on that row. NaN and -inf both
+        mean that the density of the row is zero or could not be computed.
         """
         ...
 
     @property
     def interrupted(self) -> bool:
-        """True if an interrupt (Ctrl-C) ended the fit."""
+        """Whether an interrupt (Ctrl-C) ended the fit."""
         ...
 
 
 @runtime_checkable
 class Estimator(Protocol):
-    """A frozen description that turns simulations into an amortised posterior.
+    """Protocol of estimators: frozen settings whose method `fit` returns an amortised posterior.
 
-    `NPE` and `Stack` are estimators, and so is every class with these members: it can be stacked,
-    and fitted in truncated rounds. Two estimators can be stacked if they have equal `prior`,
-    `members` and `validation_fraction`, hold out the same rows for the same key, and return an
-    `sf.Posterior` with the same standardiser. An estimator that calls `NPE.fit` with the key and
-    the simulations that it was given does so.
+    `NPE` and `Stack` are estimators. Any class with these members is an estimator: it can be
+    stacked and fitted in truncated rounds. Two estimators can be stacked if they have equal
+    `prior`, `members` and `validation_fraction`, hold out the same rows for the same key, and
+    return an `sf.Posterior` with the same standardiser. The last two conditions hold for an
+    estimator that passes its key and its simulations unchanged to `NPE.fit`.
 
     Example:
         >>> import dataclasses, jax, numpyro.distributions as dist, sbi_flows as sf
@@ -58,31 +58,31 @@ class Estimator(Protocol):
 
     @property
     def prior(self) -> Prior:
-        """The prior that the simulations are drawn from."""
+        """Prior from which the parameters of the simulations are drawn."""
         ...
 
     @property
     def members(self) -> int:
-        """Number of models M, each of which holds out other rows."""
+        """Number M of models in the ensemble; each model holds out different rows."""
         ...
 
     @property
     def validation_fraction(self) -> float:
-        """Fraction of the rows that each member holds out."""
+        """Fraction of the rows that each member holds out for validation."""
         ...
 
     def fit(
         self, key: Key, simulations: Simulations, *, progress: bool = True, summarise: bool = True
     ) -> tuple[Posterior, FitHistory]:
-        """Fit to the valid rows of the simulations; changes nothing in place.
+        """Fit to the valid rows of the simulations; the estimator itself does not change.
 
         Args:
             key: Random key. The rows that each member holds out depend on it, on the number of
                 valid rows and on `validation_fraction` only.
             simulations: Parameters and observations.
             progress: Show a progress bar.
-            summarise: Describe the distribution of the training simulations in
-                `posterior.typicality`. A stack does so once, for all of its estimators.
+            summarise: Store a description of the training simulations in `posterior.typicality`. A
+                stack passes False to its estimators and computes the description once.
 
         Returns:
             The posterior and the history of the fit.
@@ -90,7 +90,7 @@ class Estimator(Protocol):
         ...
 
     def with_prior(self, prior: Prior) -> Estimator:
-        """Return the same estimator for another prior over the same parameters."""
+        """Return a copy of the estimator with another prior over the same parameters."""
         ...
 
     def with_checkpoint_folder(self, name: str) -> Estimator:

@@ -70,9 +70,10 @@ def distil(
         training of all parts of a mixture early, but not before the first epoch of each.
 
     Raises:
-        ValueError: A density of the posterior is of another kind, no simulation is valid, or there
-            is a checkpoint.
-        TrainingDiverged: An error was not finite; `.state` is the posterior that was given.
+        ValueError: A density of the posterior is neither `FlowMatching` nor `Diffusion`, no
+            simulation is valid, or `training` has a checkpoint.
+        TrainingDiverged: An error is not finite. The attribute `state` of the exception holds the
+            posterior that was passed in.
 
     References:
         Knowledge distillation, arXiv:2101.02388; progressive distillation, arXiv:2202.00512.

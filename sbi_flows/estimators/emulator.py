@@ -7,8 +7,8 @@ that follows from it, and is then learned from far fewer simulations. Its draws 
 A posterior estimator that trains on them as well no longer over-fits the few real simulations.
 
 Sources: Papamakarios et al. 2019, "Sequential Neural Likelihood" (arXiv:1805.07226), for the
-densities; Wiqvist, Frellsen & Picchini 2021 (arXiv:2102.06522), who fit a posterior to draws of a
-learned likelihood, by the other Kullback-Leibler divergence.
+densities; Wiqvist, Frellsen & Picchini 2021 (arXiv:2102.06522), for fitting a posterior to a
+learned likelihood (they minimise the reverse Kullback-Leibler divergence).
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Emulated(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Simulations that an emulator is fitted to.
+    """Simulations to which an emulator is fitted.
 
     Attributes:
         y: Standard coordinates of the valid simulations, shape (N, d).
@@ -146,7 +146,7 @@ def emulate(
     training: Training,
     progress: bool,
 ) -> tuple[Emulated, StackHistory]:
-    """Fit an emulator and draw from it.
+    """Fit an emulator and draw simulations from it.
 
     Args:
         keys: Keys of the fit that the draws are for, so that its members hold out the same rows.

@@ -1,10 +1,10 @@
-"""The rows that an estimator trains on, made from simulations.
+"""Conversion of simulations to training rows: standard coordinates and features.
 
 Public names: `contains`, `standard_coordinates`, `prepare`, `with_emulated`, `rows_in_memory`,
 `stream_of`, `summarised`.
 
-Each computation is one compiled program: operation by operation, a new process would compile about
-thirty.
+Each function is compiled as one program. Without this, a new process would compile about thirty
+programs, one for each operation.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sbi_flows.simulations.simulations import Simulations
 from sbi_flows.training import Stream, TrainingData
 
 SAMPLE_ROWS = 2**16
-"""Number of rows kept in memory of simulations that are on disk."""
+"""Number of rows that are loaded into memory if the simulations are on disk."""
 
 
 @jax.jit
@@ -49,7 +49,7 @@ def standard_coordinates(prior: Prior, theta: Array) -> Array:
 @jax.jit
 @full_precision
 def prepare(prior: Prior, theta: Array, x: Obs) -> tuple[TrainingData, Standardiser]:
-    """Return rows to train on, and the standardiser that is fitted to x."""
+    """Return the training rows, and the standardiser fitted to x."""
     y, standardiser = prior.to_standard(theta), fit_standardiser(x)
     return TrainingData(y, standardiser(x), prior.standard_log_det(y, theta)), standardiser
 
@@ -57,7 +57,7 @@ def prepare(prior: Prior, theta: Array, x: Obs) -> tuple[TrainingData, Standardi
 def with_emulated(
     prior: Prior, data: TrainingData, emulated: Emulated, member_rows: int
 ) -> TrainingData:
-    """Append emulated rows, of which each member has a number of rows for itself."""
+    """Append emulated rows to the training rows: `member_rows` rows for each member."""
     return dataclasses.replace(_appended(prior, data, emulated), member_rows=member_rows)
 
 
@@ -71,14 +71,15 @@ def _appended(prior: Prior, data: TrainingData, emulated: Emulated) -> TrainingD
 
 
 def rows_in_memory(key: Key, simulations: Simulations) -> tuple[Simulations, np.ndarray | None]:
-    """Return the valid rows; of simulations on disk a sample of them.
+    """Return the valid rows; for simulations on disk, return a random sample of them.
 
     Args:
         key: Random key of the sample.
         simulations: The simulations.
 
     Returns:
-        The rows, and their places among the valid rows if they are a sample.
+        The rows, and the indices of a sample among the valid rows; None if all valid rows are
+        returned.
     """
     if not simulations.on_disk:
         return simulations.only_valid(), None
@@ -95,7 +96,15 @@ def stream_of(
     simulations: Simulations,
     sample: np.ndarray,
 ) -> Stream:
-    """Return the valid rows of simulations on disk as a stream."""
+    """Return a stream that reads valid rows of simulations on disk during training.
+
+    Args:
+        prior: Prior of the fit.
+        blueprint: Description of the model.
+        standardiser: Map from observations to features.
+        simulations: Simulations on disk.
+        sample: Indices, among the valid rows, of the rows that are in memory.
+    """
     numbers = np.flatnonzero(simulations.valid)
 
     def read(places: np.ndarray) -> tuple[Array, Array]:
@@ -114,11 +123,11 @@ def _read(
 
 
 def summarised(key: Key, posterior: Posterior, features: Array) -> Posterior:
-    """Return a posterior that knows the distribution of its training simulations.
+    """Return the posterior with a description of its training simulations in `typicality`.
 
     Args:
-        key: The user's key of the fit.
-        posterior: The posterior.
+        key: Random key that the user gave to the fit.
+        posterior: Fitted posterior.
         features: All features of the training rows, shape (N, C).
     """
     blueprint, weights = posterior.blueprints[0], posterior.weights[0]

@@ -33,22 +33,27 @@ from sbi_flows.simulations.outputs import row_outputs
 from sbi_flows.simulations.simulations import Simulations
 
 NUM_DRAWS = 10_000
-"""Number of posterior draws whose extent gives the next box."""
+"""Number of posterior draws from which the next box is computed."""
 
 TAIL = 5e-3
-"""Fraction of the draws on either side of a parameter that the extent leaves out, because an early
-fit puts a few draws anywhere."""
+"""Fraction of the draws in each tail of a parameter that are ignored when the next box is computed.
+
+The fit of an early round has a few outliers among its draws.
+"""
 
 MARGIN = 0.25
-"""Margin of a box on either side of the draws, as a fraction of their extent."""
+"""Margin added to the range of the draws on each side, as a fraction of that range."""
 
 EDGE_WIDTH, MAX_EDGE_FRACTION = 0.05, 0.02
-"""Width of the edge of a box, as a fraction of the box, and the fraction of the draws in an edge
-above which the box may have cut off a part of the posterior."""
+"""Limits of the warning that a box may have cut off a part of the posterior.
+
+`EDGE_WIDTH` is the width of the edge zone on each side, as a fraction of the width of the box.
+`MAX_EDGE_FRACTION` is the maximum fraction of the draws in an edge zone without a warning.
+"""
 
 
 class RoundOptions(TypedDict, total=False):
-    """Further options of `truncated_rounds`."""
+    """Optional keyword arguments of `truncated_rounds`."""
 
     executor: Executor | None
     progress: bool
@@ -57,17 +62,16 @@ class RoundOptions(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """Result of a round.
+    """Result of one round.
 
     Attributes:
-        prior: The prior that was simulated from, cut to a box after the first round.
+        prior: Prior of this round: the full prior in the first round, truncated to a box later.
         simulations: Number of new simulations.
-        rows: Number of rows that the posterior was fitted to: the new ones, and those of earlier
-            rounds that lie in the box.
+        rows: Number of rows in the fit: the new simulations, and the simulations of earlier rounds
+            that lie in the box.
         history: History of the fit.
-        near_edges: Sides of the box with more of the posterior's draws next to them than expected,
-            and the fraction of the draws there: an earlier round may have cut off a part of the
-            posterior beyond them.
+        near_edges: Sides of the box with many posterior draws close to them, each with the fraction
+            of the draws there. The box may have cut off a part of the posterior at these sides.
     """
 
     prior: Prior
@@ -78,12 +82,12 @@ class Round:
 
     @property
     def mass(self) -> float:
-        """Fraction of the prior's mass in the box."""
+        """Probability of the box under the full prior."""
         return self.prior.mass
 
     @property
     def pressed(self) -> tuple[str, ...]:
-        """The earlier name of `near_edges`."""
+        """Old name of `near_edges`."""
         return self.near_edges
 
 
@@ -99,13 +103,14 @@ def truncated_rounds(
     folder: str | os.PathLike[str] | None = None,
     **options: Unpack[RoundOptions],
 ) -> tuple[Posterior, list[Round]]:
-    """Fit in rounds to simulations from a prior that is cut to where the posterior at x may be.
+    """Fit a posterior for one observation x in rounds, with a prior truncated to a shrinking box.
 
-    Each round simulates from the prior within a box, fits to all simulations in the box, and cuts
-    the box to the extent of its posterior's draws at x, and a margin. In a box the simulations of
-    all rounds are distributed as the prior is, so that no correction is needed. A posterior that
-    misses a mode in an early round never finds it again; `Round.mass` says how much was cut, and a
-    warning names the sides of a box with many draws next to them.
+    Each round draws parameters from the prior within a box, simulates, and fits the posterior to
+    all simulations in the box. The next box is the range of the posterior draws at x plus a margin.
+    Within a box, the simulations of all rounds follow the truncated prior, so that no correction of
+    the posterior is needed. If an early round misses a mode of the posterior, later rounds cannot
+    find it. `Round.mass` is the prior probability of the box of each round. A warning names the
+    sides of a box that have many posterior draws close to them.
 
     Args:
         key: Random key.
@@ -114,22 +119,23 @@ def truncated_rounds(
         x: One observation.
         simulations: Number of new simulations in each round.
         rounds: Maximum number of rounds.
-        shrink_below: The rounds end when the next box would hold more than this fraction of the
-            mass of the present one. With 1 all rounds take place; those in a box that hardly
-            shrinks still add simulations.
-        folder: Folder for the simulations and the boxes, so that finished rounds are not repeated
-            after an interrupt; None keeps nothing.
-        **options: `executor`, as for `sf.simulate`; `progress=False` shows no progress bars;
-            `paying` is the earlier name of `shrink_below`.
+        shrink_below: Stop if the prior mass of the next box divided by that of the present box is
+            above this number. With 1, all rounds take place: they add simulations even if the box
+            hardly shrinks.
+        folder: Folder in which the simulations and the boxes are stored. A call with the folder of
+            an interrupted call continues after its last finished round. None stores nothing.
+        **options: `executor`, as for `sf.simulate`; `progress=False` hides the progress bars;
+            `paying` is the old name of `shrink_below`.
 
     Returns:
-        The posterior, and the rounds that were fitted in this call. The posterior is one for
-        observations such as x only; its prior is the last box, so that `sf.check` draws from there.
+        The posterior of the last round, and the rounds that were fitted in this call. The posterior
+        is valid only for observations similar to x. Its prior is truncated to the last box, and
+        `sf.check` draws from that prior.
 
     Raises:
-        ValueError: A number is out of range; the estimator is no `Estimator`; x is no observation
-            of the simulator; the folder belongs to other rounds; or parameters of the prior depend
-            on each other.
+        ValueError: A number is out of range; `estimator` is not an `Estimator`; x does not
+            have the shape of the simulator's output; the folder belongs to a call with other
+            settings; or the parameters of the prior are not independent.
         SimulationFailed: All simulations of a round failed.
 
     References:
@@ -150,7 +156,7 @@ def truncated_rounds(
     require_count(1, simulations=simulations, rounds=rounds)
     current = estimator.prior
     prior = current.base if isinstance(current, BoxPrior) else current
-    # raises ValueError for a prior that cannot be cut
+    # raises ValueError for a prior that cannot be truncated
     BoxPrior(prior, np.full(prior.standard_dim, -1.0), np.full(prior.standard_dim, 1.0))
     outputs = row_outputs(simulator, prior)
     if not as_batch(x, outputs)[1]:
@@ -165,7 +171,7 @@ def truncated_rounds(
         is_last = r == rounds - 1
         box = saved.box(r, prior)
         if box is not None and not is_last:
-            # an earlier call finished this round: the next one needs its box only
+            # an earlier call finished this round: only its box is needed
             current = box
             continue
         rows = _inside(current, parts)
@@ -199,19 +205,19 @@ def _options(shrink_below: float, options: RoundOptions) -> tuple[float, dict[st
 
 
 def _of_round(estimator: Estimator, r: int, prior: Prior) -> Estimator:
-    """Return the estimator with the prior of a round, and with a folder of its own for checkpoints.
+    """Return the estimator with the prior of a round, and with a checkpoint subfolder of the round.
 
-    Each round trains on other rows than the round before.
+    Rounds cannot share checkpoints, because each round trains on different rows.
     """
     return estimator.with_checkpoint_folder(f"round-{r:03d}").with_prior(prior)
 
 
 def _near_edges(current: Prior, y: np.ndarray) -> tuple[str, ...]:
-    """Return the sides of the box with many draws next to them.
+    """Return the sides of the box with many draws close to them, and the fraction of draws there.
 
     Args:
-        current: The prior of the round.
-        y: Draws of the posterior in standard coordinates of the prior that was cut, shape (n, d).
+        current: Prior of the round.
+        y: Posterior draws in standard coordinates of the full prior, shape (n, d).
     """
     fractions = current.near_sides(y, EDGE_WIDTH) if isinstance(current, BoxPrior) else {}
     return tuple(
@@ -232,12 +238,14 @@ def _warn_of_edges(near_edges: tuple[str, ...], r: int) -> None:
 
 
 def _next_box(prior: Prior, current: Prior, y: np.ndarray) -> BoxPrior:
-    """Return the extent of the draws and a margin, within the present box.
+    """Return the full prior truncated to the range of the draws plus a margin.
+
+    The new box lies within the present one.
 
     Args:
-        prior: The prior that is cut.
-        current: The prior of the round.
-        y: Draws of the posterior in standard coordinates of the prior, shape (n, d).
+        prior: Full prior.
+        current: Prior of the round, truncated to the present box.
+        y: Posterior draws in standard coordinates of the full prior, shape (n, d).
     """
     low, high = np.quantile(y, (TAIL, 1.0 - TAIL), axis=0)
     margin = MARGIN * (high - low)
@@ -250,7 +258,7 @@ def _next_box(prior: Prior, current: Prior, y: np.ndarray) -> BoxPrior:
 def _inside(prior: Prior, parts: list[Simulations]) -> Simulations:
     """Return the rows of all rounds that lie in the present box.
 
-    NumPy selects them, because JAX would compile a program for every number of rows.
+    The selection uses NumPy, because JAX would compile a new program for each number of rows.
     """
     places = [np.flatnonzero(contains(prior, part.theta)) for part in parts]
     rounds = np.concatenate([np.full(len(p), r) for r, p in enumerate(places)])
@@ -264,5 +272,5 @@ def _inside(prior: Prior, parts: list[Simulations]) -> Simulations:
 
 
 def _rows(leaf: Any, places: np.ndarray) -> np.ndarray:
-    """Return some rows of an array in memory, or of one on disk."""
+    """Return the rows `places` of an array, which may be in memory or on disk."""
     return np.asarray(leaf)[places] if isinstance(leaf, jax.Array) else np.asarray(leaf[places])

@@ -3,8 +3,8 @@
 A conditioner maps inputs `(D, *)` to parameters `(P, D, *)`. The batch axes come last, so that the
 rows of a batch are contiguous in memory in every layer. The spline then vectorises over them, and
 no array is transposed; on a CPU, transposing would take longer than all matrix products. The output
-layer is zero at first, so that every bijector starts at the identity. The context enters the first
-hidden layer and the output through linear maps of its own. Their result is computed once for each
+layer is initially zero, so that every bijector starts as the identity. Two linear maps of the
+context are added to the first hidden layer and to the output. They are computed once for each
 observation, for any number of draws.
 
 Source: Germain et al. 2015, "MADE" (arXiv:1502.03509), for the masks.
@@ -33,15 +33,15 @@ class Conditioner(nnx.Module):
 
     Args:
         in_dim: Number of inputs.
-        out_dim: Number of outputs that need parameters.
+        out_dim: Number of outputs, each with P parameters.
         params: Number P of parameters for each output.
         context_dim: Length of the context.
         hidden: Width of each hidden layer. Consecutive layers of equal width have a residual
             connection.
-        dropout: Fraction of hidden units that are dropped in training. The last hidden layer keeps
-            all its units, unless it is the only one.
-        masked: Whether parameters of output i depend on inputs 0 to i only (needs
-            in_dim == out_dim).
+        dropout: Fraction of hidden units that dropout sets to zero in training. The last
+            hidden layer has no dropout, unless it is the only one.
+        masked: Whether parameters of output i depend on inputs 0 to i only. This requires
+            in_dim == out_dim.
         rngs: Keys for the initial weights.
     """
 
@@ -73,13 +73,13 @@ class Conditioner(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs))
 
     def encode_context(self, context: Array) -> tuple[Array, Array]:
-        """Compute what a context adds to the first hidden layer and to the parameters.
+        """Compute the terms that a context adds to the first hidden layer and to the parameters.
 
         Args:
             context: Shape (*, context_dim).
 
         Returns:
-            Shapes (hidden[0], *) and (P, out_dim, *).
+            The two terms, shapes (hidden[0], *) and (P, out_dim, *).
         """
         hidden = jnp.moveaxis(self.context(context), -1, 0)
         out = jnp.moveaxis(self.leave_context(context), -1, 0)
@@ -91,8 +91,8 @@ class Conditioner(nnx.Module):
 
         Args:
             x: Inputs (in_dim, *).
-            encoded: Context, as `encode_context` returns it. Axes of draws may be missing.
-            key: Random key of dropout; without one nothing is dropped.
+            encoded: Context, as `encode_context` returns it; it need not have the axes of draws.
+            key: Random key of dropout; None turns dropout off.
         """
         keys = split_key(key, len(self.layers))
         kernels, (hidden_bias, output_bias) = self._kernels(), encoded
@@ -117,9 +117,9 @@ class Conditioner(nnx.Module):
     ) -> tuple[list[Array], Array]:
         """Compute the hidden units that depend on input i, and the parameters of output i.
 
-        An autoregressive bijector is inverted entry by entry. With `advance` each entry computes
-        new hidden units only, so that all entries together cost one pass through the network.
-        The network has to be masked; dropout is off.
+        An autoregressive bijector is inverted entry by entry. Each call of `advance` computes only
+        the hidden units that depend on the new entry, so that all calls together cost one pass
+        through the network. The network must be masked. Dropout is off.
 
         Args:
             i: Index of the input that has become known.
@@ -155,7 +155,7 @@ class Conditioner(nnx.Module):
         return [n.kernel[...] * mask for n, mask in zip(layers, self._masks(), strict=True)]
 
     def _masks(self) -> list[Array | float]:
-        """Return one mask for each layer, output last, scaled so that variances are kept."""
+        """Return one mask for each layer, the output last; their scale preserves unit variances."""
         if not self.masked:
             return [1.0] * len(self.dims)
         degrees = [np.arange(self.out_dim)]
@@ -169,8 +169,8 @@ class Conditioner(nnx.Module):
 def _unit_degrees(width: int, count: int) -> np.ndarray:
     """Return the degree of each unit of a layer: the largest input that the unit depends on.
 
-    Degrees rise from 0 to count - 1 in equal shares. Where there are fewer units than inputs, the
-    last degree is always among them.
+    Degrees increase from 0 to count - 1, each for about the same number of units. If there are
+    fewer units than inputs, some degrees do not occur, but the last one always does.
     """
     return count - 1 - (np.arange(width) * count // width)[::-1]
 
@@ -178,9 +178,9 @@ def _unit_degrees(width: int, count: int) -> np.ndarray:
 def _unit_block(width: int, count: int) -> tuple[np.ndarray, int]:
     """Return the first unit of each degree, and the number of units in a block.
 
-    Blocks have one size, so that they can be sliced under `jit`: the number of units of the most
-    frequent degree. A block of a rarer degree also holds units of other degrees. These are computed
-    again, with all their inputs, in the block of their own degree.
+    All blocks have the same size, as slices under `jit` require: the number of units of the most
+    frequent degree. The block of a rarer degree also contains units of other degrees. These units
+    are computed again, with all their inputs, in the block of the degree to which they belong.
     """
     degrees = _unit_degrees(width, count)
     size = int(np.bincount(degrees, minlength=count).max())
@@ -197,7 +197,7 @@ def _multiply(kernel: Array, h: Array) -> Array:
 
 
 def _add_draw_axes(value: Array, like: Array, first: int) -> Array:
-    """Insert axes of length 1 for draws: after the `first` axes, and before those of contexts."""
+    """Insert axes of length 1 for draws, between the `first` axes and the axes of contexts."""
     return jnp.expand_dims(value, tuple(range(first, first + like.ndim - value.ndim)))
 
 
@@ -207,7 +207,7 @@ class Conditioned(NamedTuple):
     Attributes:
         network: The conditioner.
         encoded: Contexts, as `Conditioner.encode_context` returns them.
-        key: Random key of dropout; without one nothing is dropped.
+        key: Random key of dropout; None turns dropout off.
     """
 
     network: Conditioner

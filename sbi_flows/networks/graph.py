@@ -20,17 +20,17 @@ from sbi_flows.core.checks import require_count
 from sbi_flows.networks.mlp import ResidualMLP
 
 _MAX_PAIRS = 2**20
-"""Maximum number of pairs of points in one step, which bounds the memory of hidden layers."""
+"""Maximum number of pairs of points in one step; it limits the memory of hidden layers."""
 
 
 class PointCloud(nnx.Module):
     """Graph network for point clouds that respects permutations, rotations and translations.
 
     The embedding of a cloud has two parts. The first `features` numbers are invariant: permuting,
-    rotating, reflecting or translating the points does not change them. Then follow the coordinates
-    of `vectors` points, which are equivariant: they rotate and move with the cloud. Observations
-    are standardised entry by entry before they are embedded. The symmetry of a posterior is
-    therefore exact only as far as all entries have the same mean and standard deviation.
+    rotating, reflecting or translating the points does not change them. The other numbers are the
+    coordinates of `vectors` points. They are equivariant: they rotate and move with the cloud.
+    Observations are standardised entry by entry before they are embedded. The symmetry of a
+    posterior is therefore exact only if all entries have the same mean and standard deviation.
 
     Args:
         space: Dimension n of the space.
@@ -38,7 +38,7 @@ class PointCloud(nnx.Module):
         features: Number of invariant features.
         vectors: Number of equivariant points.
         width: Width of the hidden layers.
-        rounds: Number of rounds of messages.
+        rounds: Number of message-passing layers.
         rngs: Keys for the initial weights.
 
     Raises:
@@ -85,10 +85,10 @@ class PointCloud(nnx.Module):
                 (B, P, marks).
 
         Returns:
-            Shape (B, features + vectors * n).
+            Embeddings, shape (B, features + vectors * n).
 
         Raises:
-            ValueError: The arrays have other shapes.
+            ValueError: The arrays do not have these shapes.
         """
         points, marks = self._parts(x)
         batch_size = max(1, _MAX_PAIRS // points.shape[-2] ** 2)
@@ -105,7 +105,7 @@ class PointCloud(nnx.Module):
             ends = (
                 jnp.broadcast_to(end, shape) for end in (h[..., :, None, :], h[..., None, :, :])
             )
-            # the logarithm keeps messages of the same magnitude in wide and in narrow clouds
+            # the logarithm gives messages a similar magnitude in wide and in narrow clouds
             messages = message(jnp.concatenate([*ends, jnp.log1p(squared)], axis=-1))
             places = places + jnp.mean(
                 differences / jnp.sqrt(squared + 1.0) * pull(messages), axis=-2
@@ -121,7 +121,7 @@ class PointCloud(nnx.Module):
         return jnp.concatenate([invariant, vectors], axis=-1)
 
     def _parts(self, x: Any) -> tuple[Array, Array]:
-        """Return points and marks of valid shapes; ones where the clouds have no marks."""
+        """Check and return points and marks; marks are ones if the clouds have no marks."""
         points = x["points"] if isinstance(x, Mapping) else x
         marks = x.get("marks") if isinstance(x, Mapping) else None
         if points.ndim < 2 or points.shape[-1] != self.space:

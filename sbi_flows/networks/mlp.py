@@ -1,4 +1,4 @@
-"""Residual multilayer perceptrons, and random numbers that are cheap inside compiled programs.
+"""Residual multilayer perceptrons, and random numbers that are fast in compiled programs.
 
 JAX's generators are slow on a CPU: drawing a dropout mask can take as long as the layer that it
 belongs to. The functions `hashed_...` draw from a hash of each entry's index instead.
@@ -32,7 +32,7 @@ class ResidualMLP(nnx.Module):
         out_features: Length of the output's last axis.
         width: Width of the hidden layers.
         blocks: Number of residual blocks of two layers each.
-        dropout: Fraction of hidden units dropped in training.
+        dropout: Fraction of hidden units that dropout sets to zero in training.
         rngs: Keys for the initial weights.
 
     References:
@@ -94,8 +94,9 @@ def dropout(key: Key | None, x: Array, rate: float) -> Array:
 def hashed_words(key: Key, shape: tuple[int, ...]) -> Array:
     """Draw random 32-bit words: a hash of the key and of each entry's index.
 
-    They are used for dropout, for the order of simulations in an epoch, and for noise in training.
-    They take a few instructions each, and are the same under `vmap` and on any number of devices.
+    These words are used for dropout, for the order of simulations in an epoch, and for noise in
+    training. Each word takes a few instructions. The words do not depend on `vmap` or on the number
+    of devices.
 
     Args:
         key: Random key.
@@ -134,7 +135,7 @@ def _hashed(words: Array) -> Array:
 
 
 def split_key(key: Key | None, n: int) -> Sequence[Key | None]:
-    """Split a key into a list of n keys for dropout; None gives a list of None."""
+    """Split a key into a list of n keys for dropout; for None, return a list of n times None."""
     return [None] * n if key is None else list(split_keys(key, n))
 
 
@@ -147,8 +148,8 @@ def split_keys(key: Key, n: int) -> Key:
 def fast_key(key: Key) -> Key:
     """Convert a key to one of JAX's `unsafe_rbg` generator, whose programs compile faster.
 
-    It is used for initial weights, where the default generator (threefry) would take a third of the
-    compile time.
+    Initial weights use this key: with the default generator (threefry), they would take a third of
+    the compile time of a fit.
     """
     data = jnp.ravel(jax.random.key_data(key))
     return jax.random.wrap_key_data(jnp.resize(data, (4,)), impl="unsafe_rbg")

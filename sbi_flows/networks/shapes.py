@@ -1,4 +1,4 @@
-"""Explicit broadcasting: implicit promotion of ranks hides mistakes, so tests forbid it.
+"""Explicit broadcasting. Implicit rank promotion hides mistakes, so the tests forbid it.
 
 Public name: `align`.
 """

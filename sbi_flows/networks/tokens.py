@@ -1,11 +1,11 @@
-"""Transformer velocity network, whose tokens are the parameters.
+"""Transformer velocity network; each token holds one or more parameters.
 
 Public names: `Tokens`.
 
 Sources: Vaswani et al. 2017, "Attention Is All You Need" (arXiv:1706.03762); Peebles & Xie 2023,
 "Scalable Diffusion Models with Transformers" (arXiv:2212.09748), for how time and context enter;
 Gloeckler et al. 2024, "All-in-one simulation-based inference" (arXiv:2404.09636), for parameters as
-tokens and masks that state what is known of their structure.
+tokens, and for attention masks that encode known dependences.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from sbi_flows.networks.velocity import TimeContextNetwork, TimeContextSettings,
 class Tokens(TimeContextSettings):
     """Transformer over the parameters, for many parameters or for exchangeable ones.
 
-    In a fit the tokens are the parameters after the linear start has whitened them, by a lower
-    triangular matrix: entry i mixes parameters 0 to i. The structure that `kinds` and `mask` state
-    therefore holds for the posterior as far as it holds for this matrix.
+    In a fit, the linear start first whitens the parameters by a lower triangular matrix: entry i
+    becomes a combination of parameters 0 to i. `kinds` and `mask` describe the structure of these
+    whitened parameters. The posterior has the same structure only if the matrix also has it.
 
     Attributes:
         width: Width of a token.
-        blocks: Number of blocks of attention and a two-layer perceptron.
-        heads: Number of attention heads; it divides the width.
+        blocks: Number of blocks; each has an attention layer and a two-layer perceptron.
+        heads: Number of attention heads; `width` must be a multiple of it.
         size: Number of consecutive parameters in one token.
         kinds: Kind of each token. Tokens of one kind are exchangeable: permuting them permutes the
             velocity. None gives each token its own kind.
         mask: Whether each token (row) attends to each other token (column); None for all to all.
             Every token attends to itself.
         context_blocks: Number of residual blocks of the network that encodes the context.
-        frequencies: Number of Fourier features of the time, in each of its two forms.
-        dropout: Fraction of hidden units dropped in training.
+        frequencies: Number of Fourier frequencies of the time; see `time_features`.
+        dropout: Fraction of hidden units that dropout sets to zero in training.
 
     References:
         Scalable Diffusion Models with Transformers, arXiv:2212.09748; All-in-one simulation-based
@@ -79,7 +79,7 @@ class Tokens(TimeContextSettings):
             raise ValueError("mask: expected as many columns as rows")
 
     def build(self, rngs: nnx.Rngs, dim: int, context_dim: int) -> VelocityNetwork:
-        """Create the network; its velocity is zero at first.
+        """Create the network; its initial velocity is zero.
 
         Args:
             rngs: Keys for the initial weights.
@@ -125,7 +125,8 @@ class _Tokens(TimeContextNetwork):
 class _Block(nnx.Module):
     """Attention and a two-layer perceptron, both modulated by the time and the context.
 
-    Time and context scale and shift the inputs of each, and scale its output (a gate).
+    Time and context determine a scale and a shift of the input of each, and a factor of its output
+    (a gate).
     """
 
     def __init__(self, settings: Tokens, rngs: nnx.Rngs) -> None:
@@ -141,7 +142,7 @@ class _Block(nnx.Module):
         )
 
     def __call__(self, h: Array, condition: Array, *, key: Key | None = None) -> Array:
-        """Update tokens (*, T, width), given time and context together (*batch, 1, width)."""
+        """Update tokens (*, T, width), given the combined time and context (*batch, 1, width)."""
         films = (align(film, h) for film in jnp.split(self.film(condition), 6, axis=-1))
         scale, shift, gate, scale_2, shift_2, gate_2 = films
         h = h + gate * self._attend(jax.nn.standardize(h) * (1.0 + scale) + shift)

@@ -1,8 +1,8 @@
-"""Velocity networks: velocity at a point, at a time on the path, given a context.
+"""Velocity networks: they compute the velocity at a point and a time, given a context.
 
-Time is an angle from 0 (noise) to pi / 2 (data). The context is encoded once (`encode_context`),
-and combined with the time once for all points that share both. Solving an ODE for many draws at one
-observation then repeats only the layers that depend on the points.
+Time is an angle from 0 (noise) to pi / 2 (data). The context is encoded once (`encode_context`). It
+is combined with the time once for all points with the same context and time. Solving an ODE for
+many draws at one observation then repeats only the layers that depend on the points.
 
 Public names: `Film`, `VelocityNetwork`, `VelocitySettings`, `TimeContextSettings`,
 `TimeContextNetwork`, `time_features`.
@@ -38,11 +38,11 @@ class VelocityNetwork(nnx.Module):
 
     @abc.abstractmethod
     def encode_context(self, context: Array, *, key: Key | None = None) -> Any:
-        """Compute all that depends on contexts (*batch, C) alone.
+        """Compute everything that depends only on contexts (*batch, C).
 
         Args:
-            context: Contexts.
-            key: Random key of dropout; without one nothing is dropped.
+            context: Contexts (*batch, C).
+            key: Random key of dropout; None turns dropout off.
         """
 
     @abc.abstractmethod
@@ -53,19 +53,19 @@ class VelocityNetwork(nnx.Module):
             z: Points (*draws, *batch, d).
             angle: Angles (), or (*batch), in [0, pi / 2].
             encoded: Contexts, as `encode_context` returns them.
-            key: Random key of dropout; without one nothing is dropped.
+            key: Random key of dropout; None turns dropout off.
 
         Returns:
-            The shape of z.
+            Velocities (*draws, *batch, d).
         """
 
 
 @runtime_checkable
 class VelocitySettings(Protocol):
-    """Contract of the settings of a velocity network: frozen and hashable."""
+    """Protocol of the settings of a velocity network, which are frozen and hashable."""
 
     def build(self, rngs: nnx.Rngs, dim: int, context_dim: int) -> VelocityNetwork:
-        """Create the network for `dim` parameters; its velocity is zero at first."""
+        """Create the network for `dim` parameters; its initial velocity is zero."""
         ...
 
 
@@ -87,7 +87,7 @@ class TimeContextSettings:
 
 
 class TimeContextNetwork(VelocityNetwork):
-    """Abstract network that combines time and context in one vector of its width."""
+    """Abstract network that combines time and context in one vector of length `width`."""
 
     def __init__(self, settings: TimeContextSettings, rngs: nnx.Rngs, context_dim: int) -> None:
         """Create the layers that encode the time and the context."""
@@ -122,8 +122,8 @@ class Film(TimeContextSettings):
         width: Width of the hidden layers.
         blocks: Number of residual blocks of two layers.
         context_blocks: Number of residual blocks of the network that encodes the context.
-        frequencies: Number of Fourier features of the time, in each of its two forms.
-        dropout: Fraction of hidden units dropped in training.
+        frequencies: Number of Fourier frequencies of the time; see `time_features`.
+        dropout: Fraction of hidden units that dropout sets to zero in training.
 
     References:
         FiLM, arXiv:1709.07871; Fourier features, arXiv:2006.10739.
@@ -138,7 +138,7 @@ class Film(TimeContextSettings):
     """
 
     def build(self, rngs: nnx.Rngs, dim: int, context_dim: int) -> VelocityNetwork:
-        """Create the network; its velocity is zero at first.
+        """Create the network; its initial velocity is zero.
 
         Args:
             rngs: Keys for the initial weights.
@@ -152,7 +152,7 @@ class _Film(TimeContextNetwork):
     def __init__(self, settings: Film, rngs: nnx.Rngs, dim: int, context_dim: int) -> None:
         super().__init__(settings, rngs, context_dim)
         self.dropout, width, blocks = settings.dropout, settings.width, settings.blocks
-        # a scale and a shift for each block, and for the last layer
+        # one scale and one shift for each block and for the last layer
         self.film = nnx.Linear(width, 2 * width * (blocks + 1), rngs=rngs)
         self.enter = nnx.Linear(dim, width, rngs=rngs)
         self.first, self.second = (
@@ -184,15 +184,15 @@ def _modulate(h: Array, scale: Array, shift: Array) -> Array:
 def time_features(angle: Array, frequencies: int) -> Array:
     """Compute Fourier features of the time, all between -1 and 1.
 
-    They are sines and cosines of the angle, which resolve the middle of the path, and of the log
-    ratio of noise to signal, which resolve its ends.
+    Sines and cosines of the angle resolve the middle of the path. Sines and cosines of the log
+    ratio of noise to signal resolve its ends.
 
     Args:
         angle: Angles (*) from 0 (noise) to pi / 2 (data).
-        frequencies: Number of frequencies, each twice that of the one before.
+        frequencies: Number of frequencies; each frequency is twice the previous one.
 
     Returns:
-        Shape (*, 4 * frequencies + 2).
+        Features, shape (*, 4 * frequencies + 2).
     """
     position = angle / (math.pi / 4) - 1.0
     # in float32, sin and cos of an angle next to an end are not smaller than these floors

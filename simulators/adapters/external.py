@@ -33,14 +33,15 @@ class ExternalSimulator:
     """Simulator that runs a Python function in worker processes, with limits on each simulation.
 
     `sf.simulate`, `sf.check` and `sf.predictive_check` take it in place of a JAX function. A
-    simulation that raises, hangs, dies or exceeds its memory gives one invalid row, and its reason
-    is reported. The function must be importable in the worker processes or picklable by
-    cloudpickle. It does not see later changes of this process.
+    simulation fails if it raises an exception, crashes, or exceeds its time or memory limit. A
+    failed simulation gives one invalid row, and the reason is reported. The function must be
+    importable in the worker processes or picklable by cloudpickle. Worker processes do not see
+    variables that are changed later in the main process.
 
     Attributes:
         job: The function, its outputs and its memory limit.
         limits: Time limit and number of retries.
-        executor: Executor that runs the simulations unless `sf.simulate` gets another one.
+        executor: Executor that runs the simulations, if `sf.simulate` is called without one.
     """
 
     job: Job
@@ -65,7 +66,7 @@ class ExternalSimulator:
         return from_named(row.x)
 
     def __repr__(self) -> str:
-        """Name the function and its outputs."""
+        """Return a text with the name of the function and its outputs."""
         name = getattr(self.job.function, "__qualname__", repr(self.job.function))
         return f"ExternalSimulator({name}, {self.job.outputs})"
 
@@ -159,7 +160,7 @@ def executable(
         The simulator.
 
     Raises:
-        ValueError: `arguments` is no list of strings or is empty, or a setting is invalid.
+        ValueError: `arguments` is not a list of strings or is empty, or a setting is invalid.
 
     Example:
         >>> import jax, sys
@@ -172,7 +173,7 @@ def executable(
     if not is_list or not all(isinstance(a, str) for a in arguments):
         raise ValueError(f"arguments: expected a list of strings, got {arguments!r}")
     program = arguments[0]
-    if os.sep in program and "{" not in program:  # it runs in another folder
+    if os.sep in program and "{" not in program:  # the working folder changes
         program = os.path.abspath(program)
     array_shape = shape if isinstance(shape, tuple) else ()
     reader = functools.partial(_read_numbers, array_shape) if read is None else read

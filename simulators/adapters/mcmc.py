@@ -27,7 +27,7 @@ from simulators.adapters.task import ReferenceFailed
 CHAINS = 4
 MAX_RHAT = 1.02
 MAX_DIVERGED = 0.01
-"""Maximum fraction of divergent steps."""
+"""Maximum fraction of divergent NUTS steps in a reference run."""
 
 
 def nuts(
@@ -46,7 +46,7 @@ def nuts(
 
     Args:
         key: Random key.
-        model: A numpyro model, a function of the observation x, differentiable in forward mode. If
+        model: Numpyro model, a function of the observation x, differentiable in forward mode. If
             it is a module-level function, a second run needs no compilation.
         x: The observation.
         chains: Number of chains.
@@ -109,7 +109,7 @@ class NutsReference:
     """Reference sampler that runs NUTS.
 
     Attributes:
-        model: As for `nuts`.
+        model: Numpyro model, as for `nuts`.
         sites: Names of the latent sites, in the order of the parameters.
         prepare: Function that converts a task's observation to the model's argument.
     """
@@ -134,7 +134,7 @@ class NutsReference:
             smallest effective sample size) and `diverged` (the fraction of divergent steps).
 
         Raises:
-            ReferenceFailed: As `__call__`.
+            ReferenceFailed: As for `__call__`.
         """
         run = nuts(key, self.model, self.prepare(x), draws=max(1000, -(-n // CHAINS)))
         diagnostics = _diagnostics(run)
@@ -173,10 +173,10 @@ def starts(
 ) -> tuple[dict[str, Array], Array]:
     """Draw from a Gaussian approximation to the posterior, in unconstrained coordinates.
 
-    Chains that start at draws of the prior can be caught in spurious modes, because a large noise
-    explains any data. Therefore a Gaussian is moved from the prior to the posterior by rounds of
-    importance sampling. In each round, the weights are tempered so that the effective sample size
-    is at least n / 10.
+    Chains that start at draws of the prior can stay in spurious modes, in which a large noise
+    parameter explains any data. Therefore rounds of importance sampling move a Gaussian from the
+    prior to the posterior. In each round, the weights are tempered so that the effective sample
+    size is at least n / 10.
 
     Args:
         key: Random key.
@@ -235,9 +235,10 @@ def _latent_sites(
 
 
 def _tempered(log_weight: Array) -> Array:
-    """Return normalised weights, raised to the largest power <= 1 with enough effective draws.
+    """Temper weights: raise them to the largest possible power <= 1, and normalise them.
 
-    The effective sample size of the result is at least a tenth of the number of weights.
+    The power is limited so that the effective sample size is at least a tenth of the number of
+    weights.
     """
 
     def weights(power: Array) -> Array:

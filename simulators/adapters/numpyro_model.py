@@ -63,8 +63,8 @@ def from_numpyro(
     Args:
         model: The model. Its continuous latent sites are the named parameters; sites in plates are
             arrays. Deterministic sites are ignored.
-        observed: Names of the observed sites. The simulator draws them, whatever their `obs` is.
-        arguments: Positional arguments of the model. Leave out the data if they are optional.
+        observed: Names of the observed sites. The simulator draws them and ignores their `obs`.
+        arguments: Positional arguments of the model, without the data if the data are optional.
         data: The real observation: an array, or a dict if there are several observed sites. By
             default, observations are simulated at draws of the prior.
         name: Name of the task, by default that of the model.
@@ -75,8 +75,9 @@ def from_numpyro(
         sites. Its reference draws come from NUTS.
 
     Raises:
-        ValueError: An observed site does not exist, another site has data, a latent site is
-            discrete, the model has factors, or the data have another shape.
+        ValueError: An observed site does not exist, a site that is not in `observed` has data, a
+            latent site is discrete, the model has factors, or `data` does not have the shape of a
+            simulation.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
@@ -114,7 +115,7 @@ def from_numpyro(
 
 @dataclasses.dataclass(frozen=True)
 class _Conditioned:
-    """Model as a function of the observation, the form that NUTS takes."""
+    """Model as a function of the observation, as `nuts` takes it."""
 
     model: Model
     sites: tuple[str, ...]
@@ -128,7 +129,7 @@ def _named(sites: tuple[str, ...], x: Obs) -> dict[str, Any]:
 
 
 def _simulate(model: Model, sites: tuple[str, ...], key: Key, theta: dict[str, Array]) -> Obs:
-    """Simulate the observed sites at theta; a dict if there are several."""
+    """Simulate the observed sites at theta; return a dict if there are several sites."""
     run = handlers.seed(handlers.substitute(model, theta), key)
     trace = handlers.trace(handlers.uncondition(run)).get_trace()
     x = {name: trace[name]["value"] for name in sites}
@@ -166,7 +167,7 @@ def _as_simulated(data: Obs, template: Obs) -> Obs:
     """Convert the data to arrays of the dtypes that the model simulates.
 
     Raises:
-        ValueError: They have another shape than a simulation.
+        ValueError: The data do not have the shape of a simulation.
     """
     if jax.tree.structure(data) != jax.tree.structure(template):
         raise ValueError(f"data: expected {_in_words(template)}, got {_in_words(data)}")

@@ -34,8 +34,8 @@ def solve(
         max_steps: Maximum number of steps, rejected steps included.
 
     Returns:
-        The states at `times`, shape (T, S). All are NaN if `max_steps` is reached. They are
-        differentiable in forward mode (`jax.jvp`, `jax.jacfwd`).
+        The states at `times`, shape (T, S). All are NaN if `max_steps` is reached. The states
+        are differentiable in forward mode (`jax.jvp`, `jax.jacfwd`).
 
     References:
         Tsitouras 2011, Comput. Math. Appl. 62 (the method).

@@ -1,6 +1,6 @@
 """Registry of tasks by name, for command lines and tables.
 
-In code, call the constructors instead.
+In Python code, call the constructors of the tasks instead.
 
 Public names: `ENTRY_POINTS`, `get`, `names`, `list`, `offered`.
 """
@@ -46,11 +46,11 @@ _CONSTRUCTORS: dict[str, Callable[[], Task]] = {
 
 
 ENTRY_POINTS = "sbi_flows.simulators"
-"""Group of the entry points with which other packages add tasks."""
+"""Entry-point group in which other packages register tasks."""
 
 
 def get(name: str) -> Task:
-    """Return the task of this name, from this package or from an installed one.
+    """Return the task of this name, from this package or from another installed package.
 
     Raises:
         ValueError: No task has this name (the message lists all names), or the entry point of this
@@ -84,7 +84,7 @@ def names() -> tuple[str, ...]:
 
 
 def list() -> tuple[str, ...]:
-    """Return the names of all tasks, including those of installed packages.
+    """Return the names of all tasks, including tasks of other installed packages.
 
     Example:
         >>> set(names()) <= set(list())
@@ -94,5 +94,5 @@ def list() -> tuple[str, ...]:
 
 
 def offered() -> dict[str, importlib.metadata.EntryPoint]:
-    """Return the entry points of tasks in installed packages, by name."""
+    """Return the entry points of tasks in other installed packages, by name."""
     return {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}

@@ -98,7 +98,7 @@ def log_interval_mass(loc: Array, scale: float, low: float, high: float) -> Arra
 
 
 def _lower_tail(a: Array, b: Array) -> tuple[Array, Array, Array]:
-    """Mirror intervals above the mean, where CDFs round to 1, to below it.
+    """Mirror intervals above the mean to below the mean, because CDFs above it round to 1.
 
     Returns the lower ends, the upper ends, and the sign (-1 for mirrored intervals).
     """

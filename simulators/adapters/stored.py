@@ -23,7 +23,7 @@ CACHE_VARIABLE = "SBI_FLOWS_CACHE"
 """Environment variable that names the cache folder."""
 
 RELATIVE_TOLERANCE = 1e-3
-"""Relative difference up to which two observations are the same.
+"""Relative difference up to which two observations are treated as equal.
 
 The steps of an adaptive ODE solver differ between compilers and devices. These differences are far
 smaller than the noise of any task.
@@ -31,9 +31,9 @@ smaller than the noise of any task.
 
 
 def cache_folder() -> Path:
-    """Return the folder of the user's reference draws.
+    """Return the cache folder of the user's reference draws.
 
-    It is `$SBI_FLOWS_CACHE` if this is set, else `~/.cache/sbi_flows/references`.
+    It is `$SBI_FLOWS_CACHE` if that variable is set, else `~/.cache/sbi_flows/references`.
     """
     folder = os.environ.get(CACHE_VARIABLE)
     return Path(folder) if folder else Path.home() / ".cache" / "sbi_flows" / "references"
@@ -42,10 +42,10 @@ def cache_folder() -> Path:
 def load(task: str, i: int, x: np.ndarray, folders: tuple[Path, ...]) -> np.ndarray | None:
     """Read reference draws (N, D) from the first folder that holds a file for observation i.
 
-    Files that cannot be read, or that were made for another observation than x, are skipped.
+    Unreadable files, and files that were made for another observation than x, are skipped.
 
     Args:
-        task: Name in the file names, `Task.stored_as`.
+        task: First part of the file name, `Task.stored_as`.
         i: Number of the observation.
         x: The observation, as `Task.stored_observation` returns it.
         folders: Folders to search, in order.

@@ -22,7 +22,7 @@ from sbi_flows.prior import Prior, PriorLike, as_prior
 from simulators.adapters import stored
 
 SampleReference: TypeAlias = Callable[[Key, Array, int], Array]
-"""Function of a key, one observation x and n: draws of the exact posterior, shape (n, D)."""
+"""Function `(key, x, n)` that returns draws of the exact posterior given x, shape (n, D)."""
 
 OBSERVATION_SEED = 2101_04653
 REFERENCE_SEED = 4653_2101
@@ -36,8 +36,8 @@ class ReferenceFailed(SbiFlowsError):
 class Task:
     """Simulation-based inference problem: a prior, a simulator, observations and a reference.
 
-    Observation i is simulated at a draw from the prior. Both use fixed keys. A task with real data
-    has these as its observations instead.
+    Observation i is a simulation at a draw from the prior; the draw and the simulation use fixed
+    random keys. In a task with real data, the observations are the data.
 
     Attributes:
         name: Name in the registry.
@@ -51,7 +51,7 @@ class Task:
         num_observations: Number of observations.
         observed: Real observations, shape (num_observations, *event), or a tuple of dicts of
             arrays. None if the observations are simulated.
-        stored_as: Name of the files that hold reference draws; None if these are drawn anew.
+        stored_as: Name of the files with reference draws; None if draws are not stored.
 
     Example:
         >>> from simulators import two_moons
@@ -108,7 +108,7 @@ class Task:
         self._check_index(i)
         if self.observed is not None:
             return jax.tree.map(jnp.asarray, self.observed[i - 1])
-        # random bits differ between float32 and float64: one precision, one set of observations
+        # random bits differ between float32 and float64: always use the same precision
         with jax.enable_x64(False):
             theta, noise_key = self._draw(i)
             return _simulate(self._flat_prior, self.simulator, noise_key, theta)
@@ -150,9 +150,10 @@ class Task:
         return draws
 
     def stored_observation(self, i: int) -> np.ndarray:
-        """Return observation i as the reference sampler takes it.
+        """Return observation i in the form that the reference sampler takes.
 
-        A file of reference draws holds it too, so that draws for another observation are found.
+        A file of reference draws also contains the observation, so that draws that were made for
+        another observation can be recognised.
         """
         prepare = getattr(self.sample_reference, "prepare", jnp.asarray)
         return np.asarray(prepare(self.observation(i)))
@@ -178,7 +179,7 @@ class Task:
     def _draw(self, i: int) -> tuple[Array, Key]:
         key = jax.random.fold_in(jax.random.key(OBSERVATION_SEED), i)
         prior_key, noise_key = jax.random.split(key)
-        with jax.numpy_rank_promotion("allow"):  # numpyro does so in some distributions
+        with jax.numpy_rank_promotion("allow"):  # some numpyro distributions do so
             return self._flat_prior.sample(prior_key, 1)[0], noise_key
 
     def _check_index(self, i: Any) -> None:

@@ -1,4 +1,4 @@
-"""Masked autoregressive bijector; its density costs one parallel pass.
+"""Masked autoregressive bijector, whose density takes one pass through the network.
 
 Sources: Papamakarios et al. 2017, "Masked Autoregressive Flow" (arXiv:1705.07057); Durkan et al.
 2019, "Neural Spline Flows" (arXiv:1906.04032), for splines in place of the affine transformer.
@@ -20,21 +20,21 @@ Transformer = Callable[[Array], distrax.BijectorLike]
 
 @runtime_checkable
 class MaskedConditioner(Protocol):
-    """Network whose parameters for entry i + 1 depend on the entries 0 to i only."""
+    """Protocol of masked networks: parameters of entry i + 1 depend only on entries 0 to i."""
 
     def __call__(self, x: Array) -> Array:
         """Compute the parameters (P, D - 1, *) of entries 1 to D - 1 from entries (D - 1, *)."""
         ...
 
     def begin(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """Return the hidden units for a batch of this shape before any entry is known."""
+        """Return the initial hidden units for a batch of this shape, before any entry is known."""
         ...
 
     def advance(self, i: Array, x: Array, units: Any) -> tuple[Any, Array]:
-        """Add entry i, which has become known.
+        """Update the hidden units with entry i, and compute the parameters of entry i + 1.
 
         Args:
-            i: Index of the entry.
+            i: Index of the entry that has become known.
             x: Entries (D - 1, *); those after entry i are zero.
             units: Hidden units, as `begin` or the previous call returned them.
 
@@ -55,7 +55,7 @@ class Autoregressive(distrax.Bijector):
             all draws for one context share them.
         conditioner: Network that computes the parameters of entries 1 to D - 1 from the entries
             before each of them. None if D = 1.
-        transformer: Makes the elementwise bijector from data to noise.
+        transformer: Function from parameters to the elementwise bijector from data to noise.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Autoregressive(distrax.Bijector):
             transformer = self._transformer(jnp.concatenate([params, rest_params], axis=1))
             noise, log_det = transformer.forward_and_log_det(entries)
             return jnp.moveaxis(noise, 0, -1), jnp.sum(log_det, axis=0)
-        # many draws share the parameters of entry 0
+        # all draws for one context share the parameters of entry 0
         head, head_log_det = self._transformer(params).forward_and_log_det(first)
         tail, tail_log_det = self._transformer(rest_params).forward_and_log_det(rest)
         noise = jnp.moveaxis(jnp.concatenate([head, tail]), 0, -1)

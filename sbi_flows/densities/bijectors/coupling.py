@@ -1,4 +1,6 @@
-"""Coupling bijector: one half of the entries transforms the other; both directions are one pass.
+"""Coupling bijector: it transforms a part of the entries with parameters computed from the rest.
+
+Both directions take one pass through the conditioner.
 
 Source: Dinh et al. 2017, "Density estimation using Real NVP" (arXiv:1605.08803).
 """
@@ -19,7 +21,7 @@ class Coupling(distrax.Bijector):
 
     Args:
         conditioner: Function from the first entries (split, *) to parameters (P, D - split, *).
-        transformer: Makes the elementwise bijector from data to noise.
+        transformer: Function from parameters to the elementwise bijector from data to noise.
         split: Number of unchanged entries.
     """
 

@@ -32,7 +32,7 @@ class LU(NamedTuple):
 
 
 def lu(lower: Array, upper: Array, log_diagonal: Array) -> LU:
-    """Assemble the factors from unconstrained arrays.
+    """Assemble the triangular factors from unconstrained arrays.
 
     Args:
         lower: Entries of L below the diagonal, shape (D, D); the others are ignored.
@@ -68,7 +68,7 @@ class LULinear(distrax.Bijector):
 
     def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
         """Map y (*, D) to x (*, D); the log determinant has shape (*)."""
-        # One D x D inverse and a matrix product: on a CPU far faster than a solve for each row.
+        # Inverting one D x D matrix and multiplying is far faster on a CPU than a solve per row.
         lower, upper, _, log_det = self._factors
         eye = jnp.eye(len(lower), dtype=lower.dtype)
         half = jax.scipy.linalg.solve_triangular(lower, eye, lower=True, unit_diagonal=True)

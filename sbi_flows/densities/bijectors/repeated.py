@@ -19,11 +19,11 @@ class Repeated(distrax.Bijector):
 
     Args:
         make: Function from the arrays of one layer to its bijectors, which map noise to data; the
-            one nearest the data comes first.
+            bijector nearest the data comes first.
         arrays: Arrays of all layers, stacked on a leading axis.
-        unroll: Whether the inverse unrolls the loop over up to `MAX_UNROLLED_LAYERS` layers. A loop
-            reads and writes all arrays that a layer stores for the derivative once more, which is a
-            sixth of the time of a training step. Without unrolling, compilation is faster.
+        unroll: Whether the inverse unrolls the loop over up to `MAX_UNROLLED_LAYERS` layers. This
+            saves about a sixth of the time of a training step, because a loop copies all arrays
+            that a layer stores for the derivative. Without unrolling, compilation is faster.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
-"""Monotone rational-quadratic spline with linear tails, elementwise.
+"""Elementwise monotone rational-quadratic spline with linear tails.
 
 Source: Durkan et al. 2019, "Neural Spline Flows" (arXiv:1906.04032), equations 4-8.
 
-The first axis of the parameters runs over the K bins: a reduction over a short leading axis
-vectorises over the long axes behind it.
+The spline acts in the box (-bound, bound) x (-bound, bound). The first axis of the parameters runs
+over the K bins: a sum over this short leading axis vectorises over the long axes that follow it.
 
 Public names: `RationalQuadraticSpline`, `MIN_BIN`, `MIN_SLOPE`.
 """
@@ -29,7 +29,7 @@ MIN_BIN = 1e-3
 MIN_SLOPE = 1e-3
 """Minimum slope at a knot."""
 
-_MAX_LOGIT = 30.0  # one bin then fills the box, and the exponential does not overflow
+_MAX_LOGIT = 30.0  # with this logit one bin fills the box; larger logits might overflow
 
 _WIDTHS, _HEIGHTS = 0, 1
 
@@ -42,7 +42,7 @@ class RationalQuadraticSpline(distrax.Bijector):
     Args:
         params: Unconstrained parameters of shape (3 K - 1, *shape): K widths, K heights and K - 1
             inner slopes of the bins. All zeros give the identity.
-        bound: Half width of the box.
+        bound: Half width of the interval (-bound, bound), for inputs and outputs.
 
     Raises:
         ValueError: The length of the first axis is not 3 K - 1 for some K >= 2.
@@ -116,19 +116,19 @@ def _look_up(side: int, params: Array, position: Array) -> tuple[Array, Array, A
         position: Position of each value in the box, from 0 to 1, shape (*).
 
     Returns:
-        Index of the bin, from 0, shape (*); sums of the softmax of widths and heights over the bins
-        before it, shape (2, *); the softmax of the bin itself, shape (2, *); logits of its left and
-        right slope, shape (2, *).
+        Four arrays. Index of the bin, counted from 0, shape (*). Sum of the softmax of widths and
+        of heights over the bins before it, shape (2, *). Softmax of the width and of the height of
+        the bin, shape (2, *). Logits of the slopes at its left and right end, shape (2, *).
     """
     return _search(_sum_unrolled, side, params, position)[0]
 
 
 def _search(total: BinSum, side: int, params: Array, position: Array) -> tuple[tuple, Array]:
-    """Return the result of `_look_up`, and both softmaxes (2, K, *)."""
+    """Return the result of `_look_up`, and the softmax of widths and of heights (2, K, *)."""
     sizes, slopes = _split(params)
     bins = sizes.shape[1]
-    # A fixed limit instead of the largest logit, which would have to be searched for each value.
-    # The derivative ignores the limit, so that training can come back from beyond it.
+    # Clip at a fixed limit instead of subtracting the largest logit, whose search costs time. The
+    # derivative ignores the clip, so that training can move a logit back below the limit.
     powers = jnp.exp(jnp.clip(sizes, -_MAX_LOGIT, _MAX_LOGIT))
     shares = powers / total(powers)[:, None]
     # the inner knots: running sums over all bins but the last, as one small matrix product
@@ -142,10 +142,10 @@ def _search(total: BinSum, side: int, params: Array, position: Array) -> tuple[t
 def _select_bin(
     total: BinSum, index: Array, sizes: Array, slopes: Array
 ) -> tuple[Array, Array, Array]:
-    """Return the sizes before a bin, its own sizes, and its slopes: (2, *) each.
+    """Return the sum of sizes before a bin, the size of the bin, and its slopes: (2, *) each.
 
-    The result is linear in the sizes (2, K, *) and the slopes (K - 1, *). The slope logit at the
-    ends of the box is zero, which means slope one.
+    The result is linear in the sizes (widths and heights) (2, K, *) and the slopes (K - 1, *). The
+    slope logit at the ends of the box is zero, which means slope one.
     """
     bins, inner = _indices(sizes.shape[1], index), _indices(len(slopes), index)
     before = total(jnp.where((bins < index[None])[None], sizes, 0.0))
@@ -156,7 +156,7 @@ def _select_bin(
 
 @_look_up.defjvp
 def _look_up_tangents(side: int, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
-    """Differentiate `_look_up`; only the softmaxes are stored, as the tangents are linear sums."""
+    """Compute the tangents of `_look_up`; its derivative stores only the softmaxes."""
     out, shares = _search(_sum_loop, side, *primals)
     index, before, share, _ = out
     sizes, slopes = _split(tangents[0])
@@ -184,7 +184,7 @@ def _sum_loop(values: Array) -> Array:
 
 
 def _indices(count: int, like: Array) -> Array:
-    """Return the indices 0 to count - 1 on a first axis, before axes of length 1 for `like`."""
+    """Return the indices 0 to count - 1, shape (count, 1, ...), with one more axis than `like`."""
     return jnp.arange(count, dtype=like.dtype).reshape((-1,) + (1,) * like.ndim)
 
 

@@ -1,9 +1,9 @@
 """Gaussian autoregression truncated to a box: an exact map from noise in R^d into the box.
 
-Entry i of the data is normal around a linear function of the entries before it, and truncated to
-its interval. Far from the faces of the box the map is affine. A posterior that is a normal cut off
-by a face becomes exactly normal noise. In the limit of a very large scale the data are uniform in
-the box.
+Given the entries before it, entry i of the data is normal around a linear function of them, and is
+truncated to an interval. Far from the faces of the box the map is affine. Data that follow a normal
+distribution truncated by a face are mapped to exactly normal noise. In the limit of large scales
+the data are uniform in the box.
 
 Public names: `TruncatedAutoregression`.
 """
@@ -23,10 +23,10 @@ from sbi_flows.networks.shapes import align
 from sbi_flows.prior.maps import HALF_WIDTH, positive
 
 _MAX_SIGMAS = 8.0
-"""Distance from the mean, in standard deviations, beyond which the map is a straight line."""
+"""Distance from the mean, in standard deviations, beyond which the map is linear."""
 
 _MAX_SIGMAS_OUTSIDE = 3.0
-"""Maximum distance of a mean from its interval, in standard deviations."""
+"""Maximum distance of a mean outside its interval, in standard deviations."""
 
 
 class TruncatedAutoregression(distrax.Bijector):
@@ -34,9 +34,9 @@ class TruncatedAutoregression(distrax.Bijector):
 
     Args:
         mean: Part of the mean that depends on the context, shape (*, d).
-        chain: Coefficients of the entries before each entry, shape (d, d); those on and below the
-            diagonal are ignored.
-        log_scale: Logarithm of the scales, shape (d,).
+        chain: Regression coefficients, shape (d, d): column i holds the coefficients of entry i on
+            the entries before it. Coefficients on and below the diagonal are ignored.
+        log_scale: Logarithm of scale_i for each entry, shape (d,).
         bounded: Which entries are truncated to (-sqrt 3, sqrt 3); the others are affine.
     """
 
@@ -69,7 +69,7 @@ class TruncatedAutoregression(distrax.Bijector):
     def log_prob(self, y: Array) -> Array:
         """Return the log density (*) of data (*, d) whose noise is standard normal.
 
-        It is cheaper than the inverse, as it needs no normal quantile.
+        This is cheaper than `inverse_and_log_det`, because no normal quantile is computed.
         """
         mean = align(self._mean, y) + y @ self._chain
         scale = align(self._scale, y)
@@ -82,7 +82,7 @@ class TruncatedAutoregression(distrax.Bijector):
 
 
 def _to_noise(y: Array, mean: Array, scale: Array, bounded: Array) -> tuple[Array, Array]:
-    """Map data to noise; both results, noise and log derivative, have the shape (*, d) of y."""
+    """Map data to noise; return noise and log derivative, both with the shape (*, d) of y."""
     scale = align(scale, y)
     affine, affine_slope = (y - mean) / scale, -jnp.log(jnp.broadcast_to(scale, y.shape))
     mean, low, high, sign = _standardised_box(mean, scale)
@@ -98,7 +98,7 @@ def _to_noise(y: Array, mean: Array, scale: Array, bounded: Array) -> tuple[Arra
 def _quantile(t: Array, low: Array, high: Array) -> Array:
     """Return the normal quantile of F(t), where F is the CDF of a normal truncated to (low, high).
 
-    All are in standard deviations from the mean.
+    t, low and high are in standard deviations from the mean.
     """
     mass = ndtr(high) - ndtr(low)
     below = (ndtr(t) - ndtr(low)) / mass
@@ -114,14 +114,14 @@ def _from_noise(x: Array, mean: Array, scale: Array, bounded: Array) -> Array:
     mean, low, high, sign = _standardised_box(mean, scale)
     x = sign * x
     mass = ndtr(high) - ndtr(low)
-    # Each half is measured from its own face, as a lower tail: small numbers are accurate.
+    # Compute each half from the face on its side, as a lower tail: small numbers are accurate.
     share = mass * ndtr(-jnp.abs(x))
     upper = x > 0
     p = jnp.where(
         upper, jnp.where(high > 0, ndtr(-high) + share, ndtr(high) - share), ndtr(low) + share
     )
     t = ndtri(p) * jnp.where(upper & (high > 0), -1.0, 1.0)
-    # Beyond _MAX_SIGMAS continue as a straight line, which starts where the inverse starts it.
+    # Beyond _MAX_SIGMAS continue as a straight line, from the same point as the inverse does.
     edge = jnp.where(upper, _MAX_SIGMAS, -_MAX_SIGMAS)
     line = edge + x - _quantile(jnp.clip(edge, low, high), low, high)
     t = jnp.where(jnp.isfinite(t) & (jnp.abs(t) < _MAX_SIGMAS), t, line)
@@ -133,10 +133,10 @@ class _Box(NamedTuple):
     """Interval of each entry, in standard deviations from its mean.
 
     Attributes:
-        mean: Mean, moved to at most `_MAX_SIGMAS_OUTSIDE` from the interval.
-        low: Lower face.
-        high: Upper face.
-        sign: -1 where the interval is mirrored, so that most of it lies below the mean.
+        mean: Mean, clipped so that it is at most `_MAX_SIGMAS_OUTSIDE` outside the interval.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        sign: -1 where the interval is mirrored so that most of it lies below the mean, else 1.
     """
 
     mean: Array
@@ -148,8 +148,8 @@ class _Box(NamedTuple):
 def _standardised_box(mean: Array, scale: Array) -> _Box:
     """Express the interval (-sqrt 3, sqrt 3) in standard deviations from the mean.
 
-    Probabilities below the mean are small numbers and therefore accurate; the interval is mirrored
-    if most of it lies above.
+    The interval is mirrored if most of it lies above the mean, because lower-tail probabilities
+    below the mean are small numbers, which floating point represents accurately.
     """
     reach = HALF_WIDTH + _MAX_SIGMAS_OUTSIDE * scale
     mean = jnp.clip(mean, -reach, reach)
