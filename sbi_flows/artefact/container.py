@@ -153,7 +153,7 @@ class ArtefactFile:
         return data
 
     def _verify(self, text: str) -> None:
-        """Raise ArtefactError if the hash in the document does not match the content of the file."""
+        """Raise ArtefactError if the hash in the document does not match the file's content."""
         claimed = text[len(_FIRST) : len(_FIRST) + 64]
         blank = text.replace(claimed, _BLANK, 1)
         if not blank.startswith(_FIRST + _BLANK + '",'):

@@ -1,6 +1,6 @@
 """Codec of the gate, a test that flags observations which are unlike the training simulations.
 
-The gate is saved as summaries (moments and scores) of the training simulations.
+The gate is saved as arrays that summarise the training simulations, such as centre and scale.
 
 Public names: `encode`, `names`, `decode`.
 """

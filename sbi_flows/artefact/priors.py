@@ -86,7 +86,8 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
         user_prior: Prior that the user supplied, or None.
 
     Returns:
-        The user's prior if there is one, otherwise the prior that the data describe.
+        The user's prior if there is one, otherwise the prior that the data describe. If the saved
+        prior was restricted to a box, the returned prior is restricted to the same box.
 
     Raises:
         ArtefactError: The data are malformed, the user did not supply a needed prior, or the user's

@@ -131,7 +131,7 @@ def expect_integer(name: str, value: Any, least: int, most: int) -> int:
 
 
 def expect_number(name: str, value: Any) -> float:
-    """Check that a value is an integer or a float, and return it as a float."""
+    """Check that a value is an integer or a float, and return it."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ArtefactError(f"{name}: expected a number, got {_short(value)}")
     return value
