@@ -245,7 +245,7 @@ def encode_observation(like: Obs) -> Any:
 def decode_observation(value: Any) -> Obs:
     """Convert JSON data to shapes and dtypes of an observation.
 
-    The dtypes are those of JAX's present precision.
+    Floating-point dtypes have JAX's present precision.
 
     Raises:
         ArtefactError: The data are malformed.

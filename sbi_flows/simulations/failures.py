@@ -60,7 +60,7 @@ class Failures:
     def shares(self) -> np.ndarray:
         """Fraction of failed rows among low, middle and high values of each parameter.
 
-        The values of each parameter are divided into three thirds. Shape (D, 3).
+        The sorted values of each parameter are divided into three thirds. Shape (D, 3).
         """
         failed = np.zeros(len(self.theta), bool)
         failed[self.rows] = True

@@ -29,7 +29,7 @@ def make_mesh(members: int, batch_size: int, max_devices: int | None) -> Mesh | 
     Args:
         members: Number of members.
         batch_size: Number of rows in a batch.
-        max_devices: Maximum number of devices; None for all, including those of other processes.
+        max_devices: Maximum number of devices. None uses all devices, also of other processes.
 
     Returns:
         A mesh with the largest number of devices that divide the work evenly; None for one device.

@@ -15,7 +15,7 @@ from jax import Array
 from sbi_flows.core.checks import require_count, require_positive
 
 MIN_EPOCH_STEPS = 128
-"""Number of steps in an epoch at which the default batch size aims."""
+"""Minimum number of steps in an epoch with the default batch size, if there are enough rows."""
 
 MIN_BATCH_SIZE, MAX_BATCH_SIZE = 16, 128
 """Minimum and maximum of the default batch size."""
@@ -26,8 +26,8 @@ class Training:
     """Settings of a fit.
 
     Attributes:
-        batch_size: Number of rows in a batch. The default is a power of two from 16 to 128, chosen
-            to give about 128 steps in an epoch: a small data set then still has enough steps.
+        batch_size: Number of rows in a batch. The default is the largest power of two from 16 to
+            128 that gives at least 128 steps in an epoch, and 16 for smaller data sets.
         max_epochs: Maximum number of epochs (passes over the training rows). The cosine schedule of
             the learning rate ends after this number of epochs.
         patience: Number of epochs without a lower validation loss after which a member stops. The
@@ -36,8 +36,8 @@ class Training:
             hold out different rows as long as there are enough rows.
         optimizer: An optax optimiser. It is used unchanged; to clip gradients, include
             `optax.clip_by_global_norm` in it. The default is AdamW with `learning_rate`,
-            `weight_decay` and `clip_norm`, a warm-up over the first 1 % of the steps and a cosine
-            decay.
+            `weight_decay` and `clip_norm`, a warm-up over the first 1 % of the steps (at most 100
+            steps) and a cosine decay.
         learning_rate: Peak learning rate of the default optimiser. If it is a tuple, member i uses
             entry i; if there are more members than entries, the tuple is repeated.
         weight_decay: Weight decay of the default optimiser.
