@@ -245,7 +245,7 @@ def encode_observation(like: Obs) -> Any:
 def decode_observation(value: Any) -> Obs:
     """Convert JSON data to shapes and dtypes of an observation.
 
-    Floating-point dtypes have JAX's present precision.
+    64-bit dtypes become 32-bit dtypes unless JAX is in double precision (`jax_enable_x64`).
 
     Raises:
         ArtefactError: The data are malformed.
