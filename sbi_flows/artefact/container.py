@@ -1,13 +1,13 @@
-"""The container of a saved posterior: a safetensors file with one JSON document as metadata.
+"""Container of a saved posterior: a safetensors file with a JSON document in its metadata.
 
     8 bytes       length of the header, little-endian
-    header        JSON: `__metadata__` with the document as text, and a dtype, a shape and a
-                  range of bytes for each tensor
-    tensors       little-endian, one after the other, without gaps
+    header        JSON: `__metadata__` with the document as text, and the table of tensors:
+                  dtype, shape and byte range of each tensor
+    tensors       bytes of all tensors, little-endian, without gaps
 
-The document begins with a SHA-256 hash of the document itself (with zeros in the place of the
-hash), of the table of tensors and of their bytes. The hash detects accidental changes. It does not
-protect against forgery, since anyone can compute it.
+The document begins with a SHA-256 hash. The hash covers the document (with zeros instead of the
+hash), the table of tensors and the bytes of the tensors. It detects accidental changes, but gives
+no protection against forgery, because anyone can compute it.
 
 Public names: `Entry`, `ArtefactFile`, `pack`.
 """
@@ -36,14 +36,14 @@ from sbi_flows.artefact.strict import (
 from sbi_flows.core.errors import ArtefactError
 
 MAX_HEADER_BYTES = 2**22
-"""Maximum size of the header. As Python objects it needs about twenty times as much memory."""
+"""Maximum size of the header in bytes. The parsed header needs about twenty times more memory."""
 
 MAX_FILE_BYTES = 2**34
 
 MAX_AXES = 16
 
 READ_BYTES = 2**20
-"""Number of bytes that are read at a time to compute the hash."""
+"""Size in bytes of the blocks in which the file is read to compute the hash."""
 
 KEY = "sbi_flows"
 """Key of the document in the metadata."""
@@ -69,12 +69,12 @@ _FIRST = '{"sha256":"'
 
 
 class Entry(NamedTuple):
-    """A row of the table of tensors.
+    """Dtype, shape and position of one tensor: a row of the table of tensors.
 
     Attributes:
         dtype: Dtype of the tensor.
         shape: Shape of the tensor.
-        start: Offset of its first byte from the first byte of all tensors.
+        start: Position of the first byte of the tensor, counted from the first byte of all tensors.
     """
 
     dtype: np.dtype
@@ -83,30 +83,32 @@ class Entry(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Size in bytes."""
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __str__(self) -> str:
-        """Dtype and shape."""
+        """Return dtype and shape as text."""
         return f"{self.dtype.name}{list(self.shape)}"
 
 
 class ArtefactFile:
-    """An open file, whose header and hash are verified first; tensors are read one at a time.
+    """An open file of a posterior.
+
+    The constructor verifies the header and the hash. `tensor` then reads one tensor at a time.
 
     Args:
         file: A regular file, open for reading.
 
     Attributes:
         document: The JSON document without its hash.
-        table: The table of tensors, by name.
+        table: Dict from the name of each tensor to its dtype, shape and position.
 
     Raises:
-        ArtefactError: The file is malformed or too large, or its hash differs.
+        ArtefactError: The file is malformed or too large, or its hash does not match its content.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        """Read the header and verify the hash, in bounded memory."""
+        """Read the header and verify the hash; tensors are read in blocks to limit the memory."""
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ArtefactError("expected a file on a disk, got something else")
@@ -132,7 +134,7 @@ class ArtefactFile:
         del self.document["sha256"]
 
     def tensor(self, name: str) -> np.ndarray:
-        """Read a tensor that is in the table."""
+        """Read the tensor with this name, which must be in the table."""
         entry = self.table[name]
         array = np.empty(entry.shape, entry.dtype)
         flat = array.reshape(-1).view(np.uint8)
@@ -151,7 +153,7 @@ class ArtefactFile:
         return data
 
     def _verify(self, text: str) -> None:
-        """Raise ArtefactError if the hash in the document is not that of the file."""
+        """Raise ArtefactError if the hash in the document does not match the file's content."""
         claimed = text[len(_FIRST) : len(_FIRST) + 64]
         blank = text.replace(claimed, _BLANK, 1)
         if not blank.startswith(_FIRST + _BLANK + '",'):
@@ -167,14 +169,14 @@ class ArtefactFile:
 
 
 def pack(document: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> bytes:
-    """Convert a document and tensors to the bytes of a file; equal content gives equal bytes.
+    """Convert a document and tensors to the bytes of a file. Equal content gives equal bytes.
 
     Args:
         document: The JSON document, without its hash.
         tensors: Arrays by name.
 
     Raises:
-        ValueError: The document is too long, or a dtype cannot be written.
+        ValueError: The header is too long, or the file format does not support a dtype.
     """
     text = _FIRST + _BLANK + '",' + to_json(dict(document))[1:]
     names = {np.dtype(kind): name for name, kind in DTYPES.items()}
@@ -197,17 +199,17 @@ def pack(document: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> byte
 
 
 def _digest(text: str, table: Mapping[str, Entry]) -> Any:
-    """Return a SHA-256 object that has read the document and the table of tensors."""
+    """Start the SHA-256 hash of a file: hash the document and the table of tensors."""
     rows = [[name, e.dtype.name, list(e.shape), e.start] for name, e in sorted(table.items())]
     return hashlib.sha256(f"{text}\n{to_json(rows)}\n".encode())
 
 
 def _entries(header: Mapping[str, Any], size: int) -> dict[str, Entry]:
-    """Check the table of tensors, which have to fill `size` bytes without gaps or overlaps.
+    """Check the table of tensors. The tensors must fill `size` bytes without gaps or overlaps.
 
     Args:
-        header: The JSON header without its metadata.
-        size: Number of bytes after the header.
+        header: The JSON header without `__metadata__`.
+        size: Number of bytes in the file after the header.
     """
     table, ends = {}, {}
     for name, value in header.items():

@@ -1,8 +1,8 @@
-"""Codec of numpyro distributions, by a table of names.
+"""Codec of numpyro distributions. A table lists the classes that can be saved.
 
 A distribution, a transform or a constraint is written as `{"type": name, "arguments": {...}}`, with
-the arguments of its constructor. Arrays become tensors of the file and keep all their bits. Python
-numbers stay numbers, as Python computes with them in double precision.
+the arguments of its constructor. Arrays become tensors of the file, bit for bit. Python numbers
+become JSON numbers, because Python computes with them in double precision.
 
 Public names: `encode`, `decode`, `tensor_names`, `Tensors`.
 """
@@ -29,7 +29,7 @@ from sbi_flows.artefact.strict import (
 from sbi_flows.core.errors import ArtefactError
 
 Tensors = dict[str, np.ndarray]
-"""Arrays by name. Encoding adds to them."""
+"""Dict of arrays by name. Functions that encode an object add its arrays to the dict."""
 
 _ARGUMENTS = {
     "AsymmetricLaplace": "loc scale asymmetry",
@@ -98,8 +98,8 @@ _ARGUMENTS = {
     "interval": "lower_bound upper_bound",
     "less_than": "upper_bound",
 }
-"""Arguments of each constructor, as `argument` or, if the attribute has another name,
-`argument:attribute`."""
+"""Names of the arguments of each constructor. An entry is `argument`, or `argument:attribute` if
+the object stores the argument in an attribute with another name."""
 
 _MODULES = (dist, transforms, constraints)
 _CLASSES = {n: next(getattr(m, n) for m in _MODULES if hasattr(m, n)) for n in _ARGUMENTS}
@@ -114,22 +114,23 @@ _CONSTRAINTS = {
 }
 
 MAX_STEPS = 1024
-"""Maximum size of what a constructor computes: rows of a matrix, or steps of a random walk."""
+"""Maximum value of arguments that set the size of an array which a constructor computes: the number
+of rows of a matrix, or the number of steps of a random walk."""
 
 _SIZE_ARGUMENTS = {"dimension", "num_steps", "reinterpreted_batch_ndims"}
 _INFINITE = {"inf": math.inf, "-inf": -math.inf}
 
 
 def encode(name: str, value: Any, tensors: Tensors) -> Any:
-    """Convert a distribution, or an argument of one, to JSON data; its arrays become tensors.
+    """Convert a distribution, or an argument of a distribution, to JSON data.
 
     Args:
         name: Name of the prior's site, for error messages.
         value: The distribution or argument.
-        tensors: Tensors of the file, to which its arrays are added.
+        tensors: Tensors of the file. This function adds the arrays of `value`.
 
     Raises:
-        ValueError: A part has a class that is not in the table.
+        ValueError: The class of the distribution, or of a part of it, is not in the table.
     """
     if isinstance(value, str):
         return value
@@ -163,13 +164,14 @@ def decode(name: str, value: Any, tensors: Mapping[str, Any]) -> Any:
         tensors: Arrays of the file by name; `jax.ShapeDtypeStruct` or tracers are accepted.
 
     Raises:
-        ArtefactError: The data name a class or a tensor that does not exist.
+        ArtefactError: The data refer to an unknown class or a missing tensor, or the class does
+            not accept the arguments.
     """
     return _decode(name, "", value, tensors)
 
 
 def tensor_names(value: Any) -> list[str]:
-    """Return the names of the tensors that JSON data refer to."""
+    """Return the names of all tensors to which the JSON data refer."""
     if isinstance(value, dict):
         names = [value["tensor"]] if isinstance(value.get("tensor"), str) else []
         return names + [name for part in value.values() for name in tensor_names(part)]
@@ -213,7 +215,7 @@ def _decode(name: str, argument: str, value: Any, tensors: Mapping[str, Any]) ->
 
 
 def _named(name: str, known: Mapping[str, Any], kind: Any) -> Any:
-    """Return the object that a table has under a name from a file."""
+    """Look up the name `kind` from a file in the table `known`."""
     if not isinstance(kind, str) or kind not in known:
         raise ArtefactError(f"{name}: expected one of {sorted(known)}, got {kind!r:.80}")
     return known[kind]

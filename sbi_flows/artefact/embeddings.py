@@ -1,8 +1,9 @@
 """Codec of embeddings.
 
-An embedding of this library is saved as its class and arguments. An embedding of the user's own
-class is saved as its outputs for two fixed observations; the user supplies it again when the file
-is loaded, and its outputs are compared.
+For an embedding of this library, the file contains the class and its arguments. For an embedding of
+the user's own class, the file contains its outputs for two fixed observations. The user must then
+supply the embedding again when the file is loaded, and its outputs are compared with the saved
+outputs.
 
 Public names: `encode`, `decode`, `is_users`, `LibraryEmbedding`, `probe_outputs`,
 `require_same_outputs`.
@@ -35,16 +36,17 @@ _ARGUMENTS = {
 }
 
 TOLERANCE = 1e-3
-"""Tolerance of the comparison, relative to the largest output: devices and precisions differ."""
+"""Maximum difference between outputs, relative to the largest output. It allows for rounding errors
+on other devices and in other precisions."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LibraryEmbedding:
-    """Function of `nnx.Rngs` that creates an embedding of this library.
+    """Callable that takes `nnx.Rngs` and creates an embedding of this library.
 
     Attributes:
-        kind: Name of its class.
-        arguments: Names and values of the arguments of its class.
+        kind: Name of the class of the embedding.
+        arguments: Names and values of the constructor's arguments.
     """
 
     kind: str
@@ -56,7 +58,11 @@ class LibraryEmbedding:
 
 
 def encode(embedding: Embedding | None) -> Any:
-    """Convert an embedding to JSON data: its arguments, or the name of the user's class."""
+    """Convert an embedding to JSON data.
+
+    The data contain the class and arguments of an embedding of this library, or only the name of
+    the class of a user's embedding.
+    """
     if embedding is None:
         return None
     module: Any = embedding
@@ -69,15 +75,20 @@ def encode(embedding: Embedding | None) -> Any:
 
 
 def is_users(value: Any) -> bool:
-    """Return whether JSON data describe an embedding that the user has to supply."""
+    """Return whether the JSON data describe an embedding that the user must supply again."""
     return isinstance(value, dict) and value.get("type", "") is None
 
 
 def decode(value: Any, user_embedding: Embedding | None) -> Embedding | None:
-    """Return the embedding that JSON data describe, or the user's if it is of the user's class.
+    """Convert JSON data to an embedding.
+
+    Args:
+        value: The data.
+        user_embedding: Embedding that the user supplied, or None. It is returned if the data
+            describe an embedding of the user's own class.
 
     Raises:
-        ArtefactError: The data are malformed, or the user's embedding is missing.
+        ArtefactError: The data are malformed, or the user did not supply a needed embedding.
     """
     if value is None:
         return None
@@ -104,7 +115,7 @@ def decode(value: Any, user_embedding: Embedding | None) -> Embedding | None:
 
 
 def _arguments(module: Any) -> dict[str, Any]:
-    """Return the arguments with which an embedding of this library was created."""
+    """Return the constructor's arguments of an embedding of this library."""
     if isinstance(module, ResidualMLP):
         blocks = list(module.blocks)
         values = (
@@ -129,7 +140,11 @@ def _arguments(module: Any) -> dict[str, Any]:
 @functools.partial(jax.jit, static_argnums=0)
 @full_precision
 def probe_outputs(blueprint: Blueprint, weights: Weights) -> jax.Array:
-    """Compute the outputs of all members' embeddings at two fixed observations, shape (M, 2, F)."""
+    """Compute the outputs of the embeddings of all members for two fixed observations.
+
+    Returns:
+        Outputs, shape (M, 2, F), for M members and F outputs of an embedding.
+    """
     count = 2 * blueprint.sizes.feature_count
     features = jnp.cos(jnp.arange(1.0, count + 1.0)).reshape(2, -1)
 
@@ -140,12 +155,12 @@ def probe_outputs(blueprint: Blueprint, weights: Weights) -> jax.Array:
 
 
 def require_same_outputs(blueprint: Blueprint, weights: Weights, saved: np.ndarray) -> None:
-    """Raise ArtefactError if the user's embedding differs from the one that was saved.
+    """Raise ArtefactError if the user's embedding and the saved embedding have different outputs.
 
     Args:
         blueprint: Blueprint of the ensemble, with the user's embedding.
-        weights: Weights of its members, from the file.
-        saved: Outputs of the embedding that was saved.
+        weights: Weights of the members, from the file.
+        saved: Outputs of the saved embedding, shape (M, 2, F).
     """
     outputs = np.asarray(probe_outputs(blueprint, weights), np.float64)
     differences = np.abs(outputs - saved)

@@ -1,7 +1,7 @@
-"""Codec of ensembles: their blueprints as JSON data, and the weights of their members as tensors.
+"""Codec of ensembles: blueprints become JSON data, and the weights of members become tensors.
 
-Before weights are read, the model is built without arrays (`jax.eval_shape`). The file has to hold
-exactly the tensors of this model, each of the model's shape and dtype.
+Before the weights are read, `jax.eval_shape` builds the model without arrays. The file must contain
+exactly the tensors of this model, with the same shapes and dtypes.
 
 Public names: `Ensemble`, `encode`, `decode`, `require`, `require_entry`, `weights_of`,
 `encode_observation`, `decode_observation`.
@@ -37,12 +37,12 @@ DTYPES = {np.dtype(kind).name: np.dtype(kind) for kind in container.DTYPES.value
 
 
 class Ensemble(NamedTuple):
-    """An ensemble before its arrays are read.
+    """Description of an ensemble in a file, before the arrays are read.
 
     Attributes:
-        blueprint: What its members are built from.
+        blueprint: Description of the model of each member.
         members: Number of members.
-        prefix: Prefix of the names of its tensors: "ensembles/0".
+        prefix: Prefix of the names of the ensemble's tensors, such as "ensembles/0".
     """
 
     blueprint: Blueprint
@@ -51,7 +51,7 @@ class Ensemble(NamedTuple):
 
     @property
     def probe_name(self) -> str:
-        """Name of the tensor that holds the outputs of a user's embedding at fixed observations."""
+        """Name of the tensor with the outputs of the user's embedding for fixed observations."""
         return f"{self.prefix}/embedding"
 
 
@@ -62,14 +62,14 @@ def encode(
 
     Args:
         i: Index of the ensemble in the mixture.
-        blueprint: What its members are built from.
-        weights: Stacked weights of its members.
+        blueprint: Description of the model of each member.
+        weights: Weights of all members, stacked on the leading axis.
         observation: Shape and dtype of one observation.
         x64: Whether the file is written in double precision.
-        tensors: Tensors of the file, to which those of the ensemble are added.
+        tensors: Tensors of the file. This function adds the tensors of the ensemble.
 
     Raises:
-        ValueError: The density cannot be written, or the weights do not fit the blueprint.
+        ValueError: The density cannot be saved, or the weights do not fit the blueprint.
     """
     members = len(jax.tree.leaves(weights)[0])
     ensemble = Ensemble(blueprint, members, f"ensembles/{i}")
@@ -82,7 +82,7 @@ def encode(
         "kept": None if blueprint.feature_indices is None else list(blueprint.feature_indices),
         "members": members,
     }
-    if not blueprint.linear_start:  # written only where it is not the default
+    if not blueprint.linear_start:  # written only if it differs from the default
         data["linear_start"] = False
     leaves = _leaves_by_path(weights)
     arrays = {f"{ensemble.prefix}/{name}": np.asarray(leaf) for name, leaf in leaves.items()}
@@ -111,10 +111,10 @@ def decode(
         value: The data.
         bounded: Whether each standard coordinate of the prior is bounded.
         observation: Shape and dtype of one observation.
-        user_embedding: The embedding that the user supplied for this ensemble, if any.
+        user_embedding: Embedding that the user supplied for this ensemble, or None.
 
     Raises:
-        ArtefactError: The data are malformed, or the user's embedding is missing.
+        ArtefactError: The data are malformed, or the user did not supply a needed embedding.
     """
     name = f"ensembles[{i}]"
     value = dict(expect_type(name, value, dict, "an object"))
@@ -140,12 +140,12 @@ def decode(
 
 
 def require(ensemble: Ensemble, is_users: bool, table: Mapping[str, Entry], x64: bool) -> set[str]:
-    """Check that a table holds the tensors of an ensemble, and return their names.
+    """Check that the file contains the tensors of an ensemble, and return their names.
 
     Args:
         ensemble: The ensemble.
-        is_users: Whether its embedding is of the user's class.
-        table: The tensors of the file.
+        is_users: Whether the embedding has a class of the user's own.
+        table: Table of the tensors in the file.
         x64: Whether the file was written in double precision.
 
     Raises:
@@ -168,7 +168,7 @@ def require(ensemble: Ensemble, is_users: bool, table: Mapping[str, Entry], x64:
 
 
 def weights_of(ensemble: Ensemble, read: Any) -> Weights:
-    """Read the weights of an ensemble, in JAX's present precision.
+    """Read the weights of an ensemble, and convert them to JAX's present precision.
 
     Args:
         ensemble: The ensemble.
@@ -183,14 +183,14 @@ def weights_of(ensemble: Ensemble, read: Any) -> Weights:
 
 
 def require_entry(name: str, wanted: Entry, table: Mapping[str, Entry]) -> None:
-    """Raise ArtefactError unless a table holds a tensor of the wanted shape and dtype."""
+    """Raise ArtefactError unless the table has a tensor `name` with the wanted shape and dtype."""
     entry = table.get(name)
     if entry is None or (entry.dtype, entry.shape) != (wanted.dtype, wanted.shape):
         raise ArtefactError(f"{name}: expected a tensor {wanted}, got {entry or 'none'!s}")
 
 
 def _expected(ensemble: Ensemble, x64: bool) -> dict[str, Entry]:
-    """Return the tensors that an ensemble has in single or double precision, by name."""
+    """Return shape and dtype of each tensor that the file of an ensemble must have, by name."""
     leaves = _leaves_by_path(_template(ensemble.blueprint, x64))
     return {
         f"{ensemble.prefix}/{name}": Entry(np.dtype(leaf.dtype), (ensemble.members, *leaf.shape), 0)
@@ -200,14 +200,14 @@ def _expected(ensemble: Ensemble, x64: bool) -> dict[str, Entry]:
 
 @functools.lru_cache(maxsize=16)
 def _template(blueprint: Blueprint, x64: bool) -> Weights:
-    """Return shapes and dtypes of a member's weights without computing them."""
+    """Return shapes and dtypes of the weights of one member, without computing the weights."""
     with jax.enable_x64(x64):
         build = functools.partial(initial_weights, blueprint, embedding_weights=None)
         return Weights(*jax.eval_shape(lambda: build(jax.random.key(0))))
 
 
 def _leaves_by_path(tree: Any) -> dict[str, Any]:
-    """Return the leaves of a tree by their paths, in the order of the tree."""
+    """Return a dict from the path of each leaf to the leaf, in the order of the tree."""
     leaves, _ = tree_flatten_with_path(tree)
     return {"/".join(map(_step, path)): leaf for path, leaf in leaves}
 
@@ -228,7 +228,8 @@ def encode_observation(like: Obs) -> Any:
     """Convert shapes and dtypes of an observation to JSON data.
 
     Raises:
-        ValueError: The tree has other containers than lists, tuples, and dicts with names as keys.
+        ValueError: The observation is a tree with containers other than lists, tuples and dicts
+            whose keys are strings.
     """
     if hasattr(like, "dtype"):
         return {"dtype": np.dtype(like.dtype).name, "shape": list(like.shape)}
@@ -242,7 +243,9 @@ def encode_observation(like: Obs) -> Any:
 
 
 def decode_observation(value: Any) -> Obs:
-    """Convert JSON data to shapes and dtypes of an observation, in JAX's present precision.
+    """Convert JSON data to shapes and dtypes of an observation.
+
+    64-bit dtypes become 32-bit dtypes unless JAX is in double precision (`jax_enable_x64`).
 
     Raises:
         ArtefactError: The data are malformed.

@@ -1,4 +1,6 @@
-"""Codec of the gate: summaries of the training simulations that flag atypical observations.
+"""Codec of the gate, a test that flags observations which are unlike the training simulations.
+
+The gate is saved as arrays that summarise the training simulations, such as centre and scale.
 
 Public names: `encode`, `names`, `decode`.
 """
@@ -16,13 +18,14 @@ from sbi_flows.observations.spaces import Moments
 from sbi_flows.observations.typicality import Typicality
 
 MAX_SPACES = 2
-"""Spaces in which observations are compared: features, and the output of the embedding."""
+"""Maximum number of spaces in which an observation is compared with the training simulations: the
+features, and the output of the embedding."""
 
 _PREFIX = "typicality"
 
 
 def encode(typicality: Typicality | None, tensors: Tensors) -> int:
-    """Add the arrays of a gate to the tensors; return its number of spaces, 0 without a gate."""
+    """Add the arrays of a gate to the tensors; return its number of spaces, or 0 for no gate."""
     if typicality is None:
         return 0
     tensors |= {f"{_PREFIX}/{name}": array for name, array in typicality.to_arrays().items()}
@@ -30,7 +33,7 @@ def encode(typicality: Typicality | None, tensors: Tensors) -> int:
 
 
 def names(spaces: int) -> set[str]:
-    """Return the names of the tensors of a gate with this number of spaces."""
+    """Return the names of the tensors of a gate with `spaces` spaces."""
     parts = [f"{i}.{part}" for i in range(spaces) for part in (*Moments._fields, "rows")]
     return {f"{_PREFIX}/{name}" for name in (*parts, *["reference"] * (spaces > 0))}
 
@@ -44,13 +47,13 @@ def decode(
     """Read a gate.
 
     Args:
-        spaces: Number of its spaces.
-        widths: Number of features, and length of the embedding's output.
-        table: The tensors of the file. It holds those of the gate.
-        read: Function from the name of a tensor to its array.
+        spaces: Number of spaces of the gate, or 0 for no gate.
+        widths: Dimension of each space: number of features, and length of the embedding's output.
+        table: Table of the tensors in the file, including the tensors of the gate.
+        read: Function that maps the name of a tensor to its array.
 
     Raises:
-        ArtefactError: A tensor has another shape or dtype, or holds impossible numbers.
+        ArtefactError: A tensor has a wrong shape or dtype, or contains invalid numbers.
     """
     if not spaces:
         return None
@@ -75,7 +78,14 @@ def decode(
 def _require(
     name: str, dtype: type, shape: tuple[int | None, ...], table: Mapping[str, Entry]
 ) -> tuple[int, ...]:
-    """Return the shape of a tensor if it is the expected one; None means any positive number."""
+    """Check dtype and shape of a tensor, and return its shape.
+
+    Args:
+        name: Name of the tensor.
+        dtype: The expected dtype.
+        shape: The expected shape; None means any positive length of this axis.
+        table: Table of the tensors in the file.
+    """
     name = f"{_PREFIX}/{name}"
     entry = table.get(name)
     if (

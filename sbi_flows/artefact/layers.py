@@ -1,8 +1,9 @@
-"""The content of a saved posterior: a direct posterior, and layers that were derived from it.
+"""Content of a saved posterior: a direct posterior, and layers for the posteriors derived from it.
 
-Each layer holds what one derived posterior adds to the posterior that it was made from: a few JSON
-fields and small arrays. In the file the fields of the direct posterior stand in the document
-itself, and those of the layers in its list "corrections".
+A direct posterior is the result of a fit. A derived posterior is made from another posterior, for
+example by a correction. Its layer holds only the data that it adds: a few JSON fields and small
+arrays. In the JSON document, the fields of the direct posterior are at the top level, and the
+layers are in the list "corrections".
 
 Public names: `SavedPosterior`, `Layer`, `Header`, `LayerCodec`, `write_layers`, `require_layers`,
 `read_layer`.
@@ -26,15 +27,16 @@ MAX_LAYERS = 16
 
 
 class LayerCodec(abc.ABC):
-    """Abstract codec, which checks one kind of layer from an untrusted file.
+    """Abstract codec that checks one kind of layer from an untrusted file.
 
-    A codec knows no class of posteriors: the class makes the layer when it is saved (`to_saved`),
-    and takes the checked layer when it is loaded (`from_layer`).
+    A codec does not depend on the class of the posterior. This class makes the layer when the
+    posterior is saved (`to_saved`), and receives the checked layer when the posterior is loaded
+    (`from_layer`).
 
     Attributes:
         kind: Name of the kind in the file.
         file_format: First version of the file format that can hold the kind.
-        field_names: Names of the JSON fields except `type` and `record`, as they are written.
+        field_names: Names of the JSON fields except `type` and `record`, in the order of the file.
     """
 
     kind: ClassVar[str]
@@ -43,7 +45,7 @@ class LayerCodec(abc.ABC):
 
     @abc.abstractmethod
     def require(self, header: Header, dim: int, table: Mapping[str, Entry]) -> tuple[str, ...]:
-        """Check the fields, and that the table holds the layer's tensors; read no array.
+        """Check the fields of a layer, and shape and dtype of its tensors, without reading arrays.
 
         Args:
             header: The layer.
@@ -59,17 +61,17 @@ class LayerCodec(abc.ABC):
 
     @abc.abstractmethod
     def require_arrays(self, prefix: str, tensors: Tensors) -> None:
-        """Raise ArtefactError if an array of a layer holds impossible numbers."""
+        """Raise ArtefactError if an array of a layer contains invalid numbers."""
 
 
 class Layer(NamedTuple):
-    """What a derived posterior adds to the posterior that it was made from.
+    """Data that a derived posterior adds to the posterior from which it was made.
 
     Attributes:
-        codec: Codec of its kind.
-        fields: Its JSON fields except `type` and `record`.
-        tensors: Its arrays by name, without the prefix that they have in the file.
-        record: What is known of the posterior beyond what draws need, as plain JSON data.
+        codec: Codec of this kind of layer.
+        fields: JSON fields of the layer except `type` and `record`.
+        tensors: Arrays of the layer, by name without the prefix in the file.
+        record: Information about the posterior that is not needed to draw from it, as JSON data.
     """
 
     codec: LayerCodec
@@ -79,13 +81,14 @@ class Layer(NamedTuple):
 
 
 class SavedPosterior(NamedTuple):
-    """All that a file says of a posterior.
+    """Complete content of the file of a posterior.
 
     Attributes:
-        fields: JSON fields of the direct posterior, in the order in which they are written.
-        tensors: Its arrays by their names in the file.
-        record: Its record, as plain JSON data.
-        layers: What was derived from it, innermost first.
+        fields: JSON fields of the direct posterior, in the order of the file.
+        tensors: Arrays of the direct posterior, by their names in the file.
+        record: Record of the direct posterior, as JSON data.
+        layers: Layers of the derived posteriors. The first layer was derived from the direct
+            posterior, each further layer from the posterior of the layer before.
     """
 
     fields: Mapping[str, Any]
@@ -94,11 +97,15 @@ class SavedPosterior(NamedTuple):
     layers: tuple[Layer, ...] = ()
 
     def derive(self, layer: Layer) -> SavedPosterior:
-        """Return this content with one more layer around it."""
+        """Return this content with `layer` added at the end of `layers`."""
         return self._replace(layers=(*self.layers, layer))
 
     def add_to_record(self, **facts: Any) -> SavedPosterior:
-        """Return this content with more facts in the record of the outermost posterior."""
+        """Return this content with `facts` added to the record.
+
+        They are added to the record of the last layer, or of the direct posterior if there are no
+        layers.
+        """
         if not self.layers:
             return self._replace(record={**self.record, **facts})
         *inner, outer = self.layers
@@ -106,15 +113,15 @@ class SavedPosterior(NamedTuple):
 
 
 class Header(NamedTuple):
-    """The validated JSON of a layer, before its arrays are read.
+    """Checked JSON data of a layer, before its arrays are read.
 
     Attributes:
-        codec: Codec of its kind.
-        name: Place in the document, for error messages: "corrections[0]".
-        prefix: Prefix of the names of its tensors: "corrections/0".
-        fields: Its JSON fields except `type` and `record`.
-        record: Its record.
-        tensor_names: Names of its tensors, without the prefix.
+        codec: Codec of this kind of layer.
+        name: Position in the document, for error messages, such as "corrections[0]".
+        prefix: Prefix of the names of the layer's tensors, such as "corrections/0".
+        fields: JSON fields of the layer except `type` and `record`.
+        record: Record of the layer.
+        tensor_names: Names of the layer's tensors, without the prefix.
     """
 
     codec: LayerCodec
@@ -126,15 +133,15 @@ class Header(NamedTuple):
 
 
 def write_layers(layers: Sequence[Layer], dim: int, tensors: Tensors) -> list[dict[str, Any]]:
-    """Convert layers to JSON data, and check that they can be read again.
+    """Convert layers to JSON data, and check that the data can be loaded.
 
     Args:
-        layers: The layers, innermost first.
+        layers: The layers, in the order of `SavedPosterior.layers`.
         dim: Number of standard coordinates of the prior.
-        tensors: Tensors of the file, to which those of the layers are added.
+        tensors: Tensors of the file. This function adds the tensors of the layers.
 
     Raises:
-        ValueError: A layer could not be read again.
+        ValueError: The data of a layer could not be loaded.
     """
     document, arrays = [], Tensors()
     for i, layer in enumerate(layers):
@@ -154,13 +161,13 @@ def write_layers(layers: Sequence[Layer], dim: int, tensors: Tensors) -> list[di
 def require_layers(
     value: Any, codecs: Mapping[str, LayerCodec], dim: int, table: Mapping[str, Entry]
 ) -> list[Header]:
-    """Check the JSON data of layers, and that the table holds all their tensors.
+    """Check the JSON data of layers, and check that the file contains all of their tensors.
 
     Args:
         value: The list "corrections" of the document.
-        codecs: Codec of each kind.
+        codecs: Dict from each kind of layer to its codec.
         dim: Number of standard coordinates of the prior.
-        table: The tensors of the file.
+        table: Table of the tensors in the file.
 
     Raises:
         ArtefactError: The data are malformed, or a tensor is missing or has another shape or dtype.
@@ -188,10 +195,10 @@ def read_layer(header: Header, read: Callable[[str], np.ndarray]) -> Layer:
 
     Args:
         header: The layer, as `require_layers` returns it.
-        read: Function from the name of a tensor to its array.
+        read: Function that maps the name of a tensor to its array.
 
     Raises:
-        ArtefactError: An array holds impossible numbers.
+        ArtefactError: An array contains invalid numbers.
     """
     tensors = {name: read(f"{header.prefix}/{name}") for name in header.tensor_names}
     header.codec.require_arrays(header.prefix, tensors)

@@ -1,9 +1,10 @@
 """Codec of priors.
 
-The structure of a prior is always saved: names, shapes and bounds of its parameters. Its
-distributions are saved if they are numpyro's own. Otherwise the user supplies the prior again when
-the file is loaded. It is then compared with the saved structure, and with the parameters to which
-the saved prior maps a few fixed points of its standard coordinates.
+The structure of a prior (names, shapes and bounds of its parameters) is always saved. The
+distributions are saved if they are classes of numpyro. Otherwise the user must supply the prior
+again when the file is loaded. The structure of the user's prior is then compared with the saved
+structure. The user's prior must also map a few fixed points in standard coordinates to the same
+parameters as the saved prior.
 
 Public names: `encode`, `decode`, `tensor_names`.
 """
@@ -32,13 +33,15 @@ MAX_SITES = 1024
 """Maximum number of sites of a prior."""
 
 MAX_COMPUTED = 2**22
-"""Maximum number of values that distributions hold, beyond twice the number in the file."""
+"""Maximum number of values that distributions may hold in addition to twice the number of values in
+the file. A damaged file could otherwise make constructors fill the memory."""
 
 POINTS = 5
-"""Number of points at which the map from standard coordinates is saved."""
+"""Number of fixed points at which the map from standard coordinates to parameters is saved."""
 
 TOLERANCE = 1e-3
-"""Tolerance of the comparison, relative to the range of the points: precisions differ."""
+"""Maximum difference between parameters at the fixed points, relative to the range of their values.
+It allows for rounding errors in another precision."""
 
 _POINTS, _LOW, _HIGH = "prior/points", "prior/low", "prior/high"
 
@@ -69,7 +72,7 @@ def encode(prior: Prior, tensors: Tensors) -> dict[str, Any]:
 
 
 def tensor_names(value: Any) -> set[str]:
-    """Return the names of all tensors of a prior, from its JSON data."""
+    """Return the names of all tensors to which the JSON data of a prior refer."""
     names = set(distributions.tensor_names(value)) | {_POINTS}
     return names | {_LOW, _HIGH} if value.get("cut") is True else names
 
@@ -80,7 +83,11 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
     Args:
         value: The data.
         tensors: The arrays of the prior, by name.
-        user_prior: The prior that the user supplied, if any.
+        user_prior: Prior that the user supplied, or None.
+
+    Returns:
+        The user's prior if there is one, otherwise the prior that the data describe. If the saved
+        prior was restricted to a box, the returned prior is restricted to the same box.
 
     Raises:
         ArtefactError: The data are malformed, they lack the distributions and the user supplied no
@@ -125,7 +132,7 @@ def _sites(prior: SitePrior, tensors: Tensors) -> list[Any]:
     """Convert the distributions of a prior to JSON data from which they can be rebuilt.
 
     Raises:
-        ValueError: That is impossible; the message says why.
+        ValueError: A distribution cannot be rebuilt from JSON data; the message says why.
     """
     if prior.dependent:
         raise ValueError(f"a model in which {', '.join(sorted(prior.dependent))} depend on others")
@@ -135,8 +142,8 @@ def _sites(prior: SitePrior, tensors: Tensors) -> list[Any]:
         sites.append(distributions.encode(name, site, tensors))
         new_names = list(tensors)[start:]
         copy = distributions.decode(name, sites[-1], tensors)
-        # a constructor may change its arguments, or the object may hold more than these: encode a
-        # copy that was rebuilt, under the same names, and compare
+        # A constructor may change its arguments, and an object may have state that is not among
+        # the arguments. So rebuild the object from the data, encode the copy, and compare.
         copied |= dict.fromkeys(map(str, range(start)), np.zeros(0))
         is_same = distributions.encode(name, copy, copied) == sites[-1]
         if not is_same or any(tensors[n].tobytes() != copied[n].tobytes() for n in new_names):
@@ -147,7 +154,7 @@ def _sites(prior: SitePrior, tensors: Tensors) -> list[Any]:
 def _site(
     name: str, shape: tuple[int, ...], value: Any, tensors: Mapping[str, np.ndarray]
 ) -> dist.Distribution:
-    """Build one distribution, after its size was found without computing any array of it."""
+    """Build one distribution. Check its size first with `jax.eval_shape`, without its arrays."""
     arrays_used = {n: tensors[n] for n in distributions.tensor_names(value) if n in tensors}
     sizes, max_size = [], MAX_COMPUTED + 2 * sum(array.size for array in arrays_used.values())
 
@@ -173,14 +180,14 @@ def _site(
 
 
 def _cut(prior: Prior, tensors: Mapping[str, np.ndarray]) -> BoxPrior:
-    """Restrict a prior to the box of the file."""
+    """Restrict a prior to the box that is saved in the file."""
     if isinstance(prior, BoxPrior):
         return BoxPrior(prior.base, tensors[_LOW], tensors[_HIGH])
     return BoxPrior(prior, tensors[_LOW], tensors[_HIGH])
 
 
 def _points(prior: Prior) -> Any:
-    """Compute parameters (POINTS, D) at fixed standard coordinates."""
+    """Compute the parameters (POINTS, D) of the fixed points in standard coordinates."""
     count = POINTS * prior.standard_dim
     coordinates = 1.5 * np.cos(np.arange(1.0, count + 1.0)).reshape(POINTS, -1)
     return _from_standard(prior, jnp.asarray(coordinates))
@@ -192,7 +199,7 @@ def _from_standard(prior: Prior, y: Array) -> Array:
 
 
 def _require_same_points(prior: Prior, tensors: Mapping[str, np.ndarray], expected: str) -> None:
-    """Raise ArtefactError if the user's prior maps the fixed points elsewhere."""
+    """Raise ArtefactError if the user's prior maps the fixed points to other parameters."""
     points, saved = np.asarray(_points(prior), np.float64), tensors[_POINTS]
     if saved.shape != points.shape or saved.dtype != np.float64:
         raise ArtefactError("prior: expected points to compare it at, got none")

@@ -1,8 +1,9 @@
-"""Codec of settings objects, by a table of names.
+"""Codec of settings objects. A table lists the classes that can be saved.
 
-A density, or a part of one, is written as `{"type": name, "fields": {...}}`. Names are looked up in
-the table below, never in a module. Each value must have the type with which its field is annotated;
-the class then validates it as it does for a user.
+The settings of a density, or of a part of a density, are written as
+`{"type": name, "fields": {...}}`. Names from a file are looked up in the table below only, never in
+a Python module. Each value must have the annotated type of its field; the constructor of the class
+then checks the value as usual.
 
 Public names: `encode`, `decode`, `DENSITIES`.
 """
@@ -59,7 +60,7 @@ METHODS = (
 ADJOINTS = ("RecursiveCheckpointAdjoint", "DirectAdjoint", "ImplicitAdjoint", "BacksolveAdjoint")
 
 MAX_LAYERS = 128
-"""Maximum number of layers of one kind in a density: each takes time to build."""
+"""Maximum number of layers of one kind in a density. It limits the time to build the density."""
 
 MAX_TUPLE_LENGTH = 2**16
 MAX_INTEGER = 2**31 - 1
@@ -72,10 +73,10 @@ def encode(name: str, value: Any) -> Any:
 
     Args:
         name: Name of the settings, for error messages.
-        value: The settings object, or the value of one of its fields.
+        value: A settings object, or the value of a field of a settings object.
 
     Raises:
-        ValueError: A part has a class that is not in the table.
+        ValueError: The class of the object, or of one of its fields, is not in the table.
     """
     if value is None or isinstance(value, bool | str):
         return value
@@ -106,7 +107,7 @@ def decode(name: str, value: Any, *allowed: type) -> Any:
         *allowed: Allowed classes.
 
     Raises:
-        ArtefactError: The data name another class, or do not fit its fields.
+        ArtefactError: The class in the data is not allowed, or the data do not fit its fields.
     """
     kind, data = expect_fields(name, value, "type", "fields")
     known = {each.__name__: each for each in allowed}
@@ -132,7 +133,7 @@ def _annotations(kind: type) -> dict[str, Any]:
 
 
 def _value(name: str, field: str, value: Any, hint: Any) -> Any:
-    """Convert the value of a field to the annotated type, or raise ArtefactError."""
+    """Convert the JSON value of a field to its annotated type; raise ArtefactError on failure."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return _any_of(name, field, value, parts)
@@ -157,7 +158,7 @@ def _value(name: str, field: str, value: Any, hint: Any) -> Any:
 
 
 def _any_of(name: str, field: str, value: Any, hints: tuple) -> Any:
-    """Convert a value to the first type of a union that fits."""
+    """Convert a JSON value to the first type of a union that accepts the value."""
     if value is None and type(None) in hints:
         return None
     hints = tuple(hint for hint in hints if hint is not type(None))
@@ -183,7 +184,7 @@ def _of_diffrax(name: str, field: str, value: Any) -> Any:
 
 
 def _is_plain_diffrax(value: Any) -> bool:
-    """Return whether an object of diffrax equals one created without arguments."""
+    """Return whether a diffrax object has only default arguments."""
     import diffrax
 
     kind = getattr(diffrax, type(value).__name__, None)

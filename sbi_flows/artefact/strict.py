@@ -1,6 +1,7 @@
-"""JSON from untrusted files: limited in size and depth, and unambiguous.
+"""Strict parser for JSON from untrusted files.
 
-Functions named `expect_...` return a value of the expected type, or raise ArtefactError.
+The parser limits nesting and numbers, and rejects ambiguous JSON. Functions with names `expect_...`
+check the type of a value; they return the value or raise ArtefactError.
 
 Public names: `parse_json`, `to_json`, `expect_fields`, `expect_type`, `expect_integer`,
 `expect_number`, `expect_list`.
@@ -23,7 +24,7 @@ MAX_DIGITS = 20
 
 T = TypeVar("T")
 
-# possessive quantifiers, as backtracking would need memory for each character
+# possessive quantifiers avoid backtracking, which would need memory for each character
 _BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[{]|[\]}]', re.DOTALL)
 
 _SURROGATES = re.compile(r"\\u[dD][89a-fA-F]")
@@ -37,8 +38,9 @@ def parse_json(text: str, name: str) -> Any:
         name: Name of the part of the file, for error messages.
 
     Raises:
-        ArtefactError: The text is not JSON, or it repeats a key, nests too deeply, or holds NaN,
-            infinity, an integer with too many digits or half of a surrogate pair.
+        ArtefactError: The text is not JSON, an object repeats a key, the nesting is too deep, or
+            the text contains NaN, infinity, an integer with too many digits or half of a surrogate
+            pair.
 
     Example:
         >>> parse_json('{"a": [1, 2.5, null]}', "document")
@@ -85,7 +87,7 @@ def parse_json(text: str, name: str) -> Any:
             parse_float=to_float,
             parse_constant=refuse,
         )
-        if _SURROGATES.search(text):  # two may encode one character, a single one is invalid
+        if _SURROGATES.search(text):  # a pair encodes one character; a single one is invalid
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ArtefactError(f"{name}: expected JSON, got {error}") from None
@@ -93,12 +95,12 @@ def parse_json(text: str, name: str) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """Convert plain data to JSON text; equal data give the same text."""
+    """Convert JSON data to text. Equal data always give the same text."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def expect_fields(name: str, value: Any, *expected: str) -> tuple:
-    """Return the values of an object that has exactly the expected keys, in their order."""
+    """Check that a JSON object has exactly the expected keys; return its values in this order."""
     value = expect_type(name, value, dict, "an object")
     if set(value) != set(expected):
         got = sorted(value)[:10]
@@ -107,7 +109,7 @@ def expect_fields(name: str, value: Any, *expected: str) -> tuple:
 
 
 def expect_type(name: str, value: Any, kind: type[T], wanted: str) -> T:
-    """Return a value of a type; a boolean is not an integer.
+    """Check that a value has the expected type, and return it. Booleans do not count as integers.
 
     Args:
         name: Name of the value, for the error message.
@@ -121,7 +123,7 @@ def expect_type(name: str, value: Any, kind: type[T], wanted: str) -> T:
 
 
 def expect_integer(name: str, value: Any, least: int, most: int) -> int:
-    """Return an integer from `least` to `most`."""
+    """Check that a value is an integer from `least` to `most`, and return it."""
     value = expect_type(name, value, int, "a whole number")
     if not least <= value <= most:
         raise ArtefactError(f"{name}: expected a number from {least} to {most}, got {value}")
@@ -129,14 +131,14 @@ def expect_integer(name: str, value: Any, least: int, most: int) -> int:
 
 
 def expect_number(name: str, value: Any) -> float:
-    """Return an integer or a float."""
+    """Check that a value is an integer or a float, and return it."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ArtefactError(f"{name}: expected a number, got {_short(value)}")
     return value
 
 
 def expect_list(name: str, value: Any, most: int) -> list:
-    """Return a list of at most `most` entries."""
+    """Check that a value is a list of at most `most` entries, and return it."""
     value = expect_type(name, value, list, "a list")
     if len(value) > most:
         raise ArtefactError(f"{name}: expected at most {most} entries, got {len(value)}")

@@ -1,4 +1,4 @@
-"""Simulations: the data set, the simulator on devices, processes and clusters, stores on disk.
+"""Run simulators on devices, processes and clusters, and keep the simulations in memory or on disk.
 
-Nothing is imported here: a worker process loads `worker` without JAX.
+This package imports nothing here, so that a worker process can import `worker` without JAX.
 """

@@ -1,9 +1,10 @@
 """Run JAX simulators in compiled calls on all devices of this process.
 
-On a CPU, a device simulates batches of `CPU_BATCH_ROWS` rows one after another; an accelerator
-simulates all of its rows at once. Rows are independent, so each device runs the program of a single
-device on its share of the rows. A row is the same, bit for bit, on any number of devices. (On
-accelerators, whose kernels depend on the number of rows, it may differ in the last digits.)
+A CPU device simulates its rows in batches of `CPU_BATCH_ROWS`, one batch at a time. An accelerator
+simulates all of its rows at once. Rows are independent, so each device runs the same program on its
+share of the rows. On CPUs the result of a row is the same, bit for bit, for any number of devices.
+On accelerators the result may differ in the last digits, because the kernels depend on the number
+of rows.
 
 Public names: `MAX_CALL_ROWS`, `CPU_BATCH_ROWS`, `CallPlan`, `plan_calls`, `plan_store_calls`,
 `trace_outputs`, `simulate_call`, `with_current_state`.
@@ -29,24 +30,31 @@ MAX_CALL_ROWS = 16_384
 """Maximum number of rows that one device simulates in one compiled call."""
 
 CPU_BATCH_ROWS = 256
-"""Rows in one vectorised batch on a CPU. Their arrays stay in its cache, and an adaptive solver
-takes as many steps as the slowest row of a small batch, not the slowest of thousands."""
+"""Number of rows in one vectorised batch on a CPU. The arrays of a small batch fit into the cache
+of the CPU. In a vectorised batch, an adaptive solver takes as many steps as the slowest row needs,
+so a small batch also wastes fewer steps."""
 
 _ROWS = PartitionSpec("rows")
 
 
 class CallPlan(NamedTuple):
-    """Number of rows of one compiled call, and the devices that share them if there are several."""
+    """Size of compiled calls.
+
+    Attributes:
+        rows: Number of rows in one call.
+        mesh: Mesh of the devices that share the rows; None for a single device.
+    """
 
     rows: int
     mesh: Mesh | None
 
 
 def plan_calls(n: int) -> CallPlan:
-    """Choose the size of compiled calls for n rows: one call hardly longer, or several equal ones.
+    """Choose the size of compiled calls for n rows.
 
-    All devices of this process take part, as long as each has `CPU_BATCH_ROWS` rows to simulate. If
-    the user has chosen a device, with `jax.default_device` for example, it is used alone.
+    The calls all have the same number of rows. A few rows are added if n is not a multiple of it.
+    All devices of this process are used, as long as each has `CPU_BATCH_ROWS` rows to simulate. If
+    the user has chosen a device, for example with `jax.default_device`, only this device is used.
     """
     if n <= CPU_BATCH_ROWS:
         return CallPlan(n, None)
@@ -56,14 +64,15 @@ def plan_calls(n: int) -> CallPlan:
 def plan_store_calls(chunk_rows: int) -> CallPlan:
     """Choose the size of compiled calls for a store with chunks of this many rows.
 
-    The size is the same for any number of rows: a shorter call might round differently.
+    The size does not depend on the number of rows that are missing in the store: a call of another
+    size might round differently.
     """
     batches = max(-(-chunk_rows // CPU_BATCH_ROWS), len(_devices()))
     return _plan_batches(batches, batches)
 
 
 def _plan_batches(batches: int, max_per_device: int) -> CallPlan:
-    """Divide batches among devices, of which each takes at most so many in one call."""
+    """Divide batches among devices; each device gets at most `max_per_device` in one call."""
     devices = _devices()
     per_device = min(-(-batches // len(devices)), max_per_device)
     count = min(-(-batches // per_device), len(devices))
@@ -72,15 +81,15 @@ def _plan_batches(batches: int, max_per_device: int) -> CallPlan:
 
 
 def trace_outputs(key: Key, prior: Prior, simulator: Simulator, plan: CallPlan) -> Any:
-    """Trace one call of `simulate_call`, and return shape and dtype of one row of its outputs.
+    """Trace one call of `simulate_call`; return shape and dtype of each output for one row.
 
-    JAX keeps the trace: the call itself compiles it, and does not trace the simulator again.
+    JAX caches the trace, so the call itself does not trace the simulator again.
 
     Args:
-        key: Random key, of the kind that the call will have.
+        key: Random key of the same key type as in the call.
         prior: The prior.
         simulator: The simulator.
-        plan: Size of the call, and its devices.
+        plan: Number of rows and devices of the call.
 
     Returns:
         A tree of `jax.ShapeDtypeStruct`.
@@ -103,12 +112,12 @@ def trace_outputs(key: Key, prior: Prior, simulator: Simulator, plan: CallPlan) 
 def simulate_call(
     prior: Prior, simulator: Simulator, keys: Key, theta: Array, mesh: Mesh | None
 ) -> Obs:
-    """Simulate one call's keys (N,) and parameters (N, D), N being the `rows` of its plan."""
+    """Simulate N rows with keys (N,) and parameters (N, D); N is `CallPlan.rows`."""
     if mesh is None:
         return _on_one_device(prior, simulator, keys, theta)
     shares = jax.device_put((keys, theta), NamedSharding(mesh, _ROWS))
     x = _on_all_devices(prior, simulator, mesh, *shares)
-    # later computations on x run on the default device alone
+    # x is moved to the default device, so that later computations on x run there only
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), x)
 
 
@@ -122,7 +131,8 @@ def _on_one_device(prior: Prior, simulator: Simulator, keys: Key, theta: Array) 
 @full_precision
 def _on_all_devices(prior: Prior, simulator: Simulator, mesh: Mesh, keys: Key, theta: Array) -> Obs:
     share = partial(_simulate_share, prior, simulator)
-    # check_vma: a loop of the simulator may start at constants, which do not vary over devices
+    # check_vma is off: the simulator may have a loop that starts from constants, which JAX would
+    # reject because constants do not vary over the devices
     split = jax.shard_map(share, mesh=mesh, in_specs=_ROWS, out_specs=_ROWS, check_vma=False)
     return split(keys, theta)
 
@@ -136,17 +146,17 @@ def _simulate_share(prior: Prior, simulator: Simulator, keys: Key, theta: Array)
 
 
 def _devices() -> list[Any]:
-    """Return the devices that simulate."""
+    """Return the devices on which simulations run."""
     default = getattr(jax.config, "jax_default_device", None)
     return jax.local_devices() if default is None else [default]
 
 
 def with_current_state(simulator: Simulator) -> Simulator:
-    """Return a simulator that JAX compiles again if its attributes may have changed.
+    """Return a simulator that JAX compiles anew, with the present values of its attributes.
 
-    The attributes of a callable object, or of the object of a method, may change between two calls.
-    A program that was compiled before would not see the change. Plain functions are returned
-    unchanged.
+    The attributes of a callable object, or of an object whose method is the simulator, may change
+    between two calls. A program that was compiled earlier would still use the old values. Plain
+    functions are returned unchanged.
     """
     if isinstance(simulator, FunctionType) or hasattr(simulator, "__wrapped__"):
         return simulator

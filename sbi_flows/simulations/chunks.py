@@ -1,4 +1,4 @@
-"""Read the chunks of a store; everything in a file is checked before it is used.
+"""Read the chunks of a store, and check the content of every file before it is used.
 
 Public names: `SealedChunk`, `sealed_chunks`, `OpenChunk`, `open_chunks`, `read_array`, `Column`,
 `spoilt_on_error`.
@@ -19,18 +19,18 @@ from sbi_flows.simulations.disk import LazyArray
 from sbi_flows.simulations.simulations import MAX_INDEX
 
 CODECS = {"BytesCodec", "ZstdCodec", "GzipCodec", "BloscCodec", "Crc32cCodec"}
-"""Codecs of zarr that are allowed: they convert bytes to numbers, and run no code."""
+"""Allowed zarr codecs. They only convert bytes to numbers and never run code from the file."""
 
 
 class SealedChunk(NamedTuple):
-    """A complete chunk: its seal was written after its arrays.
+    """A complete chunk, as its seal describes it. The seal is written after the arrays.
 
     Attributes:
-        start: Number of the first row.
+        start: Row number of the first row.
         count: Number of rows.
         checksum: Checksum of the arrays.
-        failed: Reasons of failed rows, by row number.
-        group: Group of the chunk in the store.
+        failed: Dict from the row number of a failed row to the reason of the failure.
+        group: Zarr group of the chunk.
     """
 
     start: int
@@ -42,14 +42,14 @@ class SealedChunk(NamedTuple):
 
 @contextlib.contextmanager
 def spoilt_on_error(path: str, what: str) -> Iterator[None]:
-    """Context that turns every error of a library that reads the store into `StoreSpoilt`.
+    """Context manager that converts the errors of zarr and its codecs to `StoreSpoilt`.
 
     Args:
         path: Path of the store.
-        what: What is read, for the message.
+        what: Description of the data that are read, for the error message.
 
     Raises:
-        StoreSpoilt: The block raises any other error than ours.
+        StoreSpoilt: The block raises an error that is not one of this library.
     """
     try:
         yield
@@ -67,9 +67,9 @@ class OpenChunk(NamedTuple):
     """A complete chunk whose arrays have a valid layout.
 
     Attributes:
-        start: Number of the first row.
+        start: Row number of the first row.
         count: Number of rows.
-        arrays: Arrays of zarr by name, on disk.
+        arrays: Zarr arrays on disk, by name.
     """
 
     start: int
@@ -81,14 +81,14 @@ def sealed_chunks(path: str, rows: Any) -> list[SealedChunk]:
     """Return complete chunks in the order of their rows, without opening their arrays.
 
     Args:
-        path: Path of the store, for errors.
-        rows: Group of its chunks.
+        path: Path of the store, for error messages.
+        rows: Zarr group that holds all chunks of the store.
 
     Raises:
         StoreSpoilt: A seal is invalid, or two chunks have rows in common.
     """
     with spoilt_on_error(path, "groups of rows"), warnings.catch_warnings():
-        # the folder of a chunk whose first file was not finished is no group yet
+        # a killed process may leave a folder without the file that makes it a zarr group
         warnings.filterwarnings("ignore", "Object at .* is not recognized as a component")
         groups = sorted(rows.groups())
     chunks: list[SealedChunk] = []
@@ -105,10 +105,11 @@ def sealed_chunks(path: str, rows: Any) -> list[SealedChunk]:
 
 
 def open_chunks(path: str, chunks: list[SealedChunk]) -> list[OpenChunk]:
-    """Open the arrays of chunks, which must have one layout.
+    """Open the arrays of chunks; all chunks must have the same layout (row shapes and dtypes).
 
     Raises:
-        StoreSpoilt: A layout is invalid, or differs from that of the first chunk.
+        StoreSpoilt: The layout of a chunk is invalid, or differs from the layout of the first
+            chunk.
     """
     opened: list[OpenChunk] = []
     first_layout = None
@@ -128,7 +129,7 @@ def read_array(path: str, chunk: OpenChunk, name: str) -> np.ndarray:
     """Read an array of a chunk, in native byte order.
 
     Raises:
-        StoreSpoilt: It cannot be read.
+        StoreSpoilt: The array cannot be read.
     """
     with spoilt_on_error(path, f"rows/{chunk.start:012d}/{name}"):
         array = chunk.arrays[name][:]
@@ -136,11 +137,11 @@ def read_array(path: str, chunk: OpenChunk, name: str) -> np.ndarray:
 
 
 class Column(LazyArray):
-    """One array of the observations, over all chunks.
+    """One array of the observations, with the rows of all chunks.
 
     Args:
-        path: Path of the store, for errors.
-        chunks: The chunks, of one layout.
+        path: Path of the store, for error messages.
+        chunks: The chunks; they have the same layout.
         name: Name of the array in each chunk.
     """
 
@@ -159,17 +160,17 @@ class Column(LazyArray):
         for c in np.unique(chunk_of_row):
             in_chunk, chunk = chunk_of_row == c, self._chunks[c]
             first = self._ends[c] - chunk.count
-            # zarr stores a chunk as one object, and reads all of it in any case
+            # zarr stores the array of a chunk as one object, and always reads all of it
             array = read_array(self._path, chunk, self._name)
             values[in_chunk] = array[numbers[in_chunk] - first]
         return values
 
 
 def _sealed_chunk(name: str, seal: Any, group: Any) -> SealedChunk:
-    """Check a seal.
+    """Check the seal of a chunk, and return the chunk.
 
     Raises:
-        ValueError: It is invalid.
+        ValueError: The seal is invalid.
     """
     failed = {int(row): reason for row, reason in seal["failed"].items()}
     chunk = SealedChunk(int(name), seal["rows"], seal["sha256"], failed, group)
@@ -183,7 +184,7 @@ def _sealed_chunk(name: str, seal: Any, group: Any) -> SealedChunk:
 
 
 def _layout(count: int, arrays: dict[str, Any]) -> dict[str, tuple]:
-    """Return row shape and dtype of each array of a chunk of `count` rows.
+    """Return the layout of a chunk of `count` rows: row shape and dtype of each array.
 
     Raises:
         ValueError: A codec is not allowed, an array is missing, or a shape is wrong.

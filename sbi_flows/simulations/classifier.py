@@ -1,8 +1,8 @@
 """A small binary classifier with calibrated probabilities.
 
-Networks are trained by cross-validation, each without one fold of the rows, starting from logistic
-regression. Each fold has two halves: a network that was stopped early by the loss of one half is
-tested on the other half.
+Networks are trained by cross-validation: each network leaves out one fold of the rows. Training
+starts at a logistic regression. The held-out fold has two halves. The loss on one half decides when
+training stops; the network is then tested on the other half.
 
 Public names: `Network`, `Classifier`, `fit_classifier`, `mean_probability`.
 """
@@ -23,20 +23,20 @@ from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key
 
 MAX_ROWS = 50_000
-"""Maximum number of rows that are used."""
+"""Maximum number of rows for training and test; further rows are ignored."""
 
 FOLDS, WIDTH, NEWTON_STEPS = 5, 32, 20
 EPOCHS, EPOCH_STEPS, BATCH_SIZE, LEARNING_RATE = 20, 50, 512, 5e-3
 
 
 class Network(NamedTuple):
-    """Logistic regression on coordinates, their squares and the last layer of a small MLP.
+    """Logistic regression on the inputs y, their squares, and the last hidden layer of a small MLP.
 
     Attributes:
         matrices: Weights of the hidden layers.
         biases: Biases of the hidden layers.
         coefficients: Coefficients of the regression.
-        intercept: Its intercept.
+        intercept: Intercept of the regression.
     """
 
     matrices: list[Array]
@@ -46,12 +46,15 @@ class Network(NamedTuple):
 
 
 class Classifier(NamedTuple):
-    """Networks fitted by cross-validation, and their predictions of held-out rows.
+    """Networks fitted by cross-validation, and their predictions for held-out rows.
+
+    K is the number of folds; each fold holds out two halves of r rows.
 
     Attributes:
-        networks: The networks, two for each of K folds, stacked on one leading axis.
-        p: Probabilities of held-out rows (K, 2, r), by networks that have not seen them.
-        constant: Fraction of ones in the other folds, shape (K, 1, 1).
+        networks: All 2 K networks, two for each fold, stacked on one leading axis.
+        p: Predicted probability that the label of a held-out row is 1, shape (K, 2, r). The
+            network that predicts a row has not used this row, neither in training nor for stopping.
+        constant: Fraction of ones in the training rows of each fold, shape (K, 1, 1).
         labels: Labels of the held-out rows, 0 or 1, shape (K, 2, r).
     """
 
@@ -62,12 +65,12 @@ class Classifier(NamedTuple):
 
 
 def fit_classifier(key: Key, y: np.ndarray, labels: np.ndarray) -> Classifier:
-    """Fit the probability that a label is 1.
+    """Fit the probability that a label is 1, as a function of y.
 
     Args:
         key: Random key.
-        y: Coordinates of unit scale, shape (N, d).
-        labels: Labels, shape (N,); both values must occur.
+        y: Inputs, scaled to unit standard deviation, shape (N, d).
+        labels: Labels 0 or 1, shape (N,); each of the two values must occur.
     """
     order_key, fit_key, batch_key = jax.random.split(key, 3)
     rows = _stratified_blocks(order_key, labels)
@@ -75,7 +78,7 @@ def fit_classifier(key: Key, y: np.ndarray, labels: np.ndarray) -> Classifier:
     shape = (FOLDS, EPOCHS, EPOCH_STEPS, BATCH_SIZE)
     batches = jax.random.randint(batch_key, shape, 0, train[1].shape[1])
     networks = _fit(jax.random.split(fit_key, FOLDS), train, held_out, batches)
-    # each half is predicted by the network that was stopped by the other half
+    # predict each half with the network whose training was stopped by the other half
     p = _predict_halves(jax.tree.map(lambda leaf: leaf[:, ::-1], networks), held_out[0])
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), networks)
     constant = train[1].mean(axis=1, dtype=float)[:, None, None]
@@ -83,7 +86,11 @@ def fit_classifier(key: Key, y: np.ndarray, labels: np.ndarray) -> Classifier:
 
 
 def _stratified_blocks(key: Key, labels: np.ndarray) -> np.ndarray:
-    """Return row indices (2 K, r) in random order, with equal fractions of zeros in each block."""
+    """Divide rows into blocks at random, with nearly the same fraction of zeros in each block.
+
+    Returns:
+        Row indices, shape (2 K, r): 2 K blocks of r rows.
+    """
     count = min(len(labels), MAX_ROWS) // (2 * FOLDS)
     order = np.asarray(jax.random.permutation(key, len(labels)))[: count * 2 * FOLDS]
     order = order[np.argsort(labels[order], kind="stable")]
@@ -91,15 +98,17 @@ def _stratified_blocks(key: Key, labels: np.ndarray) -> np.ndarray:
 
 
 def _split_folds(y: np.ndarray, labels: np.ndarray) -> tuple[tuple, tuple]:
-    """Split blocks into training rows and held-out rows of each fold.
+    """Split 2 K blocks into training rows and held-out rows for each of K folds.
+
+    Each fold holds out two blocks, and trains on the n rows of all other blocks.
 
     Args:
-        y: Coordinates, shape (2 K, r, d).
+        y: Inputs, shape (2 K, r, d).
         labels: Labels, shape (2 K, r).
 
     Returns:
-        Coordinates (K, n, d) and labels (K, n) for training; coordinates (K, 2, r, d) and labels
-        (K, 2, r) that are held out.
+        Inputs (K, n, d) and labels (K, n) for training, and held-out inputs (K, 2, r, d) and labels
+        (K, 2, r).
     """
     held_blocks = np.arange(2 * FOLDS).reshape(FOLDS, 2)
     train_blocks = np.array([np.setdiff1d(held_blocks, pair) for pair in held_blocks])
@@ -126,7 +135,7 @@ def _loss(network: Network, y: Array, labels: Array) -> Array:
 
 
 def _constant_network(key: Key, dim: int, p: Array) -> Network:
-    """Return a network with probability p everywhere."""
+    """Return a network that predicts probability p for all inputs."""
     widths = (dim, WIDTH, WIDTH)
     matrices = [
         jax.random.normal(k, (a, b), p.dtype) / a**0.5
@@ -137,7 +146,7 @@ def _constant_network(key: Key, dim: int, p: Array) -> Network:
 
 
 def _start_at_regression(network: Network, y: Array, labels: Array) -> Network:
-    """Set the coefficients to those of a ridge logistic regression, found by Newton's method."""
+    """Set coefficients and intercept by ridge logistic regression, fitted with Newton's method."""
     rows = jnp.concatenate([y, y**2, jnp.ones((len(y), 1), y.dtype)], axis=1)
     ridge = jnp.ones(rows.shape[1], y.dtype).at[-1].set(0.0)
 
@@ -151,7 +160,7 @@ def _start_at_regression(network: Network, y: Array, labels: Array) -> Network:
     weights = jax.lax.scan(newton, start, length=NEWTON_STEPS)[0]
     coefficients = network.coefficients.at[: rows.shape[1] - 1].set(weights[:-1])
     regression = network._replace(coefficients=coefficients, intercept=weights[-1])
-    # Newton's method may diverge where zeros are rare, or separated from ones by a plane
+    # Newton's method may diverge if zeros are rare, or if a plane separates zeros from ones
     is_better = _loss(regression, y, labels) < _loss(network, y, labels)
     return jax.tree.map(partial(jnp.where, is_better), regression, network)
 
@@ -161,14 +170,14 @@ def _start_at_regression(network: Network, y: Array, labels: Array) -> Network:
 def _fit(
     keys: Key, train: tuple[Array, Array], held_out: tuple[Array, Array], batches: Array
 ) -> Network:
-    """Fit networks (K, 2): for each fold, one stopped by each half of its held-out rows."""
+    """Fit networks (K, 2): one for each held-out half of each fold, which stops the training."""
     return jax.vmap(_fit_fold)(keys, train, held_out, batches)
 
 
 def _fit_fold(
     key: Key, train: tuple[Array, Array], held_out: tuple[Array, Array], batches: Array
 ) -> Network:
-    """Fit two networks (2,) of one fold."""
+    """Fit the two networks (2,) of one fold."""
     y, labels = train
     constant = _constant_network(key, y.shape[1], jnp.mean(labels))
     network = _start_at_regression(constant, y, labels)
@@ -196,7 +205,11 @@ def _fit_fold(
 def _keep_best(
     best: tuple[Network, Array], network: Network, held_out: tuple[Array, Array]
 ) -> tuple[Network, Array]:
-    """Return the networks (2,) with the smallest loss on each held-out half, and the losses."""
+    """Keep, for each held-out half, the network with the smallest loss on this half.
+
+    Returns:
+        The best networks (2,) so far, and their losses (2,).
+    """
     networks, best_losses = best
     losses = jax.vmap(partial(_loss, network))(*held_out)
     is_better = losses < best_losses
@@ -210,13 +223,13 @@ def _keep_best(
 @jax.jit
 @full_precision
 def _predict_halves(networks: Network, y: Array) -> Array:
-    """Predict probabilities (K, 2, r) of rows (K, 2, r, d) with networks (K, 2)."""
+    """Predict probabilities (K, 2, r) for inputs (K, 2, r, d) with networks (K, 2)."""
     return jax.nn.sigmoid(jax.vmap(jax.vmap(_logits))(networks, y))
 
 
 @jax.jit
 @full_precision
 def mean_probability(networks: Network, y: Array) -> Array:
-    """Average the probabilities (N,) of all networks."""
+    """Return the mean of the probabilities that all networks predict, shape (N,)."""
     p = jax.lax.map(lambda network: jax.nn.sigmoid(_logits(network, y)), networks)
     return jnp.mean(p, axis=0)

@@ -1,7 +1,7 @@
-"""Arrays on disk, of which rows are read when they are asked for.
+"""Arrays on disk. Their rows are read from disk when they are indexed.
 
-An array on disk has the dtype that the same array in memory would get: integers that JAX holds in
-its present precision stay integers, all others become floats.
+An array on disk has the same dtype as it would have in memory. Integers stay integers if JAX can
+hold their values in its present precision; all other numbers become floats.
 
 Public names: `LazyArray`, `ON_DISK`, `is_on_disk`, `keep_on_disk`, `finite_rows_on_disk`.
 """
@@ -26,11 +26,11 @@ MAX_READ_ENTRIES = 2**24
 
 
 class LazyArray(abc.ABC):
-    """Abstract array whose rows are read when they are asked for.
+    """Abstract array on disk. Its rows are read when it is indexed.
 
     Attributes:
-        shape: Its shape.
-        dtype: Dtype of its entries.
+        shape: Shape of the array.
+        dtype: Dtype of the entries.
     """
 
     shape: tuple[int, ...]
@@ -58,7 +58,7 @@ class LazyArray(abc.ABC):
 DiskArray: TypeAlias = np.memmap | LazyArray
 
 ON_DISK = (np.memmap, LazyArray)
-"""Types of arrays that are on disk."""
+"""Types of arrays on disk."""
 
 
 def is_on_disk(x: Obs) -> bool:
@@ -67,9 +67,10 @@ def is_on_disk(x: Obs) -> bool:
 
 
 def keep_on_disk(array: DiskArray) -> DiskArray:
-    """Return an array on disk whose rows are read in the dtype that JAX holds them in.
+    """Return an array on disk whose rows are converted to JAX's dtype when they are read.
 
-    Integers of a dtype that JAX narrows are read once, to find whether all of them fit.
+    If JAX has a narrower integer dtype than the array, all integers are read once, to find out
+    whether they fit into JAX's dtype.
 
     Raises:
         ValueError: The entries are not real numbers.
@@ -91,24 +92,24 @@ class _Converted(LazyArray):
 
 
 def _dtype_in_memory(array: DiskArray) -> np.dtype:
-    """Return the dtype that `as_real_array` gives the entries of an array."""
+    """Return the dtype that the array would have in memory, as `as_real_array` chooses it."""
     without_entries = as_real_array("x", np.zeros(0, array.dtype)).dtype
     if without_entries.kind not in "iu" or without_entries == array.dtype.newbyteorder("="):
         return without_entries
-    # the conversion of wide integers depends on their values
+    # wide integers stay integers only if all values fit, so all of them have to be read
     dtypes = {as_real_array("x", array[rows]).dtype for rows in _slices([array])}
     return without_entries if dtypes <= {without_entries} else np.dtype(jnp.result_type(float))
 
 
 def finite_rows_on_disk(x: Obs, finite_rows: Callable[[list[Array]], Array]) -> Array:
-    """Apply a function that tells which rows are finite to all of x, some rows at a time."""
+    """Apply `finite_rows`, a function that finds the finite rows, to x in blocks of rows."""
     leaves = jax.tree.leaves(x)
     parts = [finite_rows([jnp.asarray(a[rows]) for a in leaves]) for rows in _slices(leaves)]
     return jnp.concatenate(parts)
 
 
 def _slices(leaves: list[Any]) -> Iterator[slice]:
-    """Yield slices of rows that together have at most `MAX_READ_ENTRIES` entries."""
+    """Yield slices that cover all rows, each with at most `MAX_READ_ENTRIES` entries."""
     row_entries = sum(math.prod(a.shape[1:]) for a in leaves)
     size = max(1, MAX_READ_ENTRIES // max(1, row_entries))
     for start in range(0, len(leaves[0]), size):

@@ -1,7 +1,7 @@
 """Run external simulators in worker processes of this machine or of a Dask cluster.
 
-Each simulation has its own seed, so that the result depends neither on the executor nor on the
-order of the simulations. If a worker process dies, one row is lost.
+Each simulation has its own seed. The result therefore depends neither on the executor nor on the
+order of the simulations. If a worker process dies, only the row that it was simulating is lost.
 
 Public names: `Executor`, `Processes`, `Dask`, `Task`, `External`, `row_seeds`.
 """
@@ -28,7 +28,7 @@ from sbi_flows.simulations.processes import Limits, Process, pickle_job
 from sbi_flows.simulations.worker import Job, Row
 
 _QUEUED_ROWS = 64
-"""Maximum number of finished rows per worker that wait to be read."""
+"""Maximum number of finished rows per worker that wait in the queue of results."""
 
 
 Task = tuple[int, int, Any]
@@ -37,7 +37,7 @@ Task = tuple[int, int, Any]
 
 @runtime_checkable
 class Executor(Protocol):
-    """Settings of where external simulators run."""
+    """Protocol of settings that say where external simulators run."""
 
     def run(self, job: Job, limits: Limits, tasks: Iterable[Task]) -> Iterator[tuple[int, Row]]:
         """Run tasks; yield number and result of each row when it is finished, in any order."""
@@ -46,11 +46,11 @@ class Executor(Protocol):
 
 @runtime_checkable
 class External(Protocol):
-    """An external simulator: one that JAX cannot trace. See `simulators.ExternalSimulator`."""
+    """Protocol of simulators that JAX cannot trace. See `simulators.ExternalSimulator`."""
 
     @property
     def job(self) -> Job:
-        """Settings of the worker processes."""
+        """Settings that are sent to each worker process."""
         ...
 
     @property
@@ -60,16 +60,18 @@ class External(Protocol):
 
     @property
     def executor(self) -> Executor:
-        """Executor that is used by default."""
+        """Executor that is used if the caller gives none."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Processes:
-    """Executor on this machine: processes that each run one simulation at a time.
+    """Executor that runs simulations in several processes of this machine.
+
+    Each process runs one simulation at a time.
 
     Attributes:
-        workers: Number of processes; None for the number of cores.
+        workers: Number of processes; None for one process per CPU core.
 
     Raises:
         ValueError: `workers` is not positive.
@@ -89,7 +91,7 @@ class Processes:
     def run(self, job: Job, limits: Limits, tasks: Iterable[Task]) -> Iterator[tuple[int, Row]]:
         """Run tasks; yield number and result of each row when it is finished, in any order."""
         count = self.workers or _cores()
-        # a bounded queue: simulations wait for the reader of the rows
+        # the queue has a maximum size: if it is full, simulations wait until rows are read
         results: queue.Queue[_Result] = queue.Queue(_QUEUED_ROWS * count)
         processes = [Process(pickle_job(job)) for _ in range(count)]
         work = partial(_work, iter(tasks), threading.Lock(), results, limits)
@@ -117,7 +119,7 @@ class Processes:
 
 
 _Result = tuple[int, Row] | BaseException | None
-"""A finished row, an error that ended a thread, or None from a thread without further tasks."""
+"""Entry of the queue: a finished row, an error in a thread, or None when a thread has ended."""
 
 
 def _work(
@@ -127,7 +129,7 @@ def _work(
     limits: Limits,
     process: Process,
 ) -> None:
-    """Run tasks in one process until none is left; the body of a thread."""
+    """Run tasks in one worker process until no task is left. Each thread calls this function."""
     try:
         while not process.closed:
             with lock:
@@ -137,15 +139,16 @@ def _work(
             number, seed, theta = task
             results.put((number, process.run(seed, theta, limits)))
         results.put(None)
-    except BaseException as error:  # the reader of the rows raises it
+    except BaseException as error:  # raised again by the thread that reads the queue
         results.put(error)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Dask:
-    """Executor on a Dask cluster: each thread of its workers has a process for simulations.
+    """Executor that runs simulations on a Dask cluster.
 
-    The tasks of a worker that dies run on other workers. Install the extra `distributed`.
+    Each thread of a Dask worker starts its own process for simulations. If a Dask worker dies, its
+    tasks run on other workers. Needs the optional dependency `sbi-flows[distributed]`.
 
     Attributes:
         client: A `dask.distributed.Client`, or the address of a scheduler.
@@ -166,7 +169,7 @@ class Dask:
     rows: int = 32
 
     def __post_init__(self) -> None:
-        """Check the number of simulations in a task."""
+        """Check `rows`."""
         require_count(1, rows=self.rows)
 
     def run(self, job: Job, limits: Limits, tasks: Iterable[Task]) -> Iterator[tuple[int, Row]]:
@@ -185,7 +188,7 @@ class Dask:
             return list(futures)
 
         try:
-            # a few per thread, so that no thread waits; all of them might not fit in memory
+            # submit a few tasks per thread: no thread then waits, and the tasks fit into memory
             threads: Any = client.ncores()
             finished = as_completed(submit(4 * max(1, sum(threads.values()))))
             for future in finished:
@@ -200,7 +203,7 @@ class Dask:
 
 
 def _batched(tasks: Iterable[Task], size: int) -> Iterator[list[Task]]:
-    """Yield the tasks in lists of this size."""
+    """Yield the tasks in lists of length `size`; the last list may be shorter."""
     iterator = iter(tasks)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
@@ -217,7 +220,7 @@ def _results(future: Any, tasks: list[Task]) -> list[tuple[int, Row]]:
 
 
 class _Worker(threading.local):
-    """Process of one thread of a Dask worker, kept from task to task."""
+    """Simulation process of one thread of a Dask worker; all tasks of the thread use it."""
 
     job: bytes | None = None
     process: Process | None = None
@@ -242,7 +245,7 @@ def _cores() -> int:
 
 
 def row_seeds(keys: Key) -> list[int]:
-    """Draw one integer of 64 bits from each of the keys (N,)."""
+    """Draw one seed, a 64-bit integer, from each of the keys (N,)."""
     words = jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(keys)
     high, low = np.asarray(words).astype(np.uint64).T
     return (high << np.uint64(32) | low).tolist()

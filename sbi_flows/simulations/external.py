@@ -1,4 +1,4 @@
-"""Rows of external simulators: the tasks that are sent to workers, and the arrays they fill.
+"""Tasks of external simulators, and the arrays in which their results are stored.
 
 Public names: `external_tasks`, `empty_outputs`, `put_row`.
 """
@@ -15,7 +15,7 @@ from sbi_flows.simulations.executors import External, Row, Task, row_seeds
 
 
 def external_tasks(prior: Prior, theta: Array, keys: Key, first_row: int) -> list[Task]:
-    """Return row number, seed and named parameters of each row of theta (N, D)."""
+    """Return one task for each row of theta (N, D): row number, seed and named parameters."""
     values = jax.tree.map(np.asarray, prior.unchecked_structured(theta))
     return [
         (first_row + i, seed, jax.tree.map(lambda a, i=i: a[i], values))
@@ -34,14 +34,14 @@ def empty_outputs(simulator: External, n: int) -> dict[str, np.ndarray]:
 def put_row(
     x: dict[str, np.ndarray], reasons: dict[int, str], number: int, position: int, row: Row
 ) -> None:
-    """Store the result of a row.
+    """Store the result of a simulation: its observation in `x`, or its failure in `reasons`.
 
     Args:
-        x: Arrays that receive the observation.
-        reasons: Reasons of failed rows, by row number, which receive the reason of a failure.
+        x: Arrays of observations, by name. This function writes one row of each.
+        reasons: Dict from the row number of a failed row to the reason. This function adds to it.
         number: Row number.
-        position: Position of the row in the arrays.
-        row: Its result.
+        position: Index of the row in the arrays.
+        row: Result of the simulation.
     """
     if row.x is None:
         reasons[number] = row.reason

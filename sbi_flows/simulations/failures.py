@@ -1,4 +1,4 @@
-"""Failed simulations: their reasons, and where in the prior they lie.
+"""Failed simulations: the reasons of the failures, and the parameters at which they occur.
 
 Public names: `Failures`, `report_failures`.
 """
@@ -18,7 +18,7 @@ from sbi_flows.simulations.simulations import Simulations
 from sbi_flows.simulations.worker import PRINTED
 
 _MAX_REASONS = 8
-"""Maximum number of reasons that a warning names."""
+"""Maximum number of reasons that a warning lists."""
 
 _THIRDS = ("lowest third", "middle third", "highest third")
 
@@ -27,12 +27,13 @@ _THIRDS = ("lowest third", "middle third", "highest third")
 class Failures:
     """Failed rows among all rows of a store.
 
-    A posterior is fitted to the valid simulations. If some parameters fail more often than others,
-    it is the posterior of another prior: that of the parameters whose simulations are valid.
-    `sf.fit_validity` learns the probability of a valid simulation as a function of the parameters.
+    A posterior is fitted to the valid simulations only. If simulations fail more often at some
+    parameters than at others, the effective prior of the fit is the distribution of the parameters
+    with valid simulations, and the posterior belongs to this prior. `sf.fit_validity` learns the
+    probability of a valid simulation as a function of the parameters.
 
     Attributes:
-        labels: One label for each of the D parameters.
+        labels: Names of the D parameters.
         theta: Parameters of all rows, shape (N, D).
         rows: Indices of failed rows, shape (F,).
         reasons: Reason of each failed row.
@@ -49,12 +50,18 @@ class Failures:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of rows with each reason, without printed output; the most frequent first."""
+        """Number of failed rows for each reason, the most frequent reason first.
+
+        Output that a simulation printed is removed from its reason.
+        """
         return dict(Counter(r.split(PRINTED)[0] for r in self.reasons).most_common())
 
     @property
     def shares(self) -> np.ndarray:
-        """Fraction of failed rows in each third of each parameter's values, shape (D, 3)."""
+        """Fraction of failed rows among low, middle and high values of each parameter.
+
+        The sorted values of each parameter are divided into three thirds. Shape (D, 3).
+        """
         failed = np.zeros(len(self.theta), bool)
         failed[self.rows] = True
         ranks = np.argsort(np.argsort(self.theta, axis=0), axis=0)
@@ -63,7 +70,7 @@ class Failures:
         return np.array([[np.mean(part) if len(part) else 0.0 for part in row] for row in groups])
 
     def __repr__(self) -> str:
-        """List the reasons, and the fraction of failed rows in each third of each parameter."""
+        """Show the reasons, and `shares` for each parameter."""
         lines = [f"{len(self)} of {len(self.theta)} simulations failed"]
         lines += [f"{count:>8,}  {reason}" for reason, count in self.counts.items()]
         if len(self):
@@ -74,7 +81,7 @@ class Failures:
         return "\n".join(lines)
 
     def plot(self) -> Any:
-        """Draw histograms of each parameter, for failed and for valid rows.
+        """Plot a histogram of each parameter for failed rows, and one for valid rows.
 
         Returns:
             A matplotlib figure.
@@ -104,12 +111,12 @@ class Failures:
 
 
 def report_failures(simulations: Simulations, reasons: Iterable[str], stacklevel: int) -> None:
-    """Warn of invalid rows, with the number of rows for each reason.
+    """Warn if rows are invalid; the warning gives the number of rows for each reason.
 
     Args:
         simulations: The simulations.
-        reasons: Reasons of rows that failed; all other invalid rows gave NaN or infinity.
-        stacklevel: Level of the caller that the warning names, as for `warnings.warn`.
+        reasons: Reasons of failed rows. All other invalid rows contain NaN or infinity.
+        stacklevel: Stack level of the code that the warning points to, as in `warnings.warn`.
 
     Raises:
         SimulationFailed: All rows are invalid.

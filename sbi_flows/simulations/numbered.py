@@ -1,4 +1,4 @@
-"""Simulate rows that depend on the key and on their number alone, for a store.
+"""Simulate numbered rows for a store; each row depends only on the key and its row number.
 
 Public names: `Chunk`, `simulate_ranges`.
 """
@@ -23,17 +23,17 @@ from sbi_flows.simulations.external import empty_outputs, external_tasks, put_ro
 from sbi_flows.simulations.worker import to_named
 
 Range = tuple[int, int]
-"""First row number, and the one after the last."""
+"""Range of row numbers: the first row number, and the last row number plus one."""
 
 
 class Chunk(NamedTuple):
     """Simulations of consecutive rows.
 
     Attributes:
-        start: Number of the first row.
+        start: Row number of the first row.
         theta: Parameters, shape (n, D).
-        x: Arrays (n, *) of the observations, by name.
-        reasons: Reasons of failed rows, by row number.
+        x: Arrays of the observations, by name; shape (n, *) each.
+        reasons: Dict from the row number of a failed row to the reason of the failure.
     """
 
     start: int
@@ -50,18 +50,18 @@ def simulate_ranges(
     chunk_rows: int,
     executor: Executor | None = None,
 ) -> Iterator[Chunk]:
-    """Simulate ranges of rows in chunks; row i depends on the key and on i alone.
+    """Simulate ranges of rows in chunks; row i depends only on the key and on i.
 
     Args:
         key: Random key.
         prior: The prior.
-        simulator: As for `simulate`, wrapped by `with_current_state`.
-        ranges: Ranges of rows to simulate.
-        chunk_rows: Maximum number of rows of a chunk.
+        simulator: As for `simulate`, but wrapped by `with_current_state`.
+        ranges: Ranges of row numbers to simulate.
+        chunk_rows: Maximum number of rows in a chunk.
         executor: As for `simulate`.
 
     Yields:
-        Chunks, each when all of its rows are finished.
+        A chunk as soon as all of its rows are finished.
     """
     pieces = [
         (i, min(i + chunk_rows, stop))
@@ -78,7 +78,7 @@ def simulate_ranges(
 def _compiled_chunks(
     key: Key, prior: Prior, simulator: Simulator, pieces: list[Range], chunk_rows: int
 ) -> Iterator[Chunk]:
-    """Simulate consecutive chunks that fit into one compiled call together."""
+    """Simulate chunks with a JAX simulator; one compiled call simulates as many as fit into it."""
     plan = plan_store_calls(chunk_rows)
     for group in _group(pieces, plan.rows):
         first = group[0][0]
@@ -92,7 +92,7 @@ def _compiled_chunks(
 
 
 def _group(pieces: list[Range], call_rows: int) -> Iterator[list[Range]]:
-    """Group consecutive ranges that lie within this many rows."""
+    """Group consecutive ranges such that each group spans at most `call_rows` rows."""
     group: list[Range] = []
     for start, stop in pieces:
         if group and stop - group[0][0] > call_rows:
@@ -104,7 +104,7 @@ def _group(pieces: list[Range], call_rows: int) -> Iterator[list[Range]]:
 
 
 class _OpenChunks:
-    """Chunks of an external simulator of which some rows are not finished."""
+    """Unfinished chunks of an external simulator."""
 
     def __init__(self, key: Key, prior: Prior, simulator: External, chunk_rows: int) -> None:
         self._key, self._prior, self._simulator = key, prior, simulator
@@ -114,7 +114,7 @@ class _OpenChunks:
         self._start_of_row: dict[int, int] = {}
 
     def tasks(self, pieces: list[Range]) -> Iterator[Task]:
-        """Open one chunk after another, and yield the tasks of its rows."""
+        """Yield the tasks of all rows, chunk by chunk; a chunk is created before its first task."""
         for start, stop in pieces:
             drawn = _draw_rows(self._prior, self._key, start, self._chunk_rows)
             theta, keys = (array[: stop - start] for array in drawn)
@@ -125,7 +125,7 @@ class _OpenChunks:
             yield from external_tasks(self._prior, theta, keys, start)
 
     def put(self, number: int, row: Row) -> Chunk | None:
-        """Store the result of a row; return its chunk if this was the last row of it."""
+        """Store the result of a row; return the chunk of the row if it is now complete."""
         start = self._start_of_row.pop(number)
         chunk = self._chunks[start]
         put_row(chunk.x, chunk.reasons, number, number - start, row)
@@ -144,7 +144,10 @@ def _external_chunks(
     chunk_rows: int,
     executor: Executor,
 ) -> Iterator[Chunk]:
-    """Run all rows of all chunks at once, and yield each chunk when its last row is finished."""
+    """Run an external simulator for all chunks; yield each chunk when its last row is finished.
+
+    The executor gets the rows of all chunks in one call, so that no worker waits between chunks.
+    """
     chunks = _OpenChunks(key, prior, simulator, chunk_rows)
     tasks = chunks.tasks(pieces)
     for number, row in executor.run(simulator.job, simulator.limits, tasks):
@@ -156,7 +159,7 @@ def _external_chunks(
 @partial(jax.jit, static_argnums=3)
 @full_precision
 def _draw_rows(prior: Prior, key: Key, start: int | Array, count: int) -> tuple[Array, Key]:
-    """Draw parameters (count, D) and keys (count,) of the rows from `start` on."""
+    """Draw parameters (count, D) and keys (count,) for rows `start` to `start + count - 1`."""
 
     def draw(number: Array) -> tuple[Array, Key]:
         prior_key, noise_key = jax.random.split(jax.random.fold_in(key, number))

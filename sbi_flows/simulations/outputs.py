@@ -1,4 +1,4 @@
-"""Check a simulator before the first simulation: its executor, and the arrays that it returns.
+"""Check a simulator, its executor and its outputs before the first simulation.
 
 Public names: `check_executor`, `check_outputs`, `row_outputs`, `simulator_identity`.
 """
@@ -22,7 +22,7 @@ from sbi_flows.simulations.worker import from_named, to_named
 
 
 def check_executor(simulator: Simulator, executor: Executor | None) -> None:
-    """Raise ValueError if an executor is given that cannot run this simulator."""
+    """Raise ValueError if the simulator is a JAX function but an executor is given."""
     if executor is None:
         return
     if not isinstance(simulator, External):
@@ -34,15 +34,16 @@ def check_executor(simulator: Simulator, executor: Executor | None) -> None:
 
 
 def check_outputs(key: Key, prior: Prior, simulator: Simulator, plan: CallPlan) -> Any:
-    """Trace a JAX simulator, and return shape and dtype of each array of one observation.
+    """Trace a JAX simulator; return shape and dtype of each array of one observation.
 
-    The trace is the one that the call of this plan compiles.
+    The simulator is traced for a compiled call of the size `plan`, and JAX reuses this trace when
+    it compiles the call.
 
     Returns:
         A tree of `jax.ShapeDtypeStruct`.
 
     Raises:
-        ValueError: JAX cannot trace the simulator, or it returns anything but real numbers.
+        ValueError: JAX cannot trace the simulator, or the simulator does not return real numbers.
     """
     try:
         outputs = trace_outputs(key, prior, simulator, plan)
@@ -62,7 +63,7 @@ def check_outputs(key: Key, prior: Prior, simulator: Simulator, plan: CallPlan) 
 def row_outputs(simulator: Simulator | External, prior: Prior) -> Any:
     """Return shape and dtype of each array of one observation, as `check_outputs` does.
 
-    An external simulator declares them. A JAX simulator is traced for one row.
+    An external simulator declares its outputs. A JAX simulator is traced for one row.
     """
     if isinstance(simulator, External):
         arrays = simulator.job.outputs.items()
@@ -74,14 +75,14 @@ def row_outputs(simulator: Simulator | External, prior: Prior) -> Any:
 
 
 def simulator_identity(simulator: Simulator | External, outputs: Any) -> dict[str, Any]:
-    """Describe a simulator so that another one is recognised in another process.
+    """Describe a simulator, so that a later process can find out whether its simulator differs.
 
     Args:
         simulator: The simulator.
         outputs: Shape and dtype of each array, as `check_outputs` and `row_outputs` return them.
 
     Returns:
-        The name of the function, and shape and dtype of each array by name, as plain data.
+        The name of the function, and shape and dtype of each array by name, as JSON data.
 
     Raises:
         ValueError: The observation is neither an array nor a dict of arrays.
@@ -111,5 +112,5 @@ def _name_of(value: Any) -> str:
         digest = hashlib.sha256(np.asarray(value).tobytes()).hexdigest()
         return f"array{np.shape(value)}-{digest[:16]}"
     text = repr(value)
-    # a memory address differs from process to process
+    # remove memory addresses, which differ from process to process
     return type(value).__qualname__ if " at 0x" in text else text

@@ -31,22 +31,22 @@ from sbi_flows.simulations.worker import (
 )
 
 _MAX_QUOTED_BYTES = 2_000
-"""Maximum printed output of a simulation that the reason of its failure quotes."""
+"""Maximum number of bytes of printed output that are quoted in the reason of a failure."""
 
 _MAX_KEPT_BYTES = 2**20
-"""Printed output of a process after which the file of its output is emptied."""
+"""Size in bytes at which the file with a process's printed output is emptied."""
 
 _MAX_PRINTED_BYTES = 2**28
-"""Printed output after which a simulation is stopped."""
+"""Size of the printed output, in bytes, at which a simulation is stopped."""
 
 _POLL_SECONDS = 0.25
-"""Time between two checks that a process without an answer is alive."""
+"""Time in seconds between two checks that a process which has not answered yet is alive."""
 
 _LOADING_SECONDS = 600.0
-"""Maximum time for a process to load its job."""
+"""Maximum time in seconds for a process to load its job."""
 
 _EXIT_SECONDS = 5.0
-"""Maximum time from the closing of a process's pipes to its exit."""
+"""Maximum time in seconds for a process to exit after its pipes are closed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,8 +54,8 @@ class Limits:
     """Limits of one simulation.
 
     Attributes:
-        seconds: Maximum time of a simulation; None for no limit.
-        retries: Number of times that a failed simulation is run again, with the same seed.
+        seconds: Maximum time of a simulation in seconds; None for no limit.
+        retries: Number of times that a failed simulation is repeated, with the same seed.
     """
 
     seconds: float | None = None
@@ -66,13 +66,13 @@ def pickle_job(job: Job) -> bytes:
     """Pickle a job for a worker process.
 
     Raises:
-        ValueError: Its function cannot be pickled.
+        ValueError: The simulator of the job cannot be pickled.
     """
     import cloudpickle
 
     try:
         return cloudpickle.dumps(job)
-    except Exception as error:  # the pickling of an object may raise any exception
+    except Exception as error:  # pickling may raise any exception
         raise ValueError(
             "simulator: expected a function that can be sent to another process, got "
             f"{type(error).__name__}: {error}"
@@ -88,10 +88,10 @@ serve(int(sys.argv[1]), int(sys.argv[2]))
 
 
 class Process:
-    """A worker process, started when it is first needed and restarted after it has died.
+    """A worker process. It is started for the first simulation, and restarted if it has died.
 
     Args:
-        job: The job, as `pickle_job` returns it.
+        job: The pickled job, as `pickle_job` returns it.
 
     Attributes:
         closed: Whether `stop` was called.
@@ -103,12 +103,12 @@ class Process:
         self._lock = threading.Lock()
 
     def run(self, seed: int, theta: Any, limits: Limits) -> Row:
-        """Run one simulation, and run it again if it fails and the limits allow it.
+        """Run one simulation. Repeat it if it fails, at most `limits.retries` times.
 
         Args:
             seed: Seed of the simulation.
-            theta: Its parameters, an array or a dict of arrays.
-            limits: Its limits.
+            theta: Parameters of the simulation, an array or a dict of arrays.
+            limits: Maximum time and number of retries.
 
         Raises:
             SimulationFailed: The process cannot load the job.
@@ -121,7 +121,7 @@ class Process:
         return row
 
     def stop(self) -> None:
-        """Kill the process, even during a simulation; it is not started again."""
+        """Kill the process, even during a simulation, and never start it again."""
         with self._lock:
             self.closed, handle = True, self._handle
         if handle is not None:
@@ -156,12 +156,12 @@ class Process:
         if row.x is not None:
             return row
         if row.reason == OUT_OF_MEMORY:
-            # memory that this row has not freed would be missing to the next one
+            # a new process, because memory that this row has not freed counts for the next row
             return Row(None, row.reason + self._end(handle, printed_bytes))
         return Row(None, row.reason + handle.quote_output(printed_bytes))
 
     def _start(self) -> _Handle | None:
-        """Return the running process, started if there is none; None after `stop`."""
+        """Return the running process; start one if none runs. Return None after `stop`."""
         with self._lock:
             if self._handle is not None or self.closed:
                 return None if self.closed else self._handle
@@ -174,7 +174,7 @@ class Process:
         return handle
 
     def _end(self, handle: _Handle, first_byte: int) -> str:
-        """Kill the process, and quote its output from a byte on."""
+        """Kill the process; return its printed output from byte `first_byte` on, for a message."""
         handle.kill()
         output = handle.quote_output(first_byte)
         with self._lock:
@@ -184,7 +184,7 @@ class Process:
 
 
 class _Handle:
-    """A running worker process, the pipes to it and the file of its output."""
+    """A running worker process, its pipes, and the file with its printed output."""
 
     def __init__(self) -> None:
         ours_in, theirs_out = os.pipe()
@@ -198,13 +198,15 @@ class _Handle:
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _COMMAND, *map(str, ends), json.dumps(sys.path)],
-                # temporary files of a simulation that is stopped are removed with this folder
+                # a stopped simulation cannot remove its temporary files; they lie in this folder,
+                # which is removed in `close`
                 env={**threads, **os.environ, "TMPDIR": self._folder.name},
                 pass_fds=ends,
                 stdin=subprocess.DEVNULL,
                 stdout=self._file,
                 stderr=self._file,
-                # an interrupt reaches this process alone; the worker and its children are a group
+                # Ctrl-C then interrupts this process only, and `kill` can end the worker and its
+                # children as one process group
                 start_new_session=True,
             )
         finally:
@@ -215,7 +217,7 @@ class _Handle:
         """Send the job, and wait until the process has loaded it.
 
         Raises:
-            SimulationFailed: The process cannot load it.
+            SimulationFailed: The process cannot load the job.
         """
         try:
             self.send.send_bytes(job)
@@ -228,10 +230,15 @@ class _Handle:
             raise SimulationFailed(f"simulator: the process for it {failure}{self.quote_output(0)}")
 
     def wait(self, seconds: float | None) -> str:
-        """Wait for an answer; return the empty string, or the reason why there is none.
+        """Wait for an answer of the process.
+
+        Returns:
+            An empty string if there is an answer, otherwise the reason why the simulation has to be
+            stopped.
 
         Raises:
-            EOFError: The process has died. A child that it started may hold its pipe open.
+            EOFError: The process has died. This is checked, because the pipe stays open if a child
+                of the process still holds it.
         """
         end = math.inf if seconds is None else time.monotonic() + seconds
         while not self.receive.poll(min(_POLL_SECONDS, max(0.0, end - time.monotonic()))):
@@ -250,14 +257,14 @@ class _Handle:
         self._process.wait()
 
     def close(self) -> None:
-        """Close the pipes to a process that has ended, and remove its files."""
+        """Close the pipes after the process has ended, and remove its files."""
         for end in (self.send, self.receive, self._file):
             end.close()
         with contextlib.suppress(OSError):
             self._folder.cleanup()
 
     def exit_reason(self) -> str:
-        """Describe how the process, whose pipes are closed, has ended."""
+        """Wait for the end of a process that has closed its pipes, and describe how it ended."""
         try:
             status = self._process.wait(timeout=_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
@@ -268,7 +275,7 @@ class _Handle:
         return f"ended with status {status}"
 
     def printed_bytes(self) -> int:
-        """Return the size of the output so far; a large file is emptied first."""
+        """Return the size of the printed output in bytes. Empty the file first if it is large."""
         size = os.fstat(self._file.fileno()).st_size
         if size < _MAX_KEPT_BYTES:
             return size

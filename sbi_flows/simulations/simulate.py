@@ -1,4 +1,4 @@
-"""Draw parameters from the prior and simulate each: `simulate` and `simulate_at`.
+"""Simulate at parameters drawn from the prior, or at parameters of the user.
 
 Public names: `simulate`, `simulate_at`.
 """
@@ -34,28 +34,29 @@ def simulate(
     executor: Executor | None = None,
     progress: bool = True,
 ) -> Simulations:
-    """Draw n parameter vectors from the prior and simulate each.
+    """Draw n parameter vectors from the prior, and run the simulator once for each.
 
     Args:
         key: Random key. The result depends neither on the size of compiled calls nor on the number
             of devices.
         prior: A prior, or anything that `as_prior` accepts.
-        simulator: `(key, theta) -> x` for one parameter vector (or the named dict, where the prior
-            is a dict or a model). x is an array or a dict of arrays. JAX traces the function, and
-            runs it in compiled calls on all devices of this process. For functions that JAX cannot
-            trace, use `simulators.external_simulator`.
+        simulator: Function `(key, theta) -> x` for one parameter vector. theta is an array, or a
+            dict of named parameters if the prior is a dict or a model. x is an array or a dict of
+            arrays. JAX traces the function and runs it in compiled calls on all devices of this
+            process. For functions that JAX cannot trace, use `simulators.external_simulator`.
         n: Number of simulations.
-        executor: Where an external simulator runs; by default its own executor. The result is the
-            same.
-        progress: Show a progress bar. A JAX function has one if it needs more than one call.
+        executor: Executor of an external simulator, for example `Processes` or `Dask`. The default
+            is the executor that belongs to the simulator. The result does not depend on it.
+        progress: Show a progress bar. For a JAX function, the bar appears only if more than one
+            compiled call is needed.
 
     Returns:
         Simulations with n rows. Rows with NaN or infinity in x are marked invalid.
 
     Raises:
-        ValueError: n is not positive, JAX cannot trace the simulator, or it does not return
-            numbers.
-        SimulationFailed: Every row is invalid.
+        ValueError: n is not positive, JAX cannot trace the simulator, or the simulator does not
+            return numbers.
+        SimulationFailed: All rows are invalid.
 
     Example:
         >>> import jax, numpyro.distributions as dist
@@ -83,24 +84,25 @@ def simulate_at(
     executor: Executor | None = None,
     progress: bool = True,
 ) -> Simulations:
-    """Simulate each of the given parameter vectors, for example draws of a posterior.
+    """Run the simulator once for each of the user's parameter vectors, such as posterior draws.
 
     Args:
         key: Random key. The result depends neither on the size of compiled calls nor on the number
             of devices.
-        prior: A prior, or anything that `as_prior` accepts; it names the parameters.
+        prior: A prior, or anything that `as_prior` accepts. It defines the names of the parameters.
         simulator: As for `simulate`.
         theta: Parameters, shape (n, D).
         executor: As for `simulate`.
         progress: As for `simulate`.
 
     Returns:
-        Simulations with the rows of theta. Rows with NaN or infinity in x are marked invalid.
+        Simulations with one row for each row of theta. Rows with NaN or infinity in x are marked
+        invalid.
 
     Raises:
-        ValueError: theta does not have D columns, JAX cannot trace the simulator, or it does not
-            return numbers.
-        SimulationFailed: Every row is invalid.
+        ValueError: theta does not have D columns, JAX cannot trace the simulator, or the simulator
+            does not return numbers.
+        SimulationFailed: All rows are invalid.
 
     Example:
         >>> import jax, numpyro.distributions as dist
@@ -125,7 +127,7 @@ def _simulate(
     executor: Executor | None,
     progress: bool,
 ) -> Simulations:
-    """Simulate parameters (n, D) that have been checked."""
+    """Simulate at parameters (n, D) that have already been checked."""
     reasons: dict[int, str] = {}
     if isinstance(simulator, External):
         x, reasons = _simulate_externally(key, prior, simulator, theta, executor, progress)
@@ -141,7 +143,7 @@ def _simulate(
 def _simulate_in_calls(
     key: Key, prior: Prior, simulator: Simulator, theta: Array, progress: bool
 ) -> Any:
-    """Run a JAX simulator in compiled calls of one size."""
+    """Run a JAX simulator in compiled calls that all have the same number of rows."""
     simulator, n = with_current_state(simulator), len(theta)
     plan = plan_calls(n)
     check_outputs(key, prior, simulator, plan)
@@ -161,7 +163,11 @@ def _simulate_externally(
     executor: Executor | None,
     progress: bool,
 ) -> tuple[Any, dict[int, str]]:
-    """Run an external simulator; return observations, and the reasons of failed rows."""
+    """Run an external simulator.
+
+    Returns:
+        The observations, and a dict from the row number of a failed row to the reason.
+    """
     n, reasons = len(theta), {}
     tasks = external_tasks(prior, theta, jax.random.split(key, n), 0)
     x = empty_outputs(simulator, n)

@@ -1,4 +1,4 @@
-"""Simulations as one frozen pytree, in memory or on disk.
+"""Simulations: a frozen pytree of parameters and observations, in memory or on disk.
 
 Public names: `Simulations`, `unchecked_simulations`, `observation_shape`, `as_parameters`,
 `finite_rows`.
@@ -33,29 +33,31 @@ from sbi_flows.simulations.disk import (
 )
 
 MAX_INDEX = 2**31 - 1
-"""Maximum number of rows, and of entries in a row: the largest index of 32 bits."""
+"""Maximum number of rows, and of entries in a row: the largest 32-bit index."""
 
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class Simulations:
     """Pairs of parameters and simulated observations.
 
-    Failed rows are kept and marked invalid, so that they are counted and reported.
+    Failed rows stay in the data set and are marked invalid, so that they can be counted.
 
-    Observations that are larger than memory stay on disk: pass them memory-mapped, as
-    `np.load("x.npy", mmap_mode="r")` or `np.memmap` return them, or take them from a
-    `SimulationStore`. Training then reads them in parts.
+    Observations that do not fit in memory can stay on disk: pass a memory-mapped array, as returned
+    by `np.load("x.npy", mmap_mode="r")` or `np.memmap`, or use a `SimulationStore`. Training then
+    reads the observations in parts.
 
     Attributes:
         theta: Parameters, shape (N, D).
-        x: Observations, shape (N, *event), or a dict of such arrays. Their dtype is the same in
-            memory and on disk.
-        valid: Whether a row's observation is finite, and accepted by the user, shape (N,).
-        round: Round in which a row was simulated, shape (N,); zero unless sequential.
+        x: Observations, shape (N, *event), or a dict of such arrays. The dtype is the same whether
+            the arrays are in memory or on disk.
+        valid: Whether each row is valid, shape (N,). The observation of a valid row is finite, and
+            the argument `valid`, if given, is true for this row.
+        round: Round of sequential inference in which each row was simulated, shape (N,). It is zero
+            if the inference is not sequential.
 
     Raises:
-        ValueError: Row counts differ, theta is not a finite (N, D) array, x is empty, or x holds
-            anything but real numbers.
+        ValueError: The arrays have different numbers of rows, theta is not a finite (N, D) array, x
+            is empty, or x does not contain real numbers.
 
     Example:
         >>> import numpy as np
@@ -72,7 +74,7 @@ class Simulations:
     def __init__(
         self, theta: Any, x: Obs, *, valid: Any | None = None, round: Any | None = None
     ) -> None:
-        """Check arrays of the user's; rows that are not finite are never valid."""
+        """Check the user's arrays, and mark rows of x with NaN or infinity as invalid."""
         theta = as_parameters(theta)
         n = len(theta)
         x = as_real_tree("x", x, kept=ON_DISK)
@@ -84,14 +86,17 @@ class Simulations:
         _set_fields(self, theta, x, valid, round)
 
     def __len__(self) -> int:
-        """Number of rows N, failed ones included."""
+        """Number of rows N, including failed rows."""
         return len(self.theta)
 
     def __getitem__(self, rows: Any) -> Simulations:
-        """Return the given rows (a slice, an index array or a mask) of every field.
+        """Return simulations with the selected rows.
+
+        Args:
+            rows: A slice, an index array or a boolean mask.
 
         Raises:
-            ValueError: `rows` is anything else, or a row does not exist.
+            ValueError: `rows` has another type, or a row number is out of range.
         """
         if not isinstance(rows, Tracer):
             rows = _row_index(rows, len(self))
@@ -111,11 +116,11 @@ class Simulations:
 
     @property
     def on_disk(self) -> bool:
-        """True if the observations are on disk, and read in parts."""
+        """Whether the observations are on disk. If so, training reads them in parts."""
         return is_on_disk(self.x)
 
     def only_valid(self) -> Simulations:
-        """Return the valid rows."""
+        """Return simulations with the valid rows only."""
         return self if self.num_valid == len(self) else self[np.flatnonzero(self.valid)]
 
 
@@ -123,9 +128,9 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(Simulations))
 
 
 def unchecked_simulations(theta: Array, x: Obs, valid: Any) -> Simulations:
-    """Return simulations of finite parameters (N, D) and observations with N rows, unchecked.
+    """Make simulations from arrays that need no check: theta (N, D) is finite, and x has N rows.
 
-    Rows of x that are not finite are invalid all the same.
+    Rows of x with NaN or infinity are marked invalid, as in `Simulations`.
     """
     simulations = object.__new__(Simulations)
     _set_fields(simulations, theta, x, valid, jnp.zeros(len(theta), jnp.int32))
@@ -145,7 +150,7 @@ def _children(simulations: Simulations) -> tuple[list[tuple[Any, Any]], None]:
 
 
 def _from_children(_: None, children: Any) -> Simulations:
-    # the constructor would check values, which may be tracers here
+    # without the constructor: it checks values, but the leaves may be tracers here
     simulations = object.__new__(Simulations)
     for name, value in zip(_FIELDS, children, strict=True):
         object.__setattr__(simulations, name, value)
@@ -156,7 +161,7 @@ jax.tree_util.register_pytree_with_keys(Simulations, _children, _from_children)
 
 
 def _as_leaf(leaf: Any) -> Array | np.memmap | LazyArray:
-    """Return an array of JAX; an array on disk stays there."""
+    """Convert an array to a JAX array; return an array on disk unchanged."""
     if isinstance(leaf, ON_DISK):
         return keep_on_disk(leaf)
     return jnp.asarray(as_real_array("x", leaf))
@@ -164,13 +169,13 @@ def _as_leaf(leaf: Any) -> Array | np.memmap | LazyArray:
 
 @jax.jit
 def finite_rows(x: Obs) -> Array:
-    """Return whether each row (first axis) of every leaf of x is finite; bool of shape (N,)."""
+    """Return whether each of the N rows is finite in all leaves of x, shape (N,)."""
     rows = [jnp.all(jnp.isfinite(a), axis=tuple(range(1, a.ndim))) for a in jax.tree.leaves(x)]
     return jnp.all(jnp.stack(rows), axis=0)
 
 
 def observation_shape(x: Obs) -> Obs:
-    """Return shape and dtype of one row of x: the same tree, of `jax.ShapeDtypeStruct`."""
+    """Return shape and dtype of one row of x, as a tree of `jax.ShapeDtypeStruct`."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), x)
 
 
@@ -178,7 +183,7 @@ def as_parameters(theta: Any) -> Array:
     """Convert theta to a finite float array (N, D).
 
     Raises:
-        ValueError: theta is anything else, or empty.
+        ValueError: theta is not a finite numeric array with two axes, or it is empty.
     """
     array = as_array("theta", theta)
     if array.ndim != 2 or array.dtype == np.bool_:
@@ -195,7 +200,7 @@ def as_parameters(theta: Any) -> Array:
 
 
 def _require_rows(x: Obs, n: int) -> None:
-    """Raise ValueError unless each leaf of x has n rows, and any has an entry."""
+    """Raise ValueError unless each leaf of x has n rows, and a row has at least one number."""
     leaves = jax.tree.leaves(x)
     for leaf in leaves:
         if leaf.ndim < 1 or len(leaf) != n:
@@ -206,7 +211,7 @@ def _require_rows(x: Obs, n: int) -> None:
 
 
 def _require_sizes(name: str, shape: tuple[int, ...]) -> None:
-    """Raise ValueError if indices exceed 32 bits, or a row exceeds the memory."""
+    """Raise ValueError if the number of rows, or of entries in a row, exceeds `MAX_INDEX`."""
     if max(shape[0], math.prod(map(int, shape[1:]))) > MAX_INDEX:
         raise ValueError(
             f"{name}: expected at most {MAX_INDEX:,} rows, and numbers in each, got {shape}"
@@ -215,7 +220,7 @@ def _require_sizes(name: str, shape: tuple[int, ...]) -> None:
 
 
 def _integers(name: str, value: Any, n: int, most: int) -> np.ndarray:
-    """Return n integers from 0 to `most`."""
+    """Check and return n integers from 0 to `most`."""
     array = np.asarray(as_real_array(name, value))
     if array.shape != (n,):
         raise ValueError(f"{name}: expected shape ({n},), got {array.shape}")
@@ -225,7 +230,7 @@ def _integers(name: str, value: Any, n: int, most: int) -> np.ndarray:
 
 
 def _row_index(rows: Any, n: int) -> np.ndarray | slice:
-    """Return a slice unchanged, and an index array or a mask of n rows as an index array."""
+    """Convert an index array or a mask of n rows to an index array; return a slice unchanged."""
     if isinstance(rows, slice):
         try:
             rows.indices(n)

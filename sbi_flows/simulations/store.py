@@ -1,8 +1,9 @@
-"""Simulations on disk, written chunk by chunk: complete chunks survive a killed process.
+"""Store of simulations on disk. It is written in chunks; a killed process loses no complete chunk.
 
-A store is a zarr group. Its group `rows` holds one group per chunk of rows, named by the number of
-the first row, with the parameters, the observations and whether they are valid. The seal of a chunk
-is written last: a checksum and the reasons of failures. A chunk without a seal is simulated again.
+A store is a zarr group. Its subgroup `rows` contains one group for each chunk of rows. The name of
+this group is the row number of the first row; it holds the parameters, the observations and the
+validity of the rows. A seal (a checksum and the reasons of failures) is written at the end. A chunk
+without a seal is incomplete and is simulated again.
 
 Public names: `SimulationStore`.
 """
@@ -48,7 +49,7 @@ from sbi_flows.simulations.worker import from_named
 FORMAT = 1
 
 MAX_NAME_BYTES = 200
-"""Maximum length of the name of an array of observations, which becomes the name of a folder."""
+"""Maximum length of the name of an observation array in bytes. The name becomes a folder name."""
 
 
 class SimulationStore:
@@ -57,17 +58,17 @@ class SimulationStore:
     Args:
         path: A folder, created if it is missing, or an address that fsspec supports, such as
             `s3://...`.
-        chunk: Number of rows in a chunk. A chunk is written when all of its rows are finished: if
-            the process is killed, the rows of unfinished chunks are lost. A JAX simulator
-            simulates several small chunks at once, at least 256 rows. Chunks that the store
-            already holds may have other sizes.
+        chunk: Number of rows in a new chunk. A chunk is written when all of its rows are finished:
+            if the process is killed, the rows of unfinished chunks are lost. One compiled call of a
+            JAX simulator simulates at least 256 rows, which may be several small chunks. Chunks
+            that are already in the store may have another size.
 
     Attributes:
         path: The folder or address.
         chunk: Number of rows in a new chunk.
 
     Raises:
-        ValueError: `chunk` is not positive, or the folder holds anything but a store.
+        ValueError: `chunk` is not positive, or the folder is neither empty nor a store.
 
     Example:
         >>> import jax, tempfile, numpyro.distributions as dist
@@ -89,7 +90,7 @@ class SimulationStore:
             raise ValueError("path: expected the path of a folder, got an empty string")
         self.path, self.chunk = os.fspath(path), chunk
         try:
-            # `Any`, because zarr's types would have to be narrowed at every use. Format 3 only,
+            # `Any` avoids narrowing zarr's types at every use. Only zarr format 3 is accepted,
             # because codecs of format 2 may run code.
             self._root: Any = zarr.open_group(self.path, mode="a", zarr_format=3)
             self._rows: Any = self._root.require_group("rows")
@@ -98,10 +99,10 @@ class SimulationStore:
             raise ValueError(f"path: expected a store or none, got {self.path}: {error}") from error
 
     def _schema(self) -> Mapping[str, Any] | None:
-        """Return the schema of the store, None if it is new.
+        """Return the schema of the store; None for a new store.
 
         Raises:
-            ValueError: The schema is invalid, or of another format.
+            ValueError: The schema is invalid, or the store has another format version.
         """
         schema = self._root.attrs.get("sbi_flows")
         if schema is None:
@@ -136,12 +137,12 @@ class SimulationStore:
         executor: Executor | None = None,
         progress: bool = True,
     ) -> Simulations:
-        """Simulate the rows that are missing until the store holds n rows.
+        """Simulate the missing rows among the first n rows, and write them to the store.
 
-        Row i depends on the key and on i alone, not on chunks or executor.
+        Row i depends only on the key and on i; it is the same for all chunk sizes and executors.
 
         Args:
-            key: Random key, the same at every call.
+            key: Random key. Use the same key in every call for a store.
             prior: A prior, or anything that `as_prior` accepts.
             simulator: As for `sf.simulate`.
             n: Number of rows.
@@ -149,10 +150,10 @@ class SimulationStore:
             progress: Show a progress bar.
 
         Returns:
-            All rows of the store, at least n, with observations on disk.
+            All rows of the store (n rows, or more from earlier calls), with observations on disk.
 
         Raises:
-            ValueError: The store holds rows of another key, prior or simulator, n is not positive,
+            ValueError: The store was made with another key, prior or simulator, n is not positive,
                 or the simulator is not accepted (see `sf.simulate`).
             StoreBusy: Another process is simulating into the store.
         """
@@ -177,7 +178,7 @@ class SimulationStore:
         return sims
 
     def _write_all(self, chunks: Iterable[Chunk], total: int, progress: bool) -> None:
-        """Write chunks when they are finished, with a progress bar of `total` rows."""
+        """Write each chunk when it is finished, and show a progress bar of `total` rows."""
         with tqdm(total=total, desc="simulate", disable=not progress or not total) as bar:
             for chunk in chunks:
                 self._write(chunk)
@@ -185,7 +186,7 @@ class SimulationStore:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Context in which no other process writes; only local folders can be locked."""
+        """Context manager that locks the store against other writers, if the folder is local."""
         if "://" in self.path:
             yield
             return
@@ -199,11 +200,11 @@ class SimulationStore:
             yield
 
     def simulations(self) -> Simulations:
-        """Return all finished rows, with observations that stay on disk.
+        """Return all finished rows; the observations stay on disk.
 
         Raises:
             ValueError: The store has no rows.
-            StoreSpoilt: A file does not have the content that was written.
+            StoreSpoilt: A file is damaged or was changed.
         """
         return self._open(self._sealed())
 
@@ -221,11 +222,11 @@ class SimulationStore:
             return Simulations(theta, from_named(x), valid=valid)
 
     def failures(self) -> Failures:
-        """Return the failed rows and their reasons, with the parameters of all rows.
+        """Return the failed rows, the reasons of the failures, and the parameters of all rows.
 
         Raises:
             ValueError: The store has no rows.
-            StoreSpoilt: A file does not have the content that was written.
+            StoreSpoilt: A file is damaged or was changed.
         """
         sealed = self._sealed()
         sims, reason_at, first = self._open(sealed), {}, 0
@@ -244,10 +245,10 @@ class SimulationStore:
         return Failures(labels, np.asarray(sims.theta), failed, reasons)
 
     def verify(self) -> None:
-        """Read all chunks and compare them with their checksums.
+        """Read all chunks, and compare their content with their checksums.
 
         Raises:
-            StoreSpoilt: A chunk does not have the content that was written.
+            StoreSpoilt: The content of a chunk does not match its checksum.
         """
         sealed = self._sealed()
         for seal, chunk in zip(sealed, open_chunks(self.path, sealed), strict=True):
@@ -261,7 +262,7 @@ class SimulationStore:
     def _write(self, chunk: Chunk) -> None:
         """Write a chunk, and then its seal."""
         for name in chunk.x:
-            # names become those of folders
+            # names of arrays become names of folders
             has_slash = bool(set(name) & set("/\\"))
             if not name.isprintable() or has_slash or len(name.encode()) > MAX_NAME_BYTES:
                 raise ValueError(
@@ -284,7 +285,11 @@ class SimulationStore:
         return sealed_chunks(self.path, self._rows)
 
     def _require_same(self, key: Key, prior: Prior, identity: dict[str, Any]) -> None:
-        """Write the schema of a new store; raise ValueError unless that of an old one is equal."""
+        """Write the schema of a new store, or compare it with the schema of an existing store.
+
+        Raises:
+            ValueError: The store was made with another key, prior or simulator.
+        """
         schema = {
             "format": FORMAT,
             "key": np.asarray(jax.random.key_data(key)).tolist(),
@@ -304,7 +309,7 @@ class SimulationStore:
 
 
 def _gaps(chunks: list[SealedChunk], n: int) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of rows below n that are in no chunk."""
+    """Yield the ranges of row numbers below n that no chunk contains."""
     start = 0
     for chunk in [*chunks, SealedChunk(n, 0, "", {}, None)]:
         if start < min(chunk.start, n):
@@ -313,13 +318,13 @@ def _gaps(chunks: list[SealedChunk], n: int) -> Iterator[tuple[int, int]]:
 
 
 def _prior_identity(prior: Prior) -> dict[str, Any]:
-    """Describe a prior by its labels and some draws."""
+    """Describe a prior by its parameter names and a few draws with a fixed key."""
     draws = np.asarray(prior.sample(jax.random.key(0), 4), float)
     return {"labels": list(prior.labels), "draws": draws.tolist()}
 
 
 def _is_same(stored: Any, present: Any) -> bool:
-    """Return whether two descriptions are the same; draws may differ by rounding."""
+    """Return whether two descriptions are equal, where draws may differ by rounding errors."""
     if not isinstance(present, Mapping) or "draws" not in present:
         return stored == present
     try:
@@ -332,7 +337,7 @@ def _is_same(stored: Any, present: Any) -> bool:
 
 
 def _shorten(description: Any) -> str:
-    """Return a description as a short text."""
+    """Convert a description to a short text for an error message."""
     if isinstance(description, Mapping) and "labels" in description:
         return f"of {', '.join(description['labels'])}"
     return f"{json.dumps(description):.200}"

@@ -1,29 +1,30 @@
 """The probability that a simulation is valid, and the effect of failures on a posterior.
 
 A posterior is trained on valid simulations, whose joint density is proportional to
-prior(theta) p(x, valid | theta). At an observation x_o it is therefore
+prior(theta) p(x, valid | theta). At an observation x_o the trained posterior is therefore
 
     q(theta | x_o) = prior(theta) p(x_o, valid | theta) / normalisation.
 
-Two kinds of failure have to be told apart.
+There are two kinds of failure.
 
-*Outcome*: nature can fail in the same way, and the failure would have been observed (the population
-dies out, no star forms). Then "valid" is a part of the observation, p(x_o, valid | theta) is its
-likelihood, and q is the posterior. There is nothing to correct.
+*Outcome*: the failure is a possible outcome in nature and would have been observed (the population
+dies out, no star forms). Then "valid" is a part of the observation, p(x_o, valid | theta) is the
+likelihood, and q is the posterior. No correction is needed.
 
-*Accident*: the computation fails, and the data do not depend on that. The posterior is that of a
-simulator without failures, prior(theta) p(x_o | theta), and
+*Accident*: the computation fails, but nature does not. The wanted posterior p(theta | x_o) is that
+of a simulator without failures; it is proportional to prior(theta) p(x_o | theta), and
 
     q(theta | x_o) = p(theta | x_o) P(valid | theta, x_o) / normalisation.
 
-- If the failure depends on the outcome alone (a number overflows), P(valid | theta, x_o) is the
-  same at all theta. Then q is the posterior, and a correction would make it wrong.
-- If it depends on the parameters alone (a solver is unstable for some of them), the probability is
-  P(valid | theta), and can be learned. Draws of q with weights 1 / P(valid | theta) are draws of
-  the posterior. `Validity.corrected` returns them.
-- If it depends on both, no weights are known: the lost outcomes would be needed.
+- If the failure depends only on the outcome (a number overflows), P(valid | theta, x_o) is the
+  same at all theta. Then q is the wanted posterior, and a correction would make it wrong.
+- If the failure depends only on the parameters (a solver is unstable for some parameters), the
+  probability is P(valid | theta), which can be learned. Draws of q with weights
+  1 / P(valid | theta) are then draws of the wanted posterior. `Validity.corrected` returns them.
+- If the failure depends on parameters and outcome, the weights cannot be learned, because the
+  outcomes of failed simulations are not known.
 
-Missing outcomes are ignorable or not in the sense of Rubin 1976 (Biometrika 63, 581).
+Rubin 1976 (Biometrika 63, 581) explains when missing outcomes can be ignored.
 
 Public names: `fit_validity`, `Validity`, `Corrected`.
 """
@@ -47,21 +48,22 @@ from sbi_flows.simulations.classifier import Network, fit_classifier, mean_proba
 from sbi_flows.simulations.simulations import Simulations, as_parameters
 
 MIN_SIMULATIONS = 20
-"""Minimum number of failed simulations, and of valid ones."""
+"""Minimum number of failed simulations, and minimum number of valid simulations."""
 
 MIN_EFFECTIVE_FRACTION = 0.1
 """Minimum effective sample size of weighted draws, as a fraction of their number."""
 
 MAX_COORDINATE = 5.0
-"""Scaled standard coordinate, in standard deviations, beyond which the probability is constant."""
+"""Limit of the scaled standard coordinates, in standard deviations. They are clipped to this limit,
+so that the probability is constant beyond it."""
 
 
 class Corrected(NamedTuple):
     """Draws of a corrected posterior.
 
     Attributes:
-        theta: Draws, shape (n, D); some may occur several times.
-        weights: Weights of the original draws, shape (N,); their sum is 1.
+        theta: Draws, shape (n, D). A draw may occur several times.
+        weights: Normalised weights of the N original draws, shape (N,).
         effective: Effective sample size of the weighted draws.
     """
 
@@ -76,11 +78,11 @@ class Validity:
 
     Attributes:
         prior: The prior of the parameters.
-        num_simulations: Number of simulations that it was fitted to.
-        num_failed: Number of failed simulations among them.
+        num_simulations: Number of simulations in the fit.
+        num_failed: Number of failed simulations in the fit.
         held_out_loss: Mean log loss of held-out simulations, in nats.
-        constant_loss: Their mean log loss with a constant probability.
-        gain: Difference constant_loss - held_out_loss, and its standard error.
+        constant_loss: Mean log loss of the same simulations for a constant probability, in nats.
+        gain: Difference constant_loss - held_out_loss, and its standard error, in nats.
         calibration_p: P-value of Spiegelhalter's test of calibration on held-out simulations.
     """
 
@@ -96,7 +98,7 @@ class Validity:
     _scale: Array
 
     def __repr__(self) -> str:
-        """Show losses with and without the parameters, and the test of calibration."""
+        """Show `held_out_loss`, `constant_loss` and the result of the calibration test."""
         gain, error = self.gain
         lines = [
             f"P(valid | theta) of {self.num_simulations:,} simulations, of which "
@@ -116,7 +118,7 @@ class Validity:
             theta: Parameters, shape (*, D).
 
         Returns:
-            Shape (*).
+            Probabilities, shape (*).
 
         Raises:
             ValueError: theta does not have D columns, or is outside the prior's support.
@@ -127,10 +129,10 @@ class Validity:
         return p.reshape(theta.shape[:-1])
 
     def corrected(self, key: Key, draws: Any, n: int | None = None) -> Corrected:
-        """Resample draws of a posterior to those of the posterior without failures.
+        """Resample draws of a posterior, so that they follow the posterior without failures.
 
-        Use it only if a failure is an accident of the computation that depends on the parameters
-        alone, not on the outcome: see the documentation of this module.
+        Use this method only if failures are accidents of the computation that depend only on the
+        parameters, and not on the outcome: see the documentation of this module.
 
         Args:
             key: Random key.
@@ -141,10 +143,11 @@ class Validity:
             Draws resampled with weights 1 / P(valid | theta).
 
         Raises:
-            ValueError: The draws do not fit the prior, or n is not positive.
-            WeightsUneven: The effective sample size is below a tenth of the number of draws: nearly
-                all simulations fail in the region of the posterior. In regions where all
-                simulations fail there are no draws, and weights cannot replace them.
+            ValueError: The draws do not have D columns or are outside the prior's support, or n is
+                not positive.
+            WeightsUneven: The effective sample size is below a tenth of the number of draws. This
+                happens if nearly all simulations fail in the region of the posterior. Where all
+                simulations fail there are no draws that could be weighted.
 
         References:
             Kitagawa 1996, Monte Carlo Filter and Smoother for Non-Gaussian Nonlinear State Space
@@ -154,7 +157,7 @@ class Validity:
         require_count(1, n=1 if n is None else n)
         theta = as_parameters(draws)
         p = np.asarray(self.probability(theta), np.float64)
-        # relative to the largest weight, so that none overflows
+        # weights relative to the largest weight cannot overflow
         weights = p.min() / np.where(p > 0, p, 1.0)
         effective = float(weights.sum() ** 2 / np.sum(weights**2)) if p.min() > 0 else 0.0
         if effective < MIN_EFFECTIVE_FRACTION * len(weights):
@@ -181,15 +184,15 @@ def fit_validity(key: Key, prior: PriorLike, simulations: Simulations) -> Validi
     Args:
         key: Random key.
         prior: A prior, or anything that `as_prior` accepts.
-        simulations: Simulations with parameters from the prior, failed ones included; at most
-            50,000 of them are used. Their observations are not used.
+        simulations: Simulations with parameters from the prior, including failed simulations. At
+            most 50,000 are used. The observations are not used.
 
     Returns:
         The probability of a valid simulation, and its quality on held-out simulations.
 
     Raises:
-        ValueError: theta does not fit the prior, or there are fewer than 20 failed or fewer than 20
-            valid simulations.
+        ValueError: theta does not have D columns or is outside the prior's support, or there are
+            fewer than 20 failed or fewer than 20 valid simulations.
 
     References:
         Spiegelhalter 1986, Probabilistic Prediction in Patient Management and Clinical Trials
@@ -240,7 +243,7 @@ def fit_validity(key: Key, prior: PriorLike, simulations: Simulations) -> Validi
 
 
 def _require_support(name: str, prior: Prior, theta: Any) -> Array:
-    """Return theta (*, D) as an array; raise ValueError unless all are in the prior's support."""
+    """Return theta (*, D) as an array; raise ValueError if any is outside the prior's support."""
     theta = jnp.asarray(as_real_array(name, theta))
     outside = int(np.sum(~np.asarray(prior.contains(theta))))
     if outside:
@@ -268,7 +271,7 @@ def _log_loss(p: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _spiegelhalter_p_value(p: np.ndarray, labels: np.ndarray) -> float:
-    """Compute the two-sided p-value of Spiegelhalter's test that labels have probabilities p."""
+    """Compute the two-sided p-value of Spiegelhalter's test of the probabilities p of label 1."""
     from scipy.special import ndtr
 
     variance = np.sum((1.0 - 2.0 * p) ** 2 * p * (1.0 - p))

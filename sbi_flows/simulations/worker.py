@@ -1,8 +1,9 @@
-"""Worker process that runs simulations one by one; it never imports JAX.
+"""Worker process that runs one simulation at a time. It never imports JAX.
 
-It receives a `Job` and answers that it is ready. Then it receives one seed and one parameter vector
-at a time, and answers each with a `Row`. Only the job contains code: a function of the user's, sent
-by the process that started this one. All other messages are JSON and arrays of numbers.
+The worker receives a `Job` and answers that it is ready. Then it receives seeds and parameter
+vectors, one pair at a time, and answers each pair with a `Row`. Only the job contains code: the
+user's function, sent by the process that started the worker. All other messages consist of JSON
+and arrays of numbers.
 
 Public names: `Job`, `Row`, `to_named`, `from_named`, `encode_message`, `decode_message`,
 `decode_row`, `run_row`, `serve`.
@@ -23,19 +24,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 OUT_OF_MEMORY = "ran out of memory"
-"""Reason of a row whose simulation raised MemoryError."""
+"""Reason that is reported if a simulation raises MemoryError."""
 
 PRINTED = "; it printed: "
-"""Text between the reason of a failure and the output that the simulation printed."""
+"""Text that separates the reason of a failure from the printed output of the simulation."""
 
 
 class Job(NamedTuple):
     """Settings sent to a worker process when it starts.
 
     Attributes:
-        function: Simulator `(seed, theta) -> x`, with theta an array or a dict of arrays.
+        function: Simulator `(seed, theta) -> x`; theta is an array or a dict of arrays.
         outputs: Shape and dtype of each array of x, by name. A single array has the name "".
-        memory: Maximum memory in bytes, beyond that of the process at its start; None for no limit.
+        memory: Maximum memory in bytes that the process may use in addition to its memory at the
+            start; None for no limit.
     """
 
     function: Callable[[int, Any], Any]
@@ -44,24 +46,24 @@ class Job(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Result of one simulation: its arrays by name, or None and the reason of the failure."""
+    """Result of one simulation: a dict of its arrays, or None and the reason of the failure."""
 
     x: dict[str, np.ndarray] | None
     reason: str = ""
 
 
 def to_named(x: Any) -> dict[str, Any]:
-    """Return the arrays of x by name; a single array has the name ""."""
+    """Convert x to a dict of arrays; a single array gets the name ""."""
     return dict(x) if isinstance(x, Mapping) else {"": x}
 
 
 def from_named(parts: dict[str, Any]) -> Any:
-    """Invert `to_named`: return the dict, or the single array."""
+    """Invert `to_named`: return the array with the name "", or else the dict."""
     return parts[""] if set(parts) == {""} else parts
 
 
 def encode_message(value: Any, named: Mapping[str, Any]) -> bytes:
-    """Encode a value that JSON can represent, and arrays by name."""
+    """Encode a JSON value and a dict of arrays as one message."""
     arrays = {name: np.asarray(array) for name, array in named.items()}
     headers = [[name, a.dtype.str, a.shape] for name, a in arrays.items()]
     parts = [json.dumps([value, headers]).encode(), b"\n", *(a.tobytes() for a in arrays.values())]
@@ -69,7 +71,7 @@ def encode_message(value: Any, named: Mapping[str, Any]) -> bytes:
 
 
 def decode_message(message: bytes) -> tuple[Any, dict[str, Any]]:
-    """Return the value and the arrays of a message; arrays without axes become scalars."""
+    """Return the JSON value and the arrays of a message; arrays without axes become scalars."""
     head, _, data = message.partition(b"\n")
     value, headers = json.loads(head)
     arrays, offset = {}, 0
@@ -82,13 +84,13 @@ def decode_message(message: bytes) -> tuple[Any, dict[str, Any]]:
 
 
 def decode_row(message: bytes) -> Row:
-    """Return the row of a worker's answer."""
+    """Decode the answer of a worker."""
     reason, x = decode_message(message)
     return Row(None if reason else x, reason)
 
 
 def run_row(job: Job, seed: int, theta: Any) -> Row:
-    """Run one simulation and check its outputs; an exception becomes the reason of a failure."""
+    """Run one simulation and check its outputs; return an exception as the reason of a failure."""
     try:
         return Row(_cast_outputs(job.outputs, job.function(seed, theta)))
     except MemoryError:
@@ -103,8 +105,8 @@ def _cast_outputs(outputs: dict[str, tuple[tuple[int, ...], str]], x: Any) -> di
     """Return the arrays of x, cast to the expected dtypes.
 
     Raises:
-        ValueError: Names or shapes differ from the expected ones, or a dtype cannot hold the
-            values.
+        ValueError: Names or shapes are not the expected ones, or the expected dtype cannot hold
+            the values.
     """
     arrays = to_named(x)
     if set(arrays) != set(outputs):
@@ -131,7 +133,7 @@ def _describe(names: Any) -> str:
 
 
 def _limit_memory(memory: int) -> None:
-    """Limit this process to so many bytes beyond those that it has now."""
+    """Limit the memory of this process to its present memory plus `memory` bytes."""
     import resource
 
     with open("/proc/self/statm") as file:
@@ -149,17 +151,17 @@ def _die_with_parent() -> None:
 
 
 def serve(incoming: int, outgoing: int) -> None:
-    """Run the worker process: answer rows until the other end of the pipe is closed.
+    """Run the worker process: answer messages until the other process closes its pipe.
 
     Args:
-        incoming: File descriptor of the pipe that messages come from.
-        outgoing: File descriptor of the pipe for answers.
+        incoming: File descriptor of the pipe from which messages are read.
+        outgoing: File descriptor of the pipe to which answers are written.
     """
     import cloudpickle
 
     receive, send = Connection(incoming, writable=False), Connection(outgoing, readable=False)
     _die_with_parent()
-    # the output of a simulator goes to stderr, and its input is empty
+    # printed output of the simulator goes to stderr; reading from stdin gives no data
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     job = cloudpickle.loads(receive.recv_bytes())

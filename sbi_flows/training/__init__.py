@@ -1,4 +1,7 @@
-"""Training: all members of an ensemble side by side, one compiled program for each epoch."""
+"""Training of ensembles of neural networks.
+
+All members of an ensemble are trained at the same time. An epoch is one compiled program.
+"""
 
 from sbi_flows.training.data import FitKeys as FitKeys
 from sbi_flows.training.data import TrainingData as TrainingData

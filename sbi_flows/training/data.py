@@ -1,4 +1,4 @@
-"""The rows and the random keys of a fit.
+"""Training data and random keys of a fit.
 
 Public names: `TrainingData`, `FitKeys`.
 """
@@ -25,19 +25,19 @@ from sbi_flows.training.stream import Stream
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainingData:
-    """Rows that a fit trains on, a pytree.
+    """Training data of a fit, as a pytree.
 
     Attributes:
         y: Parameters in standard coordinates, shape (N, d).
         features: Standardised observations, shape (N, C).
-        log_det: Log absolute determinant of the Jacobian of each row from y to theta, shape (N,).
-            It enters the reported losses only, which are thus in the units of theta.
-        member_rows: Number of rows that each of the M members has for itself, to train on beside
-            the rows that all members share. They are the last `M * member_rows` rows, member after
-            member.
-        stream: Rows on disk to train on. `y`, `features` and `log_det` are then a sample of them,
-            which the linear starts are fitted to and the validation rows are taken from; all
-            members then hold out the same rows.
+        log_det: Log absolute determinant of the Jacobian of the map from y to theta at each row,
+            shape (N,). It is only used to convert the reported losses to the units of theta.
+        member_rows: Number of additional training rows for each of the M members, which no other
+            member uses. They are the last `M * member_rows` rows: first the rows of the first
+            member, then those of the second, and so on. All members share the other rows.
+        stream: Training rows on disk, or None. With a stream, `y`, `features` and `log_det` are a
+            sample of the rows on disk. The linear starts are fitted to this sample, and the
+            validation rows, which are the same for all members, are chosen from it.
     """
 
     y: Array
@@ -48,19 +48,19 @@ class TrainingData:
 
     @classmethod
     def of_rows(cls, y: Array, features: Array, log_det: Array | None = None) -> TrainingData:
-        """Return rows that all members share; the log determinants are zero by default."""
+        """Make training data that all members share; log determinants are zero by default."""
         if log_det is None:
             log_det = jnp.asarray(np.zeros(len(y), y.dtype))
         return cls(y, features, log_det)
 
     @property
     def arrays(self) -> dict[str, Array]:
-        """The arrays by name."""
+        """Dict of the arrays `y`, `features` and `log_det`."""
         return {"y": self.y, "features": self.features, "log_det": self.log_det}
 
     @property
     def in_memory(self) -> TrainingData:
-        """The arrays alone, the same for equal shapes whatever the stream is."""
+        """The arrays without the stream, so that compiled programs do not depend on the stream."""
         return TrainingData(self.y, self.features, self.log_det)
 
     def shared_rows(self, members: int) -> int:
@@ -69,18 +69,20 @@ class TrainingData:
 
 
 class FitKeys(NamedTuple):
-    """Random keys of a fit, all made from the user's key.
+    """Random keys of a fit, all derived from the user's key.
 
-    Two fits with the same user's key hold out the same rows, whatever they fit.
+    Two fits with the same user's key and the same number of rows hold out the same rows, also if
+    they train different models.
 
     Attributes:
-        user: The user's key. It identifies the fit in a checkpoint, and seeds the choice of the
-            rows that describe the training simulations (`fit_typicality`).
-        folds: For the validation rows of each member.
-        weights: For the initial weights of each member.
-        epochs: Base key of the epochs, to be folded with the number of the epoch.
-        emulator: For the noise and the draws of an emulator.
-        sample: For the sample of simulations on disk that is kept in memory.
+        user: The user's key. It identifies the fit in a checkpoint. `fit_typicality` also uses it
+            to choose the rows that describe the training simulations.
+        folds: Key for the choice of the validation rows of each member.
+        weights: Key for the initial weights of each member.
+        epochs: Base key of the epochs. The key of an epoch is made from it by
+            `jax.random.fold_in` with the number of the epoch.
+        emulator: Key for the noise and the draws of an emulator.
+        sample: Key for the choice of the simulations on disk that are kept in memory.
     """
 
     user: Key
@@ -100,5 +102,5 @@ class FitKeys(NamedTuple):
 def _derived_keys(key: Key) -> tuple[Key, ...]:
     start_key, epoch_key = jax.random.split(key)
     fold_key, weight_key = jax.random.split(start_key)
-    # the numbers 0 and 1 would give the keys of `split`
+    # not the numbers 0 and 1: they would give the same keys as `split`
     return fold_key, weight_key, epoch_key, jax.random.fold_in(key, 2), jax.random.fold_in(key, 3)

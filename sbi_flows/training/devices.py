@@ -1,10 +1,11 @@
-"""The devices that a fit runs on, and the placement of its arrays.
+"""Device mesh of a fit, and placement of arrays on it.
 
 Public names: `MEMBERS`, `make_mesh`, `shard_rows`, `place_on_mesh`, `to_numeric`, `from_numeric`,
 `to_host`, `from_first_process`.
 
-The members of an ensemble are independent of each other, so they are spread over the devices first.
-Devices that are left share the rows of every batch and add up their gradients.
+The members of an ensemble are independent, so they are distributed over the devices first. If there
+are more devices than members, several devices share the rows of each batch of a member and add up
+their gradients.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ MEMBERS, ROWS = "members", "rows"
 
 
 def make_mesh(members: int, batch_size: int, max_devices: int | None) -> Mesh | None:
-    """Make the device mesh of a fit; None for a single device.
+    """Make the device mesh of a fit.
 
     Args:
         members: Number of members.
         batch_size: Number of rows in a batch.
-        max_devices: Maximum number of devices; None for all, including those of other processes.
+        max_devices: Maximum number of devices. None uses all devices, also of other processes.
 
     Returns:
-        A mesh of as many devices as divide the work evenly.
+        A mesh with the largest number of devices that divide the work evenly; None for one device.
 
     Raises:
         ValueError: `max_devices` is larger than the number of devices.
@@ -51,7 +52,7 @@ def make_mesh(members: int, batch_size: int, max_devices: int | None) -> Mesh | 
 
 
 def shard_rows(mesh: Mesh | None, places: Array) -> Array:
-    """Split the rows (B,) of a batch over the devices of a member."""
+    """Distribute the row numbers (B,) of a batch over the devices that share a member."""
     if mesh is None:
         return places
     return jax.lax.with_sharding_constraint(places, NamedSharding(mesh, PartitionSpec(ROWS)))
@@ -63,7 +64,8 @@ def place_on_mesh(mesh: Mesh | None, tree: Any, *, over_members: bool) -> Any:
     Args:
         mesh: The mesh; None leaves the arrays where they are.
         tree: The arrays.
-        over_members: Split the leading axis over the members; otherwise each device gets a copy.
+        over_members: Whether the leading axis is the axis of members, which is then distributed
+            over the devices. Otherwise each device gets a copy of all arrays.
     """
     if mesh is None:
         return tree
@@ -76,15 +78,15 @@ def place_on_mesh(mesh: Mesh | None, tree: Any, *, over_members: bool) -> Any:
 
 
 def to_numeric(leaf: Any) -> Any:
-    """Return the key data of random keys, which NumPy can hold; other arrays unchanged.
+    """Convert random keys to numbers, which NumPy can hold; return other arrays unchanged.
 
-    The state of an optimiser can contain random keys.
+    This is needed because the state of an optimiser can contain random keys.
     """
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
 def from_numeric(like: Any, values: Array) -> Array:
-    """Invert `to_numeric`: wrap the values as random keys if `like` holds random keys."""
+    """Invert `to_numeric`: convert the values to random keys if `like` contains random keys."""
     if not _is_key(like):
         return values
     return jax.random.wrap_key_data(values, impl=jax.random.key_impl(like))
@@ -95,7 +97,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def to_host(leaf: Array) -> np.ndarray:
-    """Gather an array on the host from all devices and processes."""
+    """Copy an array from all devices and processes to the host, as one NumPy array."""
     if leaf.is_fully_addressable:
         return np.asarray(leaf)
     from jax.experimental.multihost_utils import process_allgather
@@ -104,7 +106,7 @@ def to_host(leaf: Array) -> np.ndarray:
 
 
 def from_first_process(value: bytes | None) -> bytes | None:
-    """Return the value of the first process in all processes."""
+    """Send the value of the first process to all processes, and return it."""
     if jax.process_count() == 1:
         return value
     from jax.experimental.multihost_utils import broadcast_one_to_all

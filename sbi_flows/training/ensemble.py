@@ -1,11 +1,11 @@
-"""The members of an ensemble in training: which of them run where, and when they stop.
+"""Training of the members of an ensemble, in groups on devices or CPU cores.
 
 Public names: `Ensemble`, `Snapshot`.
 
-The members stand in groups, each of them one vmapped program. On an accelerator, or with several
-devices, there is one group of all members. On a single CPU, where the small products of a vmapped
-ensemble would use one core only, each member is a group, and threads run as many groups at once as
-there are cores. The result does not depend on that number.
+The members are divided into groups. One vmapped program trains all members of a group. On an
+accelerator, or with several devices, all members are in one group. On a single CPU, each member is
+its own group, because the small matrix products of a vmapped ensemble would use only one core.
+Threads then run one group on each core. The result does not depend on the number of cores.
 """
 
 from __future__ import annotations
@@ -51,23 +51,24 @@ MIN_ROWS = 10
 
 
 class Ensemble:
-    """Members in training, which differ in initial weights, data order and validation rows.
+    """Members of an ensemble during training.
 
-    Use as a context manager, which ends its threads.
+    The members differ in initial weights, order of the data and validation rows. Use the object as
+    a context manager: at the end of the `with` block its threads are stopped.
 
     Args:
         keys: Random keys of the fit.
-        blueprint: The model to build.
+        blueprint: Description of the model of each member.
         training: Settings of the fit.
-        data: The rows to train on.
+        data: Training data.
         members: Number of members M.
 
     Attributes:
-        best: Weights, validation losses and ages of the best epochs so far, one for each group; a
-            new tuple after each epoch.
-        held_out: Numbers of the rows that each member is validated on, shape (M, V).
-        offsets: Terms that turn losses into negative log densities in the units of theta: for the
-            mean over the training rows (M,), and for each validation row (M, V).
+        best: Best weights so far and their validation losses, one `Best` for each group. The tuple
+            is replaced after each epoch.
+        held_out: Row numbers of the validation rows of each member, shape (M, V).
+        offsets: Terms that are added to losses, to give negative log densities in the units of
+            theta: mean over the training rows (M,), and the term of each validation row (M, V).
 
     Raises:
         ValueError: There are too few rows to hold any out, or too few devices.
@@ -81,14 +82,15 @@ class Ensemble:
         data: TrainingData,
         members: int,
     ) -> None:
-        """Fit the linear starts and compile an epoch, side by side."""
+        """Fit the linear starts, and compile the program of an epoch at the same time."""
         folds, stream = _split_rows(keys.folds, training, data, members)
         self._stream, self.held_out = stream, np.asarray(folds[1])
         num_rows = folds[0].shape[1] if stream is None else len(stream.rows)
         if stream is not None:
             self.held_out = stream.sample[self.held_out]
         mesh = make_mesh(members, training.batch(num_rows), training.devices)
-        # learning rates are arguments of the programs, which then serve for all of them
+        # the learning rate is an argument of the programs, so that members with different rates
+        # use the same compiled program
         settings = training.without_checkpoint
         settings = dataclasses.replace(settings, learning_rate=1.0, devices=None)
         self._plan = Plan(blueprint, settings, mesh)
@@ -106,9 +108,9 @@ class Ensemble:
         self._store(indices, np.ones(members, bool), scores)
 
     def _start(self, prepare: Callable, arguments: list[tuple]) -> None:
-        """Make the members, and compile an epoch at the same time."""
-        # each program is compiled once, before the members share it: several threads that meet a
-        # program which is not compiled yet would each compile it
+        """Prepare all groups, and compile the program of an epoch at the same time."""
+        # compile each program once before other threads call it: otherwise each thread would
+        # compile the program
         compiled = self._pool.submit(self._compile, prepare, arguments[0])
         pairs = [prepare(*arguments[0])]
         pairs += self._pool.map(lambda each: prepare(*each), arguments[1:])
@@ -119,11 +121,11 @@ class Ensemble:
         self.offsets = LossOffsets(*(jnp.asarray(_joined(arrays)) for arrays in offsets))
 
     def __enter__(self) -> Ensemble:
-        """Return the ensemble, which is ready."""
+        """Return the ensemble."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Wait for running threads and end them."""
+        """Wait until the threads have finished, and stop them."""
         self._pool.shutdown()
 
     @property
@@ -133,7 +135,7 @@ class Ensemble:
 
     @property
     def divergence_advice(self) -> str:
-        """Advice for a loss that is not finite, beyond that for every density."""
+        """Additional advice for the error message if a loss of this density is not finite."""
         blueprint = self._plan.blueprint
         if not (needs_ode(blueprint) and has_likelihood_loss(blueprint)):
             return ""
@@ -144,15 +146,15 @@ class Ensemble:
 
     @property
     def running(self) -> np.ndarray:
-        """Return which members have not run out of patience, shape (M,)."""
+        """Whether each member is still trained (its patience is not exhausted), shape (M,)."""
         return _joined([best.age for best in self.best]) < self._plan.training.patience
 
     def epoch(self, key: Key) -> tuple[np.ndarray, np.ndarray]:
-        """Train the members that still run for one epoch.
+        """Train the members that have not stopped for one epoch.
 
         Returns:
-            Mean training loss and validation loss, shape (M,) each, before `offsets` are added; for
-            a member that has stopped, the last ones.
+            Mean training losses and mean validation losses, shape (M,) each, without `offsets`. A
+            member that has stopped keeps its last losses.
         """
         running = self.running
         active = [i for i, s in enumerate(self._slices) if running[s].any()]
@@ -167,7 +169,7 @@ class Ensemble:
         return self._losses
 
     def snapshot(self) -> Snapshot:
-        """Copy everything that epochs change to the host."""
+        """Copy all arrays that change during training to the host."""
         pairs = [(s, g.best) for s, g in zip(self._states, self._groups, strict=True)]
         state, best = jax.tree.map(lambda *leaves: _joined(map(to_numeric, leaves)), *pairs)
         return Snapshot(state, best, self._losses)
@@ -186,46 +188,53 @@ class Ensemble:
 
     @property
     def latest(self) -> tuple[Best, ...]:
-        """`best`, but with the weights after the last epoch (their average, if one is kept).
+        """`best`, but with the weights after the last epoch instead of the best weights.
 
-        The arrays exist until the next epoch begins.
+        If training uses a moving average of the weights, this is the average. The next epoch reuses
+        the memory of the arrays, so use them before it begins.
         """
         pairs = zip(self._states, self._groups, strict=True)
         return tuple(group.best._replace(params=state.average) for state, group in pairs)
 
     def densities(self, best: tuple[Best, ...]) -> tuple[np.ndarray, SolverStats]:
-        """Compute negative log densities of the validation rows for a density that solves an ODE.
+        """Compute negative log densities of the validation rows by solving an ODE for each row.
 
         Args:
-            best: The weights.
+            best: Weights of each group.
 
         Returns:
-            Values of shape (M, V), before `offsets` are added, and the work of each solve.
+            Negative log densities, shape (M, V), without `offsets`, and the numbers of solver steps
+            and network evaluations of each solve.
         """
 
         def of_group(pair: tuple[Best, Group]) -> tuple[Array, SolverStats]:
             return programs.densities(self._plan, *pair, self._features)
 
         first, *others = zip(best, self._groups, strict=True)
-        # the first one alone, so that the threads find the program compiled
+        # the first call compiles the program; the threads then use the compiled program
         parts = [of_group(first), *self._pool.map(of_group, others)]
         return jax.tree.map(lambda *arrays: _joined(arrays), *parts)
 
     def arrays(self, best: tuple[Best, ...]) -> tuple[np.ndarray, Any]:
-        """Return weights as vectors (M, P) and the arrays that are not trained, on the host."""
+        """Copy the weights and the arrays that are not trained to the host.
+
+        Returns:
+            Weights as one vector for each member, shape (M, P), and a tree of the arrays that are
+            not trained, with a leading axis M.
+        """
         rest = [group.rest for group in self._groups]
         rest = jax.tree.map(lambda *leaves: _joined(leaves), *rest)
         return _joined([b.params for b in best]), rest
 
     def weights(self, best: tuple[Best, ...]) -> Weights:
-        """Return weights and the arrays that are not trained, stacked over all members."""
+        """Return weights and arrays that are not trained, stacked over all members."""
         vectors, rest = self.arrays(best)
-        # by numpy: the arrays are on the host already, and nothing has to be compiled
+        # NumPy arrays on the host are unravelled without compiling anything
         params = unravel_weights(self._plan.blueprint, vectors)
         return Weights(*jax.device_put((params, rest)))
 
     def _advance(self, i: int, keys: Key, is_active: bool) -> _Result:
-        """Train a group for an epoch, or validate it only."""
+        """Train and validate group i for an epoch; only validate it if `is_active` is false."""
         state, best, *means = programs.epoch(
             self._plan,
             self._states[i],
@@ -237,7 +246,11 @@ class Ensemble:
         return _Result(state, best, *map(to_host, means))
 
     def _first_score(self, i: int, keys: Key) -> _Result:
-        """Validate a group; in memory an epoch without training is the program for it."""
+        """Validate group i before the first epoch.
+
+        For data in memory this runs the program of an epoch without training, so that no other
+        program has to be compiled.
+        """
         if self._stream is None:
             return self._advance(i, keys, False)
         return self._score(i, self._states[i], np.zeros(len(keys)))
@@ -274,7 +287,10 @@ class Ensemble:
     def _store(
         self, active: Iterable[int], running: np.ndarray, results: Iterable[_Result]
     ) -> None:
-        """Replace states, best weights and losses by the results of an epoch, all at once."""
+        """Replace states, best weights and losses by the results of an epoch.
+
+        The attributes are assigned after all results are complete.
+        """
         states, groups = list(self._states), list(self._groups)
         losses = [np.array(values) for values in self._losses]
         for i, (state, best, *means) in zip(active, results, strict=True):
@@ -285,9 +301,9 @@ class Ensemble:
         self.best = tuple(group.best for group in groups)
 
     def _compile(self, prepare: Callable, arguments: tuple) -> None:
-        """Compile an epoch, which the jitted functions then find in their cache."""
+        """Compile the program of an epoch, so that later calls find it in JAX's cache."""
         if self._plan.mesh is not None:
-            return  # the only group compiles it, for arrays that lie on the devices of the mesh
+            return  # with a mesh, the first call compiles it for arrays placed on the mesh
         state, group = jax.eval_shape(prepare, *arguments)
         plan, features, keys = self._plan, self._features, arguments[0]
         if self._stream is None:
@@ -302,7 +318,7 @@ class Ensemble:
 
 
 class Snapshot(NamedTuple):
-    """Everything that epochs change: host arrays with a leading axis of all members M."""
+    """All arrays that change during training, on the host, with a leading axis M (members)."""
 
     state: State
     best: Best
@@ -310,7 +326,7 @@ class Snapshot(NamedTuple):
 
 
 class _Result(NamedTuple):
-    """Result of an epoch of a group; the losses of its members have shape (m,)."""
+    """Result of one epoch of a group with m members; losses have shape (m,)."""
 
     state: State
     best: Best
@@ -319,7 +335,7 @@ class _Result(NamedTuple):
 
 
 def _slices(members: int, *, together: bool) -> list[slice]:
-    """Return the members of each group."""
+    """Return one slice of member numbers for each group: one group, or one for each member."""
     if jax.default_backend() == "cpu" and not together:
         return [slice(i, i + 1) for i in range(members)]
     return [slice(0, members)]
@@ -330,14 +346,18 @@ def _joined(arrays: Iterable[Array]) -> np.ndarray:
 
 
 def _like(old: Array, values: np.ndarray) -> Array:
-    """Return values as the same kind of array; a copy, whose memory a program may reuse."""
+    """Copy values to an array of the same kind as `old`; programs may reuse its memory."""
     return from_numeric(old, jax.device_put(values, may_alias=False))
 
 
 def _split_rows(
     key: Key, training: Training, data: TrainingData, members: int
 ) -> tuple[tuple[Array, Array], Stream | None]:
-    """Return training rows and validation rows of each member, and the stream without the latter.
+    """Choose the training rows and validation rows of each member.
+
+    Returns:
+        Row numbers of the training and validation rows of each member, and the stream without the
+        validation rows (None without a stream).
 
     Raises:
         ValueError: There are too few rows to hold any out.
@@ -360,9 +380,10 @@ def _split_rows(
 def _folds(
     key: Key, n: int, held_out: int, members: int, member_rows: int = 0
 ) -> tuple[Array, Array]:
-    """Return training rows (M, n - V + member_rows) and validation rows (M, V).
+    """Return row numbers of training rows (M, n - V + member_rows) and validation rows (M, V).
 
-    Member m holds out the m-th fold of n rows, which depends on the key, n and V alone.
+    Member m holds out the m-th fold of the n shared rows. The folds depend only on the key, n and
+    V = `held_out`.
     """
     order = jax.random.permutation(key, n)
     rolled = jnp.stack([jnp.roll(order, -m * held_out) for m in range(members)])

@@ -2,8 +2,9 @@
 
 Public names: `parts`, `differing`.
 
-Arrays are described by a few random sums. They are the same up to rounding on another machine or
-after the data were simulated again there, and differ if a single row differs.
+Each array is described by a few weighted sums of its entries. If the same data are loaded or
+simulated again on another machine, the sums agree up to rounding. If a single row differs, the sums
+differ.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from sbi_flows.training.settings import Training
 NUM_SUMS = 4
 
 BLOCK_ROWS = 2**16
-"""Number of rows of an array that are summed at once; bounds the memory."""
+"""Number of rows of an array that are summed at once; it limits the memory."""
 
 TOLERANCE = 1e-5
-"""Maximum rounding difference of a sum, as a multiple of the norm of the summed array."""
+"""Maximum difference of a sum due to rounding, relative to the norm of the array."""
 
 
 def parts(
@@ -46,10 +47,10 @@ def parts(
 
     Args:
         key: The user's key.
-        blueprint: The model that is built.
-        training: The settings.
-        data: The arrays, whose first axis is that of the rows.
-        numbers: Other numbers that the result depends on.
+        blueprint: Description of the model.
+        training: Settings of the fit.
+        data: Dict of the training arrays; the first axis of each array is the rows.
+        numbers: Other numbers on which the result of the fit depends.
     """
     return {
         "versions": {name: version(name) for name in ("sbi-flows", "jax", "flax", "optax")},
@@ -64,7 +65,7 @@ def parts(
 
 
 def differing(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """Return the names whose values differ, for sums by more than rounding."""
+    """Return the names of values that differ. Sums may differ by rounding errors."""
     names = {**present, **saved}
     return [
         name
@@ -83,7 +84,7 @@ def _is_same(saved: Any, present: Any) -> bool:
 
 
 def _sums(array: Any) -> dict[str, Any]:
-    """Return weighted sums of all entries, with weights between -1 and 1, and their norm."""
+    """Describe an array by shape, dtype, norm, and sums of its entries with weights in [-1, 1]."""
     shape = np.shape(array)
     rows = np.asarray(array).reshape(shape[0], math.prod(shape[1:]))
     columns = _waves(np.arange(rows.shape[1]), 1.0)
@@ -102,13 +103,20 @@ def _sums(array: Any) -> dict[str, Any]:
 
 
 def _waves(places: np.ndarray, rate: float) -> np.ndarray:
-    """Return weights (n, NUM_SUMS) of incommensurate frequencies, which no pattern repeats."""
+    """Return weights (n, NUM_SUMS): cosines of the places with incommensurate frequencies.
+
+    The weights are not periodic, so that a change of a row or of the order changes the sums.
+    """
     rates = rate * np.sqrt([2.0, 3.0, 5.0, 7.0])
     return np.cos((places[:, None] + 1.0) * rates)
 
 
 def _density(blueprint: Blueprint) -> dict[str, Any]:
-    """Describe the settings of a model; its programs too, where the settings do not identify it."""
+    """Describe the settings of a model.
+
+    If the settings do not identify the model, as with a user's embedding, the description also
+    contains hashes of the model's programs.
+    """
     described: dict[str, Any] = {
         "density": repr(blueprint.density),
         "features": repr(blueprint.feature_indices),
@@ -125,7 +133,7 @@ def _density(blueprint: Blueprint) -> dict[str, Any]:
 
 
 def _programs(blueprint: Blueprint, embedding_weights: Any) -> str:
-    """Return SHA-256 hashes of the programs of the initial weights and of the loss."""
+    """Return SHA-256 hashes of the programs that compute the initial weights and the loss."""
     key, sizes = jax.eval_shape(lambda: jax.random.key(0)), blueprint.sizes
 
     def make(key: Key) -> tuple[Any, Any]:
@@ -140,7 +148,7 @@ def _programs(blueprint: Blueprint, embedding_weights: Any) -> str:
 
 
 def _settings(blueprint: Blueprint, training: Training) -> dict[str, Any]:
-    """Describe all settings but devices and checkpoint; an optimiser by its programs."""
+    """Describe all settings except devices and checkpoint; a user's optimiser by its programs."""
     settings = dataclasses.replace(training.without_checkpoint, devices=None)
     described = {f.name: repr(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
     if training.optimizer is None:
@@ -150,12 +158,12 @@ def _settings(blueprint: Blueprint, training: Training) -> dict[str, Any]:
     transform = training.transform(1, 1.0)
     state = jax.eval_shape(transform.init, params)
     update = _program(transform.update, params, state, params)
-    # a list, so that no message repeats it
+    # lists are compared, but not printed in error messages
     return described | {"optimizer": [_program(transform.init, params), update]}
 
 
 def _program(function: Any, *arguments: Any) -> str:
-    """Return the SHA-256 hash of a function's operations and constants."""
+    """Return a SHA-256 hash of the operations and constants in a traced function."""
     program = jax.make_jaxpr(function)(*arguments)
     digest = hashlib.sha256(_without_addresses(str(program)).encode())
     for constant in program.consts:

@@ -1,4 +1,4 @@
-"""The loop over epochs, with progress bar, checkpoints, early stopping and interrupts.
+"""Loop over the epochs of a fit, with progress bar, checkpoints, early stopping and interrupts.
 
 Public names: `fit`.
 """
@@ -47,25 +47,28 @@ def fit(
     label: str = "fit",
     name: str = "fit",
 ) -> tuple[Weights, History]:
-    """Train models that differ in initial weights, data order and validation rows.
+    """Train an ensemble of models.
+
+    The members differ in initial weights, order of the data and validation rows.
 
     Args:
         keys: Random keys.
-        blueprint: The model to build.
-        training: Settings.
-        data: The rows to train on.
-        members: Number of models M.
+        blueprint: Description of the model of each member.
+        training: Settings of the fit.
+        data: Training data.
+        members: Number of members M.
         progress: Show a progress bar.
-        label: Description of the progress bar.
-        name: Name of the fit's file in the folder `training.checkpoint`.
+        label: Text in front of the progress bar.
+        name: Name of the file of this fit in the folder `training.checkpoint`.
 
     Returns:
-        The best weights of each member, and the history.
+        The best weights of each member, and the history of the fit.
 
     Raises:
-        ValueError: There are too few rows to hold any out, or the checkpoint is that of another
+        ValueError: There are too few rows to hold any out, or the checkpoint belongs to another
             fit.
-        TrainingDiverged: A loss was not finite; its `state` holds the best `Weights` so far.
+        TrainingDiverged: A loss was not finite. The attribute `state` of the error holds the best
+            `Weights` so far.
         CheckpointSpoilt: The checkpoint is damaged.
     """
     began = time.perf_counter()
@@ -79,12 +82,12 @@ def fit(
             result = run.result(keys.epochs, saved, progress=progress, label=label)
     seconds = time.perf_counter() - began
     params = unravel_weights(blueprint, result.params)
-    weights = Weights(*jax.device_put((params, result.rest)))  # which compiles nothing
+    weights = Weights(*jax.device_put((params, result.rest)))  # device_put compiles nothing
     return weights, result.history(seconds, has_likelihood=has_likelihood_loss(blueprint))
 
 
 class _Result(NamedTuple):
-    """The result of a fit as host arrays; E is the number of epochs.
+    """Result of a fit as host arrays; E is the number of epochs.
 
     Attributes:
         params: Best weights, shape (M, P).
@@ -95,8 +98,10 @@ class _Result(NamedTuple):
         held_out: Row numbers of the validation rows, shape (M, V).
         held_out_loss: Losses of the validation rows, shape (M, V).
         stop_reason: Reason why the fit ended.
-        solver_steps: Steps of the ODE solve for each of these losses; None without an ODE.
-        solver_evaluations: Evaluations of the network in each solve, likewise.
+        solver_steps: Number of solver steps for each entry of `held_out_loss`, shape (M, V); None
+            if the density needs no ODE.
+        solver_evaluations: Number of network evaluations for each entry of `held_out_loss`, shape
+            (M, V); None if the density needs no ODE.
     """
 
     params: np.ndarray
@@ -130,16 +135,16 @@ class _Result(NamedTuple):
 
 
 class _Losses(NamedTuple):
-    """Losses of one epoch, shape (M,) each."""
+    """Training and validation losses of one epoch, shape (M,) each."""
 
     train: np.ndarray
     validation: np.ndarray
 
 
 class _Progress(NamedTuple):
-    """The best weights and the losses of all epochs so far, replaced together.
+    """Best weights so far, and losses of all epochs so far.
 
-    An interrupt therefore never finds weights and losses of different epochs.
+    They are replaced together, so that after an interrupt both belong to the same epoch.
     """
 
     best: tuple[Best, ...]
@@ -147,13 +152,13 @@ class _Progress(NamedTuple):
 
 
 class _Run:
-    """One fit of an ensemble from its first or its last saved epoch to its end.
+    """One run of a fit, which starts at the first epoch or continues from a checkpoint.
 
     Args:
         ensemble: The members.
-        blueprint: Their model.
-        training: Settings.
-        file: Checkpoint to write; None writes nothing.
+        blueprint: Description of the model of each member.
+        training: Settings of the fit.
+        file: Checkpoint to which states are written; None for no checkpoint.
     """
 
     def __init__(
@@ -163,12 +168,12 @@ class _Run:
         training: Training,
         file: Checkpoint | None,
     ) -> None:
-        """Check that the losses of the starts are finite."""
+        """Check that the losses before the first epoch are finite."""
         self._ensemble, self._blueprint = ensemble, blueprint
         self._training, self._file = training, file
         self._row_offsets = np.asarray(ensemble.offsets.validation)
         offsets = np.stack([ensemble.offsets.train, self._row_offsets.mean(axis=1)])
-        # a loss that is no negative log density is reported as it is
+        # offsets are only added to losses that are negative log densities
         self._offsets = offsets * has_likelihood_loss(blueprint)
         self._start_loss = ensemble.best_loss + self._offsets[1]
         _require_finite(self._start_loss, 0, ensemble)
@@ -185,9 +190,9 @@ class _Run:
 
         Args:
             epoch_key: Base key of the epochs.
-            saved: Arrays of the checkpoint; None starts with the first epoch.
+            saved: Arrays of the checkpoint; None to start at the first epoch.
             progress: Show a progress bar.
-            label: Description of the progress bar.
+            label: Text in front of the progress bar.
         """
         ensemble, losses = self._ensemble, () if saved is None else self._resume(saved)
         done = _Progress(ensemble.best, losses)
@@ -222,7 +227,7 @@ class _Run:
     def _epochs(
         self, epoch_key: Key, losses: tuple[_Losses, ...], bar: tqdm
     ) -> Iterator[_Progress]:
-        """Train epoch after epoch and yield the progress after each."""
+        """Train for one epoch after another, and yield the progress after each epoch."""
         ensemble = self._ensemble
         for epoch in bar:
             means = ensemble.epoch(jax.random.fold_in(epoch_key, epoch))
@@ -239,7 +244,7 @@ class _Run:
                 return
 
     def _state(self, losses: tuple[_Losses, ...]) -> dict[str, Any]:
-        """Return everything that a checkpoint holds between two epochs."""
+        """Return the arrays that a checkpoint saves between two epochs."""
         train, validation = _stacked(losses, len(self._start_loss))
         return {
             "train": train,
@@ -248,7 +253,7 @@ class _Run:
         }
 
     def _resume(self, saved: Mapping[str, np.ndarray]) -> tuple[_Losses, ...]:
-        """Restore the state of the members; return the losses of all epochs until then."""
+        """Restore the members from a checkpoint; return the losses of all earlier epochs."""
         assert self._file is not None
         like = {"members": self._ensemble.snapshot()}
         self._ensemble.resume(self._file.filled(like, saved)["members"])
@@ -287,7 +292,7 @@ def _checkpoint(
     members: int,
     name: str,
 ) -> Checkpoint | None:
-    """Return the checkpoint of a fit; None if it keeps none."""
+    """Return the checkpoint of a fit; None if the settings give no checkpoint folder."""
     if training.checkpoint is None:
         return None
     stream_rows = None if data.stream is None else len(data.stream.rows)
@@ -304,7 +309,7 @@ def _checkpoint(
 
 
 def _to_save(result: _Result) -> dict[str, Any]:
-    """Return the arrays of a checkpoint that holds a result."""
+    """Return the arrays that a checkpoint saves at the end of a fit."""
     return {
         "train": result.train,
         "validation": result.validation,
@@ -324,7 +329,7 @@ def _to_save(result: _Result) -> dict[str, Any]:
 def _saved_result(
     file: Checkpoint, saved: Mapping[str, np.ndarray], blueprint: Blueprint, members: int
 ) -> _Result:
-    """Return the result that a checkpoint holds; nothing is computed or compiled."""
+    """Read the result of a finished fit from its checkpoint, without computing anything."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     rest = jax.eval_shape(lambda key: dict(initial_weights(blueprint, key, None)[1]), key)
     stacked = jax.tree.map(lambda a: jax.ShapeDtypeStruct((members, *a.shape), a.dtype), rest)
@@ -345,7 +350,7 @@ def _saved_result(
 def _validation_losses(
     ensemble: Ensemble, best: tuple[Best, ...], blueprint: Blueprint
 ) -> tuple[np.ndarray, SolverStats | None]:
-    """Return losses (M, V) of the validation rows before offsets, and the work of ODE solves."""
+    """Return losses (M, V) of the validation rows without offsets, and statistics of ODE solves."""
     if not needs_ode(blueprint):
         return np.concatenate([to_host(b.cross_losses) for b in best]), None
     losses, solver_stats = ensemble.densities(best)
@@ -361,7 +366,7 @@ def _validation_losses(
 
 
 def _stacked(losses: tuple[_Losses, ...], members: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return training and validation losses, shape (E, M) each."""
+    """Stack the losses of all epochs: training and validation losses, shape (E, M) each."""
     if not losses:
         return np.zeros((0, members)), np.zeros((0, members))
     train, validation = (np.stack(values) for values in zip(*losses, strict=True))

@@ -2,8 +2,8 @@
 
 Public names: `Best`, `State`, `LossOffsets`, `Group`, `Source`, `Plan`, `updated`.
 
-Shapes are those of one member; in a group every array has a leading axis of its m members. V is the
-number of validation rows, d the number of standard coordinates.
+The shapes below are for one member. In a group of m members, every array has an additional leading
+axis of length m. V is the number of validation rows, d the number of standard coordinates.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class Best(NamedTuple):
 
     Attributes:
         params: The weights, as one vector.
-        loss: Mean loss of the validation rows.
-        age: Number of epochs since then.
-        half_losses: Lowest mean loss so far of the validation rows at even and at odd places,
-            shape (2,).
-        cross_losses: Loss of each validation row, shape (V,), in the epoch that was best for the
-            other half of the validation rows. With two rows or more, no row takes part in the
-            choice of the epoch that it is judged by.
+        loss: Mean loss of the validation rows with these weights.
+        age: Number of epochs since these weights were reached.
+        half_losses: Lowest mean losses so far of two halves of the validation rows (rows at even
+            positions, rows at odd positions), shape (2,).
+        cross_losses: Loss of each validation row, shape (V,), at the epoch with the lowest mean
+            loss of the other half. A row therefore does not influence the choice of the epoch at
+            which its loss is reported, if there are at least two rows.
     """
 
     params: Array
@@ -43,7 +43,10 @@ class Best(NamedTuple):
 
 
 class State(NamedTuple):
-    """Weights, their moving average and the optimiser's state; steps reuse their memory."""
+    """Weights, moving average of the weights, and state of the optimiser.
+
+    Each training step writes its new state into the memory of the old state.
+    """
 
     params: Array
     average: Array
@@ -51,10 +54,10 @@ class State(NamedTuple):
 
 
 class LossOffsets(NamedTuple):
-    """Terms that turn losses into negative log densities in the units of theta.
+    """Terms that are added to losses, to give negative log densities in the units of theta.
 
     Attributes:
-        train: Mean over the training rows, shape ().
+        train: Mean of the terms of the training rows, shape ().
         validation: Term of each validation row, shape (V,).
     """
 
@@ -63,13 +66,13 @@ class LossOffsets(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Everything that a group of members trains with, except its state.
+    """Arrays of a group of members, except its state.
 
     Attributes:
         best: The best weights so far.
         rest: Arrays of the model that are not trained.
-        whitened: Parameters as the linear start whitens them, which is what the density models:
-            those of the training rows, then those of the validation rows, shape (N, d).
+        whitened: Parameters, whitened by the linear start, shape (N, d): first the training rows,
+            then the validation rows. The density models the whitened parameters.
         offsets: See `LossOffsets`.
         train_rows: Row numbers of the training rows.
         validation_rows: Row numbers of the validation rows, shape (V,).
@@ -86,14 +89,17 @@ class Group(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What all members start from: the rows, and the weights of an embedding given as a module."""
+    """Training data, and the weights of an embedding that the user gave as a module.
+
+    All members use the same data and start with the same embedding weights.
+    """
 
     data: TrainingData
     embedding_weights: Any
 
 
 class Plan(NamedTuple):
-    """The static part of a fit, on which its compiled programs depend."""
+    """Static settings of a fit. JAX compiles new programs if they change."""
 
     blueprint: Blueprint
     training: Training
@@ -101,13 +107,20 @@ class Plan(NamedTuple):
 
 
 def updated(best: Best, params: Array, losses: Array, is_running: Array) -> Best:
-    """Return the best weights after an epoch with these losses (V,) of the validation rows."""
+    """Update the best weights after an epoch.
+
+    Args:
+        best: The best weights before the epoch.
+        params: Weights after the epoch.
+        losses: Losses of the validation rows with these weights, shape (V,).
+        is_running: Whether the member is still trained; otherwise only `age` changes.
+    """
     validation = jnp.mean(losses)
     new = (params, validation, jnp.zeros_like(best.age))
     old = (best.params, best.loss, best.age + 1)
     is_better = is_running & (validation < best.loss)
     params, loss, age = jax.tree.map(partial(jnp.where, is_better), new, old)
-    # a single row is both halves
+    # a single row belongs to both halves
     odd = losses[min(1, len(losses) - 1) :: 2]
     half_losses = jnp.stack([jnp.mean(losses[0::2]), jnp.mean(odd)])
     is_improved = is_running & (half_losses < best.half_losses)

@@ -85,7 +85,7 @@ class History:
         )
 
     def plot(self, ax: Any = None) -> Any:
-        """Draw the loss curves; see `sbi_flows.plots.training.loss_curves`."""
+        """Plot the loss curves; see `sbi_flows.plots.training.loss_curves`."""
         from sbi_flows.plots.training import loss_curves
 
         return loss_curves(self, ax=ax)

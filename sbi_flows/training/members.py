@@ -2,9 +2,9 @@
 
 Public names: `prepare`, `epoch`, `chunk`, `score`, `densities`.
 
-A group of members is one vmapped program; every array of a group has a leading axis of its m
-members. V is the number of validation rows, d the number of standard coordinates and C the number
-of features.
+One vmapped program trains a group of m members; every array of a group has a leading axis of length
+m. V is the number of validation rows, d the number of standard coordinates and C the number of
+features.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from sbi_flows.training.group import Best, Group, LossOffsets, Plan, Source, Sta
 from sbi_flows.training.settings import Training
 
 MAX_ROWS = 2**14
-"""Maximum number of rows evaluated at once outside of the training steps; bounds the memory."""
+"""Maximum number of rows evaluated at once, except in training steps; it limits the memory."""
 
 
 def prepare(
@@ -51,7 +51,17 @@ def prepare(
     validation_rows: Array,
     learning_rate: Array,
 ) -> tuple[State, Group]:
-    """Make new members; most of the work does not depend on the settings of the training."""
+    """Make the initial state and the arrays of a group.
+
+    Args:
+        blueprint: Description of the model of each member.
+        training: Settings of the fit.
+        source: Training data, and weights of an embedding.
+        keys: A random key for each member.
+        train_rows: Row numbers of each member's training rows.
+        validation_rows: Row numbers of each member's validation rows, shape (m, V).
+        learning_rate: Peak learning rate of each member, shape (m,).
+    """
     params, rest, whitened, offsets = _start(blueprint, source, keys, train_rows, validation_rows)
     m, dtype = len(keys), source.data.y.dtype
     infinite = jnp.full((m, 3), jnp.inf, dtype)
@@ -63,7 +73,7 @@ def prepare(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _first_state(blueprint: Blueprint, training: Training, params: Array) -> State:
-    # copies: the best weights so far must outlive the memory of the state
+    # copies, because training steps overwrite the memory of the state, but not of the best weights
     optimiser = _optimiser(blueprint, training, 1, 1.0)
     return State(jnp.copy(params), jnp.copy(params), jax.vmap(optimiser.init)(params))
 
@@ -71,7 +81,10 @@ def _first_state(blueprint: Blueprint, training: Training, params: Array) -> Sta
 def _optimiser(
     blueprint: Blueprint, training: Training, steps: int, learning_rate: float | Array
 ) -> optax.GradientTransformation:
-    """Return the optimiser of weights as one vector; a user's optimiser sees them as a tree."""
+    """Return an optimiser for weights that are stored as one vector.
+
+    A user's optimiser gets the weights as a tree: the vector is converted before each update.
+    """
     transform = training.transform(steps, learning_rate)
     if training.optimizer is None:
         return transform
@@ -89,8 +102,14 @@ def _optimiser(
 def _start(
     blueprint: Blueprint, source: Source, keys: Key, train_rows: Array, validation_rows: Array
 ) -> tuple[Array, Any, Array, LossOffsets]:
-    """Return initial weights, other arrays with fitted starts, whitened parameters and offsets."""
-    # in turn: side by side, their generator would give other weights than for each member alone
+    """Return the initial arrays of a group of members.
+
+    Returns:
+        Initial weights, arrays that are not trained (with the fitted linear start), whitened
+        parameters, and loss offsets.
+    """
+    # lax.map instead of vmap: under vmap the random generator would give other weights than for a
+    # single member
     params, rest = jax.lax.map(
         lambda key: initial_weights(blueprint, key, source.embedding_weights), keys
     )
@@ -131,16 +150,16 @@ def epoch(
     """Train a group for one epoch and validate it.
 
     Args:
-        plan: The static part of the fit.
-        state: State of the members, whose memory is reused.
-        group: The members.
+        plan: Static settings of the fit.
+        state: State of the members. Its memory is reused, so do not use it after the call.
+        group: Arrays of the members.
         features: Features of all rows, shape (N, C).
         keys: A random key for each member.
-        is_active: False validates without training. It is not a constant of the program.
+        is_active: Whether to train; False only validates. Both cases use the same compiled program.
 
     Returns:
-        The new state, the best weights so far, and the mean loss of the training steps and of the
-        validation rows, shape (m,) each.
+        The new state, the best weights so far, the mean loss of the training steps, shape (m,), and
+        the mean loss of the validation rows, shape (m,).
     """
 
     def one(state: State, group: Group, key: Key) -> tuple[State, Best, Array, Array]:
@@ -173,15 +192,15 @@ def chunk(
     """Train a group on one chunk of an epoch.
 
     Args:
-        plan: The static part of the fit.
+        plan: Static settings of the fit.
         num_chunks: Number of chunks in an epoch.
-        state: State of the members, whose memory is reused.
-        group: The members.
+        state: State of the members. Its memory is reused, so do not use it after the call.
+        group: Arrays of the members.
         rows: Standard coordinates (n, d) and features (n, C) of the chunk.
         keys: A random key for each member.
 
     Returns:
-        The new state and the mean loss of the steps, shape (m,).
+        The new state, and the mean loss of the training steps, shape (m,).
     """
     y, features = rows
     batch_size = min(plan.training.batch(num_chunks * len(y)), len(y))
@@ -205,7 +224,7 @@ def chunk(
 @partial(jax.jit, static_argnums=0)
 @full_precision
 def score(plan: Plan, state: State, group: Group, features: Array) -> tuple[Best, Array]:
-    """Validate a group: the best weights so far and the mean loss of the validation rows."""
+    """Validate a group; return the best weights so far and the mean validation losses (m,)."""
     one = partial(_score, plan, features=features)
     return _over_members(one, plan.mesh)(state, group)
 
@@ -213,7 +232,7 @@ def score(plan: Plan, state: State, group: Group, features: Array) -> tuple[Best
 @partial(jax.jit, static_argnums=0)
 @full_precision
 def densities(plan: Plan, best: Best, group: Group, features: Array) -> tuple[Array, SolverStats]:
-    """Return negative log densities (m, V) of the whitened validation rows, by solving an ODE."""
+    """Compute negative log densities (m, V) of whitened validation rows by solving an ODE."""
 
     def one(best: Best, group: Group) -> tuple[Array, SolverStats]:
         model = _model(plan.blueprint, best.params, group.rest)
@@ -233,7 +252,7 @@ def _over_members(one: Any, mesh: Mesh | None) -> Any:
 
 
 class _Loop(NamedTuple):
-    """Steps of the optimiser: `count` of the `total` steps of the fit."""
+    """Loop over `count` steps of the optimiser, out of `total` steps in the whole fit."""
 
     plan: Plan
     total: int
@@ -242,17 +261,18 @@ class _Loop(NamedTuple):
     def run(
         self, state: State, group: Group, key: Key, data: Any, sizes: tuple[int, int]
     ) -> tuple[State, Array]:
-        """Take steps on batches of rows in random order.
+        """Train one member on batches of rows in random order.
 
         Args:
-            state: State of one member.
-            group: The member.
+            state: State of the member.
+            group: Arrays of the member.
             key: Random key.
-            data: Function from places (B,) to whitened parameters (B, d) and features (B, C).
+            data: Function that maps indices (B,) of the rows of a batch to whitened parameters
+                (B, d) and features (B, C).
             sizes: Number of rows, and batch size.
 
         Returns:
-            The new state and the sum of the losses of the steps.
+            The new state, and the sum of the losses of all steps.
         """
         rows, batch_size = sizes
         optimiser = _optimiser(
@@ -280,20 +300,20 @@ class _Loop(NamedTuple):
 
 
 def _score(plan: Plan, state: State, group: Group, features: Array) -> tuple[Best, Array]:
-    """Return the best weights so far and the mean loss of the validation rows, of one member."""
+    """Validate one member; return the best weights so far and the mean validation loss."""
     whitened = group.whitened[len(group.train_rows) :]
     losses_at = partial(_losses(plan, state.average, group.rest), None)
     losses = _by_rows(
         lambda places: losses_at(whitened[places], features[group.validation_rows[places]]),
         jnp.arange(len(whitened)),
     )
-    # a member that has stopped is still computed in a group with others
+    # the program also computes members of the group that have stopped
     is_running = group.best.age < plan.training.patience
     return updated(group.best, state.average, losses, is_running), jnp.mean(losses)
 
 
 def _by_rows(function: Callable[[Array], Any], places: Array) -> Any:
-    """Apply a function of row numbers (B,) to at most `MAX_ROWS` of them at a time."""
+    """Apply a function to row numbers in blocks of at most `MAX_ROWS`, and join the results."""
     n, count = len(places), -(-len(places) // MAX_ROWS)
     if count == 1:
         return function(places)
@@ -302,7 +322,11 @@ def _by_rows(function: Callable[[Array], Any], places: Array) -> Any:
 
 
 def _losses(plan: Plan, params: Array, rest: Any) -> Any:
-    """Return the loss of each row: a key or None, whitened (B, d) and features (B, C) to (B,)."""
+    """Return a function that computes the loss of each row of a batch.
+
+    The function maps a random key or None, whitened parameters (B, d) and features (B, C) to losses
+    (B,).
+    """
 
     def losses(key: Key | None, whitened: Array, features: Array) -> Array:
         with precision_context(plan.training.matmul_precision):

@@ -1,4 +1,4 @@
-"""The record of a fit, as plain JSON data that are saved with the posterior.
+"""Record of a fit: JSON data that are saved with the posterior.
 
 Public names: `of_fit`.
 """
@@ -18,7 +18,8 @@ from sbi_flows.core.versions import versions
 from sbi_flows.simulations.simulations import Simulations
 
 _PER_ROW = {"held_out", "held_out_loss", "solver_steps", "solver_evaluations"}
-"""Fields of a history with one number per simulation; the record has at most their mean."""
+"""Fields of a history with one number for each validation row. The record does not contain these
+numbers, but may contain their mean."""
 
 
 def of_fit(estimator: Any, simulations: Simulations, history: Any) -> Mapping[str, Any]:
@@ -26,8 +27,8 @@ def of_fit(estimator: Any, simulations: Simulations, history: Any) -> Mapping[st
 
     Args:
         estimator: The estimator, a frozen dataclass of settings.
-        simulations: The simulations that it was fitted to.
-        history: The history of the fit, or the histories of a stack.
+        simulations: The simulations that were used in the fit.
+        history: The history of the fit. For a stack of densities, the histories of its densities.
     """
     record = {
         "estimator": to_json_data(estimator),
@@ -39,7 +40,7 @@ def of_fit(estimator: Any, simulations: Simulations, history: Any) -> Mapping[st
 
 
 def _provenance(simulations: Simulations) -> dict[str, Any]:
-    """Return the number of simulations, of failures and of rounds, and a hash of theta."""
+    """Describe simulations by their numbers of rows, failures and rounds, and a hash of theta."""
     theta = np.ascontiguousarray(simulations.theta)
     return {
         "rows": len(simulations),
@@ -51,7 +52,7 @@ def _provenance(simulations: Simulations) -> dict[str, Any]:
 
 
 def _summary(history: Any) -> Any:
-    """Return a history, or those of a stack, without the numbers of single simulations."""
+    """Convert a history, or the histories of a stack, to JSON data without `_PER_ROW` fields."""
     if not dataclasses.is_dataclass(history):
         return to_json_data(history)
     summary: dict[str, Any] = {"type": type(history).__name__}

@@ -15,10 +15,10 @@ from jax import Array
 from sbi_flows.core.checks import require_count, require_positive
 
 MIN_EPOCH_STEPS = 128
-"""Minimum number of steps in an epoch by default."""
+"""Minimum number of steps in an epoch with the default batch size, if there are enough rows."""
 
 MIN_BATCH_SIZE, MAX_BATCH_SIZE = 16, 128
-"""Limits of the default batch size."""
+"""Minimum and maximum of the default batch size."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,38 +26,40 @@ class Training:
     """Settings of a fit.
 
     Attributes:
-        batch_size: Batch size. The default is the power of two from 16 to 128 that gives 128 steps
-            in an epoch, because few rows need many small steps to train at all.
-        max_epochs: Maximum number of passes over the training rows; also the length of the cosine
-            schedule.
+        batch_size: Number of rows in a batch. The default is the largest power of two from 16 to
+            128 that gives at least 128 steps in an epoch, and 16 for smaller data sets.
+        max_epochs: Maximum number of epochs (passes over the training rows). The cosine schedule of
+            the learning rate ends after this number of epochs.
         patience: Number of epochs without a lower validation loss after which a member stops. The
             fit ends when all members have stopped.
-        validation_fraction: Fraction of the rows that each member holds out. The validation rows of
-            several members do not overlap as long as there are enough rows.
-        optimizer: An optax optimiser, which is used as it is: add `optax.clip_by_global_norm` to it
-            to clip gradients. By default AdamW with `learning_rate`, `weight_decay` and
-            `clip_norm`, a warm-up over the first hundredth of the steps and a cosine decay.
-        learning_rate: Peak learning rate of the default optimiser. Several rates are given to the
-            members in turn, in the same compiled program.
+        validation_fraction: Fraction of the rows that each member holds out for validation. Members
+            hold out different rows as long as there are enough rows.
+        optimizer: An optax optimiser. It is used unchanged; to clip gradients, include
+            `optax.clip_by_global_norm` in it. The default is AdamW with `learning_rate`,
+            `weight_decay` and `clip_norm`, a warm-up over the first 1 % of the steps (at most 100
+            steps) and a cosine decay.
+        learning_rate: Peak learning rate of the default optimiser. If it is a tuple, member i uses
+            entry i; if there are more members than entries, the tuple is repeated.
         weight_decay: Weight decay of the default optimiser.
-        clip_norm: Maximum global norm of a gradient before the default optimiser.
-        ema_decay: Decay of the exponential moving average of the weights. The average is what is
-            validated and kept; None keeps the weights themselves.
-        devices: Maximum number of devices to train on; None for all that JAX sees, including those
-            of other processes (`jax.distributed`). Members are spread over them first, then the
-            rows of each batch.
-        matmul_precision: Precision of the networks' products in training, as
-            `jax.default_matmul_precision` takes it. `"tensorfloat32"` and `"bfloat16"` are meant
-            for large networks on accelerators that have units for them, and cost accuracy. The
-            default is full precision. Products of splines and linear layers, of a trained
-            posterior, and on a CPU are always in full precision.
-        checkpoint: Folder in which the fit saves its state, one file for each fit that an estimator
-            consists of. A fit that was killed or interrupted continues there when it is started
-            again with the same call, and ends with the same weights, bit for bit, on the same kind
-            of machine. A fit that has ended is not trained again. Other simulations, settings or
-            keys than those of the folder are a ValueError. None, the default, saves nothing.
-        checkpoint_every: Number of epochs between two saved states. By default as many as make
-            saving cost at most about a hundredth of the time of the fit.
+        clip_norm: Maximum global norm of the gradients in the default optimiser. Larger gradients
+            are scaled down to this norm.
+        ema_decay: Decay of the exponential moving average of the weights. The averaged weights are
+            validated and become the result. With None, the weights are not averaged.
+        devices: Maximum number of devices for training. None uses all devices of JAX, including
+            devices of other processes (`jax.distributed`). Members are distributed over the devices
+            first, then the rows of each batch.
+        matmul_precision: Precision of the networks' matrix products in training, a value for
+            `jax.default_matmul_precision`. `"tensorfloat32"` and `"bfloat16"` are faster, but less
+            accurate, for large networks on accelerators that support them. The default is full
+            precision. Splines, linear layers, trained posteriors and CPUs always use full
+            precision.
+        checkpoint: Folder in which the fit saves its state. An estimator that runs several fits
+            writes one file for each. If a fit was killed or interrupted, the same call continues it
+            and gives the same weights, bit for bit, on the same kind of machine. The result of a
+            finished fit is read from the folder. If simulations, settings or keys differ from those
+            of the saved fit, ValueError is raised. None, the default, saves nothing.
+        checkpoint_every: Number of epochs between two saved states. The default is chosen such that
+            saving takes at most about 1 % of the time of the fit.
 
     Raises:
         ValueError: A setting is out of range.
@@ -86,7 +88,7 @@ class Training:
     ema_decay: float | None = 0.99
     devices: int | None = None
     matmul_precision: str | None = None
-    # local: a posterior that is given to others does not say where its fit was kept
+    # local: this field is not saved with a posterior, because it names a folder of the user
     checkpoint: str | os.PathLike[str] | None = dataclasses.field(
         default=None, metadata={"local": True}
     )
@@ -148,17 +150,22 @@ class Training:
 
     @property
     def without_checkpoint(self) -> Training:
-        """The settings without a checkpoint, on which compiled programs depend."""
+        """The settings without checkpoint, for compiled programs, which do not depend on it."""
         return dataclasses.replace(self, checkpoint=None, checkpoint_every=None)
 
     def with_checkpoint_of(self, other: Training, folder: str = "") -> Training:
-        """Return the settings with the checkpoint of others, or with a folder within it."""
+        """Return the settings with the checkpoint settings of `other`.
+
+        Args:
+            other: Settings whose `checkpoint` and `checkpoint_every` are used.
+            folder: Subfolder of the checkpoint folder; empty for the checkpoint folder itself.
+        """
         path = other.checkpoint if other.checkpoint is None else Path(other.checkpoint) / folder
         every = other.checkpoint_every
         return dataclasses.replace(self, checkpoint=path, checkpoint_every=every)
 
     def batch(self, rows: int) -> int:
-        """Return the batch size for a number of training rows.
+        """Return the batch size for `rows` training rows.
 
         Example:
             >>> [Training().batch(rows) for rows in (10, 900, 9_000, 90_000)]
@@ -170,10 +177,10 @@ class Training:
         return min(max(default, MIN_BATCH_SIZE), MAX_BATCH_SIZE, rows)
 
     def transform(self, steps: int, learning_rate: float | Array) -> optax.GradientTransformation:
-        """Return the optimiser of a fit: the user's as it is, or the default one.
+        """Return the user's optimiser unchanged, or make the default optimiser.
 
         Args:
-            steps: Number of steps.
+            steps: Number of steps of the fit, for the schedule of the learning rate.
             learning_rate: Peak learning rate of the default optimiser.
         """
         if self.optimizer is not None:

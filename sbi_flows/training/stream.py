@@ -1,4 +1,4 @@
-"""Training rows that are read from disk in chunks, because they do not fit in memory.
+"""Stream of training rows that do not fit in memory and are read from disk in chunks.
 
 Public names: `Stream`.
 """
@@ -16,10 +16,10 @@ from jax import Array
 from sbi_flows.core.typing import Key
 
 BLOCK_ROWS = 1024
-"""Number of neighbouring rows that are read together, as disks read neighbours fast."""
+"""Number of neighbouring rows in a block, which is read as a whole: reading neighbours is fast."""
 
 CHUNK_ROWS = 64 * BLOCK_ROWS
-"""Number of rows in a chunk: many blocks from all over the file, shuffled together."""
+"""Number of rows in a chunk. A chunk combines many blocks from random positions in the file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +44,20 @@ class Stream:
 
     @property
     def num_chunks(self) -> int:
-        """Number of chunks in an epoch. The few rows left over differ from epoch to epoch."""
+        """Number of chunks in an epoch.
+
+        All chunks have the same size. Rows that do not fill a chunk are left out; these are other
+        rows in each epoch.
+        """
         return len(self.rows) // self.chunk_size
 
     def without(self, places: np.ndarray) -> Stream:
-        """Return the stream without the rows at these places of the sample."""
+        """Return the stream without the rows `sample[places]`."""
         rows = np.setdiff1d(self.rows, self.sample[places], assume_unique=True)
         return dataclasses.replace(self, rows=rows)
 
     def chunks(self, key: Key) -> Iterator[tuple[Array, Array]]:
-        """Yield all chunks of an epoch; the next chunk is read while one is worked on."""
+        """Yield all chunks of an epoch. While a chunk is used, a thread reads the next chunk."""
         order = self._order(key)
         with ThreadPoolExecutor(1) as reader:
             following = reader.submit(self.read, order[0])
@@ -63,7 +67,7 @@ class Stream:
             yield following.result()
 
     def _order(self, key: Key) -> list[np.ndarray]:
-        """Return the row numbers of each chunk, sorted within the chunk."""
+        """Return the row numbers of each chunk in random order of blocks, sorted in each chunk."""
         num_blocks = -(-len(self.rows) // BLOCK_ROWS)
         order = np.asarray(jax.random.permutation(key, num_blocks))
         blocks = [self.rows[b * BLOCK_ROWS : (b + 1) * BLOCK_ROWS] for b in order]
