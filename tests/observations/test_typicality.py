@@ -13,10 +13,10 @@ from flax import nnx
 
 import sbi_flows as sf
 from sbi_flows.densities.conditional import Blueprint, Sizes
-from sbi_flows.observations import typicality
 from sbi_flows.observations.spaces import normal_scores
 from sbi_flows.observations.standardise import fit_standardiser, flatten_rows
 from sbi_flows.observations.typicality import Typicality, fit_typicality
+from sbi_flows.posteriors import gate
 
 pytestmark = pytest.mark.promotes
 
@@ -67,7 +67,7 @@ def fitted(simulate, n=3000, rng=None):
     known = fit_typicality(KEY, lambda f: (f,), standardiser, standardiser(jnp.asarray(rows)))
 
     def judge(others):
-        return known.judged([np.asarray(standardiser(jnp.asarray(others, jnp.float32)))])
+        return known.test([np.asarray(standardiser(jnp.asarray(others, jnp.float32)))])
 
     return known, rows, judge
 
@@ -147,8 +147,8 @@ def test_arrays_hold_everything():
     known, rows, _ = fitted(correlated, 500)
     again = Typicality.from_arrays(known.to_arrays())
     values = [rows[:5]]
-    np.testing.assert_array_equal(known.judged(values).p_value, again.judged(values).p_value)
-    np.testing.assert_array_equal(known.judged(values).score, again.judged(values).score)
+    np.testing.assert_array_equal(known.test(values).p_value, again.test(values).p_value)
+    np.testing.assert_array_equal(known.test(values).score, again.test(values).score)
 
 
 PRIOR = sf.as_prior({"level": dist.Normal(0.0, 1.0), "rate": dist.LogNormal(1.0, 0.5)})
@@ -275,10 +275,10 @@ def test_too_few_simulations_never_warn_and_the_report_says_why(simulations):
 
 
 def test_what_is_remembered_is_bounded(posterior, monkeypatch):
-    monkeypatch.setattr(typicality, "SEEN", 2)
+    monkeypatch.setattr(gate, "MAX_REMEMBERED", 2)
     for i in range(5):
         posterior.log_prob(jnp.ones(2), {"series": jnp.full(3, 0.1 * i), "count": jnp.array(3)})
-    assert len(posterior.typicality._seen) <= 2
+    assert len(gate._tested[posterior.typicality]) <= 2
 
 
 def test_an_embedding_is_looked_at_as_well(embedded):
@@ -304,8 +304,7 @@ def test_a_stack_keeps_the_gate(simulations):
 
 def test_refusals(posterior):
     batch = jax.tree.map(lambda leaf: leaf[None], GOOD)
-    with pytest.raises(ValueError, match="x: expected one observation, got a batch"):
-        posterior.misspecification(batch)
+    assert isinstance(posterior.misspecification(batch), sf.diagnostics.Anomalies)
     with pytest.raises(ValueError, match="xs: expected a batch, got one observation"):
         sf.anomalies(posterior, GOOD)
     with pytest.raises(ValueError, match="level: expected a number between 0 and 1, got 1"):
