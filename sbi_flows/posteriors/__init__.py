@@ -1,6 +1,7 @@
-"""Posteriors: direct, composed, recalibrated and conformal; bound to data, in files, in ArviZ.
+"""The posteriors package: direct, composed, recalibrated and conformal posteriors.
 
-Files outside this room import from its files; users reach these names as `sf.posteriors.X`.
+It also binds posteriors to observations, saves and loads them, and converts draws to ArviZ. Code
+outside this folder imports from the folder's files; users write `sf.posteriors.X`.
 """
 
 from sbi_flows.posteriors.adapter import ExternalPosterior as ExternalPosterior

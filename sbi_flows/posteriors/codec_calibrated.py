@@ -1,7 +1,8 @@
-"""What the layers of posteriors that were calibrated on simulations have in common.
+"""Common part of the file layers of calibrated posteriors (conformal and recalibrated).
 
-A calibrated posterior ranks values among draws that it makes with a random key of its own. The
-layer holds the key and the number of draws, so that a loaded posterior gives the same answers.
+A calibrated posterior ranks values among posterior draws that it makes with a stored random key.
+The layer contains this key and the number of draws, so that a loaded posterior gives the same
+results.
 
 Public names: `FIELD_NAMES`, `Calibration`, `calibrated_layer`, `require_calibration`,
 `calibration_of`.
@@ -33,7 +34,7 @@ MAX_DRAWS = 2**20
 MAX_SIMULATIONS = 2**53
 
 _KEY_WORDS = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}
-"""Number of 32-bit words of a random key, for each of JAX's generators."""
+"""Number of 32-bit words in a random key, for each of JAX's random number generators."""
 
 
 class Calibration(NamedTuple):
@@ -41,10 +42,10 @@ class Calibration(NamedTuple):
 
     Attributes:
         num_simulations: Number of calibration simulations.
-        num_failed: Number of simulations left out because they failed.
-        draws: Number of draws at each observation.
-        key: Random key of these draws.
-        record: Record of the posterior.
+        num_failed: Number of failed simulations, which were left out.
+        draws: Number of posterior draws for each observation.
+        key: Random key for these draws.
+        record: Attribute `record` of the posterior.
     """
 
     num_simulations: int
@@ -55,12 +56,12 @@ class Calibration(NamedTuple):
 
 
 def calibrated_layer(codec: LayerCodec, calibration: Calibration, arrays: Tensors) -> Layer:
-    """Return the layer of a calibrated posterior.
+    """Build the layer of a calibrated posterior.
 
     Args:
-        codec: Codec of its kind.
-        calibration: The attributes that calibrated posteriors have in common.
-        arrays: Arrays of this kind alone, by name.
+        codec: Codec of the posterior's class.
+        calibration: Attributes that all calibrated posteriors have.
+        arrays: Additional arrays of the posterior's class, by name.
     """
     key = calibration.key
     fields = {
@@ -87,7 +88,7 @@ def require_calibration(header: Header, table: Mapping[str, Entry]) -> None:
 
 
 def calibration_of(layer: Layer) -> Calibration:
-    """Return the common attributes of a layer that was read."""
+    """Return the common attributes from a layer that was read from a file."""
     words, values = jnp.asarray(layer.tensors["key"]), layer.fields
     key = jax.random.wrap_key_data(words, impl=values["key"])
     counts = (values["simulations"], values["failed"], values["draws"])
