@@ -109,7 +109,7 @@ class ComposedPosterior(Derived):
         return self._sets(x)[1]
 
     def spaces(self, x: Obs) -> tuple[np.ndarray, ...]:
-        """Return features (n, C), and embeddings (n, F) if any, of the n observations in all sets."""
+        """Return features (n, C), and any embedding's output (n, F), of the n observations in x."""
         sets, _ = self._sets(x)
         return self.posterior.spaces(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sets))
 
