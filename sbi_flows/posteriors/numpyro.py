@@ -102,7 +102,7 @@ class PriorTransform(Transform):
         return jnp.where(self._bounded(standard), jax.scipy.special.logit(share), standard)
 
     def log_abs_det_jacobian(self, x: Array, y: Array, intermediates: Any = None) -> Array:
-        """Compute the log absolute Jacobian determinant (*) at unconstrained coordinates x (*, d)."""
+        """Compute log absolute Jacobian determinants (*) at unconstrained coordinates x (*, d)."""
         standard = self._standard(x)
         slope = math.log(2 * HALF_WIDTH) - jax.nn.softplus(x) - jax.nn.softplus(-x)
         opened = jnp.sum(jnp.where(self._bounded(x), slope, 0.0), axis=-1)
