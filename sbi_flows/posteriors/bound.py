@@ -287,7 +287,10 @@ def _any_nan(values: Array) -> Array:
 @partial(jax.jit, static_argnums=0)
 @full_precision
 def _ascend(steps: int, posterior: Bindable, bound: Any, theta: Array) -> tuple[Array]:
-    """Maximise the density from theta (B, D) by Adam in unconstrained coordinates."""
+    """Return the points (B, D) of highest density on paths of Adam that start at theta (B, D).
+
+    Adam moves in unconstrained coordinates.
+    """
     prior = posterior.prior
     bounded = jnp.asarray(prior.bounded)[None]
     optimiser = optax.adam(optax.cosine_decay_schedule(0.02, steps))

@@ -2,9 +2,9 @@
 
 Public names: `Quantiles`, `quantiles_of`, `quantile_map`, `increasing`.
 
-The score of a value is its rank among draws, expressed as a normal quantile. Outside the range of the
-draws, ranks carry no information. There the maps are extrapolated as straight lines, so that the
-score of a value grows with its distance from the draws.
+The score of a value is its rank among draws, expressed as a normal quantile. Outside the range of
+the draws, ranks carry no information. There the maps are extrapolated as straight lines, so that
+the score of a value grows with its distance from the draws.
 """
 
 from __future__ import annotations
@@ -85,7 +85,10 @@ def _knots(n: int, spacing: float, furthest: float) -> np.ndarray:
 
 
 def _quantiles(draws: Array, inner: np.ndarray) -> Array:
-    """Compute quantiles at the normal scores `inner`; add one extrapolated knot at each end."""
+    """Compute the quantiles of draws (*, n) at the normal scores `inner`.
+
+    One extrapolated knot is added at each end, so that the shape is (*, len(inner) + 2).
+    """
     n = draws.shape[-1]
     ordered = jnp.sort(draws, axis=-1)
     places = np.clip((n + 1) * special.ndtr(inner) - 1.0, 0.0, n - 1.0)

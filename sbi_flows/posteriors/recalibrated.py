@@ -264,7 +264,11 @@ def _scores(prior: Prior, draws: Array, theta: Array) -> Array:
 def _move(
     prior: Prior, correction: Quantiles, draws: Array, theta: Array, back: bool
 ) -> tuple[Array, Array]:
-    """Apply the correction, or its inverse if `back`; return parameters and log determinants."""
+    """Apply the correction to parameters theta (B, n, D), or its inverse if `back` is True.
+
+    Returns:
+        The moved parameters, shape (B, n, D), and log Jacobian determinants, shape (B, n).
+    """
     u, into = _free(prior, theta)
     at_x = _by_coordinate(prior, draws)
     z, first = at_x.score(jnp.swapaxes(u, 1, 2))

@@ -43,8 +43,8 @@ def reweighted(log_ratio: np.ndarray) -> Reweighting:
     """Compute weights from log density ratios; smooth the largest weights by a Pareto tail.
 
     Args:
-        log_ratio: Log density ratios up to a constant, shape (n,); n must be at least 25. -inf gives
-            a weight of zero. At least one ratio must be finite, and none may be NaN.
+        log_ratio: Log density ratios up to a constant, shape (n,); n must be at least 25. -inf
+            gives a weight of zero. At least one ratio must be finite, and none may be NaN.
 
     References:
         Vehtari, Simpson, Gelman, Yao & Gabry 2024, Pareto Smoothed Importance Sampling,
