@@ -62,7 +62,13 @@ class _Bounds(NamedTuple):
 
 
 class _Static(NamedTuple):
-    """Static part of a `BoxPrior`: layout, flags of uniform and of normal coordinates (cut)."""
+    """Static part of a `BoxPrior`.
+
+    Attributes:
+        layout: Names and shapes of the parameters.
+        uniform: Whether the base prior is uniform in each standard coordinate.
+        normal: Whether the base prior is standard normal in each standard coordinate.
+    """
 
     layout: Layout
     uniform: tuple[bool, ...]
@@ -70,7 +76,7 @@ class _Static(NamedTuple):
 
     @property
     def cut(self) -> np.ndarray:
-        """Whether each of the d coordinates is cut, bool of shape (d,)."""
+        """Whether each coordinate can be cut (it is uniform or normal), bool of shape (d,)."""
         return np.array(self.uniform) | np.array(self.normal)
 
 
@@ -134,12 +140,12 @@ class BoxPrior(Prior):
         return f"{self.base} cut to {mass} of its mass"
 
     def tree_flatten(self) -> tuple[tuple[SitePrior, _Bounds, Any], _Static]:
-        """Return the prior that is cut, the bounds and the mass, and what is static."""
+        """Return base prior, bounds and mass as children, and the static part."""
         return (self.base, self._bounds, self._mass), self._static
 
     @classmethod
     def tree_unflatten(cls, static: _Static, children: Any) -> BoxPrior:
-        """Return a prior with these bounds, without validating them."""
+        """Rebuild a prior from its children, without validating them."""
         prior = object.__new__(cls)
         prior._static = static
         prior.base, prior._bounds, prior._mass = children
@@ -147,22 +153,22 @@ class BoxPrior(Prior):
 
     @property
     def layout(self) -> Layout:
-        """Names and shapes."""
+        """Names and shapes of the parameters."""
         return self._static.layout
 
     @property
     def low(self) -> Any:
-        """Lower bounds (d,), -inf where the prior is not cut."""
+        """Lower bounds (d,), -inf where the base prior is not cut."""
         return self._bounds.low
 
     @property
     def high(self) -> Any:
-        """Upper bounds (d,), inf where the prior is not cut."""
+        """Upper bounds (d,), inf where the base prior is not cut."""
         return self._bounds.high
 
     @property
     def mass(self) -> Any:
-        """Probability of the box under the prior."""
+        """Probability of the box under the base prior."""
         return self._mass
 
     def matches(self, other: Prior) -> bool:

@@ -103,14 +103,14 @@ class SitePrior(Prior):
 
     @classmethod
     def tree_unflatten(cls, static: _Static, sites: Any) -> SitePrior:
-        """Return a prior with these sites, without validating them."""
+        """Rebuild a prior from its sites, without validating them."""
         prior = object.__new__(cls)
         prior._static, prior._sites = static, tuple(sites)
         return prior
 
     @property
     def layout(self) -> Layout:
-        """Names and shapes."""
+        """Names and shapes of the parameters."""
         return self._static.layout
 
     @property
