@@ -19,7 +19,7 @@ from sbi_flows.core.typing import Obs
 def as_batch(x: Obs, like: Obs) -> tuple[Obs, bool]:
     """Return observations as a batch (B, *event); B = 1 for a single observation.
 
-    Inside a JAX transformation such as `jit`, only shapes are checked, not values.
+    If x is traced (inside `jit`, for example), its shape is checked, but not its values.
 
     Args:
         x: One observation (*event), a batch (B, *event), or a tree of such arrays.

@@ -35,8 +35,8 @@ def gate(
 ) -> None:
     """Warn once if at least one of N observations is not typical at `LEVEL`.
 
-    Each observation is tested at `LEVEL` / N (Bonferroni correction). Inside a JAX transformation
-    such as `jit`, nothing is tested.
+    Each observation is tested at `LEVEL` / N (Bonferroni correction). If `features` is traced
+    (inside `jit`, for example), nothing is tested.
 
     Args:
         typicality: Distribution of the training simulations; if None, nothing is tested.

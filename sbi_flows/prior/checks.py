@@ -82,7 +82,7 @@ def require_names(names: Sequence[str], labels: Sequence[str]) -> None:
 def require_parameters(name: str, site: dist.Distribution) -> None:
     """Raise ValueError unless the parameters of a distribution are finite and in range.
 
-    Inside a JAX transformation such as `jit`, nothing is checked.
+    If a parameter is traced (inside `jit`, for example), nothing is checked.
 
     Args:
         name: Name of the site.
