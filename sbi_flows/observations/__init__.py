@@ -1,4 +1,4 @@
-"""Observations: batches, standardisation, screening, quantised data, and typicality with its test.
+"""The observations package: batches, standardisation, screening, quantised data, typicality test.
 
-Files outside this room import from its files.
+Code outside this folder imports from the folder's files directly.
 """

@@ -1,4 +1,4 @@
-"""One observation, or a batch of them.
+"""Checks of observations: a single one, or a batch.
 
 Public names: `as_batch`, `require_single`.
 """
@@ -17,9 +17,9 @@ from sbi_flows.core.typing import Obs
 
 
 def as_batch(x: Obs, like: Obs) -> tuple[Obs, bool]:
-    """Return observations as a batch (B, *event), B = 1 for a single one.
+    """Return observations as a batch (B, *event); B = 1 for a single observation.
 
-    Under a trace shapes are checked, values are not.
+    If x is traced (inside `jit`, for example), its shape is checked, but not its values.
 
     Args:
         x: One observation (*event), a batch (B, *event), or a tree of such arrays.
@@ -29,7 +29,8 @@ def as_batch(x: Obs, like: Obs) -> tuple[Obs, bool]:
         The batch, and whether x was a single observation.
 
     Raises:
-        ValueError: x has another shape or structure, holds no real numbers, or is not finite.
+        ValueError: The shape or structure of x differs from `like`, or x has entries that are not
+            real numbers, or contains NaN or infinity.
     """
     expected = [tuple(leaf.shape) for leaf in jax.tree.leaves(like)]
     x = as_real_tree("x", x)
@@ -59,7 +60,7 @@ def require_single(x: Obs, like: Obs, *, instead: str = "") -> None:
     Args:
         x: The observation.
         like: Shape and dtype of one observation.
-        instead: Advice that is added to the message.
+        instead: Text appended to the error message, such as what to do instead.
     """
     if not as_batch(x, like)[1]:
         raise ValueError(f"x: expected one observation, got a batch{instead}")

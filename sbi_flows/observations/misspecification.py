@@ -1,4 +1,4 @@
-"""Test whether an observation is typical of the training simulations, and which entries are not.
+"""Test whether an observation is typical of the training simulations; find its unusual entries.
 
 Public names: `Misspecification`, `Anomalies`, `test_one`, `test_many`, `require_level`,
 `first_names`.
@@ -25,30 +25,31 @@ from sbi_flows.plots.typicality import entries
 class Misspecification:
     """Result of the typicality test for one observation.
 
-    The p-value is the rank of the observation among reference simulations. These were left out
-    when means, covariances and ranks were computed; standardiser and embedding have seen them. Of
-    observations that the simulator makes, a fraction `level` is flagged. An observation that is
-    not flagged may still come from another simulator.
+    The p-value is computed from the rank of the observation among reference simulations. Reference
+    simulations were not used to compute means, covariances and ranks, but they were used to train
+    the standardiser and the embedding. If an observation comes from the simulator, it is flagged
+    with probability `level`. An observation that is not flagged may still come from another
+    simulator.
 
     Attributes:
         p_value: Joint p-value of all tests.
-        tests: P-value of each test by name: the most extreme entry; the entry farthest from its
-            prediction by the other entries; Mahalanobis distance and maximum mean discrepancy (MMD)
-            of the whole observation; the last two again for the output of an embedding.
-        labels: Names of the entries of the flattened observation (C,).
-        off: Names of the unusual entries, most extreme first. An entry is unusual if it lies
-            farther out than the most extreme entry does in all but about a fraction `level` of the
-            simulations.
-        z: Entries in standard deviations from the mean of the simulations, shape (C,). Positive,
-            skew data are taken as logarithms; values beyond three are compressed.
+        tests: P-value of each test, by name. The statistics of the tests are: the most extreme
+            entry; the largest residual of an entry from its prediction by the other entries; the
+            Mahalanobis distance and the maximum mean discrepancy (MMD) of the observation; and, if
+            there is an embedding, the last two for the embedding's output.
+        labels: Names of the C entries of the flattened observation.
+        off: Names of the unusual entries, most extreme first. An entry is unusual if it is more
+            extreme than the most extreme entry of about a fraction 1 - `level` of the simulations.
+        z: Entries in standard deviations from the mean of the simulations, shape (C,). If the data
+            are positive and skewed, their logarithms are used; values beyond three are compressed.
         entry_p: Two-sided tail probability of each entry among the simulations, shape (C,).
         conditional_z: Residual of each entry from its linear prediction by the other entries, in
             units of the prediction's standard error, shape (C,).
         conditional_p: Two-sided tail probability of `conditional_z`, shape (C,).
         level: Significance level.
-        least_p: Smallest p-value that the number of simulations allows; where it is above `level`,
-            nothing can be flagged.
-        bands: Quantiles of the simulations' z at 0.5, 5, 50, 95 and 99.5%, shape (5, C).
+        least_p: Smallest p-value that the number of simulations allows. If it is above `level`, no
+            observation can be flagged.
+        bands: Quantiles of z in the simulations, at 0.5, 5, 50, 95 and 99.5%, shape (5, C).
     """
 
     p_value: float
@@ -65,16 +66,16 @@ class Misspecification:
 
     @property
     def flagged(self) -> bool:
-        """Whether the observation is atypical at this level."""
+        """Whether the observation is atypical: its p-value is at most `level`."""
         return self.p_value <= self.level
 
     def __repr__(self) -> str:
-        """The text of `summary`."""
+        """Return the text of `summary`."""
         return self.summary()
 
     @property
     def verdict(self) -> str:
-        """Result in one sentence."""
+        """Result of the test in one sentence."""
         if self.least_p > self.level:
             result = "too few simulations to flag an observation"
             return f"{result} at a level of {self.level:g}: no p-value is below {self.least_p:.2g}"
@@ -97,13 +98,13 @@ class Misspecification:
 
     @property
     def order(self) -> np.ndarray:
-        """Indices of the entries, most extreme first: unusual ones, then by p-value."""
+        """Indices of the entries: first the unusual ones, then the others, sorted by p-value."""
         size = np.maximum(np.abs(self.z), np.abs(self.conditional_z))
         off = np.isin(self.labels, self.off)
         return np.lexsort((-size, np.minimum(self.entry_p, self.conditional_p), ~off))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers and text for JSON."""
+        """Return the result as a dict of numbers and strings, which can be written as JSON."""
         entries = ("z", "entry_p", "conditional_z", "conditional_p")
         arrays = [getattr(self, name).tolist() for name in entries]
         named = [dict(zip(self.labels, values, strict=True)) for values in arrays]
@@ -119,7 +120,7 @@ class Misspecification:
         }
 
     def plot(self, most: int = 20) -> Any:
-        """Plot the `most` most extreme entries over quantiles of the simulations."""
+        """Plot the `most` most extreme entries together with quantiles of the simulations."""
         at = self.order[:most]
         return entries(
             [self.labels[i] for i in at],
@@ -137,8 +138,9 @@ class Anomalies:
     Attributes:
         p_value: P-value as in `Misspecification`, shape (B,), at least 1 / (R + 1) for R reference
             simulations.
-        score: Largest statistic on a common scale, shape (B,): 0 at the median of the simulations,
-            1 at their 95% quantile, unbounded above. It orders observations of equal p-value.
+        score: Largest of the test statistics after scaling, shape (B,). Each statistic is scaled so
+            that the median of the simulations is 0 and their 95% quantile is 1. The score orders
+            observations that have equal p-values; it has no upper limit.
         tests: P-value of each test, by name, shape (B,).
     """
 
@@ -147,12 +149,12 @@ class Anomalies:
     tests: Mapping[str, np.ndarray]
 
     def flagged(self, level: float = 0.05) -> np.ndarray:
-        """Return which observations are atypical at a level, bool of shape (B,)."""
+        """Return whether each observation is atypical at this level, bool of shape (B,)."""
         require_level(level)
         return self.p_value <= level
 
     def __repr__(self) -> str:
-        """Number of flagged observations, and the number expected by chance."""
+        """Show the number of flagged observations, and the number expected by chance."""
         count, flagged = len(self.p_value), int(np.sum(self.flagged()))
         chance = f"{0.05 * count:.3g} expected by chance"
         return f"Anomalies({flagged} of {count} flagged at .05, {chance})"
@@ -165,7 +167,7 @@ def test_one(
 
     Args:
         typicality: Distribution of the training simulations.
-        values: Features (1, C) and, with an embedding, its output (1, F).
+        values: Features (1, C) and, if there is an embedding, the embedding's output (1, F).
         labels: Names of the features, length C.
         level: Significance level of the test.
 
@@ -197,11 +199,11 @@ def test_one(
 
 
 def test_many(typicality: Typicality, values: Sequence[np.ndarray]) -> Anomalies:
-    """Test each of a batch of observations.
+    """Test each observation of a batch.
 
     Args:
         typicality: Distribution of the training simulations.
-        values: Features (B, C) and, with an embedding, its output (B, F).
+        values: Features (B, C) and, if there is an embedding, the embedding's output (B, F).
     """
     result = typicality.test(values)
     return Anomalies(p_value=result.p_value, score=result.score, tests=result.tests)
@@ -214,5 +216,5 @@ def require_level(level: float) -> None:
 
 
 def first_names(names: Sequence[str]) -> str:
-    """Join at most five names for a message."""
+    """Join the first five names for a message."""
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

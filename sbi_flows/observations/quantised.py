@@ -1,8 +1,8 @@
-"""Quantised observations, such as counts: uniform noise between the values, and rounding.
+"""Quantised observations, such as counts: add uniform noise, and round back to the grid.
 
 Public names: `Grid`, `find_grid`, `dequantised`, `quantised`.
 
-Source: Uria et al. 2013, "RNADE" (arXiv:1306.0186), for the noise.
+Source of the noise: Uria et al. 2013, "RNADE" (arXiv:1306.0186).
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from jax import Array
 from sbi_flows.core.typing import Key
 
 MAX_STEPS = 2**16
-"""Maximum range of a column in steps; beyond it, rounding makes any numbers look like multiples."""
+"""Maximum range in steps. In a larger range, rounding errors make any numbers look like a grid."""
 
 ATOM = 0.01
-"""Fraction of rows at an end of the range above which that end is taken for a hard limit."""
+"""Minimum fraction of rows equal to the lowest (highest) value for it to count as a limit."""
 
 
 class Grid(NamedTuple):
-    """Columns (C,) that take the values origin + k * step.
+    """Grid of values origin + k * step (k an integer) of each column; arrays of shape (C,).
 
     Attributes:
-        step: The step; zero for a continuous column, infinite for a constant one.
-        origin: The lowest value.
-        low: Lower limit: the lowest value if many rows have it; else the first non-negative grid
-            value, if no value is negative; else -inf.
-        high: Upper limit: the highest value if many rows have it, else inf.
+        step: Distance between values; zero for a continuous column, infinite for a constant one.
+        origin: Lowest value in the column.
+        low: Lower limit. It is the lowest value if many rows are equal to it; otherwise the first
+            non-negative grid value if no value is negative; otherwise -inf.
+        high: Upper limit: the highest value if many rows are equal to it, otherwise inf.
     """
 
     step: Array
@@ -41,7 +41,7 @@ class Grid(NamedTuple):
 
 
 def find_grid(x: np.ndarray) -> Grid:
-    """Find the grid of each column of finite rows (N, C).
+    """Find the grid of each column of x (N, C), which must be finite.
 
     Example:
         >>> import numpy as np
@@ -71,13 +71,13 @@ def _column(values: np.ndarray) -> tuple[float, float, float, float]:
 
 
 def dequantised(grid: Grid, key: Key, x: Array) -> Array:
-    """Add uniform noise of one step's width to rows (N, C); constant columns stay."""
+    """Add uniform noise of width `step` to rows (N, C); constant columns are not changed."""
     noise = jax.random.uniform(key, x.shape, x.dtype, -0.5, 0.5)
     return x + noise * jnp.where(jnp.isinf(grid.step), 0.0, grid.step)[None]
 
 
 def quantised(grid: Grid, x: Array) -> Array:
-    """Round rows (N, C) to the grid, within its limits; continuous columns stay."""
+    """Round rows (N, C) to the grid within its limits; continuous columns are not changed."""
     stepped = (grid.step > 0) & jnp.isfinite(grid.step)
     step = jnp.where(stepped, grid.step, 1.0)[None]
     origin = grid.origin[None]

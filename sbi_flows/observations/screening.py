@@ -1,11 +1,12 @@
-"""Screening: find the features that depend on a parameter, by tests of pairs.
+"""Screening: find features that depend on a parameter, by testing each feature with each parameter.
 
 Public name: `dependent_features`.
 
 Sources: Fan & Lv 2008, "Sure independence screening for ultrahigh dimensional feature space"
-(J. R. Stat. Soc. B 70:849), for the idea; Kallenberg & Ledwina 1999, "Data-driven rank tests for
-independence" (J. Am. Stat. Assoc. 94:285), for the test, correlations of Legendre polynomials of
-the ranks; Benjamini & Hochberg 1995 (J. R. Stat. Soc. B 57:289), for the choice among many.
+(J. R. Stat. Soc. B 70:849), for screening; Kallenberg & Ledwina 1999, "Data-driven rank tests for
+independence" (J. Am. Stat. Assoc. 94:285), for the test, which uses correlations of Legendre
+polynomials of the ranks; Benjamini & Hochberg 1995 (J. R. Stat. Soc. B 57:289), for the control of
+the false discovery rate.
 """
 
 from __future__ import annotations
@@ -15,26 +16,27 @@ from typing import Any
 import numpy as np
 
 MAX_ROWS = 20_000
-"""Maximum number of rows in the tests; more are subsampled with a fixed seed."""
+"""Maximum number of rows in the tests; larger data are subsampled with a fixed seed."""
 
 DEGREE = 3
-"""Highest degree of the polynomials of ranks: trend, change of spread, change of skewness."""
+"""Highest degree of the polynomials. Degrees 1, 2, 3 find changes of mean, spread and skewness."""
 
 
 def dependent_features(theta: Any, features: Any, rate: float) -> np.ndarray:
-    """Test each feature against each parameter; return which features depend on any of them.
+    """Return which features depend on at least one parameter, by tests of each pair.
 
-    A feature that is informative only together with others (a measurement of the noise, say) is
-    not found.
+    The tests miss a feature that is informative only in combination with other features, such as a
+    measurement of the noise.
 
     Args:
         theta: Parameters, shape (N, d).
         features: Flat observations, shape (N, C).
-        rate: False discovery rate: expected fraction of independent features among those returned.
-            It holds approximately, for large N and without strong negative dependence of the tests.
+        rate: False discovery rate: expected fraction of the selected features that are in fact
+            independent of all parameters. It holds approximately, for large N and if the tests are
+            not strongly negatively dependent.
 
     Returns:
-        Whether each feature depends on a parameter, bool of shape (C,).
+        True for each feature that depends on a parameter, bool of shape (C,).
 
     Example:
         >>> import numpy as np
@@ -56,7 +58,7 @@ def dependent_features(theta: Any, features: Any, rate: float) -> np.ndarray:
 
 
 def _p_values(theta: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """Compute p-values (C,) of independence from all parameters, Bonferroni over parameters."""
+    """Compute p-values (C,) for independence of all parameters, with a Bonferroni correction."""
     from scipy.stats import chi2
 
     parameters = [_scores(column) for column in theta.T]
@@ -72,9 +74,10 @@ def _p_values(theta: np.ndarray, features: np.ndarray) -> np.ndarray:
 
 
 def _scores(column: np.ndarray) -> np.ndarray:
-    """Compute uncorrelated polynomials of the ranks, with mean 0 and variance 1: (N, at most 3).
+    """Compute uncorrelated polynomials of the ranks with mean 0 and variance 1, shape (N, k).
 
-    A column with few distinct values has fewer polynomials: one for two values, none for one.
+    k is at most `DEGREE`. It is smaller for a column with few distinct values: 1 for two values, 0
+    for a constant column.
     """
     from scipy.stats import rankdata
 

@@ -1,4 +1,4 @@
-"""Distances of observations from the training rows in one space of features.
+"""Distances between observations and training rows in one feature space.
 
 Public names: `Space`, `Moments`, `fit_space`, `normal_scores`.
 """
@@ -15,23 +15,24 @@ from scipy.special import ndtri
 from sbi_flows.core.arrays import squared_distances
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.5)
-"""Candidate shrinkage weights of the covariance; the likelihood of held-out rows selects one."""
+"""Candidate shrinkage weights of the covariance. The likelihood of held-out rows selects one."""
 
 SCALES = (0.01, 0.03, 0.1, 0.3)
-"""Widths of the kernels, in units of the median squared distance."""
+"""Squared widths of the kernels, in units of the median squared distance between rows."""
 
 MAX_CENTRES = 500
 """Maximum number of kernel centres."""
 
 
 class Moments(NamedTuple):
-    """Mean and covariance: principal directions with their variances, and one for the rest.
+    """Mean and covariance of the features, by principal directions.
 
     Attributes:
         center: Means, shape (C,).
-        scale: Standard deviations, shape (C,), the units of all other attributes.
+        scale: Standard deviations, shape (C,). They are the units of `directions` and `variances`.
         directions: Principal directions, orthonormal rows, shape (K, C).
-        variances: Variance along each direction, and of all other directions, shape (K + 1,).
+        variances: Variance along each principal direction, followed by the variance along any
+            direction orthogonal to them, shape (K + 1,).
     """
 
     center: np.ndarray
@@ -45,8 +46,9 @@ class Space:
     """Training rows in one space: the features, or the output of an embedding.
 
     Attributes:
-        moments: Mean and covariance.
-        rows: Rows that the moments were not computed from, in standard deviations, shape (m, C).
+        moments: Mean and covariance of part of the training rows.
+        rows: Held-out training rows, not used for `moments`, in standard deviations from the mean,
+            shape (m, C).
     """
 
     moments: Moments
@@ -57,22 +59,23 @@ class Space:
         return (np.asarray(values, float) - self.moments.center) / self.moments.scale
 
     def errors(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Compute Mahalanobis distances and prediction residuals of standard values (B, C).
+        """Compute the Mahalanobis distances and prediction residuals of z (B, C), from `standard`.
 
         Returns:
-            Squared Mahalanobis distances, shape (B,), and the residual of each value from its
-            linear prediction by all others, in units of the prediction's error, shape (B, C).
+            Squared Mahalanobis distances, shape (B,), and residuals, shape (B, C). A residual is
+            the difference between an entry and its linear prediction from all other entries,
+            divided by the standard error of the prediction.
         """
         directions, variances = self.moments.directions, self.moments.variances[:-1]
         along = z @ directions.T
         rest = z - along @ directions
         distance = np.sum(along**2 / variances, axis=1) + np.sum(rest**2, axis=1) / self._rest
         solved = (along / variances) @ directions + rest / self._rest
-        # residuals of exactly determined features are rounding errors: make them tie
+        # if other features determine a feature exactly, its residual is a rounding error: round it
         return distance, np.round(solved / self._root_precision, 4)
 
     def discrepancy(self, z: np.ndarray) -> np.ndarray:
-        """Compute the squared maximum mean discrepancy (B,) between each observation and the rows.
+        """Compute the squared maximum mean discrepancy (B,) between each of z (B, C) and the rows.
 
         Terms that are the same for every observation are left out. What remains is minus twice the
         mean of the kernel between the observation and each row. The kernel is a sum of rational
@@ -83,11 +86,11 @@ class Space:
         return -2.0 * np.mean(np.asarray(kernels), axis=1)
 
     def marginal_scores(self, z: np.ndarray) -> np.ndarray:
-        """Return the normal scores of standard values (B, C) among the rows."""
+        """Return the normal scores (B, C) of z (B, C): ranks among the rows as normal quantiles."""
         return normal_scores(self._ordered, z)
 
     def conditional_scores(self, errors: np.ndarray) -> np.ndarray:
-        """Return the normal scores of residuals (B, C) among those of the rows."""
+        """Return the normal scores (B, C) of residuals, ranked among the residuals of the rows."""
         return normal_scores(self._errors, errors)
 
     @property
@@ -104,7 +107,7 @@ class Space:
 
     @cached_property
     def _root_precision(self) -> np.ndarray:
-        """Square root of the diagonal of the precision, shape (C,)."""
+        """Square root of the diagonal of the precision matrix, shape (C,)."""
         inside = self.moments.directions**2
         across = np.maximum(1.0 - np.sum(inside, axis=0), 0.0)
         return np.sqrt((1.0 / self.moments.variances[:-1]) @ inside + across / self._rest)
@@ -118,18 +121,18 @@ class Space:
 
 
 def fit_space(fitted: np.ndarray, kept: np.ndarray, floor: np.ndarray) -> Space:
-    """Fit the moments of rows (n, C), with shrinkage that is best for held-out rows (m, C).
+    """Compute the moments of rows; choose the shrinkage by the likelihood of held-out rows.
 
     Args:
-        fitted: Rows that the moments are computed from, shape (n, C).
-        kept: Held-out rows, which the space keeps, shape (m, C).
+        fitted: Rows from which the moments are computed, shape (n, C).
+        kept: Held-out rows, which become `Space.rows`, shape (m, C).
         floor: Smallest standard deviation of each feature, shape (C,).
     """
     center = fitted.mean(axis=0)
     scale = np.maximum(fitted.std(axis=0), floor)
     z, others = (fitted - center) / scale, (kept - center) / scale
     n, width = z.shape
-    # the smaller of the two Gram matrices
+    # diagonalise the smaller of the two matrices z^T z and z z^T
     if width <= n:
         variances, vectors = np.linalg.eigh(z.T @ z / n)
         directions = vectors.T
@@ -144,7 +147,10 @@ def fit_space(fitted: np.ndarray, kept: np.ndarray, floor: np.ndarray) -> Space:
 
 
 def _shrunk(variances: np.ndarray, directions: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Shrink variances (K + 1,) to their mean, by what maximises the likelihood of other rows."""
+    """Shrink variances (K,) towards their mean; return them with the orthogonal one, (K + 1,).
+
+    The shrinkage weight in `RIDGES` is the one with the largest likelihood of the rows `others`.
+    """
     count, width = directions.shape
     mean = max(float(np.sum(variances)) / width, 1e-12)
     others = np.clip(others, -10.0, 10.0)  # features that never varied would dominate the choice
@@ -161,9 +167,10 @@ def _shrunk(variances: np.ndarray, directions: np.ndarray, others: np.ndarray) -
 
 
 def normal_scores(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return the ranks of values (B, C) among sorted rows (m, C) as normal quantiles.
+    """Return the normal quantiles of the ranks of values (B, C) among sorted rows (m, C).
 
-    Ties get the middle rank. Beyond all rows, the distance from the outermost row is added.
+    A tied value gets the middle of the tied ranks. If a value lies outside the range of the rows,
+    its distance from the range is added to the score.
     """
     ranks = np.empty(values.shape)
     for i, column in enumerate(ordered.T):

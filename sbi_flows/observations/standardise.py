@@ -1,4 +1,4 @@
-"""Standardisation: observations to flat feature vectors on a robust scale.
+"""Standardisation: map observations to flat feature vectors with a robust location and scale.
 
 Public names: `Standardiser`, `fit_standardiser`, `flatten_rows`, `unflatten_rows`, `entry_labels`.
 """
@@ -19,25 +19,25 @@ Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 
 _NORMAL_IQR = 1.349
 _LESS_SKEW = 0.7
-"""Take logarithms of a positive array if they multiply its mean skewness by less than this."""
+"""Maximum ratio of the skewness after and before logarithms for logarithms to be taken."""
 
 
 class Standardiser(NamedTuple):
     """Map from observations to standardised features, with robust location and scale.
 
-    Arrays (leaves of an observation) that are positive in all simulations are replaced by their
-    logarithms if that makes them less skew. Heavy tails are compressed: a feature is linear within
-    `linear` scales of the median and logarithmic beyond. The map is monotone, so that it loses no
+    If an array (a leaf of an observation) is positive in all simulations, it is replaced by its
+    logarithm when this makes it clearly less skewed. Heavy tails are compressed: the map is linear
+    within `linear` scales of the median and logarithmic beyond. It is monotone and loses no
     information.
 
     Attributes:
         center: Medians, shape (C,).
-        scale: Interquartile range over 1.349, which is the standard deviation of a normal feature,
-            shape (C,). The standard deviation where that range is zero (sparse counts); 1 where the
-            feature is constant.
-        floor: Value below which the logarithm is continued as a straight line, shape (C,); zero
-            where no logarithm is taken.
-        linear: Half-width of the linear range, in scales.
+        scale: Scale of each feature, shape (C,): the interquartile range divided by 1.349, which
+            equals the standard deviation for a normal feature. If that range is zero (sparse
+            counts), the root mean square deviation from the median; 1 for a constant feature.
+        floor: Value below which a straight line replaces the logarithm, shape (C,); zero if no
+            logarithm is taken.
+        linear: Half-width of the linear range, in units of `scale`.
     """
 
     center: Array
@@ -56,7 +56,7 @@ class Standardiser(NamedTuple):
         return jnp.clip(s, -self.linear, self.linear) + jnp.sign(s) * jnp.log1p(beyond)
 
     def of(self, places: tuple[int, ...] | None) -> Standardiser:
-        """Return the standardiser of some entries of a flattened observation; None means all."""
+        """Return the standardiser of the entries at `places`, or of all entries if it is None."""
         if places is None:
             return self
         at = np.asarray(places)
@@ -82,7 +82,7 @@ def flatten_rows(x: Obs) -> Array:
 
 
 def unflatten_rows(rows: Array, tree: Any, shapes: Shapes) -> Obs:
-    """Split (B, C) into leaves (B, *shape): the inverse of `flatten_rows`."""
+    """Split rows (B, C) into a tree of leaves (B, *shape); inverse of `flatten_rows`."""
     parts, start = [], 0
     for shape in shapes:
         size = math.prod(shape)
@@ -94,7 +94,8 @@ def unflatten_rows(rows: Array, tree: Any, shapes: Shapes) -> Obs:
 def entry_labels(like: Obs) -> tuple[str, ...]:
     """Return a name for each entry of a flattened observation.
 
-    Names are x[0], x[1], ... for an array, x for a single number, and key[0], ... for a dict.
+    The names are x[0], x[1], ... for an array; x for a single number; and key[0], key[1], ... for
+    an array in a dict.
 
     Args:
         like: Shape and dtype of one observation (`jax.ShapeDtypeStruct` leaves).
@@ -108,7 +109,7 @@ def entry_labels(like: Obs) -> tuple[str, ...]:
 
 
 def _logarithms(rows: Array, floor: Array) -> Array:
-    """Take logarithms of columns with a positive floor, continued as a line below the floor."""
+    """Take logarithms of columns with a positive floor; below the floor, use a straight line."""
     taken, safe = floor[None] > 0, jnp.where(floor > 0, floor, 1.0)[None]
     logarithms = jnp.log(jnp.maximum(rows, safe)) + jnp.minimum(rows / safe - 1.0, 0.0)
     return jnp.where(taken, logarithms, rows)
@@ -124,7 +125,7 @@ def _exponentials(rows: Array, floor: Array) -> Array:
 
 
 def _floors(rows: Array) -> Array:
-    """Return half the minimum of each column where logarithms are to be taken, zero otherwise."""
+    """Return half the minimum of each column if logarithms are to be taken, otherwise zeros."""
     least = jnp.min(rows, axis=0)
     tails = jnp.quantile(rows, jnp.asarray([0.01, 0.5, 0.99]), axis=0)
     logarithms = jnp.log(jnp.maximum(tails, jnp.finfo(rows.dtype).tiny))
@@ -134,7 +135,7 @@ def _floors(rows: Array) -> Array:
 
 
 def _skewness(tails: Array) -> Array:
-    """Measure skewness, 0 to 1: distance of the median (row 2) from the middle of both tails."""
+    """Compute skewness in [0, 1] from the 1%, 50% and 99% quantiles, `tails` of shape (3, C)."""
     low, center, high = tails
     width = jnp.maximum(high - low, jnp.finfo(tails.dtype).tiny)
     return jnp.abs(high + low - 2 * center) / width

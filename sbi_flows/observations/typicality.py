@@ -1,13 +1,13 @@
-"""Typicality: how far observations lie from the training simulations.
+"""Typicality: distance between observations and the training simulations.
 
 Public names: `Typicality`, `TypicalityTest`, `fit_typicality`.
 
-The training rows are split in three. Means and covariances come from the first part; ranks and
-kernels from the second; the third is the reference: it says how large each statistic is for
-observations of the simulator. The p-value of an observation is its rank among the reference rows,
-so it is exact for any distribution of the features. Standardiser and embedding were fitted to all
-training rows, the reference rows included; only an embedding that over-fits badly could make its
-own two tests optimistic.
+The training rows are split into three parts. Means and covariances are computed from the first,
+ranks and kernels from the second. The third part is the reference: it gives the distribution of
+each statistic for observations from the simulator. The p-value of an observation follows from its
+rank among the reference rows, so it is exact for any distribution of the features. The standardiser
+and the embedding were fitted to all training rows, including the reference rows. If the embedding
+over-fits strongly, the p-values of the two tests in its space may be too small.
 
 Source: Schmitt et al. 2021, "Detecting Model Misspecification in Amortized Bayesian Inference with
 Neural Networks" (arXiv:2112.08866); Vovk, Gammerman & Shafer 2005, "Algorithmic Learning in a
@@ -29,19 +29,19 @@ from sbi_flows.observations.spaces import Moments, Space, fit_space
 from sbi_flows.observations.standardise import Standardiser
 
 MAX_REFERENCE_ROWS, MAX_RANK_ROWS, MAX_MOMENT_ROWS = 2_000, 2_000, 4_000
-"""Maximum numbers of rows in the three parts of the training rows."""
+"""Maximum number of rows in each of the three parts of the training rows."""
 
 MAX_PART_ENTRIES = 2**20
-"""Maximum number of entries (rows times features) in each part, unless few rows would be left."""
+"""Maximum number of entries (rows times features) in each part; a few rows are always allowed."""
 
 MIN_RELATIVE_SCALE = 1e-5
-"""Smallest standard deviation relative to a feature's magnitude: constants have rounding errors."""
+"""Minimum standard deviation relative to a feature's magnitude: less may be a rounding error."""
 
 BATCH_ROWS = 256
 """Number of observations that are tested together."""
 
 Summarise = Callable[[np.ndarray], tuple[np.ndarray, ...]]
-"""Features (B, C) to the values in each space: the features, and the embedding's output (B, F)."""
+"""Function of features (B, C) that returns them and, with an embedding, its output (B, F)."""
 
 
 class TypicalityTest(NamedTuple):
@@ -50,8 +50,8 @@ class TypicalityTest(NamedTuple):
     Attributes:
         p_value: Joint p-value of all statistics, shape (B,).
         tests: P-value of each statistic, by name, shape (B,).
-        score: Largest statistic on a common scale, shape (B,): 0 at the median of the simulations,
-            1 at their 95% quantile, unbounded above.
+        score: Largest of the statistics after scaling, shape (B,). Each statistic is scaled so that
+            the median of the simulations is 0 and their 95% quantile is 1.
     """
 
     p_value: np.ndarray
@@ -61,12 +61,12 @@ class TypicalityTest(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Typicality:
-    """Distribution of the training simulations, to test observations against.
+    """Distribution of the training simulations, with which observations are compared.
 
     Attributes:
-        spaces: Space of the features; with an embedding, a second space of its output (that of the
-            first member of the first ensemble).
-        reference: Statistics of the reference rows, shape (R, S).
+        spaces: The feature space and, if there is an embedding, the space of the embedding's
+            output. If there are several embeddings, that of the first member of the first ensemble.
+        reference: The S statistics of each of the R reference rows, shape (R, S).
     """
 
     spaces: tuple[Space, ...]
@@ -81,25 +81,25 @@ class Typicality:
         """Test a batch of observations.
 
         Args:
-            values: Features (B, C) and, with an embedding, its output (B, F).
+            values: Features (B, C) and, if there is an embedding, the embedding's output (B, F).
         """
         return self._compare(statistics(self.spaces, values))
 
     def unusual(self, features: Any, level: float = 0.05) -> np.ndarray:
-        """Return which features are unusual, bool of shape (B, C).
+        """Return whether each feature is unusual, bool of shape (B, C).
 
-        A feature is unusual if it lies farther out than the most extreme feature does in all but a
-        fraction `level` of the simulations.
+        A feature is unusual if it is more extreme than the most extreme feature of a fraction
+        1 - `level` of the simulations.
         """
         space = self.spaces[0]
         z = space.standard(features)
         scores = space.marginal_scores(z), space.conditional_scores(space.errors(z)[1])
-        # two families of statistics, each at half of the level
+        # marginal and conditional scores are two tests: each uses half of the level
         ends = np.quantile(self.reference[:, :2], 1.0 - level / 2, axis=0)
         return (np.abs(scores[0]) > ends[0]) | (np.abs(scores[1]) > ends[1])
 
     def _compare(self, found: np.ndarray) -> TypicalityTest:
-        """Rank statistics (B, S) among those of the reference rows."""
+        """Rank statistics (B, S) among the statistics of the reference rows."""
         ordered, total = np.sort(self.reference, axis=0), len(self.reference)
         p = (1 + _count_as_large(self.reference, found)) / (1 + total)
         middle, end = ordered[total // 2], np.quantile(ordered, 0.95, axis=0)
@@ -111,7 +111,7 @@ class Typicality:
         )
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Return all content as named arrays."""
+        """Return all attributes as named arrays."""
         arrays = {"reference": self.reference}
         for i, space in enumerate(self.spaces):
             parts = {**space.moments._asdict(), "rows": space.rows}
@@ -120,7 +120,7 @@ class Typicality:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Typicality:
-        """Rebuild from the arrays of `to_arrays`."""
+        """Rebuild a `Typicality` from the arrays that `to_arrays` returned."""
         count = sum(name.endswith(".rows") for name in arrays)
         spaces = [
             Space(Moments(*(arrays[f"{i}.{m}"] for m in Moments._fields)), arrays[f"{i}.rows"])
@@ -137,14 +137,14 @@ NAMES = (
     "Mahalanobis distance, embedded",
     "MMD, embedded",
 )
-"""Names of the statistics; the last two exist with an embedding only."""
+"""Names of the statistics; the last two exist only if there is an embedding."""
 
 
 def statistics(spaces: Sequence[Space], values: Sequence[Any]) -> np.ndarray:
-    """Compute the statistics (B, S) of observations; large values are atypical.
+    """Compute the statistics (B, S) of observations; a large value means an atypical observation.
 
     References:
-        MMD in the space of summaries: arXiv:2112.08866, equation 6.
+        arXiv:2112.08866, equation 6, for the MMD in the space of the embedding's output.
     """
     given = [np.asarray(v) for v in values]
     starts = range(0, len(given[0]), BATCH_ROWS)
@@ -170,10 +170,10 @@ def fit_typicality(
     """Fit the distribution of the training simulations.
 
     Args:
-        key: Random key, for the split of the rows.
+        key: Random key, which determines how the rows are split into parts.
         summarise: Function of features (B, C) that returns the values in each space.
-        standardiser: Standardiser that made the features.
-        features: Features of all training rows, shape (N, C), N at least 4.
+        standardiser: Standardiser from which the features were computed.
+        features: Features of all training rows, shape (N, C); N must be at least 4.
     """
     rng = np.random.default_rng([*np.asarray(jax.random.key_data(key)).ravel(), 8])
     width = features.shape[1]
@@ -191,7 +191,7 @@ def fit_typicality(
 
 
 def _part_sizes(n: int, width: int) -> tuple[int, int, int]:
-    """Return the numbers of reference, rank and moment rows, given n rows of `width` features."""
+    """Return the numbers of rows in the three parts (reference, ranks, moments) of n rows."""
     references = min(MAX_REFERENCE_ROWS, n // 2, max(500, MAX_PART_ENTRIES // width))
     ranks = min(MAX_RANK_ROWS, (n - references) // 3, max(16, MAX_PART_ENTRIES // width))
     moments = min(MAX_MOMENT_ROWS, n - references - ranks, max(64, MAX_PART_ENTRIES // width))
@@ -199,11 +199,13 @@ def _part_sizes(n: int, width: int) -> tuple[int, int, int]:
 
 
 def _joint_p_value(reference: np.ndarray, found: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """Combine p-values (B, S) into one (B,): rank the smallest among those of the reference rows.
+    """Combine the p-values (B, S) of the statistics into one joint p-value (B,).
 
-    An observation of the simulator is exchangeable with the reference rows, so each of them is
-    ranked among all others. This has more power than a Bonferroni correction, because it accounts
-    for the dependence between the statistics.
+    The smallest of an observation's S p-values is ranked among the smallest p-values of the
+    reference rows. An observation from the simulator is exchangeable with the reference rows;
+    therefore the p-values of each reference row come from its rank among all other rows and the
+    observation. This has more power than a Bonferroni correction, because it accounts for the
+    dependence between the statistics.
     """
     total, own = len(reference), _count_as_large(reference, reference)
     out = np.empty(len(found))

@@ -1,4 +1,4 @@
-"""Posteriors: direct, composed, recalibrated and conformal; bound to data, in files, in ArviZ.
+"""The posteriors package: direct, composed, recalibrated and conformal posteriors.
 
 Other packages import from the modules of this one; users reach these names as `sf.posteriors.X`.
 """

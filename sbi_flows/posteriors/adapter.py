@@ -1,4 +1,4 @@
-"""Posteriors of other libraries as an `AbstractPosterior`.
+"""Adapter that turns a posterior of another library into an `AbstractPosterior`.
 
 Public names: `SamplesPosterior`, `PosteriorLike`, `ExternalPosterior`, `as_posterior`,
 `single_shape`.
@@ -36,31 +36,31 @@ class SamplesPosterior(Protocol):
 
     @property
     def prior(self) -> Prior:
-        """The prior, which names the parameters."""
+        """Prior of the parameters; it defines their names."""
         ...
 
     def sample(self, key: Key, x: Obs, n: int) -> Array:
-        """Draw (n, D) at one observation, or (B, n, D) at a batch."""
+        """Draw parameters, shape (n, D) for one observation or (B, n, D) for a batch."""
         ...
 
 
 PosteriorLike: TypeAlias = AbstractPosterior | SamplesPosterior
-"""Posterior of this library, or an object of another one that can be sampled."""
+"""Posterior of this library, or an object of another library that can be sampled."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Bound:
-    """Observations of a call: a batch (B, *event), and whether the caller gave a single one."""
+    """Checked observations: a batch (B, *event), and whether the user passed a single one."""
 
     x: Obs
     is_single: bool
 
     def unbatched(self) -> Obs:
-        """Return the observations as the caller gave them."""
+        """Return the observations in the shape in which the user passed them."""
         return jax.tree.map(lambda leaf: leaf[0], self.x) if self.is_single else self.x
 
     def with_axis(self, values: Array) -> Array:
-        """Give the result at a single observation a leading axis of length 1."""
+        """Add a leading axis of length 1 to `values` if there is a single observation."""
         return values[None] if self.is_single else values
 
 
@@ -74,7 +74,7 @@ class ExternalPosterior(AbstractPosterior):
     Attributes:
         posterior: The user's object.
         observation: Shape and dtype of one observation (`jax.ShapeDtypeStruct` leaves).
-        record: Facts about it, as plain JSON data.
+        record: Facts about the posterior, as plain JSON data.
     """
 
     posterior: SamplesPosterior
@@ -82,17 +82,17 @@ class ExternalPosterior(AbstractPosterior):
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
-        """The user's object."""
+        """Show the user's object."""
         return f"ExternalPosterior({self.posterior!r})"
 
     @property
     def prior(self) -> Prior:
-        """The prior, which names the parameters."""
+        """Prior of the parameters; it defines their names."""
         return self.posterior.prior
 
     @property
     def typicality(self) -> None:
-        """None: the training simulations are not known."""
+        """None, because the training simulations are not known."""
         return None
 
     @property
@@ -102,19 +102,19 @@ class ExternalPosterior(AbstractPosterior):
 
     @property
     def needs_ode(self) -> bool:
-        """Whether a density is the solution of an ODE: many evaluations of a network."""
+        """Whether a density is computed by solving an ODE, which evaluates a network many times."""
         return self._optional("needs_ode", "solved") or False
 
     @property
     def has_own_regions(self) -> bool:
-        """Whether credible regions are other sets than those of highest density."""
+        """Whether `credible_levels` uses regions other than those of highest density."""
         return self._optional("credible_levels", "density_ranks") is not None
 
     def credible_levels(self, key: Key, theta: Any, x: Obs) -> np.ndarray:
-        """Return the level of the smallest credible region that contains each truth, shape (B,).
+        """Return the level of the smallest credible region that contains each theta (B, D).
 
         Raises:
-            ValueError: The posterior has no regions of its own (`has_own_regions` is False).
+            ValueError: `has_own_regions` is False.
         """
         function = self._optional("credible_levels", "density_ranks")
         if function is None:
@@ -126,19 +126,19 @@ class ExternalPosterior(AbstractPosterior):
         return as_batch(x, self.observation)[1]
 
     def spaces(self, x: Obs) -> tuple[np.ndarray, ...]:
-        """Return an empty tuple: features and embedding are not known."""
+        """Return an empty tuple, because features and embedding are not known."""
         del x
         return ()
 
     def to_saved(self) -> SavedPosterior:
-        """Raise ValueError: the user's object cannot be written to a file."""
+        """Raise ValueError, because the user's object cannot be written to a file."""
         name = type(self.posterior).__name__
         raise ValueError(f"posterior: expected an sf.Posterior to save, got {name}")
 
     def _optional(self, *names: str) -> Any:
-        """Return the first of these attributes that the user's object has, else None.
+        """Return the first of the named attributes that the user's object has; None if it has none.
 
-        Later names are earlier spellings of the first one.
+        The first name is the current one; the others are its names in earlier versions.
         """
         found = (getattr(self.posterior, name, None) for name in names)
         return next((value for value in found if value is not None), None)
@@ -197,10 +197,10 @@ def as_posterior(posterior: PosteriorLike, observation: Obs) -> AbstractPosterio
 
 
 def single_shape(x: Obs) -> Obs:
-    """Return shape and dtype of x as those of one observation.
+    """Return the shape and dtype of x, which is one observation.
 
     Raises:
-        ValueError: x holds no real numbers.
+        ValueError: x has entries that are not real numbers.
     """
     arrays = jax.tree.map(jnp.asarray, as_real_tree("x", x))
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)

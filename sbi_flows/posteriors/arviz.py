@@ -1,4 +1,4 @@
-"""Posterior draws in ArviZ's groups, on ArviZ 0.x and 1.x alike.
+"""Conversion of posterior draws to ArviZ data, for ArviZ 0.x and 1.x.
 
 Public names: `Groups`, `arviz_groups`, `predictive_at`.
 """
@@ -20,14 +20,14 @@ from sbi_flows.simulations.simulations import Simulations
 
 
 class Groups(NamedTuple):
-    """Arrays that become ArviZ's groups.
+    """Arrays from which the groups of the ArviZ data are made.
 
     Attributes:
         draws: Posterior draws, shape (n, D).
-        log_prob: Their log densities, shape (n,).
+        log_prob: Log densities of the posterior draws, shape (n,).
         prior_draws: Prior draws, shape (m, D).
         x: The observation, an array or a pytree of arrays.
-        simulated: Simulations at posterior draws; None leaves the group out.
+        simulated: Simulations at posterior draws; None omits the group posterior_predictive.
     """
 
     draws: Array
@@ -50,20 +50,20 @@ def arviz_groups(
     coords: Mapping[str, Any] | None = None,
     dims: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Collect named variables in the groups posterior, sample_stats, prior, observed_data, ...
+    """Build ArviZ data with the groups posterior, sample_stats, prior, observed_data, ...
 
     Args:
-        prior: Names and shapes of the parameters.
+        prior: The prior, which defines names and shapes of the parameters.
         groups: The arrays.
-        coords: Coordinate values by the name of a dimension.
-        dims: Names of dimensions by the name of an array parameter or of an array of x.
+        coords: Coordinate values of each dimension, by the name of the dimension.
+        dims: Names of the dimensions of each array, by the name of the parameter or array of x.
 
     Returns:
         `arviz.InferenceData` on ArviZ 0.x, `xarray.DataTree` on ArviZ 1.x.
 
     Raises:
-        ValueError: `dims` names no variable or the wrong number of axes, or `coords` has another
-            length than its dimension.
+        ValueError: `dims` has an unknown variable or a wrong number of axes, or `coords` has an
+            unknown dimension or a wrong number of values.
     """
     import arviz
 
@@ -81,7 +81,7 @@ def arviz_groups(
     _require_dims(shapes, named, dict(coords or {}))
     settings = {"coords": dict(coords or {}), "dims": named}
     if int(arviz.__version__.split(".")[0]) < 1:
-        # it makes vectors of length 1 of scalars, which ArviZ 1.x leaves as they are
+        # ArviZ 0.x turns scalars into vectors of length 1: remove that axis, as in ArviZ 1.x
         scalars = [f"{k}_dim_0" for k, v in observed.items() if v.ndim == 0]
         data: Any = arviz.from_dict(**arrays, **settings)
         return data.map(lambda group: group.squeeze(scalars, drop=True), groups="observed_data")
@@ -91,7 +91,7 @@ def arviz_groups(
 def _require_dims(
     shapes: Mapping[str, tuple[int, ...]], dims: Mapping[str, list], coords: Mapping[str, Any]
 ) -> None:
-    """Raise ValueError unless dimensions and coordinates fit the variables of these shapes."""
+    """Raise ValueError unless `dims` and `coords` match the shapes of the variables."""
     lengths: dict[str, int] = {}
     for name, axes in dims.items():
         if name not in shapes:
@@ -112,12 +112,12 @@ def _require_dims(
 
 
 def _one_chain(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Add the axis of a single chain of independent draws: (n, *event) to (1, n, *event)."""
+    """Add a chain axis of length 1: shapes (n, *event) become (1, n, *event)."""
     return {name: np.asarray(value)[None] for name, value in values.items()}
 
 
 def _named(x: Obs) -> dict[str, Any]:
-    """Return the arrays of x by name: keys joined by dots, `x` for an array alone."""
+    """Return the arrays of x by name: dict keys joined by dots, or `x` for a single array."""
     leaves = jax.tree_util.tree_leaves_with_path(x)
     name = partial(jax.tree_util.keystr, simple=True, separator=".")
     return {name(path) or "x": leaf for path, leaf in leaves}

@@ -2,8 +2,8 @@
 
 Public names: `AbstractPosterior`, `Derived`.
 
-A kind of posterior implements a few private functions over batches of bound observations (see
-`bound`). Observations, batches and the warning about atypical data are handled here.
+A class of posteriors implements a few private methods for batches of bound observations (see
+`bound`). The base class checks observations, handles batches and warns about atypical data.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ class AbstractPosterior(Bindable):
     """Posterior of parameters theta (D,) given an observation x (*event).
 
     One observation has the shape of a training row; a batch has one more axis in front. Batches
-    are computed in compiled chunks of bounded memory; results do not depend on the chunks. A
-    posterior is a pytree: it passes through `jit`, `grad` and `vmap`, as an argument too. Under a
-    trace, shapes are checked and values are not.
+    are computed in compiled chunks, which limits the memory; results do not depend on the chunks. A
+    posterior is a pytree: use it inside `jit`, `grad` and `vmap`, or pass it to them as an
+    argument. Inside these transformations, shapes are checked and values are not.
 
-    A draw or a density at a single observation warns, once, if that observation is not typical of
-    the training simulations at a level of 0.01.
+    When draws or densities are computed at a single observation, a warning is issued once if that
+    observation is not typical of the training simulations at a level of 0.01.
 
     Attributes:
-        prior: The prior, which names the parameters.
+        prior: Prior of the parameters; it defines their names.
         record: Facts about the fit as plain JSON data, read-only: settings, simulations, history,
-            versions and, once saved with a report, the check.
+            versions and, if the posterior was saved with a report, the check.
         observation: Shape and dtype of one observation (`jax.ShapeDtypeStruct` leaves).
-        typicality: Distribution of the training simulations; None where it is not known.
+        typicality: Distribution of the training simulations; None if it is not known.
     """
 
     record: Mapping[str, Any]
@@ -68,27 +68,27 @@ class AbstractPosterior(Bindable):
     @property
     @abc.abstractmethod
     def origin(self) -> AbstractPosterior:
-        """The posterior that this one was derived from in the first place, or itself."""
+        """The posterior at the start of the chain of derivations; itself if it is not derived."""
 
     @property
     @abc.abstractmethod
     def has_own_regions(self) -> bool:
-        """Whether credible regions are other sets than those of highest density."""
+        """Whether `credible_levels` uses regions other than those of highest density."""
 
     @abc.abstractmethod
     def credible_levels(self, key: Key, theta: Any, x: Obs) -> np.ndarray:
-        """Return the level of the smallest credible region that contains each truth.
+        """Return the level of the smallest credible region that contains each true theta.
 
         Args:
             key: Random key.
-            theta: One parameter vector for each observation, shape (B, D).
+            theta: The true parameter vector of each observation, shape (B, D).
             x: A batch (B, *event).
 
         Returns:
-            Values in (0, 1), shape (B,).
+            Levels in (0, 1), shape (B,).
 
         Raises:
-            ValueError: The posterior has no regions of its own (`has_own_regions` is False).
+            ValueError: `has_own_regions` is False.
         """
 
     @abc.abstractmethod
@@ -97,32 +97,37 @@ class AbstractPosterior(Bindable):
 
     @abc.abstractmethod
     def spaces(self, x: Obs) -> tuple[np.ndarray, ...]:
-        """Return features (B, C) and, with an embedding, the output (B, F) of its first member."""
+        """Return features (B, C) and, if there is an embedding, its output (B, F).
+
+        If there are several embeddings, it is the output of the first member's embedding.
+        """
 
     @abc.abstractmethod
     def _bind(self, x: Obs) -> tuple[Any, bool]:
-        """Check x; return what later calls need of it, and whether x was a single observation.
+        """Check x and prepare it for later calls.
 
-        The first is a pytree of arrays whose leading axis numbers the observations.
+        Returns:
+            A pytree of arrays with a leading axis of B observations, and whether x was a single
+            observation (then B = 1).
         """
 
     @abc.abstractmethod
     def _features_of(self, bound: Any) -> Array:
-        """Return the standardised features (N, C) of all observations in what `_bind` returned."""
+        """Return the standardised features (N, C) of all observations in `bound`, from `_bind`."""
 
     def at(self, x: Obs) -> AtObservation:
-        """Bind an observation: check it, standardise it and compare it with the simulations, once.
+        """Bind the posterior to x: check, standardise and compare x with the simulations once.
 
         Args:
             x: One observation (*event) or a batch (B, *event).
 
         Returns:
-            Pure functions of keys and parameters: `sample`, `log_prob`, `sample_and_log_prob`,
-            `map` and, at a single observation, `to_numpyro`.
+            An object with the methods `sample`, `log_prob`, `sample_and_log_prob`, `map` and, for a
+            single observation, `to_numpyro`. They are pure functions of keys and parameters.
 
         Raises:
-            ValueError: x has another shape than the training rows, holds no real numbers, or holds
-                NaN or infinity.
+            ValueError: The shape of x differs from that of a training row, or x contains NaN,
+                infinity or entries that are not real numbers.
         """
         bound, single = self._bind(x)
         if single:
@@ -131,7 +136,7 @@ class AbstractPosterior(Bindable):
         return AtObservation(self, bound, single)
 
     def sample(self, key: Key, x: Obs, n: int) -> Array:
-        """Draw from the posterior; no draw is outside the prior's support.
+        """Draw from the posterior; all draws are inside the prior's support.
 
         Args:
             key: Random key.
@@ -139,54 +144,56 @@ class AbstractPosterior(Bindable):
             n: Number of draws for each observation.
 
         Returns:
-            Shape (n, D), or (B, n, D) for a batch.
+            Draws, shape (n, D), or (B, n, D) for a batch.
 
         Raises:
-            ValueError: x does not fit (see `at`); n is not positive, or more than memory holds; or
-                `key` is not a random key.
-            SolveFailed: The ODE of a continuous flow was not solved. Under a trace such draws are
-                NaN instead.
+            ValueError: x is invalid (see `at`); n is not positive; the draws do not fit in memory;
+                or `key` is not a random key.
+            SolveFailed: The ODE of a continuous flow was not solved. Inside a transformation such
+                as `jit` these draws are NaN instead.
         """
         return self.at(x).sample(key, n)
 
     def sample_and_log_prob(self, key: Key, x: Obs, n: int) -> tuple[Array, Array]:
-        """Draw as `sample` does, with the log density (n,) or (B, n) of each draw, in nats."""
+        """Draw like `sample`; also return log densities (n,) or (B, n) of the draws, in nats."""
         return self.at(x).sample_and_log_prob(key, n)
 
     def log_prob(self, theta: Any, x: Obs) -> Array:
-        """Log density in the parameters' own units, in nats; -inf outside the prior's support.
+        """Compute the log density of theta, in nats; it is -inf outside the prior's support.
+
+        The density is per unit of the parameters, not of standard coordinates.
 
         Args:
-            theta: For one observation: shape (*, D). For a batch: (B, D) or (B, n, D), where row b
-                belongs to observation b.
+            theta: For one observation: shape (*, D). For a batch: shape (B, D) or (B, n, D), where
+                theta[b] belongs to observation b.
             x: One observation (*event) or a batch (B, *event).
 
         Returns:
-            Shape of theta without its last axis.
+            Log densities, with the shape of theta without its last axis.
 
         Raises:
-            ValueError: A shape does not fit, there are no real numbers, or x holds NaN or
-                infinity.
-            SolveFailed: The ODE of a continuous flow was not solved. Under a trace such densities
-                are NaN instead.
+            ValueError: x is invalid (see `at`), theta has a wrong shape, or theta has entries that
+                are not real numbers.
+            SolveFailed: The ODE of a continuous flow was not solved. Inside a transformation such
+                as `jit` these densities are NaN instead.
         """
         return self.at(x).log_prob(theta)
 
     def map(self, x: Obs, *, key: Key | None = None, starts: int = 1000, steps: int = 200) -> Array:
-        """Mode of the posterior: the best of many draws, refined by gradient ascent.
+        """Find the mode of the posterior: refine the best of many draws by gradient ascent.
 
         Args:
             x: One observation or a batch.
-            key: Random key of the draws; a fixed one by default, so that the result is
-                deterministic.
+            key: Random key for the draws. The default is a fixed key, so that repeated calls give
+                the same result.
             starts: Number of draws.
             steps: Number of steps of Adam.
 
         Returns:
-            Shape (D,), or (B, D) for a batch.
+            Mode, shape (D,), or (B, D) for a batch.
 
         Raises:
-            ValueError: x does not fit, or a number is not positive.
+            ValueError: x is invalid (see `at`), or `starts` or `steps` is not positive.
         """
         return self.at(x).map(key=key, starts=starts, steps=steps)
 
@@ -202,12 +209,12 @@ class AbstractPosterior(Bindable):
         coords: Mapping[str, Any] | None = None,
         dims: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Draws as ArviZ data with named variables.
+        """Draw from the posterior and the prior, and return ArviZ data with named variables.
 
         Args:
             key: Random key.
             x: One observation.
-            n: Number of posterior draws (one chain: they are independent).
+            n: Number of posterior draws. They are independent and form one chain.
             prior_draws: Number of prior draws.
             simulator: The simulator, for the group posterior_predictive; None leaves it out.
             predictive_draws: Number of simulations in that group, at most n.
@@ -220,8 +227,8 @@ class AbstractPosterior(Bindable):
             posterior_predictive.
 
         Raises:
-            ValueError: x is a batch or does not fit, a number of draws is not positive, or `dims`
-                or `coords` name nothing that is there.
+            ValueError: x is a batch or is invalid (see `at`), a number of draws is not positive, or
+                `dims` or `coords` does not match the variables.
         """
         require_count(1, n=n, prior_draws=prior_draws, predictive_draws=predictive_draws)
         if not self.is_single(x):
@@ -241,15 +248,15 @@ class AbstractPosterior(Bindable):
 
         Args:
             x: One observation, or a batch.
-            level: Probability of flagging an observation that the simulator made.
+            level: Probability of flagging an observation that comes from the simulator.
 
         Returns:
-            For one observation a `Misspecification`, which says which entries are unusual, prints
-            as a table and plots itself; for a batch `Anomalies`, with a p-value for each.
+            For one observation, a `Misspecification`: it lists the unusual entries, prints a table
+            and has a method `plot`. For a batch, `Anomalies` with a p-value for each observation.
 
         Raises:
-            ValueError: x does not fit, the level is not between 0 and 1, or the posterior does not
-                know its training simulations.
+            ValueError: x is invalid (see `at`), the level is not between 0 and 1, or `typicality`
+                is None.
 
         Example:
             >>> import jax, numpyro.distributions as dist, sbi_flows as sf
@@ -271,43 +278,45 @@ class AbstractPosterior(Bindable):
         return test_many(self.typicality, values)
 
     def save(self, path: str | os.PathLike[str], *, report: Any = None) -> None:
-        """Write the posterior to one file, which `sf.load` reads; nothing in it is ever executed.
+        """Write the posterior to one file, which `sf.load` reads. The file contains no code.
 
-        The file is written as a whole: one of the same name stays until the new one is complete.
+        An existing file of the same name is replaced only when the new file is complete.
 
         Args:
-            path: The file; by custom it ends in `.sbif`.
-            report: Result of `sf.check`, which is then kept in `record["check"]`.
+            path: Path of the file; the usual ending is `.sbif`.
+            report: Result of `sf.check`, to be saved in `record["check"]`.
 
         Raises:
-            ValueError: A density, network or solver is of the user's own class, the observation has
-                other containers than dicts, lists and tuples, or `report` is no report.
+            ValueError: The class of a density, network or solver is not part of this library; the
+                observation has containers other than dicts, lists and tuples; or `report` is not a
+                report.
             OSError: The file cannot be written.
         """
         save(self, path, report=report)
 
     @abc.abstractmethod
     def to_saved(self) -> SavedPosterior:
-        """Return the content of a file of this posterior.
+        """Return the data that `save` writes to the file.
 
         Raises:
-            ValueError: A part of the posterior cannot be written.
+            ValueError: A part of the posterior cannot be saved.
         """
 
 
 class Derived(AbstractPosterior):
-    """Abstract posterior that was derived from another one.
+    """Abstract posterior that is derived from another posterior, called its base posterior.
 
     Attributes:
-        posterior: The posterior that it was derived from.
-        record: Facts beyond the record of that posterior, as plain JSON data.
+        posterior: The base posterior.
+        record: Facts about the derivation, in addition to the base posterior's record; plain JSON
+            data.
     """
 
     posterior: AbstractPosterior
 
     @property
     def prior(self) -> Prior:
-        """The prior, which names the parameters."""
+        """Prior of the parameters; it defines their names."""
         return self.posterior.prior
 
     @property
@@ -317,15 +326,15 @@ class Derived(AbstractPosterior):
 
     @property
     def typicality(self) -> Typicality | None:
-        """Distribution of the training simulations; None where it is not known."""
+        """Distribution of the training simulations; None if it is not known."""
         return self.posterior.typicality
 
     @property
     def needs_ode(self) -> bool:
-        """Whether a density is the solution of an ODE: many evaluations of a network."""
+        """Whether a density is computed by solving an ODE, which evaluates a network many times."""
         return self.posterior.needs_ode
 
     @property
     def origin(self) -> AbstractPosterior:
-        """The posterior that this one was derived from in the first place."""
+        """The posterior at the start of the chain of derivations."""
         return self.posterior.origin

@@ -1,4 +1,4 @@
-"""A posterior bound to an observation: pure functions of keys and parameters.
+"""Posterior bound to observations, with methods that are pure functions of keys and parameters.
 
 Public names: `Bindable`, `AtObservation`, `split_draws`, `in_chunks`, `MAX_CALL_ENTRIES`.
 """
@@ -28,16 +28,16 @@ from sbi_flows.prior.maps import HALF_WIDTH
 from sbi_flows.prior.prior import Prior
 
 MAX_CALL_ENTRIES = 2**18
-"""Maximum number of entries (draws times D) in one compiled call, which bounds the memory."""
+"""Maximum number of entries (draws times D) in one compiled call, which limits the memory."""
 
 
 class Bindable(abc.ABC):
-    """Abstract: functions of a posterior over batches of B bound observations.
+    """Abstract posterior that `AtObservation` calls, with methods for B bound observations.
 
-    `bound` is a pytree of arrays whose leading axis numbers the observations.
+    `bound` is a pytree of arrays with a leading axis of B observations.
 
     Attributes:
-        prior: The prior, which names the parameters.
+        prior: Prior of the parameters; it defines their names.
     """
 
     prior: Prior
@@ -45,34 +45,34 @@ class Bindable(abc.ABC):
     @property
     @abc.abstractmethod
     def needs_ode(self) -> bool:
-        """Whether a density is the solution of an ODE: many evaluations of a network."""
+        """Whether a density is computed by solving an ODE, which evaluates a network many times."""
 
     @abc.abstractmethod
     def _sample(self, key: Key, bound: Any, n: int, with_log_prob: bool) -> tuple[Array, Array]:
-        """Draw (B, n, D), with log densities (B, n), which are zeros unless asked for."""
+        """Draw (B, n, D); also return log densities (B, n), zeros if `with_log_prob` is False."""
 
     @abc.abstractmethod
     def _log_prob(self, theta: Array, bound: Any) -> Array:
-        """Log density (B, n) of theta (B, n, D); -inf outside the prior's support."""
+        """Compute log densities (B, n) of theta (B, n, D); -inf outside the prior's support."""
 
     @abc.abstractmethod
     def _standard_log_prob(self, y: Array, bound: Any) -> Array:
-        """Log density (B,) of the parameters at standard coordinates y (B, d)."""
+        """Compute the log density (B,) per unit of theta, at standard coordinates y (B, d)."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class AtObservation:
-    """A posterior at one observation, or at each of a batch; `posterior.at(x)` makes it.
+    """A posterior bound to one observation or to a batch of B; made by `posterior.at(x)`.
 
-    The observation was checked, standardised and compared with the training simulations once. It is
-    a pytree of arrays, and its methods are pure functions: use them, or pass it, inside `jax.jit`,
-    `grad`, `vmap` and `lax.scan`. Shapes below are for one observation; with a batch of B, results
-    have one more axis in front.
+    The observations are already checked, standardised and compared with the training simulations.
+    An `AtObservation` is a pytree of arrays and its methods are pure functions: use them inside
+    `jax.jit`, `grad`, `vmap` and `lax.scan`, or pass the object as an argument. Shapes in this
+    class are for one observation; with a batch, results have one more axis (B) in front.
 
     Attributes:
         posterior: The posterior.
-        bound: What the posterior needs of the observations; leading axes have length B.
-        is_single: Whether it is bound to one observation, not to a batch.
+        bound: Prepared observations, a pytree of arrays with a leading axis of length B.
+        is_single: True for one observation (B = 1), False for a batch.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist, sbi_flows as sf
@@ -93,42 +93,44 @@ class AtObservation:
     is_single: bool
 
     def __repr__(self) -> str:
-        """The posterior, and the number of observations of a batch."""
+        """Show the posterior and, for a batch, the number of observations."""
         batch = "" if self.is_single else f", {self._count} observations"
         return f"AtObservation({self.posterior}{batch})"
 
     @property
     def prior(self) -> Prior:
-        """The prior, which names the parameters."""
+        """Prior of the parameters; it defines their names."""
         return self.posterior.prior
 
     def sample(self, key: Key, n: int) -> Array:
-        """Draw n parameter vectors, shape (n, D), none outside the prior's support.
+        """Draw n parameter vectors, shape (n, D), all inside the prior's support.
 
         Raises:
-            ValueError: n is not positive, or more than memory holds; or `key` is no random key.
-            SolveFailed: The ODE of a continuous flow was not solved. Under a trace such draws are
-                NaN instead.
+            ValueError: n is not positive, the draws do not fit in memory, or `key` is not a random
+                key.
+            SolveFailed: The ODE of a continuous flow was not solved. Inside a transformation such
+                as `jit` these draws are NaN instead.
         """
         return self._draw(key, n, with_log_prob=False)[0]
 
     def sample_and_log_prob(self, key: Key, n: int) -> tuple[Array, Array]:
-        """Draw as `sample` does, with the log density (n,) of each draw, in nats."""
+        """Draw like `sample`; also return log densities (n,) of the draws, in nats."""
         return self._draw(key, n, with_log_prob=True)
 
     def log_prob(self, theta: Any) -> Array:
-        """Log density of theta, in nats; -inf outside the prior's support.
+        """Compute the log density of theta, in nats; it is -inf outside the prior's support.
 
         Args:
-            theta: Shape (*, D). With a batch: (B, D) or (B, n, D), row b for observation b.
+            theta: Shape (*, D). For a batch: shape (B, D) or (B, n, D), where theta[b] belongs to
+                observation b.
 
         Returns:
-            Shape of theta without its last axis.
+            Log densities, with the shape of theta without its last axis.
 
         Raises:
-            ValueError: The shape does not fit.
-            SolveFailed: The ODE of a continuous flow was not solved. Under a trace such densities
-                are NaN instead.
+            ValueError: The shape of theta is wrong.
+            SolveFailed: The ODE of a continuous flow was not solved. Inside a transformation such
+                as `jit` these densities are NaN instead.
         """
         theta = self._checked(theta)
         if theta.size == 0:
@@ -138,16 +140,16 @@ class AtObservation:
         return self._require_solved(log_prob, log_prob.reshape(theta.shape[:-1]))
 
     def map(self, *, key: Key | None = None, starts: int = 1000, steps: int = 200) -> Array:
-        """Mode, shape (D,): the best of many draws, refined by gradient ascent.
+        """Find the mode, shape (D,): refine the best of many draws by gradient ascent.
 
         Args:
-            key: Random key of the draws; a fixed one by default, so that the result is
-                deterministic.
+            key: Random key for the draws. The default is a fixed key, so that repeated calls give
+                the same result.
             starts: Number of draws.
             steps: Number of steps of Adam.
 
         Raises:
-            ValueError: A number is not positive.
+            ValueError: `starts` or `steps` is not positive.
         """
         require_count(1, starts=starts, steps=steps)
         key = jax.random.key(0) if key is None else key
@@ -161,15 +163,15 @@ class AtObservation:
         return modes[0] if self.is_single else modes
 
     def to_numpyro(self) -> PosteriorDistribution:
-        """Return a numpyro distribution, so that this posterior is the prior of the next analysis.
+        """Return the posterior as a numpyro distribution, for use as the prior of another analysis.
 
-        Its value is an array of the parameter's own shape where the prior is one distribution, and
-        a flat vector (D,) where the prior has named parameters: `posterior.prior.unflatten` gives
-        the parameters by name. Its support is the prior's, and NUTS samples it in the prior's
-        standard coordinates.
+        If the prior is a single distribution, a value has the shape of its parameter. If the prior
+        has named parameters, a value is a flat vector (D,), and `posterior.prior.unflatten` splits
+        it by name. The support is that of the prior. NUTS moves in the prior's standard
+        coordinates.
 
         Raises:
-            ValueError: It is bound to a batch of observations.
+            ValueError: The posterior is bound to a batch of observations.
 
         Example:
             >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -248,10 +250,10 @@ register_pytree(AtObservation, leaves=("posterior", "bound"), static=("is_single
 
 
 def split_draws(n: int, dim: int) -> tuple[int, int]:
-    """Split n draws of D entries into pieces of equal size, each small enough for one call.
+    """Split n draws of `dim` entries into equal pieces, each small enough for one compiled call.
 
     Returns:
-        Number of pieces, and number of draws in each.
+        Number of pieces, and number of draws in each piece.
     """
     each = max(1, MAX_CALL_ENTRIES // dim)
     count = math.ceil(n / each)
@@ -261,14 +263,16 @@ def split_draws(n: int, dim: int) -> tuple[int, int]:
 def in_chunks(
     evaluate: Callable[[Any, Any], tuple], entries: int, bound: Any, other: Any
 ) -> tuple[Array, ...]:
-    """Evaluate chunks of observations of one padded shape and join the results.
+    """Evaluate a function on equal chunks of observations and concatenate the results.
+
+    The last chunk is padded, so that all chunks share one compiled program.
 
     Args:
-        evaluate: Function of a chunk of `bound` and of `other` that returns a tuple of arrays.
-        entries: Number of entries at each observation, which sets the number of observations in a
-            chunk.
+        evaluate: Function of a chunk of `bound` and the same chunk of `other` that returns a tuple
+            of arrays.
+        entries: Number of array entries per observation, which determines the chunk size.
         bound: Pytree of arrays with a leading axis of B observations.
-        other: Array with the same leading axis.
+        other: Array with a leading axis of length B.
     """
     total = len(jax.tree.leaves(bound)[0])
     size = min(total, max(1, MAX_CALL_ENTRIES // entries))
@@ -289,7 +293,10 @@ def _any_nan(values: Array) -> Array:
 @partial(jax.jit, static_argnums=0)
 @full_precision
 def _ascend(steps: int, posterior: Bindable, bound: Any, theta: Array) -> tuple[Array]:
-    """Climb from theta (B, D) by Adam in unconstrained coordinates; return the best points."""
+    """Return the points (B, D) of highest density on paths of Adam that start at theta (B, D).
+
+    Adam moves in unconstrained coordinates.
+    """
     prior = posterior.prior
     bounded = jnp.asarray(prior.bounded)[None]
     optimiser = optax.adam(optax.cosine_decay_schedule(0.02, steps))

@@ -34,7 +34,7 @@ MAX_DRAWS = 2**20
 MAX_SIMULATIONS = 2**53
 
 _KEY_WORDS = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}
-"""Number of 32-bit words of a random key, for each of JAX's generators."""
+"""Number of 32-bit words in a random key, for each of JAX's random number generators."""
 
 
 class Calibration(NamedTuple):
@@ -42,10 +42,10 @@ class Calibration(NamedTuple):
 
     Attributes:
         num_simulations: Number of calibration simulations.
-        num_failed: Number of simulations left out because they failed.
-        draws: Number of draws at each observation.
-        key: Random key of these draws.
-        record: Record of the posterior.
+        num_failed: Number of failed simulations, which were left out.
+        draws: Number of posterior draws for each observation.
+        key: Random key for these draws.
+        record: Attribute `record` of the posterior.
     """
 
     num_simulations: int
@@ -56,12 +56,12 @@ class Calibration(NamedTuple):
 
 
 def calibrated_layer(codec: LayerCodec, calibration: Calibration, arrays: Tensors) -> Layer:
-    """Return the layer of a calibrated posterior.
+    """Build the layer of a calibrated posterior.
 
     Args:
-        codec: Codec of its kind.
-        calibration: The attributes that calibrated posteriors have in common.
-        arrays: Arrays of this kind alone, by name.
+        codec: Codec of the posterior's class.
+        calibration: Attributes that all calibrated posteriors have.
+        arrays: Additional arrays of the posterior's class, by name.
     """
     key = calibration.key
     fields = {
@@ -88,7 +88,7 @@ def require_calibration(header: Header, table: Mapping[str, Entry]) -> None:
 
 
 def calibration_of(layer: Layer) -> Calibration:
-    """Return the common attributes of a layer that was read."""
+    """Return the common attributes from a layer that was read from a file."""
     words, values = jnp.asarray(layer.tensors["key"]), layer.fields
     key = jax.random.wrap_key_data(words, impl=values["key"])
     counts = (values["simulations"], values["failed"], values["draws"])

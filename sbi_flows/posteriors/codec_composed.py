@@ -1,4 +1,4 @@
-"""Codec of composed posteriors: the settings of their sampler, no arrays.
+"""Codec of composed posteriors: saves the settings of the sampler.
 
 Public names: `COMPOSED`.
 """
@@ -13,7 +13,7 @@ from sbi_flows.artefact.layers import Header, LayerCodec
 from sbi_flows.artefact.strict import expect_integer
 
 MAX_LEVELS, MAX_STEPS = 2**16, 2**16
-"""Maximum numbers of levels of noise and of Langevin steps at each level."""
+"""Maximum number of noise levels, and maximum number of Langevin steps at each level."""
 
 
 class ComposedCodec(LayerCodec):
@@ -30,7 +30,7 @@ class ComposedCodec(LayerCodec):
         return ()
 
     def require_arrays(self, prefix: str, tensors: Tensors) -> None:
-        """Accept: there are no arrays."""
+        """Do nothing, because a composed posterior has no arrays."""
 
 
 COMPOSED = ComposedCodec()

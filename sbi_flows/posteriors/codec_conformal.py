@@ -1,4 +1,4 @@
-"""Codec of conformal posteriors: the scores of their calibration simulations.
+"""Codec of conformal posteriors: saves the scores of the calibration simulations.
 
 Public names: `CONFORMAL`.
 """

@@ -1,8 +1,8 @@
-"""Codec of direct posteriors: prior, observation, ensembles of networks, standardiser and gate.
+"""Codec of direct posteriors: prior, observation, networks, standardiser and typicality test.
 
-Nothing in a file is trusted. Reading has two steps: `require_header` checks the JSON document and
-`require_tensors` the table of tensors, both without reading an array; `decode` then reads arrays
-whose sizes are known and expected.
+Files may come from unknown sources, so everything in a file is checked. First, `require_header`
+checks the JSON document and `require_tensors` checks the table of tensors; neither reads an array.
+Then `decode` reads the arrays, whose sizes have been checked.
 
 Public names: `Contents`, `encode`, `DirectHeader`, `require_header`, `require_tensors`, `decode`.
 """
@@ -63,8 +63,8 @@ def encode(contents: Contents) -> SavedPosterior:
     """Convert a direct posterior to JSON fields and tensors.
 
     Raises:
-        ValueError: A density, network or solver is of the user's own class, or the observation is
-            made of other containers than dicts, lists and tuples.
+        ValueError: The class of a density, network or solver is not in this library, or the
+            observation has containers other than dicts, lists and tuples.
     """
     standardiser, tensors = contents.standardiser, Tensors()
     precision = np.dtype(standardiser.center.dtype).name
@@ -89,7 +89,7 @@ def encode(contents: Contents) -> SavedPosterior:
 
 
 class DirectHeader(NamedTuple):
-    """The validated JSON of a direct posterior, before its arrays are read.
+    """Validated JSON data of a direct posterior, before its arrays are read.
 
     Attributes:
         precision: Precision in which the file was written: "float32" or "float64".
@@ -97,11 +97,11 @@ class DirectHeader(NamedTuple):
         bounded: Whether each standard coordinate of the prior is bounded.
         observation: Shape and dtype of one observation.
         linear: Half-width of the standardiser's linear range.
-        ensembles: What the ensembles are built from.
+        ensembles: Description of each ensemble of networks.
         shares: Weight of each ensemble in the mixture.
-        needs_embedding: Whether the user has to supply the embedding, for each ensemble.
-        spaces: Number of spaces of the gate, 0 for a posterior without one.
-        record: Record of the fit.
+        needs_embedding: For each ensemble, whether the user must supply its embedding.
+        spaces: Number of spaces of the typicality test; 0 if the posterior has none.
+        record: Attribute `record` of the posterior.
     """
 
     precision: str
@@ -119,11 +119,11 @@ class DirectHeader(NamedTuple):
 def require_header(
     document: Mapping[str, Any], user_embeddings: list[Embedding | None]
 ) -> DirectHeader:
-    """Check the document of a file.
+    """Check the JSON document of a file.
 
     Args:
-        document: The document, without the list of layers.
-        user_embeddings: The embeddings that the user supplied; [None] for none.
+        document: The JSON document, without the list of layers.
+        user_embeddings: Embeddings that the user supplied; [None] if none were supplied.
 
     Raises:
         ArtefactError: The document is malformed, or an embedding is missing.
@@ -160,10 +160,10 @@ def require_header(
 
 
 def require_tensors(header: DirectHeader, table: Mapping[str, Entry]) -> set[str]:
-    """Check that a table holds all tensors of a direct posterior, and return their names.
+    """Check that a table contains all tensors of a direct posterior; return their names.
 
     Raises:
-        ArtefactError: A tensor is missing, or has another shape or dtype.
+        ArtefactError: A tensor is missing, or has a wrong shape or dtype.
     """
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(header.observation))
     for name in _STANDARDISER:
@@ -179,13 +179,13 @@ def decode(header: DirectHeader, file: ArtefactFile, user_prior: Prior | None) -
     """Read the arrays of a direct posterior.
 
     Args:
-        header: Its JSON. The table of tensors has to be checked.
+        header: Its validated JSON data. Call `require_tensors` before this function.
         file: The file.
-        user_prior: The prior that the user supplied, if any.
+        user_prior: The prior that the user supplied, or None.
 
     Raises:
-        ArtefactError: An array holds impossible numbers, the prior is missing, or a prior or
-            embedding of the user's differs from the one that was saved.
+        ArtefactError: An array has invalid values; a prior is needed but was not supplied; or the
+            supplied prior or embedding differs from the saved one.
     """
     arrays = {name: file.tensor(name) for name in priors.tensor_names(header.prior)}
     prior = priors.decode(header.prior, arrays, user_prior)
@@ -224,7 +224,7 @@ def _shares(value: Any) -> tuple[list[dict[str, Any]], tuple[float, ...]]:
 
 
 def _bounded(prior: Any) -> tuple[bool, ...]:
-    """Return whether each standard coordinate is bounded, from the JSON data of a prior."""
+    """Read from a prior's JSON data whether each standard coordinate is bounded."""
     flags = expect_type("prior", prior, dict, "an object").get("bounded")
     flags = expect_list("prior.bounded", flags, MAX_ENTRIES)
     return tuple(expect_type("prior.bounded", flag, bool, "truth values") for flag in flags)
@@ -233,7 +233,7 @@ def _bounded(prior: Any) -> tuple[bool, ...]:
 def _embedding_of_each(
     user_embeddings: list[Embedding | None], needs_embedding: tuple[bool, ...]
 ) -> list[Embedding | None]:
-    """Assign the user's embeddings to the ensembles that need one; a single one serves them all."""
+    """Return the user's embedding for each ensemble; a single embedding is used for all of them."""
     count = sum(needs_embedding)
     if user_embeddings == [None]:
         return [None] * len(needs_embedding)

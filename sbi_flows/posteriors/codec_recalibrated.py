@@ -1,4 +1,4 @@
-"""Codec of recalibrated posteriors: the knots of their quantile maps.
+"""Codec of recalibrated posteriors: saves the knots of the quantile maps.
 
 Public names: `RECALIBRATED`, `quantiles_in`.
 """
@@ -47,7 +47,7 @@ class RecalibratedCodec(LayerCodec):
         return ("key", "scores", "values")
 
     def require_arrays(self, prefix: str, tensors: Tensors) -> None:
-        """Raise ArtefactError unless all knots are finite and increase."""
+        """Raise ArtefactError unless the knots are finite and strictly increasing."""
         for name in Quantiles._fields:
             knots = tensors[name]
             if not np.all(np.isfinite(knots)) or np.any(np.diff(knots, axis=1) <= 0.0):
@@ -60,12 +60,12 @@ RECALIBRATED = RecalibratedCodec()
 
 
 def quantiles_in(layer: Layer) -> Quantiles:
-    """Return the quantile maps of a layer that was read, in JAX's present precision."""
+    """Return the quantile maps in a layer, converted to JAX's current precision."""
     return Quantiles(*(_knots(layer.tensors[name]) for name in Quantiles._fields))
 
 
 def _knots(array: np.ndarray) -> Array:
-    """Convert increasing numbers (d, K) to JAX's present precision; they still increase there."""
+    """Convert increasing knots (d, K) to JAX's current precision; keep them strictly increasing."""
     knots = jnp.asarray(array, jnp.result_type(float))
     # neighbours that differ in double precision may be equal in single precision
     is_increasing = bool(np.all(np.diff(np.asarray(knots), axis=1) > 0.0))

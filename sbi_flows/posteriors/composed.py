@@ -2,15 +2,15 @@
 
 Public names: `composed`, `ComposedPosterior`, `sample_composed`.
 
-With x_1 ... x_N independent given theta, p(theta | x_1 ... x_N) is proportional to
-p(theta)^(1 - N) times the product of the p(theta | x_i), so its score is a sum of scores. Along the
-way from noise to data, the same sum of noisy scores is not the score of a noisy product, but of a
-sequence of densities that leads from an easy one to the wanted one: at each level of noise, a few
-steps of Langevin dynamics follow it.
+If x_1 ... x_N are independent given theta, p(theta | x_1 ... x_N) is proportional to
+p(theta)^(1 - N) times the product of the p(theta | x_i). Its score is therefore a sum of scores.
+At each noise level, the same sum of the noisy scores defines one density of a sequence. The
+sequence starts at a density that is easy to sample and ends at the composed posterior. A few steps
+of Langevin dynamics at each noise level move the draws from one density to the next.
 
 Source: Geffner, Papamakarios & Mnih 2023, "Compositional Score Modeling for Simulation-Based
-Inference" (arXiv:2209.14249), equation 6 and algorithm 1. Here the prior's score is that of the
-data at all levels of noise; only the two ends of the sequence matter.
+Inference" (arXiv:2209.14249), equation 6 and algorithm 1. In contrast to the paper, the prior's
+score is evaluated without noise at all noise levels. This changes only the intermediate densities.
 """
 
 from __future__ import annotations
@@ -47,29 +47,30 @@ from sbi_flows.posteriors.writing import content_of
 from sbi_flows.prior.prior import Prior
 
 FIRST_RATIO, LAST_RATIO = 3.0, 0.03
-"""Ratios of noise to signal at the first and the last level; training sees few smaller ones."""
+"""Noise-to-signal ratios at the first and last level; smaller ones are rare in training."""
 
 STEP_SHARE = 1.0
-"""Variance of a Langevin step, as a share of what is stable at the largest possible curvature."""
+"""Variance of a Langevin step relative to the stability limit at the largest curvature."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ComposedPosterior(Derived):
     """Posterior given a set of independent observations of one parameter vector.
 
-    An observation is a set (N, *event) of observations of the posterior within, for any N; a batch
-    of sets has the shape (B, N, *event). `log_prob` is the sum of the log densities at the N
-    observations less N - 1 times the prior's: it is not normalised, by a constant that depends on
-    the set alone. Draws follow the scores instead (Langevin dynamics), approximately.
+    The base posterior is conditioned on one observation (*event). Here x is a set (N, *event) of
+    such observations, for any N, or a batch of sets (B, N, *event). `log_prob` is the sum of the
+    base posterior's log densities at the N observations minus (N - 1) times the prior's log
+    density. It is not normalised: the missing constant depends only on the set. Draws are made by
+    Langevin dynamics with the scores, which is approximate.
 
-    To check it, simulate sets: `sf.check(key, posterior, simulate_set)`, where
+    To check a composed posterior, simulate sets: `sf.check(key, posterior, simulate_set)`, where
     `simulate_set(key, theta)` returns an array (N, *event).
 
     Attributes:
-        posterior: The posterior given one observation, of `FlowMatching` or `Diffusion`.
-        levels: Number of levels of noise.
+        posterior: The base posterior; its densities are `FlowMatching` or `Diffusion`.
+        levels: Number of noise levels.
         steps: Number of Langevin steps at each level.
-        record: Facts beyond the record of that posterior.
+        record: Facts about the composition, in addition to the base posterior's record.
 
     References:
         Compositional Score Modeling for Simulation-Based Inference, arXiv:2209.14249.
@@ -83,7 +84,7 @@ class ComposedPosterior(Derived):
     codec: ClassVar[LayerCodec] = COMPOSED
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless the densities have scores and the numbers are positive."""
+        """Raise ValueError unless densities have scores, and `levels` and `steps` are positive."""
         require_object("posterior", self.posterior, Posterior, "an sf.Posterior")
         for blueprint in self.posterior.blueprints:
             wanted = "a posterior of sf.FlowMatching or sf.Diffusion"
@@ -91,42 +92,42 @@ class ComposedPosterior(Derived):
         require_count(1, levels=self.levels, steps=self.steps)
 
     def __repr__(self) -> str:
-        """The posterior within, and the numbers of levels and steps."""
+        """Show the base posterior, `levels` and `steps`."""
         return f"ComposedPosterior({self.posterior}, levels={self.levels}, steps={self.steps})"
 
     @property
     def has_own_regions(self) -> bool:
-        """False: credible regions are those of highest density."""
+        """False, because credible regions are those of highest density."""
         return False
 
     def credible_levels(self, key: Key, theta: Any, x: Obs) -> np.ndarray:
-        """Raise ValueError: credible regions are those of highest density."""
+        """Raise ValueError, because credible regions are those of highest density."""
         raise ValueError("posterior: expected one with credible regions of its own")
 
     def is_single(self, x: Obs) -> bool:
-        """Return whether x is one set of observations; raise ValueError if it is not even a set."""
+        """Return whether x is one set; raise ValueError unless it is a set or a batch of sets."""
         return self._sets(x)[1]
 
     def spaces(self, x: Obs) -> tuple[np.ndarray, ...]:
-        """Return features (N, C) of all observations in all sets, and their embeddings (N, F)."""
+        """Return features (n, C), and any embedding's output (n, F), of the n observations in x."""
         sets, _ = self._sets(x)
         return self.posterior.spaces(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sets))
 
     def to_saved(self) -> SavedPosterior:
-        """Return the content of a file of this posterior.
+        """Return the data that `save` writes to the file.
 
         Raises:
-            ValueError: A part of the posterior cannot be written.
+            ValueError: A part of the posterior cannot be saved.
         """
         fields = {"levels": int(self.levels), "steps": int(self.steps)}
         return content_of(self.posterior).derive(Layer(COMPOSED, fields, {}, self.record))
 
     @classmethod
     def from_layer(cls, posterior: AbstractPosterior, layer: Layer) -> ComposedPosterior:
-        """Rebuild a posterior from its layer of a file.
+        """Rebuild a composed posterior from its layer in a file.
 
         Args:
-            posterior: The posterior within, a direct one.
+            posterior: The base posterior, a direct posterior.
             layer: The layer.
         """
         require_object("posterior", posterior, Posterior, "an sf.Posterior")
@@ -134,7 +135,7 @@ class ComposedPosterior(Derived):
         return cls(posterior, layer.fields["levels"], layer.fields["steps"], record)  # type: ignore[arg-type]
 
     def _sets(self, x: Obs) -> tuple[Obs, bool]:
-        """Return sets (B, N, *event), and whether there was a single one."""
+        """Return sets (B, N, *event), and whether x was a single set."""
         like = jax.tree.leaves(self.posterior.observation)[0]
         first = next(iter(jax.tree.leaves(x)), None)
         extra = np.ndim(first) - len(like.shape) if first is not None else 0
@@ -209,19 +210,22 @@ register_pytree(
 
 
 def composed(posterior: Posterior, *, levels: int = 64, steps: int = 4) -> ComposedPosterior:
-    """Make a posterior given sets of independent observations from one given single ones.
+    """Turn a posterior given one observation into a posterior given a set of observations.
 
-    One fit to single observations serves sets of any size. Its errors add up, though: for sets of
-    more than about ten observations, simulate sets and embed them instead.
+    The observations of a set must be independent given the parameters. One fit to single
+    observations is enough for sets of any size, but the errors of the fit add up. For sets of more
+    than about ten observations, simulate sets and train with an embedding of sets instead.
 
     Args:
-        posterior: Posterior of `FlowMatching` or `Diffusion`, or a stack of these. Each member
-            composes its own scores and gives its share of the draws.
-        levels: Number of levels of noise.
+        posterior: Posterior whose densities are `FlowMatching` or `Diffusion`, or a stack of these.
+            Scores are composed for each member separately, and each member gives its share of
+            the draws.
+        levels: Number of noise levels.
         steps: Number of Langevin steps at each level.
 
     Raises:
-        ValueError: A density of the posterior is of another kind, or a number is not positive.
+        ValueError: The posterior has another kind of density, or `levels` or `steps` is not
+            positive.
 
     References:
         Compositional Score Modeling for Simulation-Based Inference, arXiv:2209.14249.
@@ -246,33 +250,33 @@ def sample_composed(
 ) -> Array:
     """Draw from the posterior given a set of independent observations.
 
-    The same as `composed(posterior, levels=levels, steps=steps).sample(key, x, n)`.
+    Equivalent to `composed(posterior, levels=levels, steps=steps).sample(key, x, n)`.
 
     Args:
         key: Random key.
-        posterior: Posterior of `FlowMatching` or `Diffusion`, or a stack of these.
+        posterior: Posterior whose densities are `FlowMatching` or `Diffusion`, or a stack of these.
         x: A set (N, *event) of observations, independent given the parameters.
         n: Number of draws.
-        levels: Number of levels of noise.
+        levels: Number of noise levels.
         steps: Number of Langevin steps at each level.
 
     Returns:
-        Shape (n, D).
+        Draws, shape (n, D).
 
     Raises:
-        ValueError: A density of the posterior is of another kind, x is no set of observations, or a
-            number is not positive.
+        ValueError: The posterior has another kind of density, x is not a set of observations, or
+            `n`, `levels` or `steps` is not positive.
     """
     return composed(posterior, levels=levels, steps=steps).sample(key, x, n)
 
 
 class _Plan(NamedTuple):
-    """Static settings of the draws of one ensemble.
+    """Static settings for sampling one ensemble.
 
     Attributes:
-        blueprint: Static description of the members.
-        each: Number of draws of each member.
-        levels: Number of levels of noise.
+        blueprint: Static description of the ensemble's members.
+        each: Number of draws from each member.
+        levels: Number of noise levels.
         steps: Number of Langevin steps at each level.
     """
 
@@ -303,14 +307,16 @@ def _ensemble(plan: _Plan, prior: Prior, weights: Weights, features: Array, key:
 
 
 class _Product(NamedTuple):
-    """Product of the densities at N observations over N - 1 priors.
+    """Product of the posteriors at N observations, divided by the prior to the power N - 1.
 
     Attributes:
         prior: The prior.
-        velocity: Velocity as a function of points (n, N, d) and an angle.
-        each: Maps from noise to standard coordinates, of batch shape (N,).
-        middle: Map at the mean observation. Draws move in its noise coordinates, where the product
-            is close to a Gaussian and the bounds of the prior are far away.
+        velocity: Velocity as a function of points (n, N, d) and an angle (the position on the path
+            from noise to data).
+        each: Map from noise to standard coordinates for each observation, batch shape (N,).
+        middle: Map from noise to standard coordinates at the mean observation. Langevin dynamics
+            runs in these noise coordinates, where the product is close to a Gaussian and the
+            bounds of the prior are far away.
         count: Number of observations N.
     """
 
@@ -331,7 +337,7 @@ class _Product(NamedTuple):
         return cls(prior, function, each, middle, len(features))
 
     def score(self, w: Array, angle: Array) -> Array:
-        """Score (n, d) of the product of the noisy densities at w (n, d)."""
+        """Compute the score (n, d) of the product at w (n, d), in noise coordinates of `middle`."""
         y = self.middle.forward(w)
 
         def parts(y: Array) -> tuple[Array, Array]:
@@ -346,7 +352,7 @@ class _Product(NamedTuple):
         return self._moved(y, pull((scores, jnp.ones_like(log_density)))[0])
 
     def _moved(self, y: Array, score: Array) -> Array:
-        """Transform a score (n, d) from standard coordinates to those of the noise of `middle`."""
+        """Transform a score (n, d) from standard coordinates to noise coordinates of `middle`."""
         (w, log_det), pull = jax.vjp(self.middle.inverse_and_log_det, y)
         # change of variables: the density of w has the inverse determinant
         score = score - pull((jnp.zeros_like(w), jnp.ones_like(log_det)))[0]
@@ -359,7 +365,7 @@ class _Product(NamedTuple):
 
 
 def _langevin(product: _Product, plan: _Plan, path: Path, n: int, key: Key) -> Array:
-    """Draw (n, d) in standard coordinates by Langevin dynamics at levels of decreasing noise."""
+    """Draw (n, d) in standard coordinates by Langevin dynamics with decreasing noise."""
     first, last = path.ends
     ratios = np.geomspace(FIRST_RATIO, LAST_RATIO, plan.levels)
     angles = jnp.clip(jnp.arctan2(1.0, jnp.asarray(ratios)), first, last)

@@ -1,11 +1,12 @@
-"""Conformal sets: regions of high density that contain the truth as often as they state.
+"""Conformal sets: regions of high density whose coverage equals their stated level.
 
 Public names: `conformal`, `ConformalPosterior`.
 
-The score of a true parameter is the normal score of its negative log density among those of draws
-at the same data set. Scores of calibration data sets and of a new data set are exchangeable,
-whatever the posterior is. So the k-th smallest of N scores bounds a new one with probability
-k / (N + 1), neither less nor, without ties, more.
+The negative log density of a true parameter is ranked among those of posterior draws at the same
+data set. Its rank, expressed as a normal quantile, is the score of the data set. The scores of the
+calibration data sets and of a new data set are exchangeable for any posterior. A new score is
+therefore at most the k-th smallest of N scores with probability at least k / (N + 1), and exactly
+k / (N + 1) if no scores are equal.
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ from sbi_flows.simulations.simulations import Simulations, observation_shape
 class ConformalPosterior(Derived):
     """Posterior with credible sets whose coverage was measured on simulations.
 
-    Draws and densities are those of the posterior within. The set of a level is that posterior's
-    region of highest density of another level.
+    Draws and densities are those of the base posterior. The set with coverage `level` is a region
+    of highest density of the base posterior. That region's level is adjusted to give the coverage.
 
     Attributes:
-        posterior: The posterior within.
+        posterior: The base posterior.
         scores: Scores of the calibration data sets, increasing, shape (N,).
         num_failed: Number of simulations that failed and were left out.
-        draws: Number of draws that a density is ranked among.
-        record: Facts beyond the record of that posterior.
+        draws: Number of posterior draws at each data set, among which a density is ranked.
+        record: Facts about the calibration, in addition to the base posterior's record.
     """
 
     posterior: AbstractPosterior
@@ -78,7 +79,7 @@ class ConformalPosterior(Derived):
 
     @property
     def has_own_regions(self) -> bool:
-        """True: credible regions are the conformal sets."""
+        """True, because credible regions are the conformal sets."""
         return True
 
     def is_single(self, x: Obs) -> bool:
@@ -86,14 +87,14 @@ class ConformalPosterior(Derived):
         return self.posterior.is_single(x)
 
     def spaces(self, x: Obs) -> tuple[np.ndarray, ...]:
-        """Return features (B, C) and, with an embedding, the output (B, F) of its first member."""
+        """Return features (B, C) and, if there is an embedding, its output (B, F)."""
         return self.posterior.spaces(x)
 
     def to_saved(self) -> SavedPosterior:
-        """Return the content of a file of this posterior.
+        """Return the data that `save` writes to the file.
 
         Raises:
-            ValueError: A part of the posterior cannot be written.
+            ValueError: A part of the posterior cannot be saved.
         """
         counts = (self.num_simulations, self.num_failed, self.draws)
         calibration = Calibration(*counts, self._key, self.record)
@@ -102,10 +103,10 @@ class ConformalPosterior(Derived):
 
     @classmethod
     def from_layer(cls, posterior: AbstractPosterior, layer: Layer) -> ConformalPosterior:
-        """Rebuild a posterior from its layer of a file.
+        """Rebuild a conformal posterior from its layer in a file.
 
         Args:
-            posterior: The posterior within.
+            posterior: The base posterior.
             layer: The layer.
         """
         _, num_failed, draws, key, record = calibration_of(layer)
@@ -128,67 +129,74 @@ class ConformalPosterior(Derived):
         return self.posterior._standard_log_prob(y, bound)
 
     def level(self, level: float) -> float:
-        """Return the level of the region of highest density that is the set of `level`.
+        """Return the level of the base posterior's region of highest density with coverage `level`.
 
         Args:
-            level: Probability that a set contains the truth, at most N / (N + 1).
+            level: Probability that a set contains the true parameters, at most N / (N + 1).
 
         Returns:
-            More than `level` where the posterior is over-confident.
+            The level of the region. It is larger than `level` if the base posterior is
+            over-confident.
 
         Raises:
-            ValueError: The level is outside (0, 1), or needs more calibration simulations.
+            ValueError: The level is not between 0 and 1, or is above N / (N + 1).
         """
         return float(special.ndtr(self._bound(level)))
 
     def contains(self, theta: Any, x: Obs, level: float) -> Array:
-        """Return whether parameters are in the set of `level`.
+        """Return whether parameters are in the set with coverage `level`.
 
-        Sets are nested: that of a larger level contains that of a smaller one. Densities are ranked
-        among draws with a random key that belongs to this object, so that the answer is the same
-        every time. At the edge of a set it may differ between one observation and a batch that
-        contains it.
+        The set of a larger level contains the sets of all smaller levels. Densities are ranked
+        among draws that are made with a stored random key, so that repeated calls give the same
+        result. For parameters at the edge of a set, the result for a single observation may differ
+        from the result for the same observation in a batch.
 
         Args:
             theta: As for `Posterior.log_prob`.
             x: One observation (*event) or a batch (B, *event).
-            level: Probability that a set contains the truth.
+            level: Probability that a set contains the true parameters.
 
         Returns:
-            Bool, the shape of theta without its last axis.
+            Bool, with the shape of theta without its last axis.
 
         Raises:
-            ValueError: As `level` and `log_prob` do.
-            SbiFlowsError: The posterior gave NaN.
+            ValueError: An argument is invalid; see `level` and `log_prob`.
+            SbiFlowsError: The base posterior returned NaN.
         """
         bound = self._bound(level)
         return self.score(theta, x) <= bound
 
     def score(self, theta: Any, x: Obs) -> Array:
-        """Return the normal score of the negative log density of theta among those of draws at x.
+        """Compute the score of theta at x.
+
+        The negative log density of theta is ranked among those of posterior draws at x. The score
+        is this rank as a normal quantile.
 
         Args:
             theta: As for `Posterior.log_prob`.
             x: One observation (*event) or a batch (B, *event).
 
         Returns:
-            The shape of theta without its last axis; infinite outside the prior's support.
+            Scores, with the shape of theta without its last axis; infinite outside the prior's
+            support.
 
         Raises:
-            SbiFlowsError: The posterior gave NaN.
+            SbiFlowsError: The base posterior returned NaN.
         """
         return _score(self._key, self.posterior, theta, x, self.draws)
 
     def credible_levels(self, key: Key, theta: Any, x: Obs) -> np.ndarray:
-        """Return the level of the smallest set that contains each truth.
+        """Return the level of the smallest set that contains each true theta.
 
         Args:
-            key: Random key, which places each level at random within its step of 1 / (N + 1).
-            theta: One parameter vector for each observation, shape (B, D).
+            key: Random key. The scores determine a level only up to an interval of width
+                1 / (N + 1); the level is drawn uniformly from this interval.
+            theta: The true parameter vector of each observation, shape (B, D).
             x: A batch (B, *event).
 
         Returns:
-            Values in (0, 1), shape (B,), uniform for truths from the prior.
+            Levels in (0, 1), shape (B,). They are uniformly distributed if theta comes from the
+            prior and x from the simulator.
         """
         new = _scores(self._key, self.posterior, Simulations(theta, x), self.draws)
         below = np.searchsorted(self.scores, new, side="left")
@@ -200,7 +208,7 @@ class ConformalPosterior(Derived):
         return self.credible_levels(key, theta, x)
 
     def _bound(self, level: float) -> Any:
-        """Return the largest score inside the set of a level."""
+        """Return the largest score in the set with coverage `level`."""
         n = self.num_simulations
         if not 0 < level < 1:
             raise ValueError(f"level: expected a number between 0 and 1, got {level}")
@@ -228,36 +236,38 @@ def conformal(
     draws: int = 200,
     progress: bool = False,
 ) -> ConformalPosterior:
-    """Make credible sets with guaranteed coverage from held-out simulations.
+    """Calibrate credible sets with guaranteed coverage on held-out simulations.
 
-    This is split conformal prediction. The set of a level c contains the truth with probability
-    ceil((N + 1) c) / (N + 1), for any N and for any posterior, on average over data sets from the
-    prior (those whose simulation is valid), over calibration simulations and over keys. For one
-    set of N calibration simulations, the coverage scatters around that by
-    sqrt(c (1 - c) / (N + 2)). Nothing is guaranteed at a single observation: sets may be too small
-    at some data sets and too large at others. A poor posterior has large sets.
+    This is split conformal prediction. The set of level c contains the true parameters with
+    probability ceil((N + 1) c) / (N + 1), for any N and any posterior. This probability is an
+    average over valid data sets simulated from the prior, over calibration simulations and over
+    random keys. For one set of N calibration simulations, the coverage differs from it by about
+    sqrt(c (1 - c) / (N + 2)), the standard deviation. Nothing is guaranteed at a single
+    observation: sets may be too small for some data sets and too large for others. The sets of a
+    poor posterior are large.
 
     Args:
         key: Random key.
-        posterior: The posterior; its density need not be normalised.
-        simulations: Fresh pairs (theta, x) from the prior and the simulator; failed rows are left
-            out and counted. Training simulations would make the sets too small.
-        draws: Number of draws at each data set, at least 20, among whose densities that of the
-            truth is ranked. Coverage holds with few draws too; sets are then somewhat larger.
+        posterior: The base posterior; its density need not be normalised.
+        simulations: New pairs (theta, x) from the prior and the simulator; failed simulations are
+            left out and counted. Do not use training simulations: the sets would be too small.
+        draws: Number of posterior draws at each data set, at least 20, among which the true
+            parameters are ranked by density. The coverage is also right for few draws, but the
+            sets are then somewhat larger.
         progress: Show a progress bar.
 
     Returns:
         A posterior with `contains(theta, x, level)`.
 
     Raises:
-        ValueError: Fewer than 50 simulations that succeeded, fewer than 20 draws, or parameters of
-            another width than the posterior's.
-        SbiFlowsError: The posterior gave NaN.
+        ValueError: Fewer than 50 simulations succeeded, `draws` is below 20, or the number of
+            parameters differs from the posterior's.
+        SbiFlowsError: The base posterior returned NaN.
 
     References:
         Lei et al. 2018, Distribution-Free Predictive Inference for Regression, arXiv:1604.04173,
         theorem 2. Vovk 2012, Conditional validity of inductive conformal predictors,
-        arXiv:1209.2673 (the scatter).
+        arXiv:1209.2673 (for the standard deviation of the coverage).
 
     Example:
         >>> import jax, numpyro.distributions as dist, sbi_flows as sf
@@ -280,13 +290,13 @@ def conformal(
 
 
 def order_of(level: float, n: int) -> int:
-    """Return the order k at which the k-th smallest of n scores bounds a new one at `level`.
+    """Return the smallest k for which the k-th smallest of n scores gives coverage `level`.
 
     Example:
         >>> order_of(0.9, 9), order_of(0.5, 100)
         (9, 51)
     """
-    # rounding may lift the product above a whole number
+    # subtract 1e-9 because rounding may put the product slightly above an integer
     return math.ceil((n + 1) * level - 1e-9)
 
 
@@ -321,7 +331,7 @@ def _score(key: Key, posterior: AbstractPosterior, theta: Any, x: Obs, draws: in
 
 @jax.jit
 def _ranked(log_prob: Array, others: Array) -> Array:
-    """Compute normal scores (*) of negative log densities among those of draws (n,) or (B, n)."""
+    """Compute the scores of `log_prob` (*), ranked among log densities of draws (n,) or (B, n)."""
     batch = others.shape[:-1]
     rows = -log_prob.reshape((*batch, -1))
     return quantiles_of(-others).score(rows)[0].reshape(log_prob.shape)

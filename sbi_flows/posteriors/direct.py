@@ -1,4 +1,4 @@
-"""Direct posterior: draws and densities of a mixture of ensembles of conditional densities.
+"""Direct posterior: a mixture of ensembles of conditional densities.
 
 Public names: `Posterior`.
 """
@@ -31,22 +31,23 @@ from sbi_flows.prior.prior import Prior
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Posterior(AbstractPosterior):
-    """Amortised posterior: a mixture of ensembles, each of them of equal members.
+    """Amortised posterior: a mixture of ensembles. The members of an ensemble have equal weights.
 
-    Draws and densities take one pass through the networks. (The steps of an adaptive ODE solver
-    are shared by all draws of a compiled call, so that its results depend on the other draws
-    within the solver's tolerance.)
+    Each draw or density needs one pass through the networks. For densities with an adaptive ODE
+    solver, all draws in a compiled call share the solver's steps. The result for one draw then
+    depends on the other draws, within the solver's tolerance.
 
     Attributes:
-        prior: The prior, which names the parameters.
+        prior: Prior of the parameters; it defines their names.
         blueprints: Static description of the members of each ensemble.
-        weights: Arrays of the members, stacked on a leading axis, one `Weights` for each ensemble.
-        shares: Weight of each ensemble in the mixture; they add up to 1.
+        weights: Network weights, one `Weights` for each ensemble; the arrays of its members are
+            stacked on a leading axis.
+        shares: Weight of each ensemble in the mixture; the weights add up to 1.
         standardiser: Map from observations to features.
         observation: Shape and dtype of one observation (`jax.ShapeDtypeStruct` leaves).
         record: Facts about the fit as plain JSON data, read-only: settings, simulations, history,
-            versions and, once saved with a report, the check.
-        typicality: Distribution of the training simulations; None tests no observation.
+            versions and, if the posterior was saved with a report, the check.
+        typicality: Distribution of the training simulations; if None, observations are not tested.
     """
 
     prior: Prior
@@ -60,32 +61,32 @@ class Posterior(AbstractPosterior):
 
     @property
     def members(self) -> int:
-        """Number of models in the mixture."""
+        """Number of models in the mixture, in all ensembles together."""
         return sum(mixtures.count(w) for w in self.weights)
 
     @property
     def needs_ode(self) -> bool:
-        """Whether a density is the solution of an ODE: many evaluations of a network."""
+        """Whether a density is computed by solving an ODE, which evaluates a network many times."""
         return any(map(needs_ode, self.blueprints))
 
     @property
     def origin(self) -> Posterior:
-        """This posterior."""
+        """This posterior itself, because it is not derived from another one."""
         return self
 
     @property
     def has_own_regions(self) -> bool:
-        """False: credible regions are those of highest density."""
+        """False, because credible regions are those of highest density."""
         return False
 
     def credible_levels(self, key: Key, theta: Any, x: Obs) -> np.ndarray:
-        """Raise ValueError: credible regions are those of highest density."""
+        """Raise ValueError, because credible regions are those of highest density."""
         raise ValueError(
             "posterior: expected one with credible regions of its own, got a direct one"
         )
 
     def __repr__(self) -> str:
-        """Prior, densities with their shares, and the number of models."""
+        """Show the prior, the densities with their shares, and the number of models."""
         parts = [
             f"{b.density}" if share == 1.0 else f"{share:.2f} {b.density}"
             for b, share in zip(self.blueprints, self.shares, strict=True)
@@ -93,11 +94,14 @@ class Posterior(AbstractPosterior):
         return f"Posterior({self.prior}, {' + '.join(parts)}, members={self.members})"
 
     def features(self, x: Obs) -> Array:
-        """Standardised features (B, C) of a batch of observations, or (1, C) of one."""
+        """Compute the standardised features (B, C) of observations; B = 1 for a single one."""
         return self._bind(x)[0]
 
     def spaces(self, x: Obs) -> tuple[np.ndarray, ...]:
-        """Return features (B, C) and, with an embedding, the output (B, F) of its first member."""
+        """Return features (B, C) and, if there is an embedding, its output (B, F).
+
+        If there are several embeddings, it is the output of the first member's embedding.
+        """
         return spaces_of(self.blueprints[0], self.weights[0], self.features(x))
 
     def is_single(self, x: Obs) -> bool:
@@ -105,10 +109,10 @@ class Posterior(AbstractPosterior):
         return as_batch(x, self.observation)[1]
 
     def to_saved(self) -> SavedPosterior:
-        """Return the content of a file of this posterior.
+        """Return the data that `save` writes to the file.
 
         Raises:
-            ValueError: A part of the posterior cannot be written.
+            ValueError: A part of the posterior cannot be saved.
         """
         names = codec_direct.Contents._fields
         return codec_direct.encode(codec_direct.Contents(*(getattr(self, n) for n in names)))
@@ -122,7 +126,7 @@ class Posterior(AbstractPosterior):
         return bound
 
     def _sample(self, key: Key, bound: Array, n: int, with_log_prob: bool) -> tuple[Array, Array]:
-        # many draws for an observation: split them up as if there were more observations
+        # split many draws of one observation into pieces: repeat the observation for each piece
         pieces, each = split_draws(n, self.prior.dim)
         repeated = jnp.repeat(bound, pieces, axis=0)
         keys = jax.random.split(key, len(repeated))
@@ -135,7 +139,7 @@ class Posterior(AbstractPosterior):
 
     def _log_prob(self, theta: Array, bound: Array) -> Array:
         n = theta.shape[1]
-        # many theta at an observation: split them up as if there were more observations
+        # split many theta of one observation into pieces: repeat the observation for each piece
         pieces, each = split_draws(n, self.prior.dim)
         padded = _pad(theta, pieces * each).reshape(-1, each, self.prior.dim)
         repeated = jnp.repeat(bound, pieces, axis=0)
@@ -166,6 +170,6 @@ def _standardised(standardiser: Standardiser, x: Obs) -> Array:
 
 
 def _pad(rows: Array, n: int) -> Array:
-    """Repeat the last of the rows (B, m, D) until there are n."""
+    """Pad rows (B, m, D) to the shape (B, n, D) by repeating the last row."""
     missing = n - rows.shape[1]
     return jnp.pad(rows, ((0, 0), (0, missing), (0, 0)), mode="edge") if missing else rows

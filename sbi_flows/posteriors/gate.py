@@ -1,4 +1,4 @@
-"""Gate: warn once if an observation is not typical of the training simulations.
+"""Warn once if an observation is not typical of the training simulations.
 
 Public names: `gate`, `LEVEL`.
 """
@@ -19,13 +19,13 @@ from sbi_flows.observations.misspecification import first_names
 from sbi_flows.observations.typicality import Typicality
 
 LEVEL = 0.01
-"""P-value at which an observation warns; of observations of the simulator, this fraction does."""
+"""Significance level: the warning is issued if the p-value is at most this number."""
 
 MAX_REMEMBERED = 1_000
-"""Number of observations that are remembered as tested, after which all are forgotten."""
+"""Maximum number of tested observations in memory; the memory is cleared when it is full."""
 
 _tested: weakref.WeakKeyDictionary[Typicality, set[bytes]] = weakref.WeakKeyDictionary()
-"""Observations that were tested already, so that each of them warns once."""
+"""Observations that were already tested; they are not tested again, so each warns only once."""
 
 
 def gate(
@@ -34,17 +34,18 @@ def gate(
     labels: Callable[[], Sequence[str]],
     values: Callable[[], Sequence[np.ndarray]],
 ) -> None:
-    """Warn, once, if any of a set of observations is not typical at `LEVEL`.
+    """Warn once if at least one of N observations is not typical at `LEVEL`.
 
     Of several observations, it warns if the smallest p-value is too small (Bonferroni) or if too
     many p-values are below `LEVEL` (binomial test), each at half the level. Under a trace nothing
     is tested.
 
     Args:
-        typicality: Distribution of the training simulations; None tests nothing.
+        typicality: Distribution of the training simulations; if None, nothing is tested.
         features: Features of the observations, shape (N, C).
         labels: Function that returns the names of the C features.
-        values: Function that returns what `Typicality.test` takes.
+        values: Function that returns the argument of `Typicality.test`: features and, if there is
+            an embedding, the embedding's output.
     """
     if typicality is None or is_traced(features):
         return

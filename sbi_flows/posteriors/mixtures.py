@@ -1,4 +1,4 @@
-"""Compiled programs of a mixture of ensembles: draws and log densities.
+"""Compiled functions that sample a mixture of ensembles and compute its log density.
 
 Public names: `Parts`, `count`, `sample`, `log_prob`, `standard_log_prob`,
 `split_shares`, `choose`.
@@ -26,23 +26,23 @@ from sbi_flows.networks.mlp import hashed_words
 from sbi_flows.prior.prior import Prior
 
 Parts: TypeAlias = tuple[tuple[Blueprint, float], ...]
-"""Static part of a mixture: blueprint and share of each ensemble."""
+"""Static part of a mixture: blueprint and mixture weight (share) of each ensemble."""
 
 
 def count(weights: Weights) -> int:
-    """Number of members."""
+    """Return the number of members of an ensemble."""
     return len(jax.tree.leaves(weights)[0])
 
 
 def _member(blueprint: Blueprint, weights: Weights, features: Array) -> distrax.Distribution:
-    """Return one member's distribution over standard coordinates at features (B, C)."""
+    """Return one member's distribution of standard coordinates given features (B, C)."""
     return nnx.merge(graph_of(blueprint), *weights)(blueprint.select_features(features))
 
 
 def standard_log_prob(
     parts: Parts, weights: tuple[Weights, ...], y: Array, features: Array
 ) -> Array:
-    """Log density (n, B) of standard coordinates y (n, B, d) given features (B, C)."""
+    """Compute log densities (n, B) of standard coordinates y (n, B, d) given features (B, C)."""
 
     def ensemble(blueprint: Blueprint, stacked: Weights) -> Array:
         return jax.lax.map(lambda member: _member(blueprint, member, features).log_prob(y), stacked)
@@ -65,7 +65,9 @@ def sample(
     features: Array,
     keys: Key,
 ) -> tuple[Array, Array]:
-    """Draw (B, n, D), with log densities (B, n): each ensemble gives its share, in random order.
+    """Draw parameters (B, n, D), and compute their log densities (B, n).
+
+    The number of draws from each ensemble is proportional to its share. Draws are shuffled.
 
     Args:
         parts: Static part of the mixture.
@@ -103,10 +105,10 @@ def split_shares(shares: Sequence[float], n: int) -> tuple[np.ndarray, np.ndarra
 def _ensemble_draws(
     keys: Key, blueprint: Blueprint, weights: Weights, features: Array, n: int
 ) -> Array:
-    """Draw (B, n, d) for features (B, C): each member gives its share, interleaved.
+    """Draw (B, n, d) for features (B, C), with equal numbers of draws from each member.
 
-    The order of the members is random, so that the draws left over by equal shares come from any
-    member with equal probability.
+    Draws of different members alternate, in a random order of the members. If n is not a multiple
+    of the number of members, every member has the same probability of giving an extra draw.
     """
     members = count(weights)
     share = math.ceil(n / members)
@@ -128,17 +130,18 @@ def _ensemble_draws(
 def choose(
     key: Key, draws: list[Array], *, counts: np.ndarray, fractions: np.ndarray, n: int
 ) -> Array:
-    """Return n draws in random order, from the draws of each ensemble.
+    """Choose n draws from the draws of all ensembles, in random order.
 
-    Ensemble k gives `counts[k]` draws, and one more with probability `fractions[k]`, by systematic
-    sampling, so that there are n in all.
+    Ensemble k gives `counts[k]` draws, and one more with probability `fractions[k]`. Systematic
+    sampling makes the total exactly n.
 
     Args:
         key: Random key.
-        draws: Draws of each ensemble, shape (counts + (fractions > 0), d).
-        counts: Whole numbers of draws.
-        fractions: Fractions of a draw that are left over.
-        n: Number of draws.
+        draws: Draws of each ensemble; shape (counts[k] + 1, d) if fractions[k] > 0, otherwise
+            (counts[k], d).
+        counts: Integer part of the expected number of draws of each ensemble.
+        fractions: Fractional part of the expected number of draws of each ensemble.
+        n: Total number of draws.
     """
     first, second = jax.random.split(key)
     ends = np.cumsum(fractions)
@@ -159,7 +162,7 @@ def choose(
 def log_prob(
     parts: Parts, prior: Prior, weights: tuple[Weights, ...], features: Array, theta: Array
 ) -> tuple[Array]:
-    """Log densities (B, n) of theta (B, n, D) given features (B, C)."""
+    """Compute log densities (B, n) of theta (B, n, D) given features (B, C)."""
     inside = prior.contains(theta)
     safe = jnp.where(inside[..., None], theta, prior.center(theta.shape[:-1]))
     y = prior.to_standard(safe)

@@ -1,9 +1,9 @@
-"""A posterior at an observation as a numpyro distribution.
+"""Posterior at one observation as a numpyro distribution.
 
 Public names: `PosteriorDistribution`, `PriorSupport`, `PriorTransform`.
 
-The support is that of the prior. Numpyro's samplers move in unconstrained coordinates: these are
-the prior's standard coordinates, where intervals are opened by a logistic map.
+The support is that of the prior. numpyro's samplers move in unconstrained coordinates. These are
+the prior's standard coordinates; bounded ones are mapped to R by the logit function.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from sbi_flows.prior.prior import Prior
 
 @runtime_checkable
 class Drawable(Protocol):
-    """Posterior at one observation, as `AtObservation` is."""
+    """Protocol of a posterior at one observation; `AtObservation` follows it."""
 
     def sample(self, key: Key, n: int) -> Array:
-        """Draw (n, D)."""
+        """Draw n parameter vectors, shape (n, D)."""
         ...
 
     def log_prob(self, theta: Any) -> Array:
-        """Log density (*) of theta (*, D)."""
+        """Compute log densities (*) of theta (*, D)."""
         ...
 
 
 def event_shape(prior: Prior) -> tuple[int, ...]:
-    """Return the shape of a value: that of the only parameter, or (D,) for named ones."""
+    """Return the shape of a value: (D,) for named parameters, else the only parameter's shape."""
     return (prior.dim,) if prior.is_named else prior.event_shapes[prior.names[0]]
 
 
@@ -46,7 +46,7 @@ class PriorSupport(Constraint):
     """Support of a prior, for values of `event_shape(prior)`."""
 
     def __init__(self, prior: Prior) -> None:
-        """Hold the prior."""
+        """Store the prior."""
         self.prior = prior
         self._event_dim = len(event_shape(prior))
 
@@ -60,7 +60,7 @@ class PriorSupport(Constraint):
         return self.prior.contains(_flat(self.prior, x))
 
     def feasible_like(self, prototype: Array) -> Array:
-        """Return values in the support, of the shape of `prototype`."""
+        """Return values inside the support, with the shape of `prototype`."""
         batch = jnp.shape(prototype)[: jnp.ndim(prototype) - self.event_dim]
         return jnp.reshape(self.prior.center(batch), jnp.shape(prototype))
 
@@ -69,7 +69,7 @@ class PriorSupport(Constraint):
         return (self.prior,), (("prior",), {"_event_dim": self._event_dim})
 
     def __eq__(self, other: object) -> bool:
-        """Return whether the other is the support of an equal prior."""
+        """Return whether the other object is the support of an equal prior."""
         return isinstance(other, PriorSupport) and (
             self.prior is other.prior or self.prior.matches(other.prior)
         )
@@ -78,12 +78,12 @@ class PriorSupport(Constraint):
 
 
 class PriorTransform(Transform):
-    """Bijection from R^d to the support of a prior, by its standard coordinates."""
+    """Bijection from R^d to the support of a prior, through the prior's standard coordinates."""
 
     domain = dist.constraints.real_vector
 
     def __init__(self, prior: Prior) -> None:
-        """Hold the prior."""
+        """Store the prior."""
         self.prior = prior
 
     @property
@@ -102,18 +102,18 @@ class PriorTransform(Transform):
         return jnp.where(self._bounded(standard), jax.scipy.special.logit(share), standard)
 
     def log_abs_det_jacobian(self, x: Array, y: Array, intermediates: Any = None) -> Array:
-        """Log absolute Jacobian determinant (*) at coordinates x (*, d)."""
+        """Compute log absolute Jacobian determinants (*) at unconstrained coordinates x (*, d)."""
         standard = self._standard(x)
         slope = math.log(2 * HALF_WIDTH) - jax.nn.softplus(x) - jax.nn.softplus(-x)
         opened = jnp.sum(jnp.where(self._bounded(x), slope, 0.0), axis=-1)
         return opened + self.prior.standard_log_det(standard, _flat(self.prior, y))
 
     def forward_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of values, given that of coordinates."""
+        """Return the shape of the values, given the shape of the unconstrained coordinates."""
         return (*shape[:-1], *event_shape(self.prior))
 
     def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of coordinates, given that of values."""
+        """Return the shape of the unconstrained coordinates, given the shape of the values."""
         batch = shape[: len(shape) - len(event_shape(self.prior))]
         return (*batch, self.prior.standard_dim)
 
@@ -122,7 +122,7 @@ class PriorTransform(Transform):
         return (self.prior,), (("prior",), {})
 
     def __eq__(self, other: object) -> bool:
-        """Return whether the other leads to the support of an equal prior."""
+        """Return whether the other object is the transform of an equal prior."""
         return isinstance(other, PriorTransform) and self.codomain == other.codomain
 
     __hash__ = None  # type: ignore[assignment]  # the prior's leaves may be tracers
@@ -136,18 +136,18 @@ class PriorTransform(Transform):
 
 
 class PosteriorDistribution(dist.Distribution):
-    """Posterior at one observation, as the prior of a numpyro model.
+    """Posterior at one observation as a numpyro distribution, for use as a prior.
 
     Args:
-        prior: The prior of the posterior.
-        at: The posterior at one observation.
-        validate_args: Whether values are checked against the support; None for numpyro's default.
+        prior: Prior of the posterior.
+        at: Posterior at one observation.
+        validate_args: Whether to check that values are in the support; None for numpyro's default.
     """
 
     pytree_data_fields = ("prior", "at")
 
     def __init__(self, prior: Prior, at: Drawable, *, validate_args: bool | None = None) -> None:
-        """Take the shape of a value from the prior."""
+        """Store the arguments; the shape of a value follows from the prior."""
         self.prior, self.at = prior, at
         super().__init__((), event_shape(prior), validate_args=validate_args)
 
@@ -162,7 +162,7 @@ class PosteriorDistribution(dist.Distribution):
         return jnp.reshape(draws, (*sample_shape, *self.event_shape))
 
     def log_prob(self, value: Array) -> Array:
-        """Log density (*) of values (*, *event), in nats."""
+        """Compute log densities (*) of values (*, *event), in nats."""
         return self.at.log_prob(_flat(self.prior, value))
 
 
@@ -174,7 +174,7 @@ def _flat(prior: Prior, value: Array) -> Array:
 
 
 def _inside(like: Array) -> tuple[float, float]:
-    """Return the interval that probabilities are kept to, off 0 and 1."""
+    """Return the interval inside (0, 1) to which probabilities are clipped."""
     eps = float(jnp.finfo(like.dtype).eps)
     return eps, 1.0 - eps
 

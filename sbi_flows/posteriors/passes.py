@@ -1,4 +1,4 @@
-"""Passes over many data sets, a chunk of one compiled shape at a time.
+"""Loops over many data sets in chunks of equal shape, so that one compiled program is used.
 
 Public names: `usable`, `chunks_of`, `continuous_ranks`, `MIN_DATASETS`, `MIN_DRAWS`.
 """
@@ -17,18 +17,18 @@ from sbi_flows.posteriors.adapter import PosteriorLike
 from sbi_flows.simulations.simulations import Simulations
 
 MAX_CHUNK_ENTRIES = 4_000_000
-"""Maximum number of entries (data sets x draws x D) at once: 16 MB in single precision."""
+"""Maximum number of entries (data sets x draws x D) in a chunk: 16 MB in single precision."""
 
 MIN_DATASETS = 50
 MIN_DRAWS = 20
 
 
 def usable(posterior: PosteriorLike, simulations: Simulations, draws: int) -> Simulations:
-    """Return the valid simulations, after checks that come before any long work.
+    """Check the arguments of a calibration, and return the valid simulations.
 
     Raises:
-        ValueError: Fewer than `MIN_DATASETS` are valid, `draws` is below `MIN_DRAWS`, or the number
-            of parameters differs from the posterior's.
+        ValueError: Fewer than `MIN_DATASETS` simulations are valid, `draws` is below `MIN_DRAWS`,
+            or the number of parameters differs from the posterior's.
     """
     if draws < MIN_DRAWS:
         raise ValueError(f"draws: expected at least {MIN_DRAWS}, got {draws}")
@@ -59,7 +59,7 @@ def chunks_of(
         n: Number of data sets.
         entries: Number of entries in memory for each data set.
         label: Label of the progress bar.
-        progress: Show the bar, if there are several chunks.
+        progress: Whether to show the bar; it is shown only if there are several chunks.
 
     Yields:
         A random key, the indices of the data sets in a chunk, and how many of them come before the
@@ -76,10 +76,10 @@ def chunks_of(
 def continuous_ranks(key: Key, below: Any, equal: Any, draws: int) -> np.ndarray:
     """Convert integer ranks among draws to continuous ranks in (0, 1).
 
-    An integer rank takes one of `draws` + 1 values, so that rank / draws is not uniform for a
-    Kolmogorov-Smirnov test. Here ties with the true value are broken at random, and each rank is
-    placed at random within its cell of width 1 / (draws + 1); it is then exactly uniform under the
-    null hypothesis.
+    A Kolmogorov-Smirnov test needs continuous ranks, but an integer rank has only `draws` + 1
+    possible values. Ties with the true value are therefore broken at random, and a uniform random
+    number is added to each integer rank before it is divided by `draws` + 1. The result is exactly
+    uniform under the null hypothesis.
 
     Args:
         key: Random key.
@@ -88,10 +88,10 @@ def continuous_ranks(key: Key, below: Any, equal: Any, draws: int) -> np.ndarray
         draws: Number of draws.
 
     Returns:
-        Values in (0, 1), float64, the shape of `below`.
+        Ranks in (0, 1), float64, with the shape of `below`.
     """
     below, equal = np.asarray(below), np.asarray(equal)
-    # on the host, in double precision: values in the last cell must not round to 1
+    # use numpy's double precision, so that the largest ranks are not rounded to 1
     rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,))))
     rank = below + rng.integers(0, equal + 1)
     return (rank + rng.uniform(1e-9, 1.0 - 1e-9, below.shape)) / (draws + 1)

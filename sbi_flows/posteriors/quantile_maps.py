@@ -1,9 +1,10 @@
-"""Increasing piecewise linear maps between quantiles.
+"""Increasing piecewise linear maps through quantiles of draws.
 
 Public names: `Quantiles`, `quantiles_of`, `quantile_map`, `increasing`.
 
-Outside the range of the draws, ranks carry no information. There the maps are extrapolated as
-straight lines, so that a true value far outside still has a score that grows with its distance.
+The score of a value is its rank among draws, expressed as a normal quantile. Outside the range of
+the draws, ranks carry no information. There the maps are extrapolated as straight lines, so that
+the score of a value grows with its distance from the draws.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from jax import Array
 from scipy import special
 
 MIN_DRAWS_OUTSIDE = 5
-"""Minimum number of draws beyond the outermost knot on each side, which locate the knot."""
+"""Minimum number of draws beyond the outermost knot on each side, to locate it precisely."""
 
 SPACING = 0.5
-"""Maximum distance between knots, in normal scores."""
+"""Maximum distance between knots, in standard deviations of the normal score."""
 
 FURTHEST = 3.0
-"""Maximum normal score of the outermost knot."""
+"""Maximum absolute normal score of the outermost knots."""
 
 
 class Quantiles(NamedTuple):
     """Increasing piecewise linear map through K knots, or a batch of such maps.
 
     Attributes:
-        scores: Arguments at the knots, increasing, shape (*, K): normal scores of quantiles.
-        values: Values at the knots, increasing, shape (*, K).
+        scores: Normal scores at the knots, increasing, shape (*, K).
+        values: Quantiles at the knots, increasing, shape (*, K).
     """
 
     scores: Array
@@ -49,14 +50,14 @@ class Quantiles(NamedTuple):
 def quantiles_of(
     draws: Array, *, spacing: float = SPACING, furthest: float = FURTHEST
 ) -> Quantiles:
-    """Map normal scores to the quantiles of draws (*, n), n at least 20.
+    """Build the map from normal scores to the quantiles of draws.
 
     If all draws are equal, the map still increases, with a very small slope.
 
     Args:
-        draws: Draws, shape (*, n).
-        spacing: Maximum distance between knots, in normal scores.
-        furthest: Maximum normal score of the outermost knot.
+        draws: Draws, shape (*, n); n must be at least 20.
+        spacing: Maximum distance between knots, in standard deviations of the normal score.
+        furthest: Maximum absolute normal score of the outermost knots.
 
     Example:
         >>> import jax
@@ -71,20 +72,23 @@ def quantiles_of(
 
 
 def quantile_map(source: Array, target: Array) -> Quantiles:
-    """Map the quantiles of draws `source` (*, m) to those of draws `target` (*, n)."""
+    """Build the map from quantiles of draws `source` (*, m) to quantiles of `target` (*, n)."""
     inner = _knots(min(source.shape[-1], target.shape[-1]), SPACING, FURTHEST)
     return Quantiles(_quantiles(source, inner), _quantiles(target, inner))
 
 
 def _knots(n: int, spacing: float, furthest: float) -> np.ndarray:
-    """Return evenly spaced normal scores at which n draws determine the quantiles."""
+    """Return evenly spaced normal scores for knots, in the range where n draws give quantiles."""
     outer = min(furthest, -float(special.ndtri(MIN_DRAWS_OUTSIDE / (n + 1))))
     half = max(2, math.ceil(outer / spacing))
     return np.linspace(-outer, outer, 2 * half + 1)
 
 
 def _quantiles(draws: Array, inner: np.ndarray) -> Array:
-    """Compute quantiles (*, K) at normal scores, and one extrapolated knot at each end."""
+    """Compute the quantiles of draws (*, n) at the normal scores `inner`.
+
+    One extrapolated knot is added at each end, so that the shape is (*, len(inner) + 2).
+    """
     n = draws.shape[-1]
     ordered = jnp.sort(draws, axis=-1)
     places = np.clip((n + 1) * special.ndtr(inner) - 1.0, 0.0, n - 1.0)
@@ -100,7 +104,7 @@ def _quantiles(draws: Array, inner: np.ndarray) -> Array:
 
 
 def increasing(values: Array) -> Array:
-    """Separate equal neighbours (*, K) by a small multiple of the rounding error."""
+    """Make sorted values (*, K) strictly increasing: separate equal neighbours slightly."""
     largest = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
     least = 16.0 * jnp.finfo(values.dtype).eps * jnp.maximum(largest, 1e-30)
     steps = jnp.maximum(jnp.diff(values, axis=-1), least)
@@ -108,7 +112,7 @@ def increasing(values: Array) -> Array:
 
 
 def _through(xs: Array, ys: Array, points: Array) -> tuple[Array, Array]:
-    """Interpolate linearly between knots at points (*, n); return also the log slope."""
+    """Interpolate linearly between knots at points (*, n); return values and log slopes."""
     return jnp.vectorize(_line, signature="(k),(k),(n)->(n),(n)")(xs, ys, points)
 
 

@@ -1,7 +1,8 @@
-"""Load a posterior from one file.
+"""Load a posterior from a file.
 
-The file holds no code and names none: loading builds objects of this library and of numpyro from
-tables of names, and checks every array against the model before it is read.
+A file contains no code and no names of modules or functions. Loading builds objects only from fixed
+tables of classes of this library and of numpyro. The shape and dtype of every array are checked
+against the model before the array is read.
 
 Public name: `load`.
 """
@@ -26,7 +27,7 @@ from sbi_flows.posteriors.writing import DIRECT_FORMAT
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
 
 DERIVED = (ComposedPosterior, ConformalPosterior, RecalibratedPosterior)
-"""Kinds of derived posteriors that can be loaded. Each has a codec and a method `from_layer`."""
+"""Classes of derived posteriors that can be loaded; each has `codec` and `from_layer`."""
 
 _KINDS = {kind.codec.kind: kind for kind in DERIVED}
 _CODECS = {name: kind.codec for name, kind in _KINDS.items()}
@@ -41,29 +42,30 @@ def load(
     prior: PriorLike | None = None,
     embedding: Embedding | Sequence[Embedding] | None = None,
 ) -> Any:
-    """Read a posterior that `Posterior.save` wrote; safe for files from unknown sources.
+    """Load a posterior that `Posterior.save` wrote; safe for files from unknown sources.
 
-    Nothing in the file is executed or imported, and loading needs about three times the memory of
-    the file's size. A file from an untrusted source can still hold a wrong posterior: check it.
+    Nothing in the file is executed or imported. Loading needs memory of about three times the file
+    size. A file from an unknown source may contain a wrong posterior, so check the posterior.
 
-    Draws for the same key are identical on the same device with the same versions. Where JAX
-    computes in another precision than the one in which the file was written, weights are converted
-    to it, and log densities agree to about 1e-3.
+    A loaded posterior gives identical draws for the same key on the same device with the same
+    package versions. If JAX's current precision differs from the precision of the file, weights
+    are converted, and log densities agree to about 1e-3.
 
     Args:
-        path: The file.
-        prior: The prior, needed where the file holds its structure only: a numpyro model whose
-            parameters depend on each other, or distributions of your own class. It is compared
-            with the saved one.
-        embedding: The embedding, needed where it is not one of this library's. It is compared with
-            the saved one. For a stack with several such embeddings a list, in the stack's order.
+        path: Path of the file.
+        prior: The prior. It is needed only if the file cannot store it completely: a numpyro model
+            whose parameters depend on each other, or a distribution class of your own. It must
+            agree with the saved prior.
+        embedding: The embedding. It is needed only if its class is not part of this library. It
+            must agree with the saved embedding. For a stack with several such embeddings, pass a
+            list in the stack's order.
 
     Returns:
-        The posterior, of the class that was saved. Its `record` holds the facts of its fit.
+        The posterior, of the class that was saved. Its attribute `record` describes the fit.
 
     Raises:
-        ArtefactError: The file is not a saved posterior or was changed, or it needs a prior or an
-            embedding that was not supplied or differs from the saved one.
+        ArtefactError: The file is not a saved posterior or was changed; or a prior or embedding is
+            needed that was not supplied or that differs from the saved one.
         ValueError: `prior` is not a prior, or `embedding` is not an embedding.
         OSError: The file cannot be read.
 
@@ -93,7 +95,7 @@ def load(
             return _read(ArtefactFile(file), user_prior, user_embeddings)
         except ArtefactError as error:
             raise ArtefactError(f"{os.fspath(path)}: {error}") from None
-        # a library may raise any error on arguments that none of our checks refused
+        # other libraries may raise any error for arguments that passed our checks
         except Exception as error:
             raise ArtefactError(
                 f"{os.fspath(path)}: it describes no posterior that can be built: "
@@ -114,21 +116,21 @@ def _read(file: ArtefactFile, user_prior: Prior | None, user_embeddings: list[An
     names |= {f"{h.prefix}/{name}" for h in headers for name in h.tensor_names}
     if odd := sorted(file.table.keys() ^ names):
         raise ArtefactError(f"tensors: expected exactly those of the posterior, not {odd[:3]}")
-    # only now arrays are read: all are expected, and each has the size that the model needs
+    # read arrays only now, after the checks of their names and sizes
     contents = codec_direct.decode(direct, file, user_prior)
     posterior: Any = Posterior(**contents._asdict())
     for header in headers:
         layer = read_layer(header, file.tensor)
         try:
             posterior = _KINDS[header.codec.kind].from_layer(posterior, layer)
-        # the kind cannot be derived from the posterior within
+        # this class of posterior cannot be derived from the base posterior
         except ValueError as error:
             raise ArtefactError(f"{header.name}: {error}") from None
     return posterior
 
 
 def _require_version(document: Mapping[str, Any]) -> int:
-    """Return the version of the file's format, or raise ArtefactError if it is too new."""
+    """Return the version of the file format; raise ArtefactError if it is too new."""
     version = expect_integer("format", document.get("format"), 1, 2**31)
     if version > MAX_FORMAT:
         raise ArtefactError(

@@ -1,13 +1,18 @@
-"""Recalibration by ranks: move draws so that the ranks of each parameter are uniform.
+"""Recalibration: move draws so that true parameters have uniform ranks among them.
 
 Public names: `recalibrate`, `RecalibratedPosterior`.
 
-At a data set x, a smooth map T_x takes standard normal scores z to each parameter; it is made of
-the posterior's draws at x. Over all data sets, a map H takes quantiles of the scores of draws to
-the quantiles of the scores of true parameters; it is the identity for a calibrated posterior. A
-draw theta is moved to T_x(H(T_x^-1(theta))). For a posterior that is 1.5 times too narrow,
-H(z) = 1.5 z; for one that lies a standard deviation too high, H(z) = z - 1; other shapes are
-corrected as well. H is the same at all data sets, T_x is not.
+Each parameter is corrected separately, with two maps:
+
+- T_x maps standard normal scores z to values of the parameter at a data set x. It is a smooth map,
+  fitted to quantiles of the posterior's draws at x.
+- H maps quantiles of the scores of draws to quantiles of the scores of true parameters. It is
+  fitted to all calibration data sets and is the same for every x. It is the identity if the
+  posterior is calibrated.
+
+A draw theta is moved to T_x(H(T_x^-1(theta))). If the posterior is 1.5 times too narrow,
+H(z) = 1.5 z. If it is shifted up by one standard deviation, H(z) = z - 1. H may have any other
+increasing shape.
 """
 
 from __future__ import annotations
@@ -42,18 +47,18 @@ from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.simulations import Simulations, observation_shape
 
 SMOOTH = {"spacing": 0.75, "furthest": 1.5}
-"""Knots of T_x: few knots keep the noise of its draws out of the density."""
+"""Settings of the knots of T_x: with few knots, T_x is smooth and the density has little noise."""
 
 COMPARED_DRAWS = 20
-"""Number of further draws at each data set, whose scores are compared with those of truths."""
+"""Number of extra draws at each data set; their scores are compared with the true scores."""
 
 
 class _Bound(NamedTuple):
-    """What is kept of observations.
+    """Prepared observations.
 
     Attributes:
-        inner: What the posterior within keeps.
-        draws: Its draws that T_x is made of, shape (B, m, D).
+        inner: Observations as prepared by the base posterior.
+        draws: Draws from the base posterior, to which T_x is fitted, shape (B, m, D).
     """
 
     inner: Any
@@ -62,19 +67,20 @@ class _Bound(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class RecalibratedPosterior(Derived):
-    """Posterior whose draws are those of another one, moved parameter by parameter.
+    """Posterior that moves the draws of a base posterior, separately for each parameter.
 
-    Its density is exactly that of the moved draws. T_x is made of draws at x with a random key that
-    belongs to this object, so that answers are the same every time; the draws, and so T_x, differ
-    a little between one observation and a batch that contains it.
+    `log_prob` is exactly the density of the moved draws. See the top of this file for the maps T_x
+    and H. T_x is fitted to draws at x that are made with a stored random key, so that repeated
+    calls give the same result. These draws, and therefore T_x, differ slightly between a single
+    observation and the same observation in a batch.
 
     Attributes:
-        posterior: The posterior that is corrected.
-        correction: H, for each of the d standard coordinates.
+        posterior: The base posterior, which is corrected.
+        correction: The map H for each of the d standard coordinates.
         num_simulations: Number N of calibration data sets.
         num_failed: Number of simulations that failed and were left out.
-        draws: Number of draws at each data set that T_x is made of.
-        record: Facts beyond the record of that posterior.
+        draws: Number of draws at each data set, to which T_x is fitted.
+        record: Facts about the calibration, in addition to the base posterior's record.
     """
 
     posterior: AbstractPosterior
@@ -88,7 +94,7 @@ class RecalibratedPosterior(Derived):
     codec: ClassVar[LayerCodec] = RECALIBRATED
 
     def __repr__(self) -> str:
-        """The corrected posterior, and the number of calibration data sets."""
+        """Show the base posterior and the number of calibration data sets."""
         return (
             f"RecalibratedPosterior({self.posterior}, ranks of {self.num_simulations:,} "
             f"simulations, {self.num_failed:,} failed)"
@@ -96,7 +102,7 @@ class RecalibratedPosterior(Derived):
 
     @property
     def has_own_regions(self) -> bool:
-        """False: credible regions are those of highest density."""
+        """False, because credible regions are those of highest density."""
         return False
 
     def credible_levels(self, key: Key, theta: Any, x: Obs) -> np.ndarray:
@@ -108,14 +114,14 @@ class RecalibratedPosterior(Derived):
         return self.posterior.is_single(x)
 
     def spaces(self, x: Obs) -> tuple[np.ndarray, ...]:
-        """Return features (B, C) and, with an embedding, the output (B, F) of its first member."""
+        """Return features (B, C) and, if there is an embedding, its output (B, F)."""
         return self.posterior.spaces(x)
 
     def to_saved(self) -> SavedPosterior:
-        """Return the content of a file of this posterior.
+        """Return the data that `save` writes to the file.
 
         Raises:
-            ValueError: A part of the posterior cannot be written.
+            ValueError: A part of the posterior cannot be saved.
         """
         counts = (self.num_simulations, self.num_failed, self.draws)
         calibration = Calibration(*counts, self._key, self.record)
@@ -125,10 +131,10 @@ class RecalibratedPosterior(Derived):
 
     @classmethod
     def from_layer(cls, posterior: AbstractPosterior, layer: Layer) -> RecalibratedPosterior:
-        """Rebuild a posterior from its layer of a file.
+        """Rebuild a recalibrated posterior from its layer in a file.
 
         Args:
-            posterior: The posterior within.
+            posterior: The base posterior.
             layer: The layer.
         """
         num_simulations, num_failed, draws, key, record = calibration_of(layer)
@@ -176,38 +182,38 @@ def recalibrate(
     draws: int = 1_000,
     progress: bool = False,
 ) -> RecalibratedPosterior:
-    """Correct each parameter of a posterior by the ranks of true parameters in simulations.
+    """Correct each parameter of a posterior, using the ranks of true parameters in simulations.
 
-    This repairs the errors that `sbc` finds: a posterior that is too narrow, too wide, shifted or
-    mis-shaped in the same way at all data sets. Afterwards the quantiles of each parameter are
-    right on average over data sets from the prior (those whose simulation is valid), to within a
-    statistical error of about 1 / sqrt(N) for N simulations. At a single observation they need not
-    be. The dependence between parameters is unchanged in ranks, so joint regions need not be
-    right: apply `conformal` to the result for joint regions. A posterior that was calibrated
-    already gets a little worse, by the noise of the correction: about .01 nats a parameter with 200
-    simulations.
+    This corrects the errors that `sbc` finds: a posterior that is too narrow, too wide, shifted or
+    of a wrong shape in the same way at all data sets. After the correction, the quantiles of each
+    parameter are right on average over valid data sets simulated from the prior, up to a
+    statistical error of about 1 / sqrt(N) for N simulations. At a single observation they may still
+    be wrong. The rank correlations between parameters do not change, so joint credible regions may
+    still be wrong: apply `conformal` to the result to calibrate joint regions. If the posterior was
+    already calibrated, the noise of the correction makes it slightly worse: by about 0.01 nats per
+    parameter for 200 simulations.
 
     Args:
         key: Random key.
         posterior: The posterior to correct.
-        simulations: Fresh pairs (theta, x) from the prior and the simulator, not the training
-            simulations; failed rows are left out and counted.
-        draws: Number of draws of the posterior at each data set, at least 20, for this fit and for
-            every later observation.
+        simulations: New pairs (theta, x) from the prior and the simulator, not the training
+            simulations; failed simulations are left out and counted.
+        draws: Number of posterior draws at each data set, at least 20. The same number is used here
+            and at every later observation.
         progress: Show a progress bar.
 
     Returns:
-        The corrected posterior. Where the prior's support has fewer degrees of freedom than entries
-        (a simplex), its standard coordinates are corrected, not the entries.
+        The corrected posterior. If the prior's support has fewer degrees of freedom than entries
+        (for example a simplex), the standard coordinates are corrected instead of the entries.
 
     Raises:
-        ValueError: Fewer than 50 simulations that succeeded, fewer than 20 draws, or parameters of
-            another width than the posterior's.
-        SbiFlowsError: The posterior gave draws that are not finite.
+        ValueError: Fewer than 50 simulations succeeded, `draws` is below 20, or the number of
+            parameters differs from the posterior's.
+        SbiFlowsError: The base posterior returned draws that are not finite.
 
     References:
         Kuleshov, Fenner & Ermon 2018, Accurate Uncertainties for Deep Learning Using Calibrated
-        Regression, arXiv:1807.00263, algorithm 1; here quantiles are extrapolated beyond the draws.
+        Regression, arXiv:1807.00263, algorithm 1. In addition, quantiles are extrapolated here.
 
     Example:
         >>> import jax, numpyro.distributions as dist, sbi_flows as sf
@@ -245,7 +251,10 @@ def recalibrate(
 
 @jax.jit
 def _scores(prior: Prior, draws: Array, theta: Array) -> Array:
-    """Compute scores (B, d, 1 + m) of truths (B, D) and of m of the draws (B, n + m, D)."""
+    """Compute scores (B, d, 1 + m) of true theta (B, D) and of the first m draws (B, m + n, D).
+
+    m is `COMPARED_DRAWS`. T_x is fitted to the other n draws.
+    """
     compared = jnp.concatenate([theta[:, None], draws[:, :COMPARED_DRAWS]], axis=1)
     values = jnp.swapaxes(_free(prior, compared)[0], 1, 2)
     return _by_coordinate(prior, draws[:, COMPARED_DRAWS:]).score(values)[0]
@@ -255,7 +264,11 @@ def _scores(prior: Prior, draws: Array, theta: Array) -> Array:
 def _move(
     prior: Prior, correction: Quantiles, draws: Array, theta: Array, back: bool
 ) -> tuple[Array, Array]:
-    """Move parameters (B, n, D) forward or back; return them with log determinants (B, n)."""
+    """Apply the correction to parameters theta (B, n, D), or its inverse if `back` is True.
+
+    Returns:
+        The moved parameters, shape (B, n, D), and log Jacobian determinants, shape (B, n).
+    """
     u, into = _free(prior, theta)
     at_x = _by_coordinate(prior, draws)
     z, first = at_x.score(jnp.swapaxes(u, 1, 2))
@@ -267,7 +280,7 @@ def _move(
 
 
 def _by_coordinate(prior: Prior, draws: Array) -> Quantiles:
-    """Compute the quantiles (B, d, K) of draws (B, n, D), coordinate by coordinate."""
+    """Compute the map T_x of each coordinate, K knots (B, d, K), from draws (B, n, D)."""
     return quantiles_of(jnp.swapaxes(_free(prior, draws)[0], 1, 2), **SMOOTH)
 
 

@@ -1,9 +1,9 @@
-"""Importance weights of draws: Pareto smoothing, and effective sample size.
+"""Importance weights of draws, with Pareto smoothing and the effective sample size.
 
 Public names: `Reweighting`, `reweighted`, `cjs_distance`.
 
-The smoothing is that of `psislw` of ArviZ 0.x. ArviZ 1.x has no function of that name; a test
-compares both where it exists.
+The smoothing is the same as in the function `psislw` of ArviZ 0.x, which ArviZ 1.x does not have. A
+test compares the two if ArviZ 0.x is installed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ class Reweighting(NamedTuple):
     """Importance weights of draws.
 
     Attributes:
-        weights: Weights, which add up to 1, shape (n,).
-        effective: Effective sample size: 1 over the sum of squared weights.
-        pareto_k: Shape parameter of the tail of the weights. Their mean exists below 1, their
-            variance below 1/2. It is 0 where the largest weights tie.
+        weights: Normalised weights, shape (n,); their sum is 1.
+        effective: Effective sample size, 1 / sum(weights**2).
+        pareto_k: Shape parameter k of the Pareto tail of the weights. The weights have a finite
+            mean if k < 1, and a finite variance if k < 1/2. k is 0 if the largest weights are
+            equal.
     """
 
     weights: np.ndarray
@@ -33,17 +34,17 @@ class Reweighting(NamedTuple):
 
     @property
     def reliable(self) -> bool:
-        """Whether weighted averages are reliable at this number of draws."""
+        """Whether averages with these weights are reliable, by `pareto_k` and `effective`."""
         limit = min(0.7, 1.0 - 1.0 / math.log10(len(self.weights)))
         return self.pareto_k <= limit and self.effective >= MIN_EFFECTIVE_SAMPLE_SIZE
 
 
 def reweighted(log_ratio: np.ndarray) -> Reweighting:
-    """Compute weights from log density ratios (n,), the largest smoothed by a Pareto tail.
+    """Compute weights from log density ratios; smooth the largest weights by a Pareto tail.
 
     Args:
-        log_ratio: Log ratios up to a constant, n at least 25. -inf is a weight of zero; at least
-            one is finite, and none is NaN.
+        log_ratio: Log density ratios up to a constant, shape (n,); n must be at least 25. -inf
+            gives a weight of zero. At least one ratio must be finite, and none may be NaN.
 
     References:
         Vehtari, Simpson, Gelman, Yao & Gabry 2024, Pareto Smoothed Importance Sampling,
@@ -61,7 +62,7 @@ def reweighted(log_ratio: np.ndarray) -> Reweighting:
     order = np.argsort(ratios)
     tail = order[n - math.ceil(min(0.2 * n, 3.0 * math.sqrt(n))) :]
     cut = ratios[order[n - len(tail) - 1]]
-    tail = tail[ratios[tail] > cut]  # values that tie with the cut are not in the tail
+    tail = tail[ratios[tail] > cut]  # leave out values equal to the cut
     k = 0.0
     if len(tail) >= 5:
         excess = ratios[tail] - cut
@@ -78,7 +79,7 @@ def _pareto(excess: np.ndarray) -> tuple[float, float]:
 
     Source: Zhang & Stephens 2009, "A New and Efficient Estimation Method for the Generalized Pareto
     Distribution" (Technometrics 51:316), with the opposite sign of the shape and a
-    weak prior at 1/2 that is worth ten more numbers.
+    weak prior at 1/2, which has the weight of ten numbers.
     """
     m = len(excess)
     count = 30 + int(math.sqrt(m))
@@ -95,8 +96,9 @@ def _pareto(excess: np.ndarray) -> tuple[float, float]:
 def cjs_distance(draws: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Compute the distance (D,) between draws (n, D) and weighted draws, for each parameter.
 
-    It is the cumulative Jensen-Shannon distance of both distribution functions, divided by its
-    upper bound, so that it lies in [0, 1]; the larger of the values for draws and negated draws.
+    This is the cumulative Jensen-Shannon distance between the two distribution functions, divided
+    by its upper bound, so that it lies in [0, 1]. The distance depends on the sign of a parameter:
+    it is computed for the draws and for the negated draws, and the larger value is returned.
 
     References:
         Nguyen & Vreeken 2015, Non-Parametric Jensen-Shannon Divergence, section 3. Kallioinen et
@@ -112,10 +114,10 @@ def cjs_distance(draws: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _cjs(p: np.ndarray, q: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """Compute the symmetric divergence of two step functions over its upper bound."""
+    """Compute the cumulative Jensen-Shannon divergence of step functions p, q, in [0, 1]."""
     p, q = np.maximum(p, 1e-300), np.maximum(q, 1e-300)
     middle = 0.5 * (p + q)
-    # the terms that make each direction positive cancel in the sum
+    # each one-sided divergence has extra terms that make it positive; they cancel in this sum
     divergence = np.sum(steps * (p * np.log2(p / middle) + q * np.log2(q / middle)), axis=0)
     bound = np.sum(steps * (p + q), axis=0)
     return np.maximum(divergence, 0.0) / np.maximum(bound, 1e-300)

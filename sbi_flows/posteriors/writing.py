@@ -1,6 +1,6 @@
-"""Save a posterior to one file.
+"""Save a posterior to a file.
 
-The file holds no code and names none. Its format is described in `sbi_flows.artefact.container`.
+The file contains no code. `sbi_flows.artefact.container` describes its format.
 
 Public names: `Savable`, `content_of`, `save`.
 """
@@ -20,27 +20,27 @@ from sbi_flows.core.typing import CheckReport
 from sbi_flows.core.versions import versions
 
 DIRECT_FORMAT = 1
-"""Version of the file format that holds a direct posterior. A layer may need a later one."""
+"""Version of the file format for a direct posterior. A derived posterior may need a later one."""
 
 
 @runtime_checkable
 class Savable(Protocol):
-    """A posterior that can be written to a file."""
+    """Protocol of a posterior that can be saved to a file."""
 
     def to_saved(self) -> SavedPosterior:
-        """Return what the file says of the posterior.
+        """Return the data that `save` writes to the file.
 
         Raises:
-            ValueError: A part of the posterior cannot be written.
+            ValueError: A part of the posterior cannot be saved.
         """
         ...
 
 
 def content_of(posterior: object) -> SavedPosterior:
-    """Return what a file says of the posterior that another one was derived from.
+    """Return the data that a file stores about a base posterior.
 
     Raises:
-        ValueError: It cannot be saved.
+        ValueError: The base posterior cannot be saved.
     """
     if not isinstance(posterior, Savable):
         raise ValueError(
@@ -64,8 +64,8 @@ def save(posterior: Savable, path: str | os.PathLike[str], *, report: object = N
 def _document(content: SavedPosterior) -> tuple[dict[str, Any], Tensors]:
     """Return the JSON document and the tensors of a file.
 
-    The file has the first version of the format that can hold its content, so that earlier versions
-    of the library can read it wherever possible.
+    The file uses the oldest version of the format that can store its content, so that older
+    versions of the library can read it if possible.
     """
     tensors = dict(content.tensors)
     document: dict[str, Any] = {
@@ -81,7 +81,7 @@ def _document(content: SavedPosterior) -> tuple[dict[str, Any], Tensors]:
 
 
 def _check_record(report: object) -> Any:
-    """Return the numbers of a report as plain JSON data."""
+    """Convert a report to plain JSON data."""
     if not isinstance(report, CheckReport):
         raise ValueError(f"report: expected an sf.Report, got {type(report).__name__}")
     return to_json_data(report.to_dict())

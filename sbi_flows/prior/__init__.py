@@ -1,4 +1,4 @@
-"""The prior: named parameters, a flat vector, and a bijection to standard coordinates.
+"""The prior package: named parameters, a flat vector, a bijection to standard coordinates.
 
 Import `Prior`, `PriorLike`, `as_prior` and `labels` from here.
 """

@@ -1,13 +1,14 @@
 """The abstract prior: D named parameters in one flat vector, and standard coordinates.
 
-A prior is a pytree. Its leaves are the parameters of its distributions and the bounds of its box;
-its structure is static: names, shapes, kinds of distributions and maps. Two priors of one structure
-share every compiled program that takes a prior as an argument.
+A prior is a pytree. Its leaves are the parameters of its distributions and the bounds of its box.
+Its structure is static: the names, the shapes, the classes of the distributions and of their maps.
+Two priors with the same structure share every compiled program that takes a prior as an argument.
 
-Each method comes twice. `sample`, `log_prob`, `contains` and so on check their arguments and are
-for users. `unchecked_sample`, `unchecked_log_prob`, `unchecked_contains` and so on compute the same
-and check nothing; the package calls them on arrays that it has checked before or has made itself.
-Under a trace, the checked methods check shapes and dtypes, never values.
+Most methods exist in two versions. `sample`, `log_prob`, `contains` and so on are for users: they
+check their arguments. `unchecked_sample`, `unchecked_log_prob`, `unchecked_contains` and so on
+return the same results without checks. The package calls them with arrays that it checked earlier
+or computed itself. Inside a JAX transformation such as `jit`, the checked methods check shapes and
+dtypes, but not values.
 
 Public names: `Prior`, `Layout`, `labels`.
 """
@@ -35,14 +36,15 @@ from sbi_flows.core.typing import Key
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Static facts about a prior.
+    """Names and shapes of a prior's parameters, which are static under `jit`.
 
     Attributes:
         names: Name of each site.
         shapes: Shape of each site's value.
         standard_shapes: Shape of each site's standard coordinates.
-        bounded: Which of the d standard coordinates fill (-sqrt 3, sqrt 3) rather than R.
-        is_named: Whether the simulator receives a dict rather than one array.
+        bounded: For each of the d standard coordinates, True if its range is (-sqrt 3, sqrt 3),
+            False if its range is R.
+        is_named: True if the simulator receives a dict of parameters, False if one array.
     """
 
     names: tuple[str, ...]
@@ -53,7 +55,7 @@ class Layout:
 
     @functools.cached_property
     def labels(self) -> tuple[str, ...]:
-        """Labels of the D entries."""
+        """One label for each of the D entries: `alpha`, `beta[0]`, `beta[1]`."""
         pairs = zip(self.names, self.shapes, strict=True)
         return tuple(label for name, shape in pairs for label in labels(name, shape))
 
@@ -62,11 +64,11 @@ class Layout:
         return _split(theta, self.names, self.shapes)
 
     def split_standard(self, y: Array) -> dict[str, Array]:
-        """Split standard coordinates (*, d) into those of each site."""
+        """Split standard coordinates (*, d) by site: `{name: (*, *standard_shape)}`."""
         return _split(y, self.names, self.standard_shapes)
 
     def join(self, values: Mapping[str, Array], shapes: tuple[tuple[int, ...], ...]) -> Array:
-        """Join named values, each with these axes after the batch axes, into flat vectors."""
+        """Join values `{name: (*, *shape)}` of the sites, in order, into flat vectors."""
         parts = []
         for name, shape in zip(self.names, shapes, strict=True):
             value = values[name]
@@ -78,20 +80,21 @@ class Layout:
 class Prior(abc.ABC):
     """A prior over D named parameters, held as one flat vector.
 
-    `as_prior` makes one. It is a pytree, and may be an argument of a function under `jax.jit`,
-    `jax.grad` and `jax.vmap`.
+    `as_prior` builds a prior. A prior is a pytree: pass it to functions under `jax.jit`, `jax.grad`
+    and `jax.vmap` as an argument.
 
     Attributes:
         names: Name of each site, in the order in which they fill the flat vector.
         event_shapes: Shape of each site's value.
         labels: One label for each of the D entries: `alpha`, `beta[0]`, `beta[1]`.
         dim: D, the length of the flat vector.
-        standard_dim: d, the length of the vector of standard coordinates (D, except where a
-            support has fewer degrees of freedom, as a simplex has).
-        bounded: Which of the d standard coordinates fill the interval (-sqrt 3, sqrt 3) rather
-            than R.
-        is_named: Whether the simulator receives a dict rather than one array.
-        mass: Probability of the support under the prior before it was cut to a box; 1 without one.
+        standard_dim: d, the number of standard coordinates. It equals D, unless a support has fewer
+            degrees of freedom than entries (a simplex, for example).
+        bounded: For each of the d standard coordinates, True if its range is (-sqrt 3, sqrt 3),
+            False if its range is R.
+        is_named: True if the simulator receives a dict of parameters, False if one array.
+        mass: Fraction of the original prior's probability inside the box that it was cut to; 1 if
+            the prior was not cut.
 
     Example:
         >>> import jax, numpyro.distributions as dist, sbi_flows as sf
@@ -110,7 +113,7 @@ class Prior(abc.ABC):
     @property
     @abc.abstractmethod
     def mass(self) -> Any:
-        """Probability of the support under the prior before it was cut to a box."""
+        """Fraction of the original prior's probability inside the box; 1 if it was not cut."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -124,7 +127,7 @@ class Prior(abc.ABC):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Labels of the D entries."""
+        """One label for each of the D entries: `alpha`, `beta[0]`, `beta[1]`."""
         return self.layout.labels
 
     @property
@@ -139,28 +142,29 @@ class Prior(abc.ABC):
 
     @property
     def bounded(self) -> tuple[bool, ...]:
-        """Flags of the d standard coordinates: True for (-sqrt 3, sqrt 3), False for R."""
+        """Range of each of the d standard coordinates: True for (-sqrt 3, sqrt 3), False for R."""
         return self.layout.bounded
 
     @property
     def is_named(self) -> bool:
-        """True if the simulator receives a dict rather than one array."""
+        """True if the simulator receives a dict of parameters, False if one array."""
         return self.layout.is_named
 
     @abc.abstractmethod
     def matches(self, other: Prior) -> bool:
         """Return whether another prior has the same parameters and distributions."""
 
-    # for users: arguments are checked
+    # methods for users: these check their arguments
 
     def sample(self, key: Key, n: int) -> Array:
-        """Draw n parameter vectors, none outside the support.
+        """Draw n parameter vectors, all inside the support.
 
         Returns:
             Array of shape (n, D).
 
         Raises:
-            ValueError: `key` is no random key, n is no count, or (n, D) does not fit in memory.
+            ValueError: `key` is not a random key, n is not a non-negative integer, or an array of
+                shape (n, D) does not fit in memory.
         """
         key = as_random_key("key", key)
         require_count(0, n=n)
@@ -168,14 +172,14 @@ class Prior(abc.ABC):
         return _sample(self, key, n)
 
     def log_prob(self, theta: ArrayLike) -> Array:
-        """Compute the log density at theta (*, D); shape (*), -inf outside the support."""
+        """Compute log densities (*) at theta (*, D); they are -inf outside the support."""
         return self.unchecked_log_prob(self._checked(theta))
 
     def site_log_probs(self, theta: ArrayLike) -> dict[str, Array]:
         """Compute the log density (*) of each site's value at theta (*, D), by name.
 
-        The densities are those of the prior before it was cut to a box. The dict is empty where
-        the distribution of one site depends on the value of another.
+        If the prior was cut to a box, these are the densities of the original prior. The dict is
+        empty if the distribution of any site depends on the value of another site.
         """
         return self.unchecked_site_log_probs(self._checked(theta))
 
@@ -201,18 +205,18 @@ class Prior(abc.ABC):
         return self.unchecked_unflatten(self._checked(theta))
 
     def structured(self, theta: ArrayLike) -> Array | dict[str, Array]:
-        """Return theta (*, D) as the simulator receives it: a named dict, or one array."""
+        """Convert theta (*, D) to the simulator's input: a dict of named values, or one array."""
         return self.unchecked_structured(self._checked(theta))
 
     def from_standard(self, y: ArrayLike) -> Array:
-        """Map standard coordinates (*, d) to parameters (*, D), never outside the support."""
+        """Map standard coordinates (*, d) to parameters (*, D) inside the support."""
         return self.unchecked_from_standard(self._checked_standard(y))
 
     def to_standard(self, theta: ArrayLike) -> Array:
         """Map parameters (*, D) inside the support to standard coordinates (*, d).
 
-        There the prior has mean 0 and variance 1 wherever it has a CDF: standard normal on an
-        unbounded support, uniform on (-sqrt 3, sqrt 3) on an interval.
+        In standard coordinates, every parameter whose prior has a CDF has mean 0 and variance 1:
+        it is uniform on (-sqrt 3, sqrt 3) where `bounded` is True, and standard normal otherwise.
         """
         return self.unchecked_to_standard(self._checked(theta))
 
@@ -224,15 +228,15 @@ class Prior(abc.ABC):
             theta: The parameters `from_standard(y)`, shape (*, D).
 
         Returns:
-            Shape (*).
+            Log determinants, shape (*).
         """
         return self.unchecked_log_det(self._checked_standard(y), self._checked(theta))
 
     def center(self, batch: tuple[int, ...] = ()) -> Array:
-        """Return a point inside the support, repeated to (*batch, D)."""
+        """Return one point inside the support, repeated to the shape (*batch, D)."""
         return self.unchecked_from_standard(jnp.zeros((*batch, self.standard_dim)))
 
-    # for this package: arguments are arrays of the right shapes
+    # methods for this package: these assume arrays of the right shapes
 
     @abc.abstractmethod
     def unchecked_sample(self, key: Key, n: int) -> Array:
@@ -244,7 +248,7 @@ class Prior(abc.ABC):
 
     @abc.abstractmethod
     def unchecked_log_prob_inside(self, theta: Array) -> Array:
-        """Compute the log density at theta (*, D) inside the support."""
+        """Compute the log density at theta (*, D), which must be inside the support."""
 
     @abc.abstractmethod
     def unchecked_site_log_probs(self, theta: Array) -> dict[str, Array]:
@@ -260,10 +264,10 @@ class Prior(abc.ABC):
 
     @abc.abstractmethod
     def unchecked_log_det(self, y: Array, theta: Array) -> Array:
-        """Compute the log determinant of `from_standard` at y (*, d)."""
+        """Compute the log Jacobian determinant of `from_standard`, at y (*, d) and its theta."""
 
     def unchecked_log_prob(self, theta: Array) -> Array:
-        """Compute the log density at theta (*, D)."""
+        """Compute log densities (*) at theta (*, D); they are -inf outside the support."""
         if not theta.size:  # numpyro reshapes with -1, which fails without rows
             return jnp.zeros(theta.shape[:-1])
         inside = self.unchecked_contains(theta)
@@ -279,7 +283,7 @@ class Prior(abc.ABC):
         return self.layout.split(theta)
 
     def unchecked_structured(self, theta: Array) -> Array | dict[str, Array]:
-        """Return theta (*, D) as the simulator receives it."""
+        """Convert theta (*, D) to the simulator's input."""
         values = self.layout.split(theta)
         return values if self.is_named else values[self.names[0]]
 
@@ -302,7 +306,8 @@ class Prior(abc.ABC):
 @partial(jax.jit, static_argnums=2)
 @full_precision
 def _sample(prior: Prior, key: Key, n: int) -> Array:
-    # one program: operation by operation, a truncated distribution compiles for seconds
+    # compile the draw as one program: a truncated distribution takes seconds to compile if each
+    # operation is compiled separately
     return prior.unchecked_sample(key, n)
 
 
@@ -316,7 +321,7 @@ def labels(name: str, shape: tuple[int, ...]) -> list[str]:
 def _split(
     flat: Array, names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]
 ) -> dict[str, Array]:
-    """Split the last axis of flat (*, sum of sizes) into parts of these names and shapes."""
+    """Split the last axis of `flat` into named parts of these shapes: `{name: (*, *shape)}`."""
     batch, parts, start = flat.shape[:-1], {}, 0
     for name, shape in zip(names, shapes, strict=True):
         size = math.prod(shape)

@@ -1,4 +1,4 @@
-"""A prior that is cut to a box of its standard coordinates.
+"""Prior restricted to a box in its standard coordinates.
 
 Public names: `BoxPrior`.
 """
@@ -23,30 +23,30 @@ from sbi_flows.prior.maps import HALF_WIDTH, CdfMap, IntervalMap, NormalMap, pos
 from sbi_flows.prior.site_prior import SitePrior
 
 _EDGE = 1e-6
-"""Fraction of the box next to a side in which coordinates are those of its inner end."""
+"""Minimum distance of coordinates from each side of the box, as a fraction of its width."""
 
 _SLACK = 1e-4
-"""Fraction of the box's width by which rounding may put the box's own draws outside."""
+"""Tolerance of `contains` for rounding errors, as a fraction of the box's width."""
 
 _FURTHEST = 37.0
-"""Distance in standard deviations beyond which a normal distribution has no mass."""
+"""Standard deviations beyond which the probability of a normal tail counts as zero."""
 
 
 class _Bounds(NamedTuple):
-    """Numbers that follow from the bounds, each of shape (d,), computed in double precision.
+    """Constants computed from the bounds in double precision, each of shape (d,).
 
     Attributes:
         low: Lower bounds, -inf where the prior is not cut.
         high: Upper bounds, inf where the prior is not cut.
         first: Lower bounds of uniform coordinates, 0 elsewhere.
         width: Widths of uniform coordinates, 1 elsewhere.
-        sign: 1 where a normal coordinate is measured from below, -1 from above: the side on which
-            its probabilities keep their digits.
-        near: Near end of normal coordinates, times the sign.
-        far: Far end of normal coordinates, times the sign.
+        sign: Factor for normal coordinates, 1 or -1. -1 mirrors a box in the upper tail to the
+            lower tail, where the CDF has full relative precision.
+        near: Lower end of the box in normal coordinates, after multiplication by `sign`.
+        far: Upper end of the box in normal coordinates, after multiplication by `sign`.
         log_mass: Log probability of the box in each coordinate, 0 where the prior is not cut.
-        outer_low: Lower bounds less what rounding may add.
-        outer_high: Upper bounds, and what rounding may add.
+        outer_low: Lower bounds minus a tolerance for rounding errors.
+        outer_high: Upper bounds plus a tolerance for rounding errors.
     """
 
     low: Any
@@ -62,7 +62,13 @@ class _Bounds(NamedTuple):
 
 
 class _Static(NamedTuple):
-    """Structure of a prior in a box: names and shapes, and which coordinates are cut, and how."""
+    """Static part of a `BoxPrior`.
+
+    Attributes:
+        layout: Names and shapes of the parameters.
+        uniform: Whether the base prior is uniform in each standard coordinate.
+        normal: Whether the base prior is standard normal in each standard coordinate.
+    """
 
     layout: Layout
     uniform: tuple[bool, ...]
@@ -70,33 +76,34 @@ class _Static(NamedTuple):
 
     @property
     def cut(self) -> np.ndarray:
-        """Which of the d coordinates are cut."""
+        """Whether each coordinate can be cut (it is uniform or normal), bool of shape (d,)."""
         return np.array(self.uniform) | np.array(self.normal)
 
 
 @final
 @jax.tree_util.register_pytree_node_class
 class BoxPrior(Prior):
-    """A prior restricted to a box of its standard coordinates, and normalised there.
+    """A prior restricted to a box in its standard coordinates, and normalised in the box.
 
-    Coordinates in which the prior has no CDF are not cut. The box has standard coordinates of its
-    own, which are uniform where the prior is cut: a posterior never leaves the box. The bounds are
-    leaves of the pytree, so that another box of the same prior reuses every compiled program.
+    Coordinates in which the base prior has no CDF are not cut. A `BoxPrior` defines new standard
+    coordinates: they are uniform in each coordinate that is cut, so that a posterior cannot leave
+    the box. The bounds are leaves of the pytree. Another box of the same base prior therefore
+    reuses every compiled program.
 
     Args:
-        base: The prior that is cut.
-        low: Lower bounds in its standard coordinates, shape (d,).
-        high: Upper bounds, shape (d,).
+        base: The base prior, which is cut.
+        low: Lower bounds in the base prior's standard coordinates, shape (d,).
+        high: Upper bounds in the base prior's standard coordinates, shape (d,).
 
     Attributes:
-        base: The prior that is cut.
-        low: Lower bounds, -inf where the prior is not cut.
-        high: Upper bounds, inf where the prior is not cut.
-        mass: Probability of the box under the prior.
+        base: The base prior.
+        low: Lower bounds, -inf where the base prior is not cut.
+        high: Upper bounds, inf where the base prior is not cut.
+        mass: Probability of the box under the base prior.
 
     Raises:
-        ValueError: The bounds do not have shape (d,), or a lower bound is not below the upper one;
-            or the prior is a box, or has parameters that depend on each other.
+        ValueError: The bounds do not have shape (d,); a lower bound is not below its upper bound;
+            the base prior is itself a box; or parameters of the base prior depend on each other.
 
     Example:
         >>> import jax, numpyro.distributions as dist, sbi_flows as sf
@@ -128,17 +135,17 @@ class BoxPrior(Prior):
         self._mass: Any = float(np.exp(np.sum(self._bounds.log_mass)))
 
     def __repr__(self) -> str:
-        """Name the prior, and the fraction of its mass in the box."""
+        """Show the base prior, and the fraction of its probability in the box."""
         mass = "part" if isinstance(self._mass, Tracer) else f"{float(self._mass):.2g}"
         return f"{self.base} cut to {mass} of its mass"
 
     def tree_flatten(self) -> tuple[tuple[SitePrior, _Bounds, Any], _Static]:
-        """Return the prior that is cut, the bounds and the mass, and what is static."""
+        """Return base prior, bounds and mass as children, and the static part."""
         return (self.base, self._bounds, self._mass), self._static
 
     @classmethod
     def tree_unflatten(cls, static: _Static, children: Any) -> BoxPrior:
-        """Return a prior with these bounds, without validating them."""
+        """Rebuild a prior from its children, without validating them."""
         prior = object.__new__(cls)
         prior._static = static
         prior.base, prior._bounds, prior._mass = children
@@ -146,26 +153,26 @@ class BoxPrior(Prior):
 
     @property
     def layout(self) -> Layout:
-        """Names and shapes."""
+        """Names and shapes of the parameters."""
         return self._static.layout
 
     @property
     def low(self) -> Any:
-        """Lower bounds (d,), -inf where the prior is not cut."""
+        """Lower bounds (d,), -inf where the base prior is not cut."""
         return self._bounds.low
 
     @property
     def high(self) -> Any:
-        """Upper bounds (d,), inf where the prior is not cut."""
+        """Upper bounds (d,), inf where the base prior is not cut."""
         return self._bounds.high
 
     @property
     def mass(self) -> Any:
-        """Probability of the box under the prior."""
+        """Probability of the box under the base prior."""
         return self._mass
 
     def matches(self, other: Prior) -> bool:
-        """Return whether the other has the same bounds and the same distributions."""
+        """Return whether another prior has the same bounds and the same distributions."""
         return (
             isinstance(other, BoxPrior)
             and self.base.matches(other.base)
@@ -174,14 +181,18 @@ class BoxPrior(Prior):
         )
 
     def near_sides(self, y: np.ndarray, share: float) -> dict[str, float]:
-        """Compute the fraction of rows next to each side of the box that cuts the prior.
+        """Compute the fraction of points that lie close to each side of the box.
+
+        Sides that do not cut the base prior are left out.
 
         Args:
-            y: Rows in the standard coordinates of the prior that was cut, shape (n, d).
-            share: Distance from a side that counts as next to it, as a fraction of the width.
+            y: Points in the base prior's standard coordinates, shape (n, d).
+            share: Maximum distance of a close point from the side, as a fraction of the box's
+                width.
 
         Returns:
-            Fractions of the rows by side, such as `rate low`.
+            Fraction of close points for each side, by name. `rate low`, for example, is the lower
+            side in the parameter `rate`.
         """
         fractions: dict[str, float] = {}
         layout = self.base.layout
@@ -214,20 +225,20 @@ class BoxPrior(Prior):
         return inside & jnp.all((y >= low) & (y <= high), axis=-1)
 
     def unchecked_log_prob_inside(self, theta: Array) -> Array:
-        """Compute the log density at theta (*, D) in the box."""
+        """Compute the log density at theta (*, D), which must be in the box."""
         log_mass = jnp.sum(jnp.asarray(self._bounds.log_mass))
         return self.base.unchecked_log_prob_inside(theta) - log_mass
 
     def unchecked_site_log_probs(self, theta: Array) -> dict[str, Array]:
-        """Compute the log density of each site of the prior that is cut, at theta (*, D)."""
+        """Compute the log density of each site of the base prior at theta (*, D)."""
         return self.base.unchecked_site_log_probs(theta)
 
     def unchecked_from_standard(self, y: Array) -> Array:
-        """Map standard coordinates (*, d) of the box to parameters (*, D)."""
+        """Map the box's standard coordinates (*, d) to parameters (*, D)."""
         return self.base.unchecked_from_standard(self._to_base(y))
 
     def unchecked_to_standard(self, theta: Array) -> Array:
-        """Map parameters (*, D) in the box to its standard coordinates (*, d)."""
+        """Map parameters (*, D) in the box to the box's standard coordinates (*, d)."""
         y = self.base.unchecked_to_standard(theta)
         uniform, cut = _rows(y, np.array(self._static.uniform), self._static.cut)
         first, width = _rows(y, self._bounds.first, self._bounds.width)
@@ -239,7 +250,7 @@ class BoxPrior(Prior):
         return jnp.where(cut, v, y)
 
     def unchecked_log_det(self, y: Array, theta: Array) -> Array:
-        """Compute the log determinant of `from_standard` at y (*, d)."""
+        """Compute the log Jacobian determinant of `from_standard`, at y (*, d) and its theta."""
         inner = self._to_base(y)
         (log_mass,) = _rows(inner, self._bounds.log_mass)
         normal, cut = _rows(inner, np.array(self._static.normal), self._static.cut)
@@ -248,7 +259,7 @@ class BoxPrior(Prior):
         return jnp.sum(slope, axis=-1) + self.base.unchecked_log_det(inner, theta)
 
     def _to_base(self, v: Array) -> Array:
-        """Map standard coordinates of the box to those of the prior that is cut."""
+        """Map the box's standard coordinates to the base prior's standard coordinates."""
         share = jnp.clip(0.5 * (v / HALF_WIDTH + 1.0), 0.0, 1.0)
         uniform, cut = _rows(v, np.array(self._static.uniform), self._static.cut)
         first, width, low, high = _rows(
@@ -261,18 +272,18 @@ class BoxPrior(Prior):
         return jnp.where(cut, jnp.where(uniform, first + width * share, curved), v)
 
     def _tails(self, like: Array) -> tuple[Array, Array, Array]:
-        """Return the normal probability beyond the near end and in the box, and the sign."""
+        """Return normal probabilities below `near` and from `near` to `far`, and `sign`."""
         near, far, sign = _rows(like, self._bounds.near, self._bounds.far, self._bounds.sign)
         return ndtr(near), ndtr(far) - ndtr(near), sign
 
 
 def _limits(static: _Static) -> np.ndarray:
-    """Return half the width of each standard coordinate of the prior that is cut."""
+    """Return the upper limit of each of the base prior's standard coordinates, shape (d,)."""
     return np.where(np.array(static.uniform), HALF_WIDTH, np.inf)
 
 
 def _bounds(static: _Static, low: np.ndarray, high: np.ndarray) -> _Bounds:
-    """Compute what follows from the bounds, on the host and in double precision."""
+    """Compute the constants in `_Bounds` with numpy, in double precision."""
     uniform, normal = np.array(static.uniform), np.array(static.normal)
     limits, cut = _limits(static), static.cut
     low = np.where(cut, np.maximum(low, -limits), -np.inf)
@@ -312,6 +323,6 @@ def _log_masses(
 
 
 def _rows(like: Array, *values: Any) -> list[Array]:
-    """Return values (d,) as arrays with as many axes as `like` (*, d) has."""
+    """Reshape each of the values (d,) to broadcast with `like` (*, d)."""
     kinds = [jnp.asarray(v, None if v.dtype == bool else like.dtype) for v in values]
     return [kind.reshape((1,) * (like.ndim - 1) + (-1,)) for kind in kinds]

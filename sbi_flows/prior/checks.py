@@ -1,4 +1,4 @@
-"""Checks of the distributions and models that make a prior.
+"""Checks of the distributions and models that a prior is built from.
 
 Public names: `require_site`, `require_names`, `require_parameters`, `require_model`, `base_of`.
 """
@@ -22,21 +22,21 @@ from numpyro.distributions.constraints import is_dependent
 from sbi_flows.core.checks import as_array, require_real
 
 MAX_NAME_LENGTH = 256
-"""Maximum number of characters of a site's name."""
+"""Maximum number of characters in a site's name."""
 
 MAX_ENTRIES = 2**16
-"""Maximum number D of parameters: each has a label."""
+"""Maximum number D of parameters, which limits the number of labels."""
 
 
 def require_site(name: str, site: dist.Distribution) -> None:
-    """Raise ValueError unless a distribution has a density, and can be drawn from.
+    """Raise ValueError unless a distribution has a density and can be sampled.
 
-    A discrete or improper distribution, a point mass, a shape without entries or with too many, and
-    a parameter that is out of range or not finite are errors.
+    These are errors: a discrete or improper distribution, a point mass, a shape without entries or
+    with more than `MAX_ENTRIES`, and a parameter that is out of range or not finite.
 
     Args:
         name: Name of the site.
-        site: Its distribution.
+        site: Distribution of the site.
     """
     kind = base_of(site).__class__.__name__
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable():
@@ -63,7 +63,7 @@ def require_site(name: str, site: dist.Distribution) -> None:
 
 
 def require_names(names: Sequence[str], labels: Sequence[str]) -> None:
-    """Raise ValueError if a prior has no parameter, too many, or two with the same label.
+    """Raise ValueError if a prior has no parameters, too many, or two with the same label.
 
     Args:
         names: Names of the sites.
@@ -80,13 +80,13 @@ def require_names(names: Sequence[str], labels: Sequence[str]) -> None:
 
 
 def require_parameters(name: str, site: dist.Distribution) -> None:
-    """Raise ValueError unless the parameters of a distribution are finite, and in range.
+    """Raise ValueError unless the parameters of a distribution are finite and in range.
 
-    Values are not checked under a trace.
+    If a parameter is traced (inside `jit`, for example), nothing is checked.
 
     Args:
         name: Name of the site.
-        site: Its distribution.
+        site: Distribution of the site.
     """
     leaves = jax.tree.leaves(site)
     if any(isinstance(leaf, Tracer) for leaf in leaves):
@@ -108,7 +108,7 @@ def require_model(model: Callable[[], Any]) -> None:
         raise ValueError(f"prior: expected a distribution, got the class {model.__name__}")
     try:
         signature = inspect.signature(model)
-    except (ValueError, TypeError):  # functions that are not written in Python have none
+    except (ValueError, TypeError):  # functions not written in Python have no signature
         return
     try:
         signature.bind()
@@ -119,20 +119,20 @@ def require_model(model: Callable[[], Any]) -> None:
 
 
 def base_of(site: dist.Distribution) -> dist.Distribution:
-    """Return the distribution below `Independent`, `expand` and `mask`."""
+    """Return the distribution inside the wrappers `Independent`, `expand` and `mask`."""
     while isinstance(site, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
         site = site.base_dist
     return site
 
 
 def _parts(site: Any) -> list[dist.Distribution]:
-    """Return a distribution and the distributions that it is made of."""
+    """Return a distribution and all distributions that it contains."""
     inner = [part for part in vars(site).values() if isinstance(part, dist.Distribution)]
     return [site, *(deeper for part in inner for deeper in _parts(part))]
 
 
 def _require_dtype(name: str, leaf: Any) -> None:
-    """Raise ValueError unless JAX computes with the dtype of a parameter."""
+    """Raise ValueError unless JAX supports the dtype of a parameter."""
     where = f"prior site {name!r}: a parameter"
     array = as_array(where, leaf)
     require_real(where, array.dtype)
@@ -144,7 +144,7 @@ def _require_dtype(name: str, leaf: Any) -> None:
 
 
 def _require_range(name: str, part: dist.Distribution) -> None:
-    """Raise ValueError if an argument of a distribution is not finite, or violates its constraint.
+    """Raise ValueError if a distribution's argument is not finite or violates its constraint.
 
     Bounds of a truncated distribution may be infinite.
     """
@@ -163,7 +163,7 @@ def _require_range(name: str, part: dist.Distribution) -> None:
 
 
 def _require_finite(name: str, argument: str, values: Any) -> None:
-    """Raise ValueError unless an argument is finite in the precision of JAX."""
+    """Raise ValueError unless an argument is finite in JAX's precision (float32 or float64)."""
     if not np.all(np.isfinite(jnp.asarray(values))):
         raise ValueError(
             f"prior site {name!r}: expected finite numbers as {argument}, got "

@@ -1,8 +1,9 @@
-"""Bijections between the value of each site of a prior and standard coordinates.
+"""Bijections between the values of a prior's sites and standard coordinates.
 
-In standard coordinates the prior has mean 0 and variance 1. An elementwise prior with a CDF becomes
-a standard normal, or a uniform on (-sqrt 3, sqrt 3) if its support is an interval. Sites without a
-CDF are mapped by numpyro's `biject_to` of their support.
+If the entries of a site are independent and have a CDF, they have mean 0 and variance 1 in standard
+coordinates. A normal, an elementwise transform of a normal, and a distribution on R or on a half
+line become standard normal. A distribution on an interval becomes uniform on (-sqrt 3, sqrt 3). All
+other sites are mapped by numpyro's `biject_to(support)`.
 
 Public names: `HALF_WIDTH`, `SiteMap`, `NormalMap`, `CdfMap`, `IntervalMap`, `SupportMap`,
 `MapKind`, `map_kind`, `standard_shape`, `keep_inside`, `elementwise`, `positive`.
@@ -25,10 +26,10 @@ from sbi_flows.prior.sites import Site
 from sbi_flows.prior.tails import tails_of
 
 HALF_WIDTH = math.sqrt(3.0)
-"""Half the width of a bounded standard coordinate: a uniform of this width has variance 1."""
+"""Half the width of a bounded standard coordinate, for which a uniform has variance 1."""
 
 _PROBABILITIES = (1e-3, 0.02, 0.3, 0.7, 0.98, 0.999)
-"""Probabilities at which CDF and quantile function of a distribution are compared."""
+"""Probabilities p at which `map_kind` tests that cdf(icdf(p)) equals p."""
 
 
 @runtime_checkable
@@ -46,16 +47,16 @@ class SiteMap(Protocol):
     def log_det(self, y: Array, theta: Array) -> Array:
         """Compute the log absolute Jacobian determinant of `forward` at y, theta = forward(y).
 
-        Its shape may be any that sums to (*).
+        The shape is (*) or (*, *k): the caller sums over the axes after the batch axes (*).
         """
         ...
 
 
 class NormalMap:
-    """Normal distribution, or an invertible elementwise transform of it: exact in the tails."""
+    """Map for a normal or an invertible elementwise transform of one; exact in the tails."""
 
     def __init__(self, site: Site) -> None:
-        """Take location and scale of the normal, and the transforms that lead to the support."""
+        """Store the normal distribution, and the transforms from R to the support."""
         base = elementwise(site.distribution)
         assert base is not None
         normal, self._transforms = _split_transforms(base)
@@ -88,14 +89,16 @@ class NormalMap:
 
 
 class CdfMap:
-    """Elementwise distribution on an unbounded support, through its CDF to a standard normal.
+    """Map through the CDF from an elementwise distribution to a standard normal.
 
-    Both tails keep their digits where `tails_of` knows them. Elsewhere the coordinate stops at 5.2
-    (in single precision) while the density goes on, as its Jacobian is taken at theta.
+    The support is R or a half line. If `tails_of` knows the distribution, both tails have full
+    relative precision. Otherwise the CDF is rounded near 0 and 1, so that in single precision the
+    standard coordinate is limited to about 5.2 in absolute value. The density is still right
+    beyond, because `log_det` evaluates the prior's density at theta.
     """
 
     def __init__(self, site: Site) -> None:
-        """Take the elementwise distribution."""
+        """Store the distribution of a single entry, and the support."""
         base = elementwise(site.distribution)
         assert base is not None
         self._base, self._tails, self._support = base, tails_of(base), site.support
@@ -119,15 +122,15 @@ class CdfMap:
         return jnp.where(below < above, near, -near)
 
     def log_det(self, y: Array, theta: Array) -> Array:
-        """Subtract the prior's log density from that of the standard normal."""
+        """Compute the standard normal's log density at y minus the prior's log density at theta."""
         return norm.logpdf(y) - self._base.log_prob(theta)
 
 
 class IntervalMap:
-    """Elementwise distribution on an interval, through its CDF to a uniform of variance 1."""
+    """Map through the CDF from an elementwise distribution on an interval to a uniform."""
 
     def __init__(self, site: Site) -> None:
-        """Take the elementwise distribution."""
+        """Store the distribution of a single entry, and the support."""
         base = elementwise(site.distribution)
         assert base is not None
         self._base, self._support = base, site.support
@@ -142,12 +145,12 @@ class IntervalMap:
         return HALF_WIDTH * (2.0 * _inside(self._base.cdf(theta)) - 1.0)
 
     def log_det(self, y: Array, theta: Array) -> Array:
-        """Subtract the prior's log density from that of the uniform."""
+        """Compute the uniform's log density at y minus the prior's log density at theta."""
         return -math.log(2 * HALF_WIDTH) - self._base.log_prob(theta)
 
 
 class SupportMap:
-    """Map through numpyro's `biject_to` the support."""
+    """Map from unconstrained coordinates to the support by numpyro's `biject_to`."""
 
     def __init__(self, site: Site) -> None:
         """Build the transform of the support."""
@@ -167,15 +170,16 @@ class SupportMap:
 
 
 MapKind: TypeAlias = type[NormalMap] | type[CdfMap] | type[IntervalMap] | type[SupportMap]
-"""Class of the map of a site: it is chosen once, from values, and is static from then on."""
+"""Class of a site's map: chosen once by `map_kind` from concrete values, then static."""
 
 
 def map_kind(site: Site, *, is_dependent: bool) -> MapKind:
     """Choose the class of map for a site.
 
     Args:
-        site: The site, its parameters known numbers.
-        is_dependent: Its distribution depends on other sites, so that only its support is known.
+        site: The site; its parameters must be concrete numbers, not traced.
+        is_dependent: Whether the site's distribution depends on other sites. Then only its support
+            is known.
     """
     base = elementwise(site.distribution)
     if base is None or is_dependent:
@@ -195,12 +199,12 @@ def standard_shape(kind: MapKind, site: Site) -> tuple[int, ...]:
 
 
 def keep_inside(theta: Array, support: Any) -> Array:
-    """Move values that rounding put on or beyond a bound to the next number inside.
+    """Move values that rounding put on or beyond a bound to the nearest number inside the support.
 
-    For example, 1 - exp(-20) stays below 1, and a draw of a gamma distribution above 0. Where there
-    is no bound, values are limited to the largest finite number. Entries of an ordered vector that
-    are equal are separated. NaN stays NaN. Other multivariate supports, such as a simplex, are not
-    changed except for this.
+    For example, a value that is rounded to 1 on the support (0, 1) is moved below 1, and a gamma
+    draw that is rounded to 0 is moved above 0. Where the support has no bound, values are limited
+    to the largest finite number. Equal entries of an ordered vector are separated. NaN stays NaN.
+    Values of other multivariate supports, such as a simplex, are only limited to finite numbers.
     """
     while isinstance(support, dist.constraints.independent):
         support = support.base_constraint
@@ -212,7 +216,7 @@ def keep_inside(theta: Array, support: Any) -> Array:
 
 
 def _set_apart(theta: Array) -> Array:
-    """Raise each entry that is not above the previous one to the next number above it."""
+    """Replace each entry that is not above the previous entry by the next larger number."""
 
     def step(before: Array, entry: Array) -> tuple[Array, Array]:
         # the gradient treats both entries as equal: nextafter has no derivative
@@ -226,7 +230,7 @@ def _set_apart(theta: Array) -> Array:
 
 
 def _beyond(bound: Any, towards: float, like: Array) -> Array:
-    """Return the next number beyond a bound, in the dtype of `like` and with its number of axes."""
+    """Return the number next to a bound in direction `towards`, to broadcast with `like`."""
     bound = jnp.asarray(bound, like.dtype)
     step = jnp.nextafter(bound, jnp.full_like(bound, towards))
     # compiled programs flush subnormal numbers to zero
@@ -236,14 +240,14 @@ def _beyond(bound: Any, towards: float, like: Array) -> Array:
 
 
 def elementwise(distribution: dist.Distribution) -> dist.Distribution | None:
-    """Return the distribution of single entries below `Independent` and `expand`, if any."""
+    """Return the distribution of a single entry; None if the entries are not independent."""
     while isinstance(distribution, dist.Independent | dist.ExpandedDistribution):
         distribution = distribution.base_dist
     return None if distribution.event_shape else distribution
 
 
 def _split_transforms(base: dist.Distribution) -> tuple[dist.Distribution, tuple[Any, ...]]:
-    """Return the distribution below elementwise bijections, and these."""
+    """Split a distribution into its base distribution and the elementwise bijections on it."""
     if isinstance(base, dist.TransformedDistribution):
         if all(_is_elementwise_bijection(t) for t in base.transforms):
             return base.base_dist, tuple(base.transforms)
@@ -255,7 +259,7 @@ def _is_elementwise_bijection(transform: Any) -> bool:
 
 
 def _has_cdf(site: Site) -> bool:
-    """Return whether CDF and quantiles exist and invert each other, in the tails too."""
+    """Return whether a site has a CDF and a quantile function that invert each other."""
     try:
         with jax.ensure_compile_time_eval():
             return bool(_cdf_inverts(site))
@@ -278,11 +282,11 @@ def _is_interval(support: Any) -> bool:
 
 
 def positive(u: Array) -> Array:
-    """Limit a probability to normal numbers above 0, which compiled programs do not flush to 0."""
+    """Raise tiny probabilities to a positive number that compiled programs do not flush to 0."""
     return jnp.maximum(u, 8 * jnp.finfo(u.dtype).tiny)
 
 
 def _inside(u: Array) -> Array:
-    """Limit a probability to numbers above 0 and below 1: quantiles at 0 and 1 are infinite."""
+    """Clip a probability to stay above 0 and below 1, where quantiles would be infinite."""
     tiny = jnp.finfo(u.dtype).eps
     return jnp.clip(u, tiny, 1.0 - tiny)

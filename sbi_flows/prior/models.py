@@ -24,15 +24,16 @@ class Model:
 
     Two models are equal if they are the same function and their traces have equal parameters. The
     traces are compared because a function may read variables that change between two calls of
-    `as_prior`: a program that was compiled before such a change is not used after it.
+    `as_prior`. After such a change the two models differ, and JAX compiles a new program.
 
     Args:
         function: The model, without arguments.
-        *traces: Distributions of its sites by name, traced with fixed seeds.
+        *traces: Distributions of the model's sites by name, one dict for each of several seeds.
 
     Attributes:
-        function: The model.
-        fingerprint: Names of its sites, and the parameters of their distributions in the traces.
+        function: The model function.
+        fingerprint: For each trace, the names of the sites and the parameters of their
+            distributions.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Model:
         self.fingerprint = tuple(map(_fingerprint, traces))
 
     def __eq__(self, other: object) -> bool:
-        """Return whether function and fingerprint are the same."""
+        """Return whether another model has the same function and an equal fingerprint."""
         return self is other or (
             isinstance(other, Model)
             and _is_same_function(self.function, other.function)
@@ -55,10 +56,10 @@ class Model:
 
 
 def trace_model(model: Callable[[], Any], seed: int) -> dict[str, dist.Distribution]:
-    """Run a model once, and return the distributions of its sites by name.
+    """Run a model once and return the distributions of its sites by name.
 
     Raises:
-        ValueError: The model fails, has no site, or observes one.
+        ValueError: The model raises an error, has no sample site, or has an observed site.
     """
     key = jax.random.key(seed)
     try:
@@ -77,7 +78,7 @@ def trace_model(model: Callable[[], Any], seed: int) -> dict[str, dist.Distribut
 
 
 def sample_model(model: Callable[[], Any], names: tuple[str, ...], key: Key) -> dict[str, Any]:
-    """Draw the values of these sites of a model."""
+    """Draw one value of each named site from a model."""
     trace = numpyro.handlers.trace(numpyro.handlers.seed(model, key)).get_trace()
     return {name: trace[name]["value"] for name in names}
 
@@ -92,7 +93,7 @@ def is_same(a: Any, b: Any) -> bool:
 
 
 def _fingerprint(sites: Mapping[str, dist.Distribution]) -> tuple[Any, ...]:
-    """Return names and classes of the sites of a trace, and their parameters as bytes."""
+    """Return the names, classes and parameters (as bytes) of the distributions in a trace."""
     return tuple(
         (name, type(base_of(site)), *(_bytes_of(leaf) for leaf in jax.tree.leaves(site)))
         for name, site in sites.items()
@@ -106,8 +107,8 @@ def _bytes_of(leaf: Any) -> tuple[Any, ...]:
 
 
 def _is_same_function(a: Callable[[], Any], b: Callable[[], Any]) -> bool:
-    """Return whether two functions, or two methods of objects, are identical."""
+    """Return whether two functions, or two bound methods, are identical."""
     if isinstance(a, MethodType) and isinstance(b, MethodType):
-        # each access to a method makes a new object
+        # Python makes a new object at each access to a bound method
         return a.__self__ is b.__self__ and a.__func__ is b.__func__
     return a is b

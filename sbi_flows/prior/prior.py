@@ -1,6 +1,6 @@
-"""Make a prior of numpyro distributions, or of a numpyro model: `as_prior`.
+"""Build a prior from numpyro distributions or from a numpyro model: `as_prior`.
 
-Public names: `as_prior`, `PriorLike`, and from the other files of this room `Prior`, `SitePrior`,
+Public names: `as_prior`, `PriorLike`, and from other files of this folder `Prior`, `SitePrior`,
 `labels`.
 """
 
@@ -30,11 +30,11 @@ def as_prior(prior: PriorLike) -> Prior:
             without arguments whose sample sites are all latent; or a `Prior`, returned unchanged.
 
     Returns:
-        The prior, with batch axes of a distribution counted as part of its value.
+        The prior. Batch axes of a distribution become axes of the parameter's value.
 
     Raises:
         ValueError: A site is discrete, observed, or has a support that depends on another site; a
-            parameter of a distribution is out of range; or a model does not run.
+            parameter of a distribution is out of range; or the model raises an error.
 
     Example:
         >>> import numpyro.distributions as dist
@@ -64,9 +64,10 @@ def as_prior(prior: PriorLike) -> Prior:
 
 
 def _from_model(model: Callable[[], Any]) -> Prior:
-    """Make a prior of a model.
+    """Build a prior from a model.
 
-    The model is traced with two seeds. Sites whose distributions differ depend on other sites.
+    The model is traced with two seeds. A site whose distribution differs between the two traces
+    depends on other sites.
     """
     require_model(model)
     first, second = (trace_model(model, seed) for seed in (0, 1))

@@ -1,4 +1,4 @@
-"""The prior of one distribution a site, or of a numpyro model.
+"""Prior with one numpyro distribution per site, or from a numpyro model.
 
 Public names: `SitePrior`.
 """
@@ -33,12 +33,12 @@ from sbi_flows.prior.sites import Site
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    """Structure of a prior of sites.
+    """Static part of a `SitePrior`.
 
     Attributes:
-        layout: Names and shapes.
+        layout: Names and shapes of the sites.
         kinds: Class of each site's map.
-        model: The model that draws the sites, if there is one.
+        model: The numpyro model that draws the sites; None without a model.
         dependent: Names of sites whose distributions depend on other sites.
     """
 
@@ -51,16 +51,16 @@ class _Static:
 @final
 @jax.tree_util.register_pytree_node_class
 class SitePrior(Prior):
-    """A prior of one numpyro distribution a site, or of a numpyro model; see `as_prior`.
+    """Prior with one numpyro distribution per site, or from a numpyro model; see `as_prior`.
 
     Args:
         sites: Distribution of each site, by name.
-        is_named: Whether the simulator receives a dict rather than one array.
-        model: The numpyro model that draws the sites, if they come from one.
+        is_named: True if the simulator receives a dict of parameters, False if one array.
+        model: The numpyro model that draws the sites; None without a model.
         dependent: Names of sites whose distributions depend on other sites.
 
     Raises:
-        ValueError: A site has no density, or a parameter out of range.
+        ValueError: A site has no density, or a parameter is out of range.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class SitePrior(Prior):
         self._sites = tuple(wrapped.values())
 
     def __repr__(self) -> str:
-        """Name the sites, their distributions and shapes."""
+        """Show the name, distribution and shape of each site."""
         sites = ", ".join(
             f"{name}: {base_of(d).__class__.__name__}{list(self.event_shapes[name])}"
             for name, d in self.distributions.items()
@@ -98,19 +98,19 @@ class SitePrior(Prior):
         return f"Prior({sites})"
 
     def tree_flatten(self) -> tuple[tuple[Site, ...], _Static]:
-        """Return the sites, and what is static."""
+        """Return the sites as children, and the static part."""
         return self._sites, self._static
 
     @classmethod
     def tree_unflatten(cls, static: _Static, sites: Any) -> SitePrior:
-        """Return a prior with these sites, without validating them."""
+        """Rebuild a prior from its sites, without validating them."""
         prior = object.__new__(cls)
         prior._static, prior._sites = static, tuple(sites)
         return prior
 
     @property
     def layout(self) -> Layout:
-        """Names and shapes."""
+        """Names and shapes of the parameters."""
         return self._static.layout
 
     @property
@@ -171,7 +171,7 @@ class SitePrior(Prior):
         return inside
 
     def unchecked_log_prob_inside(self, theta: Array) -> Array:
-        """Compute the log density at theta (*, D) inside the support."""
+        """Compute the log density at theta (*, D), which must be inside the support."""
         if self._static.model is not None:
             flat = jnp.reshape(theta, (-1, self.dim))
             return jnp.reshape(jax.vmap(self._log_density_model)(flat), theta.shape[:-1])
@@ -211,14 +211,14 @@ class SitePrior(Prior):
         return jnp.concatenate(rows, axis=-1)
 
     def unchecked_log_det(self, y: Array, theta: Array) -> Array:
-        """Compute the log determinant of `from_standard` at y (*, d)."""
+        """Compute the log Jacobian determinant of `from_standard`, at y (*, d) and its theta."""
         parts, values = self.layout.split_standard(y), self.unchecked_unflatten(theta)
         dets = [site_map.log_det(parts[name], values[name]) for name, site_map in self._maps()]
         batch = y.shape[:-1]
         return sum((jnp.sum(d.reshape((*batch, -1)), axis=-1) for d in dets), jnp.zeros(batch))
 
     def _maps(self) -> list[tuple[str, SiteMap]]:
-        """Return the map of each site, by name; made anew, as its arrays may be traced."""
+        """Build the map of each site, by name. Maps are not stored: their arrays may be traced."""
         triples = zip(self.names, self._static.kinds, self._sites, strict=True)
         return [(name, kind(site)) for name, kind, site in triples]
 
@@ -231,6 +231,6 @@ class SitePrior(Prior):
 
 
 def _site_log_prob(site: Site, value: Array, batch: tuple[int, ...]) -> Array:
-    """Sum the log densities of a site's entries; shape batch."""
+    """Sum the log densities of a site's entries; the result has the shape `batch`."""
     log_prob = site.distribution.log_prob(value)
     return jnp.sum(jnp.reshape(log_prob, (*batch, -1)), axis=-1)

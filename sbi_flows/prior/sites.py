@@ -1,13 +1,14 @@
-"""One distribution of a prior as a pytree: its parameters are leaves, all else is static.
+"""One distribution of a prior as a pytree: its parameters are leaves, everything else is static.
 
-numpyro's distributions are pytrees already. `Site` adds what they lack for a prior:
+numpyro's distributions are pytrees already. `Site` solves three problems that they have in a prior:
 
-- Leaves come in one order. numpyro orders them by a set of names, so that the order differs from
-  process to process, and with it every program in a compilation cache on disk.
-- The support is found once, from values: numpyro takes a traced scale for a positive one, which
-  turns the support of an affine transform with a negative scale round.
-- A distribution of a class that numpyro does not define may hold attributes that its leaves do
-  not show. It is static, and compared by identity.
+- numpyro orders the leaves by a set of names, so that the order differs between processes. Then no
+  process can use the programs that another one stored in JAX's compilation cache on disk. `Site`
+  sorts the leaves.
+- numpyro assumes that a traced scale is positive, so that an affine transform with a negative scale
+  gets the wrong support. `Site` determines the support once, from concrete values.
+- A distribution class from outside numpyro may have attributes that are not leaves. `Site` treats
+  such a distribution as static and compares it by identity.
 
 Public names: `Site`.
 """
@@ -26,7 +27,7 @@ from numpyro.distributions.constraints import Constraint
 from numpyro.distributions.transforms import Transform
 
 _KNOWN_PACKAGES = {"numpyro", "sbi_flows"}
-"""Packages whose distributions, transforms and constraints show all parameters as leaves."""
+"""Packages in which every parameter of a distribution, transform or constraint is a leaf."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +36,14 @@ class _Structure:
 
     Attributes:
         tree: Tree of (distribution, support) with the parameters as leaves.
-        order: Position in numpyro's order of each leaf in ours.
+        order: For each leaf in the order of `Site`, its position in numpyro's order.
     """
 
     tree: Any
     order: tuple[int, ...]
 
     def unflatten(self, leaves: tuple[Any, ...]) -> tuple[dist.Distribution, Any]:
-        """Return the pair (distribution, support) with these leaves."""
+        """Rebuild the pair (distribution, support) from leaves in the order of `Site`."""
         placed = [None] * len(leaves)
         for position, leaf in zip(self.order, leaves, strict=True):
             placed[position] = leaf
@@ -50,7 +51,7 @@ class _Structure:
 
 
 class _Opaque:
-    """Static part of a site without leaves; equal to itself only."""
+    """Static part of a site without leaves; two are equal only if they are the same object."""
 
     def __init__(self, distribution: dist.Distribution) -> None:
         self.distribution = distribution
@@ -64,7 +65,7 @@ class Site:
         distribution: A numpyro distribution.
 
     Attributes:
-        shape: Shape of a value: batch and event axes of the distribution.
+        shape: Shape of a value: the distribution's batch axes, then its event axes.
     """
 
     def __init__(self, distribution: dist.Distribution) -> None:
@@ -81,29 +82,29 @@ class Site:
 
     @property
     def distribution(self) -> dist.Distribution:
-        """Distribution with the leaves as its parameters."""
+        """The distribution, with its parameters taken from the leaves."""
         return self._parts()[0]
 
     @property
     def support(self) -> Any:
-        """Support of the distribution, a constraint of numpyro."""
+        """Support of the distribution, a numpyro constraint."""
         return self._parts()[1]
 
     def _parts(self) -> tuple[dist.Distribution, Any]:
         pair = self._pair
         if pair is None:
-            # no array is made here, so that keeping the pair leaks no tracer
+            # this creates no array, so storing the pair cannot leak a tracer
             assert isinstance(self._static, _Structure)
             pair = self._pair = self._static.unflatten(self._leaves)
         return pair
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, tuple[int, ...]]]:
-        """Return the parameters as leaves, and the structure."""
+        """Return the parameters as leaves, and the static part."""
         return self._leaves, (self._static, self.shape)
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, tuple[int, ...]], leaves: Any) -> Site:
-        """Return a site with other parameters, without validating them."""
+        """Rebuild a site from leaves, without validating them."""
         site = object.__new__(cls)
         site._static, site.shape = static
         site._leaves, site._pair = tuple(leaves), None
@@ -114,7 +115,7 @@ class Site:
 
 
 def _as_real(leaf: Any) -> Any:
-    """Return integers as floats: `Normal(0, 1)` and `Normal(0.0, 1.0)` share their programs."""
+    """Convert integers to floats, so that `Normal(0, 1)` reuses programs of `Normal(0.0, 1.0)`."""
     if isinstance(leaf, bool | float):
         return leaf
     if isinstance(leaf, int):
@@ -127,7 +128,7 @@ def _as_real(leaf: Any) -> Any:
 
 
 def _is_transparent(distribution: dist.Distribution) -> bool:
-    """Return whether the leaves of a distribution determine it."""
+    """Return whether the leaves of a distribution include all its parameters."""
     return all(
         type(part).__module__.partition(".")[0] in _KNOWN_PACKAGES
         and not any(_is_function(value) for value in vars(part).values())
@@ -136,12 +137,12 @@ def _is_transparent(distribution: dist.Distribution) -> bool:
 
 
 def _is_function(value: Any) -> bool:
-    # what a function closes over may change while the function stays the same
+    # variables in the closure of a function may change while the function object stays the same
     return callable(value) and not isinstance(value, dist.Distribution | Transform | Constraint)
 
 
 def _parts_of(value: Any) -> list[Any]:
-    """Return the distributions, transforms and constraints that a value consists of."""
+    """Return all distributions, transforms and constraints inside a value, and itself."""
     kinds = (dist.Distribution, Transform, Constraint)
     if isinstance(value, kinds):
         return [value, *(part for inner in vars(value).values() for part in _parts_of(inner))]
@@ -151,7 +152,7 @@ def _parts_of(value: Any) -> list[Any]:
 
 
 def _order(tree: Any) -> tuple[int, ...]:
-    """Return the leaves' positions, the fields of each distribution taken by name."""
+    """Return the positions of the leaves, with the fields of each distribution sorted by name."""
     count = tree.num_leaves
     found: list[int] = []
     _collect(jax.tree.unflatten(tree, range(count)), found)

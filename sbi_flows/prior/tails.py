@@ -1,7 +1,7 @@
-"""Both tails of distributions on half lines, in full relative precision.
+"""CDFs and survival functions on half lines, with full relative precision in both tails.
 
-A CDF near 1 has no digits left for the upper tail: in single precision its normal quantile stops at
-5.2. The survival function keeps the digits.
+In the upper tail a CDF is rounded to 1: in single precision, its normal quantile cannot exceed 5.2.
+The survival function 1 - CDF is small there and keeps full relative precision.
 
 Public names: `Tails`, `tails_of`.
 """
@@ -20,7 +20,7 @@ from numpyro.distributions.truncated import LeftTruncatedDistribution
 
 
 class Tails(NamedTuple):
-    """CDF, survival function, and their inverses."""
+    """CDF, its inverse (`icdf`), survival function (`sf`) and its inverse (`isf`)."""
 
     cdf: Callable[[Array], Array]
     icdf: Callable[[Array], Array]
@@ -29,7 +29,7 @@ class Tails(NamedTuple):
 
 
 def tails_of(base: dist.Distribution) -> Tails | None:
-    """Return the tails of an elementwise distribution, None if no closed form is known here.
+    """Return the tail functions of an elementwise distribution, or None if none are implemented.
 
     Example:
         >>> import numpyro.distributions as dist
@@ -82,7 +82,7 @@ def _truncated_below(base: LeftTruncatedDistribution) -> Tails:
 
     def cdf(t: Array) -> Array:
         z = (t - loc) / scale
-        # the difference of small numbers keeps its digits
+        # subtract the smaller probabilities, which lose less precision
         return jnp.where(low > 0, mass - ndtr(-z), ndtr(z) - ndtr(low)) / mass
 
     def icdf(u: Array) -> Array:
