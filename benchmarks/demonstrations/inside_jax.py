@@ -1,4 +1,4 @@
-"""`python -m benchmarks inside-jax`: use of a posterior as a prior in NUTS, and in `lax.scan`.
+"""`python -m benchmarks inside-jax`: use a posterior as a prior for NUTS, and inside `lax.scan`.
 
 Public names: `run`, `two_experiments`, `scan_speed`.
 """

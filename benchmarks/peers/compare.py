@@ -302,7 +302,7 @@ def _times(
 
 
 def _c2st(contestant: Contestant, task: Task, settings: Settings) -> dict[str, Any]:
-    """Compute the C2ST against exact draws; the list is empty if the task has no exact sampler."""
+    """Compute the C2ST against exact draws; `values` is empty if there is no exact sampler."""
     if task.sample_reference is None:
         return {"mean": None, "values": []}
     count, n = min(settings.observations, task.num_observations), settings.draws

@@ -68,7 +68,7 @@ class Contestant(Protocol):
         patience: int,
         watch: Watch | None = None,
     ) -> Fit:
-        """Train new weights, and keep those with the best validation loss.
+        """Train from new initial weights, and keep the weights with the best validation loss.
 
         Without `watch`, this method calls the fit function of the library as a user would.
 

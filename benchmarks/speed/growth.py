@@ -45,7 +45,7 @@ def growth(axis: str, sizes: tuple[int, ...], *, repeats: int = 3) -> dict[str, 
 
     Returns:
         A dict of `sizes`, the values of the size; `seconds`, the median time of an epoch at each
-        value; and `exponent`, the p in seconds ~ size^p, from the two largest values.
+        value; and `exponent`, the exponent p in seconds ~ size^p, from the two largest values.
     """
     with contextlib.ExitStack() as stack:
         fits = [stack.enter_context(training({**BASE, axis: size})) for size in sizes]

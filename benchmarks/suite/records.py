@@ -97,8 +97,8 @@ def provenance() -> dict[str, Any]:
 
     Returns:
         A dict of `schema`, the version of the record layout; `machine` (cores, architecture,
-        memory, JAX device); `versions`, the library versions; `revision`, the git commit, with `+` if files
-        differ from it, or None outside a git checkout; and `time` (UTC).
+        memory, JAX device); `versions`, the library versions; `revision`, the git commit, with `+`
+        if files differ from it, or None outside a git checkout; and `time` (UTC).
     """
     return {
         "schema": SCHEMA,

@@ -74,7 +74,7 @@ class Cell:
 
     @property
     def verdict(self) -> str:
-        """Verdict of the worst run: "calibrated", "conservative: ..." or the type of error."""
+        """Calibration verdict of the worst run, such as "calibrated" or "conservative: ..."."""
         checks = [record["check"] for record in self.records]
         worst = min(checks, key=lambda check: (check["calibrated"], check["conservative"]))
         if worst["calibrated"]:

@@ -264,7 +264,7 @@ def _predictive(
 
 @contextmanager
 def _as_bad_input(task: Task) -> Iterator[None]:
-    """Context manager that converts exceptions of a task's simulator to BadInput with one line."""
+    """Context manager that converts exceptions of a task's simulator to a one-line BadInput."""
     try:
         yield
     except Exception as error:  # the user's simulator can raise anything

@@ -164,7 +164,7 @@ def expected_in_bed(theta: Mapping[str, Array]) -> Array:
 
 
 def _field(time: Any, state: Array, theta: Mapping[str, Array]) -> Array:
-    """Compute the rates of change of the numbers susceptible, infectious, and in each bed stage."""
+    """Compute the rates of change: susceptible boys, infectious boys, boys in each stage in bed."""
     susceptible, infectious, in_bed = state[0], state[1], state[2:]
     infections = theta["r0"] / theta["before"] * susceptible * infectious / BOYS
     onsets = infectious / theta["before"]
