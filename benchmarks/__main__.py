@@ -26,11 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: Arguments, by default those of the process.
+        argv: Command-line arguments. The default is `sys.argv[1:]`.
 
     Returns:
-        The exit status: 0, or 2 after an error in the input, which is printed to stderr in one
-        line.
+        The exit status: 0 for success, 2 for an error in the input. The error message is one line
+        on stderr.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 def _command(
     commands: Any, name: str, function: Callable[[argparse.Namespace], None], summary: str
 ) -> argparse.ArgumentParser:
-    """Add a command that calls the function with the parsed arguments."""
+    """Add a command that calls `function` with the parsed arguments; return its parser."""
     parser = commands.add_parser(name, help=summary, prog=f"benchmarks {name}")
     parser.set_defaults(command=function)
     return parser
@@ -82,7 +82,7 @@ def _add_folder(parser: argparse.ArgumentParser, option: str, default: str) -> N
 
 
 def _add_numbers(parser: argparse.ArgumentParser, numbers: dict[str, tuple[int, str]]) -> None:
-    """Add integer options from their default values and descriptions."""
+    """Add integer options; `numbers` maps each name to its default value and its help text."""
     for option, (default, meaning) in numbers.items():
         text = f"{meaning} ({default})"
         parser.add_argument(option, type=int, default=default, metavar="N", help=text)
@@ -239,7 +239,7 @@ def _add_peers(commands: Any) -> None:
 
 
 def _settings(kind: Callable[..., T], arguments: argparse.Namespace, **more: Any) -> T:
-    """Build a settings object from the arguments that are its fields, and from further fields."""
+    """Build a settings object from the arguments with the names of its fields, and from `more`."""
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type] # a class
     values = {name: value for name, value in vars(arguments).items() if name in names}
     return kind(

@@ -1,7 +1,7 @@
 """Tasks of simulation-based inference: standard benchmarks, models of real data, and adapters.
 
 The folders are `tasks` (the standard benchmark tasks), `gallery` (models with real observations)
-and `adapters` (what every task is made of, and adapters for programs and numpyro models).
+and `adapters` (the class `Task`, and adapters for external programs and numpyro models).
 """
 
 from simulators.adapters import mcmc as mcmc

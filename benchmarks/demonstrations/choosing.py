@@ -1,4 +1,4 @@
-"""Table of the kinds of density: accuracy, calibration, and the times of fits, draws and densities.
+"""Table that compares the conditional densities: accuracy, calibration and computing times.
 
 Public names: `KINDS`, `choosing_table`.
 """
@@ -17,7 +17,7 @@ KINDS = {
     "npe-diffusion-distilled": "`Diffusion`, distilled to 2 steps",
     "npe-cnf": "`CNF`",
 }
-"""Name of each density in the table, by the method's name in the benchmark."""
+"""Map from a method's name in the benchmark to the name of its density in the table."""
 
 COLUMNS = (
     "task",
@@ -32,10 +32,10 @@ COLUMNS = (
 
 
 def choosing_table(records: Iterable[dict[str, Any]]) -> list[str]:
-    """Format a Markdown table with a row per task and kind of density; return its lines.
+    """Format a Markdown table with a row per task and density; return its lines.
 
-    The time of a fit includes compilation. The times of draws (at one observation) and of densities
-    (each at its own observation) do not.
+    The time of a fit includes compilation; the other times do not. Draws are timed at one
+    observation. Each timed density evaluation has a different observation.
 
     Args:
         records: Records of `python -m benchmarks run`. Those with fewer than two C2ST values are

@@ -1,4 +1,4 @@
-"""`python -m benchmarks continuous`: normalisation of continuous flows, and agreement with draws.
+"""`python -m benchmarks continuous`: test that continuous flows are normalised and match draws.
 
 Public names: `DENSITIES`, `Settings`, `run`, `density_study`, `markdown`.
 """
@@ -29,33 +29,34 @@ DENSITIES: dict[str, Callable[[], Any]] = {
     "Diffusion": sf.Diffusion,
     "CNF": sf.CNF,
 }
-"""Densities by name."""
+"""Constructor of each density, by name."""
 
 CELLS_PER_SIDE, SUBCELLS_PER_SIDE = 40, 10
-"""Grid over the square of the prior.
+"""Number of grid cells per side of the prior's square, and of subcells per side of a cell.
 
-Cells that contain draws, and their neighbours, are divided into subcells, whose side is half the
-width of the posterior's crescents.
+Only the cells that contain draws, and their neighbours, are divided into subcells. The side of a
+subcell is half the width of the crescents of the posterior.
 """
 
 BANDWIDTH = 0.01
-"""Standard deviation of the kernel in units of theta, equal to that of the crescents."""
+"""Standard deviation of the Gaussian kernel in theta, equal to the width of the crescents."""
 
 SEED = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Densities to fit, and sizes.
+    """Settings of the study: the densities to fit, and the sizes.
 
     Attributes:
-        results: Folder of the record.
-        densities: Names in `DENSITIES`.
+        results: Folder in which the record is written.
+        densities: Names of the densities, keys of `DENSITIES`.
         budget: Number of simulations of each fit.
-        observations: Number of observations at which densities are integrated.
-        draws: Number of draws of the kernel estimate, and of the timed draws.
-        repeats: Number of timings of the draws.
-        peer_epochs: Maximum number of epochs of sbi's fit, whose draws are timed; 0 for no fit.
+        observations: Number of observations at which the densities are integrated.
+        draws: Number of draws for the kernel density estimate, and in each timed call.
+        repeats: Number of timed calls for each density.
+        peer_epochs: Maximum number of epochs for sbi's flow matching, whose draws are timed for
+            comparison. With 0, sbi is not run.
     """
 
     results: Path = Path("results")
@@ -79,14 +80,14 @@ class Settings:
 
 
 class Grid(NamedTuple):
-    """Centres (M, 2) and areas (M,) of squares that cover the square of the prior."""
+    """Centres (M, 2) and areas (M,) of the squares that tile the prior's support (-1, 1)^2."""
 
     theta: np.ndarray
     area: np.ndarray
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """Fit each density to two_moons, test it, time its draws beside sbi's, and write a record.
+    """Fit each density to two_moons, test it, time its draws and those of sbi, and write a record.
 
     Args:
         settings: Densities and sizes.
@@ -139,23 +140,25 @@ def density_study(
     observations: int,
     draws: int,
 ) -> dict[str, list[float]]:
-    """Integrate a posterior's density on a grid, and compare it with a kernel estimate from draws.
+    """Integrate a posterior's density on a grid, and compare it with a kernel density estimate.
 
-    The expectation of the kernel estimate is the density convolved with the kernel. The two are
-    compared at further draws of the posterior. Their difference comes from errors of the density or
-    of the draws, and from the finite number of draws.
+    The kernel density estimate is made from draws of the posterior. Its expectation is the
+    density convolved with the kernel. The estimate and the convolved density are compared at new
+    draws of the posterior. They differ if the density or the draws are inaccurate, and because the
+    number of draws is finite.
 
     Args:
         key: Random key.
         posterior: A posterior whose prior is uniform on the square (-1, 1)^2.
-        task: Task of the observations.
-        observations: Number of observations; the first ones of the task are used.
-        draws: Number of draws of each kernel estimate. It is evaluated at as many further draws,
-            at most 300.
+        task: Task that provides the observations.
+        observations: Number of observations. The first ones of the task are used.
+        draws: Number of draws for each kernel density estimate. The number of new draws, at which
+            it is evaluated, is the same but at most 300.
 
     Returns:
-        Lists with an entry per observation: `integral`, and `bias` and `gap`, the mean and the mean
-        absolute difference of the two log densities, in nats.
+        Lists with one entry per observation: `integral`, the integral of the density; `bias`, the
+        mean difference of the two log densities; and `gap`, their mean absolute difference. `bias`
+        and `gap` are in nats.
     """
     study: dict[str, list[float]] = {"integral": [], "bias": [], "gap": []}
     for i in range(observations):
@@ -174,10 +177,10 @@ def density_study(
 
 
 def markdown(record: dict[str, Any]) -> list[str]:
-    """Format a Markdown table with a row per density, and one for sbi's draws; return its lines.
+    """Format a Markdown table with a row per density and a row for sbi; return its lines.
 
-    The columns "difference" and "absolute difference" are means of the log density of the kernel
-    estimate minus the convolved log density, in nats.
+    The columns "difference" and "absolute difference" compare the log of the kernel density
+    estimate with the log of the convolved density. Their values are means over draws, in nats.
     """
     n = record["settings"]["draws"]
     head = ("density", "integrals", "difference, nats", "absolute difference", f"{n:,} draws, s")
@@ -194,7 +197,7 @@ def markdown(record: dict[str, Any]) -> list[str]:
 
 
 def _grid(draws: np.ndarray) -> Grid:
-    """Divide (-1, 1)^2 into squares, small ones at the draws and in the cells around them."""
+    """Divide (-1, 1)^2 into squares: small near the draws, large elsewhere."""
     width = 2.0 / CELLS_PER_SIDE
     cells = np.clip(((draws + 1.0) / width).astype(int), 0, CELLS_PER_SIDE - 1)
     near = np.zeros((CELLS_PER_SIDE, CELLS_PER_SIDE), bool)
@@ -209,6 +212,6 @@ def _grid(draws: np.ndarray) -> Grid:
 
 
 def _kernels(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Evaluate Gaussian kernels around centres (M, 2) at points (n, 2), shape (n, M)."""
+    """Evaluate the Gaussian kernel of each centre (M, 2) at each point (n, 2), shape (n, M)."""
     squared = cdist(points, centres, "sqeuclidean") / BANDWIDTH**2
     return np.exp(-0.5 * squared) / (2.0 * np.pi * BANDWIDTH**2)

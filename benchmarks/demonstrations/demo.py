@@ -1,4 +1,4 @@
-"""`python -m benchmarks demo`: lynx and hare from simulations to checks, compared with NUTS.
+"""`python -m benchmarks demo`: full analysis of the lynx and hare data, compared with NUTS.
 
 Public names: `run`, `comparison`, `within_targets`.
 """
@@ -26,7 +26,7 @@ from simulators.gallery.lynx_hare_model import nuts
 SEED = 1
 SIMULATIONS = 100_000
 MEMBERS = 2
-# The posterior has one mode, so that affine layers suffice. The wide network reads the two series.
+# The posterior has one mode, so affine layers suffice. A wide network reads the two time series.
 DENSITY = sf.MAF(context_width=128, dropout=0.0)
 TRAINING = sf.Training(batch_size=256, max_epochs=8, validation_fraction=0.03)
 DRAWS = 10_000
@@ -35,10 +35,10 @@ CHECK_DATASETS, CHECK_DRAWS = 500, 500
 
 MAX_SHIFT = 0.75
 MAX_RATIO = 1.5
-"""Limits of agreement with NUTS.
+"""Maximum deviations from NUTS with which the posterior still counts as in agreement.
 
-They bound the difference of the means in standard deviations of NUTS, and the ratio of the
-standard deviations (or its inverse).
+The first limit is for the difference of the means, divided by the standard deviation of NUTS. The
+second limit is for the ratio of the standard deviations, larger over smaller.
 """
 
 
@@ -46,7 +46,7 @@ def run(folder: Path) -> dict[str, Any]:
     """Run the demonstration, print its results, and write figures and files to a folder.
 
     Args:
-        folder: Output folder, which exists and is writable.
+        folder: Output folder. It must exist and be writable.
 
     Returns:
         The record, also written as `summary.json`.
@@ -112,9 +112,10 @@ def comparison(idata: Any, reference: Any, labels: tuple[str, ...]) -> Any:
         labels: Labels of the parameters, in order.
 
     Returns:
-        A data frame with a row per parameter: mean, standard deviation and 90% highest-density
-        interval of both; `shift/sd`, the absolute difference of the means in standard deviations of
-        the reference; `sd ratio`, the ratio of the standard deviations; R-hat of the reference.
+        A data frame with a row per parameter. The columns are the mean, standard deviation and 90%
+        highest-density interval of the posterior and of the reference; `shift/sd`, the absolute
+        difference of the means divided by the standard deviation of the reference; `sd ratio`, the
+        ratio of the standard deviations; and R-hat of the reference.
     """
     import pandas as pd
 
@@ -139,7 +140,7 @@ def comparison(idata: Any, reference: Any, labels: tuple[str, ...]) -> Any:
 
 
 def summary(idata: Any) -> Any:
-    """Return ArviZ's summary with unrounded numbers and 90% highest-density intervals."""
+    """Compute the ArviZ summary, not rounded, with 90% highest-density intervals."""
     import arviz as az
 
     is_old = int(az.__version__.split(".")[0]) < 1
@@ -151,7 +152,7 @@ def within_targets(compared: Any) -> bool:
     """Return whether all means and standard deviations agree with the reference.
 
     Args:
-        compared: Data frame of `comparison`.
+        compared: Data frame returned by `comparison`.
     """
     ratio = compared["sd ratio"]
     differs = (compared["shift/sd"] > MAX_SHIFT) | (ratio > MAX_RATIO) | (ratio < 1 / MAX_RATIO)
@@ -159,7 +160,7 @@ def within_targets(compared: Any) -> bool:
 
 
 def flat_draws(idata: Any, prior: sf.Prior) -> np.ndarray:
-    """Convert the posterior group of ArviZ data to draws (n, D) in the prior's order."""
+    """Convert the posterior of ArviZ data to draws (n, D), in the parameter order of the prior."""
     group = idata["posterior"]
     columns = [np.asarray(group[name]) for name in prior.names]
     chains, draws = columns[0].shape[:2]
@@ -173,7 +174,7 @@ def _nuts(key: jax.Array, x: jax.Array) -> Any:
 
 
 def _predict(key: jax.Array, task: Any, prior: sf.Prior, draws: np.ndarray) -> np.ndarray:
-    """Simulate once at each draw, shape (n, 21, 2)."""
+    """Simulate one data set for each posterior draw, shape (n, 21, 2)."""
     keys = jax.random.split(key, len(draws))
     return np.asarray(jax.jit(jax.vmap(task.simulator))(keys, prior.structured(jnp.asarray(draws))))
 

@@ -25,16 +25,16 @@ def save_figures(
     report: Any,
     history: Any,
 ) -> list[Path]:
-    """Save the corner plot, the posterior predictive plot, the check and the losses as PNG files.
+    """Save PNG figures: corner plot, posterior predictive plot, calibration check and loss curves.
 
     Args:
         folder: Output folder.
         labels: Labels of the D parameters.
-        draws: Posterior draws (n, D) by method.
-        log_counts: The data, log thousands of pelts, shape (21, 2).
+        draws: Posterior draws (n, D) of each method, by its name.
+        log_counts: The data, shape (21, 2): the log of the number of pelts in thousands.
         predictions: Simulations at posterior draws, shape (n, 21, 2).
         report: Report of `sf.check`.
-        history: History of the fit.
+        history: Training history returned by the fit.
 
     Returns:
         The paths of the files.
@@ -44,7 +44,7 @@ def save_figures(
     from simulators.gallery.lynx_hare import FIRST_YEAR
 
     backend = matplotlib.get_backend()
-    matplotlib.use("Agg")  # files only: no display is needed
+    matplotlib.use("Agg")  # this backend writes files and needs no display
     import matplotlib.pyplot as plt
 
     years = FIRST_YEAR + np.arange(len(log_counts))

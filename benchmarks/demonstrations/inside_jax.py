@@ -1,4 +1,4 @@
-"""`python -m benchmarks inside-jax`: a posterior as the prior of the next analysis, and in a scan.
+"""`python -m benchmarks inside-jax`: use a posterior as a prior for NUTS, and inside `lax.scan`.
 
 Public names: `run`, `two_experiments`, `scan_speed`.
 """
@@ -25,18 +25,19 @@ from benchmarks.suite.records import provenance, write_json
 SEED = 11
 SIMULATIONS, DRAWS, CHAINS = 10_000, 4_000, 4
 NOISE = 0.3
-"""Standard deviation of the noise in both experiments."""
+"""Standard deviation of the noise, the same in both experiments."""
 EVALUATIONS, REPEATS = 1_000, 5
 
 
 class Experiments(NamedTuple):
-    """Two experiments on two parameters, each of which measures theta + noise.
+    """Two experiments with the same two parameters theta; each observes theta plus noise.
 
     Attributes:
-        prior: Prior of both parameters.
+        prior: Prior of theta.
         first: Observation of the first experiment, shape (2,).
         second: Observation of the second experiment, shape (2,).
-        joint: Function of a seed that draws from the exact posterior given both, (DRAWS, 2).
+        joint: Function that takes a seed and draws from the exact posterior given both
+            observations, shape (DRAWS, 2).
     """
 
     prior: dist.Distribution
@@ -46,7 +47,7 @@ class Experiments(NamedTuple):
 
 
 def conjugate() -> Experiments:
-    """Standard normal prior: the joint posterior is normal."""
+    """Make experiments with a standard normal prior. The exact posterior is normal."""
     first, second = jnp.array([0.7, -0.4]), jnp.array([0.4, -0.1])
     precision = 1.0 + 2.0 / NOISE**2
     mean = np.asarray(first + second) / NOISE**2 / precision
@@ -59,7 +60,10 @@ def conjugate() -> Experiments:
 
 
 def bounded() -> Experiments:
-    """Uniform prior, and data at a bound: the joint posterior is a truncated normal."""
+    """Make experiments with a uniform prior, and observations near its bounds.
+
+    The exact posterior is a truncated normal distribution.
+    """
     first, second = jnp.array([0.05, 0.6]), jnp.array([-0.1, 0.9])
     mean, sd = np.asarray(first + second) / 2.0, NOISE / np.sqrt(2.0)
 
@@ -72,10 +76,10 @@ def bounded() -> Experiments:
 
 
 def run(folder: Path) -> dict[str, Any]:
-    """Measure both uses, print the results, and write a record to a folder.
+    """Measure the use as a prior and the use in a scan, print the results, and write a record.
 
     Args:
-        folder: Output folder, which exists and is writable.
+        folder: Output folder. It must exist and be writable.
 
     Returns:
         The record, also written as `inside-jax.json`.
@@ -94,15 +98,19 @@ def run(folder: Path) -> dict[str, Any]:
 
 
 def two_experiments(posterior: Any, experiments: Experiments) -> dict[str, Any]:
-    """Use the posterior of the first experiment as the prior of the second, with NUTS.
+    """Draw with NUTS from the posterior given both experiments.
+
+    The prior is the estimated posterior of the first experiment. The likelihood is that of the
+    second experiment.
 
     Args:
-        posterior: Posterior given one experiment.
-        experiments: The data of both, and the exact joint posterior.
+        posterior: Estimated posterior of theta given the observation of one experiment.
+        experiments: The observations, and the exact posterior given both.
 
     Returns:
-        C2ST of the draws against those of the joint posterior, and means and standard deviations
-        of both.
+        A dict of `c2st`, the C2ST between NUTS draws and exact draws; `mean` and `sd`, the means
+        and standard deviations of the NUTS draws; `exact_mean` and `exact_sd`, the same for the
+        exact draws; and `draws`, the number of draws.
     """
     prior = posterior.at(experiments.first).to_numpyro()
 

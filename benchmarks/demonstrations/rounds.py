@@ -1,4 +1,4 @@
-"""`python -m benchmarks rounds`: truncated rounds at single observations, and exact posteriors.
+"""`python -m benchmarks rounds`: truncated sequential inference, compared with exact posteriors.
 
 Public names: `CASES`, `Case`, `run`, `rounds_at`, `markdown`.
 """
@@ -36,14 +36,14 @@ def _identity(x: Obs) -> Obs:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Settings of the rounds on one task.
+    """Settings of the truncated rounds for one task.
 
     Attributes:
         simulations: Number of new simulations in each round.
         rounds: Maximum number of rounds.
-        summary: Function from an observation to the input of the posterior.
-        estimator: Function from a prior to an estimator.
-        shrink_below: As for `sf.truncated_rounds`; with 1, all rounds take place.
+        summary: Function that maps an observation to the input of the estimator.
+        estimator: Function that makes an estimator for a prior.
+        shrink_below: Argument of `sf.truncated_rounds`. With 1, all rounds are run.
     """
 
     simulations: int
@@ -57,10 +57,10 @@ CASES: Mapping[str, Case] = {
     "sir": Case(
         5_000, 2, estimator=partial(sf.NPE, emulator=sf.Emulator(), members=2), shrink_below=1.0
     ),
-    # one mode, nearly Gaussian
+    # the posterior has one mode and is nearly Gaussian
     "lynx_hare": Case(15_000, 4, with_fit, partial(sf.NPE, density=sf.MAF())),
 }
-"""Settings of each task."""
+"""Settings of the rounds, by task name."""
 
 
 def run(
@@ -69,10 +69,10 @@ def run(
     """Run rounds at the observations of each task, print a table, and write `rounds.json`.
 
     Args:
-        folder: Folder of the record.
-        tasks: Names in `CASES`; by default all.
-        observations_from: Folder of `<task>.npz` files with observations. Tasks without a file use
-            their own observations.
+        folder: Folder in which the record is written.
+        tasks: Names of tasks, keys of `CASES`; by default all.
+        observations_from: Folder of `<task>.npz` files with observations. For a task without a
+            file, the observations of the task itself are used.
 
     Returns:
         The record.
@@ -107,19 +107,20 @@ def run(
 
 
 def rounds_at(key: Key, task: Task, case: Case, x: Obs, reference: Any) -> dict[str, Any]:
-    """Run truncated rounds at one observation, and compare with draws of the exact posterior.
+    """Run truncated rounds for one observation, and compare the result with the exact posterior.
 
     Args:
         key: Random key.
         task: The task.
         case: Settings of the rounds.
-        x: The observation, before the summary.
+        x: The observation, to which `case.summary` is applied.
         reference: Draws of the exact posterior, shape (n, D).
 
     Returns:
-        A dict of `simulations`, the total number; `masses`, the prior mass of the box of each
-        round; `c2st`; `shifts`, the differences of the means in standard deviations of the
-        reference; `ratios`, those of the standard deviations; and `seconds`.
+        A dict of `simulations`, the total number of simulations; `masses`, the prior mass inside
+        the truncation box of each round; `c2st`; `shifts`, the difference of the means for each
+        parameter, divided by the standard deviation of the reference; `ratios`, the ratio of the
+        standard deviations for each parameter; and `seconds`, the time.
     """
 
     def simulator(key: Key, theta: Any) -> Obs:
@@ -154,7 +155,7 @@ def markdown(results: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     """Format a Markdown table with a row per observation; return its lines.
 
     Args:
-        results: Results of `rounds_at`, with the number of the observation, by task.
+        results: For each task, the results of `rounds_at`, each with its observation number.
     """
     head = (
         *("task", "observation", "simulations", "prior mass of the last box", "C2ST"),

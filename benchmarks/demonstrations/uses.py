@@ -1,4 +1,4 @@
-"""`python -m benchmarks uses`: an epidemic with real counts, and a hierarchical model with NUTS.
+"""`python -m benchmarks uses`: analyses of the influenza data and of the eight schools data.
 
 Public names: `run`, `influenza_use`, `schools_use`, `costs`, `quantiles`.
 """
@@ -24,10 +24,10 @@ DPI = 130
 
 
 def run(folder: Path) -> dict[str, Any]:
-    """Run both uses, print their results, and write figures and a record to a folder.
+    """Run both analyses, print their results, and write figures and a record to a folder.
 
     Args:
-        folder: Output folder, which exists and is writable.
+        folder: Output folder. It must exist and be writable.
 
     Returns:
         The record, also written as `uses.json`.
@@ -49,12 +49,12 @@ def influenza_use(folder: Path, simulations: int = 20_000, datasets: int = 500) 
     """Fit and check the influenza model, and compare its predictions with the counts.
 
     Args:
-        folder: Output folder of the figures.
+        folder: Folder in which the figures are saved.
         simulations: Number of simulations.
-        datasets: Number of data sets of the check.
+        datasets: Number of simulated data sets in the calibration check.
 
     Returns:
-        The results, as a part of the record.
+        The results of this analysis, which become an entry of the record.
     """
     task = influenza()
     fit = _fit(task, simulations, datasets)
@@ -85,15 +85,15 @@ def influenza_use(folder: Path, simulations: int = 20_000, datasets: int = 500) 
 
 
 def schools_use(folder: Path, simulations: int = 50_000, datasets: int = 500) -> dict[str, Any]:
-    """Fit the eight schools model, and compare the posterior with NUTS on the same model.
+    """Fit the eight schools model, and compare its posterior with NUTS draws of the same model.
 
     Args:
-        folder: Output folder of the figure.
+        folder: Folder in which the figure is saved.
         simulations: Number of simulations.
-        datasets: Number of data sets of the check.
+        datasets: Number of simulated data sets in the calibration check.
 
     Returns:
-        The results, as a part of the record.
+        The results of this analysis, which become an entry of the record.
     """
     task = eight_schools()
     fit = _fit(task, simulations, datasets)
@@ -112,10 +112,10 @@ def schools_use(folder: Path, simulations: int = 50_000, datasets: int = 500) ->
 
 
 def costs(record: dict[str, Any]) -> list[str]:
-    """Format a Markdown table of the times and verdict of each use; return its lines.
+    """Format a Markdown table with the times and the verdict of each analysis; return its lines.
 
     Args:
-        record: Record of `run`.
+        record: Record returned by `run`.
     """
     lines = [
         ["use", "simulations", "simulate, s", "fit, s", "10,000 draws, s", "check, s", "verdict"],
@@ -130,10 +130,10 @@ def costs(record: dict[str, Any]) -> list[str]:
 
 
 def quantiles(use: dict[str, Any]) -> list[str]:
-    """Format a Markdown table of the posterior quantiles of a use; return its lines.
+    """Format a Markdown table with the posterior quantiles of one analysis; return its lines.
 
     Args:
-        use: Results of one use in the record.
+        use: Results of the analysis, an entry of the record.
     """
     rows = [["parameter", "5%", "median", "95%"], ["---"] * 4]
     rows += [[f"`{k}`", *(f"{v:.2f}" for v in row)] for k, row in use["quantiles"].items()]
@@ -148,7 +148,7 @@ class _Fit(NamedTuple):
 
 
 def _fit(task: Task, simulations: int, datasets: int) -> _Fit:
-    """Simulate, fit the default estimator, draw and check."""
+    """Simulate, fit the default estimator, draw at the real observation, and check calibration."""
     simulate_key, fit_key, draw_key, check_key = jax.random.split(jax.random.key(SEED), 4)
     print(f"{task.name}: {task.dim} parameters, {simulations:,} simulations", flush=True)
     clock = Clock(log=lambda line: print(f"  {line}", flush=True))
@@ -182,7 +182,7 @@ def _fit(task: Task, simulations: int, datasets: int) -> _Fit:
 
 
 def _intervals(sets: dict[str, np.ndarray], names: list[str]) -> Any:
-    """Plot the median, 50% and 90% intervals of each column (n, D) of every set of draws."""
+    """Plot median, 50% and 90% interval of each parameter, for each set of draws (n, D)."""
     import matplotlib.pyplot as plt
 
     _, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")

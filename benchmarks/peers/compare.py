@@ -38,16 +38,16 @@ OURS: dict[str, Callable[[sf.Prior, Recipe], Contestant]] = {
     "ours": Ours,
     "ours, defaults": partial(Ours, defaults=True),
 }
-"""This library with the sizes of the recipe, and with its defaults."""
+"""Two contestants of this library: one with the sizes of the recipe, one with the defaults."""
 
 TARGET_PEER = "sbi"
 """Peer whose converged held-out loss is the target loss of all contestants."""
 
 LOSS_TOLERANCE = 1e-3
-"""Difference from the target loss, in nats, at which it counts as reached."""
+"""The target loss counts as reached when the loss exceeds it by at most this, in nats."""
 
 PATIENCE = 20
-"""Number of epochs without a better validation loss after which a fit has converged (sbi's)."""
+"""A fit stops after this many epochs without a better validation loss, the default of sbi."""
 
 SEED = 1
 
@@ -59,17 +59,18 @@ class Settings:
     Attributes:
         peers: Names of the peers.
         tasks: Names of the tasks.
-        results: Folder of the record.
-        budget: Number of simulations, failed ones included.
-        repeats: Number of timings of each call after the first.
-        observations: Number of observations of the C2ST.
+        results: Folder in which the record is written.
+        budget: Number of simulations, including failed ones.
+        repeats: Number of timed calls after the first call.
+        observations: Number of observations at which the C2ST is computed.
         coupling: Whether the flows have coupling layers rather than autoregressive layers.
         epochs: Number of epochs of each timed fit.
         max_epochs: Maximum number of epochs of the converged fit.
-        draws: Number of timed draws and log densities, and of draws of each set in a C2ST.
-        datasets: Number of data sets of SBC.
-        check_draws: Number of draws for each of these data sets.
-        held_out: Number of new simulations for the held-out loss.
+        draws: Number of draws and of log densities in a timed call, and of draws in each of the two
+            sets of a C2ST.
+        datasets: Number of simulated data sets in simulation-based calibration (SBC).
+        check_draws: Number of posterior draws for each data set of SBC.
+        held_out: Number of simulations for the held-out loss, not used in training.
 
     Raises:
         BadInput: A task is unknown, or a number is too small.
@@ -111,7 +112,7 @@ class Settings:
                 raise BadInput(f"--{option}: expected at least {smallest}, got {value}")
 
     def record(self) -> dict[str, Any]:
-        """Return the sizes, for the record."""
+        """Return the sizes as JSON data for the record."""
         names = ("peers", "tasks", "results")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in names}
 
@@ -162,9 +163,10 @@ def compare(
         settings: Sizes of the comparison.
 
     Returns:
-        A dict of `contestants`, the measurements and a description by name; `target`, the target
-        loss and its peer, None without this peer; `valid`, the number of valid simulations; and
-        `seconds` of each part.
+        A dict of `contestants`, the measurements and a description of each contestant, by name;
+        `target`, the target loss and the name of the peer that defines it, or None if this peer
+        does not take part; `valid`, the number of valid simulations; and `seconds`, the time of
+        each part of the comparison.
     """
     prior, clock = sf.as_prior(task.prior), Clock()
     contestants = {name: make(prior, recipe) for name, make in OURS.items()}
@@ -204,7 +206,7 @@ def compare(
 def _training(
     contestants: Mapping[str, Contestant], train: Data, settings: Settings
 ) -> dict[str, dict[str, Any]]:
-    """Measure the steps per second of short fits."""
+    """Measure the training steps per second of each contestant in short fits."""
     fits: dict[str, Fit] = {}
 
     def fit(name: str) -> None:
@@ -217,7 +219,10 @@ def _training(
 
 
 def _rate_record(fit: Fit, timing: Timing) -> dict[str, Any]:
-    """Convert a timing to rates; the excess of the first fit counts as compilation and set-up."""
+    """Convert the times of fits to steps per second.
+
+    The additional time of the first fit is recorded as compilation.
+    """
     rates = [fit.steps / seconds for seconds in timing.seconds]
     return {
         **fit._asdict(),
@@ -257,8 +262,8 @@ def _to_target(
 ) -> dict[str, Any] | None:
     """Compute epochs, steps and seconds until the held-out loss reaches the target.
 
-    `seconds` is the number of steps over the median rate of the interleaved repeats;
-    `measured_seconds` is the time of the converged fit itself.
+    `seconds` is the number of steps divided by the median rate of the short fits in `rate`.
+    `measured_seconds` is the time measured in the converged fit `fit`.
     """
     if target is None:
         return None
@@ -277,7 +282,7 @@ def _to_target(
 def _times(
     contestants: Mapping[str, Contestant], x: Any, checked: Data, settings: Settings
 ) -> dict[str, dict[str, Timing]]:
-    """Measure the times of draws, of log densities and of SBC, by call and contestant."""
+    """Measure the times of draws, log densities and SBC; return them by call and contestant."""
     draws: dict[str, np.ndarray] = {}
 
     def sample(name: str) -> None:
@@ -297,7 +302,7 @@ def _times(
 
 
 def _c2st(contestant: Contestant, task: Task, settings: Settings) -> dict[str, Any]:
-    """Compute the C2ST against exact draws; no values if the task has no exact sampler."""
+    """Compute the C2ST against exact draws; `values` is empty if there is no exact sampler."""
     if task.sample_reference is None:
         return {"mean": None, "values": []}
     count, n = min(settings.observations, task.num_observations), settings.draws

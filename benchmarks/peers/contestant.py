@@ -1,4 +1,4 @@
-"""Interface of the libraries in a comparison, and the sizes that all of them use.
+"""Interface of a library in the comparison, and the sizes that all libraries use.
 
 Public names: `Contestant`, `Fit`, `Recipe`, `Watch`.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from sbi_flows.core.typing import Obs
 
 Watch: TypeAlias = Callable[[], None]
-"""Callback after each epoch, during which `sample` and `log_prob` use the epoch's weights."""
+"""Callback after each epoch; `sample` and `log_prob` then use the weights of this epoch."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Recipe:
         transforms: Number of spline layers.
         bins: Number of bins of each spline.
         hidden: Widths of the conditioner's hidden layers, all equal.
-        bound: The splines act on the interval (-bound, bound).
+        bound: Half width of the interval (-bound, bound) on which the splines act.
         batch: Batch size.
         learning_rate: Constant learning rate of Adam.
         held_out: Fraction of the simulations used for validation.
@@ -52,10 +52,10 @@ class Fit(NamedTuple):
 
 
 class Contestant(Protocol):
-    """Posterior estimator of a library; observations x are a batch, shape (B, *event)."""
+    """Posterior estimator of a library. Observations x come in batches, shape (B, *event)."""
 
     def describe(self) -> dict[str, Any]:
-        """Describe the architecture, the number of parameters and the versions, after a fit."""
+        """Describe the fitted model: architecture, number of parameters and library versions."""
         ...
 
     def fit(
@@ -68,14 +68,14 @@ class Contestant(Protocol):
         patience: int,
         watch: Watch | None = None,
     ) -> Fit:
-        """Train from new weights, and keep the weights with the best validation loss.
+        """Train from new initial weights, and keep the weights with the best validation loss.
 
-        Without `watch`, this calls the library's fit as its users do.
+        Without `watch`, this method calls the fit function of the library as a user would.
 
         Args:
             theta: Parameters, shape (N, D).
             x: Observations, shape (N, *event).
-            seed: Seed of the weights, the order of the data and the validation rows.
+            seed: Seed of the initial weights, the data order and the split for validation.
             epochs: Maximum number of epochs.
             patience: Number of epochs without a better validation loss after which training stops.
             watch: Callback after each epoch.
@@ -83,7 +83,7 @@ class Contestant(Protocol):
         ...
 
     def sample(self, x: Obs, n: int, *, seed: int) -> np.ndarray:
-        """Draw n times for each observation inside the prior's support, shape (B, n, D)."""
+        """Draw n times for each observation, within the prior's support; shape (B, n, D)."""
         ...
 
     def log_prob(self, theta: np.ndarray, x: Obs) -> np.ndarray:

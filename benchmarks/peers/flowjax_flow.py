@@ -30,12 +30,12 @@ from sbi_flows.prior.maps import HALF_WIDTH
 class FlowjaxFlow:
     """Conditional flow of flowjax, in coordinates in which the prior is a standard normal.
 
-    In these coordinates no draw leaves the prior's support, and the untrained flow is close to the
-    prior. Observations are standardised as in this library.
+    In these coordinates every draw lies within the prior's support, and the untrained flow is close
+    to the prior. Observations are standardised in the same way as in sbi_flows.
     """
 
     def __init__(self, prior: sf.Prior, recipe: Recipe) -> None:
-        """Store the settings; the flow is built in `fit`, when the sizes are known."""
+        """Store the settings. `fit` builds the flow, because the sizes depend on the data."""
         self._prior, self._recipe = prior, recipe
         self._flow: Any = None
         self._standardiser: Any = None
@@ -67,7 +67,7 @@ class FlowjaxFlow:
         patience: int,
         watch: Watch | None = None,
     ) -> Fit:
-        """Call `fit_to_data`; with `watch`, run a loop of flowjax's own training steps."""
+        """Call flowjax's `fit_to_data`; with `watch`, call its training step in a loop instead."""
         x = jax.tree.map(jnp.asarray, x)
         y, features, self._standardiser = _prepared(self._prior, jnp.asarray(theta), x)
         start, key = self._start(seed, y.shape[1], features.shape[1]), jax.random.key(seed)
@@ -95,7 +95,7 @@ class FlowjaxFlow:
         return _trainer(self._recipe)
 
     def _start(self, seed: int, dim: int, context: int) -> Any:
-        """Return the untrained flow, which is cached: building it takes longer than epochs."""
+        """Return the untrained flow, cached because building it takes longer than an epoch."""
         if seed not in self._starts:
             self._starts[seed] = make_flow(jax.random.key(seed), dim, context, self._recipe)
         return self._starts[seed]
@@ -152,7 +152,7 @@ class FlowjaxFlow:
 def flowjax_peer(
     y: Array, features: Array, recipe: Recipe, *, epochs: int
 ) -> Callable[[], float] | None:
-    """Prepare timed fits of a flowjax flow over parameters y given features.
+    """Prepare timed fits of a flowjax flow for the density of parameters y given features.
 
     Args:
         y: Parameters, shape (N, d), used without a change of coordinates.
@@ -161,8 +161,8 @@ def flowjax_peer(
         epochs: Number of epochs of each fit.
 
     Returns:
-        A function that carries out one fit, with validation, and returns its time in seconds. Its
-        first call compiles. None if flowjax is not installed.
+        A function that runs one fit, including validation, and returns its time in seconds. The
+        first call includes compilation. The result is None if flowjax is not installed.
     """
     if importlib.util.find_spec("flowjax") is None:
         return None
@@ -178,7 +178,7 @@ def flowjax_peer(
 
 
 def make_flow(key: Array, dim: int, context: int, recipe: Recipe) -> Any:
-    """Make an untrained flow over R^dim given features in R^context."""
+    """Make an untrained flow for `dim` parameters given `context` features."""
     from flowjax import flows  # pyright: ignore[reportMissingImports]
     from flowjax.bijections import RationalQuadraticSpline  # pyright: ignore[reportMissingImports]
     from flowjax.distributions import Normal  # pyright: ignore[reportMissingImports]
@@ -197,7 +197,7 @@ def make_flow(key: Array, dim: int, context: int, recipe: Recipe) -> Any:
 
 
 class _Trainer(NamedTuple):
-    """Optimiser and loss, shared by all fits, since new objects would need new compilation."""
+    """Optimiser and loss that all fits share, because new objects would cause recompilation."""
 
     optimizer: optax.GradientTransformation
     loss: Any
@@ -272,7 +272,7 @@ def _to_normal(prior: sf.Prior, theta: Array) -> tuple[Array, Array]:
     """Map theta to coordinates y in which the prior is a standard normal.
 
     Returns:
-        y, and the log determinant of the Jacobian of theta with respect to y.
+        The coordinates y, and the log determinant of the Jacobian d theta / d y.
     """
     standard = prior.to_standard(theta)
     bounded = jnp.asarray(prior.bounded)

@@ -1,4 +1,4 @@
-"""Measurements of the contestants: interleaved timings, losses and ranks.
+"""Measurements of the contestants: alternating timings, held-out losses and SBC ranks.
 
 Public names: `Curve`, `Data`, `Timing`, `first_at_most`, `held_out_loss`, `interleaved`,
 `sbc_ranks`.
@@ -26,7 +26,7 @@ class Data(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Times of repeated calls in seconds: the first, with its compilation, and the later ones."""
+    """Times in seconds: `first` is the first call, with compilation; `seconds` the later calls."""
 
     first: float
     seconds: list[float]
@@ -46,11 +46,11 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time each call once, then `repeats` times in alternating order: a, b, b, a, a, b, ...
 
-    A slow phase of the machine then affects all calls alike.
+    This order makes slow phases of the machine affect all functions equally.
 
     Args:
         calls: Functions to time, by name.
-        repeats: Number of timings of each call after the first.
+        repeats: Number of timed calls of each function after its first call.
         label: Label of the progress bar.
 
     Example:
@@ -69,12 +69,12 @@ def interleaved(
 
 
 class Curve:
-    """Held-out loss after each epoch of a fit, and the training time until then.
+    """Held-out loss and elapsed training time after each epoch of a fit.
 
-    Pass `watch` to the fit as its callback. The clock is stopped during the callback.
+    Pass the method `watch` to the fit as its callback. The time of the callback is not counted.
 
     Args:
-        loss: Function that computes the held-out loss of the present weights.
+        loss: Function that computes the held-out loss with the current weights.
 
     Attributes:
         losses: Held-out loss after each epoch.
@@ -88,7 +88,7 @@ class Curve:
         self._loss, self._elapsed, self._start = loss, 0.0, time.perf_counter()
 
     def watch(self) -> None:
-        """Record the loss and the time."""
+        """Record the held-out loss and the elapsed training time."""
         self._elapsed += time.perf_counter() - self._start
         self.losses.append(self._loss())
         self.seconds.append(self._elapsed)
@@ -112,7 +112,7 @@ def held_out_loss(contestant: Contestant, data: Data) -> float:
 
 
 def sbc_ranks(contestant: Contestant, data: Data, draws: int, seed: int) -> np.ndarray:
-    """Compute the fraction of draws below the true parameters for each data set, shape (N, D)."""
+    """Compute SBC ranks (N, D): the fraction of draws below the true value of each parameter."""
     sampled = contestant.sample(data.x, draws, seed=seed)
     return np.mean(sampled < np.asarray(data.theta)[:, None], axis=1)
 

@@ -23,19 +23,20 @@ from sbi_flows.training.ensemble import Ensemble
 
 
 class Ours:
-    """`sf.NPE` with one member and a spline flow without context network and dropout.
+    """Contestant that uses `sf.NPE` with one member and a spline flow.
 
-    The optimiser is Adam with a constant rate, and the weights are not averaged.
+    The flow has no context network and no dropout. The optimiser is Adam with a constant learning
+    rate, and the weights are not averaged.
 
     Args:
         prior: The prior.
         recipe: The sizes.
-        defaults: Whether to use the defaults of `sf.NPE` instead of the recipe: four members, whose
-            steps are added up, and the default maximum number of epochs.
+        defaults: Whether to use the defaults of `sf.NPE` instead of the recipe. The number of steps
+            is then the sum over the four members. The maximum number of epochs is the default.
     """
 
     def __init__(self, prior: sf.Prior, recipe: Recipe, *, defaults: bool = False) -> None:
-        """Store the settings, and one optimiser, since a new one would need new compilation."""
+        """Store the settings and one optimiser, since a new one would cause recompilation."""
         self._prior, self._recipe, self._defaults = prior, recipe, defaults
         self._density = sf.NSF(
             coupling=recipe.coupling,
@@ -73,7 +74,7 @@ class Ours:
         patience: int,
         watch: Watch | None = None,
     ) -> Fit:
-        """Call `NPE.fit`; with `watch`, train its ensemble epoch by epoch."""
+        """Call `NPE.fit`. With `watch`, train the ensemble epoch by epoch instead."""
         key = jax.random.key(seed)
         if watch is None:
             npe = self._npe(epochs, patience)
@@ -83,7 +84,7 @@ class Ours:
             num_epochs, held_out = history.epochs, history.held_out.shape[1]
         else:
             x = jax.tree.map(jnp.asarray, x)
-            # the recipe's learning rate is constant: one program serves any number of epochs
+            # the learning rate is constant, so one compiled program works for any number of epochs
             npe = sf.NPE(self._prior) if self._defaults else self._npe(1, patience)
             epochs = min(epochs, npe.training.max_epochs) if self._defaults else epochs
             num_epochs, held_out = self._watched(npe, key, jnp.asarray(theta), x, epochs, watch)

@@ -14,7 +14,7 @@ from sbi_flows.core.tables import table
 Contestants = Mapping[str, Mapping[str, Any]]
 
 _ROWS: dict[str, tuple[Callable[[Mapping[str, Any]], float | None], str, bool]] = {
-    # name of a row: its value, its format, and whether ratios between contestants are meaningful
+    # for each row: its value, its format, and whether a ratio of contestants is meaningful
     "training steps per second": (lambda c: c["training"]["median"], ".1f", True),
     "compilation and set-up, s": (lambda c: c["training"]["compilation_seconds"], ".1f", False),
     "converged held-out loss, nats": (lambda c: c["fit"]["held_out_loss"], ".3f", False),
@@ -31,9 +31,10 @@ _ROWS: dict[str, tuple[Callable[[Mapping[str, Any]], float | None], str, bool]] 
 
 
 def text(task: str, result: Mapping[str, Any], ours: Sequence[str]) -> str:
-    """Format a table with a row per measurement for the terminal.
+    """Format a table for the terminal, with a row per measurement.
 
-    The columns are the values of each contestant, and the ratios of ours to each peer's.
+    The columns are the values of each contestant, and the ratio of each value of this library to
+    the value of each peer.
 
     Args:
         task: Name of the task.

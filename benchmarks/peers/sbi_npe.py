@@ -1,4 +1,4 @@
-"""Neural posterior estimation of sbi, and draws of its flow matching.
+"""The library sbi as a contestant, and draws from its flow-matching estimator.
 
 Public names: `SbiNPE`, `fmpe_sampler`.
 """
@@ -24,17 +24,17 @@ from sbi_flows.observations.standardise import flatten_rows
 from sbi_flows.prior.maps import HALF_WIDTH
 
 ACCEPTANCE_DRAWS = 100
-"""Number of draws per observation to estimate the flow's mass inside the prior's support."""
+"""Number of draws per observation for estimating the flow's mass within the prior's support."""
 
 MAX_DRAWS_PER_CALL = 100_000
-"""Maximum number of draws per call, over all observations; sbi has the same limit."""
+"""Maximum total number of draws in one call, over all observations; sbi has the same limit."""
 
 
 class SbiNPE:
-    """`sbi.inference.NPE` with its default standardisation and its `DirectPosterior`.
+    """Contestant that uses `sbi.inference.NPE` with its default standardisation.
 
-    Its flows have mass outside the prior's support (leakage). Draws outside are rejected, and
-    densities are divided by the mass inside, as in sbi's own `log_prob`.
+    Flows of sbi have mass outside the prior's support (leakage). The `DirectPosterior` of sbi
+    rejects draws outside the support, and divides densities by the mass within it.
     """
 
     def __init__(self, prior: sf.Prior, recipe: Recipe) -> None:
@@ -70,10 +70,10 @@ class SbiNPE:
         patience: int,
         watch: Watch | None = None,
     ) -> Fit:
-        """Call `NPE.train`; its data loader calls `watch` when an epoch has ended.
+        """Call `NPE.train`. Its data loader calls `watch` at the end of each epoch.
 
-        The last call of `watch` comes after the fit, with the best weights, which sbi restores. The
-        first fit also chooses the number of threads, which takes additional time.
+        After the last epoch, sbi restores the best weights, so that the last call of `watch` uses
+        these weights. The first fit also chooses the number of threads, which takes extra time.
         """
         rows, recipe = (_tensor(theta), _tensor(flatten_rows(x))), self._recipe
         if self._threads is None:
@@ -112,10 +112,10 @@ class SbiNPE:
         return inference.summary["epochs_trained"][-1]
 
     def _fastest_number_of_threads(self, rows: tuple[Any, Any]) -> int:
-        """Set torch's threads to one or to its default, whichever is faster for a few steps.
+        """Set the number of torch threads to one or to the default, whichever trains faster.
 
-        Torch's threads wait for each other after every operation. If another process occupies a
-        core, this takes much longer than the operations.
+        The threads wait for each other after every operation. If another process occupies a core,
+        the waiting takes much longer than the operations.
         """
         import torch  # pyright: ignore[reportMissingImports]
 
@@ -132,7 +132,7 @@ class SbiNPE:
         return fastest
 
     def sample(self, x: Obs, n: int, *, seed: int) -> np.ndarray:
-        """Call `DirectPosterior.sample`, or `sample_batched` for several observations."""
+        """Call `DirectPosterior.sample` for one observation, `sample_batched` for several."""
         import torch  # pyright: ignore[reportMissingImports]
 
         torch.manual_seed(seed)
@@ -149,9 +149,10 @@ class SbiNPE:
         return np.swapaxes(draws.numpy(), 0, 1)
 
     def log_prob(self, theta: np.ndarray, x: Obs) -> np.ndarray:
-        """Call `DirectPosterior.log_prob`, or compute it from its parts for several observations.
+        """Call `DirectPosterior.log_prob` for one observation.
 
-        The calculation uses a fixed seed, and does not change torch's random state.
+        For several observations, compute the log density of the flow, divided by its mass within
+        the prior's support. The seed is fixed, and the random state of torch is left unchanged.
         """
         import torch  # pyright: ignore[reportMissingImports]
 
@@ -167,7 +168,7 @@ class SbiNPE:
             return (log_prob - torch.log(self._acceptance(rows))).numpy().T
 
     def _acceptance(self, rows: Any) -> Any:
-        """Estimate the flow's mass inside the prior's support for each observation; never zero."""
+        """Estimate the flow's mass within the prior's support per observation, always positive."""
         import torch  # pyright: ignore[reportMissingImports]
         from sbi.utils.sbiutils import within_support  # pyright: ignore[reportMissingImports]
 
@@ -176,12 +177,12 @@ class SbiNPE:
         return torch.clamp(inside, min=0.5 / ACCEPTANCE_DRAWS)
 
     def _model(self) -> tuple[str, dict[str, Any]]:
-        """Return name and sizes of the network: nflows' coupling or zuko's autoregressive flow."""
+        """Return name and sizes of the flow: coupling from nflows, or autoregressive from zuko."""
         recipe = self._recipe
         sizes = {"num_transforms": recipe.transforms, "num_bins": recipe.bins}
         if not recipe.coupling:
             return "zuko_nsf", {**sizes, "hidden_features": recipe.hidden}
-        # the conditioner is a residual network of one layer and blocks of two
+        # the conditioner is a residual network: one layer, then blocks of two layers
         blocks = max(1, len(recipe.hidden) - 1)
         return "nsf", {**sizes, "hidden_features": recipe.hidden[0], "num_blocks": blocks}
 
@@ -200,7 +201,7 @@ class SbiNPE:
         return DirectPosterior(self._net, self._prior, enable_transform=False)
 
     def _collate(self, watch: Watch) -> Callable[[list[Any]], Any]:
-        """Make a collate function that calls `watch` at the first batch after a validation."""
+        """Make a collate function that calls `watch` at the first batch after each validation."""
         from torch.utils.data import default_collate  # pyright: ignore[reportMissingImports]
 
         was_validation = False
@@ -220,7 +221,7 @@ class SbiNPE:
 def fmpe_sampler(
     prior: sf.Prior, theta: np.ndarray, x: Obs, *, seed: int, epochs: int
 ) -> Callable[[Obs, int], np.ndarray]:
-    """Fit `sbi.inference.FMPE` with its defaults.
+    """Fit the flow matching of sbi, `sbi.inference.FMPE`, with its default settings.
 
     Args:
         prior: The prior.
@@ -230,7 +231,8 @@ def fmpe_sampler(
         epochs: Maximum number of epochs.
 
     Returns:
-        A function of one observation (*event) and n that returns draws by the ODE, shape (n, D).
+        A function that takes one observation (*event) and a number n, solves the ODE of the flow,
+        and returns n draws, shape (n, D).
     """
     import torch  # pyright: ignore[reportMissingImports]
     from sbi.inference import FMPE  # pyright: ignore[reportMissingImports]
@@ -250,7 +252,7 @@ def fmpe_sampler(
 
 
 class _NoTracker:
-    """Tracker of sbi that ignores all metrics, so that no files are written."""
+    """Tracker that ignores all metrics, so that sbi writes no files."""
 
     log_dir = None
 
@@ -271,7 +273,7 @@ class _NoTracker:
 
 
 def _torch_prior(prior: sf.Prior) -> Any:
-    """Convert the prior to torch; a posterior of sbi uses its support only."""
+    """Convert the prior to torch. The posteriors of sbi use only its support."""
     import torch  # pyright: ignore[reportMissingImports]
     from sbi.utils import BoxUniform  # pyright: ignore[reportMissingImports]
 
@@ -280,7 +282,7 @@ def _torch_prior(prior: sf.Prior) -> Any:
         return BoxUniform(*(_tensor(prior.from_standard(sign * corner)) for sign in (-1.0, 1.0)))
 
     class TorchPrior(torch.distributions.Distribution):
-        """Distribution without `support`, so that sbi checks whether the log density is finite."""
+        """Distribution without `support`: sbi then tests the support by a finite log density."""
 
         arg_constraints: dict[str, Any] = {}  # noqa: RUF012 - torch asks for a class attribute
 
@@ -306,7 +308,7 @@ def _tensor(values: Any) -> Any:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Suppress sbi's output and its warning at the maximum number of epochs."""
+    """Suppress the output of sbi, and its warning that the maximum number of epochs is reached."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.filterwarnings("ignore", "Maximum number of epochs")
         yield

@@ -1,4 +1,4 @@
-"""Registry of the peers by name, for the command line.
+"""Registry of the peer libraries, by their names on the command line.
 
 Public names: `PEERS`, `Peer`, `choose`.
 """
@@ -18,7 +18,7 @@ from benchmarks.suite.records import BadInput
 
 
 class Peer(NamedTuple):
-    """Peer library: the package that it needs, and a function that makes its contestant."""
+    """Peer library: its Python package, and a function that makes its contestant."""
 
     package: str
     make: Callable[[sf.Prior, Recipe], Contestant]
@@ -28,10 +28,10 @@ PEERS: dict[str, Peer] = {"flowjax": Peer("flowjax", FlowjaxFlow), "sbi": Peer("
 
 
 def choose(names: Sequence[str]) -> dict[str, Peer]:
-    """Return the peers of these names that are installed; print the others to stderr.
+    """Return the named peers that are installed; print the names of the missing ones to stderr.
 
     Raises:
-        BadInput: A name is not that of a peer; the message lists the names.
+        BadInput: A name is unknown. The message lists the known names.
     """
     unknown = [name for name in names if name not in PEERS]
     if unknown:

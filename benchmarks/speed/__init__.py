@@ -1,4 +1,4 @@
-"""Times of training, of a calibration check and of a cold process, on a CPU or an accelerator.
+"""Times of training, of a calibration check and of a new process, on a CPU or an accelerator.
 
 Commands: `speed`, `batches`, `accelerator`.
 """

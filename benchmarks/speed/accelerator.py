@@ -1,4 +1,4 @@
-"""`python -m benchmarks accelerator`: training steps on a GPU, and the limits of the GPU.
+"""`python -m benchmarks accelerator`: time of a training step on a GPU, and its lower bounds.
 
 Public names: `run`, `measured`, `limits`, `markdown`.
 """
@@ -24,22 +24,22 @@ from sbi_flows.core.tables import table
 ROWS = 100_000
 """Number of simulations of the timed fits."""
 BATCHES = (256, 1_024, 4_096, 16_384)
-"""Batch sizes."""
+"""Batch sizes of the timed fits."""
 MEMBERS = (1, 8, 32)
-"""Numbers of ensemble members."""
+"""Numbers of ensemble members of the timed fits."""
 PRECISIONS = ("highest", "tensorfloat32", "bfloat16")
 WIDE, WIDE_BATCH = sf.NSF(hidden=(512, 512), context_width=512), 4_096
-"""A flow and a batch size whose matrix products are large enough to occupy a GPU."""
+"""Flow and batch size with matrix products that are large enough to use a GPU fully."""
 
 LAUNCHES = 256
-"""Number of small kernels in the measurement of the launch time."""
+"""Number of small kernels that are launched to measure the launch time."""
 
 
 def run(folder: Path, rows: int = ROWS) -> dict[str, Any]:
-    """Measure each part, print it, and write the record after each part.
+    """Carry out all measurements; print each result and write the record after each of them.
 
     Args:
-        folder: Folder of the record, which exists and is writable.
+        folder: Folder in which the record is written. It must exist and be writable.
         rows: Number of simulations of the timed fits.
 
     Returns:
@@ -57,17 +57,18 @@ def run(folder: Path, rows: int = ROWS) -> dict[str, Any]:
 
 
 def measured(*, rows: int = ROWS, repeats: int = 3) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Measure and yield each part of the record with its name.
+    """Carry out the measurements; yield the name and the result of each.
 
     Args:
         rows: Number of simulations of the timed fits.
-        repeats: Number of timings of each fit.
+        repeats: Number of times that each fit is timed.
 
     Yields:
-        `limits`: the result of `limits`. `batches` and `members`: times and rates of a step by
-        batch size and by number of members. `step`: the result of `profile.step_profile`.
-        `precision`: times and rates of a step of a wide flow by precision of the matrix products,
-        with its validation loss after the timed epochs.
+        Pairs of a name and a result. `limits`: the result of the function `limits`. `batches` and
+        `members`: times and rates of a training step by batch size and by number of members.
+        `step`: the result of `profile.step_profile`. `precision`: times and rates of a step of a
+        wide flow by precision of the matrix products, with the validation loss after the timed
+        epochs.
     """
     sizes = {**BASE, "rows": rows, "batch": BATCHES[0]}
     yield "limits", limits()
@@ -83,7 +84,7 @@ def markdown(part: dict[str, dict[str, float]], first: str) -> list[str]:
     """Format the timed fits as a Markdown table; return its lines.
 
     Args:
-        part: The part `batches` or `members` of the record.
+        part: The result `batches` or `members` of `measured`.
         first: Heading of the first column.
     """
     (base, *_) = (value["step_us"] for value in part.values())
@@ -102,15 +103,16 @@ def markdown(part: dict[str, dict[str, float]], first: str) -> list[str]:
 
 
 def limits(*, size: int = 4_096, repeats: int = 5) -> dict[str, Any]:
-    """Measure two lower bounds of the time of a step: kernel launches and arithmetic.
+    """Measure the two quantities that limit a training step: launch time and arithmetic rate.
 
     Args:
         size: Size of the square matrices.
-        repeats: Number of timings.
+        repeats: Number of timed calls.
 
     Returns:
-        A dict of `launch_us`, the time of each of many small kernels in a row, in microseconds, and
-        `rate`, the operations per second of a product of two square matrices, by precision.
+        A dict of `launch_us`, the mean time of a small kernel in a sequence of many, in
+        microseconds; and `rate`, the operations per second of a product of two square matrices, by
+        precision.
     """
 
     def chain(x: jax.Array) -> jax.Array:
@@ -134,7 +136,7 @@ def _steps(
     density: sf.NSF | None = None,
     precision: str | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Measure an epoch of each fit in turn, and return times and rates per step."""
+    """Time an epoch of each fit in alternating order; return the times and rates of a step."""
     with contextlib.ExitStack() as stack:
         calls, steps, ensembles = {}, {}, {}
         for name, sizes in fits.items():

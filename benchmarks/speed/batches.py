@@ -1,4 +1,4 @@
-"""`python -m benchmarks batches`: time of fits to the same validation loss by batch size.
+"""`python -m benchmarks batches`: training time to a given validation loss, by batch size.
 
 Public names: `BATCHES`, `run`, `time_to_loss`, `markdown`.
 """
@@ -20,17 +20,17 @@ from benchmarks.suite.records import provenance, write_json
 from simulators.adapters.registry import get
 
 BATCHES = (32, 64, 128, 256, 512)
-"""Batch sizes."""
+"""Batch sizes to compare."""
 
 TARGET_MARGIN = 0.01
-"""Difference between the target loss and the best loss of the default batch size, in nats."""
+"""Target loss minus the best loss with the default batch size, in nats."""
 
 
 def run(folder: Path, tasks: tuple[str, ...] = ("two_moons", "slcp")) -> dict[str, Any]:
-    """Measure on each task, print a table, and write a record.
+    """Measure the training times on each task, print a table, and write a record.
 
     Args:
-        folder: Folder of the record, which exists and is writable.
+        folder: Folder in which the record is written. It must exist and be writable.
         tasks: Names of tasks.
 
     Returns:
@@ -47,23 +47,24 @@ def run(folder: Path, tasks: tuple[str, ...] = ("two_moons", "slcp")) -> dict[st
 def time_to_loss(
     task: str, batches: tuple[int, ...] = BATCHES, *, budget: int = 10_000, repeats: int = 2
 ) -> dict[str, Any]:
-    """Measure the time of fits until they reach a target validation loss, without compilation.
+    """Measure the training time until a target validation loss, by batch size.
 
-    All settings other than batch size and learning rate are the defaults. The learning rate is
-    proportional to the square root of the batch size. The target is the best loss of the default
-    batch size, averaged over members, plus `TARGET_MARGIN`.
+    The times exclude compilation. All settings other than batch size and learning rate are the
+    defaults. The learning rate is proportional to the square root of the batch size. The target is
+    the best validation loss with the default batch size, averaged over the ensemble members, plus
+    `TARGET_MARGIN`.
 
     Args:
         task: Name of a task.
-        batches: Batch sizes; the default one is added.
+        batches: Batch sizes. The default batch size is added to them.
         budget: Number of simulations.
         repeats: Number of timed fits for each batch size.
 
     Returns:
-        A dict of `default`, the default batch size; `target`, in nats; and `fits`, a list with a
-        dict for each batch size: `batch`; `rate`, the learning rate; `loss`, the best loss in nats;
-        `epochs` and `seconds` to the target, None if it is not reached; and `whole_seconds`, the
-        time of the complete fit.
+        A dict of `default`, the default batch size; `target`, the target loss in nats; and `fits`,
+        a list with a dict for each batch size: `batch`, the batch size; `rate`, the learning rate;
+        `loss`, the best loss in nats; `epochs` and `seconds` until the target loss, None if the fit
+        does not reach it; and `whole_seconds`, the time of the complete fit.
     """
     problem = get(task)
     simulations = sf.simulate(
@@ -107,7 +108,7 @@ def markdown(results: dict[str, dict[str, Any]]) -> list[str]:
     """Format a Markdown table with a row per task and batch size; return its lines.
 
     Args:
-        results: Results of `time_to_loss` by task.
+        results: Result of `time_to_loss` for each task, by its name.
     """
     head = ("task", "batch size", "learning rate", "best loss, nats", "epochs to target", "s")
     lines = [list(head), ["---"] * len(head)]

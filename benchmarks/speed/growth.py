@@ -1,4 +1,4 @@
-"""Time of a training epoch as a function of the sizes of the problem.
+"""Time of a training epoch as a function of the number of simulations, parameters and so on.
 
 Public names: `BASE`, `AXES`, `growth`, `training`, `text`, `markdown`.
 """
@@ -21,7 +21,7 @@ from sbi_flows.training import FitKeys, TrainingData
 from sbi_flows.training.ensemble import Ensemble
 
 BASE = {"rows": 10_000, "dim": 4, "features": 8, "members": 1, "batch": 128}
-"""Default sizes: rows N, parameters D, features C, ensemble members, batch size."""
+"""Default sizes: numbers of simulations, parameters, features and members, and batch size."""
 
 AXES: dict[str, tuple[int, ...]] = {
     "rows": (1_000, 10_000, 100_000, 1_000_000),
@@ -35,17 +35,17 @@ AXES: dict[str, tuple[int, ...]] = {
 def growth(axis: str, sizes: tuple[int, ...], *, repeats: int = 3) -> dict[str, Any]:
     """Measure the time of an epoch of the default estimator as one of the sizes grows.
 
-    Compilation and the fit of the linear start are excluded. Epochs of different sizes alternate,
-    so that a busy machine slows all of them alike.
+    The times exclude compilation and the initial linear fit. Epochs of different sizes alternate,
+    so that other load on the machine slows all of them equally.
 
     Args:
         axis: Name of the size, a key of `AXES`.
         sizes: Values of the size in ascending order.
-        repeats: Number of timed epochs for each value.
+        repeats: Number of timed epochs for each value of the size.
 
     Returns:
-        A dict of `sizes`; `seconds`, the median time of an epoch at each value; and `exponent`, the
-        exponent p of seconds ~ size^p between the two largest values.
+        A dict of `sizes`, the values of the size; `seconds`, the median time of an epoch at each
+        value; and `exponent`, the exponent p in seconds ~ size^p, from the two largest values.
     """
     with contextlib.ExitStack() as stack:
         fits = [stack.enter_context(training({**BASE, axis: size})) for size in sizes]
@@ -63,12 +63,14 @@ def growth(axis: str, sizes: tuple[int, ...], *, repeats: int = 3) -> dict[str, 
 def training(
     sizes: dict[str, int], density: sf.NSF | None = None, precision: str | None = None
 ) -> Iterator[Ensemble]:
-    """Provide an ensemble ready for training, on artificial features that depend on the parameters.
+    """Context manager that provides an ensemble ready for training on artificial data.
+
+    The features of the data depend on the parameters.
 
     Args:
-        sizes: Sizes, with the keys of `BASE`.
-        density: Density of the members, by default `sf.NSF()`.
-        precision: Precision of matrix products, as for `sf.Training(matmul_precision=...)`.
+        sizes: Sizes of the problem, with the keys of `BASE`.
+        density: Conditional density of the ensemble members, by default `sf.NSF()`.
+        precision: Precision of matrix products, as in `sf.Training(matmul_precision=...)`.
     """
     rows, dim, count = sizes["rows"], sizes["dim"], sizes["features"]
     y_key, map_key, noise_key = jax.random.split(jax.random.key(0), 3)
@@ -77,7 +79,7 @@ def training(
     features = mixed + jax.random.normal(noise_key, (rows, count))
     facts = Sizes((True,) * dim, jax.tree.structure(0), ((count,),))
     blueprint = Blueprint(density or sf.NSF(), None, facts)
-    # no member stops early, so that each epoch trains all of them
+    # no member stops early, so each epoch trains all members
     settings = sf.Training(batch_size=sizes["batch"], patience=10**6, matmul_precision=precision)
     data = TrainingData.of_rows(y, features)
     keys = FitKeys.of(jax.random.key(1))
@@ -86,14 +88,14 @@ def training(
 
 
 def markdown(grown: dict[str, dict[str, Any]]) -> list[str]:
-    """Format the results of `growth` by axis as a Markdown table; return its lines."""
+    """Format a Markdown table of the results of `growth` for several sizes; return its lines."""
     lines = [["", *_columns(grown)], ["---"] * 4]
     lines += [list(row) for row in zip(grown, *_columns(grown).values(), strict=True)]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def text(grown: dict[str, dict[str, Any]]) -> str:
-    """Format the results of `growth` by axis as a table for the terminal."""
+    """Format a table of the results of `growth` for several sizes, for the terminal."""
     return table(list(grown), _columns(grown))
 
 

@@ -1,4 +1,4 @@
-"""Profile of one training step by kind of kernel, and the time of its arithmetic alone.
+"""Profile of a training step: time by kind of kernel, and the minimum time of its arithmetic.
 
 Public names: `step_profile`, `rate`, `seconds`, `text`, `markdown`.
 """
@@ -26,27 +26,29 @@ KINDS = {
     "copies and slices": ("copy", "slice", "wrapped_", "bitcast_dynamic", "pad", "transpose"),
     "elementwise": ("fusion", "exponential", "select", "broadcast", "concatenate"),
 }
-"""Kinds of kernel and the parts of XLA's kernel names by which they are recognised.
+"""Kinds of kernel, each with text that identifies it in the kernel names of XLA.
 
-For the first two kinds these are prefixes of the name; for the others, any part of it.
+For the first two kinds, the kernel name must start with the text. For the other kinds, the text may
+occur anywhere in the name.
 """
 
 
 def step_profile(*, sizes: dict[str, int] = BASE, repeats: int = 5) -> dict[str, Any]:
-    """Profile a training step of the default estimator, and compute the minimum time of a step.
+    """Profile a training step of the default estimator, and compute its minimum time.
 
-    The minimum is the time of the matrix products, six operations for each weight and row, at the
-    rate that this machine reaches for a large matrix product.
+    The minimum time is that of the matrix products alone. A step needs six operations per weight
+    and simulation of the batch. Their rate is measured with a large matrix product on this machine.
 
     Args:
-        sizes: Sizes, with the keys of `growth.BASE`.
+        sizes: Sizes of the problem, with the keys of `growth.BASE`.
         repeats: Number of timed epochs.
 
     Returns:
-        A dict of `step_us`, the median time of a step; `kernels`, the number of kernels per step,
-        and `kernel_us`, their time by kind, in a profiled epoch (which is slower); `parameters`;
-        `operations` per step; `rate`, in operations per second; and `floor_us`, the minimum time.
-        Times are in microseconds.
+        A dict of `sizes`; `step_us`, the median time of a step; `kernels`, the number of kernels
+        per step; `kernel_us`, the time of the kernels per step by kind; `parameters`, the number of
+        weights; `operations`, the number of operations per step; `rate`, in operations per second;
+        and `floor_us`, the minimum time of a step. Times are in microseconds. `kernels` and
+        `kernel_us` come from a profiled epoch, which is slower than the timed epochs.
     """
     with training(sizes) as ensemble:
         rows = sizes["rows"] - ensemble.held_out.shape[1]
@@ -82,7 +84,7 @@ def markdown(profile: dict[str, Any]) -> list[str]:
 
 
 def text(profile: dict[str, Any]) -> str:
-    """Format the profile for the terminal: times by kind, the step, and its minimum time."""
+    """Format a table for the terminal: time by kind of kernel, time of a step, minimum time."""
     kinds = _ordered(profile)
     rows = table([kind for kind, _ in kinds], {"us per step": (f"{us:.0f}" for _, us in kinds)})
     return (
@@ -101,7 +103,7 @@ def rate(matrix: jax.Array, precision: str = "highest", repeats: int = 10) -> fl
 
 
 def seconds(work: Callable[[], Any], repeats: int) -> float:
-    """Measure the median time of a call, after a first call that is not counted."""
+    """Measure the median time of `repeats` calls in seconds, after an untimed first call."""
     return interleaved({"": work}, repeats, "profile")[""].median
 
 
@@ -110,9 +112,9 @@ def _ordered(profile: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 def _kind(name: str) -> str | None:
-    """Return the kind of a kernel by its name; None if the event is not a kernel."""
+    """Return the kind of kernel with this name, or None if the event has no known kind."""
     if " " in name or "::" in name or name.startswith(("while", "call", "conditional", "Pjit")):
-        return None  # an event that contains other kernels
+        return None  # this event contains other kernels, which have their own events
     for kind, parts in list(KINDS.items())[:2]:
         if name.startswith(parts):
             return kind
@@ -123,7 +125,10 @@ def _kind(name: str) -> str | None:
 
 
 def _profiled(work: Callable[[], Any]) -> Iterable[tuple[str, float]]:
-    """Profile a call; return name and microseconds of each event, on a GPU of each kernel."""
+    """Profile a call of `work`; return the name and the microseconds of each profiler event.
+
+    On a GPU, only the kernels are returned.
+    """
     options = jax.profiler.ProfileOptions()
     options.host_tracer_level, options.python_tracer_level = 3, 0
     with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +138,7 @@ def _profiled(work: Callable[[], Any]) -> Iterable[tuple[str, float]]:
         trace = json.loads(gzip.decompress(file.read_bytes()))
     events = trace["traceEvents"]
     named = [e for e in events if e.get("ph") == "M" and "name" in e.get("args", {})]
-    # the lines of a device named Stream hold its kernels; other lines repeat them
+    # each GPU has trace lines named "Stream" with its kernels; its other lines repeat these
     devices = {e["pid"] for e in named if e["args"]["name"].startswith("/device:GPU")}
     streams = {(e["pid"], e.get("tid")) for e in named if e["args"]["name"].startswith("Stream")}
     return [

@@ -1,4 +1,4 @@
-"""`python -m benchmarks speed`: times of training, of a calibration check, of a cold process.
+"""`python -m benchmarks speed`: times of training, of a calibration check, of a new process.
 
 Public names: `run`, `training_speed`, `check_speed`, `cold_process`, `large_fit`.
 """
@@ -58,7 +58,7 @@ def run(folder: Path) -> dict[str, Any]:
     """Carry out all measurements, print them, and write a record.
 
     Args:
-        folder: Folder of the record, which exists and is writable.
+        folder: Folder in which the record is written. It must exist and be writable.
 
     Returns:
         The record, also written as `speed-<time>.json`.
@@ -104,11 +104,12 @@ def run(folder: Path) -> dict[str, Any]:
 def training_speed(
     *, simulations: int = 10_000, epochs: int = 20, repeats: int = 5
 ) -> dict[str, Any]:
-    """Measure the training steps per second of a coupling spline flow on slcp, ours and flowjax's.
+    """Compare the training steps per second of this library and flowjax on the task slcp.
 
-    Both train one flow on the same data in the same coordinates, with the same batch size and
-    number of epochs. The times include the validation after each epoch and the overhead of each
-    library's `fit`, but no compilation. The repeats alternate, so that a busy machine slows both.
+    Both libraries train one coupling spline flow on the same data in the same coordinates, with the
+    same batch size and number of epochs. The times include the validation after each epoch and the
+    overhead of each library's `fit`, but not the compilation. The timed fits of the two libraries
+    alternate, so that other load on the machine slows both equally.
 
     Args:
         simulations: Number of simulations.
@@ -149,7 +150,7 @@ def training_speed(
     steps = epochs * (round((1 - HELD_OUT) * simulations) // BATCH)
     rates: dict[str, list[float]] = {name: [] for name in fits}
     for fit in fits.values():
-        fit()  # compiles
+        fit()  # the first fit compiles the program
     for _ in tqdm(range(repeats), desc="training speed"):
         for name, fit in fits.items():
             rates[name].append(steps / fit())
@@ -177,8 +178,8 @@ def check_speed(
         repeats: Number of timed calls after the first.
 
     Returns:
-        A dict of the sizes; `seconds`, the median time without compilation; and `first_seconds`,
-        the time of the first call with compilation.
+        A dict of the arguments; `seconds`, the median time without compilation; and
+        `first_seconds`, the time of the first call, which includes compilation.
     """
     task = two_moons()
     sims = sf.simulate(jax.random.key(0), task.prior, task.simulator, budget, progress=False)
@@ -207,14 +208,14 @@ def check_speed(
 def cold_process(budget: int = 10_000) -> dict[str, Any]:
     """Measure the time of a new Python process that simulates, fits and draws on two_moons.
 
-    All settings are the defaults, and the process draws 10,000 times. It uses no compilation cache,
-    even if the environment names one.
+    All settings are the defaults. The process draws 10,000 posterior samples. It does not use a
+    compilation cache, even if an environment variable sets one.
 
     Args:
         budget: Number of simulations.
 
     Returns:
-        A dict of `budget` and `seconds`.
+        A dict of `budget` and `seconds`, the time of the process.
     """
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     start = time.perf_counter()
@@ -233,8 +234,8 @@ def large_fit(budget: int = 1_000_000) -> dict[str, Any]:
         budget: Number of simulations.
 
     Returns:
-        A dict of `budget` and, in GiB, `data_gib`, the size of the simulations, `before_gib`, the
-        peak before the fit, and `peak_gib`, the peak after it.
+        A dict of `budget`, and of three numbers in GiB: `data_gib`, the size of the simulations;
+        `before_gib`, the peak memory before the fit; and `peak_gib`, the peak memory after it.
     """
     process = subprocess.run(
         [sys.executable, "-c", LARGE.format(budget=budget)],

@@ -28,9 +28,9 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def compile_seconds() -> float:
-    """Return the seconds spent on lowering and compiling programs since this module was imported.
+    """Return the seconds spent on lowering and compilation since the import of this module.
 
-    The times of threads that compile at the same time are added up.
+    If several threads compile at the same time, their times are added.
 
     Example:
         >>> before = compile_seconds()

@@ -1,4 +1,4 @@
-"""Estimators and histories as JSON data, for records.
+"""Conversion of estimators and training histories to JSON data, for the records.
 
 Public names: `describe`, `history_record`.
 """
@@ -14,7 +14,7 @@ from sbi_flows.estimators.stacking import StackHistory
 
 
 def describe(estimator: Estimator | methods.Distilling) -> dict[str, Any]:
-    """Return the estimator's settings as JSON data, for records."""
+    """Return the settings of an estimator as JSON data."""
     if isinstance(estimator, methods.Distilling):
         return {"method": "distil", "steps": estimator.steps, "of": describe(estimator.npe)}
     if isinstance(estimator, sf.Stack):
@@ -32,7 +32,7 @@ def describe(estimator: Estimator | methods.Distilling) -> dict[str, Any]:
 
 
 def history_record(history: FitHistory) -> dict[str, Any]:
-    """Return the course of a fit as JSON data, for records."""
+    """Return a training history as JSON data."""
     if isinstance(history, StackHistory):
         return {
             "shares": history.shares,

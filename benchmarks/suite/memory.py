@@ -1,4 +1,4 @@
-"""Memory of a long process: its peak, and its memory maps, which compiled programs use up.
+"""Peak memory of this process, and release of the memory maps of compiled programs.
 
 Public names: `drop_programs`, `forget_peak_memory`, `peak_memory_gib`.
 """
@@ -14,7 +14,7 @@ MAPS = Path("/proc/self/maps")
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 MAX_MEMORY_MAPS = 45_000
-"""Number of memory maps above which programs are dropped; Linux kills a process at 65,530."""
+"""Number of memory maps above which compiled programs are freed; the Linux limit is 65,530."""
 
 
 def drop_programs() -> None:
@@ -24,7 +24,7 @@ def drop_programs() -> None:
 
 
 def forget_peak_memory() -> None:
-    """Reset the peak memory to the present memory (Linux only; no effect elsewhere)."""
+    """Reset the peak memory to the current memory use. This has an effect only on Linux."""
     try:
         CLEAR_REFS.write_text("5")
     except OSError:
@@ -34,8 +34,8 @@ def forget_peak_memory() -> None:
 def peak_memory_gib() -> float | None:
     """Return the peak resident memory of this process in GiB.
 
-    On Linux, the peak counts from the last call of `forget_peak_memory`, and includes the memory
-    held at that call. On other POSIX systems it counts from the start. Elsewhere it is None.
+    On Linux, this is the peak since the last call of `forget_peak_memory`. On other POSIX systems,
+    it is the peak since the start of the process. On other systems, the result is None.
 
     Example:
         >>> 0.01 < peak_memory_gib() < 1000

@@ -1,4 +1,4 @@
-"""Named methods: functions from a task to an estimator, the same for every task.
+"""Inference methods by name. A method is a function that makes an estimator for a task.
 
 Public names: `METHODS`, `DEFAULT`, `Distilling`, `Estimator`, `get`.
 """
@@ -21,10 +21,10 @@ DEFAULT = "stack"
 
 @dataclasses.dataclass(frozen=True)
 class Distilling:
-    """Estimator that distils the posterior of a fitted diffusion or flow-matching NPE.
+    """Estimator that fits a diffusion or flow-matching NPE, and distils its posterior.
 
     Attributes:
-        npe: The estimator of the teacher.
+        npe: Estimator of the teacher, the posterior that is distilled.
         steps: Number of network evaluations per draw after distillation.
     """
 
@@ -39,7 +39,9 @@ class Distilling:
     def fit(
         self, key: Key, simulations: sf.Simulations, *, progress: bool = True
     ) -> tuple[sf.Posterior, sf.History]:
-        """Fit the teacher, distil it, and return the distilled posterior and the teacher's history.
+        """Fit the teacher and distil it.
+
+        Return the distilled posterior, and the training history of the teacher.
 
         The teacher is the posterior that `npe.fit` returns for the same key.
         """
@@ -90,10 +92,10 @@ METHODS: dict[str, Method] = {
 
 
 def get(name: str) -> Method:
-    """Return the method of this name.
+    """Return the method with the given name.
 
     Raises:
-        BadInput: No method has this name; the message lists the names.
+        BadInput: The name is unknown. The message lists the known names.
     """
     if name not in METHODS:
         raise BadInput(f"--methods: expected names out of {', '.join(METHODS)}; got {name}")

@@ -1,4 +1,4 @@
-"""Published C2ST values of other estimators, all with the classifier of `sf.c2st`.
+"""Published C2ST values of other estimators, all computed with the same classifier as `sf.c2st`.
 
 Public names: `Published`, `published`, `best_amortised`, `figure`.
 """
@@ -15,14 +15,14 @@ FILE = Path(__file__).with_name("published.csv")
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """Published mean C2ST over ten observations.
+    """Published C2ST of a method, averaged over ten observations.
 
     Attributes:
         task: Name of the task.
-        budget: Number of simulations; for each observation if the method is sequential.
-        method: NPE, NLE, NRE and their variants; a leading S marks sequential methods.
+        budget: Number of simulations. Sequential methods use this number for each observation.
+        method: Name of the method, such as NPE, NLE or NRE. A leading S marks sequential methods.
         c2st: Mean C2ST.
-        source: The publication.
+        source: Citation of the publication.
     """
 
     task: str
@@ -33,7 +33,7 @@ class Published:
 
     @property
     def is_amortised(self) -> bool:
-        """Whether one fit serves all observations."""
+        """Whether the method is amortised, that is, uses one fit for all observations."""
         return not self.method.startswith("S")
 
 
@@ -53,7 +53,7 @@ def published() -> tuple[Published, ...]:
 
 
 def best_amortised(task: str, budget: int) -> Published | None:
-    """Return the lowest published C2ST of an amortised method, or None if there is none.
+    """Return the amortised method with the lowest published C2ST, or None if none is published.
 
     Example:
         >>> best_amortised("two_moons", 10_000).c2st
@@ -64,7 +64,7 @@ def best_amortised(task: str, budget: int) -> Published | None:
 
 
 def figure(task: str, budget: int, method: str) -> float | None:
-    """Return the published C2ST of one method, or None if there is none.
+    """Return the published C2ST of one method, or None if no value is published.
 
     Example:
         >>> figure("two_moons", 1_000, "NPE")

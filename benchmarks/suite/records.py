@@ -1,4 +1,4 @@
-"""JSON records of results: the machine, the versions, the times, and their atomic writing.
+"""JSON records of results, with machine, library versions and times; atomic writing of files.
 
 This module does not import JAX, so that `python -m benchmarks --help` is fast.
 
@@ -42,15 +42,15 @@ PACKAGES = (
 
 
 class BadInput(ValueError):
-    """Error in the user's options or files, with a message of one line for the terminal."""
+    """Error in the user's options or files. The message is one line, printed on the terminal."""
 
 
 class Clock:
-    """Timer of the phases of a run: wall time and compilation time of each phase.
+    """Timer that measures wall time and compilation time of each phase of a run.
 
     Args:
-        log: Function of one string that is called with the time of each phase when it ends. By
-            default, the line goes to stderr.
+        log: Function that is called at the end of each phase with a line of text that states the
+            time of the phase. By default, the line is written to stderr.
 
     Attributes:
         seconds: Wall time of each phase.
@@ -72,7 +72,10 @@ class Clock:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Time a block of code; block until its JAX arrays are ready before it ends."""
+        """Context manager that times a block of code.
+
+        The block must wait until its JAX arrays are ready.
+        """
         from benchmarks.suite.compilation import compile_seconds  # it imports JAX
 
         start, start_compiled = time.perf_counter(), compile_seconds()
@@ -88,12 +91,14 @@ class Clock:
 
 
 def provenance() -> dict[str, Any]:
-    """Describe the machine, the versions and the time, without names of machine or user.
+    """Describe the machine, the library versions and the time.
+
+    The names of the machine and of the user are not included.
 
     Returns:
-        A dict of `schema`, `machine` (cores, architecture, memory, JAX device), `versions`,
-        `revision` (the git commit, with `+` if files differ from it; None outside a git checkout)
-        and `time` (UTC).
+        A dict of `schema`, the version of the record layout; `machine` (cores, architecture,
+        memory, JAX device); `versions`, the library versions; `revision`, the git commit, with `+`
+        if files differ from it, or None outside a git checkout; and `time` (UTC).
     """
     return {
         "schema": SCHEMA,
@@ -110,10 +115,11 @@ def now() -> str:
 
 
 def writable_folder(path: Path, option: str) -> Path:
-    """Create the folder if needed, check that files can be written to it, and return it.
+    """Create a folder if it does not exist, check that it is writable, and return it.
 
     Raises:
-        BadInput: The folder cannot be created or written to; the message names the option.
+        BadInput: The folder cannot be created or is not writable. The message names the
+            command-line option `option`.
     """
     from sbi_flows.core import checks  # it imports JAX
 
@@ -143,7 +149,7 @@ def write_json(path: Path, record: Mapping[str, Any]) -> Path:
 def plain(value: Any) -> Any:
     """Convert arrays, tuples and mappings to JSON types; NaN and infinity become None.
 
-    Other objects are left unchanged, so that `json.dumps` raises for them.
+    Other objects are returned unchanged; `json.dumps` then raises an error for them.
 
     Example:
         >>> import numpy as np
@@ -189,7 +195,7 @@ def _revision() -> str | None:
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")
-        # untracked modules are part of the code that runs
+        # count untracked files as changes, because untracked modules may run too
         changed += git("ls-files", "--others", "--exclude-standard", "--", "*.py")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):

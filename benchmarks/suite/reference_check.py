@@ -1,4 +1,4 @@
-"""`python -m benchmarks references --check DIR`: C2ST of our reference samplers on stored draws.
+"""`python -m benchmarks references --check DIR`: compare reference samplers with stored draws.
 
 Public names: `run`.
 """
@@ -25,12 +25,12 @@ from simulators.adapters.task import ReferenceFailed
 
 
 def run(folder: Path, tasks: tuple[str, ...], results: Path) -> Path:
-    """Compute the C2ST between our reference draws and those in the files `<task>.npz` of a folder.
+    """Compute the C2ST between draws of our reference samplers and draws stored in a folder.
 
     Args:
-        folder: Folder of the files, which hold arrays `x_1`, `posterior_1`, `x_2`, ...
-        tasks: Names of tasks; by default, all that have a file.
-        results: Folder of the record.
+        folder: Folder of files `<task>.npz`, each with arrays `x_1`, `posterior_1`, `x_2`, ...
+        tasks: Names of tasks; by default, all tasks that have a file.
+        results: Folder in which the record is written.
 
     Returns:
         The path of the record.

@@ -1,4 +1,4 @@
-"""`python -m benchmarks references`: draw the reference posteriors that need NUTS, and store them.
+"""`python -m benchmarks references`: draw reference posteriors with NUTS, and store the draws.
 
 Public names: `run`.
 """
@@ -22,17 +22,19 @@ DRAWS = 10_000
 
 
 def run(folder: Path, tasks: tuple[str, ...] = ()) -> int:
-    """Draw the reference posteriors that have no file yet; an interrupted call can be repeated.
+    """Draw and store the reference posteriors that have no file yet.
+
+    After an interruption, a new call continues with the missing files.
 
     Args:
-        folder: Folder of the files `<task>-<i>.npz`.
+        folder: Folder of the files `<task>-<i>.npz`, where i is the observation number.
         tasks: Names of tasks; by default, all tasks whose reference sampler is NUTS.
 
     Returns:
-        The number of reference posteriors that were drawn.
+        The number of reference posteriors drawn by this call.
 
     Raises:
-        BadInput: A task is unknown or has no stored references, or the folder is not writable.
+        BadInput: A task is unknown or does not use stored draws, or the folder is not writable.
     """
     chosen = [_task(name) for name in tasks or _stored_tasks()]
     folder = writable_folder(folder, "--folder")
@@ -45,7 +47,7 @@ def run(folder: Path, tasks: tuple[str, ...] = ()) -> int:
 
 
 def _stored_tasks() -> list[str]:
-    """Return the names of the tasks whose references are stored under their own name."""
+    """Return the names of the tasks whose reference draws are stored in files of the same name."""
     return [name for name in simulators.names() if simulators.get(name).stored_as == name]
 
 

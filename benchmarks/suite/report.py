@@ -1,4 +1,4 @@
-"""`python -m benchmarks report`: tables of finished runs and published values, Markdown and HTML.
+"""`python -m benchmarks report`: Markdown and HTML tables of finished runs and published values.
 
 Public names: `run`, `Cell`, `cells_of`, `summary`, `methods_table`, `parts_table`.
 """
@@ -26,7 +26,7 @@ from benchmarks.suite.scaling import PowerLaw, power_law
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """Runs of one task, method and budget with all seeds.
+    """All runs of one task, method and budget; the runs differ in their seeds.
 
     Attributes:
         task: Name of the task.
@@ -41,10 +41,10 @@ class Cell:
     records: tuple[dict[str, Any], ...]
 
     def mean(self, *path: str) -> float | None:
-        """Average a number over the records; None if it is missing in one of them.
+        """Return the mean of a number over the records, or None if it is missing in a record.
 
         Args:
-            path: Keys that lead to the number in the nested record.
+            path: Sequence of keys of the number in the nested dict of a record.
         """
         values = []
         for record in self.records:
@@ -56,16 +56,16 @@ class Cell:
 
     @property
     def standard_error(self) -> float | None:
-        """Standard error of the mean C2ST over observations; None for fewer than two values."""
+        """Standard error of the mean C2ST over observations, or None for fewer than two values."""
         values = np.array([record["c2st"]["values"] for record in self.records])
         count = values.shape[1]
         return float(values.mean(axis=0).std(ddof=1) / count**0.5) if count > 1 else None
 
     @property
     def least_predictive_p(self) -> float | None:
-        """Smallest predictive p-value of a run, median over runs; None if a run has none.
+        """Median over runs of the smallest posterior predictive p-value of each run.
 
-        The p-values are not corrected for their number.
+        None if a run has no p-values. There is no correction for multiple tests.
         """
         p_values = [
             [p for check in r.get("predictive", ()) for p in check.values()] for r in self.records
@@ -74,7 +74,7 @@ class Cell:
 
     @property
     def verdict(self) -> str:
-        """Verdict of the worst run: "calibrated", "conservative: ..." or the miscalibration."""
+        """Calibration verdict of the worst run, such as "calibrated" or "conservative: ..."."""
         checks = [record["check"] for record in self.records]
         worst = min(checks, key=lambda check: (check["calibrated"], check["conservative"]))
         if worst["calibrated"]:
@@ -84,11 +84,11 @@ class Cell:
 
 
 def run(results: Path, out: Path | None = None) -> Path:
-    """Write the report to `report.md` and `report.html`, which are self-contained.
+    """Write the report to the files `report.md` and `report.html`, which need no other files.
 
     Args:
         results: Folder of the records of `python -m benchmarks run`.
-        out: Folder of the report, by default that of the results.
+        out: Folder in which the report is written, by default `results`.
 
     Returns:
         The path of `report.html`.
@@ -110,7 +110,7 @@ def run(results: Path, out: Path | None = None) -> Path:
 
 
 def cells_of(records: Sequence[dict[str, Any]]) -> list[Cell]:
-    """Group records by task, method and budget, sorted in this order."""
+    """Group records by task, method and budget; sort the groups by the same three keys."""
     groups = defaultdict(list)
     for record in records:
         groups[record["task"], record["method"], record["budget"]].append(record)
@@ -119,7 +119,7 @@ def cells_of(records: Sequence[dict[str, Any]]) -> list[Cell]:
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
-    """Read all records of runs in a folder; name unreadable files on stderr."""
+    """Read all records of runs in a folder; print the names of unreadable files to stderr."""
     records = []
     for path in sorted(folder.glob("run-*.json")):
         try:
@@ -145,9 +145,10 @@ def _tables(cells: list[Cell]) -> dict[str, Table]:
 
 
 def summary(cells: list[Cell]) -> Table:
-    """Make a table with a row per task and method: C2ST and best published value at each budget.
+    """Make a table with a row per task and method.
 
-    The verdict is that of the largest budget.
+    The columns are the C2ST and the best published value at each budget, and the calibration
+    verdict at the largest budget.
     """
     budgets = sorted({cell.budget for cell in cells})
     columns = ["task", "method"]
@@ -190,7 +191,7 @@ def _accuracy(cells: list[Cell]) -> Table:
 def methods_table(cells: list[Cell]) -> Table:
     """Make a table with a row per task and budget and a column per method.
 
-    It has no rows if there is only one method.
+    The table is empty if there is only one method.
     """
     methods = sorted({cell.method for cell in cells})
     pairs = sorted({(cell.task, cell.budget) for cell in cells})
@@ -203,7 +204,7 @@ def methods_table(cells: list[Cell]) -> Table:
 
 
 def parts_table(cells: list[Cell]) -> Table:
-    """Make a table of the estimators of each stack: their losses and weights, and the mixture's."""
+    """Make a table of each stack: loss and weight of its estimators, and loss of the mixture."""
     stacks = [c for c in cells if all("shares" in r["history"] for r in c.records)]
     names = list(dict.fromkeys(name for c in stacks for name in _parts(c.records[0])))
     rows = []
@@ -220,7 +221,7 @@ def parts_table(cells: list[Cell]) -> Table:
 
 
 def _parts(record: dict[str, Any]) -> list[str]:
-    """Name the estimators of a stack by their densities, in order."""
+    """Return the names of the densities of a stack's estimators, in order."""
     estimators = record["estimator"]["estimators"]
     names = [e["density"].split("(")[0] + ", emulated" * bool(e["emulator"]) for e in estimators]
     return [f"{name} {i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
@@ -278,7 +279,7 @@ def _scaling(cells: list[Cell]) -> Table:
 
 
 def _laws(cells: list[Cell]) -> dict[str, PowerLaw | None]:
-    """Fit power laws to the C2ST (floor 0.5) and to the held-out loss (unknown floor)."""
+    """Fit power laws to the C2ST (with floor 0.5) and to the held-out loss (with fitted floor)."""
     runs = [(cell.budget, record) for cell in cells for record in cell.records]
     scores = [(n, r["c2st"]["mean"]) for n, r in runs if r["c2st"]["mean"] is not None]
     losses = [(n, r["held_out_loss"]) for n, r in runs if r["held_out_loss"] is not None]
@@ -290,7 +291,7 @@ def _law(pairs: list[tuple[int, float]], floor: float | None) -> PowerLaw | None
 
 
 def _notes(cells: list[Cell]) -> list[str]:
-    """Write the notes on machine, averages and published values."""
+    """Return the notes on the machine, the averages and the published values."""
     records = [record for cell in cells for record in cell.records]
     machines = {json.dumps(r["machine"], sort_keys=True) for r in records}
     descriptions = []
@@ -315,7 +316,7 @@ def _notes(cells: list[Cell]) -> list[str]:
 
 
 def _picture(cells: list[Cell]) -> bytes:
-    """Plot C2ST against the time of the fit, with a line per task and method; PNG data."""
+    """Plot C2ST against fit time, with a line per task and method; return the PNG data."""
     from matplotlib.figure import Figure
 
     from sbi_flows.plots.style import COLOURS, STYLES

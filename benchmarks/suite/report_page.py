@@ -1,4 +1,4 @@
-"""The report's tables as Markdown, and as one HTML page.
+"""Formatting of the report as Markdown and as one HTML page.
 
 Public names: `Table`, `markdown`, `page`.
 """

@@ -37,20 +37,23 @@ from simulators import ReferenceFailed, Task
 
 
 def run(settings: Settings, *, import_seconds: float = 0.0) -> list[dict[str, Any]]:
-    """Run every task with every method, budget and seed; write a record per run and print a table.
+    """Run every combination of task, method, budget and seed.
+
+    Write a record per run and print a table.
 
     Runs whose record exists are not repeated.
 
     Args:
         settings: Tasks, methods and sizes.
-        import_seconds: Time of the imports, for the records.
+        import_seconds: Time that Python took for the imports, which is written to the records.
 
     Returns:
         The records of all runs, including those of earlier calls.
 
     Raises:
-        BadInput: Before any run: the results folder is not writable or holds records of other
-            settings, or observations are missing. After all runs: one of them failed.
+        BadInput: The results folder is not writable or contains records made with other settings,
+            or observations are missing; this is checked before the first run. Or a run failed; this
+            is raised after all runs.
     """
     store = Store(writable_folder(settings.results, "--results"), settings.record())
     digests = {}
@@ -63,7 +66,7 @@ def run(settings: Settings, *, import_seconds: float = 0.0) -> list[dict[str, An
     pending = [run for run, record in records.items() if record is None]
     if len(pending) < len(records):
         print(f"{len(records) - len(pending)} runs are already finished", file=sys.stderr)
-    # the revision is read now: later commits do not change the code that this process runs
+    # read the git revision now, because later commits do not change the running code
     origin = {**provenance(), "jobs": settings.jobs, "import_seconds": import_seconds}
     failed: dict[Run, str] = {}
     bar = tqdm(total=len(pending), desc="runs", unit="run", disable=len(pending) < 2)
@@ -86,15 +89,15 @@ def run(settings: Settings, *, import_seconds: float = 0.0) -> list[dict[str, An
 def _results(
     pending: list[Run], settings: Settings, store: Store, origin: Mapping[str, Any]
 ) -> Iterator[tuple[Run, dict[str, Any] | str]]:
-    """Yield each finished run with its record, or with the reason of its failure.
+    """Yield each finished run with its record, or each failed run with the error message.
 
-    The runs happen in this process, or in several with `settings.jobs`.
+    The runs take place in this process, or in `settings.jobs` processes if there are several jobs.
     """
     run_and_store = partial(_run_and_store, settings, store, origin)
     if settings.jobs == 1:
         yield from ((run, run_and_store(run)) for run in pending)
         return
-    context = multiprocessing.get_context("spawn")  # JAX does not work after a fork
+    context = multiprocessing.get_context("spawn")  # JAX does not work in forked processes
     with ProcessPoolExecutor(settings.jobs, mp_context=context) as pool:
         futures = {pool.submit(run_and_store, run): run for run in pending}
         yield from ((futures[future], future.result()) for future in as_completed(futures))
@@ -103,7 +106,7 @@ def _results(
 def _run_and_store(
     settings: Settings, store: Store, origin: Mapping[str, Any], run: Run
 ) -> dict[str, Any] | str:
-    """Carry out a run and write its record; return the record, or the reason of a failure."""
+    """Carry out a run and write its record; return the record, or the message of an error."""
     print(str(run), file=sys.stderr, flush=True)
     drop_programs()
     forget_peak_memory()
@@ -123,13 +126,13 @@ def _run_and_store(
 def _required_fields(
     run: Run, digests: Mapping[str, Mapping[str, str]], settings: Settings
 ) -> dict[str, Any]:
-    """Return the fields, besides the settings, that a record of the run must have."""
+    """Return the fields that a record of the run must have in addition to the settings."""
     estimator = _estimator(run.method, settings.task(run.task))
     return {"estimator": describe(estimator), **digests[run.task]}
 
 
 def _digest(task: Task, observed: list[Obs], settings: Settings) -> dict[str, str]:
-    """Return a digest of the user's own observations; an empty dict for those of our tasks."""
+    """Return a hash of observations that the user supplied, or an empty dict for built-in ones."""
     if settings.observations_from is None and task.name in simulators.names():
         return {}
     digest = hashlib.sha256()
@@ -140,7 +143,7 @@ def _digest(task: Task, observed: list[Obs], settings: Settings) -> dict[str, st
 
 @cache
 def _estimator(method: str, task: Task) -> methods.Estimator:
-    # later seeds use the same estimator, so that its programs are compiled once
+    # all seeds share one estimator, so that its programs are compiled only once
     return methods.get(method)(task)
 
 
@@ -158,14 +161,14 @@ def run_one(
     Args:
         task: The task.
         estimator: The estimator.
-        budget: Number of simulations, failed ones included.
-        seed: Seed; the random numbers depend on it and on the budget.
+        budget: Number of simulations, including failed ones.
+        seed: Seed of the run. The random numbers depend on the seed and on the budget.
         observed: Observations at which the posterior is compared with the reference.
-        settings: Numbers of draws and data sets.
+        settings: Settings, used for the numbers of draws and data sets.
         clock: Clock that measures each phase.
 
     Returns:
-        The results, as the fields of a record.
+        The results: a dict of fields for the record.
     """
     root = jax.random.fold_in(jax.random.key(seed), budget)
     keys: dict[str, Key] = dict(zip(_PHASES, jax.random.split(root, len(_PHASES)), strict=True))
@@ -191,7 +194,7 @@ def run_one(
 
 
 _PHASES = ("simulate", "fit", "draw", "held-out", "reference", "check", "predictive")
-"""Phases that use random numbers."""
+"""Names of the phases that use random numbers."""
 
 
 def _scores(
@@ -237,7 +240,7 @@ def _scores(
 def _draws(
     key: Key, posterior: sf.Posterior, observed: list[Obs], n: int, clock: Clock
 ) -> list[jax.Array]:
-    """Draw n times at each observation; the phase "draw" includes the compilation."""
+    """Draw n times at each observation. The time of the phase "draw" includes compilation."""
     first_key, *other_keys = jax.random.split(key, len(observed))
     with clock("draw"):
         draws = [jax.block_until_ready(posterior.sample(first_key, observed[0], n))]
@@ -261,7 +264,7 @@ def _predictive(
 
 @contextmanager
 def _as_bad_input(task: Task) -> Iterator[None]:
-    """Convert any exception of a task's simulator to BadInput with a message of one line."""
+    """Context manager that converts exceptions of a task's simulator to a one-line BadInput."""
     try:
         yield
     except Exception as error:  # the user's simulator can raise anything
@@ -273,8 +276,8 @@ def observations_of(task: Task, settings: Settings) -> list[Obs]:
     """Return the observations of a task, or those in the folder `settings.observations_from`.
 
     Raises:
-        BadInput: The task's simulator fails, a file or an observation is missing, or an observation
-            has another shape than those of the task.
+        BadInput: The task's simulator fails, a file or an observation is missing, or the shape of
+            an observation differs from that of the task's observations.
     """
     count = min(settings.observations, task.num_observations)
     with _as_bad_input(task):
@@ -336,11 +339,12 @@ def references_of(
     """Draw from the exact posterior at each observation.
 
     Args:
-        key: Random key, used unless the observations are the task's own.
+        key: Random key. It is not used if `own` is True.
         task: The task.
         observed: The observations.
         n: Number of draws at each observation.
-        own: Whether the observations are the task's own, in order, so that stored draws serve.
+        own: Whether `observed` are the numbered observations of the task. Stored draws are then
+            used if they exist.
 
     Returns:
         Draws (n, D) for each observation; an empty list if the task has no exact sampler.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 CONFIDENCE_LEVEL = 0.9
-"""Confidence level of the exponent's interval."""
+"""Confidence level of the interval for the exponent."""
 
 EXPONENTS = np.geomspace(0.02, 3.0, 4_000)
 """Grid of exponents that the fit searches."""
@@ -25,8 +25,8 @@ class PowerLaw:
         floor: Limit of the score at large budgets.
         factor: Difference between score and floor at a budget of one simulation.
         exponent: Exponent of the decrease.
-        low: Lower end of the 90% interval of the exponent.
-        high: Upper end of the 90% interval of the exponent.
+        low: Lower end of the 90% confidence interval of the exponent.
+        high: Upper end of the 90% confidence interval of the exponent.
     """
 
     floor: float
@@ -36,7 +36,7 @@ class PowerLaw:
     high: float
 
     def at(self, budget: float) -> float:
-        """Return the score at a budget."""
+        """Return the score that the power law predicts at a budget."""
         return self.floor + self.factor * budget**-self.exponent
 
 
@@ -45,18 +45,19 @@ def power_law(
 ) -> PowerLaw | None:
     """Fit a power law to scores by least squares.
 
-    The interval of the exponent comes from the profile likelihood of Gaussian errors with one
-    unknown standard deviation.
+    The confidence interval of the exponent comes from the profile likelihood. The errors of the
+    scores are assumed to be Gaussian with the same unknown standard deviation.
 
     Args:
         budgets: Number of simulations of each run.
         scores: Score of each run; lower is better.
-        floor: Best possible score, such as 0.5 for a C2ST. If None, it is fitted too.
+        floor: Best possible score, such as 0.5 for a C2ST. If None, the floor is fitted as well.
 
     Returns:
-        The law. An end of its interval is 0 or infinity if the data do not bound it. The result is
-        None if there are too few runs or budgets for the number of parameters, if the scores do not
-        decrease, or if the best exponent lies at an end of the grid.
+        The power law. If the data do not bound the exponent from below or from above, `low` is 0 or
+        `high` is infinity. The result is None if there are too few runs or budgets to fit the
+        parameters, if the scores do not decrease, or if the best exponent lies at an end of the
+        grid `EXPONENTS`.
 
     Example:
         >>> law = power_law([1e3, 1e4, 1e5], [0.9, 0.7, 0.6], floor=0.5)
@@ -88,9 +89,9 @@ def power_law(
 def _at_exponents(
     n: np.ndarray, y: np.ndarray, floor: float | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Compute the sum of squared errors, floor and factor of the best law at each exponent."""
+    """For each exponent, fit floor and factor; return sums of squared errors, floors, factors."""
     powers = n[None] ** -EXPONENTS[:, None]
-    # a fitted floor is the intercept of a linear regression on the powers
+    # the score is linear in the power of the budget: the fitted floor is the intercept
     centre = powers.mean(axis=1) if floor is None else np.zeros(len(EXPONENTS))
     level = y.mean() if floor is None else floor
     centred = powers - centre[:, None]

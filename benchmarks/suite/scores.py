@@ -17,18 +17,19 @@ from sbi_flows.prior.maps import HALF_WIDTH
 from simulators import Task
 
 MAX_MMD_DRAWS = 2_000
-"""Maximum number of draws of each set in an MMD."""
+"""Maximum number of draws from each of the two sets in an MMD."""
 
 GRID_POINTS = {1: 4096, 2: 400}
-"""Grid points per dimension of an integral over one or two parameters."""
+"""Number of grid points per dimension, for integrals over one and over two parameters."""
 
 
 def mmd(reference: Any, samples: Any) -> float:
-    """Compute the unbiased estimate of the squared maximum mean discrepancy (MMD) of two sets.
+    """Compute the unbiased estimate of the squared maximum mean discrepancy (MMD).
 
-    Its expectation is 0 if both sets have the same distribution. Both are standardised by the mean
-    and standard deviation of the reference. The kernel is exp(-d^2 / m), where d is the distance
-    and m the median of d^2 between reference draws. At most 2,000 draws of each set are used.
+    Its expectation is 0 if the two sets of draws have the same distribution. Both sets are
+    standardised with the mean and standard deviation of the reference. The kernel is exp(-d^2 / m),
+    where d is the distance between two draws and m is the median of d^2 over pairs of reference
+    draws. At most 2,000 draws of each set are used.
 
     Args:
         reference: Draws of the reference posterior, shape (N, D).
@@ -60,10 +61,10 @@ def mmd(reference: Any, samples: Any) -> float:
 def normalisation(posterior: sf.Posterior, x: Obs, draws: Any) -> float | None:
     """Integrate the posterior's density over the parameters on a grid.
 
-    The grid is uniform in the prior's standard coordinates. It covers the bounding box of the draws
-    and half its width on each side, within the prior's support. The integral is below 1 if the
-    density has mass outside the grid, where there are no draws. Modes that are only a few grid
-    steps wide are not resolved, so that the integral has an error of its own.
+    The grid is uniform in the prior's standard coordinates. It covers the bounding box of the
+    draws, extended by half its width on each side, within the prior's support. The integral is
+    below 1 if the density has mass outside the grid, where there are no draws. The integral is
+    inaccurate if a mode is only a few grid steps wide.
 
     Args:
         posterior: The posterior.
@@ -71,8 +72,9 @@ def normalisation(posterior: sf.Posterior, x: Obs, draws: Any) -> float | None:
         draws: Draws of this posterior given x, shape (N, D).
 
     Returns:
-        The integral. None for more than two parameters, and for a posterior whose density needs an
-        ODE solve at each grid point, which would take many minutes.
+        The integral. The result is None for more than two parameters. It is also None for a
+        posterior whose density requires an ODE solve at each grid point, because the integral would
+        take many minutes.
     """
     prior = posterior.prior
     if prior.dim > 2 or prior.standard_dim != prior.dim or posterior.needs_ode:
@@ -94,6 +96,6 @@ def normalisation(posterior: sf.Posterior, x: Obs, draws: Any) -> float | None:
 
 
 def held_out_loss(key: Key, posterior: sf.Posterior, task: Task, n: int) -> float:
-    """Compute the mean negative log density at n new simulations, in nats."""
+    """Compute the mean negative log density of theta given x over n new simulations, in nats."""
     sims = sf.simulate(key, posterior.prior, task.simulator, n, progress=False).only_valid()
     return -float(jnp.mean(posterior.log_prob(sims.theta, sims.x)))

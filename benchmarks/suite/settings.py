@@ -1,4 +1,4 @@
-"""Settings of `python -m benchmarks run`, checked before any computation.
+"""Settings of `python -m benchmarks run`, which are checked before the computation starts.
 
 Public names: `Settings`, `own_task`.
 """
@@ -25,19 +25,19 @@ class Settings:
 
     Attributes:
         tasks: Names of the tasks.
-        simulator: The user's own task, as `package.module:name` or the name of an entry point.
+        simulator: A task of the user: `package.module:name`, or the name of an entry point.
         methods: Names of the methods.
         budgets: Numbers of simulations.
         seeds: Number of seeds; the seeds are 1, 2, ...
         observations: Maximum number of observations per task.
         observations_from: Folder of `<task>.npz` files whose arrays `x_1`, `x_2`, ... replace the
             task's observations.
-        draws: Number of draws of each set in a C2ST.
+        draws: Number of draws in each of the two sets of a C2ST.
         datasets: Number of simulated data sets in the calibration check.
-        check_draws: Number of posterior draws for each of these data sets.
+        check_draws: Number of posterior draws for each data set of the calibration check.
         held_out: Number of new simulations for the held-out negative log density.
-        results: Folder of the records.
-        jobs: Number of runs in parallel, each in its own process.
+        results: Folder in which the records are written.
+        jobs: Number of processes that carry out runs in parallel.
 
     Raises:
         BadInput: A task or method is unknown, or a number is too small.
@@ -85,18 +85,18 @@ class Settings:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all tasks; the user's own task is the last."""
+        """Names of all tasks. The task of the user, if any, is the last."""
         user_task = (own_task(self.simulator).name,) if self.simulator else ()
         return (*self.tasks, *user_task)
 
     def task(self, name: str) -> Task:
-        """Return the task of this name."""
+        """Return the task with this name."""
         if self.simulator and name not in self.tasks:
             return own_task(self.simulator)
         return simulators.get(name)
 
     def record(self) -> dict[str, Any]:
-        """Return the settings on which a single run depends, for its record."""
+        """Return the settings that affect the result of a run, as JSON data for its record."""
         names = ("observations", "draws", "datasets", "check_draws", "held_out")
         source = "given" if self.observations_from else "task"
         return {**{name: getattr(self, name) for name in names}, "observations_from": source}
@@ -104,7 +104,7 @@ class Settings:
 
 @cache
 def own_task(place: str) -> Task:
-    """Import the user's own task.
+    """Import a task that the user wrote.
 
     Args:
         place: `package.module:name` of a `Task` or of a function that returns one, or the name of
@@ -112,7 +112,8 @@ def own_task(place: str) -> Task:
 
     Raises:
         BadInput: The task cannot be imported, the object is not a `Task`, there is no such entry
-            point, or the task's name is that of a task of this package or not valid in a file name.
+            point, the task has the name of a built-in task, or its name is not valid in a file
+            name.
 
     Example:
         >>> own_task("simulators:two_moons")

@@ -1,4 +1,4 @@
-"""Folder of records, one file per run, in which finished runs are found again.
+"""Folder of records, with one JSON file per finished run.
 
 Public names: `Run`, `Store`.
 """
@@ -15,12 +15,12 @@ from typing import Any
 from benchmarks.suite.records import SCHEMA, BadInput, plain, write_json
 
 MAX_SHOWN_CHARACTERS = 60
-"""Maximum length of a value in an error message."""
+"""Maximum number of characters of a value in an error message."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Identity of a run: task, method, number of simulations and seed."""
+    """Identification of a run by task, method, budget (number of simulations) and seed."""
 
     task: str
     method: str
@@ -33,18 +33,18 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """Folder of records, all made with the same settings.
+    """Folder of records that were all made with the same settings.
 
     Attributes:
-        folder: The folder.
-        settings: Settings of the runs, such as numbers of draws.
+        folder: Path of the folder.
+        settings: Settings that all runs share, such as the number of draws.
     """
 
     folder: Path
     settings: Mapping[str, Any]
 
     def path(self, run: Run) -> Path:
-        """Return the path of a run's file.
+        """Return the path of the file for a run.
 
         Example:
             >>> Store(Path("results"), {}).path(Run("slcp", "npe", 1000, 1)).name
@@ -55,18 +55,18 @@ class Store:
     def find(self, run: Run, required: Mapping[str, Any]) -> dict[str, Any] | None:
         """Read the record of a finished run.
 
-        An unreadable file is renamed to end in `.corrupt`, with a message on stderr.
+        If the file is unreadable, rename it to end in `.corrupt` and print a message to stderr.
 
         Args:
             run: The run.
-            required: Further fields that the record must have, with their values.
+            required: Fields and values that the record must contain in addition to the settings.
 
         Returns:
             The record, or None if there is no readable file.
 
         Raises:
-            BadInput: The record was made with other settings or has other values of `required`. Its
-                file is kept.
+            BadInput: The record was made with other settings, or its fields differ from `required`.
+                The file is not changed.
         """
         path = self.path(run)
         if not path.exists():
@@ -93,20 +93,20 @@ class Store:
         return record
 
     def write(self, run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the record of a finished run atomically, and return it as `find` would."""
+        """Write the record of a finished run atomically; return the record as `find` reads it."""
         full = {**record, "kind": "run", **dataclasses.asdict(run), "settings": self.settings}
         write_json(self.path(run), full)
         return plain(full)
 
 
 def _shortened(value: Any) -> str:
-    """Convert a value to text, and cut long text."""
+    """Convert a value to text of limited length."""
     text = str(value)
     return text if len(text) < MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
 
 
 def _read(path: Path, run: Run) -> dict[str, Any] | None:
-    """Read a file; None if it is not a record of this run."""
+    """Read the record in a file; return None if it is not a record of this run."""
     try:
         record = json.loads(path.read_text())
         is_record = record["schema"] == SCHEMA and isinstance(record["settings"], dict)

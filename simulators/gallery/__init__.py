@@ -1,4 +1,4 @@
 """Models with real observations: lynx and hare, influenza in a school, eight schools.
 
-Import their constructors, such as `lynx_hare`, from the package `simulators`.
+Import the functions that make them, such as `lynx_hare`, from the package `simulators`.
 """

@@ -1,4 +1,4 @@
-"""Eight schools: a hierarchical model of eight parallel experiments, with their real results.
+"""Eight schools: a hierarchical model of coaching effects in eight schools, with real data.
 
 Public names: `eight_schools`.
 """
@@ -28,11 +28,11 @@ CITATION = (
 
 @cache
 def eight_schools() -> NumpyroTask:
-    """Make the eight schools task: a normal hierarchy, with known standard errors.
+    """Make the eight schools task: a hierarchical normal model with known standard errors.
 
-    mean ~ N(0, 5), spread ~ HalfNormal(10), effect_i = mean + spread * standardised_i with
-    standardised_i ~ N(0, 1), and y_i ~ N(effect_i, error_i). Second arguments are standard
-    deviations.
+    The priors are mean ~ N(0, 5), spread ~ HalfNormal(10) and standardised_i ~ N(0, 1). The effect
+    in school i is effect_i = mean + spread * standardised_i, and its estimate is
+    y_i ~ N(effect_i, error_i). The second argument of N is the standard deviation.
 
     Returns:
         The task: theta of shape (10,) (`mean`, `spread` and eight entries of `standardised`), x of

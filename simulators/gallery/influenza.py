@@ -24,17 +24,18 @@ from simulators.adapters.task import Task
 BOYS = 763
 DAYS = 14
 STEPS_PER_DAY = 12
-"""Time steps per day of the stochastic model."""
+"""Number of time steps per day in the stochastic model."""
 
 STAGES = 4
-"""Shape of the gamma distribution of the time in bed, and number of its stages in the ODE.
+"""Shape parameter of the gamma distribution of the time in bed.
 
-With one stage (an exponential distribution) many boys would get up within hours and some would
-stay in bed for weeks, which the counts exclude.
+This is also the number of stages in bed in the ODE. With one stage, the distribution would be
+exponential: many boys would get up within hours, and some would stay in bed for weeks. The counts
+exclude this.
 """
 
 COUNTS = np.array([3, 8, 26, 76, 225, 298, 258, 233, 189, 128, 68, 29, 14, 4])
-"""Number of boys in bed on each of 14 days."""
+"""Observed number of boys in bed on each of 14 days."""
 
 CITATION = "Anonymous 1978, Influenza in a boarding school, British Medical Journal 1:587 (data)"
 
@@ -57,8 +58,8 @@ def prior() -> dict[str, dist.Distribution]:
 def boys_in_bed(seed: int, theta: Mapping[str, Any]) -> np.ndarray:
     """Simulate the number of boys in bed on each day, shape (14,).
 
-    Infections and onsets of illness are binomial draws in each time step; the times in bed are
-    gamma draws.
+    In each time step, the numbers of infections and of boys who fall ill are binomial draws. The
+    times in bed are gamma draws.
 
     Args:
         seed: Seed of the random numbers.
@@ -89,15 +90,15 @@ def influenza() -> Task:
     """Make the influenza task: a stochastic epidemic in a closed school of 763 boys.
 
     The observation is the number of boys in bed on each of 14 days. An infected boy is infectious
-    for `before` days on average. Then he falls ill and stays in bed for `in_bed` days on average,
-    with a gamma distribution of shape 4. One infectious boy in a susceptible school infects `r0`
-    others on average. About `first` boys are infectious one day before the first count. Priors: r0
-    ~ LogNormal(log 3, .5), before ~ LogNormal(0, .5), in_bed ~ LogNormal(log 3, .4), first ~
-    LogNormal(log 3, .7).
+    for `before` days on average. Then he falls ill and stays in bed for `in_bed` days on average.
+    The time in bed has a gamma distribution of shape 4. If all other boys are susceptible, an
+    infectious boy infects `r0` boys on average. About `first` boys are infectious one day before
+    the first count. Priors: r0 ~ LogNormal(log 3, .5), before ~ LogNormal(0, .5), in_bed ~
+    LogNormal(log 3, .4), first ~ LogNormal(log 3, .7).
 
     Returns:
-        The task: four named parameters, x of shape (14,), integers. The simulator is a NumPy
-        function that runs in worker processes. There is no reference sampler.
+        The task: four named parameters, and x of shape (14,) with integer entries. The simulator is
+        a NumPy function that runs in worker processes. There is no reference sampler.
 
     References:
         British Medical Journal 1978, 1:587.
@@ -121,8 +122,8 @@ def influenza_ode() -> NumpyroTask:
     """Make the influenza task with an ODE and negative binomial counts, as a numpyro model.
 
     Returns:
-        The task: the parameters of `influenza` and `concentration`, that of the negative binomial
-        distribution; x of shape (14,). The reference sampler is NUTS.
+        The task: the parameters of `influenza`, and `concentration`, the concentration parameter of
+        the negative binomial distribution; x of shape (14,). The reference sampler is NUTS.
 
     References:
         British Medical Journal 1978, 1:587.
@@ -145,7 +146,9 @@ def _model(counts: Array | None = None) -> None:
 
 
 def expected_in_bed(theta: Mapping[str, Array]) -> Array:
-    """Solve the ODE for the expected number of boys in bed, shape (14,); NaN if the solve fails.
+    """Solve the ODE for the expected number of boys in bed on each day, shape (14,).
+
+    The result is NaN if the solver fails.
 
     Example:
         >>> theta = {"r0": 4.0, "before": 1.0, "in_bed": 2.0, "first": 3.0}
@@ -161,7 +164,7 @@ def expected_in_bed(theta: Mapping[str, Array]) -> Array:
 
 
 def _field(time: Any, state: Array, theta: Mapping[str, Array]) -> Array:
-    """Compute the rates of change of the susceptible, the infectious, and each stage in bed."""
+    """Compute the rates of change: susceptible boys, infectious boys, boys in each stage in bed."""
     susceptible, infectious, in_bed = state[0], state[1], state[2:]
     infections = theta["r0"] / theta["before"] * susceptible * infectious / BOYS
     onsets = infectious / theta["before"]

@@ -1,4 +1,4 @@
-"""Lynx and hare: Lotka-Volterra and the pelts counted by the Hudson's Bay Company, 1900-1920."""
+"""Lynx and hare: Lotka-Volterra model of the pelt counts of the Hudson's Bay Company, 1900-1920."""
 
 from __future__ import annotations
 
@@ -51,26 +51,27 @@ CITATION = (
 
 @cache
 def lynx_hare() -> Task:
-    """Make the lynx and hare task: Lotka-Volterra with log-normal noise and 21 years of real data.
+    """Make the lynx and hare task: a Lotka-Volterra model with log-normal noise, and real data.
 
-    With hare u and lynx v in thousands,
+    The populations of hare, u, and lynx, v, in thousands, follow
 
-        du/dt = (alpha - beta v) u,    dv/dt = (-gamma + delta u) v,    (u, v)(0) = z0,
+        du/dt = (alpha - beta v) u,    dv/dt = (-gamma + delta u) v,    (u, v)(0) = z0.
 
-    and every count is LogNormal(log u(t), sigma[0]) or LogNormal(log v(t), sigma[1]). Priors:
-    alpha, gamma ~ N(1, .5) and beta, delta ~ N(.05, .05), all truncated to positive values;
-    sigma ~ LogNormal(-1, 1); z0 ~ LogNormal(log 10, 1). Second arguments are standard deviations.
-    In numbered notation alpha, beta, gamma, delta are theta_1, ..., theta_4.
+    The hare count of a year is LogNormal(log u(t), sigma[0]), and the lynx count is
+    LogNormal(log v(t), sigma[1]). Priors: alpha, gamma ~ N(1, .5) and beta, delta ~ N(.05, .05),
+    all truncated to positive values; sigma ~ LogNormal(-1, 1); z0 ~ LogNormal(log 10, 1). The
+    second arguments are standard deviations. In numbered notation alpha, beta, gamma, delta are
+    theta_1, ..., theta_4.
 
-    The observation is the LOG count, shape (21, 2). Over the prior, log counts range from about
-    -370 to 70; most counts would underflow in float32. If the solver reaches its step limit, the
-    simulation is NaN, that is, invalid.
+    The observation is the LOG of the counts, shape (21, 2). Under the prior, log counts range from
+    about -370 to 70, so most counts would underflow in float32. If the solver reaches its step
+    limit, the simulation is NaN, which marks it as invalid.
 
     Returns:
         The task: theta named `alpha` (hare growth, 1/year), `beta` (predation, per thousand lynx
         and year), `gamma` (lynx decline, 1/year), `delta` (lynx growth, per thousand hares and
-        year), `sigma` (2,) and `z0` (2,), hare first; x of shape (21, 2), log thousands. The
-        reference sampler is NUTS on the same likelihood; it takes about a minute.
+        year), `sigma` (2,) and `z0` (2,), hare first; x of shape (21, 2), the log of the counts in
+        thousands. The reference sampler is NUTS with the same likelihood. It takes about a minute.
 
     References:
         Hewitt 1921 (data); Carpenter 2018, Stan case studies 5 (model and prior).

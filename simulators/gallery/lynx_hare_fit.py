@@ -1,8 +1,8 @@
 """Least-squares fit of the lynx-and-hare model, used as summary statistics of the counts.
 
-A network finds it hard to infer the phases and amplitudes of two coupled series; a fit of the
-equations finds it easy. The fit may be inaccurate: the posterior is conditioned on it and on the
-counts, and learns the errors.
+A neural network infers the phases and amplitudes of two coupled time series with difficulty. A
+least-squares fit of the differential equations infers them easily. The fit may be inaccurate: the
+posterior is conditioned on the fit and on the counts, and its network learns the errors of the fit.
 
 Public names: `with_fit`, `least_squares_fit`.
 
@@ -30,14 +30,14 @@ CENTRE = (-0.1, -3.1, -0.1, -3.1, math.log(10.0), math.log(10.0))
 SPREAD = (0.6, 0.9, 0.6, 0.9, 1.0, 1.0)
 """Approximate prior mean and standard deviation of log alpha, beta, gamma, delta and z0.
 
-They define a Gaussian penalty in the fit.
+They define a Gaussian penalty in the least-squares fit.
 """
 
 _MAX_LOG_COUNT = 30.0
-"""Log counts are clipped to this magnitude; under the prior, some populations explode."""
+"""Log counts are clipped to this absolute value, because some populations diverge."""
 
 _VARIANCE_PRIOR = 0.04
-"""Squared residual of one additional pseudo-count, which keeps the noise variances positive."""
+"""Squared residual of an added pseudo-count, which keeps the noise variances positive."""
 
 
 def with_fit(log_counts: Array) -> dict[str, Array]:
@@ -64,8 +64,8 @@ def least_squares_fit(log_counts: Array) -> Array:
 
     Returns:
         Array of shape (14,): the logs of alpha, beta, gamma, delta, z0[0], z0[1]; the log standard
-        deviations of the residuals of both species; the log standard errors of the first six. All
-        are NaN if a count is NaN.
+        deviations of the residuals of hare and lynx; the log standard errors of the first six
+        entries. All entries are NaN if a count is NaN.
 
     Example:
         >>> from simulators import lynx_hare
@@ -83,7 +83,7 @@ def least_squares_fit(log_counts: Array) -> Array:
         curved = point.hessian + damping * jnp.diag(jnp.diagonal(point.hessian))
         step = jax.scipy.linalg.solve(curved, point.gradient, assume_a="pos")
         new = _linearise(point.q - jnp.clip(step, -1.0, 1.0), data)
-        better = new.loss < point.loss  # false for a loss that is not finite
+        better = new.loss < point.loss  # False if the new loss is not finite
         point = jax.tree.map(lambda a, b: jnp.where(better, a, b), new, point)
         return (point, jnp.where(better, 0.3 * damping, jnp.minimum(4 * damping, 1e4))), None
 
@@ -91,13 +91,13 @@ def least_squares_fit(log_counts: Array) -> Array:
     variance = jnp.diagonal(jnp.linalg.inv(point.hessian))
     errors = 0.5 * jnp.log(jnp.maximum(variance, 1e-8))
     fit = jnp.concatenate([point.q, 0.5 * jnp.log(point.sigma2), errors])
-    # A fit that reached no finite point returns zeros.
+    # If no point of the fit has a finite loss, return zeros.
     fit = jnp.where(jnp.isfinite(fit), fit, 0.0)
     return jnp.where(jnp.all(jnp.isfinite(log_counts)), fit, jnp.nan)
 
 
 class _Point(NamedTuple):
-    """Parameters (6,), residual variances (2,), and the loss at them with its derivatives."""
+    """Point of the fit: parameters q (6,), residual variances (2,), loss and its derivatives."""
 
     q: Array
     sigma2: Array
@@ -109,8 +109,8 @@ class _Point(NamedTuple):
 def _linearise(q: Array, data: Array) -> _Point:
     """Compute the loss at parameters q (6,) with its gradient and Gauss-Newton Hessian.
 
-    The loss is the negative log of the likelihood, maximised over the noise variances, times a
-    Gaussian prior.
+    The loss is the negative log of the product of the likelihood and a Gaussian prior. The
+    likelihood is maximised over the noise variances.
     """
     centre, spread = jnp.asarray(CENTRE), jnp.asarray(SPREAD)
     solution, tangent_map = jax.linearize(_solve, q)
@@ -148,7 +148,7 @@ def _solve(q: Array) -> Array:
 
 
 def _from_slopes(data: Array) -> Array:
-    """Estimate the parameters by regressing yearly slopes of one log series on the other series."""
+    """Estimate the parameters by regressing the slopes of each log series on the other series."""
     level = jnp.exp(jnp.clip(data, -5.0, 6.0))
     middle, slope = (level[1:] + level[:-1]) / 2, jnp.diff(jnp.clip(data, -8.0, 8.0), axis=0)
     hare = _regress(middle[:, 1], slope[:, 0])
@@ -158,7 +158,10 @@ def _from_slopes(data: Array) -> Array:
 
 
 def _regress(level: Array, slope: Array) -> Array:
-    """Fit slope = rate - interaction * level by ridge regression; return the logs of both."""
+    """Fit slope = rate - interaction * level by ridge regression.
+
+    Return the logs of rate and interaction.
+    """
     design = jnp.stack([jnp.ones_like(level), -level], axis=-1)
     weights, centre = jnp.array([1.2, 120.0]), jnp.array([1.0, 0.05])
     gram = design.T @ design + jnp.diag(weights)

@@ -21,12 +21,12 @@ from simulators.tasks.lotka_volterra import vector_field as vector_field
 
 YEARS = 21
 TOLERANCE = 3e-6
-"""Relative and absolute tolerance in log populations; errors over the prior are below 0.01."""
+"""Relative and absolute tolerance of log populations; under the prior, errors are below 0.01."""
 MAX_STEPS = 512
 
 
 def prior() -> dict[str, dist.Distribution]:
-    """Return the prior of each parameter, by name; `sigma` and `z0` have the hare's entry first.
+    """Return the prior of each parameter, by name. In `sigma` and `z0`, the hare comes first.
 
     Example:
         >>> list(prior())
@@ -52,18 +52,19 @@ def solve(
 ) -> Array:
     """Solve for the log populations of hare and lynx after 0, 1, ..., 20 years.
 
-    The equations for the log populations are du/dt = alpha - beta exp(v) and dv/dt = -gamma +
-    delta exp(u). Populations as small as exp(-300) do not underflow. The eigenvalues are imaginary,
-    so that an explicit solver (Tsit5) is stable with moderate steps.
+    The log populations u and v satisfy du/dt = alpha - beta exp(v) and dv/dt = -gamma + delta
+    exp(u). With logarithms, populations as small as exp(-300) do not underflow. The eigenvalues of
+    the linearised equations are imaginary, so an explicit solver (Tsit5) is stable with moderate
+    steps.
 
     Args:
         theta: Scalars `alpha`, `beta`, `gamma`, `delta`, and `z0` (2,); other entries are ignored.
         tolerance: Relative and absolute tolerance of the step-size control.
-        max_steps: Maximum number of steps, rejected steps included.
+        max_steps: Maximum number of steps, including rejected steps.
 
     Returns:
-        Log thousands, shape (21, 2). All are NaN if `max_steps` is reached. They are differentiable
-        in forward mode (`jax.jvp`, `jax.jacfwd`).
+        Logs of the populations in thousands, shape (21, 2). All entries are NaN if the solver
+        reaches `max_steps`. The result is differentiable in forward mode (`jax.jvp`, `jax.jacfwd`).
 
     Example:
         >>> import jax.numpy as jnp
@@ -83,9 +84,9 @@ def solve(
 
 
 def numpyro_model(log_counts: Array | None = None) -> None:
-    """Define the model for numpyro: the sites of `prior`, and `log_counts` of shape (21, 2).
+    """Define the numpyro model with the sample sites of `prior` and the site `log_counts` (21, 2).
 
-    Samplers must differentiate in forward mode, as `nuts` does.
+    A sampler must use forward-mode differentiation, as the function `nuts` does.
 
     Example:
         >>> import jax
@@ -100,16 +101,16 @@ def numpyro_model(log_counts: Array | None = None) -> None:
 
 
 def nuts(key: Key, log_counts: Array, *, warmup: int = 150, draws: int = 1000) -> MCMC:
-    """Run NUTS on the model; arguments and result are those of `simulators.mcmc.nuts`.
+    """Run NUTS on the model. See `simulators.mcmc.nuts` for the arguments and the result.
 
     Raises:
-        ValueError: The log counts are not finite or have another shape than (21, 2).
+        ValueError: The log counts are not finite, or their shape is not (21, 2).
     """
     return mcmc.nuts(key, numpyro_model, as_log_counts(log_counts), warmup=warmup, draws=draws)
 
 
 def as_log_counts(log_counts: Any) -> Array:
-    """Convert log counts to an array; raise ValueError unless they are finite, shape (21, 2)."""
+    """Convert log counts to an array; raise ValueError unless finite and of shape (21, 2)."""
     log_counts = jnp.asarray(log_counts, jnp.result_type(float))
     if log_counts.shape != (YEARS, 2):
         raise ValueError(f"log_counts: expected shape ({YEARS}, 2), got {log_counts.shape}")

@@ -1,4 +1,4 @@
-"""Standard benchmark tasks of simulation-based inference, one file each.
+"""Standard benchmark tasks of simulation-based inference, one file per task.
 
-Import their constructors, such as `two_moons`, from the package `simulators`.
+Import the functions that make them, such as `two_moons`, from the package `simulators`.
 """

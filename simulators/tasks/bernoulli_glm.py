@@ -1,4 +1,4 @@
-"""Bernoulli GLM: a neuron's stimulus filter from ten statistics of its spikes or the raw train."""
+"""Bernoulli GLM: stimulus filter of a neuron from its spike train or from ten statistics of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from simulators.adapters import mcmc
 from simulators.adapters.task import Task
 
 BINS = 100
-"""Number of time bins."""
+"""Number of time bins of a spike train."""
 FILTER_LENGTH = 9
 STIMULUS_SEED = 42
 
@@ -30,12 +30,13 @@ CITATION = (
 
 @cache
 def bernoulli_glm() -> Task:
-    """Make the Bernoulli GLM task: offset and filter from ten sufficient statistics of 100 bins.
+    """Make the Bernoulli GLM task, observed through ten sufficient statistics of the spike train.
 
-    Bin t holds a spike, y_t = 1, with probability sigmoid((X theta)_t). Row t of X holds 1 and the
-    last nine values of a fixed white-noise stimulus. The observation is X' y. The priors are
-    theta_0 ~ N(0, 2) and theta_1:9 ~ N(0, (F'F)^-1), where 2 is a variance, F = D^2 +
-    diag(sqrt(i / 9)) and D takes first differences, so that filters are smooth.
+    The parameters are an offset and a stimulus filter. Time bin t of 100 holds a spike, y_t = 1,
+    with probability sigmoid((X theta)_t). Row t of X holds 1 and the last nine values of a fixed
+    white-noise stimulus. The observation is X' y. The priors are theta_0 ~ N(0, 2) and
+    theta_1:9 ~ N(0, (F'F)^-1). Here 2 is a variance, F = D^2 + diag(sqrt(i / 9)), and D takes first
+    differences, so that the prior favours smooth filters.
 
     Returns:
         The task: theta of shape (10,), x of shape (10,). The reference sampler is NUTS.
@@ -63,7 +64,7 @@ def bernoulli_glm_raw() -> Task:
 
     Returns:
         The task: theta of shape (10,), as in `bernoulli_glm`; x of shape (100,), floats 0 and 1.
-        The posterior is that of `bernoulli_glm` given the statistics of the train.
+        The posterior is equal to that of `bernoulli_glm` given the statistics of the spike train.
 
     References:
         Lueckmann et al. 2021, arXiv:2101.04653, task T.6.

@@ -1,4 +1,4 @@
-"""Gaussian linear: a Gaussian prior and Gaussian noise in ten dimensions, a conjugate pair."""
+"""Gaussian linear: a conjugate Gaussian prior and Gaussian noise in ten dimensions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from simulators.adapters.task import Task
 
 DIM = 10
 VARIANCE = 0.1
-"""Variance of each entry of the prior, and of the noise."""
+"""Variance of the prior and of the noise, in each dimension."""
 
 CITATION = (
     "Lueckmann et al. 2021, Benchmarking Simulation-Based Inference, arXiv:2101.04653, task T.1"
@@ -26,7 +26,7 @@ CITATION = (
 def gaussian_linear() -> Task:
     """Make the Gaussian linear task: theta ~ N(0, .1 I) in ten dimensions, x ~ N(theta, .1 I).
 
-    The posterior is N(x / 2, .05 I) (.1 and .05 are variances).
+    The posterior is N(x / 2, .05 I). The numbers .1 and .05 are variances.
 
     Returns:
         The task: theta of shape (10,), x of shape (10,).

@@ -24,7 +24,7 @@ CITATION = (
 def gaussian_linear_uniform() -> Task:
     """Make the Gaussian linear uniform task: theta ~ U(-1, 1)^10, x ~ N(theta, .1 I).
 
-    The posterior is N(x, .1 I) truncated to the box (.1 is the variance).
+    The posterior is N(x, .1 I) truncated to the box (-1, 1)^10. The number .1 is a variance.
 
     Returns:
         The task: theta of shape (10,), x of shape (10,).

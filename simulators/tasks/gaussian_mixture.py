@@ -1,4 +1,4 @@
-"""Gaussian mixture: the common mean of a wide and a narrow Gaussian."""
+"""Gaussian mixture: infer the common mean of a wide and a narrow Gaussian."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from simulators.adapters.sampling import log_interval_mass, truncated_normal
 from simulators.adapters.task import Task
 
 SCALES = (1.0, 0.1)
-"""Standard deviations of the two components."""
+"""Standard deviations of the two components of the mixture."""
 
 CITATION = (
     "Sisson et al. 2007, Sequential Monte Carlo without likelihoods; as in Lueckmann et al. 2021, "
@@ -26,8 +26,8 @@ CITATION = (
 def gaussian_mixture() -> Task:
     """Make the Gaussian mixture task: x ~ N(theta, I) / 2 + N(theta, .01 I) / 2.
 
-    The prior is U(-10, 10)^2. The posterior is the same mixture around x, truncated to the box
-    (.01 is the variance).
+    The prior is U(-10, 10)^2. The posterior is the same mixture centred at x, truncated to the box
+    (-10, 10)^2. The number .01 is a variance.
 
     Returns:
         The task: theta of shape (2,), x of shape (2,).
@@ -63,7 +63,7 @@ def _sample_reference(key: Key, x: Array, n: int) -> Array:
         truncated_normal(k, x, scale, -10.0, 10.0, n)
         for k, scale in zip((wide_key, narrow_key), SCALES, strict=True)
     )
-    # Near an edge, the box cuts off more of the wide component, which lowers its weight.
+    # Near an edge, the box cuts off more of the wide component and so lowers its weight.
     mass = jnp.stack([jnp.sum(log_interval_mass(x, scale, -10.0, 10.0)) for scale in SCALES])
     is_narrow = jax.random.categorical(component_key, mass, shape=(n, 1)) == 1
     return jnp.where(is_narrow, narrow, wide)

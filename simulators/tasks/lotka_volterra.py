@@ -1,4 +1,4 @@
-"""Lotka-Volterra: ten counts of predators and prey, with little noise."""
+"""Lotka-Volterra: infer four rates from ten counts of prey and predators with little noise."""
 
 from __future__ import annotations
 
@@ -36,17 +36,18 @@ CITATION = (
 def lotka_volterra() -> Task:
     """Make the Lotka-Volterra task: four rates from ten counts of prey and predators.
 
-    With prey u and predators v, (u, v)(0) = (30, 1),
+    The numbers of prey, u, and predators, v, start at (u, v)(0) = (30, 1) and follow
 
-        du/dt = alpha u - beta u v,    dv/dt = -gamma v + delta u v,
+        du/dt = alpha u - beta u v,    dv/dt = -gamma v + delta u v.
 
-    and at t = 0, 2.1, ..., 18.9 each count is LogNormal(log u(t), .1), u clipped to [1e-10, 1e4].
-    Priors: alpha, gamma ~ LogNormal(-.125, .5), beta, delta ~ LogNormal(-3, .5).
+    At t = 0, 2.1, ..., 18.9, the prey count is LogNormal(log u(t), .1), where u is clipped to
+    [1e-10, 1e4]; the same holds for the predators with v. Priors: alpha, gamma ~
+    LogNormal(-.125, .5), beta, delta ~ LogNormal(-3, .5).
 
     Returns:
         The task: theta named `alpha`, `beta`, `gamma`, `delta` (1/time), x of shape (20,): ten
-        counts of the prey, then ten of the predators. The reference sampler is NUTS on the same
-        likelihood.
+        counts of the prey, then ten counts of the predators. The reference sampler is NUTS with the
+        same likelihood.
 
     References:
         Lotka 1920, PNAS 6; Lueckmann et al. 2021, arXiv:2101.04653, task T.10.
@@ -71,7 +72,7 @@ def _prior() -> dict[str, dist.Distribution]:
 
 
 def log_populations(theta: dict[str, Array]) -> Array:
-    """Compute the log of the clipped populations, shape (20,): ten of the prey, ten of predators.
+    """Compute the logs of the clipped populations, shape (20,): ten for prey, ten for predators.
 
     Example:
         >>> import jax.numpy as jnp
@@ -95,12 +96,12 @@ def log_populations(theta: dict[str, Array]) -> Array:
 def vector_field(t: Any, y: Array, theta: Mapping[str, Array]) -> Array:
     """Compute the rates of change of the log populations, shape (2,), prey first.
 
-    Populations are clipped at exp(40). A trial step can overshoot to log populations of thousands;
-    an infinite rate would make the error estimate NaN and stall the step-size control, whereas a
-    large finite rate makes the controller reject the step.
+    Populations are clipped at exp(40), because a trial step can reach log populations of thousands.
+    An infinite rate would make the error estimate NaN, and the step-size control would stall. With
+    a large finite rate, the step-size control rejects the step.
 
     Args:
-        t: Time, which is not used.
+        t: Time. The rates do not depend on it.
         y: Log populations, shape (2,), prey first.
         theta: The rates `alpha`, `beta`, `gamma`, `delta`; see `lotka_volterra`.
     """

@@ -1,4 +1,4 @@
-"""SIR: an epidemic in a closed population, observed by tests of a thousand people."""
+"""SIR: an epidemic in a closed population, observed by repeated tests of a thousand people."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TESTED = 1000
 INTERVAL = 17.0
 TIMES = 10
 TOLERANCE = 1e-6
-"""Tolerance of the solver, in the susceptible fraction and the log infected fraction."""
+"""Tolerance of the solver for the susceptible fraction and the log of the infected fraction."""
 MAX_STEPS = 1024
 
 CITATION = (
@@ -34,16 +34,18 @@ CITATION = (
 def sir() -> Task:
     """Make the SIR task: contact and recovery rates from ten surveys of an epidemic.
 
-    With S + I + R = N = 10^6, I(0) = 1 and R(0) = 0,
+    The numbers of susceptible, infected and recovered people satisfy S + I + R = N = 10^6. With
+    I(0) = 1 and R(0) = 0, they follow
 
-        dS/dt = -beta S I / N,    dI/dt = beta S I / N - gamma I,
+        dS/dt = -beta S I / N,    dI/dt = beta S I / N - gamma I.
 
-    and at t = 0, 17, ..., 153 days x ~ Binomial(1000, I(t) / N). Priors: beta ~ LogNormal(log .4,
-    .5), gamma ~ LogNormal(log .125, .2); the second argument is the logarithm's standard deviation.
+    At t = 0, 17, ..., 153 days, the observation is x ~ Binomial(1000, I(t) / N). Priors: beta ~
+    LogNormal(log .4, .5), gamma ~ LogNormal(log .125, .2). The second argument is the standard
+    deviation of the logarithm.
 
     Returns:
         The task: theta named `beta` and `gamma` (1/day), x of shape (10,), counts as floats. The
-        reference sampler is NUTS on the same likelihood.
+        reference sampler is NUTS with the same likelihood.
 
     References:
         Kermack and McKendrick 1927, Proc. R. Soc. Lond. A 115; Lueckmann et al. 2021,
@@ -71,10 +73,11 @@ def _prior() -> dict[str, dist.Distribution]:
 
 
 def log_infected(theta: dict[str, Array]) -> Array:
-    """Compute the log infected fraction of the population at the ten times, shape (10,).
+    """Compute the log of the infected fraction at the ten times of the surveys, shape (10,).
 
-    The ODE is solved for the logarithm, whose rate is beta S / N - gamma: the relative error is
-    then the same for small and large fractions.
+    The ODE is solved for the log of the infected fraction, whose time derivative is
+    beta S / N - gamma. The relative error of the fraction is then similar for small and large
+    fractions.
 
     Example:
         >>> import jax.numpy as jnp

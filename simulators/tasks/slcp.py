@@ -1,4 +1,4 @@
-"""SLCP (simple likelihood, complex posterior): a Gaussian's mean and covariance from four points.
+"""SLCP (simple likelihood, complex posterior): mean and covariance of a Gaussian from four points.
 
 The posterior has four symmetric modes.
 """
@@ -20,17 +20,17 @@ from simulators.adapters.sampling import rejection
 from simulators.adapters.task import Task
 
 BOUND = 3.0
-"""The prior is uniform on (-3, 3) in each dimension."""
+"""Upper bound of the prior, which is uniform on (-3, 3) in each dimension."""
 JITTER = 1e-6
-"""Variance added to both coordinates."""
+"""Variance that is added to both variances of the covariance matrix."""
 POINTS = 4
-"""Number of independent points in the plane in one observation."""
+"""Number of independent points (x, y) in one observation."""
 DEGREES = 2.5
 """Degrees of freedom of the inverse-Wishart proposal for the covariance."""
 MIN_VARIANCE_RATIO = 300.0
-"""The jitter affects the posterior if a sample variance is below this multiple of it."""
+"""The jitter affects the posterior if a sample variance is below this multiple of the jitter."""
 METROPOLIS_STEPS = 1000
-"""Number of Metropolis steps in that case."""
+"""Number of Metropolis steps per draw if the jitter affects the posterior."""
 
 CITATION = (
     "Papamakarios et al. 2019, Sequential Neural Likelihood, arXiv:1805.07226; as in Lueckmann et "
@@ -39,7 +39,10 @@ CITATION = (
 
 
 class Covariance(NamedTuple):
-    """Covariance matrix (2, 2), with its determinant computed separately to avoid cancellation."""
+    """Entries and determinant of a 2x2 covariance matrix.
+
+    The determinant is computed separately to avoid cancellation.
+    """
 
     xx: Array
     xy: Array
@@ -49,12 +52,12 @@ class Covariance(NamedTuple):
 
 @cache
 def slcp() -> Task:
-    """Make the SLCP task: four points in the plane from one Gaussian.
+    """Make the SLCP task: infer mean and covariance of a Gaussian from four points in the plane.
 
     The prior is U(-3, 3)^5. The mean is (theta_1, theta_2), the standard deviations are s_1 =
-    theta_3^2 and s_2 = theta_4^2, and the correlation is tanh theta_5; 1e-6 is added to both
-    variances. The observation is (x_1, y_1, ..., x_4, y_4). The likelihood does not depend on the
-    signs of theta_3 and theta_4.
+    theta_3^2 and s_2 = theta_4^2, and the correlation is tanh theta_5. The number 1e-6 (jitter) is
+    added to both variances. The observation is (x_1, y_1, ..., x_4, y_4). The likelihood does not
+    depend on the signs of theta_3 and theta_4.
 
     Returns:
         The task: theta of shape (5,), x of shape (8,).
@@ -114,11 +117,12 @@ def _covariance(theta: Array) -> Covariance:
 def _sample_reference(key: Key, x: Array, n: int) -> Array:
     """Draw from the posterior by rejection, and correct for the jitter by Metropolis steps.
 
-    Without the jitter, and with the mean integrated out, the posterior of the covariance T in
-    coordinates (theta_3, theta_4, theta_5) is an inverse-Wishart with 2.5 degrees of freedom times
-    (1 - rho^2)^(1/4), which serves as the acceptance probability. Given T, the mean is
-    N(xbar, T / 4). Draws outside the box are rejected. If the points scatter so little that the
-    jitter matters, each draw is the start of a Metropolis chain of its own.
+    The proposal ignores the jitter. The prior is uniform in (theta_3, theta_4, theta_5). With the
+    mean integrated out, the posterior density of the covariance T is then an inverse-Wishart
+    density with 2.5 degrees of freedom, times (1 - rho^2)^(1/4), where rho is the correlation. The
+    inverse-Wishart is the proposal, and the factor is the acceptance probability. Given T, the mean
+    is N(xbar, T / 4). Draws outside the prior's box are rejected. If the points scatter so little
+    that the jitter matters, a Metropolis chain starts from each draw.
     """
     x = jnp.asarray(x, jnp.result_type(float))
     start_key, refine_key, sign_key = jax.random.split(key, 3)
@@ -126,14 +130,14 @@ def _sample_reference(key: Key, x: Array, n: int) -> Array:
     scatter = jnp.var(jnp.reshape(x, (POINTS, 2)), axis=0)
     steps = jnp.where(jnp.min(scatter) < MIN_VARIANCE_RATIO * JITTER, METROPOLIS_STEPS, 0)
     theta = _refine(refine_key, theta, x, steps)
-    # |theta_3| and |theta_4| were sampled; the likelihood does not depend on the signs
+    # the draws are |theta_3| and |theta_4|; the likelihood does not depend on their signs
     signs = jax.random.rademacher(sign_key, (n, 2), theta.dtype)
     return theta.at[:, 2:4].set(jnp.abs(theta[:, 2:4]) * signs)
 
 
 @full_precision
 def _propose(key: Key, x: Array, m: int) -> tuple[Array, Array]:
-    """Propose m draws with positive theta_3 and theta_4, shape (m, 5), and decide on each."""
+    """Propose draws (m, 5) with positive theta_3 and theta_4; return them and acceptances (m,)."""
     covariance_key, mean_key, uniform_key = jax.random.split(key, 3)
     points = jnp.reshape(x, (POINTS, 2))
     centre = jnp.mean(points, axis=0)
@@ -150,10 +154,10 @@ def _propose(key: Key, x: Array, m: int) -> tuple[Array, Array]:
 
 
 def _inverse_wishart(key: Key, centred: Array, n: int) -> tuple[Array, Array]:
-    """Draw covariances F F' from the inverse-Wishart with the scatter matrix of centred points.
+    """Draw n covariances F F' from the inverse-Wishart with the scatter matrix of centred points.
 
-    The Wishart matrix is W = B B' (Bartlett's decomposition), and F = L B'^-1 where L L' is the
-    scatter matrix.
+    A standard Wishart matrix is W = B B' (Bartlett's decomposition). Then F = L B'^-1, where L L'
+    is the scatter matrix.
 
     Returns:
         F, shape (n, 2, 2), and the determinants of F F', shape (n,).
@@ -172,7 +176,7 @@ def _inverse_wishart(key: Key, centred: Array, n: int) -> tuple[Array, Array]:
 
 
 def _refine(key: Key, theta: Array, x: Array, steps: Array) -> Array:
-    """Run a random-walk Metropolis chain of many step scales from each of the draws (n, 5)."""
+    """Run a random-walk Metropolis chain from each draw (n, 5), with random step sizes."""
     n, dim = theta.shape
     spread = jnp.std(theta, axis=0)
 

@@ -1,4 +1,4 @@
-"""SLCP with distractors: its eight numbers among 92 that carry no information."""
+"""SLCP with distractors: the eight numbers of SLCP, mixed with 92 uninformative numbers."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ CITATION = (
 
 
 class Distractors(NamedTuple):
-    """Fixed parameters of the distractors.
+    """Fixed parameters of the distractors, the 92 uninformative numbers of an observation.
 
     Attributes:
         locations: Centres of the mixture's components, shape (20, 92).
         scales: Lower triangular factors of the components' scale matrices, shape (20, 92, 92).
-        order: Permutation, shape (100,): entry i of the observation is entry order[i] of the eight
-            informative numbers followed by the noise.
+        order: Permutation of an observation, shape (100,). Before the permutation, the eight
+            informative numbers come first and the 92 distractors follow. Entry i of the observation
+            is entry order[i] of this array.
     """
 
     locations: np.ndarray
@@ -45,12 +46,12 @@ class Distractors(NamedTuple):
 def slcp_distractors() -> Task:
     """Make the SLCP task with 92 uninformative dimensions, in a fixed random order.
 
-    The noise is an equal mixture of 20 multivariate t distributions with two degrees of freedom.
-    Its tails are so heavy that its variance is infinite.
+    The 92 numbers are drawn from a mixture, with equal weights, of 20 multivariate t distributions
+    with two degrees of freedom. The variance of this mixture is infinite.
 
     Returns:
-        The task: theta of shape (5,), x of shape (100,). The posterior is that of `slcp` given the
-        eight informative entries.
+        The task: theta of shape (5,), x of shape (100,). The posterior is equal to that of `slcp`
+        given the eight informative entries.
 
     References:
         Greenberg et al. 2019, arXiv:1905.07488; Lueckmann et al. 2021, arXiv:2101.04653, task T.4.
@@ -79,7 +80,7 @@ def slcp_distractors() -> Task:
 
 @cache
 def distractors() -> Distractors:
-    """Draw the distractors' fixed parameters from the seed of the published task.
+    """Draw the fixed parameters of the distractors, with the seed of the published task.
 
     Example:
         >>> distractors().scales.shape

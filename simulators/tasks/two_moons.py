@@ -1,4 +1,4 @@
-"""Two moons: crescent-shaped noise in two dimensions; the posterior is two mirrored crescents."""
+"""Two moons: a two-dimensional task whose posterior consists of two mirrored crescents."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CITATION = (
 def two_moons() -> Task:
     """Make the two moons task.
 
-    The prior is U(-1, 1)^2. With a ~ U(-pi/2, pi/2) and r ~ N(.1, .01^2),
+    The prior is U(-1, 1)^2. With a ~ U(-pi/2, pi/2) and r ~ N(.1, .01^2), the observation is
 
         x = (r cos a + .25 - |theta_1 + theta_2| / sqrt 2, r sin a + (theta_2 - theta_1) / sqrt 2).
 
@@ -67,7 +67,7 @@ def _crescent(key: Key, shape: tuple[int, ...]) -> Array:
 
 @partial(jax.jit, static_argnums=2)
 def _sample_reference(key: Key, x: Array, n: int) -> Array:
-    """Draw the noise and solve for theta; theta_1 + theta_2 has a random sign."""
+    """Draw the noise and solve for theta, with a random sign of theta_1 + theta_2."""
     x = jnp.asarray(x, jnp.result_type(float))
 
     def propose(key: Key) -> tuple[Array, Array]:
@@ -76,7 +76,7 @@ def _sample_reference(key: Key, x: Array, n: int) -> Array:
         magnitude, across = noise[:, 0] + 0.25 - x[0], x[1] - noise[:, 1]
         along = magnitude * jax.random.rademacher(sign_key, (n,), x.dtype)
         theta = jnp.stack([along - across, along + across], axis=-1) / math.sqrt(2)
-        # |theta_1 + theta_2| / sqrt 2 cannot be negative: such noise is impossible given x
+        # reject noise that would make |theta_1 + theta_2| / sqrt 2 negative
         return theta, (magnitude >= 0) & jnp.all(jnp.abs(theta) <= 1, axis=-1)
 
     return rejection(key, propose, n)
