@@ -112,7 +112,7 @@ def _ordered(profile: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 def _kind(name: str) -> str | None:
-    """Return the kind of kernel with this name, or None if the event has no known kind."""
+    """Return the kind of the kernel with this name; None if it is of no known kind or no kernel."""
     if " " in name or "::" in name or name.startswith(("while", "call", "conditional", "Pjit")):
         return None  # this event contains other kernels, which have their own events
     for kind, parts in list(KINDS.items())[:2]:

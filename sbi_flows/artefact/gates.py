@@ -25,7 +25,11 @@ _PREFIX = "typicality"
 
 
 def encode(typicality: Typicality | None, tensors: Tensors) -> int:
-    """Add the arrays of a gate to the tensors; return its number of spaces, or 0 for no gate."""
+    """Add the arrays of a gate to `tensors`, the arrays to be saved.
+
+    Returns:
+        Number of spaces in which the gate compares observations with simulations; 0 for no gate.
+    """
     if typicality is None:
         return 0
     tensors |= {f"{_PREFIX}/{name}": array for name, array in typicality.to_arrays().items()}

@@ -151,8 +151,8 @@ class _Moments(NamedTuple):
         c_mean: Mean of the features, shape (C,).
         values: Eigenvalues of the covariance of the features, shape (C,).
         vectors: Eigenvectors of the same covariance, shape (C, C).
-        products: Covariance of the features, in the basis of eigenvectors, and the standard
-            coordinates, shape (C, d).
+        products: Covariances between the features, projected on the eigenvectors, and the
+            standard coordinates, shape (C, d).
     """
 
     y_mean: Array

@@ -88,8 +88,8 @@ class Typicality:
     def unusual(self, features: Any, level: float = 0.05) -> np.ndarray:
         """Return whether each feature is unusual, bool of shape (B, C).
 
-        A feature is unusual if it is more extreme than the most extreme feature of a fraction
-        1 - `level` of the simulations.
+        A feature is unusual if it is more extreme than a limit. The limit is set so that at most
+        a fraction `level` of the reference rows has any unusual feature.
         """
         space = self.spaces[0]
         z = space.standard(features)

@@ -101,7 +101,7 @@ class ComposedPosterior(Derived):
         return False
 
     def credible_levels(self, key: Key, theta: Any, x: Obs) -> np.ndarray:
-        """Raise ValueError, because credible regions are those of highest density."""
+        """Raise ValueError: the only credible regions here are those of highest density."""
         raise ValueError("posterior: expected one with credible regions of its own")
 
     def is_single(self, x: Obs) -> bool:

@@ -145,7 +145,7 @@ class IntervalMap:
         return HALF_WIDTH * (2.0 * _inside(self._base.cdf(theta)) - 1.0)
 
     def log_det(self, y: Array, theta: Array) -> Array:
-        """Compute the uniform's log density at y minus the prior's log density at theta."""
+        """Compute the log density of the uniform distribution of y minus the prior's at theta."""
         return -math.log(2 * HALF_WIDTH) - self._base.log_prob(theta)
 
 

@@ -185,7 +185,7 @@ def _seal(document: str, arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def _listed(before: str, values: Mapping[str, Any], names: list[str]) -> str:
-    """Return the values of these names as text; empty unless all of them are strings."""
+    """Return `before` and "name=value" for each name; empty unless all the values are strings."""
     if not all(isinstance(values.get(name), str) for name in names):
         return ""
     return before + ", ".join(f"{name}={values[name]}" for name in names)

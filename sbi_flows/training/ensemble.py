@@ -64,8 +64,8 @@ class Ensemble:
         members: Number of members M.
 
     Attributes:
-        best: Best weights so far and their validation losses, one `Best` for each group. The tuple
-            is replaced after each epoch.
+        best: Best weights so far and their validation losses, one `Best` for each group of members
+            that one program trains. The tuple is replaced after each epoch.
         held_out: Row numbers of the validation rows of each member, shape (M, V).
         offsets: Terms that are added to losses, to give negative log densities in the units of
             theta: mean over the training rows (M,), and the term of each validation row (M, V).
@@ -346,7 +346,7 @@ def _joined(arrays: Iterable[Array]) -> np.ndarray:
 
 
 def _like(old: Array, values: np.ndarray) -> Array:
-    """Copy values to an array of the same kind as `old`; programs may reuse its memory."""
+    """Copy values to an array of the same kind as `old`; programs may overwrite the copy."""
     return from_numeric(old, jax.device_put(values, may_alias=False))
 
 

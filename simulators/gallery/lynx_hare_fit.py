@@ -160,7 +160,8 @@ def _from_slopes(data: Array) -> Array:
 def _regress(level: Array, slope: Array) -> Array:
     """Fit slope = rate - interaction * level by ridge regression.
 
-    Return the logs of rate and interaction.
+    `slope` is that of the log series of one species, with reversed sign for the lynx; `level` is
+    the population of the other species. Return the logs of rate and interaction.
     """
     design = jnp.stack([jnp.ones_like(level), -level], axis=-1)
     weights, centre = jnp.array([1.2, 120.0]), jnp.array([1.0, 0.05])
