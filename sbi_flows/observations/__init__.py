@@ -1,4 +1,4 @@
 """The observations package: batches, standardisation, screening, quantised data, typicality test.
 
-Code outside this folder imports from the folder's files directly.
+Other packages of the library import from the modules of this package.
 """

@@ -36,12 +36,13 @@ class Misspecification:
         tests: P-value of each test, by name. The statistics of the tests are: the most extreme
             entry; the largest residual of an entry from its prediction by the other entries; the
             Mahalanobis distance and the maximum mean discrepancy (MMD) of the observation; and, if
-            there is an embedding, the last two for the embedding's output.
+            there is an embedding, the Mahalanobis distance and the MMD of the embedding's output.
         labels: Names of the C entries of the flattened observation.
         off: Names of the unusual entries, most extreme first. An entry is unusual if it is more
-            extreme than the most extreme entry of about a fraction 1 - `level` of the simulations.
-        z: Entries in standard deviations from the mean of the simulations, shape (C,). If the data
-            are positive and skewed, their logarithms are used; values beyond three are compressed.
+            extreme than a limit. At most about a fraction `level` of the simulations has any entry
+            beyond its limit.
+        z: Entries in standard deviations from the mean of the simulations, shape (C,). Positive,
+            skewed data are replaced by their logarithms first. Values beyond three are compressed.
         entry_p: Two-sided tail probability of each entry among the simulations, shape (C,).
         conditional_z: Residual of each entry from its linear prediction by the other entries, in
             units of the prediction's standard error, shape (C,).
@@ -138,8 +139,8 @@ class Anomalies:
     Attributes:
         p_value: P-value as in `Misspecification`, shape (B,), at least 1 / (R + 1) for R reference
             simulations.
-        score: Largest of the test statistics after scaling, shape (B,). Each statistic is scaled so
-            that the median of the simulations is 0 and their 95% quantile is 1. The score orders
+        score: Largest of the scaled test statistics, shape (B,). Each statistic is scaled so that
+            in the simulations its median is 0 and its 95% quantile is 1. The score orders
             observations that have equal p-values; it has no upper limit.
         tests: P-value of each test, by name, shape (B,).
     """

@@ -17,19 +17,19 @@ from jax import Array
 from sbi_flows.core.typing import Key
 
 MAX_STEPS = 2**16
-"""Maximum range in steps. In a larger range, rounding errors make any numbers look like a grid."""
+"""Maximum range of a grid in steps; beyond it, rounding makes any numbers look like a grid."""
 
 ATOM = 0.01
-"""Minimum fraction of rows equal to the lowest (highest) value for it to count as a limit."""
+"""The lowest (highest) value is a limit if at least this fraction of the rows is equal to it."""
 
 
 class Grid(NamedTuple):
-    """Grid of values origin + k * step (k an integer) of each column; arrays of shape (C,).
+    """Grid of each column: values origin + k * step for integers k. All arrays have shape (C,).
 
     Attributes:
         step: Distance between values; zero for a continuous column, infinite for a constant one.
         origin: Lowest value in the column.
-        low: Lower limit. It is the lowest value if many rows are equal to it; otherwise the first
+        low: Lower limit: the lowest value if many rows are equal to it; otherwise the first
             non-negative grid value if no value is negative; otherwise -inf.
         high: Upper limit: the highest value if many rows are equal to it, otherwise inf.
     """

@@ -32,8 +32,8 @@ def dependent_features(theta: Any, features: Any, rate: float) -> np.ndarray:
         theta: Parameters, shape (N, d).
         features: Flat observations, shape (N, C).
         rate: False discovery rate: expected fraction of the selected features that are in fact
-            independent of all parameters. It holds approximately, for large N and if the tests are
-            not strongly negatively dependent.
+            independent of all parameters. The rate is approximately right if N is large and the
+            tests are not strongly negatively dependent.
 
     Returns:
         True for each feature that depends on a parameter, bool of shape (C,).
@@ -74,7 +74,7 @@ def _p_values(theta: np.ndarray, features: np.ndarray) -> np.ndarray:
 
 
 def _scores(column: np.ndarray) -> np.ndarray:
-    """Compute uncorrelated polynomials of the ranks with mean 0 and variance 1, shape (N, k).
+    """Compute k uncorrelated polynomials of the ranks, with mean 0 and variance 1, shape (N, k).
 
     k is at most `DEGREE`. It is smaller for a column with few distinct values: 1 for two values, 0
     for a constant column.

@@ -59,7 +59,7 @@ class Space:
         return (np.asarray(values, float) - self.moments.center) / self.moments.scale
 
     def errors(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Compute the Mahalanobis distances and prediction residuals of z (B, C), from `standard`.
+        """Compute Mahalanobis distances and prediction residuals of z (B, C), made by `standard`.
 
         Returns:
             Squared Mahalanobis distances, shape (B,), and residuals, shape (B, C). A residual is
@@ -75,18 +75,18 @@ class Space:
         return distance, np.round(solved / self._root_precision, 4)
 
     def discrepancy(self, z: np.ndarray) -> np.ndarray:
-        """Compute the squared maximum mean discrepancy (B,) between each of z (B, C) and the rows.
+        """Compute the squared maximum mean discrepancy (B,) between each row of z and `rows`.
 
-        Terms that are the same for every observation are left out. What remains is minus twice the
-        mean of the kernel between the observation and each row. The kernel is a sum of rational
-        quadratic kernels of several widths.
+        Terms that are the same for every observation are left out. The result is minus twice the
+        kernel between the observation and a row, averaged over `rows`. The kernel is a sum of
+        rational quadratic kernels of several widths.
         """
         squares = squared_distances(z, self.rows[:MAX_CENTRES]) / self._width
         kernels = sum(1.0 / (1.0 + squares / scale) for scale in SCALES)
         return -2.0 * np.mean(np.asarray(kernels), axis=1)
 
     def marginal_scores(self, z: np.ndarray) -> np.ndarray:
-        """Return the normal scores (B, C) of z (B, C): ranks among the rows as normal quantiles."""
+        """Return the ranks of z (B, C) among `rows` as normal quantiles, shape (B, C)."""
         return normal_scores(self._ordered, z)
 
     def conditional_scores(self, errors: np.ndarray) -> np.ndarray:
@@ -147,9 +147,14 @@ def fit_space(fitted: np.ndarray, kept: np.ndarray, floor: np.ndarray) -> Space:
 
 
 def _shrunk(variances: np.ndarray, directions: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Shrink variances (K,) towards their mean; return them with the orthogonal one, (K + 1,).
+    """Shrink variances (K,) along the principal directions towards their mean.
 
-    The shrinkage weight in `RIDGES` is the one with the largest likelihood of the rows `others`.
+    The shrinkage weight is chosen from `RIDGES`: the one for which the rows `others` have the
+    largest likelihood.
+
+    Returns:
+        The shrunk variances, followed by the variance orthogonal to the principal directions, shape
+        (K + 1,).
     """
     count, width = directions.shape
     mean = max(float(np.sum(variances)) / width, 1e-12)
@@ -169,8 +174,8 @@ def _shrunk(variances: np.ndarray, directions: np.ndarray, others: np.ndarray) -
 def normal_scores(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Return the normal quantiles of the ranks of values (B, C) among sorted rows (m, C).
 
-    A tied value gets the middle of the tied ranks. If a value lies outside the range of the rows,
-    its distance from the range is added to the score.
+    A value that equals several rows gets the middle of their ranks. Beyond the largest row, the
+    distance to it is added to the score; below the smallest row, the distance is subtracted.
     """
     ranks = np.empty(values.shape)
     for i, column in enumerate(ordered.T):

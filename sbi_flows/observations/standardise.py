@@ -19,7 +19,7 @@ Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 
 _NORMAL_IQR = 1.349
 _LESS_SKEW = 0.7
-"""Maximum ratio of the skewness after and before logarithms for logarithms to be taken."""
+"""Logarithms are taken if they reduce the skewness to less than this fraction of its value."""
 
 
 class Standardiser(NamedTuple):
@@ -33,8 +33,9 @@ class Standardiser(NamedTuple):
     Attributes:
         center: Medians, shape (C,).
         scale: Scale of each feature, shape (C,): the interquartile range divided by 1.349, which
-            equals the standard deviation for a normal feature. If that range is zero (sparse
-            counts), the root mean square deviation from the median; 1 for a constant feature.
+            equals the standard deviation for a normal feature. If the interquartile range is
+            zero (sparse counts), the scale is the root mean square deviation from the median. For a
+            constant feature it is 1.
         floor: Value below which a straight line replaces the logarithm, shape (C,); zero if no
             logarithm is taken.
         linear: Half-width of the linear range, in units of `scale`.
@@ -56,7 +57,7 @@ class Standardiser(NamedTuple):
         return jnp.clip(s, -self.linear, self.linear) + jnp.sign(s) * jnp.log1p(beyond)
 
     def of(self, places: tuple[int, ...] | None) -> Standardiser:
-        """Return the standardiser of the entries at `places`, or of all entries if it is None."""
+        """Return a standardiser for the entries at `places`; for all entries if that is None."""
         if places is None:
             return self
         at = np.asarray(places)
@@ -116,7 +117,7 @@ def _logarithms(rows: Array, floor: Array) -> Array:
 
 
 def _exponentials(rows: Array, floor: Array) -> Array:
-    """Invert `_logarithms`."""
+    """Compute the inverse of `_logarithms`."""
     taken, safe = floor[None] > 0, jnp.where(floor > 0, floor, 1.0)[None]
     above = rows - jnp.log(safe)
     large = jnp.exp(jnp.maximum(above, 0.0) + jnp.log(safe))  # the product could overflow
@@ -125,7 +126,12 @@ def _exponentials(rows: Array, floor: Array) -> Array:
 
 
 def _floors(rows: Array) -> Array:
-    """Return half the minimum of each column if logarithms are to be taken, otherwise zeros."""
+    """Choose whether to take logarithms of one array, given as rows (N, C).
+
+    Returns:
+        Floor of each column, shape (C,): half the minimum of the column if logarithms are to be
+        taken, otherwise zero.
+    """
     least = jnp.min(rows, axis=0)
     tails = jnp.quantile(rows, jnp.asarray([0.01, 0.5, 0.99]), axis=0)
     logarithms = jnp.log(jnp.maximum(tails, jnp.finfo(rows.dtype).tiny))

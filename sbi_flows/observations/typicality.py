@@ -2,12 +2,12 @@
 
 Public names: `Typicality`, `TypicalityTest`, `fit_typicality`.
 
-The training rows are split into three parts. Means and covariances are computed from the first,
-ranks and kernels from the second. The third part is the reference: it gives the distribution of
-each statistic for observations from the simulator. The p-value of an observation follows from its
-rank among the reference rows, so it is exact for any distribution of the features. The standardiser
-and the embedding were fitted to all training rows, including the reference rows. If the embedding
-over-fits strongly, the p-values of the two tests in its space may be too small.
+The training rows are split into three parts. Means and covariances are computed from the first
+part, ranks and kernels from the second part. The third part is the reference: it gives the
+distribution of each statistic for observations from the simulator. The p-value of an observation
+follows from its rank among the reference rows, so it is exact for any distribution of the features.
+The standardiser and the embedding were fitted to all training rows, including the reference rows.
+If the embedding over-fits strongly, the p-values of the two tests of its output may be too small.
 
 Source: Schmitt et al. 2021, "Detecting Model Misspecification in Amortized Bayesian Inference with
 Neural Networks" (arXiv:2112.08866); Vovk, Gammerman & Shafer 2005, "Algorithmic Learning in a
@@ -35,13 +35,16 @@ MAX_PART_ENTRIES = 2**20
 """Maximum number of entries (rows times features) in each part; a few rows are always allowed."""
 
 MIN_RELATIVE_SCALE = 1e-5
-"""Minimum standard deviation relative to a feature's magnitude: less may be a rounding error."""
+"""Minimum standard deviation relative to a feature's magnitude; below it, rounding dominates."""
 
 BATCH_ROWS = 256
 """Number of observations that are tested together."""
 
 Summarise = Callable[[np.ndarray], tuple[np.ndarray, ...]]
-"""Function of features (B, C) that returns them and, with an embedding, its output (B, F)."""
+"""Function that takes features (B, C) and returns the values in each space.
+
+The values are the features and, if there is an embedding, the embedding's output (B, F).
+"""
 
 
 class TypicalityTest(NamedTuple):
@@ -50,8 +53,8 @@ class TypicalityTest(NamedTuple):
     Attributes:
         p_value: Joint p-value of all statistics, shape (B,).
         tests: P-value of each statistic, by name, shape (B,).
-        score: Largest of the statistics after scaling, shape (B,). Each statistic is scaled so that
-            the median of the simulations is 0 and their 95% quantile is 1.
+        score: Largest of the scaled statistics, shape (B,). Each statistic is scaled so that in the
+            simulations its median is 0 and its 95% quantile is 1.
     """
 
     p_value: np.ndarray
@@ -65,7 +68,7 @@ class Typicality:
 
     Attributes:
         spaces: The feature space and, if there is an embedding, the space of the embedding's
-            output. If there are several embeddings, that of the first member of the first ensemble.
+            output. If there are several embeddings, the one of the first member is used.
         reference: The S statistics of each of the R reference rows, shape (R, S).
     """
 
@@ -99,7 +102,7 @@ class Typicality:
         return (np.abs(scores[0]) > ends[0]) | (np.abs(scores[1]) > ends[1])
 
     def _compare(self, found: np.ndarray) -> TypicalityTest:
-        """Rank statistics (B, S) among the statistics of the reference rows."""
+        """Test observations with statistics (B, S), ranked among those of the reference rows."""
         ordered, total = np.sort(self.reference, axis=0), len(self.reference)
         p = (1 + _count_as_large(self.reference, found)) / (1 + total)
         middle, end = ordered[total // 2], np.quantile(ordered, 0.95, axis=0)
@@ -202,10 +205,10 @@ def _joint_p_value(reference: np.ndarray, found: np.ndarray, p: np.ndarray) -> n
     """Combine the p-values (B, S) of the statistics into one joint p-value (B,).
 
     The smallest of an observation's S p-values is ranked among the smallest p-values of the
-    reference rows. An observation from the simulator is exchangeable with the reference rows;
-    therefore the p-values of each reference row come from its rank among all other rows and the
-    observation. This has more power than a Bonferroni correction, because it accounts for the
-    dependence between the statistics.
+    reference rows. An observation from the simulator is exchangeable with the reference rows.
+    Each reference row is therefore ranked among the other reference rows and the observation, to
+    give its own p-values. This test has more power than a Bonferroni correction, because it
+    accounts for the dependence between the statistics.
     """
     total, own = len(reference), _count_as_large(reference, reference)
     out = np.empty(len(found))
@@ -217,7 +220,10 @@ def _joint_p_value(reference: np.ndarray, found: np.ndarray, p: np.ndarray) -> n
 
 
 def _count_as_large(reference: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """Count the reference values (R, S) that are at least as large as each statistic (B, S)."""
+    """Count the reference rows with at least as large a value, for each statistic in `found`.
+
+    `reference` has shape (R, S), `found` and the result have shape (B, S).
+    """
     ordered = np.sort(reference, axis=0)
     parts = zip(ordered.T, found.T, strict=True)
     below = [np.searchsorted(own, f, side="left") for own, f in parts]

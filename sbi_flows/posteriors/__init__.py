@@ -1,6 +1,7 @@
 """The posteriors package: direct, composed, recalibrated and conformal posteriors.
 
-Other packages import from the modules of this one; users reach these names as `sf.posteriors.X`.
+Other packages of the library import from the modules of this package. Users write
+`sf.posteriors.X` for a public name X of a module.
 """
 
 from sbi_flows.posteriors.adapter import ExternalPosterior as ExternalPosterior

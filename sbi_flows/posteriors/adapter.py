@@ -28,10 +28,10 @@ from sbi_flows.prior.prior import Prior
 class SamplesPosterior(Protocol):
     """Object that can be used as a posterior: it has a prior and can be sampled.
 
-    Coverage needs `log_prob(theta, x)` as well. `sample_and_log_prob(key, x, n)` is optional. All
-    follow the conventions of `AbstractPosterior`. An object with credible regions other than those
-    of highest density has a method `credible_levels(key, theta, x)`. An object whose densities are
-    solutions of an ODE has an attribute `needs_ode`, which is True.
+    Coverage tests also need `log_prob(theta, x)`. `sample_and_log_prob(key, x, n)` is optional. All
+    methods follow the conventions of `AbstractPosterior`. An object with credible regions other
+    than those of highest density has a method `credible_levels(key, theta, x)`. An object whose
+    densities are solutions of an ODE has an attribute `needs_ode`, which is True.
     """
 
     @property
@@ -50,7 +50,7 @@ PosteriorLike: TypeAlias = AbstractPosterior | SamplesPosterior
 
 @dataclasses.dataclass(frozen=True)
 class _Bound:
-    """Checked observations: a batch (B, *event), and whether the user passed a single one."""
+    """Checked observations: a batch (B, *event), and whether the user passed one observation."""
 
     x: Obs
     is_single: bool
@@ -97,7 +97,7 @@ class ExternalPosterior(AbstractPosterior):
 
     @property
     def origin(self) -> AbstractPosterior:
-        """The posterior itself."""
+        """This posterior itself, because it is not derived from another one."""
         return self
 
     @property
@@ -136,9 +136,10 @@ class ExternalPosterior(AbstractPosterior):
         raise ValueError(f"posterior: expected an sf.Posterior to save, got {name}")
 
     def _optional(self, *names: str) -> Any:
-        """Return the first of the named attributes that the user's object has; None if it has none.
+        """Return the user's attribute with the first of `names` that exists; None if none exists.
 
-        The first name is the current one; the others are its names in earlier versions.
+        The first name is the current one; the others are names of the same attribute in earlier
+        versions.
         """
         found = (getattr(self.posterior, name, None) for name in names)
         return next((value for value in found if value is not None), None)

@@ -62,13 +62,13 @@ class AbstractPosterior(Bindable):
 
     @property
     def solved(self) -> bool:
-        """Return `needs_ode`; the name in earlier versions."""
+        """Return `needs_ode`, which was called `solved` in earlier versions."""
         return self.needs_ode
 
     @property
     @abc.abstractmethod
     def origin(self) -> AbstractPosterior:
-        """The posterior at the start of the chain of derivations; itself if it is not derived."""
+        """The posterior from which this one was derived in one or more steps, or else itself."""
 
     @property
     @abc.abstractmethod
@@ -99,7 +99,8 @@ class AbstractPosterior(Bindable):
     def spaces(self, x: Obs) -> tuple[np.ndarray, ...]:
         """Return features (B, C) and, if there is an embedding, its output (B, F).
 
-        If there are several embeddings, it is the output of the first member's embedding.
+        If the members have different embeddings, the output is computed by the embedding of
+        the first member.
         """
 
     @abc.abstractmethod
@@ -216,8 +217,9 @@ class AbstractPosterior(Bindable):
             x: One observation.
             n: Number of posterior draws. They are independent and form one chain.
             prior_draws: Number of prior draws.
-            simulator: The simulator, for the group posterior_predictive; None leaves it out.
-            predictive_draws: Number of simulations in that group, at most n.
+            simulator: The simulator, for the group posterior_predictive; if None, the group is left
+                out.
+            predictive_draws: Number of simulations in the group posterior_predictive, at most n.
             coords: Coordinate values by the name of a dimension.
             dims: Names of dimensions by the name of an array parameter or of an array of x.
 
@@ -244,7 +246,7 @@ class AbstractPosterior(Bindable):
         return arviz_groups(self.prior, groups, coords=coords, dims=dims)
 
     def misspecification(self, x: Obs, *, level: float = 0.05) -> Misspecification | Anomalies:
-        """Test whether observations are typical of the training simulations.
+        """Test whether each observation is typical of the training simulations.
 
         Args:
             x: One observation, or a batch.
@@ -336,5 +338,5 @@ class Derived(AbstractPosterior):
 
     @property
     def origin(self) -> AbstractPosterior:
-        """The posterior at the start of the chain of derivations."""
+        """The posterior from which this one was derived, in one or more steps."""
         return self.posterior.origin

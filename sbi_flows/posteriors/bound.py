@@ -66,8 +66,9 @@ class AtObservation:
 
     The observations are already checked, standardised and compared with the training simulations.
     An `AtObservation` is a pytree of arrays and its methods are pure functions: use them inside
-    `jax.jit`, `grad`, `vmap` and `lax.scan`, or pass the object as an argument. Shapes in this
-    class are for one observation; with a batch, results have one more axis (B) in front.
+    `jax.jit`, `grad`, `vmap` and `lax.scan`, or pass the object as an argument. The
+    docstrings of the methods give shapes for one observation; for a batch, results have one more
+    axis (B) in front.
 
     Attributes:
         posterior: The posterior.
@@ -167,8 +168,8 @@ class AtObservation:
 
         If the prior is a single distribution, a value has the shape of its parameter. If the prior
         has named parameters, a value is a flat vector (D,), and `posterior.prior.unflatten` splits
-        it by name. The support is that of the prior. NUTS moves in the prior's standard
-        coordinates.
+        it by name. The posterior has the same support as the prior. NUTS moves in the prior's
+        standard coordinates.
 
         Raises:
             ValueError: The posterior is bound to a batch of observations.
@@ -231,7 +232,7 @@ class AtObservation:
         return theta
 
     def _require_solved(self, values: Array, result: Any) -> Any:
-        """Return the result; raise SolveFailed if a failed ODE solve left NaN in values (B, *)."""
+        """Return `result`; raise SolveFailed if a failed ODE solve left NaN in `values` (B, *)."""
         if not self.posterior.needs_ode or is_traced(values):
             return result
         failed = np.flatnonzero(_any_nan(values))
@@ -268,8 +269,8 @@ def in_chunks(
     The last chunk is padded, so that all chunks share one compiled program.
 
     Args:
-        evaluate: Function of a chunk of `bound` and the same chunk of `other` that returns a tuple
-            of arrays.
+        evaluate: Function that returns a tuple of arrays. Its arguments are a chunk of `bound` and
+            the chunk of `other` for the same observations.
         entries: Number of array entries per observation, which determines the chunk size.
         bound: Pytree of arrays with a leading axis of B observations.
         other: Array with a leading axis of length B.
@@ -293,9 +294,10 @@ def _any_nan(values: Array) -> Array:
 @partial(jax.jit, static_argnums=0)
 @full_precision
 def _ascend(steps: int, posterior: Bindable, bound: Any, theta: Array) -> tuple[Array]:
-    """Return the points (B, D) of highest density on paths of Adam that start at theta (B, D).
+    """Maximise the density with Adam, starting at theta (B, D); return the best points (B, D).
 
-    Adam moves in unconstrained coordinates.
+    The best point of an observation is the point of highest density that Adam visited. Adam moves
+    in unconstrained coordinates.
     """
     prior = posterior.prior
     bounded = jnp.asarray(prior.bounded)[None]

@@ -1,8 +1,8 @@
 """The common part of the saved layers of calibrated posteriors.
 
-Such a posterior was calibrated on simulations, and ranks values among draws that it makes with a
-random key of its own. The layer holds the key and the number of draws, so that a loaded posterior
-gives the same answers.
+A calibrated posterior was calibrated on simulations. At each observation it makes draws with a
+stored random key and ranks values among them. The layer holds this key and the number of draws, so
+that a loaded posterior gives the same results.
 
 Public names: `FIELD_NAMES`, `Calibration`, `calibrated_layer`, `require_calibration`,
 `calibration_of`.
@@ -44,7 +44,7 @@ class Calibration(NamedTuple):
         num_simulations: Number of calibration simulations.
         num_failed: Number of failed simulations, which were left out.
         draws: Number of posterior draws for each observation.
-        key: Random key for these draws.
+        key: Random key for the posterior draws.
         record: Attribute `record` of the posterior.
     """
 
@@ -75,7 +75,7 @@ def calibrated_layer(codec: LayerCodec, calibration: Calibration, arrays: Tensor
 
 
 def require_calibration(header: Header, table: Mapping[str, Entry]) -> None:
-    """Raise ArtefactError if a common field is invalid, or the tensor of the key is missing."""
+    """Raise ArtefactError if a field of `Calibration` is invalid or the key's tensor is missing."""
     name, values = header.name, header.fields
     generator = values["key"]
     if not isinstance(generator, str) or generator not in _KEY_WORDS:
@@ -88,7 +88,7 @@ def require_calibration(header: Header, table: Mapping[str, Entry]) -> None:
 
 
 def calibration_of(layer: Layer) -> Calibration:
-    """Return the common attributes from a layer that was read from a file."""
+    """Return the attributes in `Calibration` from a layer that was read from a file."""
     words, values = jnp.asarray(layer.tensors["key"]), layer.fields
     key = jax.random.wrap_key_data(words, impl=values["key"])
     counts = (values["simulations"], values["failed"], values["draws"])

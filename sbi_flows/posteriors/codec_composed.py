@@ -13,7 +13,7 @@ from sbi_flows.artefact.layers import Header, LayerCodec
 from sbi_flows.artefact.strict import expect_integer
 
 MAX_LEVELS, MAX_STEPS = 2**16, 2**16
-"""Maximum number of noise levels, and maximum number of Langevin steps at each level."""
+"""Maximum number of noise levels, and also of Langevin steps at each level."""
 
 
 class ComposedCodec(LayerCodec):

@@ -179,7 +179,7 @@ def decode(header: DirectHeader, file: ArtefactFile, user_prior: Prior | None) -
     """Read the arrays of a direct posterior.
 
     Args:
-        header: Its validated JSON data. Call `require_tensors` before this function.
+        header: Validated JSON data of the posterior. Call `require_tensors` before this function.
         file: The file.
         user_prior: The prior that the user supplied, or None.
 

@@ -3,8 +3,9 @@
 Public names: `composed`, `ComposedPosterior`, `sample_composed`.
 
 If x_1 ... x_N are independent given theta, p(theta | x_1 ... x_N) is proportional to
-p(theta)^(1 - N) times the product of the p(theta | x_i). Its score is therefore a sum of scores.
-At each noise level, the same sum of the noisy scores defines one density of a sequence. The
+p(theta)^(1 - N) times the product of the p(theta | x_i). The score, which is the gradient of
+its logarithm, is therefore a weighted sum of the scores of the p(theta | x_i) and of the prior. At
+each noise level, the same sum of the noisy scores defines one density of a sequence. The
 sequence starts at a density that is easy to sample and ends at the composed posterior. A few steps
 of Langevin dynamics at each noise level move the draws from one density to the next.
 
@@ -47,7 +48,7 @@ from sbi_flows.posteriors.writing import content_of
 from sbi_flows.prior.prior import Prior
 
 FIRST_RATIO, LAST_RATIO = 3.0, 0.03
-"""Noise-to-signal ratios at the first and last level; smaller ones are rare in training."""
+"""Noise-to-signal ratios at the first and last level; smaller ratios are rare in training."""
 
 STEP_SHARE = 1.0
 """Variance of a Langevin step relative to the stability limit at the largest curvature."""
@@ -84,7 +85,7 @@ class ComposedPosterior(Derived):
     codec: ClassVar[LayerCodec] = COMPOSED
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless densities have scores, and `levels` and `steps` are positive."""
+        """Raise ValueError if densities have no scores, or `levels` or `steps` is not positive."""
         require_object("posterior", self.posterior, Posterior, "an sf.Posterior")
         for blueprint in self.posterior.blueprints:
             wanted = "a posterior of sf.FlowMatching or sf.Diffusion"
@@ -97,11 +98,11 @@ class ComposedPosterior(Derived):
 
     @property
     def has_own_regions(self) -> bool:
-        """False, because credible regions are those of highest density."""
+        """Always False: credible regions are those of highest density, the default regions."""
         return False
 
     def credible_levels(self, key: Key, theta: Any, x: Obs) -> np.ndarray:
-        """Raise ValueError: the only credible regions here are those of highest density."""
+        """Raise ValueError, because `has_own_regions` is False."""
         raise ValueError("posterior: expected one with credible regions of its own")
 
     def is_single(self, x: Obs) -> bool:
@@ -109,7 +110,7 @@ class ComposedPosterior(Derived):
         return self._sets(x)[1]
 
     def spaces(self, x: Obs) -> tuple[np.ndarray, ...]:
-        """Return features (n, C), and any embedding's output (n, F), of the n observations in x."""
+        """Return features (n, C) of the n observations in x and, if any, the embedding's output."""
         sets, _ = self._sets(x)
         return self.posterior.spaces(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sets))
 
@@ -171,7 +172,10 @@ class ComposedPosterior(Derived):
         return draws, self._log_prob(draws, bound)
 
     def _draw_set(self, key: Key, features: Array, n: int) -> Array:
-        """Draw (n, D) given the features (N, C) of one set; each ensemble gives its share."""
+        """Draw (n, D) given the features (N, C) of one set.
+
+        The number of draws from each ensemble is proportional to its share.
+        """
         posterior = self.posterior
         order_key, *keys = jax.random.split(key, 1 + len(posterior.weights))
         counts, fractions = mixtures.split_shares(posterior.shares, n)
@@ -218,8 +222,8 @@ def composed(posterior: Posterior, *, levels: int = 64, steps: int = 4) -> Compo
 
     Args:
         posterior: Posterior whose densities are `FlowMatching` or `Diffusion`, or a stack of these.
-            Scores are composed for each member separately, and each member gives its share of
-            the draws.
+            Scores are composed for each member separately. The number of draws from a member is
+            proportional to its weight in the mixture.
         levels: Number of noise levels.
         steps: Number of Langevin steps at each level.
 
@@ -289,7 +293,10 @@ class _Plan(NamedTuple):
 @partial(jax.jit, static_argnums=0)
 @full_precision
 def _ensemble(plan: _Plan, prior: Prior, weights: Weights, features: Array, key: Key) -> Array:
-    """Draw from each member in turn, given features (N, C); shape (members * each, D)."""
+    """Draw from one ensemble given features (N, C); shape (members * each, D).
+
+    The draws of a member follow each other in the result.
+    """
     chunk = min(plan.each, max(1, MAX_CALL_ENTRIES // features.size))
     pieces = math.ceil(plan.each / chunk)
 
@@ -313,10 +320,11 @@ class _Product(NamedTuple):
         prior: The prior.
         velocity: Velocity as a function of points (n, N, d) and an angle (the position on the path
             from noise to data).
-        each: Map from noise to standard coordinates for each observation, batch shape (N,).
-        middle: Map from noise to standard coordinates at the mean observation. Langevin dynamics
-            runs in these noise coordinates, where the product is close to a Gaussian and the
-            bounds of the prior are far away.
+        each: Map from noise coordinates to standard coordinates, one for each observation: batch
+            shape (N,).
+        middle: Map from noise coordinates to standard coordinates for the mean observation.
+            Langevin dynamics runs in the noise coordinates of `middle`, where the product is close
+            to a Gaussian and the bounds of the prior are far away.
         count: Number of observations N.
     """
 
@@ -337,7 +345,10 @@ class _Product(NamedTuple):
         return cls(prior, function, each, middle, len(features))
 
     def score(self, w: Array, angle: Array) -> Array:
-        """Compute the score (n, d) of the product at w (n, d), in noise coordinates of `middle`."""
+        """Compute the score (n, d) of the product at points w (n, d).
+
+        Points and score are in the noise coordinates of `middle`; `angle` gives the noise level.
+        """
         y = self.middle.forward(w)
 
         def parts(y: Array) -> tuple[Array, Array]:

@@ -2,11 +2,11 @@
 
 Public names: `conformal`, `ConformalPosterior`.
 
-The negative log density of a true parameter is ranked among those of posterior draws at the same
-data set. Its rank, expressed as a normal quantile, is the score of the data set. The scores of the
-calibration data sets and of a new data set are exchangeable for any posterior. A new score is
-therefore at most the k-th smallest of N scores with probability at least k / (N + 1), and exactly
-k / (N + 1) if no scores are equal.
+At each data set, the negative log density of the true parameters is ranked among the negative log
+densities of posterior draws. The rank, expressed as a normal quantile, is the score of the data
+set. The scores of the calibration data sets and of a new data set are exchangeable for any
+posterior. A new score is therefore at most the k-th smallest of N scores with probability at least
+k / (N + 1), and exactly k / (N + 1) if no scores are equal.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class ConformalPosterior(Derived):
         posterior: The base posterior.
         scores: Scores of the calibration data sets, increasing, shape (N,).
         num_failed: Number of simulations that failed and were left out.
-        draws: Number of posterior draws at each data set, among which a density is ranked.
+        draws: Number of posterior draws at each data set. The log density of given parameters is
+            ranked among the log densities of these draws.
         record: Facts about the calibration, in addition to the base posterior's record.
     """
 
@@ -67,7 +68,7 @@ class ConformalPosterior(Derived):
         return len(self.scores)
 
     def __repr__(self) -> str:
-        """The posterior within, and the levels of its regions that are the sets."""
+        """Show the base posterior, and the levels of its regions that serve as the sets."""
         if is_traced(self.scores):
             return f"ConformalPosterior({self.posterior})"
         levels = [c for c in (0.5, 0.8, 0.95) if c <= _largest(self.num_simulations)]
@@ -79,7 +80,7 @@ class ConformalPosterior(Derived):
 
     @property
     def has_own_regions(self) -> bool:
-        """True, because credible regions are the conformal sets."""
+        """Always True: the credible regions are the conformal sets."""
         return True
 
     def is_single(self, x: Obs) -> bool:
@@ -169,8 +170,8 @@ class ConformalPosterior(Derived):
     def score(self, theta: Any, x: Obs) -> Array:
         """Compute the score of theta at x.
 
-        The negative log density of theta is ranked among those of posterior draws at x. The score
-        is this rank as a normal quantile.
+        The negative log density of theta is ranked among the negative log densities of posterior
+        draws at x. The score is this rank, expressed as a normal quantile.
 
         Args:
             theta: As for `Posterior.log_prob`.
@@ -204,7 +205,7 @@ class ConformalPosterior(Derived):
         return continuous_ranks(key, below, equal, self.num_simulations)
 
     def density_ranks(self, key: Key, theta: Any, x: Obs) -> np.ndarray:
-        """Return `credible_levels`; the name in earlier versions."""
+        """Return `credible_levels`, which was called `density_ranks` in earlier versions."""
         return self.credible_levels(key, theta, x)
 
     def _bound(self, level: float) -> Any:
@@ -241,10 +242,10 @@ def conformal(
     This is split conformal prediction. The set of level c contains the true parameters with
     probability ceil((N + 1) c) / (N + 1), for any N and any posterior. This probability is an
     average over valid data sets simulated from the prior, over calibration simulations and over
-    random keys. For one set of N calibration simulations, the coverage differs from it by about
-    sqrt(c (1 - c) / (N + 2)), the standard deviation. Nothing is guaranteed at a single
-    observation: sets may be too small for some data sets and too large for others. The sets of a
-    poor posterior are large.
+    random keys. For one given collection of N calibration simulations, the coverage differs from
+    this average; the standard deviation is about sqrt(c (1 - c) / (N + 2)). Nothing is guaranteed
+    at a single observation: sets may be too small for some data sets and too large for others. The
+    sets of a poor posterior are large.
 
     Args:
         key: Random key.

@@ -76,11 +76,11 @@ class Posterior(AbstractPosterior):
 
     @property
     def has_own_regions(self) -> bool:
-        """False, because credible regions are those of highest density."""
+        """Always False: credible regions are those of highest density, the default regions."""
         return False
 
     def credible_levels(self, key: Key, theta: Any, x: Obs) -> np.ndarray:
-        """Raise ValueError, because credible regions are those of highest density."""
+        """Raise ValueError, because `has_own_regions` is False."""
         raise ValueError(
             "posterior: expected one with credible regions of its own, got a direct one"
         )
@@ -100,7 +100,8 @@ class Posterior(AbstractPosterior):
     def spaces(self, x: Obs) -> tuple[np.ndarray, ...]:
         """Return features (B, C) and, if there is an embedding, its output (B, F).
 
-        If there are several embeddings, it is the output of the first member's embedding.
+        If the members have different embeddings, the output is computed by the embedding of
+        the first member.
         """
         return spaces_of(self.blueprints[0], self.weights[0], self.features(x))
 

@@ -22,7 +22,7 @@ LEVEL = 0.01
 """Significance level: the warning is issued if the p-value is at most this number."""
 
 MAX_REMEMBERED = 1_000
-"""Maximum number of tested observations in memory; the memory is cleared when it is full."""
+"""Maximum number of observations in `_tested`; when it is full, all of them are removed."""
 
 _tested: weakref.WeakKeyDictionary[Typicality, set[bytes]] = weakref.WeakKeyDictionary()
 """Observations that were already tested; they are not tested again, so each warns only once."""
@@ -36,9 +36,9 @@ def gate(
 ) -> None:
     """Warn once if at least one of N observations is not typical at `LEVEL`.
 
-    Of several observations, it warns if the smallest p-value is too small (Bonferroni) or if too
-    many p-values are below `LEVEL` (binomial test), each at half the level. Under a trace nothing
-    is tested.
+    For several observations, two criteria are used, each at the level `LEVEL` / 2: the smallest
+    p-value is too small (Bonferroni), or too many p-values are at most `LEVEL` (binomial test).
+    If `features` is traced (inside `jit`, for example), nothing is tested.
 
     Args:
         typicality: Distribution of the training simulations; if None, nothing is tested.
@@ -73,7 +73,7 @@ def gate(
 
 
 def _is_atypical(p_values: np.ndarray) -> bool:
-    """Return whether p-values (N,) of several observations are too small together."""
+    """Return whether p-values (N,) show that at least one of N observations is not typical."""
     count = len(p_values)
     if count == 1:
         return bool(p_values[0] <= LEVEL)

@@ -26,7 +26,7 @@ from sbi_flows.networks.mlp import hashed_words
 from sbi_flows.prior.prior import Prior
 
 Parts: TypeAlias = tuple[tuple[Blueprint, float], ...]
-"""Static part of a mixture: blueprint and mixture weight (share) of each ensemble."""
+"""Static part of a mixture: the blueprint and the share (mixture weight) of each ensemble."""
 
 
 def count(weights: Weights) -> int:
@@ -96,7 +96,11 @@ def sample(
 
 
 def split_shares(shares: Sequence[float], n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split n draws by shares: whole numbers of draws, and the fractions that are left over."""
+    """Split n draws between ensembles in proportion to their shares.
+
+    Returns:
+        Integer part and fractional part of the expected number of draws of each ensemble.
+    """
     expected = np.array(shares) * n
     counts = np.floor(expected + 1e-6).astype(int)
     return counts, np.where(expected - counts > 1e-6, expected - counts, 0.0)
@@ -107,8 +111,8 @@ def _ensemble_draws(
 ) -> Array:
     """Draw (B, n, d) for features (B, C), with equal numbers of draws from each member.
 
-    Draws of different members alternate, in a random order of the members. If n is not a multiple
-    of the number of members, every member has the same probability of giving an extra draw.
+    The members are put in a random order, and their draws alternate. If n is not a multiple of the
+    number of members, every member has the same probability of giving an extra draw.
     """
     members = count(weights)
     share = math.ceil(n / members)

@@ -2,8 +2,9 @@
 
 Public names: `PosteriorDistribution`, `PriorSupport`, `PriorTransform`.
 
-The support is that of the prior. numpyro's samplers move in unconstrained coordinates. These are
-the prior's standard coordinates; bounded ones are mapped to R by the logit function.
+The posterior has the same support as the prior. numpyro's samplers move in unconstrained
+coordinates: the prior's standard coordinates, where the logit function maps bounded coordinates to
+R.
 """
 
 from __future__ import annotations
@@ -38,12 +39,16 @@ class Drawable(Protocol):
 
 
 def event_shape(prior: Prior) -> tuple[int, ...]:
-    """Return the shape of a value: (D,) for named parameters, else the only parameter's shape."""
+    """Return the shape of one value of the posterior distribution.
+
+    If the prior has named parameters, the shape is (D,); otherwise it is the shape of the prior's
+    only parameter.
+    """
     return (prior.dim,) if prior.is_named else prior.event_shapes[prior.names[0]]
 
 
 class PriorSupport(Constraint):
-    """Support of a prior, for values of `event_shape(prior)`."""
+    """Support of a prior as a numpyro constraint on values of shape `event_shape(prior)`."""
 
     def __init__(self, prior: Prior) -> None:
         """Store the prior."""
@@ -174,7 +179,7 @@ def _flat(prior: Prior, value: Array) -> Array:
 
 
 def _inside(like: Array) -> tuple[float, float]:
-    """Return the interval inside (0, 1) to which probabilities are clipped."""
+    """Return the ends of the interval inside (0, 1) to which probabilities are clipped."""
     eps = float(jnp.finfo(like.dtype).eps)
     return eps, 1.0 - eps
 

@@ -62,8 +62,8 @@ def chunks_of(
         progress: Whether to show the bar; it is shown only if there are several chunks.
 
     Yields:
-        A random key, the indices of the data sets in a chunk, and how many of them come before the
-        filling.
+        A random key, the indices of the data sets in a chunk, and the number of data sets before
+        those that fill up the last chunk.
     """
     count = -(-n // max(1, MAX_CHUNK_ENTRIES // entries))
     size = -(-n // count)

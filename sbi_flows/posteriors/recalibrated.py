@@ -47,10 +47,10 @@ from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.simulations import Simulations, observation_shape
 
 SMOOTH = {"spacing": 0.75, "furthest": 1.5}
-"""Settings of the knots of T_x: with few knots, T_x is smooth and the density has little noise."""
+"""Settings of the knots of T_x. Few knots make T_x smooth and the density less noisy."""
 
 COMPARED_DRAWS = 20
-"""Number of extra draws at each data set; their scores are compared with the true scores."""
+"""Number of extra draws at each data set; H compares their scores with those of true parameters."""
 
 
 class _Bound(NamedTuple):
@@ -102,11 +102,11 @@ class RecalibratedPosterior(Derived):
 
     @property
     def has_own_regions(self) -> bool:
-        """False, because credible regions are those of highest density."""
+        """Always False: credible regions are those of highest density, the default regions."""
         return False
 
     def credible_levels(self, key: Key, theta: Any, x: Obs) -> np.ndarray:
-        """Raise ValueError: only a posterior with credible regions of its own gives levels."""
+        """Raise ValueError, because `has_own_regions` is False."""
         raise ValueError("posterior: expected one with credible regions of its own")
 
     def is_single(self, x: Obs) -> bool:
@@ -285,7 +285,10 @@ def _by_coordinate(prior: Prior, draws: Array) -> Quantiles:
 
 
 def _free(prior: Prior, theta: Array) -> tuple[Array, Array]:
-    """Return unconstrained coordinates (*, d), and the log determinant (*) of the inverse map."""
+    """Map parameters (*, D) to unconstrained coordinates (*, d).
+
+    Also return the log Jacobian determinant (*) of the inverse map.
+    """
     y = prior.to_standard(theta)
     inside = 0.5 * (y / HALF_WIDTH + 1.0)
     eps = jnp.finfo(y.dtype).eps

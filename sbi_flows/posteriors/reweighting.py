@@ -2,8 +2,8 @@
 
 Public names: `Reweighting`, `reweighted`, `cjs_distance`.
 
-The smoothing is the same as in the function `psislw` of ArviZ 0.x, which ArviZ 1.x does not have. A
-test compares the two if ArviZ 0.x is installed.
+The smoothing is the same as in the function `psislw` of ArviZ 0.x. ArviZ 1.x does not have this
+function. If ArviZ 0.x is installed, a test compares the weights with those of `psislw`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Reweighting(NamedTuple):
 
     @property
     def reliable(self) -> bool:
-        """Whether averages with these weights are reliable, by `pareto_k` and `effective`."""
+        """Whether weighted averages are reliable, as judged from `pareto_k` and `effective`."""
         limit = min(0.7, 1.0 - 1.0 / math.log10(len(self.weights)))
         return self.pareto_k <= limit and self.effective >= MIN_EFFECTIVE_SAMPLE_SIZE
 
@@ -78,8 +78,8 @@ def _pareto(excess: np.ndarray) -> tuple[float, float]:
     """Fit shape and scale of a generalised Pareto distribution to sorted positive numbers (m,).
 
     Source: Zhang & Stephens 2009, "A New and Efficient Estimation Method for the Generalized Pareto
-    Distribution" (Technometrics 51:316), with the opposite sign of the shape and a
-    weak prior at 1/2, which has the weight of ten numbers.
+    Distribution" (Technometrics 51:316). Here the shape has the opposite sign, and a weak prior
+    draws it towards 1/2. The prior has the same weight as ten numbers.
     """
     m = len(excess)
     count = 30 + int(math.sqrt(m))

@@ -20,7 +20,7 @@ from sbi_flows.core.typing import CheckReport
 from sbi_flows.core.versions import versions
 
 DIRECT_FORMAT = 1
-"""Version of the file format for a direct posterior. A derived posterior may need a later one."""
+"""Version of the file format for a direct posterior; derived posteriors may need later versions."""
 
 
 @runtime_checkable
@@ -64,8 +64,8 @@ def save(posterior: Savable, path: str | os.PathLike[str], *, report: object = N
 def _document(content: SavedPosterior) -> tuple[dict[str, Any], Tensors]:
     """Return the JSON document and the tensors of a file.
 
-    The file uses the oldest version of the format that can store its content, so that older
-    versions of the library can read it if possible.
+    The file uses the oldest version of the format that can store the content. Older versions of the
+    library can then read the file if they know that format.
     """
     tensors = dict(content.tensors)
     document: dict[str, Any] = {

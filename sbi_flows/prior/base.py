@@ -68,7 +68,7 @@ class Layout:
         return _split(y, self.names, self.standard_shapes)
 
     def join(self, values: Mapping[str, Array], shapes: tuple[tuple[int, ...], ...]) -> Array:
-        """Join values `{name: (*, *shape)}` of the sites, in order, into flat vectors."""
+        """Join values `{name: (*, *shape)}` into flat vectors, in the order of the sites."""
         parts = []
         for name, shape in zip(self.names, shapes, strict=True):
             value = values[name]
@@ -264,7 +264,7 @@ class Prior(abc.ABC):
 
     @abc.abstractmethod
     def unchecked_log_det(self, y: Array, theta: Array) -> Array:
-        """Compute the log Jacobian determinant of `from_standard`, at y (*, d) and its theta."""
+        """Compute the log Jacobian determinant at y (*, d), where theta = from_standard(y)."""
 
     def unchecked_log_prob(self, theta: Array) -> Array:
         """Compute log densities (*) at theta (*, D); they are -inf outside the support."""
@@ -321,7 +321,7 @@ def labels(name: str, shape: tuple[int, ...]) -> list[str]:
 def _split(
     flat: Array, names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]
 ) -> dict[str, Array]:
-    """Split the last axis of `flat` into named parts of these shapes: `{name: (*, *shape)}`."""
+    """Split the last axis of `flat` into named parts: `{name: (*, *shape)}`."""
     batch, parts, start = flat.shape[:-1], {}, 0
     for name, shape in zip(names, shapes, strict=True):
         size = math.prod(shape)

@@ -87,8 +87,8 @@ class BoxPrior(Prior):
 
     Coordinates in which the base prior has no CDF are not cut. A `BoxPrior` defines new standard
     coordinates: they are uniform in each coordinate that is cut, so that a posterior cannot leave
-    the box. The bounds are leaves of the pytree. Another box of the same base prior therefore
-    reuses every compiled program.
+    the box. The bounds are leaves of the pytree. Another box of the same base prior can
+    therefore use the same compiled programs.
 
     Args:
         base: The base prior, which is cut.
@@ -172,7 +172,7 @@ class BoxPrior(Prior):
         return self._mass
 
     def matches(self, other: Prior) -> bool:
-        """Return whether another prior has the same bounds and the same distributions."""
+        """Return whether another prior is a box with the same bounds and the same base prior."""
         return (
             isinstance(other, BoxPrior)
             and self.base.matches(other.base)
@@ -250,7 +250,7 @@ class BoxPrior(Prior):
         return jnp.where(cut, v, y)
 
     def unchecked_log_det(self, y: Array, theta: Array) -> Array:
-        """Compute the log Jacobian determinant of `from_standard`, at y (*, d) and its theta."""
+        """Compute the log Jacobian determinant at y (*, d), where theta = from_standard(y)."""
         inner = self._to_base(y)
         (log_mass,) = _rows(inner, self._bounds.log_mass)
         normal, cut = _rows(inner, np.array(self._static.normal), self._static.cut)
@@ -272,7 +272,7 @@ class BoxPrior(Prior):
         return jnp.where(cut, jnp.where(uniform, first + width * share, curved), v)
 
     def _tails(self, like: Array) -> tuple[Array, Array, Array]:
-        """Return normal probabilities below `near` and from `near` to `far`, and `sign`."""
+        """Return the normal probability below `near`, that between `near` and `far`, and `sign`."""
         near, far, sign = _rows(like, self._bounds.near, self._bounds.far, self._bounds.sign)
         return ndtr(near), ndtr(far) - ndtr(near), sign
 
@@ -323,6 +323,6 @@ def _log_masses(
 
 
 def _rows(like: Array, *values: Any) -> list[Array]:
-    """Reshape each of the values (d,) to broadcast with `like` (*, d)."""
+    """Reshape arrays `values` of shape (d,) so that they broadcast with `like` (*, d)."""
     kinds = [jnp.asarray(v, None if v.dtype == bool else like.dtype) for v in values]
     return [kind.reshape((1,) * (like.ndim - 1) + (-1,)) for kind in kinds]

@@ -31,8 +31,8 @@ MAX_ENTRIES = 2**16
 def require_site(name: str, site: dist.Distribution) -> None:
     """Raise ValueError unless a distribution has a density and can be sampled.
 
-    These are errors: a discrete or improper distribution, a point mass, a shape without entries or
-    with more than `MAX_ENTRIES`, and a parameter that is out of range or not finite.
+    A discrete or improper distribution and a point mass are errors. So are a value with no entries
+    or more than `MAX_ENTRIES`, and a parameter that is out of range or not finite.
 
     Args:
         name: Name of the site.
@@ -63,7 +63,7 @@ def require_site(name: str, site: dist.Distribution) -> None:
 
 
 def require_names(names: Sequence[str], labels: Sequence[str]) -> None:
-    """Raise ValueError if a prior has no parameters, too many, or two with the same label.
+    """Raise ValueError if a prior has no parameters, too many parameters, or two equal labels.
 
     Args:
         names: Names of the sites.

@@ -26,7 +26,7 @@ from sbi_flows.prior.sites import Site
 from sbi_flows.prior.tails import tails_of
 
 HALF_WIDTH = math.sqrt(3.0)
-"""Half the width of a bounded standard coordinate, for which a uniform has variance 1."""
+"""Half-width of the range of a bounded standard coordinate; a uniform one then has variance 1."""
 
 _PROBABILITIES = (1e-3, 0.02, 0.3, 0.7, 0.98, 0.999)
 """Probabilities p at which `map_kind` tests that cdf(icdf(p)) equals p."""
@@ -45,15 +45,15 @@ class SiteMap(Protocol):
         ...
 
     def log_det(self, y: Array, theta: Array) -> Array:
-        """Compute the log absolute Jacobian determinant of `forward` at y, theta = forward(y).
+        """Compute the log absolute Jacobian determinant of `forward` at y; theta is forward(y).
 
-        The shape is (*) or (*, *k): the caller sums over the axes after the batch axes (*).
+        The result has the batch axes (*) and may have further axes, over which the caller sums.
         """
         ...
 
 
 class NormalMap:
-    """Map for a normal or an invertible elementwise transform of one; exact in the tails."""
+    """Map for a normal distribution or an elementwise bijection of one; exact in the tails."""
 
     def __init__(self, site: Site) -> None:
         """Store the normal distribution, and the transforms from R to the support."""
@@ -89,12 +89,12 @@ class NormalMap:
 
 
 class CdfMap:
-    """Map through the CDF from an elementwise distribution to a standard normal.
+    """Map between a standard normal coordinate and an elementwise distribution, through the CDF.
 
     The support is R or a half line. If `tails_of` knows the distribution, both tails have full
     relative precision. Otherwise the CDF is rounded near 0 and 1, so that in single precision the
-    standard coordinate is limited to about 5.2 in absolute value. The density is still right
-    beyond, because `log_det` evaluates the prior's density at theta.
+    standard coordinate is limited to about 5.2 in absolute value. Beyond this limit
+    the density is still right, because `log_det` evaluates the prior's density at theta.
     """
 
     def __init__(self, site: Site) -> None:
@@ -122,12 +122,12 @@ class CdfMap:
         return jnp.where(below < above, near, -near)
 
     def log_det(self, y: Array, theta: Array) -> Array:
-        """Compute the standard normal's log density at y minus the prior's log density at theta."""
+        """Compute the standard normal log density at y minus the log prior density at theta."""
         return norm.logpdf(y) - self._base.log_prob(theta)
 
 
 class IntervalMap:
-    """Map through the CDF from an elementwise distribution on an interval to a uniform."""
+    """Map between a uniform coordinate and a distribution on an interval, through the CDF."""
 
     def __init__(self, site: Site) -> None:
         """Store the distribution of a single entry, and the support."""
@@ -145,7 +145,7 @@ class IntervalMap:
         return HALF_WIDTH * (2.0 * _inside(self._base.cdf(theta)) - 1.0)
 
     def log_det(self, y: Array, theta: Array) -> Array:
-        """Compute the log density of the uniform distribution of y minus the prior's at theta."""
+        """Compute the log density of y, which is uniform, minus the log prior density at theta."""
         return -math.log(2 * HALF_WIDTH) - self._base.log_prob(theta)
 
 
@@ -170,7 +170,7 @@ class SupportMap:
 
 
 MapKind: TypeAlias = type[NormalMap] | type[CdfMap] | type[IntervalMap] | type[SupportMap]
-"""Class of a site's map: chosen once by `map_kind` from concrete values, then static."""
+"""Class of a site's map. `map_kind` chooses it once from concrete values; then it is static."""
 
 
 def map_kind(site: Site, *, is_dependent: bool) -> MapKind:
@@ -216,7 +216,7 @@ def keep_inside(theta: Array, support: Any) -> Array:
 
 
 def _set_apart(theta: Array) -> Array:
-    """Replace each entry that is not above the previous entry by the next larger number."""
+    """Replace each entry that is not above the previous one by the number just above that one."""
 
     def step(before: Array, entry: Array) -> tuple[Array, Array]:
         # the gradient treats both entries as equal: nextafter has no derivative
@@ -230,7 +230,7 @@ def _set_apart(theta: Array) -> Array:
 
 
 def _beyond(bound: Any, towards: float, like: Array) -> Array:
-    """Return the number next to a bound in direction `towards`, to broadcast with `like`."""
+    """Return the number next to `bound` in direction `towards`, broadcastable with `like`."""
     bound = jnp.asarray(bound, like.dtype)
     step = jnp.nextafter(bound, jnp.full_like(bound, towards))
     # compiled programs flush subnormal numbers to zero
@@ -282,7 +282,7 @@ def _is_interval(support: Any) -> bool:
 
 
 def positive(u: Array) -> Array:
-    """Raise tiny probabilities to a positive number that compiled programs do not flush to 0."""
+    """Replace tiny probabilities by a positive number that compiled programs do not round to 0."""
     return jnp.maximum(u, 8 * jnp.finfo(u.dtype).tiny)
 
 

@@ -28,7 +28,7 @@ class Model:
 
     Args:
         function: The model, without arguments.
-        *traces: Distributions of the model's sites by name, one dict for each of several seeds.
+        *traces: Results of `trace_model` for several seeds: distributions of the sites by name.
 
     Attributes:
         function: The model function.
@@ -93,7 +93,7 @@ def is_same(a: Any, b: Any) -> bool:
 
 
 def _fingerprint(sites: Mapping[str, dist.Distribution]) -> tuple[Any, ...]:
-    """Return the names, classes and parameters (as bytes) of the distributions in a trace."""
+    """Return the name, the class and the parameters (as bytes) of each distribution in a trace."""
     return tuple(
         (name, type(base_of(site)), *(_bytes_of(leaf) for leaf in jax.tree.leaves(site)))
         for name, site in sites.items()

@@ -1,7 +1,7 @@
 """Build a prior from numpyro distributions or from a numpyro model: `as_prior`.
 
-Public names: `as_prior`, `PriorLike`, and from other files of this folder `Prior`, `SitePrior`,
-`labels`.
+Public names: `as_prior`, `PriorLike`; also `Prior`, `SitePrior` and `labels`, which are defined in
+other files of this folder.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ class SitePrior(Prior):
 
     @property
     def map_kinds(self) -> tuple[MapKind, ...]:
-        """Class of map of each of the d standard coordinates."""
+        """Class of the map that belongs to each of the d standard coordinates."""
         pairs = zip(self._static.kinds, self.layout.standard_shapes, strict=True)
         return tuple(kind for kind, shape in pairs for _ in range(math.prod(shape)))
 
@@ -211,14 +211,17 @@ class SitePrior(Prior):
         return jnp.concatenate(rows, axis=-1)
 
     def unchecked_log_det(self, y: Array, theta: Array) -> Array:
-        """Compute the log Jacobian determinant of `from_standard`, at y (*, d) and its theta."""
+        """Compute the log Jacobian determinant at y (*, d), where theta = from_standard(y)."""
         parts, values = self.layout.split_standard(y), self.unchecked_unflatten(theta)
         dets = [site_map.log_det(parts[name], values[name]) for name, site_map in self._maps()]
         batch = y.shape[:-1]
         return sum((jnp.sum(d.reshape((*batch, -1)), axis=-1) for d in dets), jnp.zeros(batch))
 
     def _maps(self) -> list[tuple[str, SiteMap]]:
-        """Build the map of each site, by name. Maps are not stored: their arrays may be traced."""
+        """Build the map of each site; return pairs of name and map.
+
+        Maps are built at each call and not stored, because their arrays may be traced.
+        """
         triples = zip(self.names, self._static.kinds, self._sites, strict=True)
         return [(name, kind(site)) for name, kind, site in triples]
 

@@ -1,10 +1,10 @@
 """One distribution of a prior as a pytree: its parameters are leaves, everything else is static.
 
-numpyro's distributions are pytrees already. `Site` solves three problems that they have in a prior:
+numpyro's distributions are already pytrees. `Site` solves three problems of these pytrees:
 
-- numpyro orders the leaves by a set of names, so that the order differs between processes. Then no
-  process can use the programs that another one stored in JAX's compilation cache on disk. `Site`
-  sorts the leaves.
+- numpyro orders the leaves by a set of names, so that the order differs between processes. A
+  process then cannot use the programs that another process stored in JAX's compilation cache on
+  disk. `Site` sorts the leaves.
 - numpyro assumes that a traced scale is positive, so that an affine transform with a negative scale
   gets the wrong support. `Site` determines the support once, from concrete values.
 - A distribution class from outside numpyro may have attributes that are not leaves. `Site` treats
@@ -51,7 +51,7 @@ class _Structure:
 
 
 class _Opaque:
-    """Static part of a site without leaves; two are equal only if they are the same object."""
+    """Static part of a site without leaves; compared by identity, not by value."""
 
     def __init__(self, distribution: dist.Distribution) -> None:
         self.distribution = distribution
@@ -142,7 +142,7 @@ def _is_function(value: Any) -> bool:
 
 
 def _parts_of(value: Any) -> list[Any]:
-    """Return all distributions, transforms and constraints inside a value, and itself."""
+    """Return a value and all distributions, transforms and constraints inside it."""
     kinds = (dist.Distribution, Transform, Constraint)
     if isinstance(value, kinds):
         return [value, *(part for inner in vars(value).values() for part in _parts_of(inner))]

@@ -1,6 +1,7 @@
 """CDFs and survival functions on half lines, with full relative precision in both tails.
 
-In the upper tail a CDF is rounded to 1: in single precision, its normal quantile cannot exceed 5.2.
+In the upper tail a CDF is rounded to 1. In single precision, the largest CDF below 1 has a normal
+quantile of 5.2.
 The survival function 1 - CDF is small there and keeps full relative precision.
 
 Public names: `Tails`, `tails_of`.
@@ -20,7 +21,7 @@ from numpyro.distributions.truncated import LeftTruncatedDistribution
 
 
 class Tails(NamedTuple):
-    """CDF, its inverse (`icdf`), survival function (`sf`) and its inverse (`isf`)."""
+    """CDF and survival function (`sf`), with their inverses `icdf` and `isf`."""
 
     cdf: Callable[[Array], Array]
     icdf: Callable[[Array], Array]
@@ -29,7 +30,7 @@ class Tails(NamedTuple):
 
 
 def tails_of(base: dist.Distribution) -> Tails | None:
-    """Return the tail functions of an elementwise distribution, or None if none are implemented.
+    """Return the `Tails` of an elementwise distribution; None if they are not implemented.
 
     Example:
         >>> import numpyro.distributions as dist
