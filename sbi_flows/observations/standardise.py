@@ -57,7 +57,7 @@ class Standardiser(NamedTuple):
         return jnp.clip(s, -self.linear, self.linear) + jnp.sign(s) * jnp.log1p(beyond)
 
     def of(self, places: tuple[int, ...] | None) -> Standardiser:
-        """Return a standardiser for the entries at `places`; for all entries if that is None."""
+        """Return the standardiser of the entries with indices `places`; None means all entries."""
         if places is None:
             return self
         at = np.asarray(places)

@@ -68,7 +68,7 @@ class AbstractPosterior(Bindable):
     @property
     @abc.abstractmethod
     def origin(self) -> AbstractPosterior:
-        """The posterior from which this one was derived in one or more steps, or else itself."""
+        """Posterior from which this one was derived in one or more steps; itself if not derived."""
 
     @property
     @abc.abstractmethod

@@ -26,7 +26,7 @@ from sbi_flows.prior.sites import Site
 from sbi_flows.prior.tails import tails_of
 
 HALF_WIDTH = math.sqrt(3.0)
-"""Half-width of the range of a bounded standard coordinate; a uniform one then has variance 1."""
+"""Half-width of the range of a bounded standard coordinate: uniform numbers in it have variance 1."""
 
 _PROBABILITIES = (1e-3, 0.02, 0.3, 0.7, 0.98, 0.999)
 """Probabilities p at which `map_kind` tests that cdf(icdf(p)) equals p."""
@@ -216,7 +216,7 @@ def keep_inside(theta: Array, support: Any) -> Array:
 
 
 def _set_apart(theta: Array) -> Array:
-    """Replace each entry that is not above the previous one by the number just above that one."""
+    """Replace an entry that is not above its predecessor by the next number above that."""
 
     def step(before: Array, entry: Array) -> tuple[Array, Array]:
         # the gradient treats both entries as equal: nextafter has no derivative
