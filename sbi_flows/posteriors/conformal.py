@@ -68,7 +68,7 @@ class ConformalPosterior(Derived):
         return len(self.scores)
 
     def __repr__(self) -> str:
-        """Show the base posterior, and the levels of its regions that are used as conformal sets."""
+        """Show the base posterior, and the levels of its regions used as conformal sets."""
         if is_traced(self.scores):
             return f"ConformalPosterior({self.posterior})"
         levels = [c for c in (0.5, 0.8, 0.95) if c <= _largest(self.num_simulations)]

@@ -26,7 +26,7 @@ from sbi_flows.prior.sites import Site
 from sbi_flows.prior.tails import tails_of
 
 HALF_WIDTH = math.sqrt(3.0)
-"""Half-width of the range of a bounded standard coordinate: uniform numbers in it have variance 1."""
+"""Half-width of a bounded standard coordinate: uniform numbers there have variance 1."""
 
 _PROBABILITIES = (1e-3, 0.02, 0.3, 0.7, 0.98, 0.999)
 """Probabilities p at which `map_kind` tests that cdf(icdf(p)) equals p."""
