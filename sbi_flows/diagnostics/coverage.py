@@ -139,7 +139,7 @@ def coverage_of(ranks: Ranks) -> Coverage:
     """Compute coverage from the result of `draw_pass`.
 
     Raises:
-        ValueError: The ranks were computed without densities.
+        ValueError: `draw_pass` was called with `density=False`, so that density ranks are missing.
     """
     from scipy import stats
 
@@ -162,7 +162,7 @@ def coverage_of(ranks: Ranks) -> Coverage:
 
 
 def _share_within_levels(distances: np.ndarray) -> np.ndarray:
-    """Return the share of distances (N, D) that are at most each level, shape (K, D)."""
+    """For each level, return the share of distances (N, D) up to this level, shape (K, D)."""
     ascending = np.sort(distances, axis=0)
     counts = [np.searchsorted(column, LEVELS, side="right") for column in ascending.T]
     return np.stack(counts, axis=1) / len(distances)

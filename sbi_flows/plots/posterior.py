@@ -150,7 +150,10 @@ def _draw_pair(ax: Axes, draws: np.ndarray, ends: Any, i: int, levels: Sequence[
 
 
 def _smoothing_bins(num_draws: int, bins: int) -> float:
-    """Return the smoothing width in bins: 2.2% of the axis at 10,000 draws, more for fewer."""
+    """Return the smoothing width in bins.
+
+    The width is 2.2% of the axis for 10,000 draws, and larger for fewer draws.
+    """
     return 0.022 * bins * (10_000 / num_draws) ** 0.25
 
 
