@@ -1,4 +1,4 @@
-"""Checks of arguments, so that a mistake is reported before any long computation starts.
+"""Checks of arguments that report a mistake before any long computation starts.
 
 Functions named `require_...` raise ValueError if an argument is invalid, and return nothing.
 Functions named `as_...` convert a value, and raise ValueError if the conversion is impossible.

@@ -242,7 +242,7 @@ _accuracies = jax.jit(jax.vmap(_score))
 
 @jax.jit
 def _select(is_running: Array, new: _Weights, old: _Weights) -> _Weights:
-    """Return the new weights of running folds (F,) and the old weights of the others."""
+    """Return the new weights of folds that still run, and the old weights of the others."""
 
     def choose(a: Array, b: Array) -> Array:
         return jnp.where(jnp.reshape(is_running, (-1,) + (1,) * (a.ndim - 1)), a, b)

@@ -42,7 +42,7 @@ class Coverage:
         expected: Share of truths inside the joint highest-density region of each level, shape
             (K,). The posterior is conservative where this share is at or above the level.
         lower: Lower edge of the pointwise binomial 95% band at each level, shape (K,).
-        upper: Upper edge of this band, shape (K,).
+        upper: Upper edge of the band at each level, shape (K,).
         central: Share of truths inside the central interval of each parameter, shape (K, D).
         ks: P-value of the Kolmogorov-Smirnov test of r* against U(0, 1).
         ks_over_confident: P-value of the one-sided test; small if coverage is below the levels.

@@ -123,7 +123,7 @@ def two_sided_p_values(simulated: np.ndarray, observed: np.ndarray) -> np.ndarra
         observed: Observed values, shape (1, K), or (n, K) to compare row by row.
 
     Returns:
-        P-values, shape (K,). Simulated values equal to the observed one count half as below and
+        P-values, shape (K,). A simulated value equal to the observed value counts half as below and
         half as above. With n simulations, no p-value is below 1 / (n + 1).
     """
     n = len(simulated)

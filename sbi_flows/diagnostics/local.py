@@ -59,7 +59,7 @@ def check_at(
 
     Args:
         key: Random key.
-        posterior: The posterior to check; only its `sample` is used.
+        posterior: The posterior to check; only its method `sample` is used.
         x_o: One observation.
         simulator: The simulator that the posterior was trained on, `(key, theta) -> x`; not needed
             if `simulations` is a set of simulations.

@@ -29,10 +29,10 @@ from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.simulations import Simulations
 
 NEIGHBOUR_SHARE, MIN_NEIGHBOURS = 0.25, 200
-"""Share of the simulations that the classifiers are trained on, and the minimum number."""
+"""Share of the simulations that the classifiers are trained on, and their minimum number."""
 
 MAX_DISTANCE_SD = 10.0
-"""Truths and draws are clipped to this many posterior standard deviations from the mean."""
+"""Largest distance from the posterior mean, in standard deviations, to which values are clipped."""
 
 
 class LocalDraws(NamedTuple):

@@ -23,7 +23,7 @@ from sbi_flows.posteriors.passes import chunks_of, continuous_ranks, usable
 from sbi_flows.simulations.simulations import Simulations, observation_shape
 
 DENSITY_DRAWS, ODE_DENSITY_DRAWS = 100, 7
-"""Number of draws per posterior whose density is evaluated: usually, and with an ODE.
+"""Number of draws per posterior whose density is evaluated, without and with an ODE.
 
 With 100 draws, density ranks are fine enough for a thousand data sets. With 7 draws, ranks of a
 correct posterior are still uniform, because each rank is placed at random within its step. Tests
@@ -44,7 +44,7 @@ class Ranks:
         uniform: Continuous rank of each true parameter among its draws, shape (N, D).
         density: Continuous share of draws with a higher posterior density than the truth, shape
             (N,); None if densities were not requested.
-        distance: Continuous share of draws closer to the reference point than the truth, shape
+        distance: Continuous share of draws closer to the reference point than the truth is, shape
             (N,); None without reference points.
         log_prob: Posterior log density of the truth in nats, shape (N,); None if densities were
             not requested, or if the posterior defines credible regions itself.

@@ -23,7 +23,7 @@ NORMAL_IQR = 1.349
 
 
 def prior_scale(theta: Array | np.ndarray) -> np.ndarray:
-    """Estimate the width of the prior in each parameter from its draws.
+    """Estimate the width of the prior in each parameter from draws of the prior.
 
     The width is the interquartile range divided by `NORMAL_IQR`; the standard deviation of a
     heavy-tailed prior may not exist. The width of a constant parameter is 1.

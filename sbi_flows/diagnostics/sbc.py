@@ -112,7 +112,7 @@ def sbc(
 
     Args:
         key: Random key.
-        posterior: The posterior to check; only its `sample` is used.
+        posterior: The posterior to check; only its method `sample` is used.
         simulations: Pairs (theta, x) from the prior and the simulator, at least 50, better 200 or
             more; failed rows are left out and counted.
         draws: Independent draws from each posterior, at least 20.

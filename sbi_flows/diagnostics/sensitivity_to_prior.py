@@ -128,7 +128,7 @@ def _log_prior(prior: Prior, theta: Array) -> np.ndarray:
     """Return the log prior density of draws (n, D), shape (n,).
 
     Raises:
-        ValueError: The draws belong to a batch of observations.
+        ValueError: The draws have a batch axis, because x is a batch of observations.
         SbiFlowsError: A draw is outside the prior's support.
     """
     if theta.ndim != 2:

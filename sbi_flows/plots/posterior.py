@@ -32,7 +32,8 @@ def corner(
     """Plot one- and two-dimensional marginals of one posterior, or of several overlaid.
 
     Args:
-        samples: Draws of shape (n, D), or a dict of such arrays by name; the first is filled.
+        samples: Draws of shape (n, D), or a dict of such arrays by name. The first array is
+            drawn filled.
         labels: Names of the D parameters, for example `posterior.prior.labels`.
         truth: True parameters, shape (D,), drawn as lines.
         levels: Probabilities of the highest-density regions that the contours enclose.
