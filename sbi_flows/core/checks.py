@@ -1,7 +1,7 @@
-"""Checks of arguments, so that a mistake is reported before any long computation starts.
+"""Checks of arguments that report a mistake before any long computation starts.
 
 Functions named `require_...` raise ValueError if an argument is invalid, and return nothing.
-Functions named `as_...` convert a value, and raise ValueError if they cannot.
+Functions named `as_...` convert a value, and raise ValueError if the conversion is impossible.
 
 Public names: `require_real`, `as_array`, `as_real_array`, `as_real_tree`, `require_tree`,
 `require_memory`, `as_random_key`, `require_count`, `require_positive`, `require_finite`,
@@ -136,7 +136,7 @@ def as_real_tree(name: str, tree: Any, *, kept: tuple[type, ...] = ()) -> Any:
 def require_tree(name: str, tree: Any) -> None:
     """Raise ValueError if a tree is nested too deeply, or a dict has keys that cannot be sorted.
 
-    A container that contains itself is refused as nested too deeply.
+    A container that contains itself counts as nested too deeply.
 
     Args:
         name: Name of the argument, for error messages.
@@ -168,7 +168,8 @@ def _require_sortable(name: str, node: dict) -> None:
 def require_memory(name: str, shape: tuple[int, ...], dtype: Any) -> None:
     """Raise ValueError if an array needs more memory than the machine has.
 
-    A NumPy view can have such a shape although it stores a single number (`np.broadcast_to`).
+    A NumPy view of any shape may store a single number (`np.broadcast_to`), but a copy of the view
+    needs memory for every entry.
 
     Args:
         name: Name of the argument, for the error message.

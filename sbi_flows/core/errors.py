@@ -22,7 +22,8 @@ class TrainingDiverged(SbiFlowsError):
 
     Attributes:
         epoch: The first epoch whose loss is not finite, counted from 1.
-        state: Posterior with these weights, or None if no epoch had a finite loss.
+        state: Posterior with the weights of the last epoch with a finite loss; None if there is no
+            such epoch.
     """
 
     def __init__(self, message: str, *, epoch: int, state: object = None) -> None:

@@ -111,7 +111,7 @@ class _Loader(importlib.abc.Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Warn, and restore the module's spec, which Python replaced by that of the old path."""
+        """Warn, and restore the module's spec: Python replaced it by the old path's spec."""
         module.__spec__ = self.new_spec
         if self.old in PUBLIC:
             return

@@ -1,8 +1,8 @@
 """Precision of matrix products: full by default, lower if the user requests it.
 
 By default JAX computes products of 32-bit matrices with a mantissa of 10 bits on an NVIDIA GPU
-(TensorFloat-32) and of 7 bits on a TPU (bfloat16). With such products, the density of a flow would
-not integrate to one, and would disagree with the distribution of the flow's draws.
+(TensorFloat-32) and of 7 bits on a TPU (bfloat16). With products of this precision, the density of
+a flow would not integrate to one, and would disagree with the distribution of the flow's draws.
 
 Public names: `FULL`, `full_precision`, `precision_context`, `inherit_precision`.
 """
@@ -61,9 +61,10 @@ def precision_context(precision: str | None) -> AbstractContextManager[None]:
 
 
 def inherit_precision() -> Callable[[], None]:
-    """Return a function that copies this thread's matrix precision to the thread that calls it.
+    """Return a function that sets the current matrix precision in another thread.
 
-    JAX has a separate setting of `jax.default_matmul_precision` in each thread.
+    Call the returned function in the other thread. It is needed because JAX keeps a separate
+    setting of `jax.default_matmul_precision` in each thread.
     """
     precision = _user_precision()
 

@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 
 class _Unchecked:
-    """Data stored in a pytree that no computation depends on, for example a name.
+    """Data of a pytree that do not affect any computation, for example a name.
 
     All instances compare equal, so that JAX uses one compiled program for objects that differ only
     in these data.
@@ -45,8 +45,8 @@ def register_pytree(
         leaves: Attributes that are arrays or pytrees of arrays.
         static: Attributes that are compiled into programs: hashable values, or trees of them.
         facts: Attributes that no program depends on, with the values that they have in the result
-            of a jitted function. There the facts of the argument are not known: a program that was
-            compiled for one object also serves other objects.
+            of a jitted function. The result cannot have the facts of the argument, because a
+            program that was compiled for one object also runs for other objects.
     """
     defaults = dict(facts or {})
 

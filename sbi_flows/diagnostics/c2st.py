@@ -22,7 +22,7 @@ from sbi_flows.diagnostics.c2st_data import (
 
 @dataclasses.dataclass(frozen=True)
 class SklearnMLP:
-    """Scikit-learn's multilayer perceptron, the classifier of published C2ST values.
+    """Scikit-learn's multilayer perceptron, the classifier that published C2ST values use.
 
     Attributes:
         jobs: Number of folds trained in parallel, each in its own process; -1 uses every core.
@@ -32,7 +32,7 @@ class SklearnMLP:
     jobs: int | None = None
 
     def accuracies(self, pairs: Sequence[LabelledRows], seed: int) -> np.ndarray:
-        """Cross-validate the perceptron for each pair of sets, shape (pairs, folds)."""
+        """Cross-validate on each pair of sets; return the accuracies, shape (pairs, folds)."""
         from sklearn.model_selection import cross_val_score
         from sklearn.neural_network import MLPClassifier
         from threadpoolctl import threadpool_limits
@@ -65,24 +65,24 @@ def c2st(
 ) -> Any:
     """Compute the accuracy of a classifier that separates two sets of draws (C2ST-MLP).
 
-    A perceptron with two hidden layers of width 10 D (relu, Adam, at most 10,000 epochs) is
-    trained on draws that are standardised by the reference's mean and standard deviation. The
-    result is the mean accuracy in a cross-validation with shuffled folds. 0.5 means that the sets
-    cannot be distinguished; 1 means that they do not overlap. With 10,000 draws in each set, the
-    standard error is about 0.0035 if both sets have the same distribution. Accuracies of other
-    classifiers, such as random forests, cannot be compared with these.
+    A perceptron with two hidden layers of width 10 D (relu, Adam, at most 10,000 epochs) is trained
+    on draws that are standardised by the reference's mean and standard deviation. The result is the
+    mean accuracy in a cross-validation with shuffled folds. 0.5 means that the sets cannot be
+    distinguished; 1 means that they do not overlap. With 10,000 draws in each set, the standard
+    error is about 0.0035 if both sets have the same distribution. Do not compare the result with
+    accuracies of other classifiers, such as random forests.
 
     Args:
         reference: Draws of the reference posterior in any units, shape (N, D), or (B, N, D) for B
             pairs of sets.
-        samples: Draws to test, in the same units, shape (M, D) or (B, M, D). With M = N the chance
-            level is 0.5.
+        samples: Draws to test, in the same units, shape (M, D) or (B, M, D). If M = N, a classifier
+            that guesses has an accuracy of 0.5.
         folds: Number of folds of the cross-validation.
         seed: Seed of the folds and of the network's initial weights.
         jobs: Number of folds that the default backend trains in parallel; see `SklearnMLP`.
         backend: Implementation of the classifier. `SklearnMLP(jobs)`, the default, takes about a
-            minute for ten parameters on one core. `CompiledMLP()` trains the same network in JAX,
-            faster, especially for many pairs; results differ by rounding errors.
+            minute for ten parameters on one core. `CompiledMLP()` trains the same network in JAX.
+            It is faster, especially for many pairs, and its results differ only by rounding errors.
 
     Returns:
         The mean accuracy over the folds, between 0 and 1: a float, or shape (B,) for B pairs.

@@ -2,10 +2,11 @@
 
 Public name: `CompiledMLP`.
 
-Network, optimiser and stopping rule are those of `SklearnMLP`. Initial weights and the order of the
-batches use the same random numbers as scikit-learn, so that only rounding errors differ. Every fold
-of every pair of sets runs the same program. On a CPU, each fold trains in a separate thread. On an
-accelerator, all folds with equally many rows train together under `vmap` until the last one stops.
+The network, the optimiser and the stopping rule are the same as in `SklearnMLP`. Initial weights
+and the order of the batches use the same random numbers as scikit-learn, so that results differ
+only by rounding errors. Every fold of every pair of sets runs the same program. On a CPU, each fold
+trains in a separate thread. On an accelerator, all folds with equally many rows train together
+under `vmap` until the last fold stops.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class CompiledMLP:
     """
 
     def accuracies(self, pairs: Sequence[LabelledRows], seed: int) -> np.ndarray:
-        """Cross-validate the perceptron for each pair of sets, shape (pairs, folds)."""
+        """Cross-validate on each pair of sets; return the accuracies, shape (pairs, folds)."""
         rows = [part for pair in pairs for part in _fold_rows(pair)]
         width = 10 * rows[0].x.shape[1]
         train = _train_on_threads if _on_cpu() else _train_under_vmap
@@ -118,8 +119,8 @@ def _train_under_vmap(rows: list[_FoldRows], width: int, seed: int) -> list[floa
 def _train_together(folds: _FoldRows, run: _Run) -> Array:
     """Train F folds that are stacked on a leading axis; return their accuracies, shape (F,).
 
-    All folds train until the last one stops. The weights of a fold are those of the epoch in which
-    the fold reached its stopping rule.
+    All folds run until the last fold stops. Each fold keeps its weights from the epoch in which it
+    met the stopping rule.
     """
     count = len(folds.x)
     state = jax.tree.map(lambda a: jnp.stack([a] * count), run.state)
@@ -241,7 +242,7 @@ _accuracies = jax.jit(jax.vmap(_score))
 
 @jax.jit
 def _select(is_running: Array, new: _Weights, old: _Weights) -> _Weights:
-    """Return the new weights of running folds (F,) and the old weights of the others."""
+    """Return the new weights of folds that still run, and the old weights of the others."""
 
     def choose(a: Array, b: Array) -> Array:
         return jnp.where(jnp.reshape(is_running, (-1,) + (1,) * (a.ndim - 1)), a, b)

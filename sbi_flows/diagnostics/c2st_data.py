@@ -75,7 +75,7 @@ def each_pair(reference: Any, samples: Any) -> Iterator[tuple[Any, Any]]:
     """Yield B pairs of sets (N, D) and (M, D) from arrays (B, N, D) and (B, M, D).
 
     Raises:
-        ValueError: The arrays have other shapes, B differs, or B is 0.
+        ValueError: An array has another shape, the two arrays differ in B, or B is 0.
     """
     shapes = np.shape(reference), np.shape(samples)
     is_batch = len(shapes[0]) == len(shapes[1]) == 3 and shapes[0][0] == shapes[1][0] > 0

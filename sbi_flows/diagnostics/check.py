@@ -43,11 +43,11 @@ def check(
     by coverage and by TARP. Holm's correction over all tests limits the probability of rejecting a
     correct posterior to `level`.
 
-    The verdict holds on average over data sets simulated from the prior. For the posterior at one
-    observation use `check_at`; whether the simulator describes the real data is tested by
-    `predictive_check` and `misspecification`. If some simulations fail, the verdict holds for those
-    that succeed. Their parameters follow the prior given success, the distribution that the
-    posterior was trained on.
+    The verdict holds on average over data sets simulated from the prior. Use `check_at` to check
+    the posterior at one observation. Use `predictive_check` and `misspecification` to test whether
+    the simulator describes the real data. If some simulations fail, the verdict holds for
+    parameters from the prior conditional on success; the posterior was trained on parameters from
+    the same distribution.
 
     Args:
         key: Random key.
@@ -90,7 +90,7 @@ def check(
 
 
 def _report(ranks: Ranks, level: float, subject: str, command: str) -> Report:
-    """Run all tests on the ranks; `subject` is appended to the verdict."""
+    """Run all tests on the ranks. `subject` is a clause that is appended to the verdict."""
     sbc, tarp, coverage = sbc_of(ranks), tarp_of(ranks), coverage_of(ranks)
     tests = tests_of(sbc, tarp, coverage)
     findings = findings_of(tests, sbc, tarp, coverage, level)

@@ -42,7 +42,7 @@ class Coverage:
         expected: Share of truths inside the joint highest-density region of each level, shape
             (K,). The posterior is conservative where this share is at or above the level.
         lower: Lower edge of the pointwise binomial 95% band at each level, shape (K,).
-        upper: Upper edge of this band, shape (K,).
+        upper: Upper edge of the band at each level, shape (K,).
         central: Share of truths inside the central interval of each parameter, shape (K, D).
         ks: P-value of the Kolmogorov-Smirnov test of r* against U(0, 1).
         ks_over_confident: P-value of the one-sided test; small if coverage is below the levels.
@@ -139,7 +139,7 @@ def coverage_of(ranks: Ranks) -> Coverage:
     """Compute coverage from the result of `draw_pass`.
 
     Raises:
-        ValueError: The ranks were computed without densities.
+        ValueError: `draw_pass` was called with `density=False`, so that density ranks are missing.
     """
     from scipy import stats
 
@@ -162,7 +162,7 @@ def coverage_of(ranks: Ranks) -> Coverage:
 
 
 def _share_within_levels(distances: np.ndarray) -> np.ndarray:
-    """Return the share of distances (N, D) that are at most each level, shape (K, D)."""
+    """For each level, return the share of distances (N, D) up to this level, shape (K, D)."""
     ascending = np.sort(distances, axis=0)
     counts = [np.searchsorted(column, LEVELS, side="right") for column in ascending.T]
     return np.stack(counts, axis=1) / len(distances)

@@ -58,9 +58,10 @@ class Discrepancies:
 
     Attributes:
         labels: Names of the K discrepancies.
-        p: Two-sided p-value of each observed value, shape (K,): twice the share of simulated
-            values below it or above it, whichever is smaller. If a discrepancy depends on the
-            parameters, simulation and observation are compared at the same draw.
+        p: Two-sided p-value of each observed value, shape (K,): twice the share of simulated values
+            below the observed value, or twice the share above it if this is smaller. If a
+            discrepancy depends on the parameters, simulation and observation are compared at the
+            same draw.
         simulated: Discrepancies of the simulations, shape (n, K).
         observed: Discrepancies of the observation at each draw, shape (n, K); all rows are equal
             unless the discrepancy depends on the parameters.
@@ -122,7 +123,7 @@ def two_sided_p_values(simulated: np.ndarray, observed: np.ndarray) -> np.ndarra
         observed: Observed values, shape (1, K), or (n, K) to compare row by row.
 
     Returns:
-        P-values, shape (K,). Simulated values equal to the observed one count half as below and
+        P-values, shape (K,). A simulated value equal to the observed value counts half as below and
         half as above. With n simulations, no p-value is below 1 / (n + 1).
     """
     n = len(simulated)
@@ -137,8 +138,8 @@ def trace_discrepancies(
     """Check user-defined discrepancies by tracing them with JAX on one observation.
 
     Raises:
-        ValueError: The argument is not a dict of functions of one or two arguments that each
-            return one real number.
+        ValueError: `discrepancies` is not a dict of functions, or a function does not accept one or
+            two arguments, or does not return one real number.
     """
     if discrepancies is None:
         return []
@@ -160,7 +161,7 @@ def _traced(name: str, function: Discrepancy, x: Obs, theta: Any) -> TracedDiscr
     """Trace one discrepancy, and check that it returns one real number.
 
     Raises:
-        ValueError: JAX cannot trace it, or it does not return one real number.
+        ValueError: JAX cannot trace the function, or the function does not return one real number.
     """
     count, field = _num_required_arguments(function), f"discrepancies[{name!r}]"
     if count not in (1, 2):
@@ -220,7 +221,8 @@ def _evaluate(discrepancy: TracedDiscrepancy, x: Obs, theta: Any) -> np.ndarray:
     """Evaluate a discrepancy for n parameter vectors, and for n observations or a single one.
 
     Returns:
-        Values, shape (n,); shape (1,) for a single observation and a function of x alone.
+        Values, shape (n,). The shape is (1,) if x is a single observation and the function does not
+        depend on theta.
     """
     function = discrepancy.function
     if not discrepancy.needs_theta:

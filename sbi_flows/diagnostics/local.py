@@ -45,21 +45,21 @@ def check_at(
     """Check a posterior at one observation. `check` tests the average over data sets.
 
     A classifier is trained to separate true parameters from posterior draws, one pair for each
-    simulation. It is then applied to posterior draws at the observation: where its probability
-    differs from 1/2, the posterior differs from the true posterior. Classifiers trained on
-    permuted labels give the null distribution of the test statistic. The training set is the
-    quarter of the simulations whose posteriors are most similar to the posterior at the
+    simulation. The trained classifier is applied to posterior draws at the observation. Where it
+    gives a probability other than 1/2, the posterior differs from the true posterior. Classifiers
+    trained on permuted labels give the null distribution of the test statistic. The training set is
+    the quarter of the simulations whose posteriors are most similar to the posterior at the
     observation, weighted by similarity.
 
-    A posterior that is correct for all these simulations is rejected with a probability of
-    `level`. A posterior that is correct at the observation, but wrong for these simulations, may be
-    rejected more often. A posterior that is not rejected may still have errors that are too small
-    to be detected with this number of simulations. If some simulations fail, the check holds for
-    those that succeed, as in `check`.
+    A posterior that is correct for all simulations of the training set is rejected with a
+    probability of `level`. A posterior that is correct at the observation, but wrong for some of
+    these simulations, may be rejected more often. A posterior that is not rejected may still have
+    errors that are too small to be detected with this number of simulations. If some simulations
+    fail, the check holds for those that succeed, as in `check`.
 
     Args:
         key: Random key.
-        posterior: The posterior to check; only its `sample` is used.
+        posterior: The posterior to check; only its method `sample` is used.
         x_o: One observation.
         simulator: The simulator that the posterior was trained on, `(key, theta) -> x`; not needed
             if `simulations` is a set of simulations.
@@ -74,9 +74,9 @@ def check_at(
         The report. Printing it shows the verdict and a table; its method `plot` makes a figure.
 
     Raises:
-        ValueError: x_o is a batch or has another shape than a simulation, a number is out of
-            range, the simulations have another number of parameters than the posterior, or there is
-            no simulator.
+        ValueError: x_o is a batch or has another shape than a simulation, a setting is out of
+            range, the number of parameters of the simulations differs from the posterior's, or
+            `simulations` is a number and no simulator is given.
         SimulationFailed: Fewer than 400 simulations succeeded.
         SbiFlowsError: The posterior returned draws that are not finite.
 

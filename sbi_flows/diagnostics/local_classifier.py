@@ -3,8 +3,8 @@
 Each classifier is a logistic regression. It uses coordinates in which the posterior has mean 0 and
 covariance 1. Its features are the coordinates, their squares and products, and cosine waves in
 random directions; with enough waves, any two densities can be distinguished. The loss is convex, so
-the solution is unique. All classifiers use the same matrix factorisation, so that a hundred of them
-cost little more than one.
+the solution is unique. All classifiers use the same matrix factorisation, so that a hundred
+classifiers cost little more than one classifier.
 
 Names for this package: `Pairs`, `ClassifierOutput`, `classify`, `MAX_COORDINATE`.
 
@@ -34,7 +34,7 @@ WAVE_NUMBERS = (0.5, 3.0)
 """Range of the wave numbers, in radians per standard deviation of the posterior."""
 
 MAX_PRODUCT_COORDINATES = 30
-"""With more coordinates than this, their products are not used as features (30 give 435)."""
+"""Largest number of coordinates whose products are features (30 coordinates give 435 products)."""
 
 NUM_STEPS = 8
 """Number of solver steps; for small errors of the posterior, one step is nearly enough."""
@@ -76,8 +76,8 @@ def classify(key: Key, pairs: Pairs, points: Array, permutations: int) -> Classi
 
     A permutation swaps truth and draw in about half of the pairs, chosen at random. If truth and
     draw have the same distribution for each data set, the true labels are equivalent to one more
-    permutation. The first statistic is then exchangeable with the others, for any features and
-    weights.
+    permutation. The statistic of the true labels is then exchangeable with the statistics of the
+    permutations, for any features and weights.
 
     Args:
         key: Random key.

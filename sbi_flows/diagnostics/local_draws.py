@@ -29,10 +29,10 @@ from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.simulations import Simulations
 
 NEIGHBOUR_SHARE, MIN_NEIGHBOURS = 0.25, 200
-"""Share of the simulations that the classifiers are trained on, and its minimum in simulations."""
+"""Share of the simulations that the classifiers are trained on, and their minimum number."""
 
 MAX_DISTANCE_SD = 10.0
-"""Truths and draws are clipped to this many posterior standard deviations from the mean."""
+"""Largest distance from the posterior mean, in standard deviations, to which values are clipped."""
 
 
 class LocalDraws(NamedTuple):
@@ -81,8 +81,9 @@ def local_pairs(
 ) -> LocalDraws:
     """Draw once for each data set, and select the data sets near the observation.
 
-    The draw that is paired with the truth is not one of the draws that define the posterior's
-    frame. Otherwise it would be closer to the center of this frame than the truth is.
+    One draw is paired with the truth of its data set. Other draws define the frame, which gives the
+    standardised coordinates of the posterior. If the paired draw also defined the frame, it would
+    lie closer to the centre of the frame than the truth.
 
     Args:
         key: Random key.
@@ -165,7 +166,7 @@ def _features(posterior: AbstractPosterior, x: Obs, observed: Obs) -> np.ndarray
     """Return C features of N data sets and, in the last row, of the observation, (N + 1, C).
 
     Features are the output of the posterior's embedding. Without an embedding, they are the
-    standardised entries.
+    standardised entries of the data.
     """
     joined = jax.tree.map(lambda a, b: np.concatenate([a, np.asarray(b, a.dtype)]), x, observed)
     spaces = posterior.spaces(joined)

@@ -1,7 +1,8 @@
-"""Errors of a posterior near one observation, as numbers and as a verdict.
+"""Errors of a posterior near one observation, and a sentence that describes them.
 
-The classifiers test whether truths and draws differ. This module measures how they differ: in mean,
-width and correlation. The null distribution of these effects comes from permuted labels.
+The classifiers test whether true parameters and posterior draws differ. This module measures the
+differences in mean, width and correlation. Permuted labels give the null distribution of these
+differences.
 
 Names for this package: `LocalPairs`, `LocalErrors`, `errors_of`, `findings_of`, `verdict_of`.
 """
@@ -23,7 +24,7 @@ CURVE_POINTS = 20
 """Number of groups of sorted draws, along each parameter, in which probabilities are averaged."""
 
 MIN_EFFECT, MIN_RELATIVE_Z = 0.05, 0.2
-"""An effect is reported from this size, and from this fraction of the largest z-score."""
+"""Minimum size of a reported effect, and its minimum z-score relative to the largest z-score."""
 
 MAX_NAMED_PAIRS = 3
 """Largest number of pairs with a wrong correlation that a verdict names."""
@@ -58,11 +59,11 @@ class LocalErrors:
         width: Posterior width divided by correct width, shape (D,).
         correlation: Posterior correlation minus true correlation of each pair, shape
             (D (D - 1) / 2,).
-        z: Z-scores of the effects, by their mean and standard deviation under permuted labels,
-            shape (E,).
+        z: Z-scores of the effects, shape (E,). Permuted labels give the mean and the standard
+            deviation that define a z-score.
         p: P-values of the effects, corrected for the number of effects (max-T), shape (E,).
         points: Means of each parameter in K equal groups of its sorted draws, shape (D, K).
-        curve: Mean probability of "true parameter" in each group, shape (D, K).
+        curve: Mean probability of "true parameter" in each of these K groups, shape (D, K).
         band: 5% and 95% quantiles of the curves under permuted labels, shape (2, D, K).
     """
 
@@ -87,7 +88,7 @@ class LocalErrors:
 
     @property
     def sure(self) -> np.ndarray:
-        """Earlier name of `z`."""
+        """Z-scores of the effects, shape (E,); `z` under its earlier name."""
         return self.z
 
 
@@ -98,7 +99,8 @@ def errors_of(pairs: LocalPairs, draws: np.ndarray, probability: np.ndarray) -> 
         pairs: Truths and draws for the nearest data sets.
         draws: Posterior draws at the observation, shape (n, D).
         probability: Probability that each draw is a true parameter, shape (n, 1 + P). The first
-            column is from the classifier of true labels, the others from permuted labels.
+            column is from the classifier of true labels, the others are from classifiers of
+            permuted labels.
 
     References:
         Westfall & Young 1993, Resampling-Based Multiple Testing (the max-T correction).

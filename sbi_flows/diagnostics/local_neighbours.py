@@ -16,14 +16,21 @@ from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key
 
 MOMENT_DRAWS = 64
-"""Number of posterior draws per data set that define its frame."""
+"""Number of posterior draws from which the `Frame` of one data set is computed."""
 
 MAX_COMPONENTS, NUM_PROJECTIONS = 32, 64
-"""More features than this are replaced by this many principal components; number of random
-projections from which these are computed."""
+"""Maximum number of features, and number of random projections.
+
+More features are replaced by `MAX_COMPONENTS` principal components, which are computed from the
+random projections.
+"""
 
 MIN_VARIANCE_SHARE, MAX_AXES = 0.05, 12
-"""Principal axes used for distances: minimum variance relative to the first, maximum number."""
+"""Limits of the principal axes that define distances.
+
+The first is the minimum variance of an axis relative to the first axis, the second is the maximum
+number of axes.
+"""
 
 REGRESSION_RIDGE = 10.0
 
@@ -87,10 +94,10 @@ def nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find the data sets nearest to the observation, and their weights.
 
-    Data sets are near each other if their posteriors are similar. Posteriors are compared by the
-    moments of the posterior that is checked, and by a linear regression that predicts parameters
-    and their squares from features and their squares. The regression is fitted to the average of
-    truth and draw, so that it cannot distinguish truths from draws.
+    Data sets are near each other if their posteriors are similar. Similarity is measured by the
+    mean and width of the checked posterior, and by a linear regression that predicts parameters and
+    their squares from features and their squares. The regression is fitted to the average of truth
+    and draw, so that it cannot distinguish truths from draws.
 
     Args:
         key: Random key.

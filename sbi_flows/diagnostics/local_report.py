@@ -28,7 +28,7 @@ class LocalCheck:
         verdict: One sentence: the posterior is consistent with the true posterior at this
             observation, or it is not, and how it differs.
         p_value: P-value of the permutation test: (1 + number of values of `null` that are at least
-            `statistic`) / (1 + P).
+            `statistic`) / (1 + P), for P permutations.
         statistic: Mean of (d - 1/2)^2 over posterior draws at the observation, where d is the
             classifier's probability of being a true parameter. 0 if draws and true parameters
             cannot be separated, 1/4 if they are always separated.

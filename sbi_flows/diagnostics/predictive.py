@@ -46,7 +46,7 @@ MIN_DRAWS = 100
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Predictive:
-    """Result of `predictive_check`. Small p-values mean that the model rarely produces such data.
+    """Result of `predictive_check`. Small p-values: the model rarely produces similar data.
 
     The observation is used twice: for the posterior and for the check. The p-values of a correct
     model therefore concentrate around 0.5 instead of being uniform, and a small p-value is stronger
@@ -55,8 +55,8 @@ class Predictive:
     Attributes:
         labels: Names of the C entries of the flattened observation.
         entry_p: Two-sided p-value of each entry relative to the simulations, shape (C,).
-        distance_p: Share of simulations that are at least as far from their mean as the
-            observation, by the Mahalanobis distance over all entries.
+        distance_p: P-value of the Mahalanobis distance over all entries: the share of simulations
+            that are at least as far from the mean of the simulations as the observation.
         observed: Standardised observation, shape (C,): 0 is the median of the simulations, and the
             unit is their interquartile range / 1.349; absolute values above 3 are compressed by a
             logarithm.
@@ -202,7 +202,7 @@ def simulate_at_draws(
     """Simulate at posterior draws (n, D); return the simulations that succeeded.
 
     Raises:
-        SimulationFailed: Fewer than half of them succeeded, or fewer than 100.
+        SimulationFailed: Fewer than half of the simulations succeeded, or fewer than 100.
     """
     draws = len(theta)
     valid = simulate_at(key, prior, simulator, theta, progress=progress).only_valid()
@@ -231,7 +231,7 @@ def _compare(simulated: Obs, observed: Obs, num_failed: int) -> Predictive:
 
 
 def _embedding_p(posterior: AbstractPosterior, simulated: Obs, observed: Obs) -> float | None:
-    """Return `_distance_p` in the output of the embedding; None without an embedding."""
+    """Return `_distance_p` of the embedding's output; None if there is no embedding."""
     spaces = posterior.spaces(observed)
     # In a composed posterior, a data set is several observations, each with its own output.
     if len(spaces) < 2 or len(spaces[1]) != 1:

@@ -85,7 +85,7 @@ class PriorSensitivity:
     draws: int
 
     def __getitem__(self, name: str) -> Reweighted:
-        """Return the row with a name, for example `result["prior ** 0.8"]`."""
+        """Return the row with the given name, for example `result["prior ** 0.8"]`."""
         by_name = {row.name: row for row in self.rows}
         if name not in by_name:
             raise KeyError(f"{name}: expected one of {', '.join(by_name)}")
@@ -93,7 +93,7 @@ class PriorSensitivity:
 
     @property
     def diagnosis(self) -> dict[str, str]:
-        """Possible reason for each parameter that is sensitive to the prior."""
+        """Possible cause of the sensitivity, for each parameter that is sensitive to the prior."""
         if not self.sensitivity:
             return {}
         prior, likelihood = (
@@ -147,7 +147,10 @@ class PriorSensitivity:
         }
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Plot the shifts by parameter and set of weights as a heat map; grey if unreliable."""
+        """Plot the shifts by parameter and set of weights as a heat map.
+
+        Cells with unreliable weights are grey.
+        """
         shifts = np.stack([row.shift for row in self.rows], axis=1)
         names = {"rows": self.parameters, "columns": [row.name for row in self.rows]}
         return heat_map(shifts, label="shift of the mean (posterior sd)", ax=ax, **names)

@@ -23,7 +23,7 @@ from sbi_flows.posteriors.passes import chunks_of, continuous_ranks, usable
 from sbi_flows.simulations.simulations import Simulations, observation_shape
 
 DENSITY_DRAWS, ODE_DENSITY_DRAWS = 100, 7
-"""Number of draws per posterior whose density is evaluated; fewer if each density needs an ODE.
+"""Number of draws per posterior whose density is evaluated, without and with an ODE.
 
 With 100 draws, density ranks are fine enough for a thousand data sets. With 7 draws, ranks of a
 correct posterior are still uniform, because each rank is placed at random within its step. Tests
@@ -35,15 +35,16 @@ lose little power, but coverage curves are smoothed.
 class Ranks:
     """Ranks of true parameters among posterior draws for N data sets.
 
-    Failed simulations are not among the N data sets. For a correct posterior, all entries of
-    `uniform`, `density` and `distance` are uniform on (0, 1).
+    The N data sets are the successful simulations. A rank or share is continuous: it is placed at
+    random within its step. For a correct posterior, all entries of `uniform`, `density` and
+    `distance` are uniform on (0, 1).
 
     Attributes:
         theta: True parameters, shape (N, D), in the parameters' units.
         uniform: Continuous rank of each true parameter among its draws, shape (N, D).
         density: Continuous share of draws with a higher posterior density than the truth, shape
             (N,); None if densities were not requested.
-        distance: Continuous share of draws closer to the reference point than the truth, shape
+        distance: Continuous share of draws closer to the reference point than the truth is, shape
             (N,); None without reference points.
         log_prob: Posterior log density of the truth in nats, shape (N,); None if densities were
             not requested, or if the posterior defines credible regions itself.
@@ -86,7 +87,7 @@ def draw_pass(
         draws: Draws from each posterior. They must be independent (thin Markov chains).
         references: Reference points for the distances of TARP, shape (N, D), one per valid row;
             without them, no distances are computed.
-        scale: Unit of each parameter in those distances, shape (D,); ones by default.
+        scale: Unit of each parameter in the distances of TARP, shape (D,); ones by default.
         density: Rank posterior densities as well.
         progress: Show a progress bar over chunks of data sets.
 
@@ -136,8 +137,8 @@ def draw_pass(
 def _num_density_draws(posterior: AbstractPosterior, draws: int) -> int:
     """Return the number of draws per data set whose density is evaluated.
 
-    It is 0 if the posterior defines credible regions itself, because these give the levels
-    directly.
+    The number is 0 if the posterior defines credible regions itself, because their levels are then
+    known without densities.
     """
     if posterior.has_own_regions:
         return 0
@@ -147,7 +148,11 @@ def _num_density_draws(posterior: AbstractPosterior, draws: int) -> int:
 def _uniform_ranks(
     key: Key, counts: dict[str, np.ndarray], draws: int, ranked: int
 ) -> list[np.ndarray]:
-    """Turn counts of draws below, denser and nearer than the truth into continuous ranks."""
+    """Convert counts of draws to continuous ranks.
+
+    A count is the number of draws that are below the truth, have a higher density, or are nearer to
+    the reference point.
+    """
     among = {"below": draws, "denser": ranked, "nearer": draws}
     keys = jax.random.split(key, 3)
     return [
@@ -159,7 +164,7 @@ def _uniform_ranks(
 def _draws_and_densities(
     key: Key, posterior: AbstractPosterior, part: Simulations, draws: int, ranked: int
 ) -> tuple[Array, Array, Array]:
-    """Draw (B, L, D) and evaluate log densities of the first draws (B, ranked) and truths (B,).
+    """Return draws (B, L, D), log densities (B, ranked) of the first draws, and of truths (B,).
 
     Densities are zeros of shape (B, 1) and (B,) if `ranked` is 0.
     """

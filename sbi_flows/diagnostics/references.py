@@ -23,10 +23,10 @@ NORMAL_IQR = 1.349
 
 
 def prior_scale(theta: Array | np.ndarray) -> np.ndarray:
-    """Estimate the width of the prior in each parameter from its draws.
+    """Estimate the width of the prior in each parameter from draws of the prior.
 
-    The width is the interquartile range divided by that of a standard normal, because the standard
-    deviation of a heavy-tailed prior may not exist. It is 1 for a constant parameter.
+    The width is the interquartile range divided by `NORMAL_IQR`; the standard deviation of a
+    heavy-tailed prior may not exist. The width of a constant parameter is 1.
 
     Args:
         theta: Draws of the prior, shape (N, D).

@@ -1,4 +1,4 @@
-"""The report of `check`: verdict, tests and their details, as text, figure, page or JSON.
+"""The report of `check`, which can be printed, plotted, or saved as an HTML page or as JSON.
 
 Public name: `Report`.
 """
@@ -45,7 +45,7 @@ class Report:
         tarp: Coverage around reference points.
         coverage: Coverage of highest-density regions and central intervals.
         sharpness: Width of the posterior relative to the prior.
-        level: Family-wise level of the tests.
+        level: Probability that any of the tests rejects a correct posterior.
         num_datasets: Number of data sets checked.
         num_failed: Number of failed simulations that were left out.
         draws: Number of draws from each posterior.

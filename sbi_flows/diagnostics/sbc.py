@@ -36,8 +36,8 @@ class SBC:
         ks: P-values of the Kolmogorov-Smirnov test, shape (D,).
         location: P-values of the test for a shift (`normal_p_values`), shape (D,).
         spread: P-values of the test for a wrong width (`normal_p_values`), shape (D,).
-        log_gamma: Logarithm of gamma divided by its 5% null quantile, shape (D,); below 0 rejects
-            at 5%.
+        log_gamma: Logarithm of the rank statistic gamma (`uniformity.log_gamma`) divided by its 5%
+            null quantile, shape (D,); a value below 0 rejects at 5%.
         shift: Posterior mean minus true mean, in posterior standard deviations, shape (D,);
             positive if the posterior lies too high.
         width: Posterior width divided by the correct width, shape (D,); below 1 if the posterior
@@ -95,7 +95,7 @@ class SBC:
         }
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Plot the ECDF of the ranks minus uniform, with its simultaneous 95% band."""
+        """Plot the ECDF of the ranks minus the uniform distribution, with the 95% band."""
         band = ecdf_band(len(self.uniform))
         return rank_ecdf(self.uniform, band=band, labels=self.labels, ax=ax)
 
@@ -112,7 +112,7 @@ def sbc(
 
     Args:
         key: Random key.
-        posterior: The posterior to check; only its `sample` is used.
+        posterior: The posterior to check; only its method `sample` is used.
         simulations: Pairs (theta, x) from the prior and the simulator, at least 50, better 200 or
             more; failed rows are left out and counted.
         draws: Independent draws from each posterior, at least 20.

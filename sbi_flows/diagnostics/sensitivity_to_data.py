@@ -46,8 +46,8 @@ class DataSensitivity:
     Attributes:
         parameters: Names of the D parameters.
         entries: Names of the C entries of the flattened observation.
-        low: Lower value of each entry, in its own units, shape (C,).
-        high: Upper value of each entry, in its own units, shape (C,).
+        low: Lower value of each entry, in the units of the data, shape (C,).
+        high: Upper value of each entry, in the units of the data, shape (C,).
         shift: Change of the posterior mean from `low` to `high`, in posterior standard deviations
             at the observation, shape (D, C).
         width: Posterior standard deviation at `high` divided by that at `low`, shape (D, C).
@@ -155,8 +155,8 @@ def data_sensitivity(
             deviation in simulations at posterior draws, about the scatter of a repeated
             measurement. Without it, the unit is the standard deviation in the training
             simulations, which may be far larger than an entry can change while all others stay.
-        unit: Units to use instead, for example measurement errors: a number, or arrays of the
-            shape of x.
+        unit: Units of the entries, for example measurement errors, instead of the units above: a
+            number, or arrays of the shape of x.
         step: Number of units that each entry is changed by, down and up. Positive, skewed data are
             changed by factors, because the posterior takes their logarithms. Integers change by
             integers, at least by 1, and non-negative ones stay non-negative. Booleans take both
@@ -274,7 +274,10 @@ def _unit_of_entries(unit: Obs, shapes: Obs) -> np.ndarray:
 def _standardised_steps(
     standardiser: Standardiser, batch: Obs, step: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return each entry `step` standardised units below and above its value, shape (C,) each."""
+    """Return a lower and an upper value of each entry, shape (C,) each.
+
+    The values lie `step` standardised units below and above the observed entry.
+    """
     features = standardiser(batch)
     ends = (standardiser.inverse(features + sign * step) for sign in (-1.0, 1.0))
     low, high = (np.asarray(rows, float)[0] for rows in ends)
@@ -282,9 +285,10 @@ def _standardised_steps(
 
 
 def _simulated_steps(simulated: Obs, batch: Obs, step: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return each entry `step` units of the simulations (n, *event) below and above its value.
+    """Return a lower and an upper value of each entry, shape (C,) each.
 
-    Entries that are equal in all simulations do not change.
+    The values lie `step` units below and above the observed entry; the unit is the scatter of the
+    simulations (n, *event). Entries that are equal in all simulations do not change.
     """
     as_batch(batch, observation_shape(simulated))  # raises if the shapes differ
     low, high = _standardised_steps(fit_standardiser(simulated), batch, step)

@@ -38,7 +38,7 @@ SLOPE_POWER = 1.01
 """The sensitivity is computed from this power and its inverse."""
 
 MIN_LOG_RANGE = 1e-4
-"""Log weights that vary by less than this are rounding errors of equal weights."""
+"""Weights count as equal if their logarithms vary by no more than this."""
 
 
 def prior_sensitivity(
@@ -52,10 +52,10 @@ def prior_sensitivity(
     """Estimate the posterior under another prior, or under powers of prior and likelihood.
 
     Without `prior`, the prior and the likelihood are each raised to powers near 1. A parameter
-    whose posterior changes with the power of the prior is influenced by the prior. One that changes
-    with both powers may have a conflict between prior and data. One that changes with neither is
-    not learned from x. If the prior is a product, the prior of each named parameter is also raised
-    alone.
+    whose posterior changes with the power of the prior is influenced by the prior. If the posterior
+    of a parameter changes with both powers, prior and data may be in conflict. If it changes with
+    neither power, the parameter is not learned from x. If the prior is a product, the prior of each
+    named parameter is also raised alone.
 
     The likelihood is estimated by posterior density divided by prior density.
 
@@ -65,7 +65,7 @@ def prior_sensitivity(
             flows needs one ODE solve per draw.
         x: One observation.
         prior: Another prior of the same parameters, in any form that `as_prior` accepts. The
-            estimate excludes regions where the posterior's own prior is zero.
+            estimate excludes regions where the prior of the fit is zero.
         draws: Number of draws, at least 500.
 
     Returns:
@@ -128,7 +128,7 @@ def _log_prior(prior: Prior, theta: Array) -> np.ndarray:
     """Return the log prior density of draws (n, D), shape (n,).
 
     Raises:
-        ValueError: The draws belong to a batch of observations.
+        ValueError: The draws have a batch axis, because x is a batch of observations.
         SbiFlowsError: A draw is outside the prior's support.
     """
     if theta.ndim != 2:
@@ -153,7 +153,11 @@ def _as_finite(values: Array | np.ndarray, problem: str) -> np.ndarray:
 def _under_new_prior(
     key: Key, old: Prior, new: Prior, theta: Array, log_prior: np.ndarray
 ) -> PriorSensitivity:
-    """Re-weight draws to another prior, and to the new prior of each site that differs."""
+    """Re-weight draws to another prior.
+
+    If several named parameters have a new prior, the draws are also re-weighted to the new prior
+    of each of these parameters alone.
+    """
     draws, log_new = np.asarray(theta, np.float64), np.asarray(new.log_prob(theta), np.float64)
     if not np.any(np.isfinite(log_new)):
         raise WeightsUneven("prior: expected one that allows draws of the posterior, got none")
@@ -191,8 +195,8 @@ def _under_powers(
 def _slope(draws: np.ndarray, log_density: np.ndarray) -> np.ndarray:
     """Return the change of each marginal per doubling of a component's power, shape (D,).
 
-    It is the mean cumulative Jensen-Shannon distance at `SLOPE_POWER` and at its inverse, divided
-    by the binary logarithm of the power.
+    The change is the cumulative Jensen-Shannon distance, averaged over `SLOPE_POWER` and its
+    inverse, divided by the binary logarithm of `SLOPE_POWER`.
     """
     if _is_flat(log_density):
         return np.zeros(draws.shape[1])
@@ -202,7 +206,7 @@ def _slope(draws: np.ndarray, log_density: np.ndarray) -> np.ndarray:
 
 
 def _reweighted_row(name: str, draws: np.ndarray, log_ratio: np.ndarray) -> Reweighted:
-    """Compute mean and width of draws (n, D) under weights, in posterior standard deviations."""
+    """Compute shift and width of weighted draws (n, D), in posterior standard deviations."""
     n, dim = draws.shape
     shift, width = np.zeros(dim), np.ones(dim)
     # Equal weights are not smoothed: rounding errors would look like a tail.

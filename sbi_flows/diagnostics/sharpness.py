@@ -38,8 +38,8 @@ class Sharpness:
     def unlearned(self) -> tuple[str, ...]:
         """Names of parameters whose posterior is as wide as the prior and independent of the data.
 
-        The limits are a contraction below 0.1 and a movement below 0.05, because 50 data sets
-        determine the prior variance to about 10%.
+        Such a parameter has a contraction below 0.1 and a movement below 0.05. The limits allow for
+        sampling noise: 50 data sets determine the prior variance to about 10%.
         """
         is_unlearned = (self.contraction < 0.1) & (self.movement < 0.05)
         return tuple(m for m, flag in zip(self.labels, is_unlearned, strict=True) if flag)

@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class TARP:
-    """Share of draws that are closer to a reference point than the truth, for N data sets.
+    """Share of draws that are closer to a reference point than the truth is, for N data sets.
 
     Attributes:
         fractions: Continuous shares f in (0, 1), shape (N,).
         levels: Credibility levels alpha of the curve, shape (K,).
         expected: Expected coverage probability at each level, which is the ECDF of f, shape (K,).
         lower: Lower edge of the simultaneous 95% band at each level, shape (K,).
-        upper: Upper edge of this band, shape (K,).
+        upper: Upper edge of the band at each level, shape (K,).
         ks: P-value of the Kolmogorov-Smirnov test of f against U(0, 1). The test uses f itself; a
             test that treats the curve and its levels as two samples has no power.
         atc: Area between curve and diagonal above level 0.5: about 0 if calibrated, positive if
@@ -93,7 +93,7 @@ def tarp(
 
     Args:
         key: Random key.
-        posterior: The posterior to check; only its `sample` is used.
+        posterior: The posterior to check; only its method `sample` is used.
         simulations: Pairs (theta, x) from the prior and the simulator that the posterior was not
             trained on, at least 50; failed rows are left out and counted.
         references: Reference points, shape (N, D), one per valid row, in the parameters' units.

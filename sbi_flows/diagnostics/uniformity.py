@@ -33,7 +33,7 @@ def ks_p_value(uniform: np.ndarray, *, alternative: str = "two-sided") -> float:
 
 
 def normal_p_values(uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Test the location and the spread of uniform values (N, ...) along axis 0, exactly.
+    """Compute exact p-values of location and spread of uniform values (N, ...) along axis 0.
 
     v = Phi^-1(u) is standard normal under the null hypothesis. So the t statistic of its mean and
     the sum of its squared deviations have their textbook distributions. A posterior that is shifted
@@ -59,8 +59,8 @@ def log_gamma(uniform: np.ndarray, draws: int, *, level: float = 0.05) -> float:
 
     A value below 0 rejects uniformity at `level`. The statistic is
     gamma = 2 min_i min{F(R_i; N, z_i), 1 - F(R_i - 1; N, z_i)} with z_i = i / (S + 1), where R_i is
-    the number of ranks below i and F the binomial distribution function: the smallest tail
-    probability of the ranks' ECDF over all S cuts.
+    the number of ranks below i and F the binomial distribution function. Gamma is the smallest
+    two-sided tail probability of the ranks' ECDF over all S cuts.
 
     Args:
         uniform: Continuous ranks in (0, 1), shape (N,).
@@ -132,8 +132,8 @@ def ecdf_band(
 def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
     """Adjust p-values for multiple tests by Holm's step-down method; the order is kept.
 
-    Rejecting where the adjusted value is at most `level` rejects any true hypothesis with a
-    probability of at most `level`, whatever the dependence between the tests.
+    If every hypothesis with an adjusted p-value of at most `level` is rejected, the probability of
+    rejecting any true hypothesis is at most `level`. The tests may depend on each other.
 
     Example:
         >>> holm([0.01, 0.04, 0.03]).round(2)
@@ -148,5 +148,8 @@ def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def _two_sided_tail(below: np.ndarray, n: int, cuts: np.ndarray) -> np.ndarray:
-    """Return twice the smaller binomial tail probability of `below` of n values under each cut."""
+    """Return twice the smaller binomial tail probability at each cut.
+
+    `below` is the number of the n values below each cut.
+    """
     return 2.0 * np.minimum(special.bdtr(below, n, cuts), special.bdtrc(below - 1, n, cuts))

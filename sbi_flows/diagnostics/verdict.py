@@ -1,4 +1,4 @@
-"""Verdict on a posterior: the errors that rejecting tests show, and their description as text.
+"""Verdict on a posterior: the errors that the tests find, and a sentence that describes them.
 
 Public names: `Test`, `Finding`. For this package: `tests_of`, `findings_of`, `verdict_of`.
 """
@@ -22,19 +22,19 @@ JOINT_TEST_TITLES = {"coverage": "HPD coverage", "tarp": "TARP", "classifier": "
 """Names of tests of the joint posterior as they appear in a verdict."""
 
 JOINT_KIND_LEVEL = 0.01
-"""Level of one-sided tests: is the joint posterior over-confident or under-confident?"""
+"""Level of the one-sided tests of whether the joint posterior is over- or under-confident."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Test:
-    """One of the tests of `check`, whose p-values are corrected together for their number.
+    """One of the tests of `check`; its p-value is also corrected for the number of tests.
 
     Attributes:
         name: "shift", "width" or "ranks" for one parameter; "coverage" or "tarp" for all
             parameters jointly.
         parameter: Name of the parameter; None for a joint test.
         p_value: P-value of this test alone.
-        adjusted: P-value corrected for the whole family (Holm).
+        adjusted: P-value corrected for the number of tests of `check` (Holm).
     """
 
     __test__ = False  # pytest does not collect this class
@@ -84,12 +84,12 @@ def tests_of(sbc: SBC, tarp: TARP, coverage: Coverage) -> tuple[Test, ...]:
 def findings_of(
     tests: Sequence[Test], sbc: SBC, tarp: TARP, coverage: Coverage, level: float
 ) -> tuple[Finding, ...]:
-    """Translate rejected tests into findings, in order of their p-values.
+    """Translate tests that reject into findings, in order of their p-values.
 
     Tests of shift and width identify the error of a parameter. If only the test of the ranks
     rejects, the error is reported as mis-shaped. Joint tests are reported only if no parameter has
-    a finding, because they reject for the same reasons. Coverage has priority over TARP, whose
-    distances refer to a crude guess and give a less reliable direction.
+    a finding, because an error of one parameter makes the joint tests reject as well. Coverage has
+    priority over TARP: it shows more reliably whether the posterior is too narrow or too wide.
     """
     rejected = {(t.parameter, t.name): t for t in tests if t.adjusted <= level}
     findings: list[Finding] = []
@@ -131,7 +131,7 @@ def _joint_kind(values: np.ndarray) -> str:
     """Return the kind of error of density ranks or TARP fractions (N,) that are not uniform.
 
     Values that are too large mean over-confidence, values that are too small under-confidence. If
-    one-sided tests find both or neither, the posterior is mis-shaped.
+    the one-sided tests find both errors or neither, the posterior is mis-shaped.
     """
     too_large, too_small = (
         ks_p_value(values, alternative=side) < JOINT_KIND_LEVEL for side in ("less", "greater")

@@ -86,7 +86,7 @@ def _print_values(ax: Axes, values: np.ndarray, limit: float) -> None:
 def histograms(simulated: Any, observed: Any, *, titles: Sequence[str]) -> Figure:
     """Plot one panel per quantity: a histogram of its simulated values and its observed value.
 
-    The observed value is a vertical line. If it differs between rows, it is a second histogram.
+    The observed value is a vertical line. If its rows differ, they form a second histogram.
 
     Args:
         simulated: Simulated values, shape (n, K).
@@ -154,7 +154,7 @@ def _panels(
 def _bin_edges(simulated: np.ndarray, observed: np.ndarray) -> np.ndarray:
     """Return edges of 40 bins over the central 98% of the values.
 
-    Integers that span at most 60 get one bin each.
+    If all values are integers with a span of at most 60, each integer has one bin.
     """
     sets = [values[np.isfinite(values)] for values in (simulated, observed)]
     central = [np.quantile(v, [0.01, 0.99], method="nearest") for v in sets if v.size]

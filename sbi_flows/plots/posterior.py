@@ -32,7 +32,8 @@ def corner(
     """Plot one- and two-dimensional marginals of one posterior, or of several overlaid.
 
     Args:
-        samples: Draws of shape (n, D), or a dict of such arrays by name; the first is filled.
+        samples: Draws of shape (n, D), or a dict of such arrays by name. The first array is
+            drawn filled.
         labels: Names of the D parameters, for example `posterior.prior.labels`.
         truth: True parameters, shape (D,), drawn as lines.
         levels: Probabilities of the highest-density regions that the contours enclose.
@@ -150,7 +151,10 @@ def _draw_pair(ax: Axes, draws: np.ndarray, ends: Any, i: int, levels: Sequence[
 
 
 def _smoothing_bins(num_draws: int, bins: int) -> float:
-    """Return the smoothing width in bins: 2.2% of the axis at 10,000 draws, more for fewer."""
+    """Return the smoothing width in bins.
+
+    The width is 2.2% of the axis for 10,000 draws, and larger for fewer draws.
+    """
     return 0.022 * bins * (10_000 / num_draws) ** 0.25
 
 

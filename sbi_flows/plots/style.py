@@ -37,8 +37,8 @@ def as_columns(name: str, values: Any, *, finite: bool = True) -> np.ndarray:
     """Convert values of shape (n, D), or (n,) for one column, to a float array (n, D).
 
     Raises:
-        ValueError: The array is empty or has another number of axes, or `finite` is set and it
-            holds NaN or infinity.
+        ValueError: The array is empty, has another number of axes, or holds NaN or infinity
+            although `finite` is set.
     """
     columns = np.asarray(values, float)
     columns = columns[:, None] if columns.ndim == 1 else columns

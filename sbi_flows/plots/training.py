@@ -29,22 +29,22 @@ class LossHistory(Protocol):
 
     @property
     def train_loss(self) -> Any:
-        """Training loss."""
+        """Training loss, shape (epochs, members)."""
         ...
 
     @property
     def validation_loss(self) -> Any:
-        """Validation loss."""
+        """Validation loss, shape (epochs, members)."""
         ...
 
     @property
     def start_loss(self) -> Any:
-        """Validation loss before the first epoch."""
+        """Validation loss before the first epoch, shape (members,)."""
         ...
 
     @property
     def best_epoch(self) -> Any:
-        """Epoch whose weights were kept."""
+        """Epoch whose weights were kept, shape (members,)."""
         ...
 
     @property
