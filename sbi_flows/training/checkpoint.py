@@ -44,7 +44,7 @@ _PARTS = {
     "density": "that",
     "settings": "those",
 }
-"""Parts of a fingerprint in the order in which they are compared, with pronouns for error messages."""
+"""Parts of a fingerprint in the order of comparison, with pronouns for error messages."""
 
 
 class Checkpoint:

@@ -188,7 +188,7 @@ class Ensemble:
 
     @property
     def latest(self) -> tuple[Best, ...]:
-        """Weights after the last epoch, in the same form as `best`.
+        """Copy of `best` in which the weights are replaced by the weights after the last epoch.
 
         If training uses a moving average of the weights, the averaged weights are returned. The
         next epoch overwrites the arrays, so use them before the next epoch begins.

@@ -31,8 +31,8 @@ class History:
             rows of a member are divided into two halves. The loss of a row is taken from the epoch
             that has the lowest mean loss of the other half. The mean of `held_out_loss` is
             therefore an unbiased estimate of the loss, whereas `best_loss` is biased, because it is
-            the lowest of many values. There are two exceptions: a single validation
-            row also counts as the other half, and a screening uses all rows. If the training uses another loss, the
+            the lowest of many values. There are two exceptions: a single validation row also counts
+            as the other half, and a screening uses all rows. If the training uses another loss, the
             negative log densities are computed with the final weights.
         best_epoch: Epoch with the best weights of each member, shape (M,); 0 is the start.
         epochs: Number of epochs E.

@@ -67,7 +67,7 @@ class Stream:
             yield following.result()
 
     def _order(self, key: Key) -> list[np.ndarray]:
-        """Distribute the blocks over chunks at random; return the sorted row numbers of each chunk."""
+        """Distribute blocks over chunks at random; return the sorted row numbers of each chunk."""
         num_blocks = -(-len(self.rows) // BLOCK_ROWS)
         order = np.asarray(jax.random.permutation(key, num_blocks))
         blocks = [self.rows[b * BLOCK_ROWS : (b + 1) * BLOCK_ROWS] for b in order]
