@@ -51,7 +51,7 @@ def spoilt_on_error(path: str, what: str) -> Iterator[None]:
         what: Description of the data that are read, for the error message.
 
     Raises:
-        StoreSpoilt: The `with` block raised an error of zarr or a codec.
+        StoreSpoilt: The `with` block raised an error other than `SbiFlowsError`.
     """
     try:
         yield

@@ -29,8 +29,8 @@ class Failures:
 
     A posterior is fitted to the valid simulations only. If simulations fail more often at some
     parameters than at others, the fit uses an effective prior: the distribution of the parameters
-    with valid simulations. The fitted posterior is the posterior for this effective prior. `sf.fit_validity` learns the
-    probability of a valid simulation as a function of the parameters.
+    with valid simulations. The fitted posterior is the posterior for this effective prior.
+    `sf.fit_validity` learns the probability of a valid simulation as a function of the parameters.
 
     Attributes:
         labels: Names of the D parameters.
@@ -60,8 +60,8 @@ class Failures:
     def shares(self) -> np.ndarray:
         """Fraction of failed rows among low, middle and high values of each parameter.
 
-        The sorted values of each parameter are divided into three parts of equal size. The fractions
-        have shape (D, 3).
+        The sorted values of each parameter are divided into three equal parts. The fractions have
+        shape (D, 3).
         """
         failed = np.zeros(len(self.theta), bool)
         failed[self.rows] = True

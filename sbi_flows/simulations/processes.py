@@ -245,6 +245,7 @@ class _Handle:
                 return f"was stopped after {seconds:g} s"
             if os.fstat(self._file.fileno()).st_size > _MAX_PRINTED_BYTES:
                 return f"was stopped: it printed more than {_MAX_PRINTED_BYTES // 2**20} MiB"
+            # the pipe of a dead process stays open if a child of the process still holds it
             if self._process.poll() is not None and not self.receive.poll():
                 raise EOFError
         return ""

@@ -83,7 +83,8 @@ class Validity:
         num_failed: Number of failed simulations in the fit.
         held_out_loss: Mean log loss of held-out simulations, in nats.
         constant_loss: Mean log loss of the same simulations for a constant probability, in nats.
-        gain: Difference constant_loss - held_out_loss, and standard error of the difference, in nats.
+        gain: Difference constant_loss - held_out_loss, and standard error of this difference, in
+            nats.
         calibration_p: P-value of Spiegelhalter's test of calibration on held-out simulations.
     """
 
@@ -147,8 +148,8 @@ class Validity:
             ValueError: The draws do not have D columns or are outside the prior's support, or n is
                 not positive.
             WeightsUneven: The effective sample size is below a tenth of the number of draws. This
-                happens if nearly all simulations fail in the region of the posterior. Where all
-                simulations fail there are no draws that could be weighted.
+                happens if nearly all simulations fail in a part of the region of the posterior. If
+                all simulations fail in a part, there are no draws to weight in this part.
 
         References:
             Kitagawa 1996, Monte Carlo Filter and Smoother for Non-Gaussian Nonlinear State Space
@@ -244,7 +245,7 @@ def fit_validity(key: Key, prior: PriorLike, simulations: Simulations) -> Validi
 
 
 def _require_support(name: str, prior: Prior, theta: Any) -> Array:
-    """Return theta (*, D) as an array. Raise ValueError outside the prior's support."""
+    """Return theta (*, D) as an array. Raise ValueError if any is outside the support."""
     theta = jnp.asarray(as_real_array(name, theta))
     outside = int(np.sum(~np.asarray(prior.contains(theta))))
     if outside:

@@ -36,7 +36,7 @@ class Job(NamedTuple):
     Attributes:
         function: Simulator `(seed, theta) -> x`; theta is an array or a dict of arrays.
         outputs: Shape and dtype of each array of x, by name. A single array has the name "".
-        memory: Maximum memory, in bytes, for simulations, in addition to the memory that the process
+        memory: Maximum memory for simulations in bytes, in addition to the memory that the process
             uses before the first simulation; None for no limit.
     """
 
