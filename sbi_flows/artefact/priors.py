@@ -78,7 +78,7 @@ def tensor_names(value: Any) -> set[str]:
 
 
 def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | None) -> Prior:
-    """Return the prior that JSON data describe, or the user's prior if it agrees with the data.
+    """Return the prior that JSON data describe, or the user's prior if one was supplied.
 
     Args:
         value: The data.

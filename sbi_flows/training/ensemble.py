@@ -335,7 +335,7 @@ class _Result(NamedTuple):
 
 
 def _slices(members: int, *, together: bool) -> list[slice]:
-    """Return the member numbers of each group: one group if `together`, else M groups."""
+    """Return a slice of member numbers for each group. On CPUs, `together` makes one group."""
     if jax.default_backend() == "cpu" and not together:
         return [slice(i, i + 1) for i in range(members)]
     return [slice(0, members)]
