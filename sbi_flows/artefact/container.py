@@ -1,7 +1,7 @@
 """Container of a saved posterior: a safetensors file with a JSON document in its metadata.
 
     8 bytes       length of the header, little-endian
-    header        JSON: `__metadata__` with the document as text, and the table of tensors:
+    header        JSON: `__metadata__` with the JSON document, and the table of tensors:
                   dtype, shape and byte range of each tensor
     tensors       bytes of all tensors, little-endian, without gaps
 
@@ -36,7 +36,7 @@ from sbi_flows.artefact.strict import (
 from sbi_flows.core.errors import ArtefactError
 
 MAX_HEADER_BYTES = 2**22
-"""Maximum size of the header in bytes. The parsed header needs about twenty times more memory."""
+"""Maximum size of the header in bytes. Parsing needs about twenty times this memory."""
 
 MAX_FILE_BYTES = 2**34
 
@@ -87,7 +87,7 @@ class Entry(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __str__(self) -> str:
-        """Return dtype and shape as text."""
+        """Show dtype and shape, for error messages."""
         return f"{self.dtype.name}{list(self.shape)}"
 
 
@@ -199,7 +199,7 @@ def pack(document: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> byte
 
 
 def _digest(text: str, table: Mapping[str, Entry]) -> Any:
-    """Start the SHA-256 hash of a file: hash the document and the table of tensors."""
+    """Return a SHA-256 hash object to which the document and the table were added."""
     rows = [[name, e.dtype.name, list(e.shape), e.start] for name, e in sorted(table.items())]
     return hashlib.sha256(f"{text}\n{to_json(rows)}\n".encode())
 

@@ -215,7 +215,7 @@ def _decode(name: str, argument: str, value: Any, tensors: Mapping[str, Any]) ->
 
 
 def _named(name: str, known: Mapping[str, Any], kind: Any) -> Any:
-    """Look up the name `kind` from a file in the table `known`."""
+    """Return the entry of the table `known` for the name `kind`, which was read from a file."""
     if not isinstance(kind, str) or kind not in known:
         raise ArtefactError(f"{name}: expected one of {sorted(known)}, got {kind!r:.80}")
     return known[kind]

@@ -183,14 +183,14 @@ def weights_of(ensemble: Ensemble, read: Any) -> Weights:
 
 
 def require_entry(name: str, wanted: Entry, table: Mapping[str, Entry]) -> None:
-    """Raise ArtefactError unless the table has a tensor `name` with the wanted shape and dtype."""
+    """Raise ArtefactError if the tensor `name` is missing or has another shape or dtype."""
     entry = table.get(name)
     if entry is None or (entry.dtype, entry.shape) != (wanted.dtype, wanted.shape):
         raise ArtefactError(f"{name}: expected a tensor {wanted}, got {entry or 'none'!s}")
 
 
 def _expected(ensemble: Ensemble, x64: bool) -> dict[str, Entry]:
-    """Return shape and dtype of each tensor that the file of an ensemble must have, by name."""
+    """Return a dict from the name of each tensor of an ensemble to its shape and dtype."""
     leaves = _leaves_by_path(_template(ensemble.blueprint, x64))
     return {
         f"{ensemble.prefix}/{name}": Entry(np.dtype(leaf.dtype), (ensemble.members, *leaf.shape), 0)
@@ -217,7 +217,7 @@ def _step(key: Any) -> str:
 
 
 def _sizes(bounded: tuple[bool, ...], observation: Obs, kept: Sequence[int] | None) -> Sizes:
-    """Return the sizes of a model given a whole observation, or only its features `kept`."""
+    """Return the sizes of a model for all features of an observation, or for those in `kept`."""
     if kept is not None:
         return Sizes(bounded, jax.tree.structure(0), ((len(kept),),))
     shapes = tuple(tuple(leaf.shape) for leaf in jax.tree.leaves(observation))

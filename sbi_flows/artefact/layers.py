@@ -29,9 +29,9 @@ MAX_LAYERS = 16
 class LayerCodec(abc.ABC):
     """Abstract codec that checks one kind of layer from an untrusted file.
 
-    A codec does not depend on the class of the posterior. This class makes the layer when the
-    posterior is saved (`to_saved`), and receives the checked layer when the posterior is loaded
-    (`from_layer`).
+    A codec does not know the class of the derived posterior. The class of the posterior has two
+    methods: `to_saved` makes the layer when the posterior is saved, and `from_layer` makes the
+    posterior from the checked layer when the file is loaded.
 
     Attributes:
         kind: Name of the kind in the file.
@@ -53,7 +53,7 @@ class LayerCodec(abc.ABC):
             table: The tensors of the file.
 
         Returns:
-            Names of the layer's tensors, without its prefix.
+            Names of the layer's tensors, without the prefix of the layer.
 
         Raises:
             ArtefactError: A field is invalid, or a tensor is missing or has another shape or dtype.
@@ -87,8 +87,9 @@ class SavedPosterior(NamedTuple):
         fields: JSON fields of the direct posterior, in the order of the file.
         tensors: Arrays of the direct posterior, by their names in the file.
         record: Record of the direct posterior, as JSON data.
-        layers: Layers of the derived posteriors. The first layer was derived from the direct
-            posterior, each further layer from the posterior of the layer before.
+        layers: Layers of the derived posteriors. The first layer belongs to the posterior that
+            was derived from the direct posterior. Each further layer belongs to the posterior that
+            was derived from the posterior of the previous layer.
     """
 
     fields: Mapping[str, Any]
@@ -103,8 +104,8 @@ class SavedPosterior(NamedTuple):
     def add_to_record(self, **facts: Any) -> SavedPosterior:
         """Return this content with `facts` added to the record.
 
-        They are added to the record of the last layer, or of the direct posterior if there are no
-        layers.
+        The facts are added to the record of the last layer. If there are no layers, they are added
+        to the record of the direct posterior.
         """
         if not self.layers:
             return self._replace(record={**self.record, **facts})

@@ -78,7 +78,7 @@ def tensor_names(value: Any) -> set[str]:
 
 
 def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | None) -> Prior:
-    """Return the prior that JSON data describe, made from the user's prior if there is one.
+    """Return the prior that JSON data describe, or the user's prior if one was supplied.
 
     Args:
         value: The data.
@@ -90,8 +90,8 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
         prior was restricted to a box, the returned prior is restricted to the same box.
 
     Raises:
-        ArtefactError: The data are malformed, they lack the distributions and the user supplied no
-            prior, or the user's prior differs.
+        ArtefactError: The data are malformed, the user's prior differs from the saved prior, or the
+            data contain no distributions and the user supplied no prior.
     """
     keys = ("named", "names", "shapes", "bounded", "cut", "sites", "missing")
     named, names, shapes, bounded, cut, sites, missing = expect_fields("prior", value, *keys)
@@ -154,7 +154,7 @@ def _sites(prior: SitePrior, tensors: Tensors) -> list[Any]:
 def _site(
     name: str, shape: tuple[int, ...], value: Any, tensors: Mapping[str, np.ndarray]
 ) -> dist.Distribution:
-    """Build one distribution. Check its size first with `jax.eval_shape`, without its arrays."""
+    """Build the distribution of one site. First `jax.eval_shape` checks its size without arrays."""
     arrays_used = {n: tensors[n] for n in distributions.tensor_names(value) if n in tensors}
     sizes, max_size = [], MAX_COMPUTED + 2 * sum(array.size for array in arrays_used.values())
 

@@ -46,7 +46,7 @@ _KINDS: dict[Any, tuple[type, ...]] = {
     Path: (Straight, EDM, VP, VE),
     Sampler: (Heun, Ancestral),
 }
-"""Classes that implement each protocol."""
+"""Dict from each protocol that annotates a field to the classes that implement it."""
 
 SETTINGS = {
     kind.__name__: kind for kinds in (DENSITIES, (Solver,), *_KINDS.values()) for kind in kinds

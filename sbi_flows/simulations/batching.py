@@ -52,8 +52,8 @@ class CallPlan(NamedTuple):
 def plan_calls(n: int) -> CallPlan:
     """Choose the size of compiled calls for n rows.
 
-    The calls all have the same number of rows. A few rows are added if n is not a multiple of it.
-    All devices of this process are used, as long as each has `CPU_BATCH_ROWS` rows to simulate. If
+    All calls have the same number of rows. If n is not a multiple of this number, a few rows are
+    added. All devices of this process are used if each has `CPU_BATCH_ROWS` rows to simulate. If
     the user has chosen a device, for example with `jax.default_device`, only this device is used.
     """
     if n <= CPU_BATCH_ROWS:
@@ -64,8 +64,8 @@ def plan_calls(n: int) -> CallPlan:
 def plan_store_calls(chunk_rows: int) -> CallPlan:
     """Choose the size of compiled calls for a store with chunks of this many rows.
 
-    The size does not depend on the number of rows that are missing in the store: a call of another
-    size might round differently.
+    The size does not depend on the number of rows that are missing in the store, because calls of
+    different sizes may round differently.
     """
     batches = max(-(-chunk_rows // CPU_BATCH_ROWS), len(_devices()))
     return _plan_batches(batches, batches)
@@ -86,7 +86,7 @@ def trace_outputs(key: Key, prior: Prior, simulator: Simulator, plan: CallPlan) 
     JAX caches the trace, so the call itself does not trace the simulator again.
 
     Args:
-        key: Random key of the same key type as in the call.
+        key: A random key with the same implementation as the keys of the call.
         prior: The prior.
         simulator: The simulator.
         plan: Number of rows and devices of the call.
@@ -95,7 +95,7 @@ def trace_outputs(key: Key, prior: Prior, simulator: Simulator, plan: CallPlan) 
         A tree of `jax.ShapeDtypeStruct`.
 
     Raises:
-        Exception: Whatever JAX or the simulator raises during the trace.
+        Exception: JAX or the simulator raised this exception during the trace.
     """
     sharding = None if plan.mesh is None else NamedSharding(plan.mesh, _ROWS)
     split = jax.eval_shape(lambda key: jax.random.split(key, plan.rows), key)

@@ -23,7 +23,9 @@ CODECS = {"BytesCodec", "ZstdCodec", "GzipCodec", "BloscCodec", "Crc32cCodec"}
 
 
 class SealedChunk(NamedTuple):
-    """A complete chunk, as its seal describes it. The seal is written after the arrays.
+    """A complete chunk, as its seal describes it.
+
+    The seal is a JSON record, which is written after the arrays of the chunk.
 
     Attributes:
         start: Row number of the first row.
@@ -49,7 +51,7 @@ def spoilt_on_error(path: str, what: str) -> Iterator[None]:
         what: Description of the data that are read, for the error message.
 
     Raises:
-        StoreSpoilt: The block raises an error that is not one of this library.
+        StoreSpoilt: The `with` block raised an error other than `SbiFlowsError`.
     """
     try:
         yield
@@ -137,7 +139,7 @@ def read_array(path: str, chunk: OpenChunk, name: str) -> np.ndarray:
 
 
 class Column(LazyArray):
-    """One array of the observations, with the rows of all chunks.
+    """One array of the observations on disk, with the rows of all chunks.
 
     Args:
         path: Path of the store, for error messages.

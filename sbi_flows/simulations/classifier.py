@@ -1,8 +1,9 @@
 """A small binary classifier with calibrated probabilities.
 
-Networks are trained by cross-validation: each network leaves out one fold of the rows. Training
-starts at a logistic regression. The held-out fold has two halves. The loss on one half decides when
-training stops; the network is then tested on the other half.
+The rows are divided into folds for cross-validation. Each network is trained on the rows outside
+one fold, which is held out. Training starts at a logistic regression. The held-out fold has two
+halves. The loss on one half decides when training stops. The network is then tested on the other
+half.
 
 Public names: `Network`, `Classifier`, `fit_classifier`, `mean_probability`.
 """
@@ -52,8 +53,8 @@ class Classifier(NamedTuple):
 
     Attributes:
         networks: All 2 K networks, two for each fold, stacked on one leading axis.
-        p: Predicted probability that the label of a held-out row is 1, shape (K, 2, r). The
-            network that predicts a row has not used this row, neither in training nor for stopping.
+        p: Predicted probability that the label of a held-out row is 1, shape (K, 2, r). A
+            row is predicted by a network for which it was used neither in training nor to stop.
         constant: Fraction of ones in the training rows of each fold, shape (K, 1, 1).
         labels: Labels of the held-out rows, 0 or 1, shape (K, 2, r).
     """
@@ -70,7 +71,7 @@ def fit_classifier(key: Key, y: np.ndarray, labels: np.ndarray) -> Classifier:
     Args:
         key: Random key.
         y: Inputs, scaled to unit standard deviation, shape (N, d).
-        labels: Labels 0 or 1, shape (N,); each of the two values must occur.
+        labels: Labels 0 or 1, shape (N,). Both labels must occur.
     """
     order_key, fit_key, batch_key = jax.random.split(key, 3)
     rows = _stratified_blocks(order_key, labels)
@@ -170,7 +171,7 @@ def _start_at_regression(network: Network, y: Array, labels: Array) -> Network:
 def _fit(
     keys: Key, train: tuple[Array, Array], held_out: tuple[Array, Array], batches: Array
 ) -> Network:
-    """Fit networks (K, 2): one for each held-out half of each fold, which stops the training."""
+    """Fit networks (K, 2), one for each half of each fold; the half decides when to stop."""
     return jax.vmap(_fit_fold)(keys, train, held_out, batches)
 
 

@@ -60,7 +60,7 @@ class External(Protocol):
 
     @property
     def executor(self) -> Executor:
-        """Executor that is used if the caller gives none."""
+        """Default executor of the simulator."""
         ...
 
 
@@ -210,7 +210,7 @@ def _batched(tasks: Iterable[Task], size: int) -> Iterator[list[Task]]:
 
 
 def _results(future: Any, tasks: list[Task]) -> list[tuple[int, Row]]:
-    """Return the rows of a Dask task; all are failures if Dask gave it up as its workers died."""
+    """Return the rows of a Dask task. If its workers died, all rows are failures."""
     from dask.distributed import KilledWorker
 
     try:
@@ -220,7 +220,7 @@ def _results(future: Any, tasks: list[Task]) -> list[tuple[int, Row]]:
 
 
 class _Worker(threading.local):
-    """Simulation process of one thread of a Dask worker; all tasks of the thread use it."""
+    """Process for the simulations of one thread of a Dask worker, used by all of its tasks."""
 
     job: bytes | None = None
     process: Process | None = None

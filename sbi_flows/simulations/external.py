@@ -37,8 +37,9 @@ def put_row(
     """Store the result of a simulation: its observation in `x`, or its failure in `reasons`.
 
     Args:
-        x: Arrays of observations, by name. This function writes one row of each.
-        reasons: Dict from the row number of a failed row to the reason. This function adds to it.
+        x: Arrays of observations, by name. This function writes one row of each array.
+        reasons: Dict from the row number of a failed row to the reason of the failure. If the
+            simulation failed, this function adds an entry.
         number: Row number.
         position: Index of the row in the arrays.
         row: Result of the simulation.

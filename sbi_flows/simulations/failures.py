@@ -28,9 +28,9 @@ class Failures:
     """Failed rows among all rows of a store.
 
     A posterior is fitted to the valid simulations only. If simulations fail more often at some
-    parameters than at others, the effective prior of the fit is the distribution of the parameters
-    with valid simulations, and the posterior belongs to this prior. `sf.fit_validity` learns the
-    probability of a valid simulation as a function of the parameters.
+    parameters than at others, the fit uses an effective prior: the distribution of the parameters
+    with valid simulations. The fitted posterior is the posterior for this effective prior.
+    `sf.fit_validity` learns the probability of a valid simulation as a function of the parameters.
 
     Attributes:
         labels: Names of the D parameters.
@@ -60,7 +60,8 @@ class Failures:
     def shares(self) -> np.ndarray:
         """Fraction of failed rows among low, middle and high values of each parameter.
 
-        The sorted values of each parameter are divided into three thirds. Shape (D, 3).
+        The sorted values of each parameter are divided into three equal parts. The fractions have
+        shape (D, 3).
         """
         failed = np.zeros(len(self.theta), bool)
         failed[self.rows] = True
@@ -81,7 +82,7 @@ class Failures:
         return "\n".join(lines)
 
     def plot(self) -> Any:
-        """Plot a histogram of each parameter for failed rows, and one for valid rows.
+        """Plot histograms of each parameter, one for failed rows and one for valid rows.
 
         Returns:
             A matplotlib figure.

@@ -78,7 +78,7 @@ def simulate_ranges(
 def _compiled_chunks(
     key: Key, prior: Prior, simulator: Simulator, pieces: list[Range], chunk_rows: int
 ) -> Iterator[Chunk]:
-    """Simulate chunks with a JAX simulator; one compiled call simulates as many as fit into it."""
+    """Simulate chunks with a JAX simulator; one compiled call may simulate several chunks."""
     plan = plan_store_calls(chunk_rows)
     for group in _group(pieces, plan.rows):
         first = group[0][0]

@@ -75,7 +75,7 @@ def row_outputs(simulator: Simulator | External, prior: Prior) -> Any:
 
 
 def simulator_identity(simulator: Simulator | External, outputs: Any) -> dict[str, Any]:
-    """Describe a simulator, so that a later process can find out whether its simulator differs.
+    """Describe a simulator as JSON data, to compare it with the simulator of a later process.
 
     Args:
         simulator: The simulator.
@@ -96,7 +96,7 @@ def simulator_identity(simulator: Simulator | External, outputs: Any) -> dict[st
 
 
 def _name_of(value: Any) -> str:
-    """Return a name of a function or callable object that is the same in every process."""
+    """Return the name of a function or callable object. It is the same in every process."""
     if isinstance(value, partial):
         arguments = [_name_of(v) for v in value.args]
         arguments += [f"{k}={_name_of(v)}" for k, v in value.keywords.items()]

@@ -40,7 +40,7 @@ _MAX_PRINTED_BYTES = 2**28
 """Size of the printed output, in bytes, at which a simulation is stopped."""
 
 _POLL_SECONDS = 0.25
-"""Time in seconds between two checks that a process which has not answered yet is alive."""
+"""Time in seconds between two checks that a busy process is alive."""
 
 _LOADING_SECONDS = 600.0
 """Maximum time in seconds for a process to load its job."""
@@ -174,7 +174,7 @@ class Process:
         return handle
 
     def _end(self, handle: _Handle, first_byte: int) -> str:
-        """Kill the process; return its printed output from byte `first_byte` on, for a message."""
+        """Kill the process; return its printed output from byte `first_byte` to the end."""
         handle.kill()
         output = handle.quote_output(first_byte)
         with self._lock:
@@ -237,8 +237,7 @@ class _Handle:
             stopped.
 
         Raises:
-            EOFError: The process has died. This is checked, because the pipe stays open if a child
-                of the process still holds it.
+            EOFError: The process has died.
         """
         end = math.inf if seconds is None else time.monotonic() + seconds
         while not self.receive.poll(min(_POLL_SECONDS, max(0.0, end - time.monotonic()))):
@@ -246,6 +245,7 @@ class _Handle:
                 return f"was stopped after {seconds:g} s"
             if os.fstat(self._file.fileno()).st_size > _MAX_PRINTED_BYTES:
                 return f"was stopped: it printed more than {_MAX_PRINTED_BYTES // 2**20} MiB"
+            # the pipe of a dead process stays open if a child of the process still holds it
             if self._process.poll() is not None and not self.receive.poll():
                 raise EOFError
         return ""

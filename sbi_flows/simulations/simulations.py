@@ -50,8 +50,8 @@ class Simulations:
         theta: Parameters, shape (N, D).
         x: Observations, shape (N, *event), or a dict of such arrays. The dtype is the same whether
             the arrays are in memory or on disk.
-        valid: Whether each row is valid, shape (N,). The observation of a valid row is finite, and
-            the argument `valid`, if given, is true for this row.
+        valid: Whether each row is valid, shape (N,). A row is valid if its observation is finite
+            and the argument `valid`, if given, is true for the row.
         round: Round of sequential inference in which each row was simulated, shape (N,). It is zero
             if the inference is not sequential.
 
@@ -128,7 +128,9 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(Simulations))
 
 
 def unchecked_simulations(theta: Array, x: Obs, valid: Any) -> Simulations:
-    """Make simulations from arrays that need no check: theta (N, D) is finite, and x has N rows.
+    """Create simulations from arrays without a check.
+
+    The caller ensures that theta (N, D) is finite and that x has N rows.
 
     Rows of x with NaN or infinity are marked invalid, as in `Simulations`.
     """

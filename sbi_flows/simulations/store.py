@@ -324,7 +324,7 @@ def _prior_identity(prior: Prior) -> dict[str, Any]:
 
 
 def _is_same(stored: Any, present: Any) -> bool:
-    """Return whether two descriptions are equal, where draws may differ by rounding errors."""
+    """Return whether two descriptions are equal, except for rounding errors of draws."""
     if not isinstance(present, Mapping) or "draws" not in present:
         return stored == present
     try:

@@ -11,8 +11,9 @@ There are two kinds of failure.
 dies out, no star forms). Then "valid" is a part of the observation, p(x_o, valid | theta) is the
 likelihood, and q is the posterior. No correction is needed.
 
-*Accident*: the computation fails, but nature does not. The wanted posterior p(theta | x_o) is that
-of a simulator without failures; it is proportional to prior(theta) p(x_o | theta), and
+*Accident*: the computation fails, but nature does not. The wanted posterior p(theta | x_o) is the
+posterior of a simulator without failures. It is proportional to prior(theta) p(x_o | theta).
+Therefore
 
     q(theta | x_o) = p(theta | x_o) P(valid | theta, x_o) / normalisation.
 
@@ -54,8 +55,8 @@ MIN_EFFECTIVE_FRACTION = 0.1
 """Minimum effective sample size of weighted draws, as a fraction of their number."""
 
 MAX_COORDINATE = 5.0
-"""Limit of the scaled standard coordinates, in standard deviations. They are clipped to this limit,
-so that the probability is constant beyond it."""
+"""Limit to which the scaled standard coordinates are clipped, in standard deviations. Beyond this
+limit the learned probability is constant."""
 
 
 class Corrected(NamedTuple):
@@ -82,7 +83,8 @@ class Validity:
         num_failed: Number of failed simulations in the fit.
         held_out_loss: Mean log loss of held-out simulations, in nats.
         constant_loss: Mean log loss of the same simulations for a constant probability, in nats.
-        gain: Difference constant_loss - held_out_loss, and its standard error, in nats.
+        gain: Difference constant_loss - held_out_loss, and standard error of this difference, in
+            nats.
         calibration_p: P-value of Spiegelhalter's test of calibration on held-out simulations.
     """
 
@@ -146,8 +148,8 @@ class Validity:
             ValueError: The draws do not have D columns or are outside the prior's support, or n is
                 not positive.
             WeightsUneven: The effective sample size is below a tenth of the number of draws. This
-                happens if nearly all simulations fail in the region of the posterior. Where all
-                simulations fail there are no draws that could be weighted.
+                happens if nearly all simulations fail in a part of the region of the posterior. If
+                all simulations fail in a part, there are no draws to weight in this part.
 
         References:
             Kitagawa 1996, Monte Carlo Filter and Smoother for Non-Gaussian Nonlinear State Space
@@ -243,7 +245,7 @@ def fit_validity(key: Key, prior: PriorLike, simulations: Simulations) -> Validi
 
 
 def _require_support(name: str, prior: Prior, theta: Any) -> Array:
-    """Return theta (*, D) as an array; raise ValueError if any is outside the prior's support."""
+    """Return theta (*, D) as an array. Raise ValueError if any is outside the support."""
     theta = jnp.asarray(as_real_array(name, theta))
     outside = int(np.sum(~np.asarray(prior.contains(theta))))
     if outside:

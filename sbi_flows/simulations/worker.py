@@ -36,8 +36,8 @@ class Job(NamedTuple):
     Attributes:
         function: Simulator `(seed, theta) -> x`; theta is an array or a dict of arrays.
         outputs: Shape and dtype of each array of x, by name. A single array has the name "".
-        memory: Maximum memory in bytes that the process may use in addition to its memory at the
-            start; None for no limit.
+        memory: Maximum memory for simulations in bytes, in addition to the memory that the process
+            uses before the first simulation; None for no limit.
     """
 
     function: Callable[[int, Any], Any]
@@ -71,7 +71,7 @@ def encode_message(value: Any, named: Mapping[str, Any]) -> bytes:
 
 
 def decode_message(message: bytes) -> tuple[Any, dict[str, Any]]:
-    """Return the JSON value and the arrays of a message; arrays without axes become scalars."""
+    """Return the JSON value and the arrays of a message; 0-dimensional arrays become scalars."""
     head, _, data = message.partition(b"\n")
     value, headers = json.loads(head)
     arrays, offset = {}, 0
@@ -90,7 +90,7 @@ def decode_row(message: bytes) -> Row:
 
 
 def run_row(job: Job, seed: int, theta: Any) -> Row:
-    """Run one simulation and check its outputs; return an exception as the reason of a failure."""
+    """Run one simulation and check its outputs. An exception becomes the reason of a failure."""
     try:
         return Row(_cast_outputs(job.outputs, job.function(seed, theta)))
     except MemoryError:
@@ -105,8 +105,8 @@ def _cast_outputs(outputs: dict[str, tuple[tuple[int, ...], str]], x: Any) -> di
     """Return the arrays of x, cast to the expected dtypes.
 
     Raises:
-        ValueError: Names or shapes are not the expected ones, or the expected dtype cannot hold
-            the values.
+        ValueError: Names or shapes differ from the expected names or shapes, or the expected dtype
+            cannot hold the values.
     """
     arrays = to_named(x)
     if set(arrays) != set(outputs):
@@ -133,7 +133,7 @@ def _describe(names: Any) -> str:
 
 
 def _limit_memory(memory: int) -> None:
-    """Limit the memory of this process to its present memory plus `memory` bytes."""
+    """Allow this process at most `memory` bytes more than it uses now."""
     import resource
 
     with open("/proc/self/statm") as file:

@@ -1,11 +1,12 @@
-"""The state of a fit in a file, from which a killed fit continues.
+"""Checkpoint of a fit: a file from which a killed fit continues.
 
 Public names: `Checkpoint`.
 
-The file is in the safetensors format. It holds the losses so far and everything that epochs change,
-of all members; or, once the fit has ended, the result. Its metadata hold a JSON document that
-identifies the fit, and a checksum of everything. A new file replaces the old one atomically, so
-that a complete file exists at any time.
+A checkpoint is a file in the safetensors format. During a fit it holds the losses of all epochs so
+far and the present state of all members, for example weights and optimiser. After the fit it holds
+the result. The metadata of the file hold a JSON document that identifies the fit, and a checksum of
+the document and the arrays. A new file replaces the old file atomically, so that a complete file
+exists at any time.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from sbi_flows.training.settings import Training
 FORMAT = 2
 
 MAX_TIME_SHARE = 0.01
-"""Maximum share of a fit's time spent on checkpoints, by default, after the first one."""
+"""Maximum fraction of the time of a fit for writing checkpoints, by default."""
 
 _PARTS = {
     "versions": "those",
@@ -43,30 +44,30 @@ _PARTS = {
     "density": "that",
     "settings": "those",
 }
-"""Parts of a fingerprint in the order in which they are compared, with a pronoun for messages."""
+"""Parts of a fingerprint in the order of comparison, with pronouns for error messages."""
 
 
 class Checkpoint:
-    """The file of one fit.
+    """The checkpoint file of one fit.
 
     Args:
-        training: Settings of the fit, with a `checkpoint`.
-        name: Name of the fit in that folder.
+        training: Settings of the fit. Its field `checkpoint` is the folder of the file.
+        name: Name of the file, without its extension.
         parts: Fingerprint of the fit, from `fingerprint.parts`.
 
     Raises:
-        ValueError: The folder cannot be made or written to.
+        ValueError: The folder cannot be created, or files cannot be written to it.
     """
 
     def __init__(self, training: Training, name: str, parts: Mapping[str, Any]) -> None:
-        """Make the folder; nothing is read yet."""
+        """Create the folder. `read` reads the file later."""
         folder = writable_folder("checkpoint", Path(training.checkpoint or ""))
         self.path = folder / f"{name}.safetensors"
         self._parts, self._every = parts, training.checkpoint_every
         self._last_time, self._cost, self._has_warned = -math.inf, 0.0, False
 
     def read(self) -> dict[str, np.ndarray] | None:
-        """Read the arrays by name; None if there is no file.
+        """Return a dict of the arrays in the file by name; None if there is no file.
 
         Raises:
             ValueError: The file belongs to another fit, or cannot be read.
@@ -83,7 +84,11 @@ class Checkpoint:
         return arrays
 
     def filled(self, like: Any, arrays: Mapping[str, np.ndarray]) -> Any:
-        """Return a tree of the structure of `like`, filled with arrays of the file.
+        """Return a tree with the structure of `like` and the arrays of the file as leaves.
+
+        Args:
+            like: Tree of arrays with the expected shapes and dtypes.
+            arrays: Arrays by name, as `read` returns them.
 
         Raises:
             CheckpointSpoilt: An array is missing or has another shape or dtype.
@@ -100,15 +105,19 @@ class Checkpoint:
         return jax.tree_util.tree_map_with_path(leaf, like)
 
     def save(self, epoch: int, tree: Callable[[], Any]) -> None:
-        """Write the arrays of a tree after an epoch, if it is time to.
+        """Write a checkpoint after an epoch, if a checkpoint is due.
 
-        A failure to write does not end the fit: it warns.
+        If the file cannot be written, a warning is given and the fit continues.
+
+        Args:
+            epoch: Number of the epoch.
+            tree: Function that returns the tree of arrays to write.
         """
         if from_first_process(b"1" if self._is_due(epoch) else None):
             self.save_now(tree)
 
     def save_now(self, tree: Callable[[], Any]) -> None:
-        """Write the arrays of a tree."""
+        """Write a checkpoint with the arrays that the function `tree` returns."""
         began = time.perf_counter()
         leaves = jax.tree_util.tree_leaves_with_path(tree())
         try:
@@ -146,7 +155,7 @@ class Checkpoint:
             file.write(raw)
 
     def _require_same(self, document: Mapping[str, Any]) -> None:
-        """Raise ValueError unless the document of a file identifies this fit."""
+        """Raise ValueError if the document in the file describes another fit."""
         advice = "; remove it, or name another folder, to start anew"
         if document.get("format") != FORMAT:
             raise ValueError(
@@ -185,7 +194,7 @@ def _seal(document: str, arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def _listed(before: str, values: Mapping[str, Any], names: list[str]) -> str:
-    """Return `before` and "name=value" for each name; empty unless all the values are strings."""
+    """Return `before` and "name=value" for each name; "" if a value is not a string."""
     if not all(isinstance(values.get(name), str) for name in names):
         return ""
     return before + ", ".join(f"{name}={values[name]}" for name in names)
@@ -196,7 +205,7 @@ def _name(path: Any) -> str:
 
 
 def _is_jax_only(value: Any) -> bool:
-    """Return whether the dtype is one that JAX adds to NumPy, such as bfloat16."""
+    """Return whether the array has a dtype that JAX adds to NumPy, such as bfloat16."""
     return value.dtype.kind not in "biuf"
 
 

@@ -34,10 +34,10 @@ class TrainingData:
             shape (N,). It is only used to convert the reported losses to the units of theta.
         member_rows: Number of additional training rows for each of the M members, which no other
             member uses. They are the last `M * member_rows` rows: first the rows of the first
-            member, then those of the second, and so on. All members share the other rows.
+            member, then the rows of the second member, and so on. All members share the other rows.
         stream: Training rows on disk, or None. With a stream, `y`, `features` and `log_det` are a
-            sample of the rows on disk. The linear starts are fitted to this sample, and the
-            validation rows, which are the same for all members, are chosen from it.
+            sample of the rows on disk. The linear starts are fitted to this sample. The
+            validation rows are chosen from it, the same for all members.
     """
 
     y: Array
@@ -48,7 +48,7 @@ class TrainingData:
 
     @classmethod
     def of_rows(cls, y: Array, features: Array, log_det: Array | None = None) -> TrainingData:
-        """Make training data that all members share; log determinants are zero by default."""
+        """Create training data that all members share. By default `log_det` is zero."""
         if log_det is None:
             log_det = jnp.asarray(np.zeros(len(y), y.dtype))
         return cls(y, features, log_det)
@@ -60,11 +60,11 @@ class TrainingData:
 
     @property
     def in_memory(self) -> TrainingData:
-        """The arrays without the stream, so that compiled programs do not depend on the stream."""
+        """The same training data without the stream, for compiled programs."""
         return TrainingData(self.y, self.features, self.log_det)
 
     def shared_rows(self, members: int) -> int:
-        """Return the number of rows shared by all members; each later row is one member's own."""
+        """Return the number of rows that all members share. They precede all other rows."""
         return len(self.y) - members * self.member_rows
 
 

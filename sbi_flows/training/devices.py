@@ -32,7 +32,8 @@ def make_mesh(members: int, batch_size: int, max_devices: int | None) -> Mesh | 
         max_devices: Maximum number of devices. None uses all devices, also of other processes.
 
     Returns:
-        A mesh with the largest number of devices that divide the work evenly; None for one device.
+        Mesh with the axes `MEMBERS` and `ROWS`, over which the members, and the rows of a batch,
+        are distributed evenly; None for one device.
 
     Raises:
         ValueError: `max_devices` is larger than the number of devices.

@@ -67,8 +67,8 @@ class Ensemble:
         best: Best weights so far and their validation losses, one `Best` for each group of members
             that one program trains. The tuple is replaced after each epoch.
         held_out: Row numbers of the validation rows of each member, shape (M, V).
-        offsets: Terms that are added to losses, to give negative log densities in the units of
-            theta: mean over the training rows (M,), and the term of each validation row (M, V).
+        offsets: Terms that convert losses to negative log densities in the units of theta when they
+            are added: mean term of the training rows (M,), and term of each validation row (M, V).
 
     Raises:
         ValueError: There are too few rows to hold any out, or too few devices.
@@ -188,10 +188,10 @@ class Ensemble:
 
     @property
     def latest(self) -> tuple[Best, ...]:
-        """`best`, but with the weights after the last epoch instead of the best weights.
+        """Copy of `best` in which the weights are replaced by the weights after the last epoch.
 
-        If training uses a moving average of the weights, this is the average. The next epoch reuses
-        the memory of the arrays, so use them before it begins.
+        If training uses a moving average of the weights, the averaged weights are returned. The
+        next epoch overwrites the arrays, so use them before the next epoch begins.
         """
         pairs = zip(self._states, self._groups, strict=True)
         return tuple(group.best._replace(params=state.average) for state, group in pairs)
@@ -234,7 +234,7 @@ class Ensemble:
         return Weights(*jax.device_put((params, rest)))
 
     def _advance(self, i: int, keys: Key, is_active: bool) -> _Result:
-        """Train and validate group i for an epoch; only validate it if `is_active` is false."""
+        """Train group i for one epoch if `is_active` is true, and validate the group."""
         state, best, *means = programs.epoch(
             self._plan,
             self._states[i],
@@ -289,7 +289,7 @@ class Ensemble:
     ) -> None:
         """Replace states, best weights and losses by the results of an epoch.
 
-        The attributes are assigned after all results are complete.
+        No attribute changes before all results are complete.
         """
         states, groups = list(self._states), list(self._groups)
         losses = [np.array(values) for values in self._losses]
@@ -335,7 +335,7 @@ class _Result(NamedTuple):
 
 
 def _slices(members: int, *, together: bool) -> list[slice]:
-    """Return one slice of member numbers for each group: one group, or one for each member."""
+    """Return a slice of member numbers for each group. On CPUs, `together` makes one group."""
     if jax.default_backend() == "cpu" and not together:
         return [slice(i, i + 1) for i in range(members)]
     return [slice(0, members)]

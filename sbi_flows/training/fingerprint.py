@@ -30,7 +30,7 @@ from sbi_flows.training.settings import Training
 NUM_SUMS = 4
 
 BLOCK_ROWS = 2**16
-"""Number of rows of an array that are summed at once; it limits the memory."""
+"""Number of rows of an array that are summed at once. A small number saves memory."""
 
 TOLERANCE = 1e-5
 """Maximum difference of a sum due to rounding, relative to the norm of the array."""
@@ -49,7 +49,7 @@ def parts(
         key: The user's key.
         blueprint: Description of the model.
         training: Settings of the fit.
-        data: Dict of the training arrays; the first axis of each array is the rows.
+        data: Dict of the training arrays; the first axis of each array indexes the rows.
         numbers: Other numbers on which the result of the fit depends.
     """
     return {
@@ -65,7 +65,10 @@ def parts(
 
 
 def differing(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """Return the names of values that differ. Sums may differ by rounding errors."""
+    """Return the names of the values that differ between two parts of fingerprints.
+
+    Sums that differ only by rounding errors count as equal.
+    """
     names = {**present, **saved}
     return [
         name
@@ -105,7 +108,8 @@ def _sums(array: Any) -> dict[str, Any]:
 def _waves(places: np.ndarray, rate: float) -> np.ndarray:
     """Return weights (n, NUM_SUMS): cosines of the places with incommensurate frequencies.
 
-    The weights are not periodic, so that a change of a row or of the order changes the sums.
+    The weights are not periodic. Any change of a row, or of the order of the rows, therefore
+    changes the sums.
     """
     rates = rate * np.sqrt([2.0, 3.0, 5.0, 7.0])
     return np.cos((places[:, None] + 1.0) * rates)
@@ -148,7 +152,7 @@ def _programs(blueprint: Blueprint, embedding_weights: Any) -> str:
 
 
 def _settings(blueprint: Blueprint, training: Training) -> dict[str, Any]:
-    """Describe all settings except devices and checkpoint; a user's optimiser by its programs."""
+    """Describe all settings except devices and checkpoint. A user's optimiser is hashed."""
     settings = dataclasses.replace(training.without_checkpoint, devices=None)
     described = {f.name: repr(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
     if training.optimizer is None:

@@ -144,7 +144,8 @@ class _Losses(NamedTuple):
 class _Progress(NamedTuple):
     """Best weights so far, and losses of all epochs so far.
 
-    They are replaced together, so that after an interrupt both belong to the same epoch.
+    Weights and losses are replaced together. After an interrupt, they therefore belong to the same
+    epoch.
     """
 
     best: tuple[Best, ...]
@@ -152,7 +153,7 @@ class _Progress(NamedTuple):
 
 
 class _Run:
-    """One run of a fit, which starts at the first epoch or continues from a checkpoint.
+    """Training of an ensemble, from the first epoch or from a checkpoint.
 
     Args:
         ensemble: The members.

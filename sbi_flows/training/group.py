@@ -28,11 +28,11 @@ class Best(NamedTuple):
         params: The weights, as one vector.
         loss: Mean loss of the validation rows with these weights.
         age: Number of epochs since these weights were reached.
-        half_losses: Lowest mean losses so far of two halves of the validation rows (rows at even
-            positions, rows at odd positions), shape (2,).
-        cross_losses: Loss of each validation row, shape (V,), at the epoch with the lowest mean
-            loss of the other half. A row therefore does not influence the choice of the epoch at
-            which its loss is reported, if there are at least two rows.
+        half_losses: Lowest mean loss so far of each half of the validation rows, shape (2,). The
+            first half has the rows at even positions, the second half the rows at odd positions.
+        cross_losses: Loss of each validation row, shape (V,), after the epoch with the lowest mean
+            loss of the other half. If there are at least two validation rows, a row therefore does
+            not influence the choice of the epoch from which its loss is taken.
     """
 
     params: Array
@@ -45,7 +45,7 @@ class Best(NamedTuple):
 class State(NamedTuple):
     """Weights, moving average of the weights, and state of the optimiser.
 
-    Each training step writes its new state into the memory of the old state.
+    Each training step overwrites the old state with the new state.
     """
 
     params: Array
@@ -54,10 +54,12 @@ class State(NamedTuple):
 
 
 class LossOffsets(NamedTuple):
-    """Terms that are added to losses, to give negative log densities in the units of theta.
+    """Terms that convert losses to negative log densities in the units of theta.
+
+    Each row has a term, which is added to the loss of the row.
 
     Attributes:
-        train: Mean of the terms of the training rows, shape ().
+        train: Mean term of the training rows, shape ().
         validation: Term of each validation row, shape (V,).
     """
 

@@ -1,4 +1,4 @@
-"""History of a fit: losses, held-out rows and the reason why it ended.
+"""History of a fit: losses, held-out rows and the reason why the fit ended.
 
 Public names: `History`.
 """
@@ -13,37 +13,42 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """History of a fit; E is the number of epochs, M of members, V of validation rows.
+    """History of a fit with E epochs, M members and V validation rows of each member.
 
-    Losses are negative log densities of theta in nats. A density that is trained by another loss,
-    such as flow matching, has that loss in `train_loss`, `validation_loss`, `start_loss` and
-    `best_loss`, and `likelihood` is then False.
+    Losses are negative log densities of theta in nats. Some densities are trained with another
+    loss, for example that of flow matching. Then `train_loss`, `validation_loss`, `start_loss` and
+    `best_loss` contain this loss, and `likelihood` is False.
 
     Attributes:
-        train_loss: Mean loss over the batches of each epoch, shape (E, M). A member that has
-            stopped repeats its last value.
-        validation_loss: Validation loss at the end of each epoch, shape (E, M), likewise.
-        start_loss: Validation loss before epoch 1, of the linear-Gaussian start, shape (M,).
-        held_out: Numbers of the valid rows that each member was validated on, shape (M, V).
-        held_out_loss: Negative log density of each of these rows, shape (M, V), in the epoch that
-            was best for the other half of the member's validation rows. Its mean is an unbiased
-            estimate, where `best_loss` is the lowest of many values. (A single row is its own other
-            half, and a screening has seen all rows.) If the training had another loss, it is
-            computed with the final weights.
-        best_epoch: Epoch (from 1; 0 is the start) whose weights each member kept, shape (M,).
+        train_loss: Mean loss over the batches of each epoch, shape (E, M). If a member has
+            stopped, its last value is repeated.
+        validation_loss: Validation loss at the end of each epoch, shape (E, M). If a member has
+            stopped, its last value is repeated.
+        start_loss: Validation loss of the linear-Gaussian start, before epoch 1, shape (M,).
+        held_out: Row numbers of the validation rows of each member, counted among the valid rows,
+            shape (M, V).
+        held_out_loss: Negative log density of each validation row, shape (M, V). The validation
+            rows of a member are divided into two halves. The loss of a row is taken from the epoch
+            that has the lowest mean loss of the other half. The mean of `held_out_loss` is
+            therefore an unbiased estimate of the loss, whereas `best_loss` is biased, because it is
+            the lowest of many values. There are two exceptions: a single validation row also counts
+            as the other half, and a screening uses all rows. If the training uses another loss, the
+            negative log densities are computed with the final weights.
+        best_epoch: Epoch with the best weights of each member, shape (M,); 0 is the start.
         epochs: Number of epochs E.
-        seconds: Wall time of the fit, with compilation and the emulator; for a fit that continued
-            from a checkpoint, the time since then.
+        seconds: Wall time of the fit, including compilation and the emulator. If the fit continued
+            from a checkpoint, the time before the checkpoint is not included.
         stop_reason: `max_epochs`, `patience` or `interrupted`.
-        emulator: `StackHistory` of the emulator, whose losses are those of the observation as it is
-            emulated; None without an emulator.
-        kept: Places in the flattened observation of the entries that passed the screening; None
-            without a screening, or if no entry passed and all were used.
+        emulator: `StackHistory` of the emulator; None without an emulator. Its losses are negative
+            log densities of the emulated observation.
+        kept: Indices of the entries of the flattened observation that passed the screening. None
+            without a screening, or if no entry passed, because all entries are then used.
         likelihood: True if the losses are negative log densities.
-        solver_steps: Number of steps, rejected ones included, of the ODE solve for the density of
-            each validation row with the final weights, shape (M, V); None without an ODE.
-        solver_evaluations: Number of evaluations of the network in each of these solves, likewise;
-            -1 if the solver does not report it.
+        solver_steps: Number of solver steps, including rejected steps, to compute the density of
+            each validation row with the final weights, shape (M, V); None if the density needs no
+            ODE.
+        solver_evaluations: Number of network evaluations to compute the same densities, shape
+            (M, V); -1 if the solver does not report it, None if the density needs no ODE.
     """
 
     train_loss: np.ndarray
@@ -63,7 +68,7 @@ class History:
 
     @property
     def held_out_log_prob(self) -> np.ndarray:
-        """Log density of theta of each held-out row, shape (M, V), nats."""
+        """Log density of theta for each validation row, in nats, shape (M, V)."""
         return -self.held_out_loss
 
     @property
@@ -73,11 +78,11 @@ class History:
 
     @property
     def best_loss(self) -> np.ndarray:
-        """Validation loss of the weights that each member kept, shape (M,)."""
+        """Validation loss of the best weights of each member, shape (M,)."""
         return np.minimum(self.start_loss, self.validation_loss.min(axis=0, initial=np.inf))
 
     def __repr__(self) -> str:
-        """Return the number of epochs, the stop reason and the best losses as text."""
+        """Show the number of epochs, the reason why the fit ended and the best losses."""
         best = ", ".join(f"{v:.3f}" for v in self.best_loss)
         return (
             f"History({self.epochs} epochs in {self.seconds:.1f} s, stopped by "

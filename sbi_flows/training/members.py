@@ -39,7 +39,7 @@ from sbi_flows.training.group import Best, Group, LossOffsets, Plan, Source, Sta
 from sbi_flows.training.settings import Training
 
 MAX_ROWS = 2**14
-"""Maximum number of rows evaluated at once, except in training steps; it limits the memory."""
+"""Maximum number of rows that are evaluated at once outside training steps, to save memory."""
 
 
 def prepare(
@@ -151,7 +151,7 @@ def epoch(
 
     Args:
         plan: Static settings of the fit.
-        state: State of the members. Its memory is reused, so do not use it after the call.
+        state: State of the members. The call overwrites it, so do not use it afterwards.
         group: Arrays of the members.
         features: Features of all rows, shape (N, C).
         keys: A random key for each member.
@@ -194,7 +194,7 @@ def chunk(
     Args:
         plan: Static settings of the fit.
         num_chunks: Number of chunks in an epoch.
-        state: State of the members. Its memory is reused, so do not use it after the call.
+        state: State of the members. The call overwrites it, so do not use it afterwards.
         group: Arrays of the members.
         rows: Standard coordinates (n, d) and features (n, C) of the chunk.
         keys: A random key for each member.

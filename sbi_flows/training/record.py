@@ -18,7 +18,7 @@ from sbi_flows.core.versions import versions
 from sbi_flows.simulations.simulations import Simulations
 
 _PER_ROW = {"held_out", "held_out_loss", "solver_steps", "solver_evaluations"}
-"""Fields of a history with one number for each validation row. The record does not contain these
+"""Fields of a history with one number for each validation row. The record omits these
 numbers, but may contain their mean."""
 
 
@@ -40,7 +40,7 @@ def of_fit(estimator: Any, simulations: Simulations, history: Any) -> Mapping[st
 
 
 def _provenance(simulations: Simulations) -> dict[str, Any]:
-    """Describe simulations by their numbers of rows, failures and rounds, and a hash of theta."""
+    """Describe simulations by the numbers of rows, failed rows and rounds, and a hash of theta."""
     theta = np.ascontiguousarray(simulations.theta)
     return {
         "rows": len(simulations),

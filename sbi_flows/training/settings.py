@@ -28,7 +28,7 @@ class Training:
     Attributes:
         batch_size: Number of rows in a batch. The default is the largest power of two from 16 to
             128 that gives at least 128 steps in an epoch, and 16 for smaller data sets.
-        max_epochs: Maximum number of epochs (passes over the training rows). The cosine schedule of
+        max_epochs: Maximum number of epochs (passes over the training rows). The cosine decay of
             the learning rate ends after this number of epochs.
         patience: Number of epochs without a lower validation loss after which a member stops. The
             fit ends when all members have stopped.
@@ -150,7 +150,7 @@ class Training:
 
     @property
     def without_checkpoint(self) -> Training:
-        """The settings without checkpoint, for compiled programs, which do not depend on it."""
+        """The settings without a checkpoint. Compiled programs use these settings."""
         return dataclasses.replace(self, checkpoint=None, checkpoint_every=None)
 
     def with_checkpoint_of(self, other: Training, folder: str = "") -> Training:

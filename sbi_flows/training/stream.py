@@ -16,7 +16,7 @@ from jax import Array
 from sbi_flows.core.typing import Key
 
 BLOCK_ROWS = 1024
-"""Number of neighbouring rows in a block, which is read as a whole: reading neighbours is fast."""
+"""Number of neighbouring rows in a block. A block is read at once, because this is fast."""
 
 CHUNK_ROWS = 64 * BLOCK_ROWS
 """Number of rows in a chunk. A chunk combines many blocks from random positions in the file."""
@@ -46,13 +46,13 @@ class Stream:
     def num_chunks(self) -> int:
         """Number of chunks in an epoch.
 
-        All chunks have the same size. Rows that do not fill a chunk are left out; these are other
-        rows in each epoch.
+        All chunks have the same size. The remaining rows, too few for a chunk, are not used in the
+        epoch. They are different rows in each epoch.
         """
         return len(self.rows) // self.chunk_size
 
     def without(self, places: np.ndarray) -> Stream:
-        """Return the stream without the rows `sample[places]`."""
+        """Return a stream that does not train on the rows `sample[places]`."""
         rows = np.setdiff1d(self.rows, self.sample[places], assume_unique=True)
         return dataclasses.replace(self, rows=rows)
 
@@ -67,7 +67,7 @@ class Stream:
             yield following.result()
 
     def _order(self, key: Key) -> list[np.ndarray]:
-        """Return the row numbers of each chunk in random order of blocks, sorted in each chunk."""
+        """Distribute blocks over chunks at random; return the sorted row numbers of each chunk."""
         num_blocks = -(-len(self.rows) // BLOCK_ROWS)
         order = np.asarray(jax.random.permutation(key, num_blocks))
         blocks = [self.rows[b * BLOCK_ROWS : (b + 1) * BLOCK_ROWS] for b in order]
