@@ -156,7 +156,7 @@ def _as_json(value: Any) -> Any:
 
 
 def _differences(saved: Any, present: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Yield a line for each differing setting, with its name, saved value and present value."""
+    """Yield each differing setting as two strings: its saved value and its present value."""
     if isinstance(saved, Mapping) and isinstance(present, Mapping):
         for key in {**saved, **present}:
             inner = f"{name}.{key}" if name else str(key)

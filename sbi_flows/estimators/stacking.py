@@ -57,7 +57,7 @@ class StackHistory:
     held_out_log_prob: np.ndarray = dataclasses.field(default_factory=_no_rows)
 
     def __repr__(self) -> str:
-        """Return the weights and losses as text."""
+        """Return a string with the weights and losses."""
         pairs = zip(self.shares, self.held_out_loss, strict=True)
         text = ", ".join(f"{share:.2f} at {loss:.3f}" for share, loss in pairs)
         return f"StackHistory(shares and held-out losses [{text}]; mixture {self.mixture_loss:.3f})"
@@ -129,7 +129,7 @@ def _run(
 
 
 def _common_rows(name: str, histories: list[FitHistory]) -> np.ndarray:
-    """Return the rows that all fits held out; raise ValueError if they differ."""
+    """Return the held-out rows that all fits share; raise ValueError if the fits differ."""
     first = histories[0].held_out
     for history in histories[1:]:
         if not np.array_equal(history.held_out, first):
