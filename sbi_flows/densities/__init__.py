@@ -1,9 +1,8 @@
 """Conditional densities p(z | context): flows, mixtures and continuous flows.
 
-Each density is described by frozen settings, such as `NSF()`, whose method `build` makes a flax
-module. `conditional.py` combines this module with an embedding of the observation and a linear
-start. Code outside this package imports from its files; users access these names as
-`sf.densities.X`.
+Frozen settings, such as `NSF()`, describe each density. Their method `build` makes a flax module.
+The file `conditional.py` combines the module with an embedding of the observation and a linear
+start. Code outside this package imports from its files; users write `sf.densities.NSF`.
 """
 
 from sbi_flows.densities.base import Density as Density

@@ -26,7 +26,7 @@ class Density(nnx.Module):
 
     Attributes:
         has_likelihood_loss: Whether the training loss is the negative log density, in nats.
-        needs_ode: Whether draws and densities solve an ODE. They are NaN if the solve fails.
+        needs_ode: Whether draws and densities solve an ODE. If the solve fails, they are NaN.
     """
 
     has_likelihood_loss: ClassVar[bool] = True
@@ -100,7 +100,7 @@ class VectorDistribution(distrax.Distribution):
     def dtype(self) -> Any:
         """Dtype of the draws.
 
-        It is stored, because the base class would trace a draw to find the dtype.
+        The base class would trace a draw to find the dtype; here, the stored dtype is returned.
         """
         return self._dtype
 
@@ -148,7 +148,7 @@ def sample_per_context(
 def _noise_and_map(
     distribution: distrax.DistributionLike,
 ) -> tuple[StandardNormal, Callable[[Array], Array]] | None:
-    """Return the noise distribution and the map from noise to draws; None without such a map."""
+    """Return the noise distribution and the map from noise to draws; None if there is no map."""
     if isinstance(distribution, StandardNormal):
         return distribution, lambda noise: noise
     if not isinstance(distribution, TransformedDistribution):

@@ -247,8 +247,8 @@ def check_embedding(embedding: Any) -> None:
 def _as_trainable(module: Any) -> nnx.Module:
     """Return the module if all of its state is trainable parameters; otherwise raise ValueError.
 
-    Running statistics and random streams change with every call, but a fitted posterior must not
-    change.
+    State such as running statistics or random streams is rejected: it changes with every call, and
+    a fitted posterior must not change.
     """
     if not isinstance(module, nnx.Module):
         raise ValueError(f"embedding: expected a flax nnx.Module, got {type(module).__name__}")
@@ -318,8 +318,8 @@ def initial_weights(blueprint: Blueprint, key: Key, embedding_weights: Any) -> t
         blueprint: Description of the model.
         key: Random key.
         embedding_weights: Weights of an embedding that is a module, as
-            `Blueprint.embedding_weights` returns them. They are a separate argument because the
-            module is a constant in compiled programs: these would not notice changed weights.
+            `Blueprint.embedding_weights` returns them. They are a separate argument because a
+            compiled program treats the module as a constant and ignores later changes of it.
 
     Returns:
         Trainable weights, and the other arrays: the linear start, if there is one.
@@ -334,7 +334,7 @@ def initial_weights(blueprint: Blueprint, key: Key, embedding_weights: Any) -> t
 
 
 def ravel_weights(params: Any) -> Array:
-    """Concatenate all trainable weights into one vector, because optimisers are then fastest."""
+    """Concatenate all trainable weights into one vector, on which optimisers are fastest."""
     return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(params)])
 
 

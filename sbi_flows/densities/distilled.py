@@ -85,14 +85,14 @@ class _Distilled(Matching):
         return self.flow(context, key, self.path.ends, draw)
 
     def loss(self, key: Key | None, z: Array, context: Array) -> Array:
-        """Raise ValueError: a student is trained on its teacher's paths, not on simulations."""
+        """Raise ValueError: only `sf.distil` trains a student, so it has no loss on simulations."""
         raise ValueError(
             "density: expected one that can be trained on simulations, got Distilled, which "
             "sf.distil makes from a fitted posterior"
         )
 
     def teacher_paths(self, noise: Array, context: Array) -> Array:
-        """Return points on the teacher's paths before and after each step of the student.
+        """Return the teacher's points at the angles where the student's steps start and end.
 
         Args:
             noise: Shape (B, d).
@@ -137,7 +137,7 @@ class _Distilled(Matching):
 
 
 def add_student(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Add arrays of a student network to a model; they start as a copy of the teacher's arrays.
+    """Add a student network to the arrays of a model, as a copy of the teacher's arrays.
 
     Args:
         arrays: Either the trainable weights of a model or its other arrays.

@@ -35,7 +35,7 @@ def spaces_of(blueprint: Blueprint, weights: Weights, features: Any) -> tuple[np
 
 
 def space_widths(blueprint: Blueprint, weights: Weights, features: int) -> tuple[int, ...]:
-    """Return the row lengths of the arrays from `spaces_of`: (C,), or (C, F) with an embedding."""
+    """Return the row length of each array from `spaces_of`: (C,), or (C, F) with an embedding."""
     if blueprint.embedding is None:
         return (features,)
     like = jax.ShapeDtypeStruct((1, features), float)

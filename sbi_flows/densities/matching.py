@@ -1,8 +1,8 @@
 """Continuous flows that learn a velocity by regression: flow matching and diffusion.
 
 In both, a network learns the velocity of a Gaussian path (`paths.py`) by regression, and this
-velocity defines an ODE (`ode.py`). They differ in the distribution of training times and in the
-steps of the sampler.
+velocity defines an ODE (`ode.py`). The two kinds of flow differ in the distribution of training
+times and in the steps of the sampler.
 
 Public names: `FlowMatching`, `Diffusion`, `Matching`, `VALIDATION_STRATA`.
 """

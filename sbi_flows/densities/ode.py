@@ -152,8 +152,8 @@ class Solver:
 def _times(ends: tuple[float, float], steps: int | None, dtype: np.dtype) -> tuple[Any, Any, Any]:
     """Return the first angle, the last one, and the step size (None adapts it).
 
-    They are Python floats if the state has JAX's default float dtype. diffrax checks the sign of a
-    Python float while tracing; for an array, the check is a callback to the host.
+    The three values are Python floats if the state has JAX's default float dtype. diffrax checks
+    the sign of a Python float while tracing, but checks an array by a callback to the host.
     """
     first, last = (dtype.type(end) for end in ends)
     size = None if steps is None else (last - first) / dtype.type(steps)
@@ -163,7 +163,7 @@ def _times(ends: tuple[float, float], steps: int | None, dtype: np.dtype) -> tup
 
 
 class SolverStats(NamedTuple):
-    """Statistics of an ODE solve, or of several: numbers of steps and of evaluations.
+    """Statistics of one or several ODE solves: numbers of steps and of evaluations.
 
     Attributes:
         steps: Number of steps.
@@ -333,7 +333,7 @@ class FieldDerivatives(NamedTuple):
 
 
 _PROBES_AT_ONCE = 8
-"""Number of directions in one batch of derivatives; the memory is proportional to it."""
+"""Number of directions in one batch of derivatives; memory use is proportional to this number."""
 
 
 def field_derivatives(

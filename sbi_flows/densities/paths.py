@@ -6,8 +6,8 @@ standard deviation, every such path is a rotation from noise to data by a quarte
     z(angle) = sin(angle) z + cos(angle) e,    velocity  cos(angle) z - sin(angle) e.
 
 The angle is 0 for noise and pi / 2 for data; cot(angle) is sigma, the ratio of noise to signal.
-Paths therefore differ only in where they start and end, and in how training times and the steps of
-a sampler are distributed over the angles.
+Paths therefore differ only in their first and last angle, and in the distribution of training times
+and sampler steps over the angles.
 
 One velocity network serves all paths. The denoiser of Karras et al. 2022, with its preconditioning
 for data of unit variance, has the velocity as its raw output (their equation 7). The velocity is
@@ -153,12 +153,12 @@ class EDM:
         return jnp.arctan2(1.0, jnp.clip(levels, self.smallest, self.largest))
 
     def steps(self, count: int) -> Array:
-        """Return the angles (count + 1,) of a sampler's steps, equation 5."""
+        """Return the angles (count + 1,) of a sampler's steps (Karras et al. 2022, equation 5)."""
         first, last = (v ** (1.0 / self.power) for v in (self.largest, self.smallest))
         return jnp.arctan2(1.0, jnp.linspace(first, last, count + 1) ** self.power)
 
     def weight(self, angle: Array) -> Array:
-        """Return ones: the loss weight of Karras et al. 2022 cancels their output scale."""
+        """Return ones: the loss weight of Karras et al. 2022 is 1 for errors of the velocity."""
         return jnp.ones_like(angle)
 
 

@@ -50,7 +50,7 @@ class Sampler(Protocol):
 class Heun:
     """Deterministic sampler: second-order steps of the probability-flow ODE.
 
-    It evaluates the velocity 2 * steps - 1 times.
+    A draw evaluates the velocity 2 * steps - 1 times.
 
     Attributes:
         steps: Number of steps.

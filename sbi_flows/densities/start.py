@@ -1,11 +1,11 @@
 """Linear start: the linear-Gaussian posterior, truncated to the prior's box.
 
-It is the first layer of a model, and is fitted before training. The standard coordinates are
-regressed on the standardised observation by ridge regression, in closed form. Where the prior is
-bounded, a gain, an offset and a scale for each entry are then fitted by maximum likelihood, because
-truncation changes them. The density that follows is the identity initially, so that the model at
-epoch 0 is the best linear-Gaussian posterior. Training keeps a change only if the held-out log
-density improves.
+The linear start is the first layer of a model, and is fitted before training. The standard
+coordinates are regressed on the standardised observation by ridge regression, in closed form. Where
+the prior is bounded, a gain, an offset and a scale for each entry are then fitted by maximum
+likelihood, because truncation changes them. The density that follows is the identity initially, so
+that the model at epoch 0 is the best linear-Gaussian posterior. Training keeps a change only if the
+held-out log density improves.
 
 Public names: `LinearStart`, `fit_linear_start`, `standard_truncation`, `RIDGE_PENALTIES`,
 `MAX_FEATURES`.
@@ -34,7 +34,7 @@ RIDGE_PENALTIES = (1e-6, 1e-3, 1e-2, 1e-1, 1.0, jnp.inf)
 """Ridge penalties to choose from, in units of the number of rows; infinity means no regression."""
 
 MAX_FEATURES = 512
-"""Maximum number of features of a regression; longer ones are projected to this number."""
+"""Maximum number of features of a regression; more features are projected to this number."""
 
 _ADAM_STEPS, _LEARNING_RATE, _MAX_ROWS = 100, 0.1, 4096
 
@@ -70,7 +70,7 @@ class LinearStart(NamedTuple):
     def from_predictor(
         self, predictor: Array, bounded: tuple[bool, ...]
     ) -> TruncatedAutoregression:
-        """Return the same bijector given the linear predictor c @ weight, shape (*, d)."""
+        """Return the result of `bijector` for a linear predictor c @ weight, shape (*, d)."""
         mean = align(self.gain, predictor) * predictor + align(self.bias, predictor)
         return TruncatedAutoregression(mean, self.chain, self.log_scale, bounded)
 

@@ -1,4 +1,4 @@
-"""Protocol of estimators: the members that stacks and truncated rounds use.
+"""Protocol of estimators: the attributes and methods that stacks and truncated rounds use.
 
 Public names: `Estimator`, `FitHistory`.
 """
@@ -43,9 +43,9 @@ class FitHistory(Protocol):
 class Estimator(Protocol):
     """Protocol of estimators: frozen settings whose method `fit` returns an amortised posterior.
 
-    `NPE` and `Stack` are estimators. Any class with these members is an estimator: it can be
-    stacked and fitted in truncated rounds. Two estimators can be stacked if they have equal
-    `prior`, `members` and `validation_fraction`, hold out the same rows for the same key, and
+    `NPE` and `Stack` are estimators. Any class with these attributes and methods is an estimator,
+    which can be stacked and fitted in truncated rounds. Two estimators can be stacked if they have
+    equal `prior`, `members` and `validation_fraction`, hold out the same rows for the same key, and
     return an `sf.Posterior` with the same standardiser. The last two conditions hold for an
     estimator that passes its key and its simulations unchanged to `NPE.fit`.
 

@@ -48,26 +48,30 @@ def distil(
 ) -> tuple[Posterior, np.ndarray]:
     """Train a second network to follow the ODE of a fitted posterior in a few steps.
 
-    Only draws change; densities are those of the given posterior. The network learns the ODE as
-    `Heun` solves it, whatever the sampler of the posterior is. Use `c2st` to measure how far the
-    new draws are from the old ones; the returned errors show whether training ended too early.
+    The new posterior has other draws, but the same densities as the given posterior. The network
+    learns from solutions of the ODE by `Heun`; the posterior's own sampler is not used. Use `c2st`
+    to compare the new draws with the old ones. The returned errors show whether training ended
+    too early.
 
     Args:
         key: Random key.
         posterior: A posterior of `FlowMatching` or `Diffusion`, or a mixture of these, from any
             estimator.
-        simulations: The simulations that it was fitted to, of which the observations are used.
+        simulations: The simulations to which the posterior was fitted. Only their observations are
+            used.
         steps: Number of evaluations of the network in a draw.
-        training: Settings, of which the epochs, the batch size, the optimiser, the precision of
-            products and the average of the weights are used. Nothing is held out, as each epoch has
-            new noise. A checkpoint is a ValueError. The default is 30 epochs with batches of 128.
+        training: Training settings. Only the epochs, the batch size, the optimiser, the precision
+            of products and the average of the weights are used. No rows are held out, because
+            every epoch draws new noise. Checkpoints are not supported. The default is 30 epochs
+            with batches of 128.
         progress: Show a progress bar.
 
     Returns:
-        The posterior that draws in a few steps, and the errors, shape (epochs, members): the root
-        mean square distance in whitened units between the end point that the student aims at and
-        that of the ODE, on paths that are new to it, before each epoch. An interrupt ends the
-        training of all parts of a mixture early, but not before the first epoch of each.
+        The posterior that draws in a few steps, and the errors, shape (epochs, members). An error
+        is the root mean square distance between the end points that the new network predicts and
+        the end points of the ODE, in whitened units. It is computed before each epoch, on paths
+        that the network has not seen. An interrupt (Ctrl-C) ends training early; each component
+        of a mixture is still trained for at least one epoch.
 
     Raises:
         ValueError: A density of the posterior is neither `FlowMatching` nor `Diffusion`, no
@@ -138,7 +142,7 @@ def _check(posterior: Posterior, simulations: Simulations, steps: int, training:
 
 
 class _Student(NamedTuple):
-    """The static part of a distillation, on which its compiled program depends."""
+    """Settings and sizes of a distillation; its compiled program depends on them."""
 
     blueprint: Blueprint
     training: Training
@@ -156,8 +160,8 @@ class _Student(NamedTuple):
             progress: Show a progress bar.
 
         Returns:
-            Weights of teacher and student, and the errors, shape (epochs, M), which end with the
-            first one that is not finite.
+            Weights of teacher and student, and the errors, shape (epochs, M). Training stops at
+            the first error that is not finite.
         """
         weights = weights._replace(rest=add_student(weights.rest))
         student = add_student(weights.params)["density"]["student"]
@@ -187,13 +191,13 @@ class _Student(NamedTuple):
 
     # its density is that of `Distilled`, which has more methods than `Density`
     def model(self, weights: Weights, student: Any) -> Any:
-        """Return the `Conditional` of one member with these weights of the student."""
+        """Return the model of one member, with the given weights of the student."""
         density = {**weights.params["density"], "student": student}
         params = {**weights.params, "density": density}
         return nnx.merge(graph_of(self.blueprint), params, weights.rest)
 
     def loss(self, weights: Weights, student: Any, paths: Array, context: Array) -> Array:
-        """Return the mean squared distance of end points for solutions of the ODE."""
+        """Return the mean squared error of the student's predicted end points of ODE solutions."""
         with precision_context(self.training.matmul_precision):
             return jnp.mean(self.model(weights, student).density.student_errors(paths, context))
 
@@ -203,7 +207,7 @@ class _Student(NamedTuple):
 def _epoch(
     student: _Student, weights: Weights, state: State, features: Array, epoch: int | Array, key: Key
 ) -> tuple[State, Array]:
-    """Train on new paths; return also the error of the averaged weights on them, before that."""
+    """Train for one epoch on new paths; also return the earlier averaged weights' error on them."""
     members = len(jax.tree.leaves(weights)[0])
     rates = jnp.asarray(np.resize(student.training.learning_rate, members), features.dtype)
     one = partial(_member_epoch, student, features, epoch)

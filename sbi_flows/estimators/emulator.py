@@ -2,9 +2,10 @@
 
 Public names: `Emulator`, `EmulatorFailed`, `Emulated`, `Seen`, `emulate`.
 
-The density of an observation of 8 numbers given 5 parameters can be far simpler than the posterior
-that follows from it, and is then learned from far fewer simulations. Its draws cost almost nothing.
-A posterior estimator that trains on them as well no longer over-fits the few real simulations.
+The density of the observation given the parameters can be far simpler than the posterior, for
+example for 8 numbers given 5 parameters. It is then learned from far fewer simulations than the
+posterior. Draws from this density cost almost nothing. A posterior estimator that trains on the
+draws in addition to the few real simulations over-fits less.
 
 Sources: Papamakarios et al. 2019, "Sequential Neural Likelihood" (arXiv:1805.07226), for the
 densities; Wiqvist, Frellsen & Picchini 2021 (arXiv:2102.06522), for fitting a posterior to a
@@ -54,18 +55,19 @@ there."""
 class Emulator:
     """Settings of an emulator: densities of the observation to fit, and the number of draws.
 
-    The densities are weighted by the log density of held-out rows, as in `sf.Stack`. Each member of
-    an ensemble trains on draws of an emulator that held out the same rows. Observations on a grid,
-    such as counts, are emulated with uniform noise added, and rounded afterwards. Where simulations
-    failed, fewer parameters are drawn.
+    The fitted densities are mixed. Their weights maximise the log density of held-out rows, as in
+    `sf.Stack`. Each member of the posterior's ensemble has an emulator that held out the same rows,
+    and trains on the draws of this emulator. If the observation lies on a grid, such as counts,
+    the emulator learns it with added uniform noise, and rounds its draws to the grid. Fewer
+    parameters are drawn in regions where simulations failed.
 
     Attributes:
         densities: The densities to fit and to mix.
-        training: Settings of their fits; the validation fraction and the checkpoint are those of
-            the estimator.
+        training: Settings of the fits of the densities. The validation fraction and the checkpoint
+            are taken from the estimator instead.
         simulations: Number of emulated simulations for each member, with parameters from the prior.
-        max_features: Maximum length of an observation. Longer ones are not emulated, and the
-            estimator is fitted without an emulator: learning the noise of hundreds of numbers takes
+        max_features: Maximum length of an observation. For longer observations, the estimator is
+            fitted without an emulator, because learning the noise of hundreds of numbers takes
             more simulations than learning the posterior.
 
     Example:
@@ -93,8 +95,8 @@ class Emulator:
         """Check the settings.
 
         Raises:
-            ValueError: There is no density; a number is not positive; or `training` is of a wrong
-                type or has a checkpoint of its own.
+            ValueError: `densities` is empty; a number is not positive; or `training` has a wrong
+                type or sets a checkpoint.
         """
         densities = self.densities
         densities = tuple(densities) if isinstance(densities, list | tuple) else (densities,)
@@ -111,7 +113,7 @@ class Emulator:
 
 
 class EmulatorFailed(SbiFlowsError):
-    """Raised if these simulations cannot be emulated; the message gives the reason."""
+    """Error that the simulations cannot be emulated; the message gives the reason."""
 
 
 class Emulated(NamedTuple):
@@ -126,7 +128,7 @@ class Seen(NamedTuple):
 
     Attributes:
         y: Standard coordinates of the valid simulations, shape (N, d).
-        x: Their observations, flattened, shape (N, C).
+        x: Flattened observations of the valid simulations, shape (N, C).
         failed: Standard coordinates of the failed simulations, shape (F, d).
     """
 
@@ -149,23 +151,25 @@ def emulate(
     """Fit an emulator and draw simulations from it.
 
     Args:
-        keys: Keys of the fit that the draws are for, so that its members hold out the same rows.
-        emulator: The settings.
+        keys: Keys of the posterior fit that trains on the draws. With these keys, the emulator
+            holds out the same rows as that fit.
+        emulator: Settings of the emulator.
         prior: The prior.
-        seen: The simulations.
+        seen: Simulations to which the emulator is fitted.
         standardiser: Standardiser of the observation.
-        members: Number of members M of the fit that the draws are for.
-        training: Settings of that fit, for the validation fraction and the checkpoint.
+        members: Number of members M of the posterior fit.
+        training: Settings of the posterior fit; only the validation fraction and the checkpoint
+            are used.
         progress: Show progress bars.
 
     Returns:
-        The draws, member after member, and the history of the fits. Its losses are those of the
-        observation as it is emulated, not of theta.
+        The draws, in the order of the members, and the history of the emulator's fits. The losses
+        in the history are negative log densities of the emulated observation.
 
     Raises:
-        EmulatorFailed: The observation is too long, every density diverged, or none of a member's
-            draws is finite.
-        KeyboardInterrupt: A fit was interrupted, so that there is nothing to train on.
+        EmulatorFailed: The observation is too long, the fit of every density diverged, or some
+            member has no finite draw.
+        KeyboardInterrupt: A fit of the emulator was interrupted.
     """
     if seen.x.shape[1] > emulator.max_features:
         raise EmulatorFailed(
@@ -201,9 +205,9 @@ class _Space(NamedTuple):
     """Maps between observations and features.
 
     Attributes:
-        grid: Grid that each entry of the observation lies on.
-        emulated: Standardiser of what the emulator models.
-        standardiser: Standardiser of the estimator.
+        grid: Grid on which each entry of the observation lies.
+        emulated: Standardiser of the observations for the emulator.
+        standardiser: Standardiser of the observations for the posterior estimator.
     """
 
     grid: Grid
@@ -232,7 +236,7 @@ def _fitted(
     members: int,
     progress: bool,
 ) -> tuple[list[_Part], StackHistory]:
-    """Fit every density to rows whose parameters are observations, and weigh them."""
+    """Fit every density of the observation to the rows, and compute the mixture weights."""
     num_features, num_parameters = rows.y.shape[1], rows.features.shape[1:]
     sizes = Sizes((False,) * num_features, jax.tree.structure(0), (num_parameters,))
 
@@ -256,7 +260,7 @@ def _fitted(
 
 @jax.jit
 def _smooth(grid: Grid, emulated: Standardiser, key: Key, x: Array) -> Array:
-    """Return features with a density: noise is added to grids and takes the place of constants."""
+    """Return continuous features: add noise to entries on a grid, replace constants by noise."""
     features, constant_key = emulated(dequantised(grid, key, x)), jax.random.fold_in(key, 1)
     noise = jax.random.uniform(constant_key, features.shape, features.dtype, -0.5, 0.5)
     return jnp.where(jnp.isinf(grid.step)[None], noise, features)
@@ -266,7 +270,7 @@ def _smooth(grid: Grid, emulated: Standardiser, key: Key, x: Array) -> Array:
 def _standard(
     grid: Grid, emulated: Standardiser, standardiser: Standardiser, features: Array
 ) -> Array:
-    """Return features of the estimator for emulated ones; NaN where an observation overflows."""
+    """Convert emulated features to features of the estimator; NaN where a value overflows."""
     x = quantised(grid, emulated.inverse(features))
     return standardiser(jnp.where(jnp.isfinite(x), x, jnp.nan))
 
@@ -278,7 +282,7 @@ def _prior_draws(key: Key, prior: Prior, n: int) -> Array:
 
 
 def _parameters(key: Key, prior: Prior, seen: Seen, n: int) -> Array:
-    """Draw parameters (n, d) from the prior, fewer where simulations nearby failed."""
+    """Draw parameters (n, d) from the prior, with lower density where simulations failed."""
     if not len(seen.failed):
         return _prior_draws(key, prior, n)
     from sklearn.neighbors import KNeighborsClassifier
@@ -302,10 +306,10 @@ def _parameters(key: Key, prior: Prior, seen: Seen, n: int) -> Array:
 
 
 def _draw(key: Key, parts: Sequence[_Part], y: Array, n: int) -> Array:
-    """Draw features of observations for parameters (N, d), of which the first n are needed.
+    """Draw features of observations for parameters (N, d); the caller needs the first n rows.
 
-    Each density draws its share of them. The parameters are in random order, so that it does not
-    matter which density draws for which of them.
+    The parameters are divided between the densities in proportion to the mixture weights. They are
+    in random order, so that consecutive rows can be given to one density.
     """
     ends = np.round(np.cumsum([part.share for part in parts]) * n).astype(int)
     ends[-1], first, drawn = len(y), 0, []
@@ -335,7 +339,7 @@ def _draw_chunk(blueprint: Blueprint, weights: Weights, key: Key, y: Array) -> A
 
 
 def _finite(y: Array, features: Array, n: int) -> tuple[Array, Array]:
-    """Return the first n finite rows, repeated from the start if there are too few."""
+    """Return the first n finite rows; repeat the rows if fewer than n are finite."""
     rows = np.flatnonzero(np.all(np.isfinite(np.asarray(features)), axis=1))
     if not len(rows):
         raise EmulatorFailed("none of its draws is finite")

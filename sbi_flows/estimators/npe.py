@@ -51,34 +51,36 @@ _EMULATED = (
     NSF(hidden=(128, 128), context_width=128, dropout=0.0),
     Training(batch_size=256, max_epochs=12, patience=4),
 )
-"""Defaults with an emulator, whose many rows keep a large density from over-fitting."""
+"""Default training settings with an emulator: its many rows prevent over-fitting."""
 
 
 @dataclasses.dataclass(frozen=True, init=False)
 class NPE:
-    """A frozen description of an amortised posterior estimator.
+    """Settings of neural posterior estimation; `fit` returns an amortised posterior.
 
     Attributes:
         prior: The prior.
-        density: The conditional density to fit: `NSF`, the default; `MAF` for posteriors close to a
-            Gaussian; `GaussianMixture` for a few parameters; `FlowMatching`, `Diffusion` or `CNF`,
-            continuous flows, whose densities are slow.
+        density: The conditional density to fit. The default is `NSF`. `MAF` suits posteriors close
+            to a Gaussian, and `GaussianMixture` suits a few parameters. `FlowMatching`, `Diffusion`
+            and `CNF` are continuous flows: evaluating their log densities is slow.
         training: Settings of the fit. The default is `Training()`, with a smaller learning rate for
             a `CNF`, and with more epochs, more patience and a longer average of the weights for
-            `FlowMatching` and `Diffusion`. With an emulator, which gives many rows, the default is
-            a shorter fit for any density.
-        members: Size of the ensemble; members are trained side by side and mixed.
+            `FlowMatching` and `Diffusion`. With an emulator there are many rows, so the default is
+            a shorter fit for every density.
+        members: Number of models in the ensemble. They are trained together, and the posterior is
+            their mixture.
         embedding: A flax module that maps standardised observations (B, *event) to (B, F), or a
-            function `rngs -> module`, with which each member starts from other weights.
-        emulator: Densities of the observation to fit first, whose draws are trained on as well; no
-            emulator by default. With few simulations of a simple noise this is far more accurate.
-        screening: Maximum expected share of useless entries among the entries of the observation
-            that are used. An entry is useless if it depends on no parameter, by tests of one entry
-            and one parameter at a time. An entry that is informative together with others only is
-            lost, so compare with an estimator that uses all entries in a `Stack`. None, the
-            default, uses all entries.
-        linear_start: Fit a linear-Gaussian posterior in closed form first, from which the density
-            starts. False starts from the prior.
+            function `rngs -> module`. With a function, each member has other initial weights.
+        emulator: Settings of an emulator. It learns the density of the observation first, and the
+            posterior is then trained on its draws as well. This is far more accurate if there are
+            few simulations and their noise is simple. None, the default, uses no emulator.
+        screening: Maximum expected fraction of useless entries among the selected entries of the
+            observation. An entry is useless if it depends on no parameter; each pair of an entry
+            and a parameter is tested separately. The tests miss entries that are informative only
+            together with others. To check this, use a `Stack` with an estimator that uses all
+            entries. None, the default, selects all entries.
+        linear_start: Whether training starts from a linear-Gaussian posterior, which is fitted in
+            closed form. Otherwise it starts from the prior.
 
     References:
         Fast epsilon-free Inference of Simulation Models, arXiv:1605.06376.
@@ -118,7 +120,7 @@ class NPE:
         """Check the settings.
 
         Raises:
-            ValueError: `members` is not positive; the density, the training or the emulator is of a
+            ValueError: `members` is not positive; `density`, `training` or `emulator` has a
                 wrong type; `screening` is not between 0 and 1, or is combined with an embedding.
         """
         require_count(1, members=members)
@@ -154,27 +156,28 @@ class NPE:
     def fit(
         self, key: Key, simulations: Simulations, *, progress: bool = True, summarise: bool = True
     ) -> tuple[Posterior, History]:
-        """Fit to the valid rows of the simulations; changes nothing in place.
+        """Fit to the valid rows of the simulations; the estimator itself does not change.
 
         Args:
             key: Random key; the same key and data give the same posterior.
             simulations: Parameters (N, D) inside the prior's support, and observations.
-                Observations on disk are read during the fit; every member then holds out the same
+                Observations on disk are read during the fit; all members then hold out the same
                 rows.
             progress: Show a progress bar.
-            summarise: Describe the distribution of the training simulations in
-                `posterior.typicality`, for the warning about observations unlike them.
+            summarise: Store a description of the training simulations in `posterior.typicality`.
+                The posterior uses it to warn about observations unlike the simulations.
 
         Returns:
             The posterior and the history of the fit.
 
         Raises:
-            ValueError: theta does not fit the prior, an emulator is combined with observations on
-                disk, or the folder `Training(checkpoint=...)` belongs to other simulations, keys or
-                settings.
+            ValueError: theta has the wrong shape or lies outside the prior's support, an emulator
+                is combined with observations on disk, or the checkpoint folder holds a fit with
+                other simulations, keys or settings.
             SimulationFailed: Fewer than 10 rows are valid.
-            TrainingDiverged: A loss was not finite; `.state` is the last finite posterior.
-            CheckpointSpoilt: A file of `Training(checkpoint=...)` is damaged.
+            TrainingDiverged: A loss was not finite. The attribute `state` of the exception holds
+                the last finite posterior.
+            CheckpointSpoilt: A file in the checkpoint folder is damaged.
         """
         began = time.perf_counter()
         self._check(simulations)
@@ -212,11 +215,11 @@ class NPE:
         return self.training.validation_fraction
 
     def with_prior(self, prior: PriorLike) -> NPE:
-        """Return the same estimator for another prior over the same parameters."""
+        """Return a copy of the estimator with another prior over the same parameters."""
         return dataclasses.replace(self, prior=prior)
 
     def with_checkpoint_folder(self, name: str) -> NPE:
-        """Return the same estimator, with its checkpoint, if it has one, in a folder within."""
+        """Return a copy whose checkpoint folder is the subfolder `name` of the present one."""
         training = self.training.with_checkpoint_of(self.training, name)
         return dataclasses.replace(self, training=training)
 
@@ -238,7 +241,7 @@ class NPE:
         )
 
     def _screened(self, data: TrainingData) -> tuple[int, ...] | None:
-        """Return the places of the entries that pass the screening; None uses all entries."""
+        """Return the indices of the entries that the screening selects; None means all entries."""
         if self.screening is None:
             return None
         places = np.flatnonzero(dependent_features(data.y, data.features, self.screening))
@@ -251,7 +254,7 @@ class NPE:
         return tuple(places.tolist())
 
     def _blueprint(self, observation: Obs, screened: tuple[int, ...] | None) -> Blueprint:
-        """Return the model for observations of this shape, or for some of their entries."""
+        """Return the description of the model for the observation, or for its screened entries."""
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(observation))
         sizes = Sizes(self.prior.bounded, jax.tree.structure(observation), shapes)
         if screened is None or len(screened) == sizes.feature_count:
@@ -287,9 +290,10 @@ class NPE:
         return with_emulated(self.prior, data, draws, emulator.simulations), history
 
     def _without_emulator(self) -> NPE:
-        """Return the estimator without emulator, with the default settings of such an estimator.
+        """Return a copy without an emulator.
 
-        Settings that differ from the defaults with an emulator stay.
+        Training settings that are the defaults with an emulator become the defaults without one.
+        Other settings are kept.
         """
         density, training = _EMULATED
         plain = NPE(
@@ -332,16 +336,16 @@ class NPE:
 
 
 class _Problem(NamedTuple):
-    """What a fit is made of, beyond the estimator's settings.
+    """Data and model of a fit, prepared from the simulations.
 
     Attributes:
-        blueprint: The model.
+        blueprint: Description of the model.
         standardiser: Standardiser of all entries of the observation.
         observation: Shape and dtype of one observation.
-        data: Rows to train on, with the features that the model uses.
-        x: Observations of these rows.
-        features: All features of these rows, shape (N, C).
-        screened: Places of the entries that passed the screening; None without one.
+        data: Training rows, with the features that the model uses.
+        x: Observations of the training rows.
+        features: All features of the training rows, shape (N, C).
+        screened: Indices of the entries that the screening selected; None without screening.
     """
 
     blueprint: Blueprint

@@ -2,8 +2,8 @@
 
 Public names: `RoundFolder`.
 
-The folder holds one store of simulations for each round, and `boxes.json`: what the rounds were
-made with, and the box that each finished round left.
+The folder holds one store of simulations for each round, and the file `boxes.json`. This file
+holds the settings of the rounds, and the truncated prior box after each finished round.
 """
 
 from __future__ import annotations
@@ -34,20 +34,21 @@ from sbi_flows.simulations.store import SimulationStore
 FORMAT = 2
 
 MAX_SHOWN = 3
-"""Maximum number of differing settings that a message names."""
+"""Maximum number of differing settings that an error message lists."""
 
 _LOCAL = {"prior", "devices"}
-"""Settings that are not compared: the stores compare the prior, and devices change no result."""
+"""Settings that are not compared here. The stores of simulations compare the prior; the devices
+do not affect the result."""
 
 
 class RoundFolder:
-    """Simulations and boxes of finished rounds, in a folder or nowhere.
+    """Store of the simulations and boxes of finished rounds.
 
     Args:
-        folder: The folder; None keeps nothing.
-        estimator: The estimator of the rounds.
-        simulator: The simulator, and shape and dtype of one of its observations.
-        x: The observation.
+        folder: Folder to write to; None stores nothing.
+        estimator: Estimator that each round fits.
+        simulator: The simulator, and the shape and dtype of one simulated observation.
+        x: Observation at which the prior is truncated.
         simulations: Number of new simulations in a round.
 
     Raises:
@@ -63,7 +64,7 @@ class RoundFolder:
         x: Obs,
         simulations: int,
     ) -> None:
-        """Read the boxes, if there are any."""
+        """Read the boxes from the folder, if it holds any."""
         self._folder = None if folder is None else Path(folder)
         self._boxes: list[list[list[float]]] = []
         if self._folder is None:
@@ -102,11 +103,11 @@ class RoundFolder:
         return store.simulate(key, prior, simulator, n, **settings)
 
     def box(self, r: int, prior: Prior) -> BoxPrior | None:
-        """Return the box that round r left; None if the round is not finished."""
+        """Return the truncated prior box after round r; None if the round is not finished."""
         return BoxPrior(prior, *self._boxes[r]) if r < len(self._boxes) else None
 
     def save(self, r: int, box: BoxPrior) -> None:
-        """Write the box that round r leaves."""
+        """Write the truncated prior box after round r."""
         if self._folder is None:
             return
         bounds = [np.asarray(bound).tolist() for bound in (box.low, box.high)]
@@ -115,7 +116,7 @@ class RoundFolder:
             file.write(json.dumps({**self._document, "boxes": self._boxes}).encode())
 
     def _read(self) -> list[list[list[float]]]:
-        """Return the boxes of the folder; raise ValueError if they are of other rounds."""
+        """Return the boxes in the folder; raise ValueError if they come from other settings."""
         try:
             saved = json.loads(self._path.read_text())
             boxes = saved["boxes"]
@@ -143,19 +144,19 @@ class RoundFolder:
 
 
 def _without_local(value: Any) -> Any:
-    """Remove settings that are not compared, at every level."""
+    """Remove the settings that are not compared, at every level of nesting."""
     if isinstance(value, Mapping):
         return {k: _without_local(v) for k, v in value.items() if k not in _LOCAL}
     return [_without_local(v) for v in value] if isinstance(value, list) else value
 
 
 def _as_json(value: Any) -> Any:
-    """Return a value as it is read from JSON, where tuples are lists."""
+    """Convert a value to the form that reading it from JSON gives; tuples become lists."""
     return json.loads(json.dumps(value))
 
 
 def _differences(saved: Any, present: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the saved and the present value of each setting that differs, as text."""
+    """Yield each differing setting as two strings: its saved value and its present value."""
     if isinstance(saved, Mapping) and isinstance(present, Mapping):
         for key in {**saved, **present}:
             inner = f"{name}.{key}" if name else str(key)

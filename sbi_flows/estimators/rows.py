@@ -57,7 +57,7 @@ def prepare(prior: Prior, theta: Array, x: Obs) -> tuple[TrainingData, Standardi
 def with_emulated(
     prior: Prior, data: TrainingData, emulated: Emulated, member_rows: int
 ) -> TrainingData:
-    """Append emulated rows to the training rows: `member_rows` rows for each member."""
+    """Append emulated rows to the training rows; each member gets `member_rows` of them."""
     return dataclasses.replace(_appended(prior, data, emulated), member_rows=member_rows)
 
 
@@ -78,8 +78,8 @@ def rows_in_memory(key: Key, simulations: Simulations) -> tuple[Simulations, np.
         simulations: The simulations.
 
     Returns:
-        The rows, and the indices of a sample among the valid rows; None if all valid rows are
-        returned.
+        The rows, and their indices among the valid rows; None in place of the indices if all valid
+        rows are returned.
     """
     if not simulations.on_disk:
         return simulations.only_valid(), None
@@ -101,7 +101,7 @@ def stream_of(
     Args:
         prior: Prior of the fit.
         blueprint: Description of the model.
-        standardiser: Map from observations to features.
+        standardiser: Standardiser that maps observations to features.
         simulations: Simulations on disk.
         sample: Indices, among the valid rows, of the rows that are in memory.
     """

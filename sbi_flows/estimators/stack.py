@@ -26,17 +26,17 @@ from sbi_flows.training.record import of_fit
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Stack:
-    """A frozen description of estimators whose posteriors are mixed.
+    """Settings of a stack: estimators whose posteriors are mixed.
 
-    The weights maximise the log density of rows that the models were not trained on. Member m of
-    every estimator holds out the same rows. Each row is evaluated by the members that held it out,
-    with the weights of the epoch that was best for the other half of the held-out rows, so that the
-    choice of an epoch does not favour an estimator. The choice of the linear start, the weights of
-    an emulator and the screening of an observation's entries still see all rows.
+    The mixture weights maximise the log density of held-out rows. Member m of every estimator holds
+    out the same rows. The members that held out a row evaluate it. They use the network weights of
+    the epoch that was best for the other half of the held-out rows, so that the choice of the epoch
+    does not favour an estimator. Three choices still depend on all rows: the linear start, the
+    weights of an emulator, and the screening of the observation's entries.
 
     Attributes:
         estimators: The estimators, all with the same prior, number of members and validation
-            fraction: `NPE`, `Stack`, or a class of your own that is an
+            fraction. Each is an `NPE`, a `Stack`, or an instance of another class that implements
             `sbi_flows.estimators.base.Estimator`.
 
     Example:
@@ -58,8 +58,8 @@ class Stack:
         """Check that the estimators can be compared row by row.
 
         Raises:
-            ValueError: There is none, one is no estimator, or they differ in prior, members or
-                validation fraction.
+            ValueError: `estimators` is empty, one of them is not an estimator, or they differ in
+                prior, members or validation fraction.
         """
         if not estimators or not all(map(_is_estimator, estimators)):
             raise ValueError(
@@ -86,7 +86,7 @@ class Stack:
 
     @property
     def members(self) -> int:
-        """Size of each estimator's ensemble."""
+        """Number of models in each estimator's ensemble."""
         return self.estimators[0].members
 
     @property
@@ -95,34 +95,36 @@ class Stack:
         return self.estimators[0].validation_fraction
 
     def with_prior(self, prior: Prior) -> Stack:
-        """Return the same stack for another prior over the same parameters."""
+        """Return a copy of the stack with another prior over the same parameters."""
         return Stack([e.with_prior(prior) for e in self.estimators])
 
     def with_checkpoint_folder(self, name: str) -> Stack:
-        """Return the same stack, with its checkpoints in a folder of this name."""
+        """Return a copy of the stack with checkpoints in the subfolder `name` of each folder."""
         return Stack([e.with_checkpoint_folder(name) for e in self.estimators])
 
     def fit(
         self, key: Key, simulations: Simulations, *, progress: bool = True, summarise: bool = True
     ) -> tuple[Posterior, StackHistory]:
-        """Fit every estimator to the valid rows, then the weights of the mixture.
+        """Fit every estimator to the valid rows, then fit the mixture weights.
 
         Args:
             key: Random key; the same key and data give the same posterior.
             simulations: Parameters (N, D) inside the prior's support, and observations.
             progress: Show progress bars.
-            summarise: Describe the distribution of the training simulations in
-                `posterior.typicality`, for the warning about observations unlike them.
+            summarise: Store a description of the training simulations in `posterior.typicality`.
+                The posterior uses it to warn about observations unlike the simulations.
 
         Returns:
-            The mixture and the history. An estimator that diverged is left out with a warning.
+            The mixture of the posteriors, and the history of the fits. An estimator whose fit
+            diverged is left out, with a warning.
 
         Raises:
-            ValueError: theta does not fit the prior, or the estimators' posteriors cannot be mixed.
+            ValueError: theta has the wrong shape or lies outside the prior's support, or the
+                estimators' posteriors cannot be mixed.
             SimulationFailed: Fewer than 10 rows are valid.
             TrainingDiverged: Every estimator diverged.
-            KeyboardInterrupt: An interrupt came before the first estimator was fitted; after that,
-                the remaining estimators are left out.
+            KeyboardInterrupt: The fit was interrupted before the first estimator was fitted. After
+                a later interrupt, the mixture consists of the estimators fitted so far.
         """
         # the same key, so that the same rows are held out
         fits = [
@@ -150,10 +152,10 @@ def _is_estimator(value: Any) -> bool:
 
 
 def _mixture(parts: list[tuple[Posterior, float]]) -> Posterior:
-    """Return the mixture of posteriors with these weights.
+    """Return the mixture of posteriors, each given with its weight.
 
     Raises:
-        ValueError: A posterior is no `sf.Posterior`, or has another standardiser than the first.
+        ValueError: A part is not an `sf.Posterior`, or the parts have different standardisers.
     """
     first = parts[0][0]
     for posterior, _ in parts:

@@ -19,7 +19,7 @@ from sbi_flows.core.warn import warn_user
 from sbi_flows.estimators.base import FitHistory
 
 MIN_WEIGHT = 0.01
-"""Fits of a smaller weight are left out of the mixture, where they would only cost time."""
+"""Minimum mixture weight. Fits of smaller weight are left out, because they only cost time."""
 
 Fitted = TypeVar("Fitted")
 
@@ -30,18 +30,22 @@ def _no_rows() -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class StackHistory:
-    """History of the fits that a mixture is made of; K is the number of fits.
+    """History of the K fits whose results form a mixture.
 
     Attributes:
         histories: History of each fit; None for a fit that diverged, or that did not begin before
             an interrupt.
-        shares: Weight of each fit, shape (K,); zero for those left out.
-        held_out_loss: Mean of the negative log densities of the held-out rows under each fit alone,
-            shape (K,), nats; infinite where there is no history, or a row whose ODE was not solved.
-        mixture_loss: The same for the mixture, on the rows that its weights were fitted to.
-        interrupted: True if an interrupt ended the fits.
-        held_out: Numbers of the valid rows that each member held out, shape (M, V), in every fit.
-        held_out_log_prob: Log density of each of these rows under the mixture, shape (M, V), nats.
+        shares: Mixture weight of each fit, shape (K,); zero for fits that are left out.
+        held_out_loss: Mean negative log density of the held-out rows under each fit alone, shape
+            (K,), in nats. It is infinite if a fit has no history, or if the ODE solve of a row
+            failed.
+        mixture_loss: Mean negative log density of the held-out rows under the mixture, in nats.
+            The mixture weights were fitted to the same rows.
+        interrupted: Whether an interrupt (Ctrl-C) ended the fits.
+        held_out: Indices, among the valid rows, of each member's validation rows, shape (M, V).
+            They are the same in every fit.
+        held_out_log_prob: Log density of each validation row under the mixture, shape (M, V), in
+            nats.
     """
 
     histories: tuple[FitHistory | None, ...]
@@ -53,7 +57,7 @@ class StackHistory:
     held_out_log_prob: np.ndarray = dataclasses.field(default_factory=_no_rows)
 
     def __repr__(self) -> str:
-        """Return the weights and losses as text."""
+        """Return a string with the weights and losses."""
         pairs = zip(self.shares, self.held_out_loss, strict=True)
         text = ", ".join(f"{share:.2f} at {loss:.3f}" for share, loss in pairs)
         return f"StackHistory(shares and held-out losses [{text}]; mixture {self.mixture_loss:.3f})"
@@ -62,21 +66,21 @@ class StackHistory:
 def fit_each(
     fits: Sequence[Callable[[], tuple[Fitted, FitHistory]]], name: str
 ) -> tuple[list[tuple[Fitted, float]], StackHistory]:
-    """Run several fits and weigh their results by the log densities of held-out rows.
+    """Run several fits and compute mixture weights from log densities of held-out rows.
 
     Args:
-        fits: Functions that fit and return the result and its history. All of them hold out the
-            same rows.
-        name: Name of what is fitted, for the warning about a fit that diverged.
+        fits: Functions that each run a fit, and return the result and its history. All fits must
+            hold out the same rows.
+        name: Name of the kind of fit, for the warning about a fit that diverged.
 
     Returns:
-        The results of positive weight with their weights, and the history.
+        The results that have positive weight, each with its weight, and the history.
 
     Raises:
         ValueError: The fits held out different rows.
         TrainingDiverged: Every fit diverged.
-        KeyboardInterrupt: An interrupt came before any fit had ended; after that, the remaining
-            fits are left out.
+        KeyboardInterrupt: An interrupt came before the first fit ended. After a later interrupt,
+            the remaining fits are left out.
     """
     done, interrupted = _run(fits, name)
     histories = {i: history for i, (_, history) in done.items()}
@@ -105,7 +109,7 @@ def fit_each(
 def _run(
     fits: Sequence[Callable[[], tuple[Fitted, FitHistory]]], name: str
 ) -> tuple[dict[int, tuple[Fitted, FitHistory]], bool]:
-    """Return the results by the number of the fit, and whether an interrupt ended the fits."""
+    """Return a dict from fit index to result, and whether an interrupt ended the fits."""
     done: dict[int, tuple[Fitted, FitHistory]] = {}
     for i, fit in enumerate(fits):
         try:
@@ -125,7 +129,7 @@ def _run(
 
 
 def _common_rows(name: str, histories: list[FitHistory]) -> np.ndarray:
-    """Return the rows that all fits held out; raise ValueError if they differ."""
+    """Return the held-out rows that all fits share; raise ValueError if the fits differ."""
     first = histories[0].held_out
     for history in histories[1:]:
         if not np.array_equal(history.held_out, first):

@@ -3,9 +3,9 @@
 Public names: `truncated_rounds`, `Round`.
 
 Source: Deistler, Goncalves & Macke 2022, "Truncated proposals for scalable and hassle-free
-simulation-based inference" (arXiv:2210.04815). They cut the prior to a region of highest density.
-Here it is cut to a box in its standard coordinates. The cut prior can be drawn from without
-rejection, both for the simulations of the next round and when `sf.check` tests its posterior.
+simulation-based inference" (arXiv:2210.04815). They truncate the prior to a region of highest
+density. Here the prior is truncated to a box in its standard coordinates. Drawing from this
+truncated prior needs no rejection. Both the next round and `sf.check` draw from it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NUM_DRAWS = 10_000
 TAIL = 5e-3
 """Fraction of the draws in each tail of a parameter that are ignored when the next box is computed.
 
-The fit of an early round has a few outliers among its draws.
+Draws of an early round contain a few outliers, which would enlarge the box.
 """
 
 MARGIN = 0.25
@@ -109,7 +109,7 @@ def truncated_rounds(
     all simulations in the box. The next box is the range of the posterior draws at x plus a margin.
     Within a box, the simulations of all rounds follow the truncated prior, so that no correction of
     the posterior is needed. If an early round misses a mode of the posterior, later rounds cannot
-    find it. `Round.mass` is the prior probability of the box of each round. A warning names the
+    find it. `Round.mass` is the prior probability of a round's box. A warning names the
     sides of a box that have many posterior draws close to them.
 
     Args:

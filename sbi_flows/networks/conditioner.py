@@ -4,8 +4,8 @@ A conditioner maps inputs `(D, *)` to parameters `(P, D, *)`. The batch axes com
 rows of a batch are contiguous in memory in every layer. The spline then vectorises over them, and
 no array is transposed; on a CPU, transposing would take longer than all matrix products. The output
 layer is initially zero, so that every bijector starts as the identity. Two linear maps of the
-context are added to the first hidden layer and to the output. They are computed once for each
-observation, for any number of draws.
+context are added to the first hidden layer and to the output. These maps are computed once for each
+observation, and reused for all draws.
 
 Source: Germain et al. 2015, "MADE" (arXiv:1502.03509), for the masks.
 
@@ -109,7 +109,7 @@ class Conditioner(nnx.Module):
         return out + _add_draw_axes(output_bias, out, 2)
 
     def begin(self, shape: tuple[int, ...], dtype: Any) -> list[Array]:
-        """Return the units of each hidden layer, (width, *shape), before any input is known."""
+        """Return the initial units of each hidden layer, (width, *shape): no input is known yet."""
         return [jnp.zeros((width, *shape), dtype) for width in self.dims[1:]]
 
     def advance(
@@ -155,7 +155,7 @@ class Conditioner(nnx.Module):
         return [n.kernel[...] * mask for n, mask in zip(layers, self._masks(), strict=True)]
 
     def _masks(self) -> list[Array | float]:
-        """Return one mask for each layer, the output last; their scale preserves unit variances."""
+        """Return one mask for each layer, the output last, scaled so that variances stay one."""
         if not self.masked:
             return [1.0] * len(self.dims)
         degrees = [np.arange(self.out_dim)]
@@ -179,8 +179,8 @@ def _unit_block(width: int, count: int) -> tuple[np.ndarray, int]:
     """Return the first unit of each degree, and the number of units in a block.
 
     All blocks have the same size, as slices under `jit` require: the number of units of the most
-    frequent degree. The block of a rarer degree also contains units of other degrees. These units
-    are computed again, with all their inputs, in the block of the degree to which they belong.
+    frequent degree. The block of a rarer degree also contains units of other degrees. The block of
+    their own degree computes these units again, from all their inputs.
     """
     degrees = _unit_degrees(width, count)
     size = int(np.bincount(degrees, minlength=count).max())

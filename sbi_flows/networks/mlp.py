@@ -1,7 +1,7 @@
 """Residual multilayer perceptrons, and random numbers that are fast in compiled programs.
 
-JAX's generators are slow on a CPU: drawing a dropout mask can take as long as the layer that it
-belongs to. The functions `hashed_...` draw from a hash of each entry's index instead.
+JAX's generators are slow on a CPU: drawing a dropout mask can take as long as evaluating
+its layer. The functions `hashed_...` draw from a hash of each entry's index instead.
 
 Public names: `ResidualMLP`, `dropout`, `hashed_words`, `hashed_uniform`, `hashed_normal`,
 `split_key`, `split_keys`, `fast_key`.

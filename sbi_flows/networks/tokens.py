@@ -30,7 +30,7 @@ class Tokens(TimeContextSettings):
 
     In a fit, the linear start first whitens the parameters by a lower triangular matrix: entry i
     becomes a combination of parameters 0 to i. `kinds` and `mask` describe the structure of these
-    whitened parameters. The posterior has the same structure only if the matrix also has it.
+    whitened parameters. The posterior has this structure only if the whitening matrix also has it.
 
     Attributes:
         width: Width of a token.
@@ -125,8 +125,8 @@ class _Tokens(TimeContextNetwork):
 class _Block(nnx.Module):
     """Attention and a two-layer perceptron, both modulated by the time and the context.
 
-    Time and context determine a scale and a shift of the input of each, and a factor of its output
-    (a gate).
+    For each of the two parts, the time and the context determine a scale and a shift of its input,
+    and a factor (gate) of its output.
     """
 
     def __init__(self, settings: Tokens, rngs: nnx.Rngs) -> None:

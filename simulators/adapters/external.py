@@ -32,7 +32,8 @@ Shape = tuple[int, ...] | Mapping[str, tuple[int, ...]]
 class ExternalSimulator:
     """Simulator that runs a Python function in worker processes, with limits on each simulation.
 
-    `sf.simulate`, `sf.check` and `sf.predictive_check` take it in place of a JAX function. A
+    `sf.simulate`, `sf.check` and `sf.predictive_check` accept this simulator in place of a JAX
+    function. A
     simulation fails if it raises an exception, crashes, or exceeds its time or memory limit. A
     failed simulation gives one invalid row, and the reason is reported. The function must be
     importable in the worker processes or picklable by cloudpickle. Worker processes do not see
@@ -66,7 +67,7 @@ class ExternalSimulator:
         return from_named(row.x)
 
     def __repr__(self) -> str:
-        """Return a text with the name of the function and its outputs."""
+        """Return a string with the name of the function and its outputs."""
         name = getattr(self.job.function, "__qualname__", repr(self.job.function))
         return f"ExternalSimulator({name}, {self.job.outputs})"
 

@@ -186,8 +186,8 @@ def starts(
         rounds: Number of rounds.
 
     Returns:
-        Draws of each latent site, shape (n, *event), and the covariance of the Gaussian, whose
-        entries are the sites in the order of their names.
+        Draws of each latent site, shape (n, *event), and the covariance matrix of the Gaussian. Its
+        rows and columns follow the alphabetical order of the sites' names.
 
     References:
         Cappe et al. 2004, Population Monte Carlo, J. Comput. Graph. Stat. 13.

@@ -1,6 +1,6 @@
-"""Files of reference draws: those that ship with the package and those in the user's cache.
+"""Files of reference draws, in the package and in the user's cache folder.
 
-Only the draws of slow samplers (about a minute) are stored.
+Draws are stored only for slow samplers, which run for about a minute.
 
 Public names: `FOLDER`, `cache_folder`, `load`, `save`.
 """

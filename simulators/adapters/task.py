@@ -29,7 +29,7 @@ REFERENCE_SEED = 4653_2101
 
 
 class ReferenceFailed(SbiFlowsError):
-    """Failure of a reference sampler: an impossible observation, or chains that disagree."""
+    """Error of a reference sampler: the observation is impossible, or the MCMC chains disagree."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -47,7 +47,7 @@ class Task:
             is a dict. JAX can trace it, or it is an `ExternalSimulator`.
         citation: Source of the task.
         sample_reference: Function `(key, x, n)` that returns draws of the exact posterior given x,
-            shape (n, D). Draws that could not be made are NaN. None if there is no exact sampler.
+            shape (n, D). Failed draws are NaN. None if there is no exact sampler.
         num_observations: Number of observations.
         observed: Real observations, shape (num_observations, *event), or a tuple of dicts of
             arrays. None if the observations are simulated.
@@ -97,7 +97,7 @@ class Task:
     def observation(self, i: int) -> Obs:
         """Return observation i, shape (*event).
 
-        It is the same in every process and precision.
+        The observation is the same in every process and in every floating-point precision.
 
         Args:
             i: Number of the observation, from 1 to `num_observations`.

@@ -48,7 +48,7 @@ class Autoregressive(distrax.Bijector):
     """Masked autoregressive bijector.
 
     The inverse, data to noise, takes one pass through the conditioner. The forward map, noise to
-    data, computes the same pass entry by entry.
+    data, makes the same computations one entry after the other.
 
     Args:
         first: Parameters of entry 0, shape (P, 1, *context). They depend on the context only, and
@@ -111,6 +111,6 @@ class Autoregressive(distrax.Bijector):
         return jnp.moveaxis(data, 0, -1), log_det
 
     def _first_params(self, like: Array) -> Array:
-        """Return the parameters of entry 0 with axes of length 1 for the draws of `like`."""
+        """Return the parameters of entry 0, with length-1 axes for the draws of `like`."""
         params, (count, _, *context) = self._first, self._first.shape
         return jnp.reshape(params, (count, 1, *(1,) * (like.ndim - 1 - len(context)), *context))

@@ -1,4 +1,4 @@
-"""Composition of layers of one kind, each with its own arrays."""
+"""Composition of layers that have the same structure but different arrays."""
 
 from __future__ import annotations
 

@@ -117,8 +117,9 @@ def _look_up(side: int, params: Array, position: Array) -> tuple[Array, Array, A
 
     Returns:
         Four arrays. Index of the bin, counted from 0, shape (*). Sum of the softmax of widths and
-        of heights over the bins before it, shape (2, *). Softmax of the width and of the height of
-        the bin, shape (2, *). Logits of the slopes at its left and right end, shape (2, *).
+        of heights over the bins before that bin, shape (2, *). Softmax of the width and of the
+        height of the bin, shape (2, *). Logits of the slopes at the bin's left and right end, shape
+        (2, *).
     """
     return _search(_sum_unrolled, side, params, position)[0]
 
@@ -156,7 +157,7 @@ def _select_bin(
 
 @_look_up.defjvp
 def _look_up_tangents(side: int, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
-    """Compute the tangents of `_look_up`; its derivative stores only the softmaxes."""
+    """Compute the tangents of `_look_up`; reverse mode then stores only the softmaxes."""
     out, shares = _search(_sum_loop, side, *primals)
     index, before, share, _ = out
     sizes, slopes = _split(tangents[0])

@@ -1,9 +1,9 @@
 """Gaussian autoregression truncated to a box: an exact map from noise in R^d into the box.
 
-Given the entries before it, entry i of the data is normal around a linear function of them, and is
-truncated to an interval. Far from the faces of the box the map is affine. Data that follow a normal
-distribution truncated by a face are mapped to exactly normal noise. In the limit of large scales
-the data are uniform in the box.
+Given entries 0 to i - 1, entry i of the data is normal, truncated to an interval. Its mean is a
+linear function of entries 0 to i - 1. Far from the faces of the box the map is affine. Data that
+follow a normal distribution truncated by a face are mapped to exactly normal noise. In the limit of
+large scales the data are uniform in the box.
 
 Public names: `TruncatedAutoregression`.
 """
