@@ -38,7 +38,7 @@ def choosing_table(records: Iterable[dict[str, Any]]) -> list[str]:
     observation. Each timed density evaluation has a different observation.
 
     Args:
-        records: Records of `python -m benchmarks run`. Those with fewer than two C2ST values are
+        records: Records of `python -m benchmarks run`. Records with fewer than two C2ST values are
             ignored.
     """
     order = list(KINDS)

@@ -1,4 +1,4 @@
-"""Interface of a library in the comparison, and the sizes that all libraries use.
+"""Interface that each compared library implements, and the sizes that all libraries use.
 
 Public names: `Contestant`, `Fit`, `Recipe`, `Watch`.
 """
@@ -45,7 +45,7 @@ class Recipe:
 
 
 class Fit(NamedTuple):
-    """Length of a fit: number of epochs and total number of optimiser steps."""
+    """Number of epochs and total number of optimiser steps of a fit."""
 
     epochs: int
     steps: int

@@ -1,4 +1,4 @@
-"""Time of a training epoch as a function of the number of simulations, parameters and so on.
+"""Time of a training epoch as a function of the sizes, such as the number of simulations.
 
 Public names: `BASE`, `AXES`, `growth`, `training`, `text`, `markdown`.
 """

@@ -21,7 +21,7 @@ from simulators.tasks.lotka_volterra import vector_field as vector_field
 
 YEARS = 21
 TOLERANCE = 3e-6
-"""Relative and absolute tolerance of log populations; under the prior, errors are below 0.01."""
+"""Relative and absolute tolerance of log populations. Errors are below 0.01 under the prior."""
 MAX_STEPS = 512
 
 
