@@ -14,7 +14,7 @@ import numpy as np
 from sbi_flows.core.typing import Obs
 
 Watch: TypeAlias = Callable[[], None]
-"""Callback after each epoch; `sample` and `log_prob` then use the weights of this epoch."""
+"""Callback after each epoch. During the call, `sample` and `log_prob` use this epoch's weights."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

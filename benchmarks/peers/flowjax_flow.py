@@ -235,7 +235,7 @@ def _trainer(recipe: Recipe) -> _Trainer:
 
 
 def _split(flow: Any) -> tuple[Any, Any]:
-    """Split a flow into trainable parameters and the rest."""
+    """Split a flow into its trainable parameters and its other parts."""
     import equinox as eqx
     import paramax  # pyright: ignore[reportMissingImports]
 

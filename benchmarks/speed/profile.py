@@ -26,10 +26,10 @@ KINDS = {
     "copies and slices": ("copy", "slice", "wrapped_", "bitcast_dynamic", "pad", "transpose"),
     "elementwise": ("fusion", "exponential", "select", "broadcast", "concatenate"),
 }
-"""Kinds of kernel, each with text that identifies it in the kernel names of XLA.
+"""Kinds of kernel, each with strings that occur in the XLA names of the kernels of this kind.
 
-For the first two kinds, the kernel name must start with the text. For the other kinds, the text may
-occur anywhere in the name.
+For the first two kinds, the kernel name must start with one of the strings. For the other kinds, a
+string may occur anywhere in the name.
 """
 
 

@@ -19,7 +19,7 @@ class Published:
 
     Attributes:
         task: Name of the task.
-        budget: Number of simulations. Sequential methods use this number for each observation.
+        budget: Number of simulations. Sequential methods need this number for each observation.
         method: Name of the method, such as NPE, NLE or NRE. A leading S marks sequential methods.
         c2st: Mean C2ST.
         source: Citation of the publication.

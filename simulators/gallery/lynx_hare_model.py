@@ -110,7 +110,7 @@ def nuts(key: Key, log_counts: Array, *, warmup: int = 150, draws: int = 1000) -
 
 
 def as_log_counts(log_counts: Any) -> Array:
-    """Convert log counts to an array; raise ValueError unless finite and of shape (21, 2)."""
+    """Convert log counts to an array; raise ValueError if not finite or not of shape (21, 2)."""
     log_counts = jnp.asarray(log_counts, jnp.result_type(float))
     if log_counts.shape != (YEARS, 2):
         raise ValueError(f"log_counts: expected shape ({YEARS}, 2), got {log_counts.shape}")
