@@ -239,7 +239,7 @@ def _add_peers(commands: Any) -> None:
 
 
 def _settings(kind: Callable[..., T], arguments: argparse.Namespace, **more: Any) -> T:
-    """Build a settings object from the arguments with the names of its fields, and from `more`."""
+    """Make an object of class `kind`. Its fields come from `arguments` and from `more`."""
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type] # a class
     values = {name: value for name, value in vars(arguments).items() if name in names}
     return kind(

@@ -35,10 +35,10 @@ def choosing_table(records: Iterable[dict[str, Any]]) -> list[str]:
     """Format a Markdown table with a row per task and density; return its lines.
 
     The time of a fit includes compilation; the other times do not. Draws are timed at one
-    observation. Each timed density evaluation has a different observation.
+    observation. Each timed evaluation of the density uses a different observation.
 
     Args:
-        records: Records of `python -m benchmarks run`. Those with fewer than two C2ST values are
+        records: Records of `python -m benchmarks run`. Records with fewer than two C2ST values are
             ignored.
     """
     order = list(KINDS)

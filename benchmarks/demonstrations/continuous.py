@@ -140,25 +140,25 @@ def density_study(
     observations: int,
     draws: int,
 ) -> dict[str, list[float]]:
-    """Integrate a posterior's density on a grid, and compare it with a kernel density estimate.
+    """Integrate a posterior's density on a grid, and compare kernel density estimates with it.
 
-    The kernel density estimate is made from draws of the posterior. Its expectation is the
-    density convolved with the kernel. The estimate and the convolved density are compared at new
-    draws of the posterior. They differ if the density or the draws are inaccurate, and because the
-    number of draws is finite.
+    The kernel density estimate is made from draws of the posterior. If the draws follow the
+    density, the expectation of the estimate is the density convolved with the kernel. The estimate
+    and the convolved density are compared at new draws of the posterior. The two differ if the
+    draws do not follow the density, and because the number of draws is finite.
 
     Args:
         key: Random key.
         posterior: A posterior whose prior is uniform on the square (-1, 1)^2.
         task: Task that provides the observations.
         observations: Number of observations. The first ones of the task are used.
-        draws: Number of draws for each kernel density estimate. The number of new draws, at which
-            it is evaluated, is the same but at most 300.
+        draws: Number of draws for each kernel density estimate. The number of new draws is `draws`
+            or 300, whichever is smaller.
 
     Returns:
         Lists with one entry per observation: `integral`, the integral of the density; `bias`, the
-        mean difference of the two log densities; and `gap`, their mean absolute difference. `bias`
-        and `gap` are in nats.
+        mean of the log of the estimate minus the log of the convolved density; and `gap`, the mean
+        absolute value of this difference. `bias` and `gap` are in nats.
     """
     study: dict[str, list[float]] = {"integral": [], "bias": [], "gap": []}
     for i in range(observations):
@@ -180,7 +180,7 @@ def markdown(record: dict[str, Any]) -> list[str]:
     """Format a Markdown table with a row per density and a row for sbi; return its lines.
 
     The columns "difference" and "absolute difference" compare the log of the kernel density
-    estimate with the log of the convolved density. Their values are means over draws, in nats.
+    estimate with the log of the convolved density. The columns contain means over draws, in nats.
     """
     n = record["settings"]["draws"]
     head = ("density", "integrals", "difference, nats", "absolute difference", f"{n:,} draws, s")

@@ -35,10 +35,10 @@ CHECK_DATASETS, CHECK_DRAWS = 500, 500
 
 MAX_SHIFT = 0.75
 MAX_RATIO = 1.5
-"""Maximum deviations from NUTS with which the posterior still counts as in agreement.
+"""Maximum deviations of a posterior that agrees with NUTS.
 
 The first limit is for the difference of the means, divided by the standard deviation of NUTS. The
-second limit is for the ratio of the standard deviations, larger over smaller.
+second limit is for the larger standard deviation divided by the smaller one.
 """
 
 

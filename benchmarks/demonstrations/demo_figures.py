@@ -30,7 +30,7 @@ def save_figures(
     Args:
         folder: Output folder.
         labels: Labels of the D parameters.
-        draws: Posterior draws (n, D) of each method, by its name.
+        draws: Posterior draws (n, D) of each method, by the name of the method.
         log_counts: The data, shape (21, 2): the log of the number of pelts in thousands.
         predictions: Simulations at posterior draws, shape (n, 21, 2).
         report: Report of `sf.check`.

@@ -76,7 +76,7 @@ def bounded() -> Experiments:
 
 
 def run(folder: Path) -> dict[str, Any]:
-    """Measure the use as a prior and the use in a scan, print the results, and write a record.
+    """Use a posterior as a prior and in a scan, print the results, and write a record.
 
     Args:
         folder: Output folder. It must exist and be writable.
@@ -100,7 +100,7 @@ def run(folder: Path) -> dict[str, Any]:
 def two_experiments(posterior: Any, experiments: Experiments) -> dict[str, Any]:
     """Draw with NUTS from the posterior given both experiments.
 
-    The prior is the estimated posterior of the first experiment. The likelihood is that of the
+    The prior is the estimated posterior of the first experiment. The likelihood is the one of the
     second experiment.
 
     Args:
@@ -141,7 +141,7 @@ def scan_speed(posterior: Any, x: Array) -> dict[str, float]:
 
     Returns:
         `scan_seconds` and `calls_seconds`, each the shortest time of several repeats, and `ratio`,
-        the time of the calls over that of the scan.
+        the time of the calls divided by the time of the scan.
     """
     thetas = posterior.sample(jax.random.key(SEED + 4), x, EVALUATIONS)
     at = posterior.at(x)

@@ -118,9 +118,10 @@ def rounds_at(key: Key, task: Task, case: Case, x: Obs, reference: Any) -> dict[
 
     Returns:
         A dict of `simulations`, the total number of simulations; `masses`, the prior mass inside
-        the truncation box of each round; `c2st`; `shifts`, the difference of the means for each
-        parameter, divided by the standard deviation of the reference; `ratios`, the ratio of the
-        standard deviations for each parameter; and `seconds`, the time.
+        the truncation box of each round; `c2st`, the C2ST between the draws of the posterior and
+        the reference; `shifts`, the difference of the means for each parameter, divided by the
+        standard deviation of the reference; `ratios`, the ratio of the standard deviations for each
+        parameter; and `seconds`, the time.
     """
 
     def simulator(key: Key, theta: Any) -> Obs:
@@ -155,7 +156,7 @@ def markdown(results: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     """Format a Markdown table with a row per observation; return its lines.
 
     Args:
-        results: For each task, the results of `rounds_at`, each with its observation number.
+        results: For each task, the results of `rounds_at`, with the observation number added.
     """
     head = (
         *("task", "observation", "simulations", "prior mass of the last box", "C2ST"),

@@ -44,10 +44,10 @@ TARGET_PEER = "sbi"
 """Peer whose converged held-out loss is the target loss of all contestants."""
 
 LOSS_TOLERANCE = 1e-3
-"""The target loss counts as reached when the loss exceeds it by at most this, in nats."""
+"""A fit reaches the target loss if its loss is at most this much above the target, in nats."""
 
 PATIENCE = 20
-"""A fit stops after this many epochs without a better validation loss, the default of sbi."""
+"""A fit stops after this many epochs without a better validation loss. sbi has the same default."""
 
 SEED = 1
 
@@ -66,11 +66,11 @@ class Settings:
         coupling: Whether the flows have coupling layers rather than autoregressive layers.
         epochs: Number of epochs of each timed fit.
         max_epochs: Maximum number of epochs of the converged fit.
-        draws: Number of draws and of log densities in a timed call, and of draws in each of the two
-            sets of a C2ST.
+        draws: Number of draws, or of log densities, in a timed call. It is also the number of draws
+            in each of the two sets of a C2ST.
         datasets: Number of simulated data sets in simulation-based calibration (SBC).
         check_draws: Number of posterior draws for each data set of SBC.
-        held_out: Number of simulations for the held-out loss, not used in training.
+        held_out: Number of simulations for the held-out loss. The training does not use them.
 
     Raises:
         BadInput: A task is unknown, or a number is too small.
@@ -282,7 +282,7 @@ def _to_target(
 def _times(
     contestants: Mapping[str, Contestant], x: Any, checked: Data, settings: Settings
 ) -> dict[str, dict[str, Timing]]:
-    """Measure the times of draws, log densities and SBC; return them by call and contestant."""
+    """Measure times of draws, log densities and SBC; return the times by call and contestant."""
     draws: dict[str, np.ndarray] = {}
 
     def sample(name: str) -> None:

@@ -1,4 +1,4 @@
-"""Interface of a library in the comparison, and the sizes that all libraries use.
+"""Interface that each compared library implements, and the sizes that all libraries use.
 
 Public names: `Contestant`, `Fit`, `Recipe`, `Watch`.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from sbi_flows.core.typing import Obs
 
 Watch: TypeAlias = Callable[[], None]
-"""Callback after each epoch; `sample` and `log_prob` then use the weights of this epoch."""
+"""Callback after each epoch. During the call, `sample` and `log_prob` use this epoch's weights."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Recipe:
 
 
 class Fit(NamedTuple):
-    """Length of a fit: number of epochs and total number of optimiser steps."""
+    """Number of epochs and total number of optimiser steps of a fit."""
 
     epochs: int
     steps: int

@@ -35,7 +35,7 @@ class FlowjaxFlow:
     """
 
     def __init__(self, prior: sf.Prior, recipe: Recipe) -> None:
-        """Store the settings. `fit` builds the flow, because the sizes depend on the data."""
+        """Store the settings. `fit` builds the flow, because its sizes depend on the data."""
         self._prior, self._recipe = prior, recipe
         self._flow: Any = None
         self._standardiser: Any = None
@@ -95,7 +95,7 @@ class FlowjaxFlow:
         return _trainer(self._recipe)
 
     def _start(self, seed: int, dim: int, context: int) -> Any:
-        """Return the untrained flow, cached because building it takes longer than an epoch."""
+        """Return the untrained flow. It is cached, as building it takes longer than an epoch."""
         if seed not in self._starts:
             self._starts[seed] = make_flow(jax.random.key(seed), dim, context, self._recipe)
         return self._starts[seed]
@@ -197,7 +197,7 @@ def make_flow(key: Array, dim: int, context: int, recipe: Recipe) -> Any:
 
 
 class _Trainer(NamedTuple):
-    """Optimiser and loss that all fits share, because new objects would cause recompilation."""
+    """Optimiser and loss for all fits. A new optimiser or loss would cause recompilation."""
 
     optimizer: optax.GradientTransformation
     loss: Any
@@ -235,7 +235,7 @@ def _trainer(recipe: Recipe) -> _Trainer:
 
 
 def _split(flow: Any) -> tuple[Any, Any]:
-    """Split a flow into trainable parameters and the rest."""
+    """Split a flow into its trainable parameters and its other parts."""
     import equinox as eqx
     import paramax  # pyright: ignore[reportMissingImports]
 

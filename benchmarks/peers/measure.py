@@ -26,7 +26,7 @@ class Data(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Times in seconds: `first` is the first call, with compilation; `seconds` the later calls."""
+    """Times in seconds: `first` for the first call, which compiles; `seconds` for later calls."""
 
     first: float
     seconds: list[float]
@@ -46,7 +46,7 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time each call once, then `repeats` times in alternating order: a, b, b, a, a, b, ...
 
-    This order makes slow phases of the machine affect all functions equally.
+    In this order, temporary load on the machine slows all functions equally.
 
     Args:
         calls: Functions to time, by name.

@@ -23,7 +23,7 @@ from sbi_flows.training.ensemble import Ensemble
 
 
 class Ours:
-    """Contestant that uses `sf.NPE` with one member and a spline flow.
+    """Contestant that uses `sf.NPE` with one ensemble member and a spline flow.
 
     The flow has no context network and no dropout. The optimiser is Adam with a constant learning
     rate, and the weights are not averaged.
@@ -32,11 +32,12 @@ class Ours:
         prior: The prior.
         recipe: The sizes.
         defaults: Whether to use the defaults of `sf.NPE` instead of the recipe. The number of steps
-            is then the sum over the four members. The maximum number of epochs is the default.
+            is then summed over the four ensemble members, and the maximum number of epochs is the
+            default of `sf.NPE`.
     """
 
     def __init__(self, prior: sf.Prior, recipe: Recipe, *, defaults: bool = False) -> None:
-        """Store the settings and one optimiser, since a new one would cause recompilation."""
+        """Store the settings and an optimiser. A new one in each fit would cause recompilation."""
         self._prior, self._recipe, self._defaults = prior, recipe, defaults
         self._density = sf.NSF(
             coupling=recipe.coupling,
@@ -122,7 +123,7 @@ class Ours:
     def _watched(
         self, npe: sf.NPE, key: jax.Array, theta: jax.Array, x: Obs, epochs: int, watch: Watch
     ) -> tuple[int, int]:
-        """Fit with a callback after each epoch; return numbers of epochs and validation rows."""
+        """Fit with a callback per epoch; return the numbers of epochs and of validation rows."""
         prior, shape = self._prior, observation_shape(x)
         y, standardiser = prior.to_standard(theta), fit_standardiser(x)
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(shape))

@@ -27,14 +27,14 @@ ACCEPTANCE_DRAWS = 100
 """Number of draws per observation for estimating the flow's mass within the prior's support."""
 
 MAX_DRAWS_PER_CALL = 100_000
-"""Maximum total number of draws in one call, over all observations; sbi has the same limit."""
+"""Maximum number of draws in one call, summed over observations. sbi has the same limit."""
 
 
 class SbiNPE:
     """Contestant that uses `sbi.inference.NPE` with its default standardisation.
 
     Flows of sbi have mass outside the prior's support (leakage). The `DirectPosterior` of sbi
-    rejects draws outside the support, and divides densities by the mass within it.
+    rejects draws outside the support, and divides densities by the mass within the support.
     """
 
     def __init__(self, prior: sf.Prior, recipe: Recipe) -> None:
@@ -72,8 +72,8 @@ class SbiNPE:
     ) -> Fit:
         """Call `NPE.train`. Its data loader calls `watch` at the end of each epoch.
 
-        After the last epoch, sbi restores the best weights, so that the last call of `watch` uses
-        these weights. The first fit also chooses the number of threads, which takes extra time.
+        After the last epoch, sbi restores the best weights. The last call of `watch` uses these
+        weights. The first fit also chooses the number of threads, which takes extra time.
         """
         rows, recipe = (_tensor(theta), _tensor(flatten_rows(x))), self._recipe
         if self._threads is None:
@@ -151,8 +151,9 @@ class SbiNPE:
     def log_prob(self, theta: np.ndarray, x: Obs) -> np.ndarray:
         """Call `DirectPosterior.log_prob` for one observation.
 
-        For several observations, compute the log density of the flow, divided by its mass within
-        the prior's support. The seed is fixed, and the random state of torch is left unchanged.
+        For several observations, compute the log of the flow's density divided by the flow's mass
+        within the prior's support. The seed is fixed, and the random state of torch is left
+        unchanged.
         """
         import torch  # pyright: ignore[reportMissingImports]
 
@@ -168,7 +169,7 @@ class SbiNPE:
             return (log_prob - torch.log(self._acceptance(rows))).numpy().T
 
     def _acceptance(self, rows: Any) -> Any:
-        """Estimate the flow's mass within the prior's support per observation, always positive."""
+        """Estimate the flow's mass within the prior's support (positive) for each observation."""
         import torch  # pyright: ignore[reportMissingImports]
         from sbi.utils.sbiutils import within_support  # pyright: ignore[reportMissingImports]
 
@@ -282,7 +283,7 @@ def _torch_prior(prior: sf.Prior) -> Any:
         return BoxUniform(*(_tensor(prior.from_standard(sign * corner)) for sign in (-1.0, 1.0)))
 
     class TorchPrior(torch.distributions.Distribution):
-        """Distribution without `support`: sbi then tests the support by a finite log density."""
+        """Distribution without `support`. For sbi, the support is where log_prob is finite."""
 
         arg_constraints: dict[str, Any] = {}  # noqa: RUF012 - torch asks for a class attribute
 

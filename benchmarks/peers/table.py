@@ -28,7 +28,7 @@ PEERS: dict[str, Peer] = {"flowjax": Peer("flowjax", FlowjaxFlow), "sbi": Peer("
 
 
 def choose(names: Sequence[str]) -> dict[str, Peer]:
-    """Return the named peers that are installed; print the names of the missing ones to stderr.
+    """Return the installed peers among the given names; print the other names to stderr.
 
     Raises:
         BadInput: A name is unknown. The message lists the known names.

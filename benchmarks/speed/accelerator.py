@@ -57,7 +57,7 @@ def run(folder: Path, rows: int = ROWS) -> dict[str, Any]:
 
 
 def measured(*, rows: int = ROWS, repeats: int = 3) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Carry out the measurements; yield the name and the result of each.
+    """Carry out the measurements; yield the name and the result of each measurement.
 
     Args:
         rows: Number of simulations of the timed fits.
@@ -103,7 +103,7 @@ def markdown(part: dict[str, dict[str, float]], first: str) -> list[str]:
 
 
 def limits(*, size: int = 4_096, repeats: int = 5) -> dict[str, Any]:
-    """Measure the two quantities that limit a training step: launch time and arithmetic rate.
+    """Measure the launch time of kernels and the arithmetic rate, which limit a training step.
 
     Args:
         size: Size of the square matrices.

@@ -23,7 +23,7 @@ BATCHES = (32, 64, 128, 256, 512)
 """Batch sizes to compare."""
 
 TARGET_MARGIN = 0.01
-"""Target loss minus the best loss with the default batch size, in nats."""
+"""Difference between the target loss and the best loss with the default batch size, in nats."""
 
 
 def run(folder: Path, tasks: tuple[str, ...] = ("two_moons", "slcp")) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def time_to_loss(
 
     Args:
         task: Name of a task.
-        batches: Batch sizes. The default batch size is added to them.
+        batches: Batch sizes. The default batch size is added if it is missing.
         budget: Number of simulations.
         repeats: Number of timed fits for each batch size.
 
@@ -108,7 +108,7 @@ def markdown(results: dict[str, dict[str, Any]]) -> list[str]:
     """Format a Markdown table with a row per task and batch size; return its lines.
 
     Args:
-        results: Result of `time_to_loss` for each task, by its name.
+        results: Result of `time_to_loss` for each task, by task name.
     """
     head = ("task", "batch size", "learning rate", "best loss, nats", "epochs to target", "s")
     lines = [list(head), ["---"] * len(head)]

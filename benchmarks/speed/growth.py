@@ -1,4 +1,4 @@
-"""Time of a training epoch as a function of the number of simulations, parameters and so on.
+"""Time of a training epoch as a function of the sizes, such as the number of simulations.
 
 Public names: `BASE`, `AXES`, `growth`, `training`, `text`, `markdown`.
 """
@@ -35,8 +35,8 @@ AXES: dict[str, tuple[int, ...]] = {
 def growth(axis: str, sizes: tuple[int, ...], *, repeats: int = 3) -> dict[str, Any]:
     """Measure the time of an epoch of the default estimator as one of the sizes grows.
 
-    The times exclude compilation and the initial linear fit. Epochs of different sizes alternate,
-    so that other load on the machine slows all of them equally.
+    The times exclude compilation and the linear fit before the training. Epochs of different sizes
+    alternate, so that other load on the machine slows all of them equally.
 
     Args:
         axis: Name of the size, a key of `AXES`.

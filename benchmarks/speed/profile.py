@@ -1,4 +1,4 @@
-"""Profile of a training step: time by kind of kernel, and the minimum time of its arithmetic.
+"""Profile of a training step: time by kind of kernel, and minimum time of the arithmetic.
 
 Public names: `step_profile`, `rate`, `seconds`, `text`, `markdown`.
 """
@@ -26,10 +26,10 @@ KINDS = {
     "copies and slices": ("copy", "slice", "wrapped_", "bitcast_dynamic", "pad", "transpose"),
     "elementwise": ("fusion", "exponential", "select", "broadcast", "concatenate"),
 }
-"""Kinds of kernel, each with text that identifies it in the kernel names of XLA.
+"""Kinds of kernel, each with strings that occur in the XLA names of the kernels of this kind.
 
-For the first two kinds, the kernel name must start with the text. For the other kinds, the text may
-occur anywhere in the name.
+For the first two kinds, the kernel name must start with one of the strings. For the other kinds, a
+string may occur anywhere in the name.
 """
 
 
@@ -37,7 +37,8 @@ def step_profile(*, sizes: dict[str, int] = BASE, repeats: int = 5) -> dict[str,
     """Profile a training step of the default estimator, and compute its minimum time.
 
     The minimum time is that of the matrix products alone. A step needs six operations per weight
-    and simulation of the batch. Their rate is measured with a large matrix product on this machine.
+    and simulation of the batch. The rate of operations is measured with a large matrix product on
+    this machine.
 
     Args:
         sizes: Sizes of the problem, with the keys of `growth.BASE`.
@@ -112,7 +113,7 @@ def _ordered(profile: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 def _kind(name: str) -> str | None:
-    """Return the kind of the kernel with this name; None if it is of no known kind or no kernel."""
+    """Return the kind of kernel of a profiler event, or None if the name matches no kind."""
     if " " in name or "::" in name or name.startswith(("while", "call", "conditional", "Pjit")):
         return None  # this event contains other kernels, which have their own events
     for kind, parts in list(KINDS.items())[:2]:

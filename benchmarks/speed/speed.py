@@ -117,10 +117,11 @@ def training_speed(
         repeats: Number of timed fits.
 
     Returns:
-        A dict of the sizes; `steps_per_second`, the rates of all repeats of each fit, by its name;
-        `median`, their median, by name; and `ratio`, the median of "ours" over that of "flowjax",
-        None if flowjax is not installed. The names are "ours", "flowjax" and "ours, defaults". The
-        last has the context network and the dropout of `sf.NSF()`, which flowjax lacks.
+        A dict of the sizes; `steps_per_second`, the rates of all repeats, by name of the fit;
+        `median`, the median rate, by name of the fit; and `ratio`, the median of "ours" divided by
+        the median of "flowjax", or None if flowjax is not installed. The names are "ours",
+        "flowjax" and "ours, defaults". The fit "ours, defaults" has the context network and the
+        dropout of `sf.NSF()`, which flowjax lacks.
     """
     task = slcp()
     sims = sf.simulate(jax.random.key(0), task.prior, task.simulator, simulations, progress=False)
@@ -235,7 +236,7 @@ def large_fit(budget: int = 1_000_000) -> dict[str, Any]:
 
     Returns:
         A dict of `budget`, and of three numbers in GiB: `data_gib`, the size of the simulations;
-        `before_gib`, the peak memory before the fit; and `peak_gib`, the peak memory after it.
+        `before_gib`, the peak memory before the fit; and `peak_gib`, the peak memory after the fit.
     """
     process = subprocess.run(
         [sys.executable, "-c", LARGE.format(budget=budget)],

@@ -28,7 +28,7 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def compile_seconds() -> float:
-    """Return the seconds spent on lowering and compilation since the import of this module.
+    """Return the seconds that JAX spent on lowering and compilation since this module was imported.
 
     If several threads compile at the same time, their times are added.
 

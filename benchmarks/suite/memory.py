@@ -1,4 +1,4 @@
-"""Peak memory of this process, and release of the memory maps of compiled programs.
+"""Measurement of this process's peak memory, and release of compiled programs' memory maps.
 
 Public names: `drop_programs`, `forget_peak_memory`, `peak_memory_gib`.
 """

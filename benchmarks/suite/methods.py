@@ -24,7 +24,7 @@ class Distilling:
     """Estimator that fits a diffusion or flow-matching NPE, and distils its posterior.
 
     Attributes:
-        npe: Estimator of the teacher, the posterior that is distilled.
+        npe: Estimator that fits the teacher, which is the posterior to distil.
         steps: Number of network evaluations per draw after distillation.
     """
 

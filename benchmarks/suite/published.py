@@ -19,7 +19,7 @@ class Published:
 
     Attributes:
         task: Name of the task.
-        budget: Number of simulations. Sequential methods use this number for each observation.
+        budget: Number of simulations. Sequential methods need this number for each observation.
         method: Name of the method, such as NPE, NLE or NRE. A leading S marks sequential methods.
         c2st: Mean C2ST.
         source: Citation of the publication.
@@ -33,7 +33,7 @@ class Published:
 
     @property
     def is_amortised(self) -> bool:
-        """Whether the method is amortised, that is, uses one fit for all observations."""
+        """Whether the method is amortised: one fit serves all observations."""
         return not self.method.startswith("S")
 
 
@@ -53,7 +53,7 @@ def published() -> tuple[Published, ...]:
 
 
 def best_amortised(task: str, budget: int) -> Published | None:
-    """Return the amortised method with the lowest published C2ST, or None if none is published.
+    """Return the amortised method with the lowest published C2ST, or None if no value is published.
 
     Example:
         >>> best_amortised("two_moons", 10_000).c2st

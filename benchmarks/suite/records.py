@@ -1,4 +1,4 @@
-"""JSON records of results, with machine, library versions and times; atomic writing of files.
+"""JSON records of results, which include the machine and library versions; atomic writing.
 
 This module does not import JAX, so that `python -m benchmarks --help` is fast.
 
@@ -24,7 +24,7 @@ from sbi_flows.core.files import atomic_file
 from sbi_flows.core.versions import versions
 
 SCHEMA = 2
-"""Version of the layout of the records."""
+"""Version number of the record layout."""
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = (
@@ -149,7 +149,8 @@ def write_json(path: Path, record: Mapping[str, Any]) -> Path:
 def plain(value: Any) -> Any:
     """Convert arrays, tuples and mappings to JSON types; NaN and infinity become None.
 
-    Other objects are returned unchanged; `json.dumps` then raises an error for them.
+    Other objects are returned unchanged; `json.dumps` raises an error if the result contains such
+    an object.
 
     Example:
         >>> import numpy as np

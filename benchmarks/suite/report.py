@@ -41,7 +41,7 @@ class Cell:
     records: tuple[dict[str, Any], ...]
 
     def mean(self, *path: str) -> float | None:
-        """Return the mean of a number over the records, or None if it is missing in a record.
+        """Return the mean of a number over the records, or None if a record lacks the number.
 
         Args:
             path: Sequence of keys of the number in the nested dict of a record.
@@ -65,7 +65,7 @@ class Cell:
     def least_predictive_p(self) -> float | None:
         """Median over runs of the smallest posterior predictive p-value of each run.
 
-        None if a run has no p-values. There is no correction for multiple tests.
+        None if a run has no p-values. The p-values are not corrected for multiple tests.
         """
         p_values = [
             [p for check in r.get("predictive", ()) for p in check.values()] for r in self.records
@@ -110,7 +110,7 @@ def run(results: Path, out: Path | None = None) -> Path:
 
 
 def cells_of(records: Sequence[dict[str, Any]]) -> list[Cell]:
-    """Group records by task, method and budget; sort the groups by the same three keys."""
+    """Group records by task, method and budget, and sort the groups by the same three values."""
     groups = defaultdict(list)
     for record in records:
         groups[record["task"], record["method"], record["budget"]].append(record)
@@ -132,7 +132,7 @@ def _records(folder: Path) -> list[dict[str, Any]]:
 
 
 def _tables(cells: list[Cell]) -> dict[str, Table]:
-    """Make the tables of the report, by heading."""
+    """Make the tables of the report; return a dict from heading to table."""
     return {
         "Summary": summary(cells),
         "Accuracy (C2ST, 0.5 is perfect)": _accuracy(cells),
@@ -204,7 +204,7 @@ def methods_table(cells: list[Cell]) -> Table:
 
 
 def parts_table(cells: list[Cell]) -> Table:
-    """Make a table of each stack: loss and weight of its estimators, and loss of the mixture."""
+    """Make a table of stacks: loss and weight of each estimator, and loss of the mixture."""
     stacks = [c for c in cells if all("shares" in r["history"] for r in c.records)]
     names = list(dict.fromkeys(name for c in stacks for name in _parts(c.records[0])))
     rows = []

@@ -41,7 +41,7 @@ def run(settings: Settings, *, import_seconds: float = 0.0) -> list[dict[str, An
 
     Write a record per run and print a table.
 
-    Runs whose record exists are not repeated.
+    A run is skipped if its record exists.
 
     Args:
         settings: Tasks, methods and sizes.
@@ -52,8 +52,8 @@ def run(settings: Settings, *, import_seconds: float = 0.0) -> list[dict[str, An
 
     Raises:
         BadInput: The results folder is not writable or contains records made with other settings,
-            or observations are missing; this is checked before the first run. Or a run failed; this
-            is raised after all runs.
+            or observations are missing. These errors are raised before the first run. If a run
+            fails, the error is raised after all runs.
     """
     store = Store(writable_folder(settings.results, "--results"), settings.record())
     digests = {}
@@ -132,7 +132,7 @@ def _required_fields(
 
 
 def _digest(task: Task, observed: list[Obs], settings: Settings) -> dict[str, str]:
-    """Return a hash of observations that the user supplied, or an empty dict for built-in ones."""
+    """Return a hash of the user's observations in a dict, empty for built-in observations."""
     if settings.observations_from is None and task.name in simulators.names():
         return {}
     digest = hashlib.sha256()
@@ -206,7 +206,7 @@ def _scores(
     settings: Settings,
     clock: Clock,
 ) -> dict[str, Any]:
-    """Compute all scores of a posterior, and measure the time of each."""
+    """Compute all scores of a posterior, and measure the time of each score."""
     draws = _draws(keys["draw"], posterior, observed, settings.draws, clock)
     num_outside = sum(int(jnp.sum(~posterior.prior.contains(d))) for d in draws)
     with clock("held-out"):
@@ -273,11 +273,11 @@ def _as_bad_input(task: Task) -> Iterator[None]:
 
 
 def observations_of(task: Task, settings: Settings) -> list[Obs]:
-    """Return the observations of a task, or those in the folder `settings.observations_from`.
+    """Return a task's observations, from the folder `settings.observations_from` if it is given.
 
     Raises:
         BadInput: The task's simulator fails, a file or an observation is missing, or the shape of
-            an observation differs from that of the task's observations.
+            an observation differs from the shape of the task's observations.
     """
     count = min(settings.observations, task.num_observations)
     with _as_bad_input(task):
@@ -343,8 +343,8 @@ def references_of(
         task: The task.
         observed: The observations.
         n: Number of draws at each observation.
-        own: Whether `observed` are the numbered observations of the task. Stored draws are then
-            used if they exist.
+        own: Whether `observed` are the numbered observations of the task. If they are, stored draws
+            are used where they exist.
 
     Returns:
         Draws (n, D) for each observation; an empty list if the task has no exact sampler.

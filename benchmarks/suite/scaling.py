@@ -1,4 +1,4 @@
-"""Fit of a power law to scores as a function of the number of simulations.
+"""Fit of a power law: score as a function of the number of simulations.
 
 Public names: `PowerLaw`, `power_law`.
 """
@@ -51,7 +51,8 @@ def power_law(
     Args:
         budgets: Number of simulations of each run.
         scores: Score of each run; lower is better.
-        floor: Best possible score, such as 0.5 for a C2ST. If None, the floor is fitted as well.
+        floor: Limit of the score at large budgets, such as 0.5 for a C2ST. If None, the floor is
+            fitted.
 
     Returns:
         The power law. If the data do not bound the exponent from below or from above, `low` is 0 or

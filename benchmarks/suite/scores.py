@@ -17,7 +17,7 @@ from sbi_flows.prior.maps import HALF_WIDTH
 from simulators import Task
 
 MAX_MMD_DRAWS = 2_000
-"""Maximum number of draws from each of the two sets in an MMD."""
+"""Maximum number of draws that an MMD uses from each of its two sets."""
 
 GRID_POINTS = {1: 4096, 2: 400}
 """Number of grid points per dimension, for integrals over one and over two parameters."""
@@ -62,8 +62,8 @@ def normalisation(posterior: sf.Posterior, x: Obs, draws: Any) -> float | None:
     """Integrate the posterior's density over the parameters on a grid.
 
     The grid is uniform in the prior's standard coordinates. It covers the bounding box of the
-    draws, extended by half its width on each side, within the prior's support. The integral is
-    below 1 if the density has mass outside the grid, where there are no draws. The integral is
+    draws, extended by half its width on each side, within the prior's support. For a normalised
+    density, the integral is below 1 if some of the mass lies outside the grid. The integral is
     inaccurate if a mode is only a few grid steps wide.
 
     Args:

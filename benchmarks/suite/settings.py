@@ -1,4 +1,4 @@
-"""Settings of `python -m benchmarks run`, which are checked before the computation starts.
+"""Settings of `python -m benchmarks run`, checked before the computation starts.
 
 Public names: `Settings`, `own_task`.
 """

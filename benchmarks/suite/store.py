@@ -20,7 +20,7 @@ MAX_SHOWN_CHARACTERS = 60
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Identification of a run by task, method, budget (number of simulations) and seed."""
+    """Task, method, budget (number of simulations) and seed, which identify a run."""
 
     task: str
     method: str
@@ -93,14 +93,14 @@ class Store:
         return record
 
     def write(self, run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the record of a finished run atomically; return the record as `find` reads it."""
+        """Write a finished run's record atomically; return the record as `find` would read it."""
         full = {**record, "kind": "run", **dataclasses.asdict(run), "settings": self.settings}
         write_json(self.path(run), full)
         return plain(full)
 
 
 def _shortened(value: Any) -> str:
-    """Convert a value to text of limited length."""
+    """Convert a value to a string of limited length."""
     text = str(value)
     return text if len(text) < MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
 

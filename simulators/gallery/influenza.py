@@ -29,9 +29,9 @@ STEPS_PER_DAY = 12
 STAGES = 4
 """Shape parameter of the gamma distribution of the time in bed.
 
-This is also the number of stages in bed in the ODE. With one stage, the distribution would be
-exponential: many boys would get up within hours, and some would stay in bed for weeks. The counts
-exclude this.
+In the ODE, boys in bed pass through this number of stages. With one stage, the distribution would
+be exponential: many boys would get up within hours, and some would stay in bed for weeks. The
+observed counts exclude an exponential distribution.
 """
 
 COUNTS = np.array([3, 8, 26, 76, 225, 298, 258, 233, 189, 128, 68, 29, 14, 4])

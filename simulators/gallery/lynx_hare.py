@@ -60,8 +60,8 @@ def lynx_hare() -> Task:
     The hare count of a year is LogNormal(log u(t), sigma[0]), and the lynx count is
     LogNormal(log v(t), sigma[1]). Priors: alpha, gamma ~ N(1, .5) and beta, delta ~ N(.05, .05),
     all truncated to positive values; sigma ~ LogNormal(-1, 1); z0 ~ LogNormal(log 10, 1). The
-    second arguments are standard deviations. In numbered notation alpha, beta, gamma, delta are
-    theta_1, ..., theta_4.
+    second arguments of N and LogNormal are standard deviations, for LogNormal those of the
+    logarithm. In numbered notation alpha, beta, gamma, delta are theta_1, ..., theta_4.
 
     The observation is the LOG of the counts, shape (21, 2). Under the prior, log counts range from
     about -370 to 70, so most counts would underflow in float32. If the solver reaches its step
@@ -71,7 +71,8 @@ def lynx_hare() -> Task:
         The task: theta named `alpha` (hare growth, 1/year), `beta` (predation, per thousand lynx
         and year), `gamma` (lynx decline, 1/year), `delta` (lynx growth, per thousand hares and
         year), `sigma` (2,) and `z0` (2,), hare first; x of shape (21, 2), the log of the counts in
-        thousands. The reference sampler is NUTS with the same likelihood. It takes about a minute.
+        thousands. The reference sampler is NUTS with the same likelihood. NUTS takes about a
+        minute.
 
     References:
         Hewitt 1921 (data); Carpenter 2018, Stan case studies 5 (model and prior).

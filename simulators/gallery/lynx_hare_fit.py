@@ -2,7 +2,8 @@
 
 A neural network infers the phases and amplitudes of two coupled time series with difficulty. A
 least-squares fit of the differential equations infers them easily. The fit may be inaccurate: the
-posterior is conditioned on the fit and on the counts, and its network learns the errors of the fit.
+posterior is conditioned on the fit and on the counts, and the neural network learns the errors of
+the fit.
 
 Public names: `with_fit`, `least_squares_fit`.
 
@@ -30,14 +31,14 @@ CENTRE = (-0.1, -3.1, -0.1, -3.1, math.log(10.0), math.log(10.0))
 SPREAD = (0.6, 0.9, 0.6, 0.9, 1.0, 1.0)
 """Approximate prior mean and standard deviation of log alpha, beta, gamma, delta and z0.
 
-They define a Gaussian penalty in the least-squares fit.
+These numbers define a Gaussian penalty in the least-squares fit.
 """
 
 _MAX_LOG_COUNT = 30.0
-"""Log counts are clipped to this absolute value, because some populations diverge."""
+"""Maximum absolute value of log counts; larger values are clipped, as some populations diverge."""
 
 _VARIANCE_PRIOR = 0.04
-"""Squared residual of an added pseudo-count, which keeps the noise variances positive."""
+"""Squared residual of an added artificial count, which keeps the noise variances positive."""
 
 
 def with_fit(log_counts: Array) -> dict[str, Array]:
@@ -55,12 +56,12 @@ def with_fit(log_counts: Array) -> dict[str, Array]:
 def least_squares_fit(log_counts: Array) -> Array:
     """Fit the six dynamical parameters to log counts by the Levenberg-Marquardt method.
 
-    The initial guess comes from the slopes of the series. The numbers of iterations and of
-    Runge-Kutta steps are fixed, so that `jax.vmap` can fit many series at once. The noise standard
-    deviation of each species is estimated as well.
+    The initial guess comes from the time derivatives of the two series. The numbers of iterations
+    and of Runge-Kutta steps are fixed, so that `jax.vmap` can fit many series at once. The noise
+    standard deviation of each species is estimated as well.
 
     Args:
-        log_counts: Log thousands of hare and lynx, shape (21, 2).
+        log_counts: Logs of the hare and lynx counts in thousands, shape (21, 2).
 
     Returns:
         Array of shape (14,): the logs of alpha, beta, gamma, delta, z0[0], z0[1]; the log standard
@@ -148,7 +149,7 @@ def _solve(q: Array) -> Array:
 
 
 def _from_slopes(data: Array) -> Array:
-    """Estimate the parameters by regressing the slopes of each log series on the other series."""
+    """Estimate the parameters: regress the slope of each log count on the other species' count."""
     level = jnp.exp(jnp.clip(data, -5.0, 6.0))
     middle, slope = (level[1:] + level[:-1]) / 2, jnp.diff(jnp.clip(data, -8.0, 8.0), axis=0)
     hare = _regress(middle[:, 1], slope[:, 0])
@@ -160,8 +161,8 @@ def _from_slopes(data: Array) -> Array:
 def _regress(level: Array, slope: Array) -> Array:
     """Fit slope = rate - interaction * level by ridge regression.
 
-    `slope` is that of the log series of one species, with reversed sign for the lynx; `level` is
-    the population of the other species. Return the logs of rate and interaction.
+    `slope` is the time derivative of one species' log count, with reversed sign for the lynx.
+    `level` is the count of the other species. Return the logs of rate and interaction.
     """
     design = jnp.stack([jnp.ones_like(level), -level], axis=-1)
     weights, centre = jnp.array([1.2, 120.0]), jnp.array([1.0, 0.05])

@@ -21,7 +21,7 @@ from simulators.tasks.lotka_volterra import vector_field as vector_field
 
 YEARS = 21
 TOLERANCE = 3e-6
-"""Relative and absolute tolerance of log populations; under the prior, errors are below 0.01."""
+"""Relative and absolute tolerance of log populations. Errors are below 0.01 under the prior."""
 MAX_STEPS = 512
 
 
@@ -110,7 +110,7 @@ def nuts(key: Key, log_counts: Array, *, warmup: int = 150, draws: int = 1000) -
 
 
 def as_log_counts(log_counts: Any) -> Array:
-    """Convert log counts to an array; raise ValueError unless finite and of shape (21, 2)."""
+    """Convert log counts to an array; raise ValueError if not finite or not of shape (21, 2)."""
     log_counts = jnp.asarray(log_counts, jnp.result_type(float))
     if log_counts.shape != (YEARS, 2):
         raise ValueError(f"log_counts: expected shape ({YEARS}, 2), got {log_counts.shape}")

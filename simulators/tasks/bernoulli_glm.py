@@ -1,4 +1,4 @@
-"""Bernoulli GLM: stimulus filter of a neuron from its spike train or from ten statistics of it."""
+"""Bernoulli GLM: infer a neuron's stimulus filter from a spike train or ten statistics of it."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def bernoulli_glm() -> Task:
     The parameters are an offset and a stimulus filter. Time bin t of 100 holds a spike, y_t = 1,
     with probability sigmoid((X theta)_t). Row t of X holds 1 and the last nine values of a fixed
     white-noise stimulus. The observation is X' y. The priors are theta_0 ~ N(0, 2) and
-    theta_1:9 ~ N(0, (F'F)^-1). Here 2 is a variance, F = D^2 + diag(sqrt(i / 9)), and D takes first
-    differences, so that the prior favours smooth filters.
+    theta_1:9 ~ N(0, (F'F)^-1). Here 2 is a variance, F = D^2 + diag(sqrt(i / 9)), and D is the
+    first-difference matrix, so that the prior favours smooth filters.
 
     Returns:
         The task: theta of shape (10,), x of shape (10,). The reference sampler is NUTS.

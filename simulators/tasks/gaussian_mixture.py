@@ -1,4 +1,4 @@
-"""Gaussian mixture: infer the common mean of a wide and a narrow Gaussian."""
+"""Gaussian mixture: infer the common mean of two Gaussians, one wide and one narrow."""
 
 from __future__ import annotations
 

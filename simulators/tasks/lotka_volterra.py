@@ -40,8 +40,8 @@ def lotka_volterra() -> Task:
 
         du/dt = alpha u - beta u v,    dv/dt = -gamma v + delta u v.
 
-    At t = 0, 2.1, ..., 18.9, the prey count is LogNormal(log u(t), .1), where u is clipped to
-    [1e-10, 1e4]; the same holds for the predators with v. Priors: alpha, gamma ~
+    At t = 0, 2.1, ..., 18.9, the prey count is LogNormal(log u(t), .1), and the predator count is
+    LogNormal(log v(t), .1), where u and v are clipped to [1e-10, 1e4]. Priors: alpha, gamma ~
     LogNormal(-.125, .5), beta, delta ~ LogNormal(-3, .5).
 
     Returns:

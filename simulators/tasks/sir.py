@@ -40,8 +40,8 @@ def sir() -> Task:
         dS/dt = -beta S I / N,    dI/dt = beta S I / N - gamma I.
 
     At t = 0, 17, ..., 153 days, the observation is x ~ Binomial(1000, I(t) / N). Priors: beta ~
-    LogNormal(log .4, .5), gamma ~ LogNormal(log .125, .2). The second argument is the standard
-    deviation of the logarithm.
+    LogNormal(log .4, .5), gamma ~ LogNormal(log .125, .2). The second argument of LogNormal is the
+    standard deviation of the logarithm.
 
     Returns:
         The task: theta named `beta` and `gamma` (1/day), x of shape (10,), counts as floats. The
@@ -76,8 +76,8 @@ def log_infected(theta: dict[str, Array]) -> Array:
     """Compute the log of the infected fraction at the ten times of the surveys, shape (10,).
 
     The ODE is solved for the log of the infected fraction, whose time derivative is
-    beta S / N - gamma. The relative error of the fraction is then similar for small and large
-    fractions.
+    beta S / N - gamma. The relative error of the infected fraction is then similar for small and
+    large fractions.
 
     Example:
         >>> import jax.numpy as jnp

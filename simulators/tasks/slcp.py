@@ -1,4 +1,4 @@
-"""SLCP (simple likelihood, complex posterior): mean and covariance of a Gaussian from four points.
+"""SLCP (simple likelihood, complex posterior): infer a Gaussian in the plane from four points.
 
 The posterior has four symmetric modes.
 """
@@ -22,13 +22,13 @@ from simulators.adapters.task import Task
 BOUND = 3.0
 """Upper bound of the prior, which is uniform on (-3, 3) in each dimension."""
 JITTER = 1e-6
-"""Variance that is added to both variances of the covariance matrix."""
+"""Number that is added to both variances of the covariance matrix."""
 POINTS = 4
 """Number of independent points (x, y) in one observation."""
 DEGREES = 2.5
 """Degrees of freedom of the inverse-Wishart proposal for the covariance."""
 MIN_VARIANCE_RATIO = 300.0
-"""The jitter affects the posterior if a sample variance is below this multiple of the jitter."""
+"""Ratio of sample variance to jitter below which the jitter affects the posterior."""
 METROPOLIS_STEPS = 1000
 """Number of Metropolis steps per draw if the jitter affects the posterior."""
 
@@ -137,7 +137,7 @@ def _sample_reference(key: Key, x: Array, n: int) -> Array:
 
 @full_precision
 def _propose(key: Key, x: Array, m: int) -> tuple[Array, Array]:
-    """Propose draws (m, 5) with positive theta_3 and theta_4; return them and acceptances (m,)."""
+    """Propose draws with positive theta_3 and theta_4; return draws (m, 5) and acceptances (m,)."""
     covariance_key, mean_key, uniform_key = jax.random.split(key, 3)
     points = jnp.reshape(x, (POINTS, 2))
     centre = jnp.mean(points, axis=0)
@@ -154,10 +154,10 @@ def _propose(key: Key, x: Array, m: int) -> tuple[Array, Array]:
 
 
 def _inverse_wishart(key: Key, centred: Array, n: int) -> tuple[Array, Array]:
-    """Draw n covariances F F' from the inverse-Wishart with the scatter matrix of centred points.
+    """Draw n covariances F F' from the inverse-Wishart distribution given centred points.
 
     A standard Wishart matrix is W = B B' (Bartlett's decomposition). Then F = L B'^-1, where L L'
-    is the scatter matrix.
+    is the scatter matrix of the points.
 
     Returns:
         F, shape (n, 2, 2), and the determinants of F F', shape (n,).

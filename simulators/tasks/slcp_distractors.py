@@ -34,7 +34,7 @@ class Distractors(NamedTuple):
         scales: Lower triangular factors of the components' scale matrices, shape (20, 92, 92).
         order: Permutation of an observation, shape (100,). Before the permutation, the eight
             informative numbers come first and the 92 distractors follow. Entry i of the observation
-            is entry order[i] of this array.
+            is entry order[i] of the array before the permutation.
     """
 
     locations: np.ndarray

@@ -29,7 +29,7 @@ def two_moons() -> Task:
 
         x = (r cos a + .25 - |theta_1 + theta_2| / sqrt 2, r sin a + (theta_2 - theta_1) / sqrt 2).
 
-    The reference sampler inverts this equation exactly.
+    The reference sampler solves this equation exactly for theta.
 
     Returns:
         The task: theta of shape (2,), x of shape (2,).
