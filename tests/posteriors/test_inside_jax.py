@@ -56,7 +56,7 @@ CASES = {name: lambda d=d: direct(d) for name, d in {**DENSITIES, **ODE_DENSITIE
     "composed": lambda: sf.composed(direct(DIFFUSION), levels=3, steps=2),
 }
 # the others take longer to compile; tests/densities/test_tracing.py has all densities one by one
-QUICK = {"mixture", "MAF", "flow matching", "recalibrated", "conformal", "composed"}
+QUICK = {"mixture", "flow matching", "recalibrated", "composed"}
 PARAMS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 
 
