@@ -54,7 +54,7 @@ def posterior(density):
     weights = jax.eval_shape(lambda: initial_weights(made, jax.random.key(0), None))
     stacked = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape), a.dtype), weights)
     prior = sf.as_prior(PRIORS["uniform"]())
-    arguments = (((made, 1.0),), prior, 5, True, (Weights(*stacked),))
+    arguments = (((made, 1.0),), 5, True, prior, (Weights(*stacked),))
     features, keys = jnp.zeros((1, DIM)), jax.random.key(0)[None]
     return products(mixtures.sample.trace(*arguments, features, keys).jaxpr.jaxpr)
 

@@ -18,6 +18,7 @@ def test_two_experiments_agree_with_the_joint_analysis(make):
     np.testing.assert_allclose(result["mean"], result["exact_mean"], atol=0.05)
 
 
+@pytest.mark.promotes
 @pytest.mark.parametrize("make", [inside_jax.conjugate, inside_jax.bounded])
 def test_the_exact_joint_posterior_is_that_of_importance_weights(make):
     experiments = make()
