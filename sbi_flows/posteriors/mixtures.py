@@ -40,12 +40,29 @@ def _member(blueprint: Blueprint, weights: Weights, features: Array) -> distrax.
 
 
 def standard_log_prob(
-    parts: Parts, weights: tuple[Weights, ...], y: Array, features: Array
+    parts: Parts,
+    weights: tuple[Weights, ...],
+    y: Array,
+    features: Array,
+    *,
+    side_by_side: bool = False,
 ) -> Array:
-    """Compute log densities (n, B) of standard coordinates y (n, B, d) given features (B, C)."""
+    """Compute the log density (n, B) of standard coordinates y (n, B, d) given features (B, C).
+
+    Args:
+        parts: Static part of the mixture.
+        weights: Arrays of the members of each ensemble.
+        y: Standard coordinates, shape (n, B, d).
+        features: Features of the observations, shape (B, C).
+        side_by_side: Whether all members are computed at once, which is faster for a single point,
+            instead of one after the other, which needs less memory.
+    """
 
     def ensemble(blueprint: Blueprint, stacked: Weights) -> Array:
-        return jax.lax.map(lambda member: _member(blueprint, member, features).log_prob(y), stacked)
+        def member(weights: Weights) -> Array:
+            return _member(blueprint, weights, features).log_prob(y)
+
+        return jax.vmap(member)(stacked) if side_by_side else jax.lax.map(member, stacked)
 
     members = [
         ensemble(blueprint, stacked) + math.log(share / count(stacked))
@@ -170,5 +187,7 @@ def log_prob(
     inside = prior.contains(theta)
     safe = jnp.where(inside[..., None], theta, prior.center(theta.shape[:-1]))
     y = prior.to_standard(safe)
-    log_prob = standard_log_prob(parts, weights, jnp.swapaxes(y, 0, 1), features).T
+    single = theta.shape[0] * theta.shape[1] == 1
+    points = jnp.swapaxes(y, 0, 1)
+    log_prob = standard_log_prob(parts, weights, points, features, side_by_side=single).T
     return (jnp.where(inside, log_prob - prior.standard_log_det(y, safe), -jnp.inf),)
