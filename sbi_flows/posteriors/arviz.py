@@ -78,6 +78,13 @@ def arviz_groups(
         arrays["posterior_predictive"] = _one_chain(_named(groups.simulated.x))
     shapes = {**prior.event_shapes, **{name: value.shape for name, value in observed.items()}}
     named = {name: list(axes) for name, axes in (dims or {}).items()}
+    for name in named.keys() & prior.event_shapes.keys() & observed.keys():
+        # ArviZ would give both arrays the same axes
+        if prior.event_shapes[name] != observed[name].shape:
+            raise ValueError(
+                f"dims: expected one shape for {name!r}, which names a parameter and an array of "
+                f"x, got {prior.event_shapes[name]} and {observed[name].shape}"
+            )
     _require_dims(shapes, named, dict(coords or {}))
     settings = {"coords": dict(coords or {}), "dims": named}
     if int(arviz.__version__.split(".")[0]) < 1:

@@ -327,6 +327,16 @@ def test_every_array_of_an_observation_has_a_name_in_arviz():
     np.testing.assert_array_equal(data["a.b"].values, [0.0, 1.0])
 
 
+def test_dimensions_of_a_parameter_and_an_observed_array_of_one_name_must_agree():
+    prior = sf.as_prior({"x": dist.Normal(0.0, 1.0).expand([2])})
+    draws = jnp.zeros((3, 2))
+    groups = Groups(draws, draws[:, 0], draws, jnp.zeros(4))
+    with pytest.raises(
+        ValueError, match=r"dims: expected one shape for 'x', .* got \(2,\) and \(4,\)"
+    ):
+        arviz_groups(prior, groups, dims={"x": ["a"]})
+
+
 def test_to_arviz_takes_one_array_and_refuses_a_batch(gaussian):
     data = gaussian.to_arviz(jax.random.key(0), ONE, n=10)
     assert data["posterior"]["theta"].shape == (1, 10, 2)
