@@ -27,7 +27,9 @@ from sbi_flows.posteriors.passes import usable
 from sbi_flows.simulations.simulate import simulate
 from sbi_flows.simulations.simulations import Simulations, observation_shape
 
-MIN_SIMULATIONS, MIN_DRAWS, MIN_PERMUTATIONS = 400, 200, 19
+MIN_SIMULATIONS, MIN_PERMUTATIONS = 400, 19
+NUM_DRAWS = 2_000
+"""Number of posterior draws at the observation."""
 
 
 def check_at(
@@ -38,7 +40,6 @@ def check_at(
     *,
     simulations: int | Simulations = 10_000,
     permutations: int = 100,
-    draws: int = 2_000,
     level: float = 0.05,
     progress: bool = True,
 ) -> LocalCheck:
@@ -66,7 +67,6 @@ def check_at(
         simulations: Number of fresh simulations, at least 400; or simulations from the prior that
             the posterior was not trained on. Failed simulations are left out and counted.
         permutations: Number of permutations of the labels, at least 19.
-        draws: Number of posterior draws at the observation, at least 200.
         level: Probability of rejecting a correct posterior.
         progress: Show progress bars.
 
@@ -98,10 +98,10 @@ def check_at(
         >>> report.consistent, report.findings
         (True, ())
     """
-    _check_settings(simulator, simulations, permutations, draws, level)
+    _check_settings(simulator, simulations, permutations, level)
     posterior = as_posterior(posterior, single_shape(x_o))
     simulate_key, sample_key, pair_key, train_key = jax.random.split(key, 4)
-    samples = posterior.sample(sample_key, x_o, draws)
+    samples = posterior.sample(sample_key, x_o, NUM_DRAWS)
     if samples.ndim != 2:
         raise ValueError("x_o: expected one observation, got a batch")
     if not bool(jnp.all(jnp.isfinite(samples))):
@@ -142,11 +142,9 @@ def _check_settings(
     simulator: Simulator | None,
     simulations: int | Simulations,
     permutations: int,
-    draws: int,
     level: float,
 ) -> None:
     """Raise ValueError if a setting is out of range, or if the simulator is missing."""
-    require_count(MIN_DRAWS, draws=draws)
     require_count(MIN_PERMUTATIONS, permutations=permutations)
     if not 0 < level < 1:
         raise ValueError(f"level: expected a number between 0 and 1, got {level}")
@@ -173,5 +171,5 @@ def _valid(posterior: AbstractPosterior, simulations: Simulations) -> Simulation
             f"{simulations.num_valid} of {len(simulations)} simulations succeeded: too few for a "
             f"local check, which needs {MIN_SIMULATIONS}"
         )
-    valid = usable(posterior, simulations, MIN_DRAWS)
+    valid = usable(posterior, simulations, NUM_DRAWS)
     return valid[np.arange(len(valid))] if valid.on_disk else valid

@@ -17,7 +17,7 @@ from sbi_flows.diagnostics.local_errors import LocalPairs, errors_of
 
 KEY = jax.random.key(0)
 X_O = jnp.array([0.5, -0.3])
-SIZES = {"simulations": 2_000, "draws": 500, "progress": False}
+SIZES = {"simulations": 2_000, "progress": False}
 
 
 def check_at(posterior, simulator, x: Any = X_O, *, key=KEY, **options: Any) -> LocalCheck:
@@ -96,7 +96,7 @@ def test_the_same_key_gives_the_same_result(gaussian, simulator, narrow):
 
 @pytest.mark.slow
 def test_p_values_of_the_exact_posterior_are_uniform(gaussian, simulator):
-    posterior, options = gaussian(), {"draws": 200, "permutations": 19}
+    posterior, options = gaussian(), {"permutations": 19}
     sims = sf.simulate(jax.random.key(1), posterior.prior, simulator, 16_000, progress=False)
     found = [
         check_at(posterior, None, key=key, simulations=sims[400 * i : 400 * (i + 1)], **options)
@@ -198,7 +198,7 @@ def test_the_report_as_text_and_as_json(narrow):
     plain = json.loads(json.dumps(narrow.to_dict()))
     assert plain["consistent"] is False and len(plain["null"]) == 100
     assert plain["width"]["theta[1]"] == pytest.approx(narrow.width[1])
-    assert narrow.draws.shape == (500, 2) and narrow.probability.shape == (500,)
+    assert narrow.draws.shape == (2_000, 2) and narrow.probability.shape == (2_000,)
 
 
 def test_the_figure_has_a_curve_a_parameter(narrow):
@@ -285,7 +285,6 @@ def test_invalid_settings_are_refused(gaussian, simulator):
         permutations=50,
         level=0.01,
     )
-    refused("draws: expected a whole number of at least 200, got 10", draws=10)
     refused("level: expected a number between 0 and 1, got 0", level=0.0)
     refused("x_o: expected one observation, got a batch", x=jnp.zeros((4, 2)))
     refused("simulator: expected a simulator, or its simulations, got None", simulator=None)

@@ -98,7 +98,7 @@ def test_a_screened_posterior_looks_at_the_entries_that_tell(noisy):
 @pytest.mark.slow
 @pytest.mark.promotes
 def test_a_stack_of_a_screened_estimator_and_one_that_is_not(noisy, monkeypatch):
-    monkeypatch.setattr(stacking, "LEAST", 0.0)  # both stay, whatever they are worth
+    monkeypatch.setattr(stacking, "MIN_WEIGHT", 0.0)  # both stay, whatever they are worth
     prior, sims = noisy
     small, quick = sf.MAF(transforms=1, hidden=(8,)), sf.Training(max_epochs=1)
     settings = {"training": quick, "members": 1}

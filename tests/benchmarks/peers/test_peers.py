@@ -105,7 +105,7 @@ def test_all_contestants_get_the_same_data(tmp_path):
     timed = [(250, 2, False)] * 3
     assert fakes[0].calls == fakes[1].calls == [*timed, (250, 2, True), (250, 2, True)]
     assert result["target"] is None
-    assert [c["to_target"] for c in result["contestants"].values()] == [None] * 3
+    assert [c["to_target"] for c in result["contestants"].values()] == [None] * 4
 
 
 def test_steps_to_the_target_loss():
