@@ -1,4 +1,6 @@
-"""`python -m benchmarks continuous`: test that continuous flows are normalised and match draws.
+"""`python -m benchmarks continuous`: test the densities of continuous flows.
+
+Each density must integrate to 1, and agree with draws of the same flow.
 
 Public names: `DENSITIES`, `Settings`, `run`, `density_study`, `markdown`.
 """

@@ -1,4 +1,4 @@
-"""Interface that each compared library implements, and the sizes that all libraries use.
+"""Interface of a compared library, and the network and training sizes that all of them share.
 
 Public names: `Contestant`, `Fit`, `Recipe`, `Watch`.
 """

@@ -90,7 +90,13 @@ def power_law(
 def _at_exponents(
     n: np.ndarray, y: np.ndarray, floor: float | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each exponent, fit floor and factor; return sums of squared errors, floors, factors."""
+    """Fit y = floor + factor n^(-exponent) by least squares for each exponent of `EXPONENTS`.
+
+    If `floor` is a number, the floor is fixed to it.
+
+    Returns:
+        The sums of squared errors, the floors and the factors.
+    """
     powers = n[None] ** -EXPONENTS[:, None]
     # the score is linear in the power of the budget: the fitted floor is the intercept
     centre = powers.mean(axis=1) if floor is None else np.zeros(len(EXPONENTS))

@@ -44,9 +44,9 @@ def register_pytree(
         kind: The class.
         leaves: Attributes that are arrays or pytrees of arrays.
         static: Attributes that are compiled into programs: hashable values, or trees of them.
-        facts: Attributes that no program depends on, with the values that they have in the result
-            of a jitted function. The result cannot have the facts of the argument, because a
-            program that was compiled for one object also runs for other objects.
+        facts: Attributes that JAX does not see, each with a replacement value. One compiled
+            function serves objects that differ in them, so that an object that a jitted function
+            returns has the replacement values.
     """
     defaults = dict(facts or {})
 

@@ -1,9 +1,9 @@
 """Continuous flow with a student network, which draws in a few evaluations.
 
-The teacher is the velocity network that was fitted to simulations. One step of the student, from
-the angle `now` to the angle `then`, covers many steps of the teacher's sampler. Both networks
-predict a data point at the angle `now`. The student is trained so that a step to its predicted data
-point ends at the point that the teacher's sampler reaches at the angle `then`.
+The teacher is the velocity network that was fitted to simulations. Each network predicts the
+noise-free data point from a noisy point at the angle `now`. A step of the student moves the noisy
+point along the path given by the student's prediction, up to the angle `then`. The student is
+trained so that this one step ends where many steps of the teacher's sampler end.
 
 Public names: `Distilled`, `add_student`.
 

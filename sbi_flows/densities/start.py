@@ -163,7 +163,10 @@ class _Moments(NamedTuple):
 
 
 def _ridge_path(y: Array, c: Array) -> LinearStart:
-    """Fit once for each penalty, from one eigendecomposition; return the stacked fits."""
+    """Fit a ridge regression of y on c for each penalty; return the stacked fits.
+
+    All fits share one eigendecomposition.
+    """
     y_mean, c_mean = jnp.mean(y, axis=0), jnp.mean(c, axis=0)
     y, c = y - y_mean[None], c - c_mean[None]
     values, vectors = jnp.linalg.eigh(c.T @ c / len(c))

@@ -1,6 +1,6 @@
 """Input of a classifier two-sample test: checks, standardisation and division into folds.
 
-Names for this package: `Fold`, `LabelledRows`, `ClassifierBackend`, `labelled_rows`.
+Internal names: `Fold`, `LabelledRows`, `ClassifierBackend`, `labelled_rows`.
 """
 
 from __future__ import annotations

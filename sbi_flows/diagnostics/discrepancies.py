@@ -1,6 +1,6 @@
 """User-defined discrepancies between an observation and posterior predictive simulations.
 
-Public names: `Discrepancies`, `Discrepancy`. For this package: `trace_discrepancies`,
+Public names: `Discrepancies`, `Discrepancy`. Internal names: `trace_discrepancies`,
 `evaluate_discrepancies`, `two_sided_p_values`.
 
 References:

@@ -6,7 +6,7 @@ random directions; with enough waves, any two densities can be distinguished. Th
 the solution is unique. All classifiers use the same matrix factorisation, so that a hundred
 classifiers cost little more than one classifier.
 
-Names for this package: `Pairs`, `ClassifierOutput`, `classify`, `MAX_COORDINATE`.
+Internal names: `Pairs`, `ClassifierOutput`, `classify`, `MAX_COORDINATE`.
 
 References:
     Linhart, Gramfort & Rodrigues 2023, L-C2ST: Local Diagnostics for Posterior Approximations in

@@ -1,6 +1,6 @@
 """True parameters and posterior draws for data sets near an observation, for the local check.
 
-Names for this package: `LocalDraws`, `local_pairs`.
+Internal names: `LocalDraws`, `local_pairs`.
 """
 
 from __future__ import annotations

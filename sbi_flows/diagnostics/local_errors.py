@@ -4,7 +4,7 @@ The classifiers test whether true parameters and posterior draws differ. This mo
 differences in mean, width and correlation. Permuted labels give the null distribution of these
 differences.
 
-Names for this package: `LocalPairs`, `LocalErrors`, `errors_of`, `findings_of`, `verdict_of`.
+Internal names: `LocalPairs`, `LocalErrors`, `errors_of`, `findings_of`, `verdict_of`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Standardised coordinates of a posterior, and a search for data sets with similar posteriors.
 
-Names for this package: `Frame`, `local_frame`, `in_frame`, `nearest`, `MOMENT_DRAWS`.
+Internal names: `Frame`, `local_frame`, `in_frame`, `nearest`, `MOMENT_DRAWS`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The page loads no other file: it contains the style sheet and the pictures. Pictures are `img`
 elements, so that text in a picture, such as a parameter's name, cannot run as code of the page.
 
-Names for this package: `document`, `section`, `html_table`, `picture`, `environment`, `write_text`.
+Internal names: `document`, `section`, `html_table`, `picture`, `environment`, `write_text`.
 """
 
 from __future__ import annotations

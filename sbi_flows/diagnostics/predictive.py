@@ -1,6 +1,6 @@
 """Posterior predictive check: do simulations at posterior draws resemble the observation?
 
-Public names: `predictive_check`, `Predictive`. For this package: `simulate_at_draws`, `MIN_DRAWS`.
+Public names: `predictive_check`, `Predictive`. Internal names: `simulate_at_draws`, `MIN_DRAWS`.
 
 References:
     Gelman, Meng & Stern 1996, Posterior predictive assessment of model fitness via realized

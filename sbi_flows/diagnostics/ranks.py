@@ -3,7 +3,7 @@
 All calibration checks need the same draws. `draw_pass` draws them once, for one chunk of data sets
 at a time, and keeps only a few numbers per data set.
 
-Names for this package: `draw_pass`, `Ranks`.
+Internal names: `draw_pass`, `Ranks`.
 """
 
 from __future__ import annotations

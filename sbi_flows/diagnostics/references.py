@@ -1,6 +1,6 @@
 """Reference points for TARP: draws from a crude posterior, fitted to the simulations alone.
 
-Names for this package: `crude_posterior`, `prior_scale`.
+Internal names: `crude_posterior`, `prior_scale`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Sections of the HTML page of a check: tests, ranks, coverage, TARP, sharpness, environment.
 
-Names for this package: `tests_section`, `ranks_section`, `coverage_section`, `tarp_section`,
+Internal names: `tests_section`, `ranks_section`, `coverage_section`, `tarp_section`,
 `sharpness_section`, `repeat_section`.
 """
 

@@ -3,7 +3,7 @@
 For a correct posterior, the ranks, density ranks and TARP fractions that `continuous_ranks` returns
 are independent and exactly uniform. All calibration checks test this uniformity.
 
-Names for this package: `ks_p_value`, `normal_p_values`, `log_gamma`, `gamma_quantile`, `ecdf_band`,
+Internal names: `ks_p_value`, `normal_p_values`, `log_gamma`, `gamma_quantile`, `ecdf_band`,
 `holm`.
 """
 

@@ -1,6 +1,6 @@
 """Verdict on a posterior: the errors that the tests find, and a sentence that describes them.
 
-Public names: `Test`, `Finding`. For this package: `tests_of`, `findings_of`, `verdict_of`.
+Public names: `Test`, `Finding`. Internal names: `tests_of`, `findings_of`, `verdict_of`.
 """
 
 from __future__ import annotations

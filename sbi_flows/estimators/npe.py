@@ -292,8 +292,8 @@ class NPE:
     def _without_emulator(self) -> NPE:
         """Return a copy without an emulator.
 
-        Training settings that are the defaults with an emulator become the defaults without one.
-        Other settings are kept.
+        The default training settings differ with and without an emulator. Settings that equal the
+        defaults with an emulator are replaced by the defaults without. Other settings are kept.
         """
         density, training = _EMULATED
         plain = NPE(

@@ -1,6 +1,6 @@
 """Colours, line styles, new axes and input checks shared by all figures.
 
-Names for this package: `COLOURS`, `STYLES`, `GREY`, `axes_or_new`, `line_style`, `as_columns`,
+Internal names: `COLOURS`, `STYLES`, `GREY`, `axes_or_new`, `line_style`, `as_columns`,
 `checked_labels`.
 """
 

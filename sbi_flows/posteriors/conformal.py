@@ -147,10 +147,11 @@ class ConformalPosterior(Derived):
     def contains(self, theta: Any, x: Obs, level: float) -> Array:
         """Return whether parameters are in the set with coverage `level`.
 
-        The set of a larger level contains the sets of all smaller levels. Densities are ranked
-        among draws that are made with a stored random key, so that repeated calls give the same
-        result. For parameters at the edge of a set, the result for a single observation may differ
-        from the result for the same observation in a batch.
+        The set of a larger level contains the sets of all smaller levels. The density of the
+        parameters is ranked among the densities of posterior draws. These draws are made with a
+        stored random key, so that repeated calls give the same result. For parameters at the edge
+        of a set, the result for a single observation may differ from the result for the same
+        observation in a batch.
 
         Args:
             theta: As for `Posterior.log_prob`.

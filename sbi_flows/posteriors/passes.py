@@ -52,7 +52,7 @@ def chunks_of(
 ) -> Iterator[tuple[Key, np.ndarray, int]]:
     """Split n data sets into chunks of equal length; yield them with a progress bar.
 
-    The last chunk is filled up with data sets from the start.
+    The last chunk is padded to the length of the others with the first data sets.
 
     Args:
         key: Random key.
@@ -62,8 +62,8 @@ def chunks_of(
         progress: Whether to show the bar; it is shown only if there are several chunks.
 
     Yields:
-        A random key, the indices of the data sets in a chunk, and the number of data sets before
-        those that fill up the last chunk.
+        A random key, the indices of the data sets in a chunk, and the number of data sets in the
+        chunk without the padding.
     """
     count = -(-n // max(1, MAX_CHUNK_ENTRIES // entries))
     size = -(-n // count)

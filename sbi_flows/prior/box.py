@@ -76,7 +76,7 @@ class _Static(NamedTuple):
 
     @property
     def cut(self) -> np.ndarray:
-        """Whether each coordinate can be cut (it is uniform or normal), bool of shape (d,)."""
+        """Whether the prior of each coordinate can be truncated (uniform or normal), shape (d,)."""
         return np.array(self.uniform) | np.array(self.normal)
 
 

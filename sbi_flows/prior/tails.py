@@ -1,8 +1,8 @@
 """CDFs and survival functions on half lines, with full relative precision in both tails.
 
-In the upper tail a CDF is rounded to 1. In single precision, the largest CDF below 1 has a normal
-quantile of 5.2.
-The survival function 1 - CDF is small there and keeps full relative precision.
+Far in the upper tail a CDF rounds to 1. In single precision, the largest number below 1 is the
+normal CDF at 5.2. In this tail the survival function 1 - CDF is small, so that it keeps full
+relative precision.
 
 Public names: `Tails`, `tails_of`.
 """

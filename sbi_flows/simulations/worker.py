@@ -90,7 +90,7 @@ def decode_row(message: bytes) -> Row:
 
 
 def run_row(job: Job, seed: int, theta: Any) -> Row:
-    """Run one simulation and check its outputs. An exception becomes the reason of a failure."""
+    """Run one simulation and check its outputs. If it raises, return the reason of the failure."""
     try:
         return Row(_cast_outputs(job.outputs, job.function(seed, theta)))
     except MemoryError:

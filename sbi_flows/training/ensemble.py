@@ -335,7 +335,11 @@ class _Result(NamedTuple):
 
 
 def _slices(members: int, *, together: bool) -> list[slice]:
-    """Return a slice of member numbers for each group. On CPUs, `together` makes one group."""
+    """Divide the members into groups, each trained by one program; return a slice for each group.
+
+    On a CPU, each member is a group of its own unless `together` is true. On other devices all
+    members form one group.
+    """
     if jax.default_backend() == "cpu" and not together:
         return [slice(i, i + 1) for i in range(members)]
     return [slice(0, members)]
