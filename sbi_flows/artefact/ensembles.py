@@ -242,15 +242,16 @@ def encode_observation(like: Obs) -> Any:
     )
 
 
-def decode_observation(value: Any) -> Obs:
+def decode_observation(value: Any, *, keep_doubles: bool = False) -> Obs:
     """Convert JSON data to shapes and dtypes of an observation.
 
-    64-bit dtypes become 32-bit dtypes unless JAX is in double precision (`jax_enable_x64`).
+    64-bit dtypes become 32-bit dtypes unless JAX is in double precision (`jax_enable_x64`). With
+    `keep_doubles`, float64 stays: these arrays are standardised on the host.
 
     Raises:
         ArtefactError: The data are malformed.
     """
-    observation = _observation(value)
+    observation = _observation(value, keep_doubles)
     expect_integer(
         "observation: number of arrays", len(jax.tree.leaves(observation)), 1, MAX_LEAVES
     )
@@ -259,7 +260,7 @@ def decode_observation(value: Any) -> Obs:
     return observation
 
 
-def _observation(value: Any) -> Obs:
+def _observation(value: Any, keep_doubles: bool) -> Obs:
     value = expect_type("observation", value, dict, "an object")
     if "shape" in value:
         dtype, shape = expect_fields("observation", value, "dtype", "shape")
@@ -271,14 +272,19 @@ def _observation(value: Any) -> Obs:
         sizes = tuple(
             expect_integer("observation: shape", n, 0, settings.MAX_INTEGER) for n in sizes
         )
-        return jax.ShapeDtypeStruct(sizes, jax.dtypes.canonicalize_dtype(DTYPES[dtype]))
+        is_kept = keep_doubles and dtype == "float64"
+        kept = DTYPES[dtype] if is_kept else jax.dtypes.canonicalize_dtype(DTYPES[dtype])
+        return jax.ShapeDtypeStruct(sizes, kept)
     (kind,) = value if len(value) == 1 else ("nothing",)
     if kind == "dict":
         parts = expect_type("observation", value[kind], dict, "an object")
-        return {name: _observation(part) for name, part in parts.items()}
+        return {name: _observation(part, keep_doubles) for name, part in parts.items()}
     if kind not in ("list", "tuple"):
         raise ArtefactError(
             f"observation: expected an array, a dict, a list or a tuple, got {kind}"
         )
-    parts = [_observation(part) for part in expect_list("observation", value[kind], MAX_LEAVES)]
+    parts = [
+        _observation(part, keep_doubles)
+        for part in expect_list("observation", value[kind], MAX_LEAVES)
+    ]
     return parts if kind == "list" else tuple(parts)

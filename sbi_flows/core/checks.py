@@ -3,7 +3,7 @@
 Functions named `require_...` raise ValueError if an argument is invalid, and return nothing.
 Functions named `as_...` convert a value, and raise ValueError if the conversion is impossible.
 
-Public names: `require_real`, `as_array`, `as_real_array`, `as_real_tree`, `require_tree`,
+Public names: `require_real`, `as_array`, `as_real_array`, `as_tree`, `require_tree`,
 `require_memory`, `as_random_key`, `require_count`, `require_positive`, `require_finite`,
 `require_fraction`, `require_object`, `writable_folder`.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+from sbi_flows.core.frames import is_table, table_array
 
 MAX_TREE_DEPTH = 32
 """Maximum nesting of dicts, lists and tuples in an observation."""
@@ -65,6 +68,10 @@ def as_array(name: str, value: Any) -> Array | np.ndarray:
             raise ValueError(
                 f"{name}: expected numbers, or NaN for a failure, got {count} masked entries"
             )
+    if is_table(value):
+        return table_array(name, value)
+    if isinstance(value, list) and any(isinstance(row, Array | np.ndarray) for row in value):
+        value = _require_equal_shapes(name, value)
     try:
         array = np.asarray(value)
     # for example a list of rows of different lengths, or an object whose `__array__` fails
@@ -74,6 +81,18 @@ def as_array(name: str, value: Any) -> Array | np.ndarray:
         ) from None
     require_memory(name, array.shape, array.dtype)
     return array
+
+
+def _require_equal_shapes(name: str, rows: list[Any]) -> list[np.ndarray]:
+    """Return a list of arrays on the host. Raise ValueError unless they have one shape."""
+    arrays = [np.asarray(row) for row in rows]
+    shapes = {a.shape for a in arrays}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{name}: expected rows of one shape in a list, got shapes "
+            f"{', '.join(map(str, sorted(shapes)[:5]))}; a tuple or a dict holds different arrays"
+        )
+    return arrays
 
 
 def as_real_array(name: str, value: Any) -> Array | np.ndarray:
@@ -107,30 +126,61 @@ def as_real_array(name: str, value: Any) -> Array | np.ndarray:
     return converted
 
 
-def as_real_tree(name: str, tree: Any, *, kept: tuple[type, ...] = ()) -> Any:
-    """Convert an array, or a tree of arrays, to arrays of real numbers.
+def as_tree(
+    name: str,
+    tree: Any,
+    convert: Callable[[str, Any], Any],
+    like: Any = None,
+    *,
+    kept: tuple[type, ...] = (),
+) -> Any:
+    """Convert an array, or a dict or tuple of arrays, leaf by leaf.
 
-    A list or tuple of numbers counts as one array.
+    A list holds the rows of one array; if its entries are dicts, the rows of each array in them. A
+    list, or a tuple, of plain numbers is one array. Only if the tree `like` contains lists are
+    lists of arrays containers.
 
     Args:
         name: Name of the argument, for error messages.
         tree: The array or the tree.
+        convert: Function that converts a leaf, such as `as_real_array`.
+        like: A tree of the expected structure, if it is known.
         kept: Types of leaves that are returned unchanged.
 
     Raises:
-        ValueError: A leaf holds anything but real numbers, or the tree is invalid (`require_tree`).
+        ValueError: A leaf cannot be converted, or the tree is invalid (`require_tree`).
     """
     require_tree(name, tree)
+    has_lists = _has_lists(like)
 
     def leaf(value: Any) -> Any:
-        return value if isinstance(value, kept) else as_real_array(name, value)
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            return _stacked_dicts(name, value, convert)
+        return value if isinstance(value, kept) else convert(name, value)
 
-    def is_list_of_numbers(node: Any) -> bool:
+    def is_array(node: Any) -> bool:
+        if node is None:  # `leaf` refuses None; JAX would silently drop it
+            return True
+        if isinstance(node, list) and not has_lists:
+            return True
         arrays = (Array, np.ndarray, dict, *kept)
         return isinstance(node, list | tuple) and not any(isinstance(v, arrays) for v in node)
 
-    # `is_leaf` makes None a leaf, so that `leaf` refuses it; JAX would silently drop it
-    return jax.tree.map(leaf, tree, is_leaf=lambda node: node is None or is_list_of_numbers(node))
+    return jax.tree.map(leaf, tree, is_leaf=is_array)
+
+
+def _has_lists(tree: Any) -> bool:
+    """Return whether a tree has a list among its containers."""
+    if isinstance(tree, dict | tuple):
+        return any(map(_has_lists, tree.values() if isinstance(tree, dict) else tree))
+    return isinstance(tree, list)
+
+
+def _stacked_dicts(name: str, rows: list[dict], convert: Callable[[str, Any], Any]) -> Any:
+    """Convert a list of dicts to one dict of arrays."""
+    if any(row.keys() != rows[0].keys() for row in rows):
+        raise ValueError(f"{name}: expected rows with the same names, got others")
+    return {key: convert(f"{name}[{key!r}]", [row[key] for row in rows]) for key in rows[0]}
 
 
 def require_tree(name: str, tree: Any) -> None:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbi_flows.core.checks import as_real_tree
+from sbi_flows.core.checks import as_real_array, as_tree
 from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.core.tables import p_text, table
 from sbi_flows.core.typing import Obs
@@ -152,7 +152,7 @@ def trace_discrepancies(
             raise ValueError(
                 f"discrepancies[{name!r}]: expected a str name and a function, got {function!r}"
             )
-    x = jax.tree.map(jnp.asarray, as_real_tree("x", x))
+    x = jax.tree.map(jnp.asarray, as_tree("x", x, as_real_array))
     theta = jax.eval_shape(lambda: prior.structured(prior.center()))
     return [_traced(name, function, x, theta) for name, function in discrepancies.items()]
 

@@ -22,7 +22,7 @@ from sbi_flows.diagnostics.local_neighbours import (
     local_frame,
     nearest,
 )
-from sbi_flows.observations.standardise import fit_standardiser
+from sbi_flows.observations.standardise import features_of, fit_standardiser
 from sbi_flows.posteriors.base import AbstractPosterior
 from sbi_flows.posteriors.passes import chunks_of
 from sbi_flows.prior.prior import Prior
@@ -173,4 +173,4 @@ def _features(posterior: AbstractPosterior, x: Obs, observed: Obs) -> np.ndarray
     # In a composed posterior, a data set is several observations, each with its own features.
     if spaces and len(spaces[-1]) == len(jax.tree.leaves(joined)[0]):
         return spaces[-1]
-    return np.asarray(fit_standardiser(x)(joined))
+    return np.asarray(features_of(fit_standardiser(x), joined))

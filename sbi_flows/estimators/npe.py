@@ -180,7 +180,7 @@ class NPE:
             CheckpointSpoilt: A file in the checkpoint folder is damaged.
         """
         began = time.perf_counter()
-        self._check(simulations)
+        simulations = self._checked(simulations)
         keys = FitKeys.of(key)
         problem = self._problem(keys, simulations)
         data, emulator_history = problem.data, None
@@ -226,7 +226,7 @@ class NPE:
     def _problem(self, keys: FitKeys, simulations: Simulations) -> _Problem:
         """Prepare the rows and the blueprint of a fit."""
         rows, sample = rows_in_memory(keys.sample, simulations)
-        data, standardiser = prepare(self.prior, rows.theta, rows.x)
+        data, standardiser, relative = prepare(self.prior, rows.theta, rows.x)
         screened = self._screened(data)
         observation = observation_shape(rows.x)
         blueprint = self._blueprint(observation, screened)
@@ -237,7 +237,7 @@ class NPE:
             data, features=blueprint.select_features(data.features), stream=stream
         )
         return _Problem(
-            blueprint, standardiser, observation, selected, rows.x, data.features, screened
+            blueprint, standardiser, observation, selected, relative, data.features, screened
         )
 
     def _screened(self, data: TrainingData) -> tuple[int, ...] | None:
@@ -282,7 +282,7 @@ class NPE:
             emulator,
             self.prior,
             Seen(data.y, blueprint.select_features(flatten_rows(problem.x)), failed),
-            problem.standardiser.of(blueprint.feature_indices),
+            problem.standardiser.of(blueprint.feature_indices)._replace(origin=None),
             members=self.members,
             training=self.training,
             progress=progress,
@@ -310,12 +310,13 @@ class NPE:
             training = plain.training.with_checkpoint_of(self.training)
         return dataclasses.replace(plain, training=training)
 
-    def _check(self, simulations: Simulations) -> None:
-        """Raise an error unless the simulations fit the estimator."""
+    def _checked(self, simulations: Simulations) -> Simulations:
+        """Return the simulations, aligned with the prior; raise an error if they do not fit."""
         if not isinstance(simulations, Simulations):
             raise ValueError(
                 f"simulations: expected sf.Simulations, got {type(simulations).__name__}"
             )
+        simulations = simulations.aligned(self.prior)
         dim = simulations.theta.shape[1]
         if dim != self.prior.dim:
             raise ValueError(
@@ -333,6 +334,7 @@ class NPE:
             )
         if simulations.on_disk and self.emulator is not None:
             raise ValueError("emulator: expected none with observations on disk, got one")
+        return simulations
 
 
 class _Problem(NamedTuple):
@@ -343,7 +345,7 @@ class _Problem(NamedTuple):
         standardiser: Standardiser of all entries of the observation.
         observation: Shape and dtype of one observation.
         data: Training rows, with the features that the model uses.
-        x: Observations of the training rows.
+        x: Observations of the training rows, relative to the origin of the standardiser.
         features: All features of the training rows, shape (N, C).
         screened: Indices of the entries that the screening selected; None without screening.
     """

@@ -22,6 +22,7 @@ from sbi_flows.core.typing import Key, Obs
 from sbi_flows.densities.conditional import Blueprint
 from sbi_flows.densities.embedded import spaces_of
 from sbi_flows.estimators.emulator import Emulated
+from sbi_flows.observations.origin import fit_origin
 from sbi_flows.observations.standardise import Standardiser, fit_standardiser
 from sbi_flows.observations.typicality import fit_typicality
 from sbi_flows.posteriors.direct import Posterior
@@ -46,10 +47,17 @@ def standard_coordinates(prior: Prior, theta: Array) -> Array:
     return prior.to_standard(theta)
 
 
+def prepare(prior: Prior, theta: Array, x: Obs) -> tuple[TrainingData, Standardiser, Obs]:
+    """Return the training rows, the standardiser fitted to x, and x relative to its origin."""
+    origin = fit_origin(x)
+    relative = x if origin is None else origin.subtract(x)
+    data, standardiser = _prepared(prior, theta, relative)
+    return data, standardiser._replace(origin=origin), relative
+
+
 @jax.jit
 @full_precision
-def prepare(prior: Prior, theta: Array, x: Obs) -> tuple[TrainingData, Standardiser]:
-    """Return the training rows, and the standardiser fitted to x."""
+def _prepared(prior: Prior, theta: Array, x: Obs) -> tuple[TrainingData, Standardiser]:
     y, standardiser = prior.to_standard(theta), fit_standardiser(x)
     return TrainingData(y, standardiser(x), prior.standard_log_det(y, theta)), standardiser
 
@@ -109,7 +117,8 @@ def stream_of(
 
     def read(places: np.ndarray) -> tuple[Array, Array]:
         chunk = simulations[numbers[places]]
-        return _read(prior, blueprint, standardiser, chunk.theta, chunk.x)
+        relative = standardiser.relative(chunk.x)
+        return _read(prior, blueprint, standardiser._replace(origin=None), chunk.theta, relative)
 
     return Stream(np.arange(len(numbers)), sample, read)
 
@@ -134,10 +143,3 @@ def summarised(key: Key, posterior: Posterior, features: Array) -> Posterior:
     spaces = partial(spaces_of, blueprint, weights)
     typicality = fit_typicality(key, spaces, posterior.standardiser, features)
     return dataclasses.replace(posterior, typicality=typicality)
-
-
-@jax.jit
-@full_precision
-def standardised(standardiser: Standardiser, x: Obs) -> Array:
-    """Return the features (N, C) of observations."""
-    return standardiser(x)

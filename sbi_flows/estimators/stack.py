@@ -15,8 +15,9 @@ import numpy as np
 
 from sbi_flows.core.typing import Key
 from sbi_flows.estimators.base import Estimator
-from sbi_flows.estimators.rows import rows_in_memory, standardised, summarised
+from sbi_flows.estimators.rows import rows_in_memory, summarised
 from sbi_flows.estimators.stacking import StackHistory, fit_each
+from sbi_flows.observations.standardise import features_of
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.simulations import Simulations
@@ -141,7 +142,7 @@ class Stack:
         posterior = _mixture(parts)
         if summarise:
             rows, _ = rows_in_memory(FitKeys.of(key).sample, simulations)
-            features = standardised(posterior.standardiser, rows.x)
+            features = features_of(posterior.standardiser, rows.x)
             posterior = summarised(key, posterior, features)
         record = of_fit(self, simulations, history)
         return dataclasses.replace(posterior, record=record), history

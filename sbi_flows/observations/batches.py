@@ -6,12 +6,15 @@ Public names: `as_batch`, `require_single`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from sbi_flows.core.checks import as_real_tree
+from sbi_flows.core.checks import as_array, as_real_array, as_tree, require_real
+from sbi_flows.core.doubles import is_single_precision
 from sbi_flows.core.pytrees import is_traced
 from sbi_flows.core.typing import Obs
 
@@ -26,16 +29,18 @@ def as_batch(x: Obs, like: Obs) -> tuple[Obs, bool]:
         like: Shape and dtype of one observation (`jax.ShapeDtypeStruct` leaves).
 
     Returns:
-        The batch, and whether x was a single observation.
+        The batch, and whether x was a single observation. An array whose dtype in `like` is float64
+        is a NumPy array if JAX is in single precision.
 
     Raises:
         ValueError: The shape or structure of x differs from `like`, or x has entries that are not
             real numbers, or contains NaN or infinity.
     """
     expected = [tuple(leaf.shape) for leaf in jax.tree.leaves(like)]
-    x = as_real_tree("x", x)
+    x = as_tree("x", x, _as_exact_array, like)
     if jax.tree.structure(x) != jax.tree.structure(like):
         raise ValueError(f"x: expected {_described(like)}, got {_described(x)}")
+    x = jax.tree.map(_as_dtype_of, x, like)
     if not is_traced(x):
         x = jax.tree.map(np.asarray, x)
         if not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(x)):
@@ -50,8 +55,9 @@ def as_batch(x: Obs, like: Obs) -> tuple[Obs, bool]:
         raise ValueError(f"x: expected shape {wanted}, or a batch of it, got {got}")
     if not single and () not in lengths and lengths == {(0,)}:
         raise ValueError("x: expected at least one observation, got an empty batch")
-    batch = [jnp.asarray(leaf[None] if single else leaf) for leaf in leaves]
-    return jax.tree.unflatten(jax.tree.structure(like), batch), single
+    batch = [leaf[None] if single else leaf for leaf in leaves]
+    tree = jax.tree.unflatten(jax.tree.structure(like), batch)
+    return jax.tree.map(lambda a, b: a if _is_double(b) else jnp.asarray(a), tree, like), single
 
 
 def require_single(x: Obs, like: Obs, *, instead: str = "") -> None:
@@ -64,6 +70,25 @@ def require_single(x: Obs, like: Obs, *, instead: str = "") -> None:
     """
     if not as_batch(x, like)[1]:
         raise ValueError(f"x: expected one observation, got a batch{instead}")
+
+
+def _as_exact_array(name: str, value: Any) -> Array | np.ndarray:
+    """Convert a value to an array of real numbers in its own dtype."""
+    array = as_array(name, value)
+    require_real(name, array.dtype)
+    return array
+
+
+def _is_double(like: Any) -> bool:
+    """Return whether an array stays on the host, in double precision."""
+    return like.dtype == np.float64 and is_single_precision()
+
+
+def _as_dtype_of(value: Any, like: Any) -> Any:
+    """Convert an array to float64 if it stays on the host, and else to a dtype of JAX."""
+    if _is_double(like) and not is_traced(value):
+        return np.asarray(value, np.float64)
+    return as_real_array("x", value)
 
 
 def _described(x: Obs) -> str:

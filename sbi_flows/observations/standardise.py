@@ -1,6 +1,7 @@
 """Standardisation: map observations to flat feature vectors with a robust location and scale.
 
-Public names: `Standardiser`, `fit_standardiser`, `flatten_rows`, `unflatten_rows`, `entry_labels`.
+Public names: `Standardiser`, `fit_standardiser`, `features_of`, `flatten_rows`, `unflatten_rows`,
+`entry_labels`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sbi_flows.core.precision import full_precision
+from sbi_flows.core.pytrees import is_traced
 from sbi_flows.core.typing import Obs
+from sbi_flows.observations.origin import Origin, fit_origin
 
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 
@@ -39,16 +43,19 @@ class Standardiser(NamedTuple):
         floor: Value below which a straight line replaces the logarithm, shape (C,); zero if no
             logarithm is taken.
         linear: Half-width of the linear range, in units of `scale`.
+        origin: Location and scale that are removed in double precision before everything else;
+            None if the observations are in JAX's precision.
     """
 
     center: Array
     scale: Array
     floor: Array
     linear: float = 3.0
+    origin: Origin | None = None
 
     def __call__(self, x: Obs) -> Array:
         """Map a batch of observations (B, *event) to features (B, C)."""
-        rows = _logarithms(flatten_rows(x), self.floor)
+        rows = _logarithms(flatten_rows(self.relative(x)), self.floor)
         s = (rows - self.center[None]) / self.scale[None]
         # a finite number divided by a small scale may overflow
         largest = jnp.finfo(s.dtype).max
@@ -61,19 +68,41 @@ class Standardiser(NamedTuple):
         if places is None:
             return self
         at = np.asarray(places)
-        return Standardiser(self.center[at], self.scale[at], self.floor[at], self.linear)
+        origin = None if self.origin is None else self.origin.of(at)
+        return Standardiser(self.center[at], self.scale[at], self.floor[at], self.linear, origin)
 
-    def inverse(self, features: Array) -> Array:
-        """Map features (B, C) back to flattened observations (B, C)."""
+    def relative(self, x: Obs) -> Obs:
+        """Return observations (B, *event) without their origin, in JAX's precision."""
+        return x if self.origin is None else self.origin.subtract(x)
+
+    def inverse(self, features: Array) -> Array | np.ndarray:
+        """Map features (B, C) back to flattened observations (B, C).
+
+        With an origin, the result is a NumPy array of float64, unless the features are traced.
+        """
         beyond = jnp.maximum(jnp.abs(features) - self.linear, 0.0)
         s = jnp.clip(features, -self.linear, self.linear) + jnp.sign(features) * jnp.expm1(beyond)
         rows = s * self.scale[None] + self.center[None]
-        return _exponentials(rows, self.floor)
+        rows = _exponentials(rows, self.floor)
+        return rows if self.origin is None else self.origin.restore(rows)
 
 
 def fit_standardiser(x: Obs) -> Standardiser:
     """Fit a standardiser to a batch of finite observations (N, *event)."""
-    return Standardiser(*_fitted(x))
+    origin = fit_origin(x)
+    relative = x if origin is None else origin.subtract(x)
+    return Standardiser(*_fitted(relative), origin=origin)
+
+
+def features_of(standardiser: Standardiser, x: Obs) -> Array:
+    """Compute the features (B, C) of observations (B, *event) in one compiled program.
+
+    Arrays in double precision are first made relative to the origin on the host. `jax.jit` would
+    round them before anything is subtracted.
+    """
+    if standardiser.origin is None or is_traced(x):
+        return _features(standardiser, x)
+    return _features(standardiser._replace(origin=None), standardiser.relative(x))
 
 
 def flatten_rows(x: Obs) -> Array:
@@ -148,15 +177,22 @@ def _skewness(tails: Array) -> Array:
 
 
 @jax.jit
+@full_precision
+def _features(standardiser: Standardiser, x: Obs) -> Array:
+    return standardiser(x)
+
+
+@jax.jit
 def _fitted(x: Obs) -> tuple[Array, Array, Array]:
     floor = jnp.concatenate([_floors(flatten_rows(leaf)) for leaf in jax.tree.leaves(x)])
     rows = _logarithms(flatten_rows(x), floor)
     low, center, high = jnp.quantile(rows, jnp.asarray([0.25, 0.5, 0.75]), axis=0)
     # root mean square deviation from the median, scaled so that it cannot overflow
     spread = (high - low) / _NORMAL_IQR
-    size = jnp.maximum(jnp.max(jnp.abs(rows - center[None]), axis=0), 1e-30)
+    smallest = 8.0 * jnp.finfo(rows.dtype).tiny
+    size = jnp.maximum(jnp.max(jnp.abs(rows - center[None]), axis=0), smallest)
     deviation = size * jnp.sqrt(jnp.mean(((rows - center[None]) / size[None]) ** 2, axis=0))
     # differences as small as the rounding error of the values carry no information
     least = 1e-6 * jnp.abs(center)
     scale = jnp.where(spread > least, spread, deviation)
-    return center, jnp.where(scale > jnp.maximum(least, 1e-30), scale, 1.0), floor
+    return center, jnp.where(scale > jnp.maximum(least, smallest), scale, 1.0), floor

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from sbi_flows.artefact.layers import SavedPosterior
-from sbi_flows.core.checks import as_real_tree
+from sbi_flows.core.checks import as_real_array, as_tree
 from sbi_flows.core.pytrees import register_pytree
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.observations.batches import as_batch
@@ -203,5 +203,5 @@ def single_shape(x: Obs) -> Obs:
     Raises:
         ValueError: x has entries that are not real numbers.
     """
-    arrays = jax.tree.map(jnp.asarray, as_real_tree("x", x))
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
+    arrays = as_tree("x", x, as_real_array)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.asarray(a).dtype), arrays)

@@ -33,6 +33,7 @@ from sbi_flows.core.errors import ArtefactError
 from sbi_flows.core.typing import Obs
 from sbi_flows.densities.conditional import Blueprint, Embedding, Weights
 from sbi_flows.densities.embedded import space_widths
+from sbi_flows.observations.origin import Origin
 from sbi_flows.observations.standardise import Standardiser
 from sbi_flows.observations.typicality import Typicality
 from sbi_flows.prior.checks import MAX_ENTRIES
@@ -40,6 +41,7 @@ from sbi_flows.prior.prior import Prior
 
 _PRECISIONS = ("float32", "float64")
 _STANDARDISER = ("standardiser/center", "standardiser/scale", "standardiser/floor")
+_ORIGIN = {"high": "float32", "low": "float32", "exponent": "int32"}
 _FIELD_NAMES = (
     *("format", "written_by", "precision", "prior", "observation", "linear"),
     *("ensembles", "typicality", "record"),
@@ -71,6 +73,10 @@ def encode(contents: Contents) -> SavedPosterior:
     prior = priors.encode(contents.prior, tensors)
     for name, array in zip(_STANDARDISER, standardiser[:3], strict=True):
         tensors[name] = np.asarray(array)
+    if standardiser.origin is not None:
+        for name, dtype in _ORIGIN.items():
+            array = np.asarray(getattr(standardiser.origin, name))
+            tensors[f"standardiser/{name}"] = array.astype(dtype)
     parts = zip(contents.blueprints, contents.weights, contents.shares, strict=True)
     written = []
     for i, (blueprint, weights, share) in enumerate(parts):
@@ -85,6 +91,8 @@ def encode(contents: Contents) -> SavedPosterior:
         "ensembles": written,
         "typicality": gates.encode(contents.typicality, tensors),
     }
+    if standardiser.origin is not None:  # written only if it is needed
+        document["has_origin"] = True
     return SavedPosterior(document, tensors, contents.record)
 
 
@@ -97,6 +105,7 @@ class DirectHeader(NamedTuple):
         bounded: Whether each standard coordinate of the prior is bounded.
         observation: Shape and dtype of one observation.
         linear: Half-width of the standardiser's linear range.
+        has_origin: Whether the standardiser removes an origin in double precision.
         ensembles: Description of each ensemble of networks.
         shares: Weight of each ensemble in the mixture.
         needs_embedding: For each ensemble, whether the user must supply its embedding.
@@ -109,6 +118,7 @@ class DirectHeader(NamedTuple):
     bounded: tuple[bool, ...]
     observation: Obs
     linear: float
+    has_origin: bool
     ensembles: tuple[ensembles.Ensemble, ...]
     shares: tuple[float, ...]
     needs_embedding: tuple[bool, ...]
@@ -128,6 +138,8 @@ def require_header(
     Raises:
         ArtefactError: The document is malformed, or an embedding is missing.
     """
+    document = dict(document)
+    has_origin = expect_type("has_origin", document.pop("has_origin", False), bool, "a flag")
     _, _, precision, prior, observation, linear, parts, spaces, record = expect_fields(
         "document", document, *_FIELD_NAMES
     )
@@ -135,7 +147,7 @@ def require_header(
         raise ArtefactError(f"precision: expected one of {_PRECISIONS}, got {precision!r:.80}")
     spaces = expect_integer("typicality", spaces, 0, gates.MAX_SPACES)
     record = expect_type("record", record, dict, "an object")
-    observation = ensembles.decode_observation(observation)
+    observation = ensembles.decode_observation(observation, keep_doubles=has_origin)
     parts, shares = _shares(parts)
     needs_embedding = tuple(embeddings.is_users(part.get("embedding")) for part in parts)
     bounded = _bounded(prior)
@@ -151,6 +163,7 @@ def require_header(
         bounded=bounded,
         observation=observation,
         linear=expect_number("linear", linear),
+        has_origin=has_origin,
         ensembles=ensemble_parts,
         shares=shares,
         needs_embedding=needs_embedding,
@@ -168,7 +181,15 @@ def require_tensors(header: DirectHeader, table: Mapping[str, Entry]) -> set[str
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(header.observation))
     for name in _STANDARDISER:
         ensembles.require_entry(name, Entry(np.dtype(header.precision), (size,), 0), table)
-    names = {*_STANDARDISER, *priors.tensor_names(header.prior), *gates.names(header.spaces)}
+    origin = {f"standardiser/{n}": np.dtype(d) for n, d in _ORIGIN.items() if header.has_origin}
+    for name, dtype in origin.items():
+        ensembles.require_entry(name, Entry(dtype, (size,), 0), table)
+    names = {
+        *_STANDARDISER,
+        *origin,
+        *priors.tensor_names(header.prior),
+        *gates.names(header.spaces),
+    }
     x64 = header.precision == "float64"
     for ensemble, is_users in zip(header.ensembles, header.needs_embedding, strict=True):
         names |= ensembles.require(ensemble, is_users, table, x64)
@@ -206,11 +227,17 @@ def decode(header: DirectHeader, file: ArtefactFile, user_prior: Prior | None) -
         blueprints=blueprints,
         weights=weights,
         shares=header.shares,
-        standardiser=Standardiser(center, scale, floor, header.linear),
+        standardiser=Standardiser(center, scale, floor, header.linear, _origin(header, file)),
         observation=header.observation,
         record=MappingProxyType(header.record),
         typicality=gates.decode(header.spaces, sizes, file.table, file.tensor),
     )
+
+
+def _origin(header: DirectHeader, file: ArtefactFile) -> Origin | None:
+    if not header.has_origin:
+        return None
+    return Origin(**{n: jnp.asarray(file.tensor(f"standardiser/{n}")) for n in _ORIGIN})
 
 
 def _shares(value: Any) -> tuple[list[dict[str, Any]], tuple[float, ...]]:

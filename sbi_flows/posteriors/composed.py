@@ -31,7 +31,7 @@ from flax import nnx
 from jax import Array
 
 from sbi_flows.artefact.layers import Layer, LayerCodec, SavedPosterior
-from sbi_flows.core.checks import require_count, require_object
+from sbi_flows.core.checks import as_array, require_count, require_object
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.pytrees import register_pytree
 from sbi_flows.core.typing import Key, Obs
@@ -143,18 +143,19 @@ class ComposedPosterior(Derived):
         if extra == 2:
             if len({np.shape(leaf)[:2] for leaf in jax.tree.leaves(x)}) != 1:
                 raise ValueError("x: expected sets (B, N, *event) of equal B and N, got others")
-            flat = jax.tree.map(lambda a: jnp.reshape(a, (-1, *np.shape(a)[2:])), x)
+            sets = jax.tree.map(partial(as_array, "x"), x)
+            flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sets)
             self.posterior._bind(flat)
-            return x, False
+            return sets, False
         if self.posterior.is_single(x):
             raise ValueError("x: expected a set of observations (N, *event), got one observation")
-        return jax.tree.map(lambda a: jnp.asarray(a)[None], x), True
+        return jax.tree.map(lambda a: as_array("x", a)[None], x), True
 
     def _bind(self, x: Obs) -> tuple[Array, bool]:
         """Return features (B, N, C), and whether x was a single set."""
         sets, single = self._sets(x)
         shape = jnp.shape(jax.tree.leaves(sets)[0])[:2]
-        flat = jax.tree.map(lambda a: jnp.reshape(a, (-1, *a.shape[2:])), sets)
+        flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sets)
         features = self.posterior._bind(flat)[0]
         return features.reshape(*shape, -1), single
 

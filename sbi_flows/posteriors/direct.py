@@ -6,7 +6,7 @@ Public names: `Posterior`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,12 +16,13 @@ import numpy as np
 from jax import Array
 
 from sbi_flows.artefact.layers import SavedPosterior
+from sbi_flows.core.frames import in_order
 from sbi_flows.core.pytrees import register_pytree
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.densities.conditional import Blueprint, Weights, needs_ode
 from sbi_flows.densities.embedded import spaces_of
 from sbi_flows.observations.batches import as_batch
-from sbi_flows.observations.standardise import Standardiser
+from sbi_flows.observations.standardise import Standardiser, features_of
 from sbi_flows.observations.typicality import Typicality
 from sbi_flows.posteriors import codec_direct, mixtures
 from sbi_flows.posteriors.base import AbstractPosterior
@@ -107,7 +108,7 @@ class Posterior(AbstractPosterior):
 
     def is_single(self, x: Obs) -> bool:
         """Return whether x is one observation, not a batch; raise ValueError if it is neither."""
-        return as_batch(x, self.observation)[1]
+        return as_batch(in_order("x", x, self._columns), self.observation)[1]
 
     def to_saved(self) -> SavedPosterior:
         """Return the data that `save` writes to the file.
@@ -120,8 +121,8 @@ class Posterior(AbstractPosterior):
 
     def _bind(self, x: Obs) -> tuple[Array, bool]:
         """Return features (B, C), and whether x was a single observation."""
-        batch, single = as_batch(x, self.observation)
-        return _standardised(self.standardiser, batch), single
+        batch, single = as_batch(in_order("x", x, self._columns), self.observation)
+        return features_of(self.standardiser, batch), single
 
     def _features_of(self, bound: Array) -> Array:
         return bound
@@ -153,6 +154,11 @@ class Posterior(AbstractPosterior):
         return log_prob - self.prior.standard_log_det(y, self.prior.from_standard(y))
 
     @property
+    def _columns(self) -> Sequence[str] | None:
+        """Names of the columns of the training observations, if they came as a table."""
+        return self.record.get("simulations", {}).get("columns")
+
+    @property
     def _parts(self) -> mixtures.Parts:
         return tuple(zip(self.blueprints, self.shares, strict=True))
 
@@ -163,11 +169,6 @@ register_pytree(
     static=("blueprints", "shares", "observation"),
     facts={"record": {}, "typicality": None},
 )
-
-
-@jax.jit
-def _standardised(standardiser: Standardiser, x: Obs) -> Array:
-    return standardiser(x)
 
 
 def _pad(rows: Array, n: int) -> Array:

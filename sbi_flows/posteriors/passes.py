@@ -32,6 +32,7 @@ def usable(posterior: PosteriorLike, simulations: Simulations, draws: int) -> Si
     """
     if draws < MIN_DRAWS:
         raise ValueError(f"draws: expected at least {MIN_DRAWS}, got {draws}")
+    simulations = simulations.aligned(posterior.prior)
     dim = simulations.theta.shape[1]
     if dim != posterior.prior.dim:
         raise ValueError(

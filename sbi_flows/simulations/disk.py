@@ -19,10 +19,14 @@ import numpy as np
 from jax import Array
 
 from sbi_flows.core.checks import as_real_array, require_real
+from sbi_flows.core.doubles import is_single_precision, needs_double
 from sbi_flows.core.typing import Obs
 
 MAX_READ_ENTRIES = 2**24
 """Maximum number of entries that are read from disk at once."""
+
+MAX_SAMPLE_ROWS = 1024
+"""Maximum number of rows that are read to find out whether single precision holds an array."""
 
 
 class LazyArray(abc.ABC):
@@ -92,7 +96,9 @@ class _Converted(LazyArray):
 
 
 def _dtype_in_memory(array: DiskArray) -> np.dtype:
-    """Return the dtype that the array would have in memory, as `as_real_array` chooses it."""
+    """Return the dtype that the array would have in memory, as `as_data_array` chooses it."""
+    if array.dtype.itemsize > 4 and is_single_precision() and needs_double(_sample_of(array)):
+        return np.dtype(np.float64)
     without_entries = as_real_array("x", np.zeros(0, array.dtype)).dtype
     if without_entries.kind not in "iu" or without_entries == array.dtype.newbyteorder("="):
         return without_entries
@@ -101,10 +107,17 @@ def _dtype_in_memory(array: DiskArray) -> np.dtype:
     return without_entries if dtypes <= {without_entries} else np.dtype(jnp.result_type(float))
 
 
+def _sample_of(array: DiskArray) -> np.ndarray:
+    """Read evenly spaced rows, at most `MAX_SAMPLE_ROWS` of them and `MAX_READ_ENTRIES` entries."""
+    row_entries = max(1, math.prod(array.shape[1:]))
+    count = max(1, min(MAX_SAMPLE_ROWS, MAX_READ_ENTRIES // row_entries, len(array)))
+    return np.asarray(array[np.linspace(0, len(array) - 1, count).astype(int)])
+
+
 def finite_rows_on_disk(x: Obs, finite_rows: Callable[[list[Array]], Array]) -> Array:
     """Apply `finite_rows`, a function that finds the finite rows, to x in blocks of rows."""
     leaves = jax.tree.leaves(x)
-    parts = [finite_rows([jnp.asarray(a[rows]) for a in leaves]) for rows in _slices(leaves)]
+    parts = [finite_rows([np.asarray(a[rows]) for a in leaves]) for rows in _slices(leaves)]
     return jnp.concatenate(parts)
 
 

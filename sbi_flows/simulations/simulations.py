@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,16 @@ from jax.core import Tracer
 from sbi_flows.core.checks import (
     as_array,
     as_real_array,
-    as_real_tree,
+    as_tree,
     require_memory,
     require_real,
 )
+from sbi_flows.core.doubles import as_data_array, is_double
+from sbi_flows.core.errors import SbiFlowsWarning
+from sbi_flows.core.frames import column_names
 from sbi_flows.core.typing import Obs
+from sbi_flows.core.warn import warn_user
+from sbi_flows.prior.base import Prior, labels
 from sbi_flows.simulations.disk import (
     ON_DISK,
     LazyArray,
@@ -35,25 +41,42 @@ from sbi_flows.simulations.disk import (
 MAX_INDEX = 2**31 - 1
 """Maximum number of rows, and of entries in a row: the largest 32-bit index."""
 
+MAX_SILENT_FRACTION = 0.1
+"""Fraction of rows with NaN or infinity above which `Simulations` issues a warning."""
+
+
+class Names(NamedTuple):
+    """Names of the columns of theta (D,) and of x (C,); None where they have no names."""
+
+    theta: tuple[str, ...] | None = None
+    x: tuple[str, ...] | None = None
+
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class Simulations:
     """Pairs of parameters and simulated observations.
 
-    Failed rows stay in the data set and are marked invalid, so that they can be counted.
+    Failed rows stay in the data set and are marked invalid, so that they can be counted. If more
+    than a tenth of the rows are invalid, a warning gives their number.
+
+    Arrays of any library are accepted, and so are tables with named columns. A list holds rows; a
+    dict or a tuple holds several arrays. See docs/data.md.
 
     Observations that do not fit in memory can stay on disk: pass a memory-mapped array, as returned
     by `np.load("x.npy", mmap_mode="r")` or `np.memmap`, or use a `SimulationStore`. Training then
     reads the observations in parts.
 
     Attributes:
-        theta: Parameters, shape (N, D).
+        theta: Parameters, shape (N, D). The argument may also be a table or a dict of arrays, whose
+            columns are matched by name with the parameters of the prior.
         x: Observations, shape (N, *event), or a dict of such arrays. The dtype is the same whether
-            the arrays are in memory or on disk.
+            the arrays are in memory or on disk. An array of float64 that single precision cannot
+            hold, such as Julian dates, stays a NumPy array of float64.
         valid: Whether each row is valid, shape (N,). A row is valid if its observation is finite
             and the argument `valid`, if given, is true for the row.
         round: Round of sequential inference in which each row was simulated, shape (N,). It is zero
             if the inference is not sequential.
+        names: Names of the columns of theta and x, if they were given as tables or dicts.
 
     Raises:
         ValueError: The arrays have different numbers of rows, theta is not a finite (N, D) array, x
@@ -70,20 +93,29 @@ class Simulations:
     x: Obs
     valid: Array
     round: Array
+    names: Names
 
     def __init__(
         self, theta: Any, x: Obs, *, valid: Any | None = None, round: Any | None = None
     ) -> None:
         """Check the user's arrays, and mark rows of x with NaN or infinity as invalid."""
-        theta = as_parameters(theta)
+        theta, theta_names = _named_columns(theta)
+        theta, names = as_parameters(theta), Names(theta_names, column_names(x))
         n = len(theta)
-        x = as_real_tree("x", x, kept=ON_DISK)
+        x = as_tree("x", x, as_data_array, kept=ON_DISK)
         _require_rows(x, n)
         valid = jnp.ones(n, bool) if valid is None else _integers("valid", valid, n, 1)
         round = (
             jnp.zeros(n, jnp.int32) if round is None else _integers("round", round, n, MAX_INDEX)
         )
-        _set_fields(self, theta, x, valid, round)
+        _set_fields(self, theta, x, valid, round, names)
+        not_finite = int(np.sum(np.asarray(valid, bool))) - self.num_valid
+        if not_finite > MAX_SILENT_FRACTION * n:
+            warn_user(
+                f"x: {not_finite:,} of {n:,} rows contain NaN or infinity; a fit uses the other "
+                f"{self.num_valid:,}",
+                SbiFlowsWarning,
+            )
 
     def __len__(self) -> int:
         """Number of rows N, including failed rows."""
@@ -119,12 +151,34 @@ class Simulations:
         """Whether the observations are on disk. If so, training reads them in parts."""
         return is_on_disk(self.x)
 
+    def aligned(self, prior: Prior) -> Simulations:
+        """Return the simulations with the columns of theta in the order of a prior's parameters.
+
+        Columns without names, and columns for a prior without names, are taken in their order.
+
+        Raises:
+            ValueError: The names of the columns are not those of the prior's parameters.
+        """
+        found, wanted = self.names.theta, prior.labels
+        if found is None or not prior.is_named or found == tuple(wanted):
+            return self
+        if sorted(found) != sorted(wanted):
+            raise ValueError(
+                f"theta: expected columns with the names of the prior, {', '.join(wanted)}, got "
+                f"{', '.join(found)}"
+            )
+        order = np.array([found.index(label) for label in wanted])
+        aligned = jax.tree.map(lambda leaf: leaf, self)
+        object.__setattr__(aligned, "theta", self.theta[:, order])
+        object.__setattr__(aligned, "names", self.names._replace(theta=tuple(wanted)))
+        return aligned
+
     def only_valid(self) -> Simulations:
         """Return simulations with the valid rows only."""
         return self if self.num_valid == len(self) else self[np.flatnonzero(self.valid)]
 
 
-_FIELDS = tuple(field.name for field in dataclasses.fields(Simulations))
+_LEAVES = ("theta", "x", "valid", "round")
 
 
 def unchecked_simulations(theta: Array, x: Obs, valid: Any) -> Simulations:
@@ -135,26 +189,29 @@ def unchecked_simulations(theta: Array, x: Obs, valid: Any) -> Simulations:
     Rows of x with NaN or infinity are marked invalid, as in `Simulations`.
     """
     simulations = object.__new__(Simulations)
-    _set_fields(simulations, theta, x, valid, jnp.zeros(len(theta), jnp.int32))
+    _set_fields(simulations, theta, x, valid, jnp.zeros(len(theta), jnp.int32), Names())
     return simulations
 
 
-def _set_fields(simulations: Simulations, theta: Array, x: Obs, valid: Any, round: Any) -> None:
+def _set_fields(
+    simulations: Simulations, theta: Array, x: Obs, valid: Any, round: Any, names: Names
+) -> None:
     x = jax.tree.map(_as_leaf, x)
     finite = finite_rows_on_disk(x, finite_rows) if is_on_disk(x) else finite_rows(x)
     values = (theta, x, jnp.asarray(valid, bool) & finite, jnp.asarray(round, int))
-    for name, value in zip(_FIELDS, values, strict=True):
+    for name, value in zip((*_LEAVES, "names"), (*values, names), strict=True):
         object.__setattr__(simulations, name, value)
 
 
-def _children(simulations: Simulations) -> tuple[list[tuple[Any, Any]], None]:
-    return [(jax.tree_util.GetAttrKey(n), getattr(simulations, n)) for n in _FIELDS], None
+def _children(simulations: Simulations) -> tuple[list[tuple[Any, Any]], Names]:
+    leaves = [(jax.tree_util.GetAttrKey(n), getattr(simulations, n)) for n in _LEAVES]
+    return leaves, simulations.names
 
 
-def _from_children(_: None, children: Any) -> Simulations:
+def _from_children(names: Names, children: Any) -> Simulations:
     # without the constructor: it checks values, but the leaves may be tracers here
     simulations = object.__new__(Simulations)
-    for name, value in zip(_FIELDS, children, strict=True):
+    for name, value in zip((*_LEAVES, "names"), (*children, names), strict=True):
         object.__setattr__(simulations, name, value)
     return simulations
 
@@ -162,16 +219,21 @@ def _from_children(_: None, children: Any) -> Simulations:
 jax.tree_util.register_pytree_with_keys(Simulations, _children, _from_children)
 
 
-def _as_leaf(leaf: Any) -> Array | np.memmap | LazyArray:
-    """Convert an array to a JAX array; return an array on disk unchanged."""
+def _as_leaf(leaf: Any) -> Array | np.ndarray | LazyArray:
+    """Convert an array to a JAX array; return an array on disk or in double precision unchanged."""
     if isinstance(leaf, ON_DISK):
         return keep_on_disk(leaf)
-    return jnp.asarray(as_real_array("x", leaf))
+    return leaf if is_double(leaf) else jnp.asarray(as_real_array("x", leaf))
+
+
+def finite_rows(x: Obs) -> Array:
+    """Return whether each of the N rows is finite in all leaves of x, shape (N,)."""
+    # JAX would round numbers in double precision, possibly to infinity
+    return _finite_rows(jax.tree.map(lambda a: np.isfinite(a) if is_double(a) else a, x))
 
 
 @jax.jit
-def finite_rows(x: Obs) -> Array:
-    """Return whether each of the N rows is finite in all leaves of x, shape (N,)."""
+def _finite_rows(x: Obs) -> Array:
     rows = [jnp.all(jnp.isfinite(a), axis=tuple(range(1, a.ndim))) for a in jax.tree.leaves(x)]
     return jnp.all(jnp.stack(rows), axis=0)
 
@@ -179,6 +241,24 @@ def finite_rows(x: Obs) -> Array:
 def observation_shape(x: Obs) -> Obs:
     """Return shape and dtype of one row of x, as a tree of `jax.ShapeDtypeStruct`."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), x)
+
+
+def _named_columns(theta: Any) -> tuple[Any, tuple[str, ...] | None]:
+    """Return theta as one array or table, and the names of its columns, if it has any.
+
+    Raises:
+        ValueError: theta is a dict of arrays with different numbers of rows.
+    """
+    if not isinstance(theta, Mapping):
+        return theta, column_names(theta)
+    arrays = {name: np.asarray(as_array(f"theta: {name}", a)) for name, a in theta.items()}
+    rows = {a.shape[:1] for a in arrays.values()}
+    if len(rows) != 1 or rows == {()}:
+        shapes = {name: a.shape for name, a in arrays.items()}
+        raise ValueError(f"theta: expected arrays of N rows each, got the shapes {shapes}")
+    columns = [a.reshape(len(a), -1) for a in arrays.values()]
+    names = [label for name, a in arrays.items() for label in labels(name, a.shape[1:])]
+    return np.concatenate(columns, axis=1), tuple(names)
 
 
 def as_parameters(theta: Any) -> Array:

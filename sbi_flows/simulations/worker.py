@@ -113,8 +113,10 @@ def _cast_outputs(outputs: dict[str, tuple[tuple[int, ...], str]], x: Any) -> di
         raise ValueError(f"expected {_describe(outputs)}, got {_describe(arrays)}")
     cast_arrays = {}
     for name, (shape, dtype) in outputs.items():
-        value = np.asarray(arrays[name])
         what = f"{name}: " if name else ""
+        if count := np.ma.count_masked(arrays[name]):
+            raise ValueError(f"{what}expected numbers, got an array with {count} masked entries")
+        value = np.asarray(arrays[name])
         if value.shape != shape or value.dtype.kind not in "biuf":
             raise ValueError(
                 f"{what}expected numbers of shape {shape}, got {value.dtype} of shape {value.shape}"

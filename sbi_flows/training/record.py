@@ -42,7 +42,9 @@ def of_fit(estimator: Any, simulations: Simulations, history: Any) -> Mapping[st
 def _provenance(simulations: Simulations) -> dict[str, Any]:
     """Describe simulations by the numbers of rows, failed rows and rounds, and a hash of theta."""
     theta = np.ascontiguousarray(simulations.theta)
+    columns = {} if simulations.names.x is None else {"columns": list(simulations.names.x)}
     return {
+        **columns,
         "rows": len(simulations),
         "failed": len(simulations) - simulations.num_valid,
         "rounds": len(np.unique(simulations.round)),

@@ -1,0 +1,93 @@
+"""Tables of other libraries, such as pandas or polars data frames, as arrays with named columns.
+
+The libraries are not imported: a table is recognised by its attributes.
+
+A dict of columns, or a dict that is a single row, is matched by name as well.
+
+Public names: `is_table`, `column_names`, `in_order`, `table_array`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def is_table(value: Any) -> bool:
+    """Return whether a value is a data frame, or a series (one column or one row of a frame)."""
+    return callable(getattr(value, "to_numpy", None)) and not isinstance(
+        value, np.ndarray | jax.Array
+    )
+
+
+def column_names(value: Any) -> tuple[str, ...] | None:
+    """Return the names of a data frame's columns, or of the entries of one of its rows.
+
+    Returns:
+        The names; None if the value is not a table, or if its columns are only numbered.
+    """
+    if not is_table(value):
+        return None
+    names = getattr(value, "columns", None)
+    if names is None:  # a row of a data frame, as a series with the columns as its index
+        names = getattr(value, "index", ())
+    names = list(names) if not callable(names) else []
+    return tuple(names) if names and all(isinstance(name, str) for name in names) else None
+
+
+def in_order(name: str, value: Any, names: Sequence[str] | None) -> Any:
+    """Return a table with its columns in the order of `names`.
+
+    Args:
+        name: Name of the argument, for the error message.
+        value: Any value. A dict becomes an array, whose last axis has the order of `names`. Values
+            other than dicts and tables with named columns are returned unchanged.
+        names: Names of the columns; None if they are not known.
+
+    Raises:
+        ValueError: The table has other columns.
+    """
+    found = tuple(value) if isinstance(value, Mapping) else column_names(value)
+    if names is None or found is None:
+        return value
+    if sorted(found) != sorted(names):
+        raise ValueError(
+            f"{name}: expected a table with the columns {', '.join(names)}, got {', '.join(found)}"
+        )
+    if isinstance(value, Mapping):
+        return np.stack([np.asarray(value[n]) for n in names], axis=-1)
+    return value if found == tuple(names) else value[list(names)]
+
+
+def table_array(name: str, value: Any) -> np.ndarray:
+    """Convert a table to an array of numbers. Missing values become NaN, truth values 0 and 1.
+
+    Args:
+        name: Name of the argument, for the error message.
+        value: A data frame, shape (N, C), or a series, shape (N,).
+
+    Raises:
+        ValueError: A column does not hold real numbers; the message names the column.
+    """
+    if not hasattr(value, "columns"):
+        return _column(name, value)
+    labels = list(value.columns)
+    columns = [_column(f"{name}: column {label!r}", value[label]) for label in labels]
+    if not columns:
+        raise ValueError(f"{name}: expected a table with at least one column, got none")
+    return np.stack(columns, axis=-1)
+
+
+def _column(name: str, column: Any) -> np.ndarray:
+    array = np.asarray(column.to_numpy())
+    if array.dtype != object:
+        return array
+    # nullable dtypes of pandas give objects: numbers, truth values and pandas.NA
+    try:
+        return np.asarray(column.to_numpy(dtype="float64", na_value=np.nan))
+    except (TypeError, ValueError):
+        kinds = sorted({type(entry).__name__ for entry in array.ravel()[:1000]})
+        raise ValueError(f"{name}: expected real numbers, got {', '.join(kinds)}") from None

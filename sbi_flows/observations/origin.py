@@ -1,0 +1,124 @@
+"""Location and scale of observations that are removed in double precision.
+
+The map is z = (x - offset) / 2^exponent, computed in float64 on the host for arrays of float64. It
+loses nothing, and z is well represented in single precision. Arrays that single precision holds
+anyway have the offset 0 and the exponent 0.
+
+Public names: `Origin`, `fit_origin`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sbi_flows.core.doubles import is_double, is_single_precision
+from sbi_flows.core.pytrees import is_traced
+from sbi_flows.core.typing import Obs
+
+_MAX_EXPONENT = 40
+"""Values of a size between 2^-40 and 2^40 keep their scale."""
+
+
+class Origin(NamedTuple):
+    """Offset and exponent of each entry of a flattened observation.
+
+    The offset is the sum of two numbers in single precision, so that it keeps about 48 significant
+    bits when JAX copies it to a device.
+
+    Attributes:
+        high: Offset rounded to single precision, shape (C,).
+        low: Remainder of the offset, shape (C,).
+        exponent: Power of two by which the difference is divided, shape (C,).
+    """
+
+    high: Array
+    low: Array
+    exponent: Array
+
+    def subtract(self, x: Obs) -> Obs:
+        """Map observations (B, *event) to values in single precision, with the same structure.
+
+        Inside a JAX transformation such as `jit`, x is in single precision, and so is the result.
+        """
+        if is_traced(x) or not is_single_precision():
+            return self._by_leaf(x, _subtract)
+        return self._by_leaf(x, _subtract_on_host)
+
+    def restore(self, rows: Array | np.ndarray) -> Array | np.ndarray:
+        """Map flattened values (B, C) back; the result is a NumPy array of float64 on the host."""
+        if is_traced(rows):
+            return (jnp.ldexp(rows, self.exponent[None]) + self.low[None]) + self.high[None]
+        offset = np.asarray(self.high, float) + np.asarray(self.low, float)
+        return np.ldexp(np.asarray(rows, float), np.asarray(self.exponent)) + offset
+
+    def of(self, places: np.ndarray) -> Origin:
+        """Return the origin of the entries with indices `places`."""
+        return Origin(self.high[places], self.low[places], self.exponent[places])
+
+    def _by_leaf(self, x: Obs, subtract: Callable[..., Any]) -> Obs:
+        leaves, tree = jax.tree.flatten(x)
+        ends = np.cumsum([math.prod(leaf.shape[1:]) for leaf in leaves])
+        parts = []
+        for leaf, end in zip(leaves, ends, strict=True):
+            shape = leaf.shape[1:]
+            own = slice(end - math.prod(shape), end)
+            arrays = (jnp.reshape(a[own], (1, *shape)) for a in self)
+            parts.append(subtract(leaf, *arrays))
+        return jax.tree.unflatten(tree, parts)
+
+
+def fit_origin(x: Obs) -> Origin | None:
+    """Choose offset and exponent for a batch of observations (N, *event).
+
+    Returns:
+        The origin; None if no array is in double precision on the host (`is_double`).
+    """
+    leaves = jax.tree.leaves(x)
+    if is_traced(x) or not any(map(is_double, leaves)):
+        return None
+    parts = [_offset_and_exponent(leaf) for leaf in leaves]
+    offset, exponent = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    high = offset.astype(np.float32)
+    low = (offset - high.astype(float)).astype(np.float32)
+    return Origin(jnp.asarray(high), jnp.asarray(low), jnp.asarray(exponent))
+
+
+def _subtract(leaf: Array, high: Array, low: Array, exponent: Array) -> Array:
+    return jnp.ldexp((jnp.asarray(leaf, float) - high) - low, -exponent)
+
+
+def _subtract_on_host(leaf: Any, high: Array, low: Array, exponent: Array) -> Array:
+    if not is_double(leaf):
+        return jnp.asarray(leaf)
+    offset = np.asarray(high, float) + np.asarray(low, float)
+    z = np.ldexp(leaf - offset, -np.asarray(exponent))
+    largest = np.finfo(np.float32).max
+    return jnp.asarray(np.clip(z, -largest, largest), jnp.float32)
+
+
+def _offset_and_exponent(leaf: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return offset and exponent of each entry of one array (N, *shape), shape (C,) each."""
+    width = math.prod(leaf.shape[1:])
+    if not is_double(leaf):
+        return np.zeros(width), np.zeros(width, np.int32)
+    rows = leaf.reshape(len(leaf), -1)
+    low, middle, high = np.quantile(rows, [0.25, 0.5, 0.75], axis=0)
+    largest = np.max(np.abs(rows - middle), axis=0)
+    unit = np.where(largest > 0, largest, 1.0)
+    deviation = unit * np.sqrt(np.mean(((rows - middle) / unit) ** 2, axis=0))
+    spread = np.where(high > low, high - low, deviation)
+    # without an offset, positive values stay positive, so that their logarithm can be taken
+    is_far = 2.0**-24 * np.abs(middle) > 1e-4 * spread
+    # an offset of half the range of floats cannot be split into two numbers of single precision
+    is_far &= np.abs(middle) < np.finfo(np.float32).max
+    size = np.where(is_far, spread, np.maximum(np.abs(middle), spread))
+    exponent = np.frexp(np.where(size > 0, size, 1.0))[1]
+    exponent = np.where(np.abs(exponent) > _MAX_EXPONENT, exponent, 0)
+    return np.where(is_far, middle, 0.0), exponent.astype(np.int32)
