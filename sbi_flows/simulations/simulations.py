@@ -41,8 +41,8 @@ from sbi_flows.simulations.disk import (
 MAX_INDEX = 2**31 - 1
 """Maximum number of rows, and of entries in a row: the largest 32-bit index."""
 
-MAX_SILENT_FRACTION = 0.1
-"""Fraction of rows with NaN or infinity above which `Simulations` issues a warning."""
+MAX_SILENT_ROWS, MAX_SILENT_FRACTION = 10, 0.1
+"""Number and fraction of rows with NaN or infinity above which `Simulations` issues a warning."""
 
 
 class Names(NamedTuple):
@@ -57,7 +57,7 @@ class Simulations:
     """Pairs of parameters and simulated observations.
 
     Failed rows stay in the data set and are marked invalid, so that they can be counted. If more
-    than a tenth of the rows are invalid, a warning gives their number.
+    than ten rows, and a tenth of all rows, contain NaN or infinity, a warning gives their number.
 
     Arrays of any library are accepted, and so are tables with named columns. A list holds rows; a
     dict or a tuple holds several arrays. See docs/data.md.
@@ -110,7 +110,7 @@ class Simulations:
         )
         _set_fields(self, theta, x, valid, round, names)
         not_finite = int(np.sum(np.asarray(valid, bool))) - self.num_valid
-        if not_finite > MAX_SILENT_FRACTION * n:
+        if not_finite > max(MAX_SILENT_ROWS, MAX_SILENT_FRACTION * n):
             warn_user(
                 f"x: {not_finite:,} of {n:,} rows contain NaN or infinity; a fit uses the other "
                 f"{self.num_valid:,}",

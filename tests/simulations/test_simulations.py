@@ -202,14 +202,15 @@ def test_arrays_of_either_library_and_lists_are_accepted():
         np.testing.assert_array_equal(sims.round, [0, 0])
 
 
-def test_numbers_beyond_single_precision_keep_their_size_or_count_as_infinite():
-    """JAX's own conversion would overflow, to 5 and 0."""
+def test_numbers_beyond_single_precision_keep_their_size():
+    """JAX's own conversion would overflow, to 5, 0 and infinity."""
     sims = sf.Simulations(np.zeros((2, 1)), {"a": np.array([2**40 + 5, 1])})
     np.testing.assert_allclose(sims.x["a"], [2.0**40, 1.0])
     sims = sf.Simulations(np.zeros((2, 1)), np.array([2**63, 1], np.uint64))
     np.testing.assert_allclose(sims.x, [2.0**63, 1.0])
     sims = sf.Simulations(np.zeros((2, 1)), np.array([1e300, 1.0]))
-    np.testing.assert_array_equal(sims.valid, [False, True])
+    np.testing.assert_array_equal(sims.valid, [True, True])
+    np.testing.assert_array_equal(sims.x, [1e300, 1.0])
     assert sf.Simulations(np.zeros((2, 1)), np.array([7, 1])).x.dtype == jnp.int32
 
 
