@@ -254,7 +254,7 @@ def _compiled() -> tuple[Any, Any]:
 def _sample(prior: sf.Prior, flow: Any, key: Array, features: Array, n: int) -> Array:
     y = jnp.moveaxis(flow.sample(key, (n,), condition=features), 0, 1)
     bounded = jnp.asarray(prior.bounded)
-    return prior.from_standard(jnp.where(bounded, HALF_WIDTH * (2.0 * ndtr(y) - 1.0), y))
+    return prior.unchecked_from_standard(jnp.where(bounded, HALF_WIDTH * (2.0 * ndtr(y) - 1.0), y))
 
 
 def _log_prob(prior: sf.Prior, flow: Any, theta: Array, features: Array) -> Array:

@@ -102,7 +102,8 @@ def as_data_array(name: str, value: Any) -> Array | np.ndarray:
     """
     array = as_array(name, value)
     require_real(name, array.dtype)
-    is_wide = isinstance(array, np.ndarray) and array.dtype.kind in "fiu" and array.itemsize >= 4
-    if is_wide and array.dtype != np.float32 and is_single_precision() and needs_double(array):
-        return np.asarray(array, np.float64)
+    if isinstance(array, np.ndarray) and is_single_precision():
+        is_wide = array.dtype.kind in "fiu" and array.itemsize >= 4 and array.dtype != np.float32
+        if is_wide and needs_double(array):
+            return np.asarray(array, np.float64)
     return as_real_array(name, array)

@@ -75,7 +75,7 @@ def local_pairs(
     posterior: AbstractPosterior,
     sims: Simulations,
     observed: Obs,
-    samples: Array,
+    samples: Array | np.ndarray,
     *,
     progress: bool,
 ) -> LocalDraws:
@@ -96,13 +96,14 @@ def local_pairs(
     prior = posterior.prior
     draw_key, near_key = jax.random.split(key)
     drawn = _draw_moments(draw_key, posterior, sims, progress)
-    standard_samples = _to_standard(prior, samples)
+    standard_samples = _to_standard(prior, prior.relative(samples))
+    truths = prior.relative(sims.theta)
     frame = jax.tree.map(np.asarray, local_frame(standard_samples[None]))
     mean = np.concatenate([drawn.frame.mean, frame.mean])
     sd = np.concatenate([drawn.frame.sd, frame.sd])
     # A width larger by exp(1/2) counts as much as a mean shifted by one prior standard deviation.
     moments = np.concatenate([mean, 2.0 * np.log(sd)], axis=1)
-    truth_and_draw = np.asarray(_to_standard(prior, sims.theta)), np.asarray(drawn.standard)
+    truth_and_draw = np.asarray(_to_standard(prior, truths)), np.asarray(drawn.standard)
     features = _features(posterior, sims.x, observed)
     rows, weight = nearest(
         near_key, features, moments, truth_and_draw, NEIGHBOUR_SHARE, MIN_NEIGHBOURS
@@ -111,7 +112,7 @@ def local_pairs(
     truth, draw = (in_frame(frames, y[rows]) for y in truth_and_draw)
     scaled = [
         (theta[rows] - drawn.center[rows]) / drawn.scale[rows]
-        for theta in (np.asarray(sims.theta), drawn.theta)
+        for theta in (np.asarray(truths), drawn.theta)
     ]
     # Without this limit, one truth far from all draws would dominate the width.
     first, second = (np.clip(z, -MAX_DISTANCE_SD, MAX_DISTANCE_SD).astype(float) for z in scaled)
@@ -133,7 +134,7 @@ def _draw_moments(
     parts, numbers = [], (1 + MOMENT_DRAWS) * posterior.prior.dim
     for chunk_key, rows, count in chunks_of(key, len(sims), numbers, "draw", progress):
         samples = posterior.sample(chunk_key, sims[rows].x, 1 + MOMENT_DRAWS)
-        part = _reduce(posterior.prior, samples)
+        part = _reduce(posterior.prior, posterior.prior.relative(samples))
         parts.append(jax.tree.map(lambda leaf, m=count: np.asarray(leaf)[:m], part))
     drawn = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
     if not np.all(drawn.finite):
@@ -159,7 +160,9 @@ def _reduce(prior: Prior, samples: Array) -> _Moments:
 @jax.jit
 def _to_standard(prior: Prior, theta: Array | np.ndarray) -> Array:
     """Transform parameters (*, D) to standard coordinates (*, d), clipped to `MAX_COORDINATE`."""
-    return jnp.clip(prior.to_standard(theta), -MAX_COORDINATE, MAX_COORDINATE)
+    return jnp.clip(
+        prior.unchecked_to_standard(jnp.asarray(theta)), -MAX_COORDINATE, MAX_COORDINATE
+    )
 
 
 def _features(posterior: AbstractPosterior, x: Obs, observed: Obs) -> np.ndarray:

@@ -197,7 +197,7 @@ def predictive_check(
 
 
 def simulate_at_draws(
-    key: Key, prior: Prior, simulator: Simulator, theta: Array, progress: bool
+    key: Key, prior: Prior, simulator: Simulator, theta: Array | np.ndarray, progress: bool
 ) -> Simulations:
     """Simulate at posterior draws (n, D); return the simulations that succeeded.
 

@@ -104,7 +104,7 @@ def draw_pass(
     n, dim = valid.theta.shape
     if references is not None and np.shape(references) != (n, dim):
         raise ValueError(f"references: expected shape {(n, dim)}, got {np.shape(references)}")
-    points = jnp.zeros((n, dim)) if references is None else jnp.asarray(references)
+    points = np.zeros((n, dim)) if references is None else np.asarray(references)
     units = jnp.ones(dim) if scale is None else jnp.asarray(scale)
     draw_key, tie_key = jax.random.split(key)
     ranked = _num_density_draws(posterior, draws) if density else 0
@@ -112,7 +112,8 @@ def draw_pass(
     for chunk_key, rows, count in chunks_of(draw_key, n, draws * dim, "draw", progress):
         part = valid[rows]
         arrays = _draws_and_densities(chunk_key, posterior, part, draws, ranked)
-        reduced = _reduce(*arrays, part.theta, points[rows], units)
+        relative = map(posterior.prior.relative, (arrays[0], part.theta, points[rows]))
+        reduced = _reduce(*relative, *arrays[1:], units)
         chunks.append(jax.tree.map(lambda leaf, m=count: np.asarray(leaf)[:m], reduced))
     counts = {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
     _require_finite(counts["finite"])
@@ -126,7 +127,7 @@ def draw_pass(
         density=denser if density else None,
         distance=None if references is None else nearer,
         log_prob=counts["log_prob"] if ranked else None,
-        mean=counts["mean"],
+        mean=np.asarray(posterior.prior.absolute(jnp.asarray(counts["mean"]))),
         sd=counts["sd"],
         draws=draws,
         labels=tuple(posterior.prior.labels),
@@ -163,7 +164,7 @@ def _uniform_ranks(
 
 def _draws_and_densities(
     key: Key, posterior: AbstractPosterior, part: Simulations, draws: int, ranked: int
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array | np.ndarray, Array, Array]:
     """Return draws (B, L, D), log densities (B, ranked) of the first draws, and of truths (B,).
 
     Densities are zeros of shape (B, 1) and (B,) if `ranked` is 0.
@@ -177,7 +178,7 @@ def _draws_and_densities(
 
 @jax.jit
 def _reduce(
-    sample: Array, log_prob: Array, log_truth: Array, theta: Array, points: Array, units: Array
+    sample: Array, theta: Array, points: Array, log_prob: Array, log_truth: Array, units: Array
 ) -> dict[str, Array]:
     """Reduce the draws of each data set to counts and moments."""
     truth, point = theta[:, None], points[:, None]

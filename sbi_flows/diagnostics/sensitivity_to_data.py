@@ -209,8 +209,7 @@ def data_sensitivity(
         low, high = _standardised_steps(standardiser, batch, step)
         unit_text = "the training simulations' sd"
     else:
-        theta = jnp.asarray(samples)
-        valid = simulate_at_draws(simulate_key, posterior.prior, simulator, theta, progress)
+        valid = simulate_at_draws(simulate_key, posterior.prior, simulator, samples, progress)
         low, high = _simulated_steps(valid.x, batch, step)
         unit_text = "the sd of simulations at draws"
     low, high = _representable(shapes, batch, low, high)

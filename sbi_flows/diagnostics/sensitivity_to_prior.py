@@ -124,7 +124,7 @@ def _alternative(prior: PriorLike, old: Prior) -> Prior:
     return new
 
 
-def _log_prior(prior: Prior, theta: Array) -> np.ndarray:
+def _log_prior(prior: Prior, theta: Array | np.ndarray) -> np.ndarray:
     """Return the log prior density of draws (n, D), shape (n,).
 
     Raises:
@@ -136,7 +136,7 @@ def _log_prior(prior: Prior, theta: Array) -> np.ndarray:
     return _as_finite(prior.log_prob(theta), "draws outside the support of its prior")
 
 
-def _site_log_probs(prior: Prior, theta: Array) -> dict[str, np.ndarray]:
+def _site_log_probs(prior: Prior, theta: Array | np.ndarray) -> dict[str, np.ndarray]:
     """Return the log prior density of each named parameter, shape (n,) each."""
     log_probs = prior.site_log_probs(theta).items()
     return {name: np.asarray(value, np.float64) for name, value in log_probs}
@@ -151,7 +151,7 @@ def _as_finite(values: Array | np.ndarray, problem: str) -> np.ndarray:
 
 
 def _under_new_prior(
-    key: Key, old: Prior, new: Prior, theta: Array, log_prior: np.ndarray
+    key: Key, old: Prior, new: Prior, theta: Array | np.ndarray, log_prior: np.ndarray
 ) -> PriorSensitivity:
     """Re-weight draws to another prior.
 

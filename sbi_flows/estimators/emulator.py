@@ -271,7 +271,7 @@ def _standard(
     grid: Grid, emulated: Standardiser, standardiser: Standardiser, features: Array
 ) -> Array:
     """Convert emulated features to features of the estimator; NaN where a value overflows."""
-    x = quantised(grid, emulated.inverse(features))
+    x = quantised(grid, jnp.asarray(emulated.inverse(features)))
     return standardiser(jnp.where(jnp.isfinite(x), x, jnp.nan))
 
 

@@ -316,7 +316,7 @@ class NPE:
             raise ValueError(
                 f"simulations: expected sf.Simulations, got {type(simulations).__name__}"
             )
-        simulations = simulations.aligned(self.prior)
+        simulations = simulations.relative_to(self.prior)
         dim = simulations.theta.shape[1]
         if dim != self.prior.dim:
             raise ValueError(

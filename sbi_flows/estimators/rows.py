@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,17 +38,17 @@ SAMPLE_ROWS = 2**16
 @jax.jit
 def contains(prior: Prior, theta: Array) -> Array:
     """Return whether each row of theta lies in the support of the prior."""
-    return prior.contains(theta)
+    return prior.unchecked_contains(theta)
 
 
 @jax.jit
 @full_precision
 def standard_coordinates(prior: Prior, theta: Array) -> Array:
     """Return standard coordinates (N, d) of theta (N, D)."""
-    return prior.to_standard(theta)
+    return prior.unchecked_to_standard(theta)
 
 
-def prepare(prior: Prior, theta: Array, x: Obs) -> tuple[TrainingData, Standardiser, Obs]:
+def prepare(prior: Prior, theta: Any, x: Obs) -> tuple[TrainingData, Standardiser, Obs]:
     """Return the training rows, the standardiser fitted to x, and x relative to its origin."""
     origin = fit_origin(x)
     relative = x if origin is None else origin.subtract(x)
@@ -58,8 +59,8 @@ def prepare(prior: Prior, theta: Array, x: Obs) -> tuple[TrainingData, Standardi
 @jax.jit
 @full_precision
 def _prepared(prior: Prior, theta: Array, x: Obs) -> tuple[TrainingData, Standardiser]:
-    y, standardiser = prior.to_standard(theta), fit_standardiser(x)
-    return TrainingData(y, standardiser(x), prior.standard_log_det(y, theta)), standardiser
+    y, standardiser = prior.unchecked_to_standard(theta), fit_standardiser(x)
+    return TrainingData(y, standardiser(x), prior.unchecked_log_det(y, theta)), standardiser
 
 
 def with_emulated(
@@ -73,7 +74,7 @@ def with_emulated(
 @full_precision
 def _appended(prior: Prior, data: TrainingData, emulated: Emulated) -> TrainingData:
     y, features = emulated
-    log_det = prior.standard_log_det(y, prior.from_standard(y))
+    log_det = prior.unchecked_log_det(y, prior.unchecked_from_standard(y))
     more = TrainingData(y, features, log_det)
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), data, more)
 
@@ -128,7 +129,7 @@ def stream_of(
 def _read(
     prior: Prior, blueprint: Blueprint, standardiser: Standardiser, theta: Array, x: Obs
 ) -> tuple[Array, Array]:
-    return prior.to_standard(theta), blueprint.select_features(standardiser(x))
+    return prior.unchecked_to_standard(theta), blueprint.select_features(standardiser(x))
 
 
 def summarised(key: Key, posterior: Posterior, features: Array) -> Posterior:

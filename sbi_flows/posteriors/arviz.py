@@ -30,14 +30,16 @@ class Groups(NamedTuple):
         simulated: Simulations at posterior draws; None omits the group posterior_predictive.
     """
 
-    draws: Array
+    draws: Array | np.ndarray
     log_prob: Array
-    prior_draws: Array
+    prior_draws: Array | np.ndarray
     x: Obs
     simulated: Simulations | None = None
 
 
-def predictive_at(key: Key, prior: Prior, simulator: Simulator, draws: Array) -> Simulations:
+def predictive_at(
+    key: Key, prior: Prior, simulator: Simulator, draws: Array | np.ndarray
+) -> Simulations:
     """Simulate once at each of the posterior draws (n, D); failed simulations are left out."""
     sims = simulate_at(key, prior, simulator, draws, progress=False)
     return sims.only_valid()

@@ -136,7 +136,7 @@ class AbstractPosterior(Bindable):
             gate(self.typicality, self._features_of(bound), labels, partial(self.spaces, x))
         return AtObservation(self, bound, single)
 
-    def sample(self, key: Key, x: Obs, n: int) -> Array:
+    def sample(self, key: Key, x: Obs, n: int) -> Array | np.ndarray:
         """Draw from the posterior; all draws are inside the prior's support.
 
         Args:
@@ -155,7 +155,7 @@ class AbstractPosterior(Bindable):
         """
         return self.at(x).sample(key, n)
 
-    def sample_and_log_prob(self, key: Key, x: Obs, n: int) -> tuple[Array, Array]:
+    def sample_and_log_prob(self, key: Key, x: Obs, n: int) -> tuple[Array | np.ndarray, Array]:
         """Draw like `sample`; also return log densities (n,) or (B, n) of the draws, in nats."""
         return self.at(x).sample_and_log_prob(key, n)
 
@@ -180,7 +180,9 @@ class AbstractPosterior(Bindable):
         """
         return self.at(x).log_prob(theta)
 
-    def map(self, x: Obs, *, key: Key | None = None, starts: int = 1000, steps: int = 200) -> Array:
+    def map(
+        self, x: Obs, *, key: Key | None = None, starts: int = 1000, steps: int = 200
+    ) -> Array | np.ndarray:
         """Find the mode of the posterior: refine the best of many draws by gradient ascent.
 
         Args:

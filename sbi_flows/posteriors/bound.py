@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from sbi_flows.core.checks import as_random_key, as_real_array, require_count, require_memory
+from sbi_flows.core.checks import as_random_key, require_count, require_memory
 from sbi_flows.core.errors import SolveFailed
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.pytrees import is_traced, register_pytree
@@ -103,7 +103,7 @@ class AtObservation:
         """Prior of the parameters; it defines their names."""
         return self.posterior.prior
 
-    def sample(self, key: Key, n: int) -> Array:
+    def sample(self, key: Key, n: int) -> Array | np.ndarray:
         """Draw n parameter vectors, shape (n, D), all inside the prior's support.
 
         Raises:
@@ -114,7 +114,7 @@ class AtObservation:
         """
         return self._draw(key, n, with_log_prob=False)[0]
 
-    def sample_and_log_prob(self, key: Key, n: int) -> tuple[Array, Array]:
+    def sample_and_log_prob(self, key: Key, n: int) -> tuple[Array | np.ndarray, Array]:
         """Draw like `sample`; also return log densities (n,) of the draws, in nats."""
         return self._draw(key, n, with_log_prob=True)
 
@@ -140,7 +140,9 @@ class AtObservation:
         log_prob = self.posterior._log_prob(rows, self.bound)
         return self._require_solved(log_prob, log_prob.reshape(theta.shape[:-1]))
 
-    def map(self, *, key: Key | None = None, starts: int = 1000, steps: int = 200) -> Array:
+    def map(
+        self, *, key: Key | None = None, starts: int = 1000, steps: int = 200
+    ) -> Array | np.ndarray:
         """Find the mode, shape (D,): refine the best of many draws by gradient ascent.
 
         Args:
@@ -154,13 +156,14 @@ class AtObservation:
         """
         require_count(1, starts=starts, steps=steps)
         key = jax.random.key(0) if key is None else key
-        draws, log_prob = self.sample_and_log_prob(key, starts)
+        draws, log_prob = self._draw_relative(key, starts, with_log_prob=True)
         draws = draws.reshape(-1, starts, self.prior.dim)
         best = jnp.argmax(log_prob.reshape(-1, starts), axis=1)
         first = draws[jnp.arange(len(draws)), best]
         modes = in_chunks(
             partial(_ascend, steps, self.posterior), self.prior.dim, self.bound, first
         )[0]
+        modes = self.prior.absolute(modes)
         return modes[0] if self.is_single else modes
 
     def to_numpyro(self) -> PosteriorDistribution:
@@ -172,7 +175,8 @@ class AtObservation:
         standard coordinates.
 
         Raises:
-            ValueError: The posterior is bound to a batch of observations.
+            ValueError: The posterior is bound to a batch of observations, or single precision
+                cannot hold the parameters.
 
         Example:
             >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -196,6 +200,11 @@ class AtObservation:
             raise ValueError(
                 f"x: expected one observation for a numpyro distribution, got {self._count}"
             )
+        if self.prior.layout.offset:
+            raise ValueError(
+                f"prior: single precision, in which numpyro computes, cannot hold the values of "
+                f"{self.prior}; use jax.config.update('jax_enable_x64', True)"
+            )
         return PosteriorDistribution(self.prior, self)
 
     @property
@@ -209,7 +218,12 @@ class AtObservation:
             )
         return count
 
-    def _draw(self, key: Key, n: int, *, with_log_prob: bool) -> tuple[Array, Array]:
+    def _draw(self, key: Key, n: int, *, with_log_prob: bool) -> tuple[Array | np.ndarray, Array]:
+        draws, log_prob = self._draw_relative(key, n, with_log_prob=with_log_prob)
+        return self.prior.absolute(draws), log_prob
+
+    def _draw_relative(self, key: Key, n: int, *, with_log_prob: bool) -> tuple[Array, Array]:
+        """Draw parameters relative to the prior's offset."""
         require_count(1, n=n)
         key = as_random_key("key", key)
         require_memory("n", (self._count, int(n), self.prior.dim), jnp.result_type(float))
@@ -218,7 +232,8 @@ class AtObservation:
         return self._require_solved(jnp.sum(draws, axis=-1) + log_prob, result)
 
     def _checked(self, theta: Any) -> Array:
-        theta = jnp.asarray(as_real_array("theta", theta), jnp.result_type(float))
+        theta = self.prior.relative(theta)
+        theta = theta.astype(jnp.result_type(float))
         dim, count = self.prior.dim, self._count
         if theta.ndim == 0 or theta.shape[-1] != dim:
             raise ValueError(
@@ -316,9 +331,9 @@ def _ascend(steps: int, posterior: Bindable, bound: Any, theta: Array) -> tuple[
         u = optax.apply_updates(u, updates)
         return (u, state, best, jnp.maximum(value, best_value)), None
 
-    y = prior.to_standard(theta)
+    y = prior.unchecked_to_standard(theta)
     edge = 1.0 - 1e-6
     u = jnp.where(bounded, jnp.arctanh(jnp.clip(y / HALF_WIDTH, -edge, edge)), y)
     carry = (u, optimiser.init(u), u, jnp.full(len(u), -jnp.inf, u.dtype))
     (_, _, best, _), _ = jax.lax.scan(step, carry, None, length=steps)
-    return (prior.from_standard(standard(best)),)
+    return (prior.unchecked_from_standard(standard(best)),)

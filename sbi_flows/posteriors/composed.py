@@ -201,12 +201,12 @@ class ComposedPosterior(Derived):
         repeated = jnp.repeat(theta, count, axis=0)
         each = self.posterior._log_prob(repeated, self._features_of(bound))
         product = jnp.sum(each.reshape(len(theta), count, -1), axis=1)
-        prior = self.prior.log_prob(theta)
+        prior = self.prior.unchecked_log_prob(theta)
         inside = jnp.isfinite(prior)
         return jnp.where(inside, product - (count - 1) * jnp.where(inside, prior, 0.0), -jnp.inf)
 
     def _standard_log_prob(self, y: Array, bound: Array) -> Array:
-        return self._log_prob(self.prior.from_standard(y)[:, None], bound)[:, 0]
+        return self._log_prob(self.prior.unchecked_from_standard(y)[:, None], bound)[:, 0]
 
 
 register_pytree(
@@ -252,7 +252,7 @@ def composed(posterior: Posterior, *, levels: int = 64, steps: int = 4) -> Compo
 
 def sample_composed(
     key: Key, posterior: Posterior, x: Obs, n: int, *, levels: int = 64, steps: int = 4
-) -> Array:
+) -> Array | np.ndarray:
     """Draw from the posterior given a set of independent observations.
 
     Equivalent to `composed(posterior, levels=levels, steps=steps).sample(key, x, n)`.
@@ -307,7 +307,7 @@ def _ensemble(plan: _Plan, prior: Prior, weights: Weights, features: Array, key:
         product = _Product.of(prior, model, features)
         walk = partial(_langevin, product, plan, model.density.path, chunk)
         y = jax.lax.map(walk, keys).reshape(pieces * chunk, -1)
-        return prior.from_standard(y)[: plan.each]
+        return prior.unchecked_from_standard(y)[: plan.each]
 
     members = mixtures.count(weights)
     theta = jax.lax.map(draw, (weights, jax.random.split(key, (members, pieces))))
@@ -355,8 +355,8 @@ class _Product(NamedTuple):
         def parts(y: Array) -> tuple[Array, Array]:
             points = jnp.broadcast_to(y[:, None], (len(y), self.count, y.shape[1]))
             z, log_det = self.each.inverse_and_log_det(points)
-            theta = self.prior.from_standard(y)
-            prior = self.prior.log_prob(theta) + self.prior.standard_log_det(y, theta)
+            theta = self.prior.unchecked_from_standard(y)
+            prior = self.prior.unchecked_log_prob(theta) + self.prior.unchecked_log_det(y, theta)
             return z, jnp.sum(log_det, axis=1) + (1 - self.count) * prior
 
         (z, log_density), pull = jax.vjp(parts, y)

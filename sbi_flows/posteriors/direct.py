@@ -151,7 +151,7 @@ class Posterior(AbstractPosterior):
 
     def _standard_log_prob(self, y: Array, bound: Array) -> Array:
         log_prob = mixtures.standard_log_prob(self._parts, self.weights, y[None], bound)[0]
-        return log_prob - self.prior.standard_log_det(y, self.prior.from_standard(y))
+        return log_prob - self.prior.unchecked_log_det(y, self.prior.unchecked_from_standard(y))
 
     @property
     def _columns(self) -> Sequence[str] | None:

@@ -105,11 +105,11 @@ def sample(
     ]
     join = partial(choose, counts=counts, fractions=fractions, n=n)
     y = draws[0] if len(parts) == 1 else jax.vmap(join)(split[:, 0], draws)
-    theta = prior.from_standard(y)
+    theta = prior.unchecked_from_standard(y)
     if not with_log_prob:
         return theta, jnp.zeros(y.shape[:2], y.dtype)
     log_prob = standard_log_prob(parts, weights, jnp.swapaxes(y, 0, 1), features).T
-    return theta, log_prob - prior.standard_log_det(y, theta)
+    return theta, log_prob - prior.unchecked_log_det(y, theta)
 
 
 def split_shares(shares: Sequence[float], n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -184,10 +184,10 @@ def log_prob(
     parts: Parts, prior: Prior, weights: tuple[Weights, ...], features: Array, theta: Array
 ) -> tuple[Array]:
     """Compute log densities (B, n) of theta (B, n, D) given features (B, C)."""
-    inside = prior.contains(theta)
-    safe = jnp.where(inside[..., None], theta, prior.center(theta.shape[:-1]))
-    y = prior.to_standard(safe)
+    inside = prior.unchecked_contains(theta)
+    safe = jnp.where(inside[..., None], theta, prior.unchecked_center(theta.shape[:-1]))
+    y = prior.unchecked_to_standard(safe)
     single = theta.shape[0] * theta.shape[1] == 1
     points = jnp.swapaxes(y, 0, 1)
     log_prob = standard_log_prob(parts, weights, points, features, side_by_side=single).T
-    return (jnp.where(inside, log_prob - prior.standard_log_det(y, safe), -jnp.inf),)
+    return (jnp.where(inside, log_prob - prior.unchecked_log_det(y, safe), -jnp.inf),)

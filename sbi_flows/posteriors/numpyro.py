@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jax import Array
 from numpyro.distributions import biject_to
@@ -29,7 +30,7 @@ from sbi_flows.prior.prior import Prior
 class Drawable(Protocol):
     """Protocol of a posterior at one observation; `AtObservation` follows it."""
 
-    def sample(self, key: Key, n: int) -> Array:
+    def sample(self, key: Key, n: int) -> Array | np.ndarray:
         """Draw n parameter vectors, shape (n, D)."""
         ...
 

@@ -156,14 +156,14 @@ class RecalibratedPosterior(Derived):
         return moved, log_prob - log_det if with_log_prob else log_prob
 
     def _log_prob(self, theta: Array, bound: _Bound) -> Array:
-        inside = self.prior.contains(theta)
-        safe = jnp.where(inside[..., None], theta, self.prior.center(inside.shape))
+        inside = self.prior.unchecked_contains(theta)
+        safe = jnp.where(inside[..., None], theta, self.prior.unchecked_center(inside.shape))
         origin, log_det = _move(self.prior, self.correction, bound.draws, safe, True)
         log_prob = self.posterior._log_prob(origin, bound.inner) + log_det
         return jnp.where(inside, log_prob, -jnp.inf)
 
     def _standard_log_prob(self, y: Array, bound: _Bound) -> Array:
-        return self._log_prob(self.prior.from_standard(y)[:, None], bound)[:, 0]
+        return self._log_prob(self.prior.unchecked_from_standard(y)[:, None], bound)[:, 0]
 
 
 register_pytree(
@@ -235,7 +235,8 @@ def recalibrate(
     for chunk_key, rows, count in chunks_of(key, len(valid), entries, "calibrate", progress):
         part = valid[rows]
         sample = posterior.sample(chunk_key, part.x, draws + COMPARED_DRAWS)
-        chunks.append(np.asarray(_scores(posterior.prior, sample, part.theta))[:count])
+        pair = map(posterior.prior.relative, (sample, part.theta))
+        chunks.append(np.asarray(_scores(posterior.prior, *pair))[:count])
     scores = np.concatenate(chunks)
     bad = int(np.sum(~np.isfinite(scores).all(axis=(1, 2))))
     if bad:
@@ -289,7 +290,7 @@ def _free(prior: Prior, theta: Array) -> tuple[Array, Array]:
 
     Also return the log Jacobian determinant (*) of the inverse map.
     """
-    y = prior.to_standard(theta)
+    y = prior.unchecked_to_standard(theta)
     inside = 0.5 * (y / HALF_WIDTH + 1.0)
     eps = jnp.finfo(y.dtype).eps
     free = jnp.where(_bounded(prior, y), ndtri(jnp.clip(inside, eps, 1.0 - eps)), y)
@@ -298,7 +299,7 @@ def _free(prior: Prior, theta: Array) -> tuple[Array, Array]:
 
 def _bound(prior: Prior, free: Array) -> tuple[Array, Array]:
     """Invert `_free`: return parameters (*, D), and the log determinant (*)."""
-    theta = prior.from_standard(_standard(prior, free))
+    theta = prior.unchecked_from_standard(_standard(prior, free))
     return theta, _log_det(prior, free, theta)
 
 
@@ -309,7 +310,7 @@ def _standard(prior: Prior, free: Array) -> Array:
 def _log_det(prior: Prior, free: Array, theta: Array) -> Array:
     squeeze = math.log(2.0 * HALF_WIDTH) + norm.logpdf(free)
     squeezed = jnp.sum(jnp.where(_bounded(prior, free), squeeze, 0.0), axis=-1)
-    return squeezed + prior.standard_log_det(_standard(prior, free), theta)
+    return squeezed + prior.unchecked_log_det(_standard(prior, free), theta)
 
 
 def _bounded(prior: Prior, like: Array) -> Array:

@@ -29,8 +29,16 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from sbi_flows.core.checks import as_random_key, as_real_array, require_count, require_memory
+from sbi_flows.core.checks import (
+    as_array,
+    as_random_key,
+    as_real_array,
+    require_count,
+    require_memory,
+    require_real,
+)
 from sbi_flows.core.precision import full_precision
+from sbi_flows.core.pytrees import is_traced
 from sbi_flows.core.typing import Key
 
 
@@ -45,6 +53,8 @@ class Layout:
         bounded: For each of the d standard coordinates, True if its range is (-sqrt 3, sqrt 3),
             False if its range is R.
         is_named: True if the simulator receives a dict of parameters, False if one array.
+        offset: Offset of each of the D entries, in double precision; empty if there is none. Values
+            in the user's units are the values of the distributions plus the offset.
     """
 
     names: tuple[str, ...]
@@ -52,6 +62,7 @@ class Layout:
     standard_shapes: tuple[tuple[int, ...], ...]
     bounded: tuple[bool, ...]
     is_named: bool
+    offset: tuple[float, ...] = ()
 
     @functools.cached_property
     def labels(self) -> tuple[str, ...]:
@@ -59,7 +70,7 @@ class Layout:
         pairs = zip(self.names, self.shapes, strict=True)
         return tuple(label for name, shape in pairs for label in labels(name, shape))
 
-    def split(self, theta: Array) -> dict[str, Array]:
+    def split(self, theta: Any) -> dict[str, Any]:
         """Split flat vectors (*, D) into named values `{name: (*, *event)}`."""
         return _split(theta, self.names, self.shapes)
 
@@ -67,14 +78,15 @@ class Layout:
         """Split standard coordinates (*, d) by site: `{name: (*, *standard_shape)}`."""
         return _split(y, self.names, self.standard_shapes)
 
-    def join(self, values: Mapping[str, Array], shapes: tuple[tuple[int, ...], ...]) -> Array:
+    def join(self, values: Mapping[str, Any], shapes: tuple[tuple[int, ...], ...]) -> Any:
         """Join values `{name: (*, *shape)}` into flat vectors, in the order of the sites."""
         parts = []
         for name, shape in zip(self.names, shapes, strict=True):
             value = values[name]
             batch = value.shape[: value.ndim - len(shape)]
-            parts.append(jnp.reshape(value, (*batch, math.prod(shape))))
-        return jnp.concatenate(parts, axis=-1)
+            parts.append(value.reshape(*batch, math.prod(shape)))
+        on_host = all(isinstance(part, np.ndarray) for part in parts)
+        return (np if on_host else jnp).concatenate(parts, axis=-1)
 
 
 class Prior(abc.ABC):
@@ -95,6 +107,9 @@ class Prior(abc.ABC):
         is_named: True if the simulator receives a dict of parameters, False if one array.
         mass: Fraction of the original prior's probability inside the box that it was cut to; 1 if
             the prior was not cut.
+        offset: Location that is removed from the parameters in double precision, because single
+            precision cannot hold them (a Julian date, for example), shape (D,); None for other
+            priors. With an offset, parameters are NumPy arrays of float64.
 
     Example:
         >>> import jax, numpyro.distributions as dist, sbi_flows as sf
@@ -146,6 +161,11 @@ class Prior(abc.ABC):
         return self.layout.bounded
 
     @property
+    def offset(self) -> np.ndarray | None:
+        """Location that is removed in double precision, shape (D,); None if it is not needed."""
+        return np.array(self.layout.offset) if self.layout.offset else None
+
+    @property
     def is_named(self) -> bool:
         """True if the simulator receives a dict of parameters, False if one array."""
         return self.layout.is_named
@@ -156,11 +176,12 @@ class Prior(abc.ABC):
 
     # methods for users: these check their arguments
 
-    def sample(self, key: Key, n: int) -> Array:
+    def sample(self, key: Key, n: int) -> Array | np.ndarray:
         """Draw n parameter vectors, all inside the support.
 
         Returns:
-            Array of shape (n, D).
+            Array of shape (n, D). It is a NumPy array of float64 if single precision cannot hold
+            the values (see `offset`).
 
         Raises:
             ValueError: `key` is not a random key, n is not a non-negative integer, or an array of
@@ -169,7 +190,7 @@ class Prior(abc.ABC):
         key = as_random_key("key", key)
         require_count(0, n=n)
         require_memory("n", (n, self.dim), jnp.result_type(float))
-        return _sample(self, key, n)
+        return self.absolute(_sample(self, key, n))
 
     def log_prob(self, theta: ArrayLike) -> Array:
         """Compute log densities (*) at theta (*, D); they are -inf outside the support."""
@@ -187,30 +208,30 @@ class Prior(abc.ABC):
         """Return whether theta (*, D) is finite and in the support; bool of shape (*)."""
         return self.unchecked_contains(self._checked(theta))
 
-    def flatten(self, values: Mapping[str, Any]) -> Array:
+    def flatten(self, values: Mapping[str, Any]) -> Array | np.ndarray:
         """Join named values `{name: (*, *event)}` into flat vectors (*, D)."""
         if not isinstance(values, Mapping) or set(self.names) ^ set(values):
             got = sorted(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
             raise ValueError(f"values: expected parameters {sorted(self.names)}, got {got}")
         arrays = {}
         for name, shape in self.event_shapes.items():
-            value = jnp.asarray(as_real_array(name, values[name]))
+            value = self._exact(name, values[name])
             if value.shape[max(value.ndim - len(shape), 0) :] != shape:
                 raise ValueError(f"{name}: expected shape (*, *{shape}), got {value.shape}")
             arrays[name] = value
         return self.unchecked_flatten(arrays)
 
-    def unflatten(self, theta: ArrayLike) -> dict[str, Array]:
+    def unflatten(self, theta: ArrayLike) -> dict[str, Any]:
         """Split flat vectors (*, D) into named values `{name: (*, *event)}`."""
-        return self.unchecked_unflatten(self._checked(theta))
+        return self.unchecked_unflatten(self._with_columns(self._exact("theta", theta)))
 
-    def structured(self, theta: ArrayLike) -> Array | dict[str, Array]:
+    def structured(self, theta: ArrayLike) -> Any:
         """Convert theta (*, D) to the simulator's input: a dict of named values, or one array."""
-        return self.unchecked_structured(self._checked(theta))
+        return self.unchecked_structured(self._with_columns(self._exact("theta", theta)))
 
-    def from_standard(self, y: ArrayLike) -> Array:
+    def from_standard(self, y: ArrayLike) -> Array | np.ndarray:
         """Map standard coordinates (*, d) to parameters (*, D) inside the support."""
-        return self.unchecked_from_standard(self._checked_standard(y))
+        return self.absolute(self.unchecked_from_standard(self._checked_standard(y)))
 
     def to_standard(self, theta: ArrayLike) -> Array:
         """Map parameters (*, D) inside the support to standard coordinates (*, d).
@@ -232,9 +253,9 @@ class Prior(abc.ABC):
         """
         return self.unchecked_log_det(self._checked_standard(y), self._checked(theta))
 
-    def center(self, batch: tuple[int, ...] = ()) -> Array:
+    def center(self, batch: tuple[int, ...] = ()) -> Array | np.ndarray:
         """Return one point inside the support, repeated to the shape (*batch, D)."""
-        return self.unchecked_from_standard(jnp.zeros((*batch, self.standard_dim)))
+        return self.absolute(self.unchecked_center(batch))
 
     # methods for this package: these assume arrays of the right shapes
 
@@ -271,24 +292,71 @@ class Prior(abc.ABC):
         if not theta.size:  # numpyro reshapes with -1, which fails without rows
             return jnp.zeros(theta.shape[:-1])
         inside = self.unchecked_contains(theta)
-        safe = jnp.where(inside[..., None], theta, self.center(theta.shape[:-1]))
+        safe = jnp.where(inside[..., None], theta, self.unchecked_center(theta.shape[:-1]))
         return jnp.where(inside, self.unchecked_log_prob_inside(safe), -jnp.inf)
 
-    def unchecked_flatten(self, values: Mapping[str, Array]) -> Array:
+    def unchecked_center(self, batch: tuple[int, ...] = ()) -> Array:
+        """Return one point inside the support, relative to the offset, shape (*batch, D)."""
+        return self.unchecked_from_standard(jnp.zeros((*batch, self.standard_dim)))
+
+    def relative(self, theta: Any) -> Array:
+        """Return theta (*, D) minus the offset, in JAX's precision.
+
+        Values in double precision are subtracted on the host. Inside a JAX transformation, theta
+        was already rounded to single precision.
+        """
+        if not self.layout.offset:
+            return jnp.asarray(as_real_array("theta", theta))
+        if is_traced(theta):
+            return theta - jnp.broadcast_to(
+                jnp.asarray(self.layout.offset, theta.dtype), theta.shape
+            )
+        values = np.asarray(self._exact("theta", theta), np.float64) - np.asarray(
+            self.layout.offset
+        )
+        return jnp.asarray(values, jnp.result_type(float))
+
+    def absolute(self, theta: Array) -> Array | np.ndarray:
+        """Return theta (*, D) plus the offset.
+
+        With an offset, the result is a NumPy array of float64; inside a JAX transformation it is an
+        array in single precision.
+        """
+        if not self.layout.offset:
+            return theta
+        if is_traced(theta):
+            return theta + jnp.broadcast_to(
+                jnp.asarray(self.layout.offset, theta.dtype), theta.shape
+            )
+        return np.asarray(theta, np.float64) + np.asarray(self.layout.offset)
+
+    def unchecked_flatten(self, values: Mapping[str, Any]) -> Any:
         """Join named values into flat vectors (*, D)."""
         return self.layout.join(values, self.layout.shapes)
 
-    def unchecked_unflatten(self, theta: Array) -> dict[str, Array]:
+    def unchecked_unflatten(self, theta: Any) -> dict[str, Any]:
         """Split flat vectors (*, D) into named values."""
         return self.layout.split(theta)
 
-    def unchecked_structured(self, theta: Array) -> Array | dict[str, Array]:
+    def unchecked_structured(self, theta: Any) -> Any:
         """Convert theta (*, D) to the simulator's input."""
         values = self.layout.split(theta)
         return values if self.is_named else values[self.names[0]]
 
+    def _exact(self, name: str, values: Any) -> Array | np.ndarray:
+        """Convert parameters to an array; with an offset, to float64 on the host."""
+        if not self.layout.offset or is_traced(values):
+            return jnp.asarray(as_real_array(name, values))
+        array = as_array(name, values)
+        require_real(name, array.dtype)
+        return np.asarray(array, np.float64)
+
     def _checked(self, theta: ArrayLike) -> Array:
-        theta = jnp.asarray(as_real_array("theta", theta))
+        """Return theta relative to the offset."""
+        return self.relative(self._with_columns(self._exact("theta", theta)))
+
+    def _with_columns(self, theta: Array | np.ndarray) -> Array | np.ndarray:
+        """Raise ValueError unless theta has D columns."""
         if theta.ndim == 0 or theta.shape[-1] != self.dim:
             raise ValueError(
                 f"theta: expected shape (*, {self.dim}) for {self.labels}, got {theta.shape}"
@@ -319,12 +387,12 @@ def labels(name: str, shape: tuple[int, ...]) -> list[str]:
 
 
 def _split(
-    flat: Array, names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]
-) -> dict[str, Array]:
+    flat: Any, names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]
+) -> dict[str, Any]:
     """Split the last axis of `flat` into named parts: `{name: (*, *shape)}`."""
     batch, parts, start = flat.shape[:-1], {}, 0
     for name, shape in zip(names, shapes, strict=True):
         size = math.prod(shape)
-        parts[name] = jnp.reshape(flat[..., start : start + size], (*batch, *shape))
+        parts[name] = flat[..., start : start + size].reshape(*batch, *shape)
         start += size
     return parts

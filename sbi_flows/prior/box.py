@@ -5,6 +5,7 @@ Public names: `BoxPrior`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple, final
 
@@ -128,8 +129,7 @@ class BoxPrior(Prior):
         uniform = tuple(kind is IntervalMap for kind in kinds)
         normal = tuple(kind in (NormalMap, CdfMap) for kind in kinds)
         bounded = tuple(u or n or b for u, n, b in zip(uniform, normal, base.bounded, strict=True))
-        inner = base.layout
-        layout = Layout(inner.names, inner.shapes, inner.standard_shapes, bounded, inner.is_named)
+        layout = dataclasses.replace(base.layout, bounded=bounded)
         self.base, self._static = base, _Static(layout, uniform, normal)
         self._bounds = _bounds(self._static, low, high)
         self._mass: Any = float(np.exp(np.sum(self._bounds.log_mass)))

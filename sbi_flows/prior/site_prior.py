@@ -12,6 +12,7 @@ from typing import Any, final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax import Array
@@ -28,6 +29,7 @@ from sbi_flows.prior.maps import (
     standard_shape,
 )
 from sbi_flows.prior.models import Model, is_same, sample_model
+from sbi_flows.prior.offsets import without_offset
 from sbi_flows.prior.sites import Site
 
 
@@ -71,6 +73,9 @@ class SitePrior(Prior):
         model: Model | None = None,
         dependent: frozenset[str] = frozenset(),
     ) -> None:
+        parts = {name: without_offset(distribution) for name, distribution in sites.items()}
+        offset = _joined_offset(parts)
+        sites = {name: distribution for name, (distribution, _) in parts.items()}
         for name, distribution in sites.items():
             require_site(name, distribution)
         wrapped = {name: Site(distribution) for name, distribution in sites.items()}
@@ -84,7 +89,7 @@ class SitePrior(Prior):
             for _ in range(math.prod(shape))
         ]
         shapes = tuple(site.shape for site in wrapped.values())
-        layout = Layout(tuple(sites), shapes, tuple(standard), tuple(bounded), is_named)
+        layout = Layout(tuple(sites), shapes, tuple(standard), tuple(bounded), is_named, offset)
         require_names(layout.names, layout.labels)
         self._static = _Static(layout, tuple(kinds), model, dependent)
         self._sites = tuple(wrapped.values())
@@ -231,6 +236,17 @@ class SitePrior(Prior):
         model = self._static.model.function
         log_density, _ = numpyro.infer.util.log_density(model, (), {}, values)
         return log_density
+
+
+def _joined_offset(parts: Mapping[str, tuple[dist.Distribution, Any]]) -> tuple[float, ...]:
+    """Return the offset of each entry of the flat vector; empty if no site has an offset."""
+    if all(offset is None for _, offset in parts.values()):
+        return ()
+    flat: list[float] = []
+    for distribution, offset in parts.values():
+        shape = (*distribution.batch_shape, *distribution.event_shape)
+        flat += np.broadcast_to(0.0 if offset is None else offset, shape).ravel().tolist()
+    return tuple(flat)
 
 
 def _site_log_prob(site: Site, value: Array, batch: tuple[int, ...]) -> Array:

@@ -114,7 +114,7 @@ def _sample_of(array: DiskArray) -> np.ndarray:
     return np.asarray(array[np.linspace(0, len(array) - 1, count).astype(int)])
 
 
-def finite_rows_on_disk(x: Obs, finite_rows: Callable[[list[Array]], Array]) -> Array:
+def finite_rows_on_disk(x: Obs, finite_rows: Callable[[Obs], Array]) -> Array:
     """Apply `finite_rows`, a function that finds the finite rows, to x in blocks of rows."""
     leaves = jax.tree.leaves(x)
     parts = [finite_rows([np.asarray(a[rows]) for a in leaves]) for rows in _slices(leaves)]

@@ -5,16 +5,17 @@ Public names: `external_tasks`, `empty_outputs`, `put_row`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
-from jax import Array
 
 from sbi_flows.core.typing import Key
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.executors import External, Row, Task, row_seeds
 
 
-def external_tasks(prior: Prior, theta: Array, keys: Key, first_row: int) -> list[Task]:
+def external_tasks(prior: Prior, theta: Any, keys: Key, first_row: int) -> list[Task]:
     """Return one task for each row of theta (N, D): row number, seed and named parameters."""
     values = jax.tree.map(np.asarray, prior.unchecked_structured(theta))
     return [

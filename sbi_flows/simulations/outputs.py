@@ -43,8 +43,16 @@ def check_outputs(key: Key, prior: Prior, simulator: Simulator, plan: CallPlan) 
         A tree of `jax.ShapeDtypeStruct`.
 
     Raises:
-        ValueError: JAX cannot trace the simulator, or the simulator does not return real numbers.
+        ValueError: JAX cannot trace the simulator, the simulator does not return real numbers, or
+            the prior has an offset.
     """
+    if prior.layout.offset:
+        labels = ", ".join(n for n, c in zip(prior.labels, prior.layout.offset, strict=True) if c)
+        raise ValueError(
+            f"simulator: single precision, in which JAX computes, cannot hold {labels}; use "
+            "simulators.external_simulator, jax.config.update('jax_enable_x64', True), or a prior "
+            "of the difference from a fixed value, which the simulator adds"
+        )
     try:
         outputs = trace_outputs(key, prior, simulator, plan)
     except (jax.errors.JAXTypeError, jax.errors.NonConcreteBooleanIndexError) as error:

@@ -123,7 +123,7 @@ def _simulate(
     key: Key,
     prior: Prior,
     simulator: Simulator,
-    theta: Array,
+    theta: Array | np.ndarray,
     executor: Executor | None,
     progress: bool,
 ) -> Simulations:
@@ -141,7 +141,7 @@ def _simulate(
 
 
 def _simulate_in_calls(
-    key: Key, prior: Prior, simulator: Simulator, theta: Array, progress: bool
+    key: Key, prior: Prior, simulator: Simulator, theta: Any, progress: bool
 ) -> Any:
     """Run a JAX simulator in compiled calls that all have the same number of rows."""
     simulator, n = with_current_state(simulator), len(theta)
@@ -159,7 +159,7 @@ def _simulate_externally(
     key: Key,
     prior: Prior,
     simulator: External,
-    theta: Array,
+    theta: Array | np.ndarray,
     executor: Executor | None,
     progress: bool,
 ) -> tuple[Any, dict[int, str]]:

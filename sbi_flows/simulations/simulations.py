@@ -67,7 +67,8 @@ class Simulations:
     reads the observations in parts.
 
     Attributes:
-        theta: Parameters, shape (N, D). The argument may also be a table or a dict of arrays, whose
+        theta: Parameters, shape (N, D); a NumPy array of float64 if single precision cannot hold
+            them. The argument may also be a table or a dict of arrays, whose
             columns are matched by name with the parameters of the prior.
         x: Observations, shape (N, *event), or a dict of such arrays. The dtype is the same whether
             the arrays are in memory or on disk. An array of float64 that single precision cannot
@@ -89,7 +90,7 @@ class Simulations:
         Simulations(N=3, D=2, x=float32[1], invalid=1)
     """
 
-    theta: Array
+    theta: Array | np.ndarray
     x: Obs
     valid: Array
     round: Array
@@ -173,6 +174,20 @@ class Simulations:
         object.__setattr__(aligned, "names", self.names._replace(theta=tuple(wanted)))
         return aligned
 
+    def relative_to(self, prior: Prior) -> Simulations:
+        """Return the simulations for internal use: aligned, and theta without the prior's offset.
+
+        Raises:
+            ValueError: The names of the columns are not those of the prior's parameters.
+        """
+        aligned = self.aligned(prior)
+        has_columns = self.theta.shape[1] == prior.dim
+        if not has_columns or not (prior.layout.offset or is_double(aligned.theta)):
+            return aligned
+        relative = jax.tree.map(lambda leaf: leaf, aligned)
+        object.__setattr__(relative, "theta", prior.relative(aligned.theta))
+        return relative
+
     def only_valid(self) -> Simulations:
         """Return simulations with the valid rows only."""
         return self if self.num_valid == len(self) else self[np.flatnonzero(self.valid)]
@@ -181,7 +196,7 @@ class Simulations:
 _LEAVES = ("theta", "x", "valid", "round")
 
 
-def unchecked_simulations(theta: Array, x: Obs, valid: Any) -> Simulations:
+def unchecked_simulations(theta: Array | np.ndarray, x: Obs, valid: Any) -> Simulations:
     """Create simulations from arrays without a check.
 
     The caller ensures that theta (N, D) is finite and that x has N rows.
@@ -194,7 +209,12 @@ def unchecked_simulations(theta: Array, x: Obs, valid: Any) -> Simulations:
 
 
 def _set_fields(
-    simulations: Simulations, theta: Array, x: Obs, valid: Any, round: Any, names: Names
+    simulations: Simulations,
+    theta: Array | np.ndarray,
+    x: Obs,
+    valid: Any,
+    round: Any,
+    names: Names,
 ) -> None:
     x = jax.tree.map(_as_leaf, x)
     finite = finite_rows_on_disk(x, finite_rows) if is_on_disk(x) else finite_rows(x)
@@ -261,7 +281,7 @@ def _named_columns(theta: Any) -> tuple[Any, tuple[str, ...] | None]:
     return np.concatenate(columns, axis=1), tuple(names)
 
 
-def as_parameters(theta: Any) -> Array:
+def as_parameters(theta: Any) -> Array | np.ndarray:
     """Convert theta to a finite float array (N, D).
 
     Raises:
@@ -274,11 +294,13 @@ def as_parameters(theta: Any) -> Array:
         raise ValueError(f"theta: expected at least one row and column, got shape {array.shape}")
     require_real("theta", array.dtype)
     _require_sizes("theta", array.shape)
-    values = np.asarray(as_real_array("theta", array)).astype(jnp.result_type(float), copy=False)
+    values = np.asarray(as_data_array("theta", array))
+    if not is_double(values):
+        values = values.astype(jnp.result_type(float), copy=False)
     not_finite = int(np.sum(~np.isfinite(values).all(axis=-1)))
     if not_finite:
         raise ValueError(f"theta: expected finite values, got {not_finite} rows with NaN or inf")
-    return jnp.asarray(values)
+    return values if is_double(values) else jnp.asarray(values)
 
 
 def _require_rows(x: Obs, n: int) -> None:

@@ -40,7 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sbi_flows.core.checks import as_real_array, require_count
+from sbi_flows.core.checks import require_count
 from sbi_flows.core.errors import WeightsUneven
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key
@@ -245,14 +245,13 @@ def fit_validity(key: Key, prior: PriorLike, simulations: Simulations) -> Validi
 
 
 def _require_support(name: str, prior: Prior, theta: Any) -> Array:
-    """Return theta (*, D) as an array. Raise ValueError if any is outside the support."""
-    theta = jnp.asarray(as_real_array(name, theta))
+    """Return theta (*, D) relative to the prior's offset. Raise ValueError if any is outside."""
     outside = int(np.sum(~np.asarray(prior.contains(theta))))
     if outside:
         raise ValueError(
             f"{name}: expected parameters in the prior's support, got {outside} outside"
         )
-    return theta
+    return prior.relative(theta)
 
 
 @jax.jit

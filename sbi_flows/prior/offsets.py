@@ -1,0 +1,112 @@
+"""Offsets of priors that single precision cannot hold, such as a uniform prior of a Julian date.
+
+Such a site is replaced by its distribution relative to an offset, which is computed in double
+precision. The offset is static data of the prior (`Layout.offset`). All computations are done with
+relative values; the methods for users subtract and add the offset on the host.
+
+Public names: `without_offset`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpyro.distributions as dist
+from numpyro.distributions.truncated import (
+    LeftTruncatedDistribution,
+    RightTruncatedDistribution,
+    TwoSidedTruncatedDistribution,
+)
+
+from sbi_flows.core.doubles import MAX_ROUNDING, is_single_precision
+
+_HALF_ULP = 2.0**-24
+
+_LOCATION_SCALE = (
+    *(dist.Normal, dist.Cauchy, dist.Laplace, dist.Logistic, dist.Gumbel, dist.StudentT),
+    dist.SoftLaplace,
+)
+"""Distributions that are moved by changing `loc`."""
+
+_TRUNCATED = {
+    LeftTruncatedDistribution: ("low",),
+    RightTruncatedDistribution: ("high",),
+    TwoSidedTruncatedDistribution: ("low", "high"),
+}
+
+
+def without_offset(
+    distribution: dist.Distribution,
+) -> tuple[dist.Distribution, np.ndarray | None]:
+    """Split a distribution into a distribution near zero and an offset in double precision.
+
+    Args:
+        distribution: The distribution of a site.
+
+    Returns:
+        The distribution and None if single precision resolves its width, or if its class is not
+        known here. Otherwise the distribution of the value minus the offset, and the offset, with
+        the shape of a value.
+
+    Example:
+        >>> relative, offset = without_offset(dist.Uniform(2459000.0, 2459001.0))
+        >>> relative.low, relative.high, offset
+        (-0.5, 0.5, array(2459000.5))
+    """
+    place = _place(distribution)
+    if place is None or not is_single_precision():
+        return distribution, None
+    location, width = place
+    if not np.any(_HALF_ULP * np.abs(location) > MAX_ROUNDING * width):
+        return distribution, None
+    shape = (*distribution.batch_shape, *distribution.event_shape)
+    return _moved(distribution, location), np.broadcast_to(location, shape).astype(float)
+
+
+def _place(distribution: dist.Distribution) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return location and width in float64; None if the class of the distribution is not known."""
+    if isinstance(distribution, dist.Independent | dist.ExpandedDistribution):
+        return _place(distribution.base_dist)
+    if type(distribution) is dist.Uniform:
+        low, high = (_double(v) for v in (distribution.low, distribution.high))
+        return np.asarray(0.5 * (low + high)), np.asarray(high - low)
+    if type(distribution) in _LOCATION_SCALE:
+        return _double(distribution.loc), _double(distribution.scale)
+    if type(distribution) in _TRUNCATED and type(distribution.base_dist) in _LOCATION_SCALE:
+        place = _place(distribution.base_dist)
+        assert place is not None
+        bounds = [_double(getattr(distribution, n)) for n in _TRUNCATED[type(distribution)]]
+        # the mass may lie in a tail, far from the location of the base distribution
+        if len(bounds) < 2:
+            return place
+        low, high = bounds
+        return np.asarray(np.clip(place[0], low, high)), np.asarray(np.minimum(place[1], high - low))
+    return None
+
+
+def _moved(distribution: Any, location: np.ndarray) -> dist.Distribution:
+    """Return the distribution of the value minus `location`."""
+    if isinstance(distribution, dist.Independent):
+        inner = _moved(distribution.base_dist, location)
+        return dist.Independent(inner, distribution.reinterpreted_batch_ndims)
+    if isinstance(distribution, dist.ExpandedDistribution):
+        return _moved(distribution.base_dist, location).expand(distribution.batch_shape)
+    if type(distribution) is dist.Uniform:
+        return dist.Uniform(*(_minus(v, location) for v in (distribution.low, distribution.high)))
+    if type(distribution) in _LOCATION_SCALE:
+        arguments = {n: getattr(distribution, n) for n in type(distribution).arg_constraints}
+        return type(distribution)(**{**arguments, "loc": _minus(distribution.loc, location)})
+    inner = _moved(distribution.base_dist, location)
+    names = _TRUNCATED[type(distribution)]
+    bounds = {n: _minus(getattr(distribution, n), location) for n in names}
+    return type(distribution)(inner, **bounds)
+
+
+def _double(value: Any) -> np.ndarray:
+    return np.asarray(value, np.float64)
+
+
+def _minus(value: Any, location: np.ndarray) -> Any:
+    difference = _double(value) - location
+    return float(difference) if difference.ndim == 0 else difference
