@@ -1,6 +1,6 @@
 """Location and scale of observations that are removed in double precision.
 
-The map is z = (x - offset) / 2^exponent, computed in float64 on the host for arrays of float64. It
+The map is z = x / 2^exponent - offset, computed in float64 on the host for arrays of float64. It
 loses nothing, and z is well represented in single precision. Arrays that single precision holds
 anyway have the offset 0 and the exponent 0.
 
@@ -35,7 +35,7 @@ class Origin(NamedTuple):
     Attributes:
         high: Offset rounded to single precision, shape (C,).
         low: Remainder of the offset, shape (C,).
-        exponent: Power of two by which the difference is divided, shape (C,).
+        exponent: Power of two by which the entry is divided first, shape (C,).
     """
 
     high: Array
@@ -54,9 +54,9 @@ class Origin(NamedTuple):
     def restore(self, rows: Array | np.ndarray) -> Array | np.ndarray:
         """Map flattened values (B, C) back; the result is a NumPy array of float64 on the host."""
         if is_traced(rows):
-            return (jnp.ldexp(rows, self.exponent[None]) + self.low[None]) + self.high[None]
+            return jnp.ldexp((rows + self.low[None]) + self.high[None], self.exponent[None])
         offset = np.asarray(self.high, float) + np.asarray(self.low, float)
-        return np.ldexp(np.asarray(rows, float), np.asarray(self.exponent)) + offset
+        return np.ldexp(np.asarray(rows, float) + offset, np.asarray(self.exponent))
 
     def of(self, places: np.ndarray) -> Origin:
         """Return the origin of the entries with indices `places`."""
@@ -91,14 +91,14 @@ def fit_origin(x: Obs) -> Origin | None:
 
 
 def _subtract(leaf: Array, high: Array, low: Array, exponent: Array) -> Array:
-    return jnp.ldexp((jnp.asarray(leaf, float) - high) - low, -exponent)
+    return (jnp.ldexp(jnp.asarray(leaf, float), -exponent) - high) - low
 
 
 def _subtract_on_host(leaf: Any, high: Array, low: Array, exponent: Array) -> Array:
     if not is_double(leaf):
         return jnp.asarray(leaf)
     offset = np.asarray(high, float) + np.asarray(low, float)
-    z = np.ldexp(leaf - offset, -np.asarray(exponent))
+    z = np.ldexp(leaf, -np.asarray(exponent)) - offset
     largest = np.finfo(np.float32).max
     return jnp.asarray(np.clip(z, -largest, largest), jnp.float32)
 
@@ -116,9 +116,8 @@ def _offset_and_exponent(leaf: Any) -> tuple[np.ndarray, np.ndarray]:
     spread = np.where(high > low, high - low, deviation)
     # without an offset, positive values stay positive, so that their logarithm can be taken
     is_far = 2.0**-24 * np.abs(middle) > 1e-4 * spread
-    # an offset of half the range of floats cannot be split into two numbers of single precision
-    is_far &= np.abs(middle) < np.finfo(np.float32).max
     size = np.where(is_far, spread, np.maximum(np.abs(middle), spread))
     exponent = np.frexp(np.where(size > 0, size, 1.0))[1]
     exponent = np.where(np.abs(exponent) > _MAX_EXPONENT, exponent, 0)
-    return np.where(is_far, middle, 0.0), exponent.astype(np.int32)
+    offset = np.where(is_far, np.ldexp(middle, -exponent), 0.0)
+    return offset, exponent.astype(np.int32)

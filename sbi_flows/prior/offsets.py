@@ -81,7 +81,8 @@ def _place(distribution: dist.Distribution) -> tuple[np.ndarray, np.ndarray] | N
         if len(bounds) < 2:
             return place
         low, high = bounds
-        return np.asarray(np.clip(place[0], low, high)), np.asarray(np.minimum(place[1], high - low))
+        width = np.minimum(place[1], high - low)
+        return np.asarray(np.clip(place[0], low, high)), np.asarray(width)
     return None
 
 
