@@ -28,8 +28,10 @@ from sbi_flows.simulations.disk import (
     ON_DISK,
     LazyArray,
     finite_rows_on_disk,
+    from_pickle,
     is_on_disk,
     keep_on_disk,
+    to_pickle,
 )
 
 MAX_INDEX = 2**31 - 1
@@ -44,7 +46,7 @@ class Simulations:
 
     Observations that do not fit in memory can stay on disk: pass a memory-mapped array, as returned
     by `np.load("x.npy", mmap_mode="r")` or `np.memmap`, or use a `SimulationStore`. Training then
-    reads the observations in parts.
+    reads the observations in parts. A pickle contains the paths of the files, not their content.
 
     Attributes:
         theta: Parameters, shape (N, D).
@@ -84,6 +86,14 @@ class Simulations:
             jnp.zeros(n, jnp.int32) if round is None else _integers("round", round, n, MAX_INDEX)
         )
         _set_fields(self, theta, x, valid, round)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes, for pickle and copy; arrays on disk as places in their files."""
+        return {**vars(self), "x": jax.tree.map(to_pickle, self.x)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Set the attributes, and open the files of arrays on disk."""
+        vars(self).update(state, x=jax.tree.map(from_pickle, state["x"]))
 
     def __len__(self) -> int:
         """Number of rows N, including failed rows."""
