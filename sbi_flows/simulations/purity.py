@@ -9,7 +9,6 @@ Public names: `trace_pure`.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -29,24 +28,28 @@ _DRAWS = {"random_bits", "random_gamma", "rng_bit_generator", "rng_uniform", "th
 
 _EXPECTED = "simulator: expected random numbers only from its argument `key`, got "
 
+_SAME_NOISE = "all simulations would have the same noise. "
+
+_USE_KEY = (
+    "Use jax.random with the key, for example jax.random.normal(key, shape); for NumPy code use "
+    "simulators.external_simulator"
+)
+
+_OUTSIDE = "; draw constants, such as a design matrix, outside of the simulator"
+
 _GLOBAL_STATE = (
-    "draws of numpy.random or Python's random, which JAX takes as constants: all simulations would "
-    "have the same noise. Use jax.random with the key, for example jax.random.normal(key, shape); "
-    "for NumPy code use simulators.external_simulator; draw constants, such as a design matrix, "
-    "outside of the simulator"
+    f"draws of numpy.random, which JAX takes as constants: {_SAME_NOISE}{_USE_KEY}{_OUTSIDE}"
 )
 
 _OTHER_CONSTANTS = (
-    "constants that differ from one trace to the next, for example draws of a NumPy generator: all "
-    "simulations would have the same noise. Use jax.random with the key, for example "
-    "jax.random.normal(key, shape); for NumPy code use simulators.external_simulator"
+    "constants that differ from one trace to the next, for example draws of a NumPy generator or "
+    f"of Python's random: {_SAME_NOISE}{_USE_KEY}"
 )
 
 _CONSTANT_KEY = (
     "an output {} with random numbers from a constant key, such as jax.random.key(0), and none "
-    "from `key`: all simulations would have the same noise. Make all keys from the argument, for "
-    "example by jax.random.split(key); draw constants, such as a design matrix, outside of the "
-    "simulator"
+    f"from `key`: {_SAME_NOISE}Make all keys from the argument, for example by "
+    f"jax.random.split(key){_OUTSIDE}"
 )
 
 _KNOWN: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
@@ -68,13 +71,13 @@ def trace_pure(simulator: Simulator, trace: Callable[[Simulator, bool], Any]) ->
         The result of `trace` for the simulator, from JAX's cache if possible.
 
     Raises:
-        ValueError: The simulator uses NumPy's or Python's global generator; its constants differ
+        ValueError: The simulator uses NumPy's global generator; its constants differ
             between two traces; or an output has noise from a constant key only.
     """
     known = _known(simulator)
     if known:
         raise ValueError(known)
-    before = _global_states()
+    before = _global_state()
     traced = trace(simulator, False)
     if known is not None:
         return traced
@@ -85,7 +88,7 @@ def trace_pure(simulator: Simulator, trace: Callable[[Simulator, bool], Any]) ->
         first = trace(plain, True)
     second = trace(plain, True)
     message = ""
-    if _global_states() != before:
+    if _global_state() != before:
         message = _EXPECTED + _GLOBAL_STATE
     elif not _has_equal_constants(first.jaxpr, second.jaxpr):
         message = _EXPECTED + _OTHER_CONSTANTS
@@ -111,10 +114,13 @@ def _remember(simulator: Simulator, message: str) -> None:
         pass
 
 
-def _global_states() -> tuple[Any, ...]:
-    """Return the states of the global generators of NumPy and of Python."""
-    leaves = jax.tree.leaves(np.random.get_state(legacy=False))  # noqa: NPY002
-    return random.getstate(), *(np.asarray(leaf).tobytes() for leaf in leaves)
+def _global_state() -> list[bytes]:
+    """Return the state of NumPy's global generator.
+
+    The state of Python's `random` is of no use: type checkers such as beartype draw from it.
+    """
+    state = np.random.get_state(legacy=False)  # noqa: NPY002
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 
 
 def _has_equal_constants(first: ClosedJaxpr, second: ClosedJaxpr) -> bool:
