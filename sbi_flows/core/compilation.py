@@ -1,12 +1,15 @@
-"""Cache of compiled programs on disk.
+"""Caches of compiled programs: the cache on disk, and the number of programs in memory.
 
-Public name: `enable_compilation_cache`.
+Public names: `enable_compilation_cache`, `bounded`, `drop_old_programs`.
 """
 
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Hashable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 
@@ -14,6 +17,45 @@ from sbi_flows.core.checks import writable_folder
 
 MIN_COMPILE_SECONDS = 0.1
 """Programs that compile faster than this are not written to the cache."""
+
+MAX_SIZES = 8
+"""Number of data sets of different sizes whose programs are kept in memory."""
+
+_BOUNDED: list[Any] = []
+_SIZES: set[Hashable] = set()
+_LOCK = threading.Lock()
+
+F = TypeVar("F")
+
+
+def bounded(function: F) -> F:
+    """Register a jitted function whose programs depend on the number of training rows.
+
+    JAX keeps a program for every size, with about 40 MB for a fit. It offers no way to drop single
+    programs, so `drop_old_programs` drops those of all sizes.
+
+    Args:
+        function: The result of `jax.jit`.
+
+    Returns:
+        The same function.
+    """
+    _BOUNDED.append(function)
+    return function
+
+
+def drop_old_programs(size: Hashable) -> None:
+    """Drop the programs of all `bounded` functions if a data set has the ninth new size.
+
+    Args:
+        size: Size of the data set of the next fit. Fits of a recent size reuse their programs.
+    """
+    with _LOCK:
+        if size not in _SIZES and len(_SIZES) >= MAX_SIZES:
+            for function in _BOUNDED:
+                function.clear_cache()
+            _SIZES.clear()
+        _SIZES.add(size)
 
 
 def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path:

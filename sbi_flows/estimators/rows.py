@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sbi_flows.core.compilation import bounded
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.densities.conditional import Blueprint
@@ -33,12 +34,14 @@ SAMPLE_ROWS = 2**16
 """Number of rows that are loaded into memory if the simulations are on disk."""
 
 
+@bounded
 @jax.jit
 def contains(prior: Prior, theta: Array) -> Array:
     """Return whether each row of theta lies in the support of the prior."""
     return prior.contains(theta)
 
 
+@bounded
 @jax.jit
 @full_precision
 def standard_coordinates(prior: Prior, theta: Array) -> Array:
@@ -46,6 +49,7 @@ def standard_coordinates(prior: Prior, theta: Array) -> Array:
     return prior.to_standard(theta)
 
 
+@bounded
 @jax.jit
 @full_precision
 def prepare(prior: Prior, theta: Array, x: Obs) -> tuple[TrainingData, Standardiser]:
@@ -61,6 +65,7 @@ def with_emulated(
     return dataclasses.replace(_appended(prior, data, emulated), member_rows=member_rows)
 
 
+@bounded
 @jax.jit
 @full_precision
 def _appended(prior: Prior, data: TrainingData, emulated: Emulated) -> TrainingData:
@@ -114,6 +119,7 @@ def stream_of(
     return Stream(np.arange(len(numbers)), sample, read)
 
 
+@bounded
 @partial(jax.jit, static_argnums=1)
 @full_precision
 def _read(
@@ -136,6 +142,7 @@ def summarised(key: Key, posterior: Posterior, features: Array) -> Posterior:
     return dataclasses.replace(posterior, typicality=typicality)
 
 
+@bounded
 @jax.jit
 @full_precision
 def standardised(standardiser: Standardiser, x: Obs) -> Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sbi_flows.core.compilation import bounded
 from sbi_flows.core.typing import Obs
 
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
@@ -147,6 +148,7 @@ def _skewness(tails: Array) -> Array:
     return jnp.abs(high + low - 2 * center) / width
 
 
+@bounded
 @jax.jit
 def _fitted(x: Obs) -> tuple[Array, Array, Array]:
     floor = jnp.concatenate([_floors(flatten_rows(leaf)) for leaf in jax.tree.leaves(x)])

@@ -105,7 +105,8 @@ def trace_call(
     program = _on_one_device if plan.mesh is None else _on_all_devices
     if is_fresh:
         # JAX caches traces by the function inside `jit`
-        program = jax.jit(partial(program.__wrapped__), static_argnums=(1, 2))
+        function = program.__wrapped__  # type: ignore[attr-defined]  # jit keeps its function
+        program = jax.jit(partial(function), static_argnums=(1, 2))
     return program.trace(prior, simulator, plan.mesh, keys, theta)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.interpreters.partial_eval import dce_jaxpr
@@ -83,8 +84,8 @@ def trace_pure(simulator: Simulator, trace: Callable[[Simulator, bool], Any]) ->
         return traced
     first, plain = traced, simulator
     if isinstance(simulator, jax.stages.Wrapped):
-        # JAX may have traced the function inside `jax.jit` before
-        plain = simulator.__wrapped__
+        # JAX may have traced the function inside `jax.jit` before; jit keeps the function
+        plain = simulator.__wrapped__  # type: ignore[attr-defined]  # as above
         first = trace(plain, True)
     second = trace(plain, True)
     message = ""
@@ -138,7 +139,7 @@ def _is_equal(a: Any, b: Any) -> bool:
 
 
 def _as_numpy(constant: Any) -> np.ndarray:
-    is_key = jax.dtypes.issubdtype(getattr(constant, "dtype", float), jax.dtypes.prng_key)
+    is_key = jnp.issubdtype(getattr(constant, "dtype", float), jax.dtypes.prng_key)
     return np.asarray(jax.random.key_data(constant) if is_key else constant)
 
 

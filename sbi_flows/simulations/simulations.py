@@ -23,6 +23,7 @@ from sbi_flows.core.checks import (
     require_memory,
     require_real,
 )
+from sbi_flows.core.compilation import bounded
 from sbi_flows.core.typing import Obs
 from sbi_flows.simulations.disk import (
     ON_DISK,
@@ -81,10 +82,8 @@ class Simulations:
         n = len(theta)
         x = as_real_tree("x", x, kept=ON_DISK)
         _require_rows(x, n)
-        valid = jnp.ones(n, bool) if valid is None else _integers("valid", valid, n, 1)
-        round = (
-            jnp.zeros(n, jnp.int32) if round is None else _integers("round", round, n, MAX_INDEX)
-        )
+        valid = np.ones(n, bool) if valid is None else _integers("valid", valid, n, 1)
+        round = np.zeros(n, np.int32) if round is None else _integers("round", round, n, MAX_INDEX)
         _set_fields(self, theta, x, valid, round)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -122,7 +121,7 @@ class Simulations:
     @property
     def num_valid(self) -> int:
         """Number of valid rows."""
-        return int(np.sum(self.valid))
+        return int(np.sum(np.asarray(self.valid)))
 
     @property
     def on_disk(self) -> bool:
@@ -145,14 +144,17 @@ def unchecked_simulations(theta: Array, x: Obs, valid: Any) -> Simulations:
     Rows of x with NaN or infinity are marked invalid, as in `Simulations`.
     """
     simulations = object.__new__(Simulations)
-    _set_fields(simulations, theta, x, valid, jnp.zeros(len(theta), jnp.int32))
+    _set_fields(simulations, theta, x, valid, np.zeros(len(theta), np.int32))
     return simulations
 
 
 def _set_fields(simulations: Simulations, theta: Array, x: Obs, valid: Any, round: Any) -> None:
     x = jax.tree.map(_as_leaf, x)
     finite = finite_rows_on_disk(x, finite_rows) if is_on_disk(x) else finite_rows(x)
-    values = (theta, x, jnp.asarray(valid, bool) & finite, jnp.asarray(round, int))
+    # operations on the host, and copies by device_put, compile no program for the number of rows
+    valid = np.asarray(valid, bool) & np.asarray(finite)
+    round = np.array(round, jnp.result_type(int))
+    values = (theta, x, *jax.device_put((valid, round)))
     for name, value in zip(_FIELDS, values, strict=True):
         object.__setattr__(simulations, name, value)
 
@@ -179,6 +181,7 @@ def _as_leaf(leaf: Any) -> Array | np.memmap | LazyArray:
     return jnp.asarray(as_real_array("x", leaf))
 
 
+@bounded
 @jax.jit
 def finite_rows(x: Obs) -> Array:
     """Return whether each of the N rows is finite in all leaves of x, shape (N,)."""

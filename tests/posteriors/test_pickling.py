@@ -139,8 +139,7 @@ def test_copies_of_a_stack_are_equal(fitted):
     estimator = fitted[0]
     stack = sf.Stack([estimator, small(estimator.prior, density=sf.GaussianMixture(components=2))])
     for copied in COPIES.values():
-        densities = [each.density for each in copied(stack).estimators]
-        assert densities == [each.density for each in stack.estimators]
+        assert repr(copied(stack).estimators) == repr(stack.estimators)
 
 
 def test_copies_of_a_check_are_the_same():

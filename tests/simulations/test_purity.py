@@ -53,9 +53,7 @@ def test_draws_from_numpys_global_generator_are_refused_at_every_call(name):
     if name == "jit":
         jitted(KEY, jnp.zeros(2))  # now JAX has the trace in its cache
     for n in (5, 5, 300):
-        with pytest.raises(
-            ValueError, match=r"got draws of numpy\.random, .*use simulators\.ext"
-        ):
+        with pytest.raises(ValueError, match=r"got draws of numpy\.random, .*use simulators\.ext"):
             run(GLOBAL[name], n)
 
 
