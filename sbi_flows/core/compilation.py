@@ -5,6 +5,7 @@ Public names: `enable_compilation_cache`, `bounded`, `drop_old_programs`.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Hashable
@@ -21,9 +22,22 @@ MIN_COMPILE_SECONDS = 0.1
 MAX_SIZES = 8
 """Number of data sets of different sizes whose programs are kept in memory."""
 
+MAX_DROPS = 8
+"""Number of drops after which all programs of the process are dropped."""
+
 _BOUNDED: list[Any] = []
-_SIZES: set[Hashable] = set()
 _LOCK = threading.Lock()
+
+
+@dataclasses.dataclass
+class _Fits:
+    """Sizes of data sets since the last drop, and number of drops since all were dropped."""
+
+    sizes: set[Hashable] = dataclasses.field(default_factory=set)
+    drops: int = 0
+
+
+_FITS = _Fits()
 
 F = TypeVar("F")
 
@@ -47,15 +61,23 @@ def bounded(function: F) -> F:
 def drop_old_programs(size: Hashable) -> None:
     """Drop the programs of all `bounded` functions if a data set has the ninth new size.
 
+    JAX also keeps traces of its own functions, about 10 MB for each size, and can only drop them
+    together with all programs of the process. This happens at every eighth drop. Programs that
+    are needed again are then compiled again.
+
     Args:
         size: Size of the data set of the next fit. Fits of a recent size reuse their programs.
     """
     with _LOCK:
-        if size not in _SIZES and len(_SIZES) >= MAX_SIZES:
+        if size not in _FITS.sizes and len(_FITS.sizes) >= MAX_SIZES:
             for function in _BOUNDED:
                 function.clear_cache()
-            _SIZES.clear()
-        _SIZES.add(size)
+            _FITS.sizes.clear()
+            _FITS.drops += 1
+            if _FITS.drops >= MAX_DROPS:
+                jax.clear_caches()
+                _FITS.drops = 0
+        _FITS.sizes.add(size)
 
 
 def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path:

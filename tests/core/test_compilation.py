@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,8 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
 @pytest.fixture
 def doubled(monkeypatch):
     """A bounded function, the only one."""
-    for name, value in {"_BOUNDED": [], "_SIZES": set(), "MAX_SIZES": 3}.items():
+    values = {"_BOUNDED": [], "_FITS": compilation._Fits(), "MAX_SIZES": 3}
+    for name, value in values.items():
         monkeypatch.setattr(compilation, name, value)
 
     @compilation.bounded
@@ -63,6 +65,19 @@ def test_programs_of_a_few_sizes_are_kept_and_dropped_for_one_more(doubled):
         doubled(jnp.zeros(size))
         counts.append(doubled._cache_size())
     assert counts == [1, 2, 3, 3, 3, 3, 1, 2, 2, 3, 1]
+
+
+def test_all_programs_are_dropped_after_some_drops(doubled, monkeypatch):
+    monkeypatch.setattr(compilation, "MAX_DROPS", 2)
+    other: Any = jax.jit(lambda x: 3 * x)
+    counts = []
+    other(jnp.zeros(1))
+    for size in range(1, 12):
+        compilation.drop_old_programs(size)
+        doubled(jnp.zeros(size))
+        counts.append(other._cache_size())
+    # three sizes are kept, so the fourth and the seventh cause drops
+    assert counts == [1] * 6 + [0] * 5
 
 
 FITS = """
