@@ -1,12 +1,16 @@
-"""Cache of compiled programs on disk.
+"""Caches of compiled programs: the cache on disk, and the number of programs in memory.
 
-Public name: `enable_compilation_cache`.
+Public names: `enable_compilation_cache`, `bounded`, `drop_old_programs`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import threading
+from collections.abc import Hashable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 
@@ -14,6 +18,66 @@ from sbi_flows.core.checks import writable_folder
 
 MIN_COMPILE_SECONDS = 0.1
 """Programs that compile faster than this are not written to the cache."""
+
+MAX_SIZES = 8
+"""Number of data sets of different sizes whose programs are kept in memory."""
+
+MAX_DROPS = 8
+"""Number of drops after which all programs of the process are dropped."""
+
+_BOUNDED: list[Any] = []
+_LOCK = threading.Lock()
+
+
+@dataclasses.dataclass
+class _Fits:
+    """Sizes of data sets since the last drop, and number of drops since all were dropped."""
+
+    sizes: set[Hashable] = dataclasses.field(default_factory=set)
+    drops: int = 0
+
+
+_FITS = _Fits()
+
+F = TypeVar("F")
+
+
+def bounded(function: F) -> F:
+    """Register a jitted function whose programs depend on the number of training rows.
+
+    JAX keeps a program for every size, with about 40 MB for a fit. It offers no way to drop single
+    programs, so `drop_old_programs` drops those of all sizes.
+
+    Args:
+        function: The result of `jax.jit`.
+
+    Returns:
+        The same function.
+    """
+    _BOUNDED.append(function)
+    return function
+
+
+def drop_old_programs(size: Hashable) -> None:
+    """Drop the programs of all `bounded` functions if a data set has the ninth new size.
+
+    JAX also keeps traces of its own functions, about 10 MB for each size, and can only drop them
+    together with all programs of the process. This happens at every eighth drop. Programs that
+    are needed again are then compiled again.
+
+    Args:
+        size: Size of the data set of the next fit. Fits of a recent size reuse their programs.
+    """
+    with _LOCK:
+        if size not in _FITS.sizes and len(_FITS.sizes) >= MAX_SIZES:
+            for function in _BOUNDED:
+                function.clear_cache()
+            _FITS.sizes.clear()
+            _FITS.drops += 1
+            if _FITS.drops >= MAX_DROPS:
+                jax.clear_caches()
+                _FITS.drops = 0
+        _FITS.sizes.add(size)
 
 
 def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path:

@@ -1,17 +1,50 @@
-"""Conversion of Python objects to JSON data, for the record that is saved with a posterior.
+"""The record that is saved with a posterior: a read-only dict of JSON data.
 
-Public names: `to_json_data`.
+Public names: `ReadOnlyDict`, `to_json_data`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, final
 
 import jax
 import numpy as np
+
+
+@final
+class ReadOnlyDict(Mapping[str, Any]):
+    """Copy of a dict without methods that change it. `types.MappingProxyType` cannot be pickled.
+
+    Args:
+        values: The entries.
+
+    Example:
+        >>> record = ReadOnlyDict({"rows": 100})
+        >>> record["rows"], record
+        (100, {'rows': 100})
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = dict(values)
+
+    def __getitem__(self, name: str) -> Any:
+        """Return the value of an entry."""
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of the entries."""
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        """Number of entries."""
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        """Show the entries as a dict."""
+        return repr(self._values)
 
 
 def to_json_data(value: Any) -> Any:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 from sbi_flows.core.checks import require_count, require_object
 from sbi_flows.core.errors import TrainingDiverged
 from sbi_flows.core.precision import full_precision, precision_context
-from sbi_flows.core.record import to_json_data
+from sbi_flows.core.record import ReadOnlyDict, to_json_data
 from sbi_flows.core.typing import Key
 from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
 from sbi_flows.densities.distilled import Distilled, add_student
@@ -121,7 +120,7 @@ def distil(
     blueprints, weights = zip(*parts, strict=True)
     joined = np.concatenate([part_errors[:epochs] for part_errors in errors], axis=1)
     entry = {"steps": steps, "training": to_json_data(training), "errors": to_json_data(joined)}
-    record = MappingProxyType({**posterior.record, "distilled": entry})
+    record = ReadOnlyDict({**posterior.record, "distilled": entry})
     changed = {"blueprints": blueprints, "weights": weights, "record": record}
     return dataclasses.replace(posterior, **changed), joined
 

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from sbi_flows.core.checks import require_count, require_fraction, require_positive
+from sbi_flows.core.compilation import drop_old_programs
 from sbi_flows.core.errors import SbiFlowsWarning, SimulationFailed, TrainingDiverged
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.core.warn import warn_user
@@ -181,6 +182,7 @@ class NPE:
         """
         began = time.perf_counter()
         simulations = self._checked(simulations)
+        drop_old_programs((len(simulations), simulations.num_valid))
         keys = FitKeys.of(key)
         problem = self._problem(keys, simulations)
         data, emulator_history = problem.data, None

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sbi_flows.core.compilation import bounded
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.densities.conditional import Blueprint
@@ -35,12 +36,14 @@ SAMPLE_ROWS = 2**16
 """Number of rows that are loaded into memory if the simulations are on disk."""
 
 
+@bounded
 @jax.jit
 def contains(prior: Prior, theta: Array) -> Array:
     """Return whether each row of theta lies in the support of the prior."""
     return prior.unchecked_contains(theta)
 
 
+@bounded
 @jax.jit
 @full_precision
 def standard_coordinates(prior: Prior, theta: Array) -> Array:
@@ -56,6 +59,7 @@ def prepare(prior: Prior, theta: Any, x: Obs) -> tuple[TrainingData, Standardise
     return data, standardiser._replace(origin=origin), relative
 
 
+@bounded
 @jax.jit
 @full_precision
 def _prepared(prior: Prior, theta: Array, x: Obs) -> tuple[TrainingData, Standardiser]:
@@ -70,6 +74,7 @@ def with_emulated(
     return dataclasses.replace(_appended(prior, data, emulated), member_rows=member_rows)
 
 
+@bounded
 @jax.jit
 @full_precision
 def _appended(prior: Prior, data: TrainingData, emulated: Emulated) -> TrainingData:
@@ -124,6 +129,7 @@ def stream_of(
     return Stream(np.arange(len(numbers)), sample, read)
 
 
+@bounded
 @partial(jax.jit, static_argnums=1)
 @full_precision
 def _read(

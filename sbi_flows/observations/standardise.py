@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sbi_flows.core.compilation import bounded
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.pytrees import is_traced
 from sbi_flows.core.typing import Obs
@@ -176,12 +177,14 @@ def _skewness(tails: Array) -> Array:
     return jnp.abs(high + low - 2 * center) / width
 
 
+@bounded
 @jax.jit
 @full_precision
 def _features(standardiser: Standardiser, x: Obs) -> Array:
     return standardiser(x)
 
 
+@bounded
 @jax.jit
 def _fitted(x: Obs) -> tuple[Array, Array, Array]:
     floor = jnp.concatenate([_floors(flatten_rows(leaf)) for leaf in jax.tree.leaves(x)])

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +29,7 @@ from sbi_flows.artefact.strict import (
     expect_type,
 )
 from sbi_flows.core.errors import ArtefactError
+from sbi_flows.core.record import ReadOnlyDict
 from sbi_flows.core.typing import Obs
 from sbi_flows.densities.conditional import Blueprint, Embedding, Weights
 from sbi_flows.densities.embedded import space_widths
@@ -229,7 +229,7 @@ def decode(header: DirectHeader, file: ArtefactFile, user_prior: Prior | None) -
         shares=header.shares,
         standardiser=Standardiser(center, scale, floor, header.linear, _origin(header, file)),
         observation=header.observation,
-        record=MappingProxyType(header.record),
+        record=ReadOnlyDict(header.record),
         typicality=gates.decode(header.spaces, sizes, file.table, file.tensor),
     )
 

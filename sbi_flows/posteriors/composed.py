@@ -20,7 +20,6 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import distrax
@@ -34,6 +33,7 @@ from sbi_flows.artefact.layers import Layer, LayerCodec, SavedPosterior
 from sbi_flows.core.checks import as_array, require_count, require_object
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.pytrees import register_pytree
+from sbi_flows.core.record import ReadOnlyDict
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.densities.conditional import Blueprint, Conditional, Weights, graph_of
 from sbi_flows.densities.matching import Diffusion, FlowMatching, Matching
@@ -132,7 +132,7 @@ class ComposedPosterior(Derived):
             layer: The layer.
         """
         require_object("posterior", posterior, Posterior, "an sf.Posterior")
-        record = MappingProxyType(dict(layer.record))
+        record = ReadOnlyDict(layer.record)
         return cls(posterior, layer.fields["levels"], layer.fields["steps"], record)  # type: ignore[arg-type]
 
     def _sets(self, x: Obs) -> tuple[Obs, bool]:

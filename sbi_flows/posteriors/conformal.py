@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jax
@@ -26,6 +25,7 @@ from scipy import special
 from sbi_flows.artefact.layers import Layer, LayerCodec, SavedPosterior
 from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.core.pytrees import is_traced, register_pytree
+from sbi_flows.core.record import ReadOnlyDict
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.posteriors.adapter import PosteriorLike, as_posterior
 from sbi_flows.posteriors.base import AbstractPosterior, Derived
@@ -111,7 +111,7 @@ class ConformalPosterior(Derived):
             layer: The layer.
         """
         _, num_failed, draws, key, record = calibration_of(layer)
-        facts = MappingProxyType(dict(record))
+        facts = ReadOnlyDict(record)
         return cls(posterior, layer.tensors["scores"], num_failed, draws, key, facts)
 
     def _bind(self, x: Obs) -> tuple[Any, bool]:

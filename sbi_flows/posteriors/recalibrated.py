@@ -21,7 +21,6 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -34,6 +33,7 @@ from jax.scipy.stats import norm
 from sbi_flows.artefact.layers import Layer, LayerCodec, SavedPosterior
 from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.core.pytrees import register_pytree
+from sbi_flows.core.record import ReadOnlyDict
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.posteriors.adapter import PosteriorLike, as_posterior
 from sbi_flows.posteriors.base import AbstractPosterior, Derived
@@ -139,7 +139,7 @@ class RecalibratedPosterior(Derived):
         """
         num_simulations, num_failed, draws, key, record = calibration_of(layer)
         counts = (num_simulations, num_failed, draws)
-        facts = MappingProxyType(dict(record))
+        facts = ReadOnlyDict(record)
         return cls(posterior, quantiles_in(layer), *counts, key, facts)
 
     def _bind(self, x: Obs) -> tuple[_Bound, bool]:

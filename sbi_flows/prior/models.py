@@ -17,6 +17,7 @@ import numpyro.distributions as dist
 
 from sbi_flows.core.typing import Key
 from sbi_flows.prior.checks import base_of
+from sbi_flows.prior.sites import Site
 
 
 class Model:
@@ -95,9 +96,14 @@ def is_same(a: Any, b: Any) -> bool:
 def _fingerprint(sites: Mapping[str, dist.Distribution]) -> tuple[Any, ...]:
     """Return the name, the class and the parameters (as bytes) of each distribution in a trace."""
     return tuple(
-        (name, type(base_of(site)), *(_bytes_of(leaf) for leaf in jax.tree.leaves(site)))
+        (name, type(base_of(site)), *map(_bytes_of, _leaves_of(site)))
         for name, site in sites.items()
     )
+
+
+def _leaves_of(site: dist.Distribution) -> list[Any]:
+    """Return the parameters in an order that is the same in every process, if `Site` knows it."""
+    return jax.tree.leaves(Site(site)) or jax.tree.leaves(site)
 
 
 def _bytes_of(leaf: Any) -> tuple[Any, ...]:

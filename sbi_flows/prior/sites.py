@@ -1,12 +1,14 @@
 """One distribution of a prior as a pytree: its parameters are leaves, everything else is static.
 
-numpyro's distributions are already pytrees. `Site` solves three problems of these pytrees:
+numpyro's distributions are already pytrees. `Site` solves four problems of these pytrees:
 
 - numpyro orders the leaves by a set of names, so that the order differs between processes. A
   process then cannot use the programs that another process stored in JAX's compilation cache on
   disk. `Site` sorts the leaves.
 - numpyro assumes that a traced scale is positive, so that an affine transform with a negative scale
   gets the wrong support. `Site` determines the support once, from concrete values.
+- The same order is part of JAX's description of the tree, so that a pickled description gives
+  parameters to the wrong fields in another process. `Site` pickles the distribution itself.
 - A distribution class from outside numpyro may have attributes that are not leaves. `Site` treats
   such a distribution as static and compares it by identity.
 
@@ -69,8 +71,11 @@ class Site:
     """
 
     def __init__(self, distribution: dist.Distribution) -> None:
+        self._set(distribution, distribution.support)
+
+    def _set(self, distribution: dist.Distribution, support: Any) -> None:
         self.shape = (*distribution.batch_shape, *distribution.event_shape)
-        pair = (distribution, distribution.support)
+        pair = (distribution, support)
         self._static: _Structure | _Opaque = _Opaque(distribution)
         self._leaves: tuple[Any, ...] = ()
         if _is_transparent(distribution):
@@ -79,6 +84,14 @@ class Site:
             self._static = _Structure(tree, order)
             self._leaves = tuple(_as_real(leaves[i]) for i in order)
         self._pair: tuple[dist.Distribution, Any] | None = pair
+
+    def __getstate__(self) -> tuple[dist.Distribution, Any]:
+        """Return the distribution and its support, for pickle and copy."""
+        return self._parts()
+
+    def __setstate__(self, pair: tuple[dist.Distribution, Any]) -> None:
+        """Flatten the distribution in the order of this process."""
+        self._set(*pair)
 
     @property
     def distribution(self) -> dist.Distribution:

@@ -7,7 +7,7 @@ On accelerators the result may differ in the last digits, because the kernels de
 of rows.
 
 Public names: `MAX_CALL_ROWS`, `CPU_BATCH_ROWS`, `CallPlan`, `plan_calls`, `plan_store_calls`,
-`trace_outputs`, `simulate_call`, `with_current_state`.
+`trace_call`, `simulate_call`, `with_current_state`.
 """
 
 from __future__ import annotations
@@ -80,19 +80,19 @@ def _plan_batches(batches: int, max_per_device: int) -> CallPlan:
     return CallPlan(count * per_device * CPU_BATCH_ROWS, mesh)
 
 
-def trace_outputs(key: Key, prior: Prior, simulator: Simulator, plan: CallPlan) -> Any:
-    """Trace one call of `simulate_call`; return shape and dtype of each output for one row.
+def trace_call(
+    key: Key, prior: Prior, plan: CallPlan, simulator: Simulator, is_fresh: bool
+) -> jax.stages.Traced:
+    """Trace one call of `simulate_call`.
 
     JAX caches the trace, so the call itself does not trace the simulator again.
 
     Args:
         key: A random key with the same implementation as the keys of the call.
         prior: The prior.
-        simulator: The simulator.
         plan: Number of rows and devices of the call.
-
-    Returns:
-        A tree of `jax.ShapeDtypeStruct`.
+        simulator: The simulator.
+        is_fresh: Run the Python code of the simulator, even if JAX has the trace in its cache.
 
     Raises:
         Exception: JAX or the simulator raised this exception during the trace.
@@ -102,11 +102,12 @@ def trace_outputs(key: Key, prior: Prior, simulator: Simulator, plan: CallPlan) 
     keys = jax.ShapeDtypeStruct(split.shape, split.dtype, sharding=sharding)
     shape, dtype = (plan.rows, prior.dim), jnp.result_type(float)
     theta = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-    if plan.mesh is None:
-        traced = _on_one_device.trace(prior, simulator, keys, theta)
-    else:
-        traced = _on_all_devices.trace(prior, simulator, plan.mesh, keys, theta)
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), traced.out_info)
+    program = _on_one_device if plan.mesh is None else _on_all_devices
+    if is_fresh:
+        # JAX caches traces by the function inside `jit`
+        function = program.__wrapped__  # type: ignore[attr-defined]  # jit keeps its function
+        program = jax.jit(partial(function), static_argnums=(1, 2))
+    return program.trace(prior, simulator, plan.mesh, keys, theta)
 
 
 def simulate_call(
@@ -114,16 +115,16 @@ def simulate_call(
 ) -> Obs:
     """Simulate N rows with keys (N,) and parameters (N, D); N is `CallPlan.rows`."""
     if mesh is None:
-        return _on_one_device(prior, simulator, keys, theta)
+        return _on_one_device(prior, simulator, None, keys, theta)
     shares = jax.device_put((keys, theta), NamedSharding(mesh, _ROWS))
     x = _on_all_devices(prior, simulator, mesh, *shares)
     # x is moved to the default device, so that later computations on x run there only
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), x)
 
 
-@partial(jax.jit, static_argnums=1)
+@partial(jax.jit, static_argnums=(1, 2))
 @full_precision
-def _on_one_device(prior: Prior, simulator: Simulator, keys: Key, theta: Array) -> Obs:
+def _on_one_device(prior: Prior, simulator: Simulator, mesh: None, keys: Key, theta: Array) -> Obs:
     return _simulate_share(prior, simulator, keys, theta)
 
 

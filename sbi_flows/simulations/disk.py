@@ -3,13 +3,16 @@
 An array on disk has the same dtype as it would have in memory. Integers stay integers if JAX can
 hold their values in its present precision; all other numbers become floats.
 
-Public names: `LazyArray`, `ON_DISK`, `is_on_disk`, `keep_on_disk`, `finite_rows_on_disk`.
+Public names: `LazyArray`, `ON_DISK`, `is_on_disk`, `keep_on_disk`, `to_pickle`, `from_pickle`,
+`finite_rows_on_disk`.
 """
 
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
+import mmap
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
@@ -90,9 +93,55 @@ class _Converted(LazyArray):
     def __init__(self, array: DiskArray, dtype: np.dtype) -> None:
         self._array, self.shape, self.dtype = array, array.shape, dtype
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes, for pickle and copy, with the place of the array in its file."""
+        return {**vars(self), "_array": to_pickle(self._array)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Set the attributes, and open the file."""
+        vars(self).update(state, _array=from_pickle(state["_array"]))
+
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
             return np.asarray(self._array[rows]).astype(self.dtype)
+
+
+def to_pickle(array: Any) -> Any:
+    """Return the place of a memory-mapped array in its file, for pickle and copy.
+
+    NumPy writes the whole content of such an array into a pickle. Other arrays are returned
+    unchanged, and also views that are not contiguous and arrays whose changes are not written to
+    the file.
+    """
+    if not isinstance(array, np.memmap) or not array.flags.c_contiguous:
+        return array
+    root: Any = array
+    while isinstance(root.base, np.memmap):
+        root = root.base
+    is_mapped = isinstance(root.base, mmap.mmap) and root.filename is not None and root.mode != "c"
+    if not is_mapped:
+        return array
+    offset = root.offset + array.ctypes.data - root.ctypes.data
+    return _Mapped(str(root.filename), array.dtype, offset, array.shape)
+
+
+def from_pickle(value: Any) -> Any:
+    """Return the array for which `to_pickle` returned this value."""
+    return value.open() if isinstance(value, _Mapped) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mapped:
+    """Place of an array in a file."""
+
+    path: str
+    dtype: np.dtype
+    offset: int
+    shape: tuple[int, ...]
+
+    def open(self) -> np.memmap:
+        """Map the file into memory."""
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
 
 
 def _dtype_in_memory(array: DiskArray) -> np.dtype:

@@ -16,8 +16,9 @@ import numpy as np
 from sbi_flows.core.checks import require_object, require_real
 from sbi_flows.core.typing import Key, Simulator
 from sbi_flows.prior.prior import Prior
-from sbi_flows.simulations.batching import CallPlan, trace_outputs, with_current_state
+from sbi_flows.simulations.batching import CallPlan, trace_call, with_current_state
 from sbi_flows.simulations.executors import Executor, External
+from sbi_flows.simulations.purity import trace_pure
 from sbi_flows.simulations.worker import from_named, to_named
 
 
@@ -43,8 +44,8 @@ def check_outputs(key: Key, prior: Prior, simulator: Simulator, plan: CallPlan) 
         A tree of `jax.ShapeDtypeStruct`.
 
     Raises:
-        ValueError: JAX cannot trace the simulator, the simulator does not return real numbers, or
-            the prior has an offset.
+        ValueError: JAX cannot trace the simulator; its random numbers do not come from its key; it
+            does not return real numbers; or the prior has an offset.
     """
     if prior.layout.offset:
         labels = ", ".join(n for n, c in zip(prior.labels, prior.layout.offset, strict=True) if c)
@@ -54,12 +55,13 @@ def check_outputs(key: Key, prior: Prior, simulator: Simulator, plan: CallPlan) 
             "of the difference from a fixed value, which the simulator adds"
         )
     try:
-        outputs = trace_outputs(key, prior, simulator, plan)
+        traced = trace_pure(simulator, partial(trace_call, key, prior, plan))
     except (jax.errors.JAXTypeError, jax.errors.NonConcreteBooleanIndexError) as error:
         raise ValueError(
             "simulator: expected a function that JAX can trace (jax.numpy, no branches on values "
             f"in Python), got {type(error).__name__}: {error}"
         ) from error
+    outputs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), traced.out_info)
     leaves = jax.tree.leaves(outputs)
     for leaf in leaves:
         require_real("simulator", leaf.dtype)

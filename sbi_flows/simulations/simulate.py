@@ -17,6 +17,7 @@ from sbi_flows.core.checks import as_random_key, require_count
 from sbi_flows.core.typing import Key, Simulator
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
 from sbi_flows.simulations.batching import plan_calls, simulate_call, with_current_state
+from sbi_flows.simulations.constants import warn_constant
 from sbi_flows.simulations.executors import Executor, External
 from sbi_flows.simulations.external import empty_outputs, external_tasks, put_row
 from sbi_flows.simulations.failures import report_failures
@@ -54,8 +55,9 @@ def simulate(
         Simulations with n rows. Rows with NaN or infinity in x are marked invalid.
 
     Raises:
-        ValueError: n is not positive, JAX cannot trace the simulator, or the simulator does not
-            return numbers.
+        ValueError: n is not positive; JAX cannot trace the simulator; the simulator does not return
+            numbers; or it has random numbers that do not come from its key: from NumPy, from
+            Python's `random`, or from a constant key.
         SimulationFailed: All rows are invalid.
 
     Example:
@@ -100,8 +102,8 @@ def simulate_at(
         invalid.
 
     Raises:
-        ValueError: theta does not have D columns, JAX cannot trace the simulator, or the simulator
-            does not return numbers.
+        ValueError: theta does not have D columns, or the simulator is not accepted (see
+            `simulate`).
         SimulationFailed: All rows are invalid.
 
     Example:
@@ -137,6 +139,7 @@ def _simulate(
     failed[list(reasons)] = True
     simulations = unchecked_simulations(theta, x, ~failed)
     report_failures(simulations, reasons.values(), stacklevel=4)
+    warn_constant(simulations.theta, simulations.x, simulations.valid)
     return simulations
 
 

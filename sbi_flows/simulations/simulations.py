@@ -24,6 +24,7 @@ from sbi_flows.core.checks import (
     require_memory,
     require_real,
 )
+from sbi_flows.core.compilation import bounded
 from sbi_flows.core.doubles import as_data_array, is_double
 from sbi_flows.core.errors import SbiFlowsWarning
 from sbi_flows.core.frames import column_names
@@ -34,8 +35,10 @@ from sbi_flows.simulations.disk import (
     ON_DISK,
     LazyArray,
     finite_rows_on_disk,
+    from_pickle,
     is_on_disk,
     keep_on_disk,
+    to_pickle,
 )
 
 MAX_INDEX = 2**31 - 1
@@ -64,7 +67,7 @@ class Simulations:
 
     Observations that do not fit in memory can stay on disk: pass a memory-mapped array, as returned
     by `np.load("x.npy", mmap_mode="r")` or `np.memmap`, or use a `SimulationStore`. Training then
-    reads the observations in parts.
+    reads the observations in parts. A pickle contains the paths of the files, not their content.
 
     Attributes:
         theta: Parameters, shape (N, D); a NumPy array of float64 if single precision cannot hold
@@ -105,10 +108,8 @@ class Simulations:
         n = len(theta)
         x = as_tree("x", x, as_data_array, kept=ON_DISK)
         _require_rows(x, n)
-        valid = jnp.ones(n, bool) if valid is None else _integers("valid", valid, n, 1)
-        round = (
-            jnp.zeros(n, jnp.int32) if round is None else _integers("round", round, n, MAX_INDEX)
-        )
+        valid = np.ones(n, bool) if valid is None else _integers("valid", valid, n, 1)
+        round = np.zeros(n, np.int32) if round is None else _integers("round", round, n, MAX_INDEX)
         _set_fields(self, theta, x, valid, round, names)
         not_finite = int(np.sum(np.asarray(valid, bool))) - self.num_valid
         if not_finite > max(MAX_SILENT_ROWS, MAX_SILENT_FRACTION * n):
@@ -117,6 +118,14 @@ class Simulations:
                 f"{self.num_valid:,}",
                 SbiFlowsWarning,
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes, for pickle and copy; arrays on disk as places in their files."""
+        return {**vars(self), "x": jax.tree.map(to_pickle, self.x)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Set the attributes, and open the files of arrays on disk."""
+        vars(self).update(state, x=jax.tree.map(from_pickle, state["x"]))
 
     def __len__(self) -> int:
         """Number of rows N, including failed rows."""
@@ -145,7 +154,7 @@ class Simulations:
     @property
     def num_valid(self) -> int:
         """Number of valid rows."""
-        return int(np.sum(self.valid))
+        return int(np.sum(np.asarray(self.valid)))
 
     @property
     def on_disk(self) -> bool:
@@ -204,7 +213,7 @@ def unchecked_simulations(theta: Array | np.ndarray, x: Obs, valid: Any) -> Simu
     Rows of x with NaN or infinity are marked invalid, as in `Simulations`.
     """
     simulations = object.__new__(Simulations)
-    _set_fields(simulations, theta, x, valid, jnp.zeros(len(theta), jnp.int32), Names())
+    _set_fields(simulations, theta, x, valid, np.zeros(len(theta), np.int32), Names())
     return simulations
 
 
@@ -218,8 +227,11 @@ def _set_fields(
 ) -> None:
     x = jax.tree.map(_as_leaf, x)
     finite = finite_rows_on_disk(x, finite_rows) if is_on_disk(x) else finite_rows(x)
-    values = (theta, x, jnp.asarray(valid, bool) & finite, jnp.asarray(round, int))
-    for name, value in zip((*_LEAVES, "names"), (*values, names), strict=True):
+    # operations on the host, and copies by device_put, compile no program for the number of rows
+    valid = np.asarray(valid, bool) & np.asarray(finite)
+    round = np.array(round, jnp.result_type(int))
+    values = (theta, x, *jax.device_put((valid, round)), names)
+    for name, value in zip((*_LEAVES, "names"), values, strict=True):
         object.__setattr__(simulations, name, value)
 
 
@@ -252,6 +264,7 @@ def finite_rows(x: Obs) -> Array:
     return _finite_rows(jax.tree.map(lambda a: np.isfinite(a) if is_double(a) else a, x))
 
 
+@bounded
 @jax.jit
 def _finite_rows(x: Obs) -> Array:
     rows = [jnp.all(jnp.isfinite(a), axis=tuple(range(1, a.ndim))) for a in jax.tree.leaves(x)]

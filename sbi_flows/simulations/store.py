@@ -34,6 +34,7 @@ from sbi_flows.simulations.chunks import (
     sealed_chunks,
     spoilt_on_error,
 )
+from sbi_flows.simulations.constants import warn_constant
 from sbi_flows.simulations.executors import Executor, External
 from sbi_flows.simulations.failures import Failures, report_failures
 from sbi_flows.simulations.numbered import Chunk, simulate_ranges
@@ -175,6 +176,7 @@ class SimulationStore:
         sims = self._open(sealed)
         reasons = (reason for chunk in sealed for reason in chunk.failed.values())
         report_failures(sims, reasons, stacklevel=3)
+        warn_constant(sims.theta, sims.x, sims.valid)
         return sims
 
     def _write_all(self, chunks: Iterable[Chunk], total: int, progress: bool) -> None:

@@ -8,12 +8,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from sbi_flows.core.record import to_json_data
+from sbi_flows.core.record import ReadOnlyDict, to_json_data
 from sbi_flows.core.versions import versions
 from sbi_flows.simulations.simulations import Simulations
 
@@ -36,7 +35,7 @@ def of_fit(estimator: Any, simulations: Simulations, history: Any) -> Mapping[st
         "history": _summary(history),
         "versions": versions(),
     }
-    return MappingProxyType(record)
+    return ReadOnlyDict(record)
 
 
 def _provenance(simulations: Simulations) -> dict[str, Any]:

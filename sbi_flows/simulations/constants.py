@@ -1,0 +1,57 @@
+"""Warn about observations that are the same in all simulations.
+
+Public names: `warn_constant`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from sbi_flows.core.errors import SbiFlowsWarning
+from sbi_flows.core.typing import Obs
+from sbi_flows.core.warn import warn_user
+from sbi_flows.simulations.disk import ON_DISK
+
+MIN_ROWS = 100
+"""Minimum number of valid rows. Among fewer rows, a rare value may not occur by chance."""
+
+_BLOCK_ROWS = 1024
+"""Number of rows that are compared at once. The first block nearly always contains two values."""
+
+
+def warn_constant(theta: Any, x: Obs, valid: Any) -> None:
+    """Warn if an array of x is the same in all valid rows, although theta varies.
+
+    Single constant entries, such as padding or the start of a time series, cause no warning.
+
+    Args:
+        theta: Parameters, shape (N, D).
+        x: Observations, shape (N, *event), or a dict of such arrays.
+        valid: Whether each row is valid, shape (N,).
+    """
+    rows = np.flatnonzero(valid)
+    if len(rows) < MIN_ROWS or _is_constant(theta, rows):
+        return
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator=".") or "x"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(x)
+        if leaf.size and _is_constant(leaf, rows)
+    ]
+    if names:
+        warn_user(
+            f"{', '.join(names)}: the same in all {len(rows):,} simulations; it says nothing about "
+            "the parameters. Does the simulator use theta and key?",
+            SbiFlowsWarning,
+        )
+
+
+def _is_constant(array: Any, rows: np.ndarray) -> bool:
+    """Return whether these rows of an array, in memory or on disk, are equal."""
+    # a CPU array of JAX is not copied here
+    array = array if isinstance(array, ON_DISK) else np.asarray(array)
+    first = np.asarray(array[rows[:1]])
+    blocks = range(0, len(rows), _BLOCK_ROWS)
+    return all(np.all(np.asarray(array[rows[i : i + _BLOCK_ROWS]]) == first) for i in blocks)

@@ -1,0 +1,186 @@
+"""Refuse simulators with noise that does not come from their random key.
+
+JAX runs the Python code of a simulator once, when it traces it. A number that NumPy draws in this
+run, or noise from a constant key, becomes a constant of the compiled program: all simulations then
+have the same noise, and the posterior is far too narrow.
+
+Public names: `trace_pure`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.interpreters.partial_eval import dce_jaxpr
+
+from sbi_flows.core.typing import Simulator
+
+KEY_POSITION = -2
+"""Position of the random keys among the inputs of the compiled call of `batching`."""
+
+_DRAWS = {"random_bits", "random_gamma", "rng_bit_generator", "rng_uniform", "threefry2x32"}
+"""Names of JAX's primitives that return random numbers."""
+
+_EXPECTED = "simulator: expected random numbers only from its argument `key`, got "
+
+_SAME_NOISE = "all simulations would have the same noise. "
+
+_USE_KEY = (
+    "Use jax.random with the key, for example jax.random.normal(key, shape); for NumPy code use "
+    "simulators.external_simulator"
+)
+
+_OUTSIDE = "; draw constants, such as a design matrix, outside of the simulator"
+
+_GLOBAL_STATE = (
+    f"draws of numpy.random, which JAX takes as constants: {_SAME_NOISE}{_USE_KEY}{_OUTSIDE}"
+)
+
+_OTHER_CONSTANTS = (
+    "constants that differ from one trace to the next, for example draws of a NumPy generator or "
+    f"of Python's random: {_SAME_NOISE}{_USE_KEY}"
+)
+
+_CONSTANT_KEY = (
+    "an output {} with random numbers from a constant key, such as jax.random.key(0), and none "
+    f"from `key`: {_SAME_NOISE}Make all keys from the argument, for example by "
+    f"jax.random.split(key){_OUTSIDE}"
+)
+
+_KNOWN: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+"""Error message of each function that was tested, empty if it is pure. JAX caches traces by
+function, so that a later trace would not run the Python code again."""
+
+
+def trace_pure(simulator: Simulator, trace: Callable[[Simulator, bool], Any]) -> Any:
+    """Trace a simulator, and test that its random numbers come from its key.
+
+    A function is tested once. For the test it is traced a second time.
+
+    Args:
+        simulator: The simulator.
+        trace: Function that traces a compiled call. Its second argument is True if JAX's cache of
+            traces must not be used. It returns a `jax.stages.Traced`.
+
+    Returns:
+        The result of `trace` for the simulator, from JAX's cache if possible.
+
+    Raises:
+        ValueError: The simulator uses NumPy's global generator; its constants differ
+            between two traces; or an output has noise from a constant key only.
+    """
+    known = _known(simulator)
+    if known:
+        raise ValueError(known)
+    before = _global_state()
+    traced = trace(simulator, False)
+    if known is not None:
+        return traced
+    first, plain = traced, simulator
+    if isinstance(simulator, jax.stages.Wrapped):
+        # JAX may have traced the function inside `jax.jit` before; jit keeps the function
+        plain = simulator.__wrapped__  # type: ignore[attr-defined]  # as above
+        first = trace(plain, True)
+    second = trace(plain, True)
+    message = ""
+    if _global_state() != before:
+        message = _EXPECTED + _GLOBAL_STATE
+    elif not _has_equal_constants(first.jaxpr, second.jaxpr):
+        message = _EXPECTED + _OTHER_CONSTANTS
+    elif names := _outputs_of_constant_keys(first):
+        message = _EXPECTED + _CONSTANT_KEY.format(", ".join(names))
+    _remember(simulator, message)
+    if message:
+        raise ValueError(message)
+    return traced
+
+
+def _known(simulator: Simulator) -> str | None:
+    try:
+        return _KNOWN.get(simulator)
+    except TypeError:  # an object without hash or weak references
+        return None
+
+
+def _remember(simulator: Simulator, message: str) -> None:
+    try:
+        _KNOWN[simulator] = message
+    except TypeError:
+        pass
+
+
+def _global_state() -> list[bytes]:
+    """Return the state of NumPy's global generator.
+
+    The state of Python's `random` is of no use: type checkers such as beartype draw from it.
+    """
+    state = np.random.get_state(legacy=False)  # noqa: NPY002
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+def _has_equal_constants(first: ClosedJaxpr, second: ClosedJaxpr) -> bool:
+    """Return whether two programs contain the same constants in the same order."""
+    left, right = list(_constants(first)), list(_constants(second))
+    return len(left) == len(right) and all(map(_is_equal, left, right))
+
+
+def _is_equal(a: Any, b: Any) -> bool:
+    """Return whether two constants have equal shape, dtype and bits."""
+    if a is b:
+        return True
+    x, y = _as_numpy(a), _as_numpy(b)
+    return x.shape == y.shape and x.dtype == y.dtype and x.tobytes() == y.tobytes()
+
+
+def _as_numpy(constant: Any) -> np.ndarray:
+    is_key = jnp.issubdtype(getattr(constant, "dtype", float), jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(constant) if is_key else constant)
+
+
+def _constants(program: ClosedJaxpr | Jaxpr) -> Iterator[Any]:
+    """Yield the constants of a program, and of the programs inside it."""
+    if isinstance(program, ClosedJaxpr):
+        yield from program.consts
+    for equation in _equations(program):
+        yield from (v.val for v in equation.invars if isinstance(v, Literal))
+        for part in _parts(equation):
+            yield from _constants(part)
+
+
+def _outputs_of_constant_keys(traced: Any) -> list[str]:
+    """Return the names of outputs that depend on random numbers, but not on the random key."""
+    program = traced.jaxpr.jaxpr
+    if not _draws(program):
+        return []
+    names, paths = [], jax.tree_util.tree_leaves_with_path(traced.out_info)
+    for i, (path, _) in enumerate(paths):
+        needed, is_used = dce_jaxpr(program, [i == j for j in range(len(paths))])
+        if not is_used[KEY_POSITION] and _draws(needed):
+            names.append(jax.tree_util.keystr(path, simple=True, separator=".") or "x")
+    return names
+
+
+def _draws(program: ClosedJaxpr | Jaxpr) -> bool:
+    """Return whether a program draws random numbers."""
+    return any(
+        equation.primitive.name in _DRAWS or any(map(_draws, _parts(equation)))
+        for equation in _equations(program)
+    )
+
+
+def _equations(program: ClosedJaxpr | Jaxpr) -> Any:
+    return program.eqns
+
+
+def _parts(equation: Any) -> Iterator[ClosedJaxpr | Jaxpr]:
+    """Yield the programs inside an equation, for example the body of a loop."""
+    for value in equation.params.values():
+        for part in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(part, ClosedJaxpr | Jaxpr):
+                yield part
