@@ -17,6 +17,7 @@ from sbi_flows.prior.base import labels as labels
 from sbi_flows.prior.checks import require_model, require_parameters
 from sbi_flows.prior.models import Model, is_same, sample_model, trace_model
 from sbi_flows.prior.site_prior import SitePrior as SitePrior
+from sbi_flows.prior.trial import tried
 
 PriorLike = Any
 """A numpyro `Distribution`, a dict `{name: Distribution}`, a numpyro model or a `Prior`."""
@@ -34,7 +35,9 @@ def as_prior(prior: PriorLike) -> Prior:
 
     Raises:
         ValueError: A site is discrete, observed, or has a support that depends on another site; a
-            parameter of a distribution is out of range; or the model raises an error.
+            parameter of a distribution is out of range; the model raises an error; or a trial of
+            1,000 draws fails: draws are outside the stated support, log densities are not finite,
+            or single precision cannot represent the values.
 
     Example:
         >>> import numpyro.distributions as dist
@@ -44,7 +47,7 @@ def as_prior(prior: PriorLike) -> Prior:
     if isinstance(prior, Prior):
         return prior
     if isinstance(prior, dist.Distribution):
-        return SitePrior({"theta": prior}, is_named=False)
+        return tried(SitePrior({"theta": prior}, is_named=False))
     if isinstance(prior, Mapping):
         if not prior:
             raise ValueError("prior: expected at least one parameter, got an empty dict")
@@ -54,7 +57,7 @@ def as_prior(prior: PriorLike) -> Prior:
                     f"prior[{name!r}]: expected a str name and a numpyro Distribution, "
                     f"got {type(site).__name__}"
                 )
-        return SitePrior(prior, is_named=True)
+        return tried(SitePrior(prior, is_named=True))
     if callable(prior):
         return _from_model(prior)
     raise ValueError(
@@ -87,4 +90,4 @@ def _from_model(model: Callable[[], Any]) -> Prior:
             f"prior model: expected one that JAX can trace, got {type(error).__name__}: "
             f"{str(error)[:200]}"
         ) from error
-    return prior
+    return tried(prior)
