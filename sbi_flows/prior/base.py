@@ -234,9 +234,13 @@ class Prior(abc.ABC):
 
     def center(self, batch: tuple[int, ...] = ()) -> Array:
         """Return one point inside the support, repeated to the shape (*batch, D)."""
-        return self.unchecked_from_standard(jnp.zeros((*batch, self.standard_dim)))
+        return self.unchecked_center(batch)
 
     # methods for this package: these assume arrays of the right shapes
+
+    @abc.abstractmethod
+    def unchecked_center(self, batch: tuple[int, ...]) -> Array:
+        """Return one point inside the support, repeated to the shape (*batch, D)."""
 
     @abc.abstractmethod
     def unchecked_sample(self, key: Key, n: int) -> Array:

@@ -197,6 +197,10 @@ class SitePrior(Prior):
             )
         )
 
+    def unchecked_center(self, batch: tuple[int, ...]) -> Array:
+        """Return the point with standard coordinates 0, repeated to the shape (*batch, D)."""
+        return self.unchecked_from_standard(jnp.zeros((*batch, self.standard_dim)))
+
     def unchecked_sample(self, key: Key, n: int) -> Array:
         """Draw n parameter vectors (n, D)."""
         if self._static.model is not None:

@@ -9,9 +9,10 @@ Public names: `tried`, `NUM_DRAWS`, `NUM_TRIED`.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,10 @@ ROUND_TRIP = 1e-4
 or relative to the distance from the median. One in a hundred values may have a larger error."""
 
 FEW = 0.005
-"""Fraction of rows that rounding may spoil."""
+"""Largest fraction of rows that rounding may spoil."""
+
+MAX_EQUAL = 0.1
+"""Largest fraction of draws that rounding may move to one number at an edge."""
 
 _KNOWN = (dist.Normal, dist.Uniform, dist.LogNormal)
 """Distributions that need no trial: their maps are a few elementary functions."""
@@ -58,6 +62,8 @@ class _Trial(NamedTuple):
         infinite: Fraction of draws whose standard coordinates are not finite, shape (S,).
         changed: Fraction of draws that the way to standard coordinates and back changes, shape
             (S,).
+        at_edge: Largest fraction of draws in which an entry has its largest or its smallest value,
+            shape (S,).
     """
 
     outside: Any
@@ -66,6 +72,7 @@ class _Trial(NamedTuple):
     zero_density: Any
     infinite: Any
     changed: Any
+    at_edge: Any
 
 
 def tried(prior: SitePrior) -> SitePrior:
@@ -187,7 +194,15 @@ def _tried(prior: SitePrior, theta: Array) -> _Trial:
         zero_density=jnp.mean(zero | ~prior.unchecked_contains(others)),
         infinite=_per_site(~jnp.isfinite(y), prior.layout.standard_shapes),
         changed=_per_site(_is_changed(theta, back), prior.layout.shapes),
+        at_edge=_fraction_at_edge(y, prior.layout.standard_shapes),
     )
+
+
+def _fraction_at_edge(y: Array, shapes: tuple[tuple[int, ...], ...]) -> Array:
+    """Return the largest fraction of rows y (n, d) at the extreme of an entry, by site (S,)."""
+    extremes = [jnp.mean(y == edge(y, axis=0)[None], axis=0) for edge in (jnp.min, jnp.max)]
+    largest = jnp.maximum(*extremes)
+    return jnp.stack([jnp.max(largest[part]) for part in _columns(shapes)])
 
 
 def _is_changed(theta: Array, back: Array) -> Array:
@@ -202,9 +217,14 @@ def _is_changed(theta: Array, back: Array) -> Array:
 
 def _per_site(flags: Array, shapes: tuple[tuple[int, ...], ...]) -> Array:
     """Return the fraction of rows (n, *) in which any entry of a site is flagged, shape (S,)."""
-    ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
-    parts = np.split(np.arange(flags.shape[-1]), ends[:-1])
-    return jnp.stack([jnp.mean(jnp.any(flags[:, part], axis=-1)) for part in parts])
+    parts = [jnp.mean(jnp.any(flags[:, part], axis=-1)) for part in _columns(shapes)]
+    return jnp.stack(parts)
+
+
+def _columns(shapes: tuple[tuple[int, ...], ...]) -> list[slice]:
+    """Return the columns of each site in a flat vector."""
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    return [slice(end - math.prod(shape), end) for end, shape in zip(ends, shapes, strict=True)]
 
 
 def _require_success(prior: SitePrior, trial: _Trial) -> None:
@@ -221,27 +241,28 @@ def _require_success(prior: SitePrior, trial: _Trial) -> None:
                 f"{np.asarray(value)!s:.80}; write a distribution whose `support` covers its "
                 "draws, such as dist.MixtureSameFamily of components with one support"
             )
-        if trial.infinite[i] > FEW or trial.changed[i] > FEW:
+        spoilt = max(trial.infinite[i], trial.changed[i])
+        if spoilt > FEW or trial.at_edge[i] > MAX_EQUAL:
             raise ValueError(
-                f"{where} values that single precision can represent, got {kind}, of whose draws "
-                f"{_percent(max(trial.infinite[i], trial.changed[i]))} are rounded to an edge of "
+                f"{where} values that the floating-point precision can represent, got {kind}, of "
+                f"whose draws {_percent(max(spoilt, trial.at_edge[i]))} are rounded to an edge of "
                 f"the support ({support}) or lose their digits; write the logarithm (or the logit) "
                 "of the parameter, and compute the parameter in the simulator"
             )
-    if trial.bad_density > FEW:
-        _raise_density(prior, trial.bad_density, "draws")
-    if trial.zero_density > FEW:
-        _raise_density(prior, trial.zero_density, "points inside the support")
-
-
-def _raise_density(prior: SitePrior, fraction: float, where: str) -> NoReturn:
     names = ", ".join(map(repr, prior.names))
-    raise ValueError(
-        f"prior site {names}: expected a finite log density at all points of the stated support, "
-        f"got none at {_percent(fraction)} of the {where}; state the support, or write a base "
-        "prior and its constraint: sf.constrained(prior, condition)"
-    )
+    if trial.bad_density > FEW:
+        raise ValueError(
+            f"prior site {names}: expected draws with a finite log density, got {prior}, of whose "
+            f"draws {_percent(trial.bad_density)} have none; check the density at "
+            f"prior.sample(key), or use less extreme parameters"
+        )
+    if trial.zero_density > FEW:
+        raise ValueError(
+            f"prior site {names}: expected a finite log density at all points of the stated "
+            f"support, got none at {_percent(trial.zero_density)} of them; state the support, or "
+            "write a base prior and its constraint: sf.constrained(prior, condition)"
+        )
 
 
-def _percent(fraction: float) -> str:
+def _percent(fraction: Any) -> str:
     return f"{100.0 * float(fraction):.2g}%"

@@ -19,7 +19,6 @@ import numpyro.distributions as dist
 from jax import Array
 
 from sbi_flows.core.precision import full_precision
-from sbi_flows.core.pytrees import is_traced
 from sbi_flows.prior.checks import base_of
 from sbi_flows.prior.maps import SupportMap
 from sbi_flows.prior.site_prior import SitePrior
