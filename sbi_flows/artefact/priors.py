@@ -1,10 +1,11 @@
 """Codec of priors.
 
 The structure of a prior (names, shapes and bounds of its parameters) is always saved. The
-distributions are saved if they are classes of numpyro. Otherwise the user must supply the prior
-again when the file is loaded. The structure of the user's prior is then compared with the saved
-structure. The user's prior must also map a few fixed points in standard coordinates to the same
-parameters as the saved prior.
+distributions are saved if they are classes of numpyro and the prior has no condition. Otherwise the
+user must supply the prior again when the file is loaded. The structure of the user's prior is then
+compared with the saved structure. The user's prior must also map a few fixed points in standard
+coordinates to the same parameters as the saved prior. The maps to standard coordinates are saved if
+they are not the default ones. Files of earlier versions have the default ones.
 
 Public names: `encode`, `decode`, `tensor_names`.
 """
@@ -23,7 +24,13 @@ from jax import Array
 
 from sbi_flows.artefact import distributions
 from sbi_flows.artefact.distributions import Tensors
-from sbi_flows.artefact.strict import expect_fields, expect_integer, expect_list, expect_type
+from sbi_flows.artefact.strict import (
+    expect_fields,
+    expect_integer,
+    expect_list,
+    expect_number,
+    expect_type,
+)
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.prior.box import BoxPrior
 from sbi_flows.prior.checks import MAX_ENTRIES, MAX_NAME_LENGTH, require_site
@@ -85,7 +92,7 @@ def tensor_names(value: Any) -> set[str]:
     names = set(distributions.tensor_names(value)) | {_POINTS}
     maps = value.get("maps")
     if isinstance(maps, dict) and isinstance(maps.get("whitening"), list):
-        names |= {_WHITENING[part] for part in maps["whitening"] if part in _WHITENING}
+        names |= {_WHITENING[str(part)] for part in maps["whitening"] if str(part) in _WHITENING}
     return names | {_LOW, _HIGH} if value.get("cut") is True else names
 
 

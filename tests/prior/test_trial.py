@@ -3,12 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
 import numpyro.distributions as dist
 import pytest
 
 import sbi_flows as sf
-from tests.compilations import count_compilations
 
 # numpyro promotes ranks in many distributions and transforms
 pytestmark = pytest.mark.promotes
