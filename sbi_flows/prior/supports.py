@@ -141,7 +141,7 @@ def keep_rounding_inside(theta: Array, support: Any) -> Array:
     """Move draws that rounding put on or beyond a bound inside; leave draws that are far outside.
 
     The allowed rounding error is `TOLERANCE` times the scale: the distance of the two bounds, the
-    size of the bound, or the geometric mean of the draws' distances from the bound. Infinite
+    size of the bound, or a mean of the draws' distances from the bound. Infinite
     numbers are limited to the largest finite one.
 
     Args:
@@ -171,18 +171,15 @@ def _scale(theta: Array, bound: Array, bounds: list[Any]) -> Array:
         low, high = (jnp.asarray(b, theta.dtype) for b in bounds)
         width = _broadcast(jnp.subtract(*jnp.broadcast_arrays(high, low)), theta)
         return jnp.broadcast_to(jnp.maximum(width, _eps(theta) * jnp.abs(bound)), theta.shape)
-    distance = jnp.clip(jnp.abs(theta - bound), jnp.finfo(theta.dtype).tiny, _largest(theta))
-    typical = jnp.exp(jnp.mean(jnp.log(distance), axis=0, keepdims=True))
+    distance = jnp.minimum(jnp.abs(theta - bound), jnp.finfo(theta.dtype).max)
+    # a low power is finite, and small, for heavy tails as well
+    typical = jnp.mean(distance**0.25, axis=0, keepdims=True) ** 4
     return jnp.broadcast_to(jnp.maximum(typical, jnp.abs(bound)), theta.shape)
 
 
 def _eps(like: Array) -> float:
     """Return the rounding error of a bound in units of `TOLERANCE`."""
     return 16.0 * float(jnp.finfo(like.dtype).eps) / TOLERANCE
-
-
-def _largest(like: Array) -> float:
-    return float(jnp.finfo(like.dtype).max)
 
 
 def _limits(support: Any, like: Array) -> tuple[Array, Array]:

@@ -253,8 +253,8 @@ def _require_success(prior: SitePrior, trial: _Trial) -> None:
     if trial.bad_density > FEW:
         raise ValueError(
             f"prior site {names}: expected draws with a finite log density, got {prior}, of whose "
-            f"draws {_percent(trial.bad_density)} have none; check the density at "
-            f"prior.sample(key), or use less extreme parameters"
+            f"draws {_percent(trial.bad_density)} have none; use the same condition in `sample` as "
+            "in `log_prob` (sf.constrained(prior, condition) does), or less extreme parameters"
         )
     if trial.zero_density > FEW:
         raise ValueError(

@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import numpyro.distributions as dist
 import pytest
 
 import sbi_flows as sf
+from tests.compilations import count_compilations
 
 # numpyro promotes ranks in many distributions and transforms
 pytestmark = pytest.mark.promotes
@@ -122,3 +124,88 @@ def problems(given: dist.Distribution) -> str:
 @pytest.mark.parametrize("make", CASES)
 def test_a_distribution_works_or_is_refused_by_a_sentence(make):
     assert {size: problems(make(size)) for size in SIZES} == dict.fromkeys(SIZES, "")
+
+
+class Triangle(dist.Uniform):
+    """Uniform square with a density in a triangle only; its support is that of the square."""
+
+    def __init__(self) -> None:
+        super().__init__(jnp.zeros(2), jnp.ones(2))
+
+    def log_prob(self, value, intermediates=None):
+        inside = value[..., :1] < value[..., 1:]
+        return jnp.where(inside, super().log_prob(value), -jnp.inf)
+
+
+class Understated(dist.Normal):
+    """Negative half of a normal, with support R."""
+
+    def sample(self, key, sample_shape=()):
+        return -jnp.abs(super().sample(key, sample_shape))
+
+    def log_prob(self, value, intermediates=None):
+        return jnp.where(value < 0.0, super().log_prob(value) + jnp.log(2.0), -jnp.inf)
+
+
+class Unfinished(dist.Distribution):
+    """Distribution without a sampler."""
+
+    support = dist.constraints.real
+
+    def log_prob(self, value):
+        return -jnp.abs(value)
+
+
+def two_intervals() -> dist.MixtureGeneral:
+    return dist.MixtureGeneral(
+        dist.Categorical(HALF), [dist.Uniform(0.0, 1.0), dist.Uniform(5.0, 6.0)]
+    )
+
+
+def model() -> None:
+    numpyro.sample("a", dist.Normal(0.0, 1.0))
+    numpyro.sample("b", two_intervals())
+
+
+REFUSED = {
+    "two intervals": (
+        two_intervals,
+        r"'theta': expected draws inside the support that MixtureGeneral states \(Interval\), got "
+        r"(4|5)\d% of them outside, for example 5\.",
+    ),
+    "in a dict": (lambda: {"a": two_intervals()}, "'a': expected draws inside the support"),
+    "in a model": (lambda: model, "'b': expected draws inside the support"),
+    "triangle": (Triangle, "draws with a finite log density, got .* 47% have none"),
+    "understated": (
+        lambda: Understated(0.0, 1.0),
+        r"at all points of the stated support, got none at \d+% .* sf\.constrained",
+    ),
+    "sphere": (
+        lambda: dist.ProjectedNormal(jnp.array([1.0, 0.0])),
+        "'theta': expected a support that numpyro maps from R.d, got Sphere of ProjectedNormal; ",
+    ),
+    "no sampler": (Unfinished, "'theta': expected a distribution with .* without `sample`; "),
+    "underflow": (
+        lambda: dist.Gamma(1e-3, 1.0),
+        r"precision can represent, got Gamma, of whose draws \d+% are rounded to an edge .* log",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_prior_that_misstates_itself_is_refused(name):
+    make, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        sf.as_prior(make())
+
+
+def test_an_equal_prior_compiles_nothing_for_its_trial():
+    sf.as_prior({"a": dist.Laplace(0.0, 1.0), "b": dist.HalfNormal(1.0)})
+    with count_compilations() as compiled:
+        sf.as_prior({"a": dist.Laplace(0.0, 2.0), "b": dist.HalfNormal(3.0)})
+    assert compiled == []
+
+
+def test_a_trial_ignores_the_users_debugging_settings():
+    with jax.debug_nans(True), jax.numpy_rank_promotion("raise"):
+        sf.as_prior(dist.MultivariateStudentT(3.0, jnp.zeros(2), jnp.eye(2)))
