@@ -175,6 +175,7 @@ def _with_maps(prior: Prior, maps: Any, tensors: Mapping[str, np.ndarray]) -> Pr
     """
     if isinstance(prior, ConstrainedPrior):
         base = _with_maps(prior.base, maps, tensors)
+        assert isinstance(base, SitePrior)
         return prior if base is prior.base else prior.with_base(base)
     if not isinstance(prior, SitePrior):
         return prior

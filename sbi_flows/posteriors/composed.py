@@ -157,7 +157,7 @@ class ComposedPosterior(Derived):
         sets, single = self._sets(x)
         shape = jnp.shape(jax.tree.leaves(sets)[0])[:2]
         flat = jax.tree.map(lambda a: jnp.reshape(a, (-1, *a.shape[2:])), sets)
-        features = self.posterior._bind(flat)[0]
+        features = self.posterior.features(flat)
         return features.reshape(*shape, -1), single
 
     def _features_of(self, bound: Array) -> Array:

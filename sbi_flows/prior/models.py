@@ -106,7 +106,7 @@ def _bytes_of(leaf: Any) -> tuple[Any, ...]:
     return array.dtype.str, array.shape, array.tobytes()
 
 
-def is_same_function(a: Callable[[], Any], b: Callable[[], Any]) -> bool:
+def is_same_function(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
     """Return whether two functions, or two bound methods, are identical."""
     if isinstance(a, MethodType) and isinstance(b, MethodType):
         # Python makes a new object at each access to a bound method

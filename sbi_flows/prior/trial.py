@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -126,7 +126,9 @@ def _drawn(count: int, prior: SitePrior) -> Array:
     return prior.unchecked_sample(jax.random.key(0, impl="threefry2x32"), count)
 
 
-def _with_maps(kinds: list[MapKind], theta: Array, prior: SitePrior) -> tuple[SitePrior, _Trial]:
+def _with_maps(
+    kinds: Sequence[MapKind], theta: Array, prior: SitePrior
+) -> tuple[SitePrior, _Trial]:
     """Return the prior with maps of these kinds, whitened by its draws theta, and its trial."""
     prior = prior.with_maps(kinds, None)
     whitening = whitening_of(prior, theta)

@@ -39,7 +39,7 @@ def test_no_draw_is_outside_and_the_density_is_normalised(triangle):
     at = triangle.at(X)
     draws, log_prob = at.sample_and_log_prob(KEY, 2000)
     assert np.all(draws[:, 0] < draws[:, 1])
-    np.testing.assert_allclose(log_prob, at.log_prob(draws), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(log_prob, at.log_prob(draws), atol=1e-2)
     density = np.exp(at.log_prob(POINTS))
     np.testing.assert_array_equal(density[POINTS[:, 0] >= POINTS[:, 1]], 0.0)
     assert np.mean(density) == pytest.approx(1.0, abs=0.03)
@@ -80,7 +80,7 @@ def test_the_prior_is_given_again_when_a_posterior_is_loaded(triangle, tmp_path)
         triangle.prior.base: "with a condition, got Prior",
         other: "expected a condition of probability 0.499, .* got another one",
     }.items():
-        with pytest.raises(sf.ArtefactError, match=message):
+        with pytest.raises(sf.errors.ArtefactError, match=message):
             sf.load(path, prior=prior)
 
 
