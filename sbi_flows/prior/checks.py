@@ -24,6 +24,13 @@ from sbi_flows.core.checks import as_array, require_real
 MAX_NAME_LENGTH = 256
 """Maximum number of characters in a site's name."""
 
+_WITHOUT_DENSITY: tuple[type, ...] = tuple(
+    getattr(dist, name)
+    for name in ("Delta", "ImproperUniform", "Unit", "HurdleProbs", "HurdleLogits")
+    if hasattr(dist, name)  # older versions of numpyro lack some
+)
+"""Distributions that cannot be sampled, or that have atoms of positive probability."""
+
 MAX_ENTRIES = 2**16
 """Maximum number D of parameters, which limits the number of labels."""
 
@@ -49,7 +56,7 @@ def require_site(name: str, site: dist.Distribution) -> None:
             f"prior site {name!r}: expected a continuous distribution, got the discrete {kind}"
         )
     for part in _parts(site):
-        if isinstance(part, dist.Delta | dist.ImproperUniform | dist.Unit):
+        if isinstance(part, _WITHOUT_DENSITY):
             raise ValueError(
                 f"prior site {name!r}: expected a distribution with a density that can be drawn "
                 f"from, got {type(part).__name__}"

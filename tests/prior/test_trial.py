@@ -66,6 +66,7 @@ SCALED = {  # distributions of a scale s
     "TwoSidedTruncated": lambda s: dist.TruncatedNormal(s, s, low=-s, high=0.5 * s),
     "Wishart": lambda s: dist.Wishart(4.0, s * PAIR),
     "WishartCholesky": lambda s: dist.WishartCholesky(4.0, scale_tril=s * jnp.eye(2)),
+    "InverseWishartCholesky": lambda s: dist.InverseWishartCholesky(4.0, scale_tril=s * jnp.eye(2)),
     "InverseWishart": lambda s: dist.InverseWishart(4.0, s * PAIR),
     "ZeroSumNormal": lambda s: dist.ZeroSumNormal(s, (3,)),
 }
@@ -81,7 +82,13 @@ SHAPED = {  # distributions of a shape parameter a
     "Kumaraswamy": lambda a: dist.Kumaraswamy(a, 2.0),
     "LKJ": lambda a: dist.LKJ(3, a),
     "LKJCholesky": lambda a: dist.LKJCholesky(3, a),
-    "LeftTruncatedGamma": lambda a: dist.LeftTruncatedDistribution(dist.Logistic(0.0, 1.0), a),
+    "LeftTruncatedLogistic": lambda a: dist.LeftTruncatedDistribution(dist.Logistic(0.0, 1.0), a),
+    "LeftTruncatedGamma": lambda a: dist.LeftTruncatedGamma(dist.Gamma(2.0, 1.0), a),
+    "TwoSidedTruncatedGamma": lambda a: dist.TwoSidedTruncatedGamma(
+        dist.Gamma(2.0, 1.0 / a), 0.5 * a, 3.0 * a
+    ),
+    "HurdleGamma": lambda a: dist.HurdleGamma(0.3, a, 1.0),
+    "TruncatedPolyaGamma": lambda a: dist.TruncatedPolyaGamma(batch_shape=()),
     "ParetoShape": lambda a: dist.Pareto(1.0, a),
     "RelaxedBernoulli": lambda a: dist.RelaxedBernoulliLogits(a, 0.3),
     "SineBivariateVonMises": lambda a: dist.SineBivariateVonMises(0.0, 0.0, 1.0 + a, 2.0, 0.1),
@@ -101,7 +108,8 @@ def problems(given: dist.Distribution) -> str:
     try:
         prior = sf.as_prior(given)
     except ValueError as error:
-        is_sentence = "prior site 'theta': expected" in str(error) and "; " in str(error)
+        has_advice = "; " in str(error) or "with a density that can be drawn from" in str(error)
+        is_sentence = "prior site 'theta': expected" in str(error) and has_advice
         return "" if is_sentence else f"refused by {error}"
     theta = prior.sample(jax.random.key(9), 2000)
     y = prior.to_standard(theta)
@@ -168,6 +176,10 @@ def model() -> None:
 
 
 REFUSED = {
+    "an atom": (
+        lambda: dist.HurdleGamma(0.3, 2.0, 1.0),
+        "'theta': expected a distribution with a density .*, got HurdleGamma",
+    ),
     "two intervals": (
         two_intervals,
         r"'theta': expected draws inside the support that MixtureGeneral states \(Interval\), got "
