@@ -44,7 +44,7 @@ or relative to the distance from the median. One in a hundred values may have a 
 FEW = 0.005
 """Largest fraction of rows that rounding may spoil."""
 
-MAX_EQUAL = 0.1
+MAX_EQUAL = 0.95
 """Largest fraction of draws that rounding may move to one number at an edge."""
 
 _KNOWN = (dist.Normal, dist.Uniform, dist.LogNormal)
@@ -267,4 +267,5 @@ def _require_success(prior: SitePrior, trial: _Trial) -> None:
 
 
 def _percent(fraction: Any) -> str:
-    return f"{100.0 * float(fraction):.2g}%"
+    percent = 100.0 * float(fraction)
+    return f"{percent:.0f}%" if percent >= 10.0 else f"{percent:.2g}%"
