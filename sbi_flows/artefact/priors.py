@@ -1,10 +1,11 @@
 """Codec of priors.
 
 The structure of a prior (names, shapes and bounds of its parameters) is always saved. The
-distributions are saved if they are classes of numpyro. Otherwise the user must supply the prior
-again when the file is loaded. The structure of the user's prior is then compared with the saved
-structure. The user's prior must also map a few fixed points in standard coordinates to the same
-parameters as the saved prior.
+distributions are saved if they are classes of numpyro and the prior has no condition. Otherwise the
+user must supply the prior again when the file is loaded. The structure of the user's prior is then
+compared with the saved structure. The user's prior must also map a few fixed points in standard
+coordinates to the same parameters as the saved prior. The maps to standard coordinates are saved if
+they are not the default ones. Files of earlier versions have the default ones.
 
 Public names: `encode`, `decode`, `tensor_names`.
 """
@@ -23,11 +24,20 @@ from jax import Array
 
 from sbi_flows.artefact import distributions
 from sbi_flows.artefact.distributions import Tensors
-from sbi_flows.artefact.strict import expect_fields, expect_integer, expect_list, expect_type
+from sbi_flows.artefact.strict import (
+    expect_fields,
+    expect_integer,
+    expect_list,
+    expect_number,
+    expect_type,
+)
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.prior.box import BoxPrior
 from sbi_flows.prior.checks import MAX_ENTRIES, MAX_NAME_LENGTH, require_site
+from sbi_flows.prior.constrained import ConstrainedPrior
+from sbi_flows.prior.maps import MapKind, SupportMap
 from sbi_flows.prior.prior import Prior, SitePrior
+from sbi_flows.prior.whitening import Whitening
 
 MAX_SITES = 1024
 """Maximum number of sites of a prior."""
@@ -44,15 +54,18 @@ TOLERANCE = 1e-3
 It allows for rounding errors in another precision."""
 
 _POINTS, _LOW, _HIGH = "prior/points", "prior/low", "prior/high"
+_WHITENING = {name: f"prior/whitening/{name}" for name in Whitening._fields}
 
 
 def encode(prior: Prior, tensors: Tensors) -> dict[str, Any]:
     """Convert a prior to JSON data; its arrays become tensors."""
-    base = prior.base if isinstance(prior, BoxPrior) else prior
+    base = prior.base if isinstance(prior, BoxPrior | ConstrainedPrior) else prior
     assert isinstance(base, SitePrior)
     sites, missing = None, None
     arrays: Tensors = {}
     try:
+        if isinstance(prior, ConstrainedPrior):
+            raise ValueError("its condition is a function")
         sites = _sites(base, arrays)
         tensors |= arrays
     except ValueError as error:
@@ -60,6 +73,7 @@ def encode(prior: Prior, tensors: Tensors) -> dict[str, Any]:
     if isinstance(prior, BoxPrior):
         tensors |= {_LOW: prior.low, _HIGH: prior.high}
     tensors[_POINTS] = np.asarray(_points(prior), np.float64)
+    maps = _encode_maps(base, tensors)
     return {
         "named": prior.is_named,
         "names": list(prior.names),
@@ -68,12 +82,17 @@ def encode(prior: Prior, tensors: Tensors) -> dict[str, Any]:
         "cut": isinstance(prior, BoxPrior),
         "sites": sites,
         "missing": missing,
+        **({"maps": maps} if maps else {}),
+        **({"mass": float(prior.mass)} if isinstance(prior, ConstrainedPrior) else {}),
     }
 
 
 def tensor_names(value: Any) -> set[str]:
     """Return the names of all tensors to which the JSON data of a prior refer."""
     names = set(distributions.tensor_names(value)) | {_POINTS}
+    maps = value.get("maps")
+    if isinstance(maps, dict) and isinstance(maps.get("whitening"), list):
+        names |= {_WHITENING[str(part)] for part in maps["whitening"] if str(part) in _WHITENING}
     return names | {_LOW, _HIGH} if value.get("cut") is True else names
 
 
@@ -94,6 +113,9 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
             data contain no distributions and the user supplied no prior.
     """
     keys = ("named", "names", "shapes", "bounded", "cut", "sites", "missing")
+    extras = {"maps": None, "mass": None} | expect_type("prior", value, dict, "an object")
+    maps, mass = extras["maps"], extras["mass"]
+    value = {key: part for key, part in extras.items() if key not in ("maps", "mass")}
     named, names, shapes, bounded, cut, sites, missing = expect_fields("prior", value, *keys)
     names = [_name(name) for name in expect_list("prior.names", names, MAX_SITES)]
     shapes = [_shape(shape) for shape in expect_list("prior.shapes", shapes, MAX_SITES)]
@@ -105,6 +127,7 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
     expected = f"a prior of {', '.join(map(_described, names, shapes))}"
     if user_prior is not None:
         prior = user_prior.base if cut and isinstance(user_prior, BoxPrior) else user_prior
+        prior = _with_maps(prior, maps, tensors)
     elif sites is None:
         raise ArtefactError(
             f"its prior could not be saved ({missing!s:.200}): load(path, prior=...) takes it, "
@@ -116,16 +139,92 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
             raise ArtefactError(f"prior.sites: expected {len(names)}, got {len(sites)}")
         pairs = zip(names, shapes, sites, strict=True)
         distributions_by_name = {n: _site(n, shape, s, tensors) for n, shape, s in pairs}
-        prior = SitePrior(distributions_by_name, is_named=named)
+        prior = _with_maps(SitePrior(distributions_by_name, is_named=named), maps, tensors)
     if cut:
         prior = _cut(prior, tensors)
     structure = (prior.is_named, list(prior.names), list(prior.event_shapes.values()))
     is_same = structure == (named, names, shapes) and list(prior.bounded) == bounded
-    if not is_same or type(prior) not in (SitePrior, BoxPrior):
+    if not is_same or type(prior) not in (SitePrior, BoxPrior, ConstrainedPrior):
         raise ArtefactError(f"prior: expected {expected}, got {prior}")
+    _require_same_condition(prior, mass, expected)
     if user_prior is not None:
         _require_same_points(prior, tensors, expected)
     return prior
+
+
+def _encode_maps(prior: SitePrior, tensors: Tensors) -> dict[str, Any] | None:
+    """Convert the maps to standard coordinates to JSON data; None if all are the default ones."""
+    if prior.whitening is None and prior.site_kinds == _default_kinds(prior):
+        return None
+    parts = {} if prior.whitening is None else prior.whitening._asdict()
+    arrays = {name: np.asarray(a, np.float64) for name, a in parts.items() if a is not None}
+    tensors |= {_WHITENING[name]: array for name, array in arrays.items()}
+    return {"kinds": [kind.__name__ for kind in prior.site_kinds], "whitening": list(arrays)}
+
+
+def _default_kinds(prior: SitePrior) -> tuple[MapKind, ...]:
+    sites, dependent = prior.distributions, prior.dependent
+    return SitePrior(sites, is_named=prior.is_named, dependent=dependent).site_kinds
+
+
+def _with_maps(prior: Prior, maps: Any, tensors: Mapping[str, np.ndarray]) -> Prior:
+    """Return a prior with the maps of a file; files of earlier versions have the default ones.
+
+    Raises:
+        ArtefactError: The maps are malformed, or do not fit the prior.
+    """
+    if isinstance(prior, ConstrainedPrior):
+        base = _with_maps(prior.base, maps, tensors)
+        assert isinstance(base, SitePrior)
+        return prior if base is prior.base else prior.with_base(base)
+    if not isinstance(prior, SitePrior):
+        return prior
+    default = found = _default_kinds(prior)
+    whitening = None
+    if maps is not None:
+        kinds, parts = expect_fields("prior.maps", maps, "kinds", "whitening")
+        names = expect_list("prior.maps.kinds", kinds, MAX_SITES)
+        if len(names) != len(default):
+            raise ArtefactError(f"prior.maps.kinds: expected {len(default)}, got {len(names)}")
+        # every site can be mapped through its support
+        wanted = [{kind.__name__, SupportMap.__name__} for kind in default]
+        if not all(isinstance(n, str) and n in w for n, w in zip(names, wanted, strict=True)):
+            raise ArtefactError(f"prior.maps.kinds: expected maps that fit {prior}, got others")
+        pairs = zip(names, default, strict=True)
+        found = tuple(SupportMap if name == SupportMap.__name__ else kind for name, kind in pairs)
+        columns = prior.with_maps(found, None).support_columns
+        whitening = _whitening(parts, len(columns), tensors)
+    same = found == prior.site_kinds and _is_equal(prior.whitening, whitening)
+    return prior if same else prior.with_maps(found, whitening)
+
+
+def _whitening(parts: Any, size: int, tensors: Mapping[str, np.ndarray]) -> Whitening | None:
+    """Read the affine map of `size` coordinates from a file."""
+    parts = expect_list("prior.maps.whitening", parts, len(_WHITENING))
+    if not parts:
+        return None
+    if parts not in (["loc", "scale"], ["loc", "scale", "lower"]):
+        raise ArtefactError("prior.maps.whitening: expected loc, scale and possibly lower")
+    shapes = {"loc": (size,), "scale": (size,), "lower": (size, size)}
+    arrays = {}
+    for part in parts:
+        array = tensors[_WHITENING[part]]
+        if array.dtype != np.float64 or array.shape != shapes[part]:
+            raise ArtefactError(f"{_WHITENING[part]}: expected float64 numbers {shapes[part]}")
+        if not np.all(np.isfinite(array)):
+            raise ArtefactError(f"{_WHITENING[part]}: expected finite numbers")
+        arrays[part] = array
+    positive = [arrays["scale"], np.diagonal(arrays.get("lower", np.ones((1, 1))))]
+    if any(np.any(values <= 0.0) for values in positive) or size == 0:
+        raise ArtefactError("prior.maps.whitening: expected positive scales")
+    if np.any(np.triu(arrays.get("lower", np.zeros((1, 1))), 1)):
+        raise ArtefactError(f"{_WHITENING['lower']}: expected a lower triangular matrix")
+    return Whitening(**arrays)
+
+
+def _is_equal(a: Whitening | None, b: Whitening | None) -> bool:
+    left, right = jax.tree.leaves(a), jax.tree.leaves(b)
+    return len(left) == len(right) and all(map(np.array_equal, left, right))
 
 
 def _sites(prior: SitePrior, tensors: Tensors) -> list[Any]:
@@ -209,6 +308,20 @@ def _require_same_points(prior: Prior, tensors: Mapping[str, np.ndarray], expect
             f"prior: expected {expected} with the distributions that the posterior was fitted to, "
             f"got other ones in {prior}"
         )
+
+
+def _require_same_condition(prior: Prior, mass: Any, expected: str) -> None:
+    """Raise ArtefactError unless a prior has a condition of probability `mass`; None means none."""
+    if (mass is not None) != isinstance(prior, ConstrainedPrior):
+        wanted = "with" if mass is not None else "without"
+        raise ArtefactError(f"prior: expected {expected} {wanted} a condition, got {prior}")
+    if isinstance(prior, ConstrainedPrior):
+        mass = expect_number("prior.mass", mass)
+        if not abs(prior.mass - mass) <= 6.0 * max(prior.mass_error, 1e-5):
+            raise ArtefactError(
+                f"prior: expected a condition of probability {mass:.3g}, which the posterior was "
+                f"fitted under, got another one in {prior}"
+            )
 
 
 def _name(value: Any) -> str:

@@ -184,7 +184,10 @@ def _ridge_regression(moments: _Moments, y: Array, c: Array, penalty: Array) -> 
     residual = y - c @ weight
     covariance = residual.T @ residual / jnp.maximum(len(c) - freedom, 1.0)
     eye = jnp.eye(y.shape[-1], dtype=y.dtype)
-    covariance += (1e-6 * jnp.mean(jnp.diagonal(covariance)) + 1e-12) * eye
+    # relative to each coordinate's own variance, because coordinates may have any scale
+    total = jnp.mean(y * y, axis=0)
+    floor = 1e-6 * jnp.diagonal(covariance) + 1e-12 * jnp.where(total > 0.0, total, 1.0)
+    covariance += jnp.diag(floor)
     lower = jnp.linalg.cholesky(covariance)
     # y = mean + lower @ noise, written as a regression of each entry on the ones before it
     inverse = jax.scipy.linalg.solve_triangular(lower, eye, lower=True)

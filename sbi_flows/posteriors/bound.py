@@ -19,11 +19,12 @@ import optax
 from jax import Array
 
 from sbi_flows.core.checks import as_random_key, require_count, require_memory
-from sbi_flows.core.errors import SolveFailed
+from sbi_flows.core.errors import SbiFlowsError, SolveFailed
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.pytrees import is_traced, register_pytree
 from sbi_flows.core.typing import Key
 from sbi_flows.posteriors.numpyro import PosteriorDistribution
+from sbi_flows.prior.constrained import ConstrainedPrior
 from sbi_flows.prior.maps import HALF_WIDTH
 from sbi_flows.prior.prior import Prior
 
@@ -248,11 +249,18 @@ class AtObservation:
 
     def _require_solved(self, values: Array, result: Any) -> Any:
         """Return `result`; raise SolveFailed if a failed ODE solve left NaN in `values` (B, *)."""
-        if not self.posterior.needs_ode or is_traced(values):
+        is_constrained = isinstance(self.prior, ConstrainedPrior)
+        if is_traced(values) or not (self.posterior.needs_ode or is_constrained):
             return result
         failed = np.flatnonzero(_any_nan(values))
         if len(failed):
             some = ", ".join(map(str, failed[:5])) + (", ..." if len(failed) > 5 else "")
+            if is_constrained and not self.posterior.needs_ode:
+                raise SbiFlowsError(
+                    f"x: too few draws meet the prior's condition at {len(failed)} of "
+                    f"{len(values)} observations (numbers {some}); expected at least 1 in 1,000: "
+                    "the observation may contradict the condition, or the fit is poor there"
+                )
             raise SolveFailed(
                 f"x: the ODE was not solved at {len(failed)} of {len(values)} observations "
                 f"(numbers {some}); `.values` holds the results, with NaN. The density's "

@@ -45,6 +45,7 @@ from sbi_flows.posteriors.bound import MAX_CALL_ENTRIES
 from sbi_flows.posteriors.codec_composed import COMPOSED
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.posteriors.writing import content_of
+from sbi_flows.prior.constrained import require_no_condition
 from sbi_flows.prior.prior import Prior
 
 FIRST_RATIO, LAST_RATIO = 3.0, 0.03
@@ -91,6 +92,7 @@ class ComposedPosterior(Derived):
             wanted = "a posterior of sf.FlowMatching or sf.Diffusion"
             require_object("posterior", blueprint.density, (FlowMatching, Diffusion), wanted)
         require_count(1, levels=self.levels, steps=self.steps)
+        require_no_condition(self.posterior.prior, "simulate sets, and fit an embedding of sets")
 
     def __repr__(self) -> str:
         """Show the base posterior, `levels` and `steps`."""
@@ -156,7 +158,7 @@ class ComposedPosterior(Derived):
         sets, single = self._sets(x)
         shape = jnp.shape(jax.tree.leaves(sets)[0])[:2]
         flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sets)
-        features = self.posterior._bind(flat)[0]
+        features = self.posterior.features(flat)
         return features.reshape(*shape, -1), single
 
     def _features_of(self, bound: Array) -> Array:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,24 @@ from sbi_flows.observations.typicality import Typicality
 from sbi_flows.posteriors import codec_direct, mixtures
 from sbi_flows.posteriors.base import AbstractPosterior
 from sbi_flows.posteriors.bound import in_chunks, split_draws
+from sbi_flows.prior.constrained import ConstrainedPrior
 from sbi_flows.prior.prior import Prior
+
+
+class _Constrained(NamedTuple):
+    """Prepared observations of a posterior whose prior has a condition.
+
+    Attributes:
+        features: Standardised features, shape (B, C).
+        log_acceptance: Log probability that a draw of the networks meets the condition, shape (B,).
+    """
+
+    features: Array
+    log_acceptance: Array
+
+
+_Bound: TypeAlias = Array | _Constrained
+"""Features (B, C) or, if the prior has a condition, features and log probabilities of it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -96,7 +113,7 @@ class Posterior(AbstractPosterior):
 
     def features(self, x: Obs) -> Array:
         """Compute the standardised features (B, C) of observations; B = 1 for a single one."""
-        return self._bind(x)[0]
+        return self._features_of(self._bind(x)[0])
 
     def spaces(self, x: Obs) -> tuple[np.ndarray, ...]:
         """Return features (B, C) and, if there is an embedding, its output (B, F).
@@ -119,39 +136,52 @@ class Posterior(AbstractPosterior):
         names = codec_direct.Contents._fields
         return codec_direct.encode(codec_direct.Contents(*(getattr(self, n) for n in names)))
 
-    def _bind(self, x: Obs) -> tuple[Array, bool]:
-        """Return features (B, C), and whether x was a single observation."""
+    def _bind(self, x: Obs) -> tuple[_Bound, bool]:
+        """Return prepared observations, and whether x was a single observation."""
         batch, single = as_batch(in_order("x", x, self._columns), self.observation)
-        return features_of(self.standardiser, batch), single
+        features = features_of(self.standardiser, batch)
+        if not isinstance(self.prior, ConstrainedPrior):
+            return features, single
+        evaluate = partial(mixtures.log_acceptance, self._parts, self.prior, self.weights)
+        keys = jax.random.split(jax.random.key(0), len(features))
+        entries = mixtures.ACCEPTANCE_DRAWS * self.prior.dim
+        return _Constrained(features, in_chunks(evaluate, entries, features, keys)[0]), single
 
-    def _features_of(self, bound: Array) -> Array:
-        return bound
+    def _features_of(self, bound: _Bound) -> Array:
+        return bound.features if isinstance(bound, _Constrained) else bound
 
-    def _sample(self, key: Key, bound: Array, n: int, with_log_prob: bool) -> tuple[Array, Array]:
+    def _sample(self, key: Key, bound: _Bound, n: int, with_log_prob: bool) -> tuple[Array, Array]:
         # split many draws of one observation into pieces: repeat the observation for each piece
+        features = self._features_of(bound)
         pieces, each = split_draws(n, self.prior.dim)
-        repeated = jnp.repeat(bound, pieces, axis=0)
+        repeated = jnp.repeat(features, pieces, axis=0)
         keys = jax.random.split(key, len(repeated))
         evaluate = partial(
             mixtures.sample, self._parts, each, with_log_prob, self.prior, self.weights
         )
         draws, log_prob = in_chunks(evaluate, each * self.prior.dim, repeated, keys)
-        draws = draws.reshape(len(bound), -1, self.prior.dim)[:, :n]
-        return draws, log_prob.reshape(len(bound), -1)[:, :n]
+        draws = draws.reshape(len(features), -1, self.prior.dim)[:, :n]
+        log_prob = log_prob.reshape(len(features), -1)[:, :n]
+        return draws, _normalised(log_prob, bound) if with_log_prob else log_prob
 
-    def _log_prob(self, theta: Array, bound: Array) -> Array:
-        n = theta.shape[1]
+    def _log_prob(self, theta: Array, bound: _Bound) -> Array:
+        n, features = theta.shape[1], self._features_of(bound)
         # split many theta of one observation into pieces: repeat the observation for each piece
         pieces, each = split_draws(n, self.prior.dim)
         padded = _pad(theta, pieces * each).reshape(-1, each, self.prior.dim)
-        repeated = jnp.repeat(bound, pieces, axis=0)
+        repeated = jnp.repeat(features, pieces, axis=0)
         evaluate = partial(mixtures.log_prob, self._parts, self.prior, self.weights)
         log_prob = in_chunks(evaluate, each * self.prior.dim, repeated, padded)[0]
-        return log_prob.reshape(len(bound), -1)[:, :n]
+        return _normalised(log_prob.reshape(len(features), -1)[:, :n], bound)
 
-    def _standard_log_prob(self, y: Array, bound: Array) -> Array:
-        log_prob = mixtures.standard_log_prob(self._parts, self.weights, y[None], bound)[0]
-        return log_prob - self.prior.unchecked_log_det(y, self.prior.unchecked_from_standard(y))
+    def _standard_log_prob(self, y: Array, bound: _Bound) -> Array:
+        features, theta = self._features_of(bound), self.prior.unchecked_from_standard(y)
+        log_prob = mixtures.standard_log_prob(self._parts, self.weights, y[None], features)[0]
+        log_prob = log_prob - self.prior.unchecked_log_det(y, theta)
+        if isinstance(bound, _Constrained):
+            inside = self.prior.unchecked_contains(theta)
+            log_prob = jnp.where(inside, log_prob - bound.log_acceptance, -jnp.inf)
+        return log_prob
 
     @property
     def _columns(self) -> Sequence[str] | None:
@@ -169,6 +199,13 @@ register_pytree(
     static=("blueprints", "shares", "observation"),
     facts={"record": {}, "typicality": None},
 )
+
+
+def _normalised(log_prob: Array, bound: _Bound) -> Array:
+    """Divide densities (B, n) by the probability of the prior's condition."""
+    if not isinstance(bound, _Constrained):
+        return log_prob
+    return log_prob - bound.log_acceptance[:, None]
 
 
 def _pad(rows: Array, n: int) -> Array:

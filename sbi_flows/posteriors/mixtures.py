@@ -1,6 +1,9 @@
 """Compiled functions that sample a mixture of ensembles and compute its log density.
 
-Public names: `Parts`, `count`, `sample`, `log_prob`, `standard_log_prob`,
+Under a prior with a condition, draws that violate it are rejected and drawn again, and densities
+are divided by the fraction of accepted draws.
+
+Public names: `Parts`, `count`, `sample`, `log_prob`, `standard_log_prob`, `log_acceptance`,
 `split_shares`, `choose`.
 """
 
@@ -23,7 +26,14 @@ from sbi_flows.core.typing import Key
 from sbi_flows.densities.base import sample_per_context
 from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
 from sbi_flows.networks.mlp import hashed_words
+from sbi_flows.prior.constrained import ConstrainedPrior, fill_by_rejection
 from sbi_flows.prior.prior import Prior
+
+ACCEPTANCE_DRAWS = 4096
+"""Number of draws from which the probability of a prior's condition is estimated."""
+
+MAX_ROUNDS = 1000
+"""Maximum number of times that draws violating a prior's condition are drawn again."""
 
 Parts: TypeAlias = tuple[tuple[Blueprint, float], ...]
 """Static part of a mixture: the blueprint and the share (mixture weight) of each ensemble."""
@@ -95,6 +105,21 @@ def sample(
         features: Features of the observations, shape (B, C).
         keys: One random key for each observation, shape (B,).
     """
+    if isinstance(prior, ConstrainedPrior):
+        y, theta = _accepted(parts, n, prior, weights, features, keys)
+    else:
+        y = _propose(parts, n, weights, features, keys)
+        theta = prior.unchecked_from_standard(y)
+    if not with_log_prob:
+        return theta, jnp.zeros(y.shape[:2], y.dtype)
+    log_prob = standard_log_prob(parts, weights, jnp.swapaxes(y, 0, 1), features).T
+    return theta, log_prob - prior.unchecked_log_det(y, theta)
+
+
+def _propose(
+    parts: Parts, n: int, weights: tuple[Weights, ...], features: Array, keys: Key
+) -> Array:
+    """Draw standard coordinates (B, n, d)."""
     counts, fractions = split_shares([share for _, share in parts], n)
     split = jax.vmap(lambda key: jax.random.split(key, 1 + len(parts)))(keys)
     draws = [
@@ -104,12 +129,43 @@ def sample(
         )
     ]
     join = partial(choose, counts=counts, fractions=fractions, n=n)
-    y = draws[0] if len(parts) == 1 else jax.vmap(join)(split[:, 0], draws)
-    theta = prior.unchecked_from_standard(y)
-    if not with_log_prob:
-        return theta, jnp.zeros(y.shape[:2], y.dtype)
-    log_prob = standard_log_prob(parts, weights, jnp.swapaxes(y, 0, 1), features).T
-    return theta, log_prob - prior.unchecked_log_det(y, theta)
+    return draws[0] if len(parts) == 1 else jax.vmap(join)(split[:, 0], draws)
+
+
+def _accepted(
+    parts: Parts,
+    n: int,
+    prior: ConstrainedPrior,
+    weights: tuple[Weights, ...],
+    features: Array,
+    keys: Key,
+) -> tuple[Array, Array]:
+    """Draw standard coordinates (B, n, d) and parameters (B, n, D) that meet the condition.
+
+    Both are NaN where no draw is accepted after `MAX_ROUNDS` rounds.
+    """
+
+    def propose(keys: Key) -> tuple[Array, Array]:
+        y = _propose(parts, n, weights, features, keys)
+        theta = prior.unchecked_from_standard(y)
+        return jnp.concatenate([y, theta], axis=-1), prior.unchecked_contains(theta)
+
+    both = fill_by_rejection(keys, propose, n, MAX_ROUNDS)
+    return both[..., : prior.standard_dim], both[..., prior.standard_dim :]
+
+
+@partial(jax.jit, static_argnums=0)
+@full_precision
+def log_acceptance(
+    parts: Parts, prior: Prior, weights: tuple[Weights, ...], features: Array, keys: Key
+) -> tuple[Array]:
+    """Estimate the log probability (B,) that a draw given features (B, C) meets the condition.
+
+    It is estimated from `ACCEPTANCE_DRAWS` draws with the keys (B,).
+    """
+    y = _propose(parts, ACCEPTANCE_DRAWS, weights, features, keys)
+    accepted = jnp.sum(prior.unchecked_contains(prior.unchecked_from_standard(y)), axis=1)
+    return (jnp.log(jnp.maximum(accepted, 0.5) / ACCEPTANCE_DRAWS),)
 
 
 def split_shares(shares: Sequence[float], n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -42,6 +42,7 @@ from sbi_flows.posteriors.codec_recalibrated import RECALIBRATED, quantiles_in
 from sbi_flows.posteriors.passes import chunks_of, usable
 from sbi_flows.posteriors.quantile_maps import Quantiles, quantile_map, quantiles_of
 from sbi_flows.posteriors.writing import content_of
+from sbi_flows.prior.constrained import require_no_condition
 from sbi_flows.prior.maps import HALF_WIDTH
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.simulations import Simulations, observation_shape
@@ -92,6 +93,10 @@ class RecalibratedPosterior(Derived):
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     codec: ClassVar[LayerCodec] = RECALIBRATED
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if the prior has a condition, which moved draws could violate."""
+        require_no_condition(self.posterior.prior, "correct its regions by sf.conformal")
 
     def __repr__(self) -> str:
         """Show the base posterior and the number of calibration data sets."""
@@ -229,6 +234,7 @@ def recalibrate(
         (5, 2)
     """
     posterior = as_posterior(posterior, observation_shape(simulations.x))
+    require_no_condition(posterior.prior, "correct its regions by sf.conformal")
     valid = usable(posterior, simulations, draws)
     map_key, key = jax.random.split(key)
     entries, chunks = draws * valid.theta.shape[1], []

@@ -260,6 +260,10 @@ class Prior(abc.ABC):
     # methods for this package: these assume arrays of the right shapes
 
     @abc.abstractmethod
+    def unchecked_center(self, batch: tuple[int, ...]) -> Array:
+        """Return one point inside the support, repeated to the shape (*batch, D)."""
+
+    @abc.abstractmethod
     def unchecked_sample(self, key: Key, n: int) -> Array:
         """Draw n parameter vectors (n, D)."""
 
@@ -294,10 +298,6 @@ class Prior(abc.ABC):
         inside = self.unchecked_contains(theta)
         safe = jnp.where(inside[..., None], theta, self.unchecked_center(theta.shape[:-1]))
         return jnp.where(inside, self.unchecked_log_prob_inside(safe), -jnp.inf)
-
-    def unchecked_center(self, batch: tuple[int, ...] = ()) -> Array:
-        """Return one point inside the support, relative to the offset, shape (*batch, D)."""
-        return self.unchecked_from_standard(jnp.zeros((*batch, self.standard_dim)))
 
     def relative(self, theta: Any) -> Array:
         """Return theta (*, D) minus the offset, in JAX's precision.

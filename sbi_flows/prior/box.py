@@ -208,6 +208,10 @@ class BoxPrior(Prior):
                 fractions[f"{names[i]} high"] = float(np.mean(y[:, i] > high[i] - near))
         return fractions
 
+    def unchecked_center(self, batch: tuple[int, ...]) -> Array:
+        """Return the point with standard coordinates 0, repeated to the shape (*batch, D)."""
+        return self.unchecked_from_standard(jnp.zeros((*batch, self.standard_dim)))
+
     def unchecked_sample(self, key: Key, n: int) -> Array:
         """Draw n parameter vectors (n, D)."""
         base_key, key = jax.random.split(key)

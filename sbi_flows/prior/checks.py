@@ -1,6 +1,7 @@
 """Checks of the distributions and models that a prior is built from.
 
-Public names: `require_site`, `require_names`, `require_parameters`, `require_model`, `base_of`.
+Public names: `require_site`, `require_names`, `require_free_names`, `require_parameters`,
+`require_model`, `base_of`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +24,15 @@ from sbi_flows.core.checks import as_array, require_real
 
 MAX_NAME_LENGTH = 256
 """Maximum number of characters in a site's name."""
+
+_WITHOUT_DENSITY: tuple[type, ...] = tuple(
+    getattr(dist, name)
+    for name in ("Delta", "ImproperUniform", "Unit", "HurdleProbs", "HurdleLogits")
+    if hasattr(dist, name)  # older versions of numpyro lack some
+)
+"""Distributions that cannot be sampled, or that have atoms of positive probability."""
+
+RESERVED_NAMES = ("chain", "draw")
 
 MAX_ENTRIES = 2**16
 """Maximum number D of parameters, which limits the number of labels."""
@@ -49,7 +59,7 @@ def require_site(name: str, site: dist.Distribution) -> None:
             f"prior site {name!r}: expected a continuous distribution, got the discrete {kind}"
         )
     for part in _parts(site):
-        if isinstance(part, dist.Delta | dist.ImproperUniform | dist.Unit):
+        if isinstance(part, _WITHOUT_DENSITY):
             raise ValueError(
                 f"prior site {name!r}: expected a distribution with a density that can be drawn "
                 f"from, got {type(part).__name__}"
@@ -77,6 +87,21 @@ def require_names(names: Sequence[str], labels: Sequence[str]) -> None:
             f"prior: expected parameters of different names, got {twice[0]!r} twice, of "
             f"{', '.join(map(repr, names))}"
         )
+
+
+def require_free_names(names: Iterable[Any]) -> None:
+    """Raise ValueError if a parameter's name has another meaning in ArviZ or in a netCDF file."""
+    for name in names:
+        if name in RESERVED_NAMES:
+            raise ValueError(
+                f"prior: expected other names than {', '.join(RESERVED_NAMES)}, which are axes of "
+                f"draws in ArviZ, got {name!r}"
+            )
+        if isinstance(name, str) and ("/" in name or name != name.strip()):
+            raise ValueError(
+                "prior: expected names without slashes and without spaces at the ends, which "
+                f"netCDF files do not allow, got {name!r}"
+            )
 
 
 def require_parameters(name: str, site: dist.Distribution) -> None:

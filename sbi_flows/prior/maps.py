@@ -3,10 +3,10 @@
 If the entries of a site are independent and have a CDF, they have mean 0 and variance 1 in standard
 coordinates. A normal, an elementwise transform of a normal, and a distribution on R or on a half
 line become standard normal. A distribution on an interval becomes uniform on (-sqrt 3, sqrt 3). All
-other sites are mapped by numpyro's `biject_to(support)`.
+other sites are mapped by a transform of their support, and then whitened (see `whitening`).
 
 Public names: `HALF_WIDTH`, `SiteMap`, `NormalMap`, `CdfMap`, `IntervalMap`, `SupportMap`,
-`MapKind`, `map_kind`, `standard_shape`, `keep_inside`, `elementwise`, `positive`.
+`MapKind`, `map_kind`, `standard_shape`, `elementwise`, `positive`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import numpyro.distributions as dist
 from jax import Array
 from jax.scipy.special import ndtr, ndtri
 from jax.scipy.stats import norm
-from numpyro.distributions.transforms import AbsTransform, biject_to
+from numpyro.distributions.transforms import AbsTransform
 
 from sbi_flows.prior.sites import Site
+from sbi_flows.prior.supports import keep_inside, transform_of
 from sbi_flows.prior.tails import tails_of
 
 HALF_WIDTH = math.sqrt(3.0)
@@ -150,11 +151,11 @@ class IntervalMap:
 
 
 class SupportMap:
-    """Map from unconstrained coordinates to the support by numpyro's `biject_to`."""
+    """Map from unconstrained coordinates to the support by `transform_of(support)`."""
 
     def __init__(self, site: Site) -> None:
         """Build the transform of the support."""
-        self._support, self._transform = site.support, biject_to(site.support)
+        self._support, self._transform = site.support, transform_of(site.support)
 
     def forward(self, y: Array) -> Array:
         """Map R^d to the support."""
@@ -194,49 +195,8 @@ def map_kind(site: Site, *, is_dependent: bool) -> MapKind:
 def standard_shape(kind: MapKind, site: Site) -> tuple[int, ...]:
     """Return the shape of a site's standard coordinates."""
     if kind is SupportMap:
-        return tuple(biject_to(site.support).inverse_shape(site.shape))
+        return tuple(transform_of(site.support).inverse_shape(site.shape))
     return site.shape
-
-
-def keep_inside(theta: Array, support: Any) -> Array:
-    """Move values that rounding put on or beyond a bound to the nearest number inside the support.
-
-    For example, a value that is rounded to 1 on the support (0, 1) is moved below 1, and a gamma
-    draw that is rounded to 0 is moved above 0. Where the support has no bound, values are limited
-    to the largest finite number. Equal entries of an ordered vector are separated. NaN stays NaN.
-    Values of other multivariate supports, such as a simplex, are only limited to finite numbers.
-    """
-    while isinstance(support, dist.constraints.independent):
-        support = support.base_constraint
-    if support == dist.constraints.ordered_vector:
-        return _set_apart(theta)
-    low = _beyond(getattr(support, "lower_bound", -jnp.inf), jnp.inf, theta)
-    high = _beyond(getattr(support, "upper_bound", jnp.inf), -jnp.inf, theta)
-    return jnp.clip(theta, low, high)
-
-
-def _set_apart(theta: Array) -> Array:
-    """Replace an entry that is not above its predecessor by the next number above that."""
-
-    def step(before: Array, entry: Array) -> tuple[Array, Array]:
-        # the gradient treats both entries as equal: nextafter has no derivative
-        above = jnp.nextafter(jax.lax.stop_gradient(before), jnp.inf)
-        entry = jnp.where(entry <= before, above, entry)
-        return entry, entry
-
-    entries = jnp.moveaxis(theta, -1, 0)
-    rest = jax.lax.scan(step, entries[0], entries[1:])[1]
-    return jnp.moveaxis(jnp.concatenate([entries[:1], rest]), 0, -1)
-
-
-def _beyond(bound: Any, towards: float, like: Array) -> Array:
-    """Return the number next to `bound` in direction `towards`, broadcastable with `like`."""
-    bound = jnp.asarray(bound, like.dtype)
-    step = jnp.nextafter(bound, jnp.full_like(bound, towards))
-    # compiled programs flush subnormal numbers to zero
-    tiny = jnp.finfo(like.dtype).tiny
-    step = jnp.where(jnp.abs(step) < tiny, jnp.copysign(tiny, step), step)
-    return jnp.reshape(step, (1,) * (like.ndim - step.ndim) + step.shape)
 
 
 def elementwise(distribution: dist.Distribution) -> dist.Distribution | None:

@@ -1,6 +1,6 @@
 """numpyro models that draw the parameters of a prior.
 
-Public names: `Model`, `trace_model`, `sample_model`, `is_same`.
+Public names: `Model`, `trace_model`, `sample_model`, `is_same`, `is_same_function`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Model:
         """Return whether another model has the same function and an equal fingerprint."""
         return self is other or (
             isinstance(other, Model)
-            and _is_same_function(self.function, other.function)
+            and is_same_function(self.function, other.function)
             and self.fingerprint == other.fingerprint
         )
 
@@ -112,7 +112,7 @@ def _bytes_of(leaf: Any) -> tuple[Any, ...]:
     return array.dtype.str, array.shape, array.tobytes()
 
 
-def _is_same_function(a: Callable[[], Any], b: Callable[[], Any]) -> bool:
+def is_same_function(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
     """Return whether two functions, or two bound methods, are identical."""
     if isinstance(a, MethodType) and isinstance(b, MethodType):
         # Python makes a new object at each access to a bound method

@@ -4,11 +4,12 @@ Such a site is replaced by its distribution relative to an offset, which is comp
 precision. The offset is static data of the prior (`Layout.offset`). All computations are done with
 relative values; the methods for users subtract and add the offset on the host.
 
-Public names: `without_offset`.
+Public names: `without_offset`, `without_offsets`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,26 @@ def without_offset(
         return distribution, None
     shape = (*distribution.batch_shape, *distribution.event_shape)
     return _moved(distribution, location), np.broadcast_to(location, shape).astype(float)
+
+
+def without_offsets(
+    sites: Mapping[str, dist.Distribution],
+) -> tuple[dict[str, dist.Distribution], tuple[float, ...]]:
+    """Apply `without_offset` to all sites of a prior.
+
+    Returns:
+        The distributions by name, and the offset of each entry of the flat vector; an empty tuple
+        if no site has an offset.
+    """
+    parts = {name: without_offset(distribution) for name, distribution in sites.items()}
+    relative = {name: distribution for name, (distribution, _) in parts.items()}
+    if all(offset is None for _, offset in parts.values()):
+        return relative, ()
+    flat: list[float] = []
+    for distribution, offset in parts.values():
+        shape = (*distribution.batch_shape, *distribution.event_shape)
+        flat += np.broadcast_to(0.0 if offset is None else offset, shape).ravel().tolist()
+    return relative, tuple(flat)
 
 
 def _place(distribution: dist.Distribution) -> tuple[np.ndarray, np.ndarray] | None:

@@ -14,9 +14,11 @@ import numpyro.distributions as dist
 
 from sbi_flows.prior.base import Prior as Prior
 from sbi_flows.prior.base import labels as labels
-from sbi_flows.prior.checks import require_model, require_parameters
+from sbi_flows.prior.checks import require_free_names, require_model, require_parameters
 from sbi_flows.prior.models import Model, is_same, sample_model, trace_model
+from sbi_flows.prior.offsets import without_offsets
 from sbi_flows.prior.site_prior import SitePrior as SitePrior
+from sbi_flows.prior.trial import tried
 
 PriorLike = Any
 """A numpyro `Distribution`, a dict `{name: Distribution}`, a numpyro model or a `Prior`."""
@@ -34,7 +36,9 @@ def as_prior(prior: PriorLike) -> Prior:
 
     Raises:
         ValueError: A site is discrete, observed, or has a support that depends on another site; a
-            parameter of a distribution is out of range; or the model raises an error.
+            parameter of a distribution is out of range; the model raises an error; or a trial of
+            1,000 draws fails: draws are outside the stated support, log densities are not finite,
+            or single precision cannot represent the values.
 
     Example:
         >>> import numpyro.distributions as dist
@@ -44,7 +48,7 @@ def as_prior(prior: PriorLike) -> Prior:
     if isinstance(prior, Prior):
         return prior
     if isinstance(prior, dist.Distribution):
-        return SitePrior({"theta": prior}, is_named=False)
+        return _from_sites({"theta": prior}, is_named=False)
     if isinstance(prior, Mapping):
         if not prior:
             raise ValueError("prior: expected at least one parameter, got an empty dict")
@@ -54,13 +58,20 @@ def as_prior(prior: PriorLike) -> Prior:
                     f"prior[{name!r}]: expected a str name and a numpyro Distribution, "
                     f"got {type(site).__name__}"
                 )
-        return SitePrior(prior, is_named=True)
+        return _from_sites(prior, is_named=True)
     if callable(prior):
         return _from_model(prior)
     raise ValueError(
         "prior: expected a numpyro Distribution, a dict of them or a numpyro model, "
         f"got {type(prior).__name__}"
     )
+
+
+def _from_sites(sites: Mapping[str, dist.Distribution], *, is_named: bool) -> Prior:
+    """Build a prior from distributions by name, and try it."""
+    require_free_names(sites)
+    relative, offset = without_offsets(sites)
+    return tried(SitePrior(relative, is_named=is_named, offset=offset))
 
 
 def _from_model(model: Callable[[], Any]) -> Prior:
@@ -71,6 +82,7 @@ def _from_model(model: Callable[[], Any]) -> Prior:
     """
     require_model(model)
     first, second = (trace_model(model, seed) for seed in (0, 1))
+    require_free_names(first)
     if set(first) != set(second):
         raise ValueError("prior model: expected the same sample sites at every call")
     for name, site in first.items():
@@ -87,4 +99,4 @@ def _from_model(model: Callable[[], Any]) -> Prior:
             f"prior model: expected one that JAX can trace, got {type(error).__name__}: "
             f"{str(error)[:200]}"
         ) from error
-    return prior
+    return tried(prior)

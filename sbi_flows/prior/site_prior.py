@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import jax
@@ -24,13 +24,14 @@ from sbi_flows.prior.maps import (
     IntervalMap,
     MapKind,
     SiteMap,
-    keep_inside,
+    SupportMap,
     map_kind,
     standard_shape,
 )
 from sbi_flows.prior.models import Model, is_same, sample_model
-from sbi_flows.prior.offsets import without_offset
 from sbi_flows.prior.sites import Site
+from sbi_flows.prior.supports import in_support, keep_rounding_inside, move_inside
+from sbi_flows.prior.whitening import Whitening
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +61,14 @@ class SitePrior(Prior):
         is_named: True if the simulator receives a dict of parameters, False if one array.
         model: The numpyro model that draws the sites; None without a model.
         dependent: Names of sites whose distributions depend on other sites.
+        kinds: Class of each site's map; None to choose the default classes.
+        whitening: Affine map of the coordinates of all `SupportMap` sites; None for the identity.
+        offset: Offset of each of the D entries, see `Layout`. The sites are the distributions of
+            the values minus the offset.
 
     Raises:
-        ValueError: A site has no density, or a parameter is out of range.
+        ValueError: A site has no density, a parameter is out of range, or numpyro has no transform
+            of a support.
     """
 
     def __init__(
@@ -72,17 +78,17 @@ class SitePrior(Prior):
         is_named: bool,
         model: Model | None = None,
         dependent: frozenset[str] = frozenset(),
+        kinds: Sequence[MapKind] | None = None,
+        whitening: Whitening | None = None,
+        offset: tuple[float, ...] = (),
     ) -> None:
-        parts = {name: without_offset(distribution) for name, distribution in sites.items()}
-        offset = _joined_offset(parts)
-        sites = {name: distribution for name, (distribution, _) in parts.items()}
         for name, distribution in sites.items():
             require_site(name, distribution)
         wrapped = {name: Site(distribution) for name, distribution in sites.items()}
-        kinds = [map_kind(site, is_dependent=name in dependent) for name, site in wrapped.items()]
-        standard = [
-            standard_shape(kind, site) for kind, site in zip(kinds, wrapped.values(), strict=True)
-        ]
+        if kinds is None:
+            kinds = [map_kind(s, is_dependent=name in dependent) for name, s in wrapped.items()]
+        pairs = zip(wrapped.items(), kinds, strict=True)
+        standard = [_standard_shape(name, kind, site) for (name, site), kind in pairs]
         bounded = [
             kind is IntervalMap
             for kind, shape in zip(kinds, standard, strict=True)
@@ -93,6 +99,7 @@ class SitePrior(Prior):
         require_names(layout.names, layout.labels)
         self._static = _Static(layout, tuple(kinds), model, dependent)
         self._sites = tuple(wrapped.values())
+        self._whitening = whitening
 
     def __repr__(self) -> str:
         """Show the name, distribution and shape of each site."""
@@ -102,16 +109,29 @@ class SitePrior(Prior):
         )
         return f"Prior({sites})"
 
-    def tree_flatten(self) -> tuple[tuple[Site, ...], _Static]:
-        """Return the sites as children, and the static part."""
-        return self._sites, self._static
+    def tree_flatten(self) -> tuple[tuple[tuple[Site, ...], Whitening | None], _Static]:
+        """Return the sites and the affine map as children, and the static part."""
+        return (self._sites, self._whitening), self._static
 
     @classmethod
-    def tree_unflatten(cls, static: _Static, sites: Any) -> SitePrior:
-        """Rebuild a prior from its sites, without validating them."""
+    def tree_unflatten(cls, static: _Static, children: Any) -> SitePrior:
+        """Rebuild a prior from its children, without validating them."""
         prior = object.__new__(cls)
-        prior._static, prior._sites = static, tuple(sites)
+        prior._static = static
+        prior._sites, prior._whitening = children
         return prior
+
+    def with_maps(self, kinds: Sequence[MapKind], whitening: Whitening | None) -> SitePrior:
+        """Return the same prior with other maps to standard coordinates."""
+        return SitePrior(
+            self.distributions,
+            is_named=self.is_named,
+            model=self._static.model,
+            dependent=self.dependent,
+            kinds=kinds,
+            whitening=whitening,
+            offset=self.layout.offset,
+        )
 
     @property
     def layout(self) -> Layout:
@@ -134,6 +154,26 @@ class SitePrior(Prior):
         return self._static.dependent
 
     @property
+    def is_model(self) -> bool:
+        """Whether a numpyro model draws the sites."""
+        return self._static.model is not None
+
+    @property
+    def site_kinds(self) -> tuple[MapKind, ...]:
+        """Class of each site's map."""
+        return self._static.kinds
+
+    @property
+    def whitening(self) -> Whitening | None:
+        """Affine map of the coordinates of all `SupportMap` sites; None for the identity."""
+        return self._whitening
+
+    @property
+    def support_columns(self) -> np.ndarray:
+        """Indices of the standard coordinates that belong to `SupportMap` sites."""
+        return np.flatnonzero([kind is SupportMap for kind in self.map_kinds])
+
+    @property
     def map_kinds(self) -> tuple[MapKind, ...]:
         """Class of the map that belongs to each of the d standard coordinates."""
         pairs = zip(self._static.kinds, self.layout.standard_shapes, strict=True)
@@ -145,12 +185,25 @@ class SitePrior(Prior):
             return False
         left, right = self._static, other._static
         pairs = zip(self.distributions.values(), other.distributions.values(), strict=False)
-        return (left.layout, left.model) == (right.layout, right.model) and all(
-            jax.tree.structure(a) == jax.tree.structure(b)
-            and type(base_of(a)) is type(base_of(b))
-            and is_same(a, b)
-            for a, b in pairs
+        same_static = (left.layout, left.model, left.kinds) == (
+            right.layout,
+            right.model,
+            right.kinds,
         )
+        return (
+            same_static
+            and is_same(self._whitening, other._whitening)
+            and all(
+                jax.tree.structure(a) == jax.tree.structure(b)
+                and type(base_of(a)) is type(base_of(b))
+                and is_same(a, b)
+                for a, b in pairs
+            )
+        )
+
+    def unchecked_center(self, batch: tuple[int, ...]) -> Array:
+        """Return the point with standard coordinates 0, repeated to the shape (*batch, D)."""
+        return self.unchecked_from_standard(jnp.zeros((*batch, self.standard_dim)))
 
     def unchecked_sample(self, key: Key, n: int) -> Array:
         """Draw n parameter vectors (n, D)."""
@@ -163,25 +216,30 @@ class SitePrior(Prior):
             values = {name: site.sample(k, (n,)) for (name, site), k in pairs}
         supports = zip(self.names, self._sites, strict=True)
         return self.unchecked_flatten(
-            {name: keep_inside(jnp.asarray(values[name]), s.support) for name, s in supports}
+            {n: keep_rounding_inside(jnp.asarray(values[n]), s.support) for n, s in supports}
         )
 
     def unchecked_contains(self, theta: Array) -> Array:
         """Return whether theta (*, D) is in the support."""
-        inside = jnp.all(jnp.isfinite(theta), axis=-1)
-        values = self.unchecked_unflatten(theta)
+        return jnp.all(self.unchecked_sites_contain(theta), axis=-1)
+
+    def unchecked_sites_contain(self, theta: Array) -> Array:
+        """Return whether each site's value in theta (*, D) is in its support, shape (*, S)."""
+        batch, values = theta.shape[:-1], self.unchecked_unflatten(theta)
+        inside = []
         for site, value in zip(self._sites, values.values(), strict=True):
-            ok = jnp.asarray(site.support(value))
-            inside &= jnp.all(ok, axis=tuple(range(inside.ndim, ok.ndim)))
-        return inside
+            ok = in_support(site.support, value)
+            finite = jnp.all(jnp.isfinite(jnp.reshape(value, (*batch, -1))), axis=-1)
+            inside.append(finite & jnp.all(ok, axis=tuple(range(len(batch), ok.ndim))))
+        return jnp.stack(inside, axis=-1)
 
     def unchecked_log_prob_inside(self, theta: Array) -> Array:
         """Compute the log density at theta (*, D), which must be inside the support."""
+        values = self._moved_inside(theta)
         if self._static.model is not None:
-            flat = jnp.reshape(theta, (-1, self.dim))
+            flat = jnp.reshape(self.unchecked_flatten(values), (-1, self.dim))
             return jnp.reshape(jax.vmap(self._log_density_model)(flat), theta.shape[:-1])
         total = jnp.zeros(theta.shape[:-1], theta.dtype)
-        values = self.unchecked_unflatten(theta)
         for site, value in zip(self._sites, values.values(), strict=True):
             total += _site_log_prob(site, value, total.shape)
         return total
@@ -194,33 +252,55 @@ class SitePrior(Prior):
         centers = self.unchecked_unflatten(self.center(batch))
         values = self.unchecked_unflatten(theta)
         for site, (name, value) in zip(self._sites, values.items(), strict=True):
-            ok = jnp.reshape(site.support(value), (*batch, -1)).all(axis=-1)
+            ok = jnp.reshape(in_support(site.support, value), (*batch, -1)).all(axis=-1)
             wide = jnp.reshape(ok, (*batch, *(1,) * len(site.shape)))
-            safe = jnp.where(wide, value, centers[name])
+            safe = move_inside(jnp.where(wide, value, centers[name]), site.support)
             parts[name] = jnp.where(ok, _site_log_prob(site, safe, batch), -jnp.inf)
         return parts
 
     def unchecked_from_standard(self, y: Array) -> Array:
         """Map standard coordinates (*, d) to parameters (*, D)."""
-        parts = self.layout.split_standard(y)
+        parts = self.layout.split_standard(self._unwhitened(y))
         return self.unchecked_flatten(
             {name: site_map.forward(parts[name]) for name, site_map in self._maps()}
         )
 
     def unchecked_to_standard(self, theta: Array) -> Array:
         """Map parameters (*, D) to standard coordinates (*, d)."""
-        values, batch = self.unchecked_unflatten(theta), theta.shape[:-1]
+        values, batch = self._moved_inside(theta), theta.shape[:-1]
         sizes = map(math.prod, self.layout.standard_shapes)
         parts = [site_map.inverse(values[name]) for name, site_map in self._maps()]
         rows = [jnp.reshape(part, (*batch, n)) for part, n in zip(parts, sizes, strict=True)]
-        return jnp.concatenate(rows, axis=-1)
+        y = jnp.concatenate(rows, axis=-1)
+        if self._whitening is None:
+            return y
+        columns = self.support_columns
+        return y.at[..., columns].set(self._whitening.inverse(y[..., columns]))
 
     def unchecked_log_det(self, y: Array, theta: Array) -> Array:
         """Compute the log Jacobian determinant at y (*, d), where theta = from_standard(y)."""
-        parts, values = self.layout.split_standard(y), self.unchecked_unflatten(theta)
+        parts = self.layout.split_standard(self._unwhitened(y))
+        values = self._moved_inside(theta)
         dets = [site_map.log_det(parts[name], values[name]) for name, site_map in self._maps()]
         batch = y.shape[:-1]
-        return sum((jnp.sum(d.reshape((*batch, -1)), axis=-1) for d in dets), jnp.zeros(batch))
+        total = jnp.zeros(batch)
+        if self._whitening is not None:
+            total = total + jnp.broadcast_to(self._whitening.log_det(), batch)
+        return sum((jnp.sum(d.reshape((*batch, -1)), axis=-1) for d in dets), total)
+
+    def _unwhitened(self, y: Array) -> Array:
+        """Replace whitened coordinates in y (*, d) by the coordinates of the sites' maps."""
+        if self._whitening is None:
+            return y
+        columns = self.support_columns
+        return y.at[..., columns].set(self._whitening.forward(y[..., columns]))
+
+    def _moved_inside(self, theta: Array) -> dict[str, Array]:
+        """Split theta (*, D) by name, and move values on a closed edge just inside."""
+        if not jnp.issubdtype(theta.dtype, jnp.floating):
+            theta = theta.astype(float)
+        supports = zip(self.unchecked_unflatten(theta).items(), self._sites, strict=True)
+        return {name: move_inside(value, site.support) for (name, value), site in supports}
 
     def _maps(self) -> list[tuple[str, SiteMap]]:
         """Build the map of each site; return pairs of name and map.
@@ -238,15 +318,21 @@ class SitePrior(Prior):
         return log_density
 
 
-def _joined_offset(parts: Mapping[str, tuple[dist.Distribution, Any]]) -> tuple[float, ...]:
-    """Return the offset of each entry of the flat vector; empty if no site has an offset."""
-    if all(offset is None for _, offset in parts.values()):
-        return ()
-    flat: list[float] = []
-    for distribution, offset in parts.values():
-        shape = (*distribution.batch_shape, *distribution.event_shape)
-        flat += np.broadcast_to(0.0 if offset is None else offset, shape).ravel().tolist()
-    return tuple(flat)
+def _standard_shape(name: str, kind: MapKind, site: Site) -> tuple[int, ...]:
+    """Return the shape of a site's standard coordinates.
+
+    Raises:
+        ValueError: numpyro has no transform of the support.
+    """
+    try:
+        return standard_shape(kind, site)
+    except NotImplementedError:
+        support = type(site.support).__name__.strip("_")
+        raise ValueError(
+            f"prior site {name!r}: expected a support that numpyro maps from R^d, got {support} of "
+            f"{type(base_of(site.distribution)).__name__}; write unconstrained parameters, and "
+            "compute its values in the simulator"
+        ) from None
 
 
 def _site_log_prob(site: Site, value: Array, batch: tuple[int, ...]) -> Array:

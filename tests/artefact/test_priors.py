@@ -56,3 +56,60 @@ def test_a_prior_that_was_cut_comes_back_cut():
     assert isinstance(again, BoxPrior) and again.mass == box.mass
     for given in (base, box):
         assert priors.decode(record, tensors, given).matches(box)
+
+
+WHITENED = ["simplex", "correlated normal", "Weibull"]
+
+
+@pytest.mark.parametrize("name", WHITENED)
+def test_the_maps_to_standard_coordinates_come_back(name):
+    prior, tensors = prior_of(name), {}
+    record = json.loads(json.dumps(priors.encode(prior, tensors)))
+    assert set(tensors) == priors.tensor_names(record)
+    again = priors.decode(record, tensors, None)
+    theta = prior.sample(jax.random.key(0), 5)
+    np.testing.assert_array_equal(again.to_standard(theta), prior.to_standard(theta))
+    assert bits(jax.tree.leaves(again.whitening)) == bits(jax.tree.leaves(prior.whitening))
+
+
+def test_files_of_earlier_versions_keep_their_standard_coordinates():
+    prior, tensors = prior_of("correlated normal"), {}
+    record = priors.encode(prior, tensors)
+    del record["maps"]
+    tensors = {n: a for n, a in tensors.items() if "whitening" not in n}
+    assert priors.tensor_names(record) <= set(tensors)
+    theta = prior.sample(jax.random.key(0), 5)
+    # without a user's prior, the coordinates are the parameters themselves
+    np.testing.assert_array_equal(priors.decode(record, tensors, None).to_standard(theta), theta)
+    tensors["prior/points"] = np.array(priors._points(priors.decode(record, tensors, None)))
+    tensors["prior/points"] = tensors["prior/points"].astype(np.float64)
+    again = priors.decode(record, tensors, prior)
+    np.testing.assert_array_equal(again.to_standard(theta), theta)
+
+
+def test_a_prior_with_default_maps_is_written_as_before():
+    assert "maps" not in priors.encode(prior_of("uniform"), {})
+
+
+MALFORMED = {
+    "kinds": (lambda r, t: r["maps"].update(kinds=["NormalMap"]), "maps that fit"),
+    "number of kinds": (lambda r, t: r["maps"].update(kinds=[]), "expected 1, got 0"),
+    "parts": (lambda r, t: r["maps"].update(whitening=["loc"]), "expected loc, scale"),
+    "shape": (lambda r, t: t.update({SCALE: np.ones(3)}), r"expected float64 numbers \(2,\)"),
+    "sign": (lambda r, t: t.update({SCALE: -np.ones(2)}), "expected positive scales"),
+    "NaN": (lambda r, t: t.update({SCALE: np.full(2, np.nan)}), "expected finite numbers"),
+    "upper": (lambda r, t: t.update({LOWER: np.ones((2, 2))}), "expected a lower triangular"),
+    "keys": (lambda r, t: r["maps"].update(more=1), "expected the keys"),
+    "a condition": (lambda r, t: r.update(mass=0.5), "with a condition, got Prior"),
+}
+SCALE, LOWER = "prior/whitening/scale", "prior/whitening/lower"
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_maps_are_refused(name):
+    damage, message = MALFORMED[name]
+    tensors = {}
+    record = json.loads(json.dumps(priors.encode(prior_of("correlated normal"), tensors)))
+    damage(record, tensors)
+    with pytest.raises(sf.ArtefactError, match=message):
+        priors.decode(record, tensors, None)

@@ -1,7 +1,9 @@
 """Draws, densities and modes of every density and prior for fixed keys, compared with a record.
 
 `python -m tests.golden.draws` writes `draws.json`, if it is not there. It was written at commit
-c2dedf4, before posteriors and priors became pytrees: a change of the code must not change them.
+c2dedf4, before posteriors and priors became pytrees: a change of the code must not change them. The
+standard coordinates `y` of the priors without a CDF (Weibull, correlated normal, simplex, Cholesky
+factor, ordered, model) were written again when these coordinates were whitened.
 """
 
 import json

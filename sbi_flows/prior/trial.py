@@ -1,0 +1,271 @@
+"""Trial of a prior: draws, supports, densities and standard coordinates are compared once.
+
+A distribution may state a wrong support, or lose all digits in its CDF. A thousand draws show this
+when the prior is made, before any simulation.
+
+Public names: `tried`, `NUM_DRAWS`, `NUM_TRIED`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax import Array
+
+from sbi_flows.core.precision import full_precision
+from sbi_flows.core.pytrees import is_traced
+from sbi_flows.prior.checks import base_of
+from sbi_flows.prior.maps import HALF_WIDTH, MapKind, SupportMap
+from sbi_flows.prior.site_prior import SitePrior
+from sbi_flows.prior.supports import transform_of
+from sbi_flows.prior.whitening_fit import whitening_of
+
+NUM_DRAWS = 4096
+"""Number of draws from which the affine map of a prior is estimated."""
+
+NUM_TRIED = 1024
+"""Number of draws that are compared in a trial."""
+
+_MAX_DRAWN = 2**22
+"""Largest number of entries of the draws."""
+
+ROUND_TRIP = 1e-4
+"""Largest error of a value that is mapped to standard coordinates and back, in standard deviations
+or relative to the distance from the median. One in a hundred values may have a larger error."""
+
+FEW = 0.005
+"""Largest fraction of rows that rounding may spoil."""
+
+MAX_EQUAL = 0.95
+"""Largest fraction of draws that rounding may move to one number at an edge."""
+
+_KNOWN = (dist.Normal, dist.Uniform, dist.LogNormal)
+"""Distributions that need no trial: their maps are a few elementary functions."""
+
+
+class _Trial(NamedTuple):
+    """Result of a trial; S is the number of sites.
+
+    Attributes:
+        outside: Fraction of draws outside the support that a site states, shape (S,).
+        example: A flat vector of draws, of which one entry is outside if any is, shape (S, D).
+        bad_density: Fraction of draws whose log density is not finite.
+        zero_density: Fraction of points inside the support whose log density is not finite.
+        infinite: Fraction of draws whose standard coordinates are not finite, shape (S,).
+        changed: Fraction of draws that the way to standard coordinates and back changes, shape
+            (S,).
+        at_edge: Largest fraction of draws in which an entry has its largest or its smallest value,
+            shape (S,).
+    """
+
+    outside: Any
+    example: Any
+    bad_density: Any
+    zero_density: Any
+    infinite: Any
+    changed: Any
+    at_edge: Any
+
+
+def tried(prior: SitePrior) -> SitePrior:
+    """Try a prior; return it with the maps that the trial has chosen.
+
+    A site whose CDF loses its digits is mapped through its support instead. The coordinates of such
+    sites are whitened. A prior with traced parameters is returned unchanged.
+
+    Raises:
+        ValueError: Draws are outside the stated support, log densities are not finite, standard
+            coordinates are not finite or do not lead back, or a method is not implemented.
+    """
+    if is_traced(prior):
+        return prior
+    if not prior.is_model and all(map(_is_known, prior.distributions.values())):
+        return prior
+    with _in_the_background():
+        theta = _implemented(prior, partial(_drawn, min(NUM_DRAWS, _MAX_DRAWN // prior.dim)))
+        kinds = list(prior.site_kinds)
+        prior, trial = _implemented(prior, partial(_with_maps, kinds, theta))
+        bad = (trial.infinite > FEW) | (trial.changed > FEW)
+        pairs = zip(prior.distributions.values(), kinds, bad, strict=True)
+        others = [
+            SupportMap if is_bad and _has_transform(site.support) else kind
+            for site, kind, is_bad in pairs
+        ]
+        if others != kinds and np.all(trial.outside == 0.0):
+            prior, trial = _implemented(prior, partial(_with_maps, others, theta))
+    _require_success(prior, trial)
+    return prior
+
+
+@contextlib.contextmanager
+def _in_the_background() -> Iterator[None]:
+    """Compute with concrete numbers, inside a trace too, and ignore the user's debugging settings.
+
+    numpyro promotes ranks, and computes NaN in branches that it discards.
+    """
+    with contextlib.ExitStack() as stack:
+        if is_traced(jnp.zeros(())):
+            stack.enter_context(jax.ensure_compile_time_eval())
+        stack.enter_context(jax.numpy_rank_promotion("allow"))
+        stack.enter_context(jax.debug_nans(False))
+        yield
+
+
+@partial(jax.jit, static_argnums=0)
+@full_precision
+def _drawn(count: int, prior: SitePrior) -> Array:
+    # one generator of random numbers for every user, so that equal priors have equal coordinates
+    return prior.unchecked_sample(jax.random.key(0, impl="threefry2x32"), count)
+
+
+def _with_maps(
+    kinds: Sequence[MapKind], theta: Array, prior: SitePrior
+) -> tuple[SitePrior, _Trial]:
+    """Return the prior with maps of these kinds, whitened by its draws theta, and its trial."""
+    prior = prior.with_maps(kinds, None)
+    whitening = whitening_of(prior, theta)
+    prior = prior if whitening is None else prior.with_maps(kinds, whitening)
+    return prior, _Trial(*(np.asarray(part) for part in _tried(prior, theta)))
+
+
+def _is_known(distribution: dist.Distribution) -> bool:
+    return type(base_of(distribution)) in _KNOWN
+
+
+def _has_transform(support: Any) -> bool:
+    try:
+        transform_of(support)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _implemented(prior: SitePrior, function: Any) -> Any:
+    """Call a function of a prior; turn NotImplementedError of numpyro into ValueError."""
+    try:
+        return function(prior)
+    except NotImplementedError as error:
+        for name, site in prior.distributions.items():
+            for method in ("sample", "log_prob"):
+                _require_method(name, site, method)
+        raise ValueError(
+            f"prior: expected distributions that JAX can draw from and that have a density, got "
+            f"{prior}: {str(error)[:200] or 'a method is not implemented'}"
+        ) from error
+
+
+def _require_method(name: str, site: dist.Distribution, method: str) -> None:
+    argument: Any = jax.random.key(0)
+    try:
+        if method == "log_prob":
+            argument = jnp.zeros((*site.batch_shape, *site.event_shape))
+        jax.eval_shape(getattr(site, method), argument)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"prior site {name!r}: expected a distribution with `sample` and `log_prob`, got "
+            f"{type(base_of(site)).__name__} without `{method}`; use another distribution, or a "
+            "subclass that defines it"
+        ) from error
+
+
+@jax.jit
+@full_precision
+def _tried(prior: SitePrior, theta: Array) -> _Trial:
+    theta = theta[:NUM_TRIED]
+    inside = prior.unchecked_sites_contain(theta)
+    y = prior.unchecked_to_standard(theta)
+    normal = jax.random.normal(jax.random.key(1, impl="threefry2x32"), y.shape, y.dtype)
+    bounded = jnp.broadcast_to(jnp.asarray(prior.bounded), y.shape)
+    uniform = HALF_WIDTH * (2.0 * jax.scipy.special.ndtr(normal) - 1.0)
+    both = prior.unchecked_from_standard(jnp.concatenate([y, jnp.where(bounded, uniform, normal)]))
+    back, others = jnp.split(both, 2)
+    log_prob = prior.unchecked_log_prob_inside(jnp.concatenate([theta, others]))
+    no_density, zero = jnp.split(~jnp.isfinite(log_prob), 2)
+    return _Trial(
+        outside=jnp.mean(~inside, axis=0),
+        example=theta[jnp.argmin(inside, axis=0)],
+        bad_density=jnp.mean(no_density),
+        zero_density=jnp.mean(zero | ~prior.unchecked_contains(others)),
+        infinite=_per_site(~jnp.isfinite(y), prior.layout.standard_shapes),
+        changed=_per_site(_is_changed(theta, back), prior.layout.shapes),
+        at_edge=_fraction_at_edge(y, prior.layout.standard_shapes),
+    )
+
+
+def _fraction_at_edge(y: Array, shapes: tuple[tuple[int, ...], ...]) -> Array:
+    """Return the largest fraction of rows y (n, d) at the extreme of an entry, by site (S,)."""
+    extremes = [jnp.mean(y == edge(y, axis=0)[None], axis=0) for edge in (jnp.min, jnp.max)]
+    largest = jnp.maximum(*extremes)
+    return jnp.stack([jnp.max(largest[part]) for part in _columns(shapes)])
+
+
+def _is_changed(theta: Array, back: Array) -> Array:
+    """Return whether entries of draws (n, D) differ from `back` by more than rounding."""
+    median = jnp.nanmedian(theta, axis=0)[None]
+    distance = jnp.abs(theta - median)
+    sd = jnp.nanmedian(distance, axis=0)[None] / 0.67
+    eps = 4.0 * jnp.finfo(theta.dtype).eps
+    tolerance = ROUND_TRIP * (sd + 10.0 * distance) + eps * jnp.abs(theta)
+    return ~(jnp.abs(back - theta) <= tolerance)
+
+
+def _per_site(flags: Array, shapes: tuple[tuple[int, ...], ...]) -> Array:
+    """Return the fraction of rows (n, *) in which any entry of a site is flagged, shape (S,)."""
+    parts = [jnp.mean(jnp.any(flags[:, part], axis=-1)) for part in _columns(shapes)]
+    return jnp.stack(parts)
+
+
+def _columns(shapes: tuple[tuple[int, ...], ...]) -> list[slice]:
+    """Return the columns of each site in a flat vector."""
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    return [slice(end - math.prod(shape), end) for end, shape in zip(ends, shapes, strict=True)]
+
+
+def _require_success(prior: SitePrior, trial: _Trial) -> None:
+    """Raise ValueError if a trial has failed; the message says what to write instead."""
+    sites = list(prior.distributions.items())
+    for i, (name, site) in enumerate(sites):
+        kind, support = type(base_of(site)).__name__, type(site.support).__name__.strip("_")
+        where = f"prior site {name!r}: expected"
+        if trial.outside[i] > 0.0:
+            value = prior.unchecked_unflatten(jnp.asarray(trial.example[i]))[name]
+            raise ValueError(
+                f"{where} draws inside the support that {kind} states ({support}), got "
+                f"{_percent(trial.outside[i])} of them outside, for example "
+                f"{np.asarray(value)!s:.80}; write a distribution whose `support` covers its "
+                "draws, such as dist.MixtureSameFamily of components with one support"
+            )
+        spoilt = max(trial.infinite[i], trial.changed[i])
+        if spoilt > FEW or trial.at_edge[i] > MAX_EQUAL:
+            raise ValueError(
+                f"{where} values that the floating-point precision can represent, got {kind}, of "
+                f"whose draws {_percent(max(spoilt, trial.at_edge[i]))} are rounded to an edge of "
+                f"the support ({support}) or lose their digits; write the logarithm (or the logit) "
+                "of the parameter, and compute the parameter in the simulator"
+            )
+    names = ", ".join(map(repr, prior.names))
+    if trial.bad_density > FEW:
+        raise ValueError(
+            f"prior site {names}: expected draws with a finite log density, got {prior}, of whose "
+            f"draws {_percent(trial.bad_density)} have none; use the same condition in `sample` as "
+            "in `log_prob` (sf.constrained(prior, condition) does), or less extreme parameters"
+        )
+    if trial.zero_density > FEW:
+        raise ValueError(
+            f"prior site {names}: expected a finite log density at all points of the stated "
+            f"support, got none at {_percent(trial.zero_density)} of them; state the support, or "
+            "write a base prior and its constraint: sf.constrained(prior, condition)"
+        )
+
+
+def _percent(fraction: Any) -> str:
+    percent = 100.0 * float(fraction)
+    return f"{percent:.0f}%" if percent >= 10.0 else f"{percent:.2g}%"
