@@ -47,7 +47,10 @@ FEW = 0.005
 MAX_EQUAL = 0.95
 """Largest fraction of draws that rounding may move to one number at an edge."""
 
-_KNOWN = (dist.Normal, dist.Uniform, dist.LogNormal)
+_KNOWN = (
+    *(dist.Normal, dist.Uniform, dist.LogNormal, dist.HalfNormal, dist.Exponential),
+    *(dist.Cauchy, dist.HalfCauchy, dist.Laplace, dist.Logistic, dist.Gumbel),
+)
 """Distributions that need no trial: their maps are a few elementary functions."""
 
 
