@@ -83,6 +83,7 @@ def encode(prior: Prior, tensors: Tensors) -> dict[str, Any]:
         "sites": sites,
         "missing": missing,
         **({"maps": maps} if maps else {}),
+        **({"offset": list(prior.layout.offset)} if prior.layout.offset else {}),
         **({"mass": float(prior.mass)} if isinstance(prior, ConstrainedPrior) else {}),
     }
 
@@ -113,9 +114,10 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
             data contain no distributions and the user supplied no prior.
     """
     keys = ("named", "names", "shapes", "bounded", "cut", "sites", "missing")
-    extras = {"maps": None, "mass": None} | expect_type("prior", value, dict, "an object")
-    maps, mass = extras["maps"], extras["mass"]
-    value = {key: part for key, part in extras.items() if key not in ("maps", "mass")}
+    extras = {"maps": None, "mass": None, "offset": []}
+    extras |= expect_type("prior", value, dict, "an object")
+    maps, mass, offset = extras["maps"], extras["mass"], extras["offset"]
+    value = {key: part for key, part in extras.items() if key not in ("maps", "mass", "offset")}
     named, names, shapes, bounded, cut, sites, missing = expect_fields("prior", value, *keys)
     names = [_name(name) for name in expect_list("prior.names", names, MAX_SITES)]
     shapes = [_shape(shape) for shape in expect_list("prior.shapes", shapes, MAX_SITES)]
@@ -124,6 +126,7 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
     expect_integer("prior: number of parameters", sum(map(math.prod, shapes)), 1, MAX_ENTRIES)
     expect_type("prior.named", named, bool, "a truth value")
     expect_type("prior.cut", cut, bool, "a truth value")
+    offset = _offset(offset, sum(map(math.prod, shapes)))
     expected = f"a prior of {', '.join(map(_described, names, shapes))}"
     if user_prior is not None:
         prior = user_prior.base if cut and isinstance(user_prior, BoxPrior) else user_prior
@@ -139,7 +142,8 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
             raise ArtefactError(f"prior.sites: expected {len(names)}, got {len(sites)}")
         pairs = zip(names, shapes, sites, strict=True)
         distributions_by_name = {n: _site(n, shape, s, tensors) for n, shape, s in pairs}
-        prior = _with_maps(SitePrior(distributions_by_name, is_named=named), maps, tensors)
+        prior = SitePrior(distributions_by_name, is_named=named, offset=offset)
+        prior = _with_maps(prior, maps, tensors)
     if cut:
         prior = _cut(prior, tensors)
     structure = (prior.is_named, list(prior.names), list(prior.event_shapes.values()))
@@ -149,7 +153,23 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
     _require_same_condition(prior, mass, expected)
     if user_prior is not None:
         _require_same_points(prior, tensors, expected)
+        if prior.layout.offset != offset:
+            raise ArtefactError(f"prior: expected {expected} with its offset, got {prior}")
     return prior
+
+
+def _offset(value: Any, dim: int) -> tuple[float, ...]:
+    """Read the offset of the D = `dim` parameters, or an empty tuple.
+
+    Raises:
+        ArtefactError: The list has another length, or holds anything but finite numbers.
+    """
+    numbers = expect_list("prior.offset", value, MAX_ENTRIES)
+    if len(numbers) not in (0, dim):
+        raise ArtefactError(f"prior.offset: expected {dim} numbers, got {len(numbers)}")
+    if not all(abs(expect_number("prior.offset", number)) < 1e300 for number in numbers):
+        raise ArtefactError("prior.offset: expected finite numbers")
+    return tuple(map(float, numbers))
 
 
 def _encode_maps(prior: SitePrior, tensors: Tensors) -> dict[str, Any] | None:
