@@ -6,7 +6,7 @@ again when the file is loaded. The structure of the user's prior is then compare
 structure. The user's prior must also map a few fixed points in standard coordinates to the same
 parameters as the saved prior.
 
-Public names: `encode`, `decode`, `tensor_names`.
+Public names: `encode`, `decode`, `circular_of`, `tensor_names`.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ def encode(prior: Prior, tensors: Tensors) -> dict[str, Any]:
     if isinstance(prior, BoxPrior):
         tensors |= {_LOW: prior.low, _HIGH: prior.high}
     tensors[_POINTS] = np.asarray(_points(prior), np.float64)
+    # written only if it is not empty, so that older versions can read the other files
+    circular = {"circular": list(prior.circular)} if prior.circular else {}
     return {
         "named": prior.is_named,
         "names": list(prior.names),
@@ -68,6 +70,7 @@ def encode(prior: Prior, tensors: Tensors) -> dict[str, Any]:
         "cut": isinstance(prior, BoxPrior),
         "sites": sites,
         "missing": missing,
+        **circular,
     }
 
 
@@ -75,6 +78,25 @@ def tensor_names(value: Any) -> set[str]:
     """Return the names of all tensors to which the JSON data of a prior refer."""
     names = set(distributions.tensor_names(value)) | {_POINTS}
     return names | {_LOW, _HIGH} if value.get("cut") is True else names
+
+
+def circular_of(value: Any) -> tuple[bool, ...]:
+    """Read from the JSON data of a prior which standard coordinates are circular.
+
+    The result is empty for a prior without circular parameters, and for a file that was saved
+    before `VonMises` was circular.
+
+    Raises:
+        ArtefactError: The data are malformed.
+    """
+    value = expect_type("prior", value, dict, "an object")
+    if "circular" not in value:
+        return ()
+    flags = expect_list("prior.circular", value["circular"], MAX_ENTRIES)
+    flags = tuple(expect_type("prior.circular", flag, bool, "truth values") for flag in flags)
+    if not any(flags) or len(flags) != len(expect_list("prior", value.get("bounded"), MAX_ENTRIES)):
+        raise ArtefactError("prior.circular: expected a flag for each coordinate, and one true")
+    return flags
 
 
 def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | None) -> Prior:
@@ -94,6 +116,8 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
             data contain no distributions and the user supplied no prior.
     """
     keys = ("named", "names", "shapes", "bounded", "cut", "sites", "missing")
+    circular = circular_of(value)
+    value = {key: part for key, part in value.items() if key != "circular"}
     named, names, shapes, bounded, cut, sites, missing = expect_fields("prior", value, *keys)
     names = [_name(name) for name in expect_list("prior.names", names, MAX_SITES)]
     shapes = [_shape(shape) for shape in expect_list("prior.shapes", shapes, MAX_SITES)]
@@ -116,11 +140,12 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
             raise ArtefactError(f"prior.sites: expected {len(names)}, got {len(sites)}")
         pairs = zip(names, shapes, sites, strict=True)
         distributions_by_name = {n: _site(n, shape, s, tensors) for n, shape, s in pairs}
-        prior = SitePrior(distributions_by_name, is_named=named)
+        prior = SitePrior(distributions_by_name, is_named=named, has_circles=bool(circular))
     if cut:
         prior = _cut(prior, tensors)
     structure = (prior.is_named, list(prior.names), list(prior.event_shapes.values()))
     is_same = structure == (named, names, shapes) and list(prior.bounded) == bounded
+    is_same &= prior.circular == circular
     if not is_same or type(prior) not in (SitePrior, BoxPrior):
         raise ArtefactError(f"prior: expected {expected}, got {prior}")
     if user_prior is not None:

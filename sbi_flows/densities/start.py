@@ -22,12 +22,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import distrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
+from sbi_flows.densities.bijectors.circular import Rotation
 from sbi_flows.densities.bijectors.truncated import TruncatedAutoregression
+from sbi_flows.densities.turn import Turn, fit_turn, offsets
 from sbi_flows.networks.shapes import align
 
 RIDGE_PENALTIES = (1e-6, 1e-3, 1e-2, 1e-1, 1.0, jnp.inf)
@@ -49,6 +53,8 @@ class LinearStart(NamedTuple):
         chain: Regression coefficients of entry i on the entries before it, a strictly upper
             triangular matrix, shape (d, d).
         log_scale: Logarithm of the scale of each entry, shape (d,).
+        turn: Direction of the circular entries; None without circular entries. In the other
+            arrays, circular entries have mean zero and do not depend on other entries.
     """
 
     weight: Array
@@ -56,12 +62,16 @@ class LinearStart(NamedTuple):
     bias: Array
     chain: Array
     log_scale: Array
+    turn: Turn | None = None
 
     @classmethod
-    def standard(cls, features: int, dim: int) -> LinearStart:
+    def standard(cls, features: int, dim: int, circular: tuple[bool, ...] = ()) -> LinearStart:
         """Return the start that ignores the observation: mean zero and unit scale."""
         zeros = jnp.zeros(dim)
-        return cls(jnp.zeros((features, dim)), jnp.ones(dim), zeros, jnp.zeros((dim, dim)), zeros)
+        turn = Turn.standard(features, sum(circular)) if any(circular) else None
+        return cls(
+            jnp.zeros((features, dim)), jnp.ones(dim), zeros, jnp.zeros((dim, dim)), zeros, turn
+        )
 
     def bijector(self, c: Array, bounded: tuple[bool, ...]) -> TruncatedAutoregression:
         """Return the bijector from noise to standard coordinates given features c (*, C)."""
@@ -73,6 +83,22 @@ class LinearStart(NamedTuple):
         """Return the result of `bijector` for a linear predictor c @ weight, shape (*, d)."""
         mean = align(self.gain, predictor) * predictor + align(self.bias, predictor)
         return TruncatedAutoregression(mean, self.chain, self.log_scale, bounded)
+
+    def rotation(
+        self, features: Array, circular: tuple[bool, ...], *, at_mean: bool = False
+    ) -> distrax.Bijector:
+        """Return the rotation of circular entries to their direction given features (B, C).
+
+        Args:
+            features: Shape (B, C).
+            circular: Which of the d entries are circular.
+            at_mean: Rotate to the mean direction, so that the bijector has no batch shape.
+        """
+        assert self.turn is not None
+        predictor = self.turn.predictor(features)
+        directions = offsets(jnp.mean(predictor, axis=0) if at_mean else predictor)
+        places = np.cumsum(circular) - 1  # of a circular entry among the circular ones
+        return Rotation(directions[..., np.maximum(places, 0)], circular)
 
 
 def standard_truncation(
@@ -94,7 +120,12 @@ def standard_truncation(
 
 
 def fit_linear_start(
-    y: Array, c: Array, train: Array, held_out: Array, bounded: tuple[bool, ...]
+    y: Array,
+    c: Array,
+    train: Array,
+    held_out: Array,
+    bounded: tuple[bool, ...],
+    circular: tuple[bool, ...] = (),
 ) -> LinearStart:
     """Fit the linear start to training rows; choose the ridge penalty on held-out rows.
 
@@ -107,6 +138,7 @@ def fit_linear_start(
         train: Indices of the rows to fit to.
         held_out: Indices of the rows whose log density selects the penalty.
         bounded: Which of the d coordinates are bounded.
+        circular: Which of the d coordinates are circular; empty if none is.
 
     Returns:
         The fit with the highest log density of the held-out rows. If no regression improves this
@@ -114,8 +146,13 @@ def fit_linear_start(
     """
     if c.shape[1] > MAX_FEATURES:
         directions = _leading_directions(c[train[:_MAX_ROWS]])
-        start = fit_linear_start(y, c @ directions, train, held_out, bounded)
+        start = fit_linear_start(y, c @ directions, train, held_out, bounded, circular)
+        if start.turn is not None:
+            turn = start.turn._replace(weight=directions @ start.turn.weight)
+            start = start._replace(turn=turn)
         return start._replace(weight=directions @ start.weight)
+    if any(circular):
+        return _fit_with_circles(y, c, (train, held_out), bounded, circular)
 
     def score(start: LinearStart) -> Array:
         return -jnp.mean(_loss(start, y[held_out], c[held_out] @ start.weight, bounded))
@@ -126,6 +163,30 @@ def fit_linear_start(
     rows = train[:_MAX_ROWS]
     refined = _refine(start, y[rows], c[rows] @ start.weight, bounded)
     return _best(score, jax.tree.map(lambda a, b: jnp.stack([a, b]), start, refined))
+
+
+def _fit_with_circles(
+    y: Array,
+    c: Array,
+    rows: tuple[Array, Array],
+    bounded: tuple[bool, ...],
+    circular: tuple[bool, ...],
+) -> LinearStart:
+    """Fit the turn of the circular coordinates, and the other coordinates without them."""
+    start = LinearStart.standard(c.shape[1], y.shape[1], circular)
+    circles, lines = np.flatnonzero(circular), np.flatnonzero(~np.asarray(circular))
+    turn, log_scale = fit_turn(_ridge_weights, y[:, circles], c, *rows)
+    start = start._replace(turn=turn, log_scale=start.log_scale.at[circles].set(log_scale))
+    if not len(lines):
+        return start
+    fit = fit_linear_start(y[:, lines], c, *rows, tuple(bounded[i] for i in lines))
+    return start._replace(
+        weight=start.weight.at[:, lines].set(fit.weight),
+        gain=start.gain.at[lines].set(fit.gain),
+        bias=start.bias.at[lines].set(fit.bias),
+        chain=start.chain.at[np.ix_(lines, lines)].set(fit.chain),
+        log_scale=start.log_scale.at[lines].set(fit.log_scale),
+    )
 
 
 def _leading_directions(c: Array) -> Array:
@@ -164,13 +225,29 @@ class _Moments(NamedTuple):
 
 def _ridge_path(y: Array, c: Array) -> LinearStart:
     """Fit once for each penalty, from one eigendecomposition; return the stacked fits."""
+    moments, y, c = _moments(y, c)
+    fit = partial(_ridge_regression, moments, y, c)
+    return jax.lax.map(fit, jnp.asarray(RIDGE_PENALTIES, y.dtype))
+
+
+def _ridge_weights(y: Array, c: Array) -> tuple[Array, Array]:
+    """Return the weights (S, C, q) and biases (S, q) of a regression for each of S penalties."""
+    moments, y, _ = _moments(y, c)
+
+    def fit(penalty: Array) -> tuple[Array, Array]:
+        weight = moments.vectors @ (moments.products / (moments.values + penalty)[:, None])
+        return weight, moments.y_mean - moments.c_mean @ weight
+
+    return jax.lax.map(fit, jnp.asarray(RIDGE_PENALTIES, y.dtype))
+
+
+def _moments(y: Array, c: Array) -> tuple[_Moments, Array, Array]:
+    """Return the moments of rows y (N, d) and c (N, C), and the centred rows."""
     y_mean, c_mean = jnp.mean(y, axis=0), jnp.mean(c, axis=0)
     y, c = y - y_mean[None], c - c_mean[None]
     values, vectors = jnp.linalg.eigh(c.T @ c / len(c))
     products = vectors.T @ (c.T @ y) / len(c)
-    moments = _Moments(y_mean, c_mean, jnp.maximum(values, 0.0), vectors, products)
-    fit = partial(_ridge_regression, moments, y, c)
-    return jax.lax.map(fit, jnp.asarray(RIDGE_PENALTIES, y.dtype))
+    return _Moments(y_mean, c_mean, jnp.maximum(values, 0.0), vectors, products), y, c
 
 
 def _ridge_regression(moments: _Moments, y: Array, c: Array, penalty: Array) -> LinearStart:

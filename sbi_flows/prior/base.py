@@ -45,6 +45,8 @@ class Layout:
         bounded: For each of the d standard coordinates, True if its range is (-sqrt 3, sqrt 3),
             False if its range is R.
         is_named: True if the simulator receives a dict of parameters, False if one array.
+        circular: For each of the d standard coordinates, True if its two ends are the same point.
+            Empty if the prior has no circular parameter.
     """
 
     names: tuple[str, ...]
@@ -52,6 +54,7 @@ class Layout:
     standard_shapes: tuple[tuple[int, ...], ...]
     bounded: tuple[bool, ...]
     is_named: bool
+    circular: tuple[bool, ...] = ()
 
     @functools.cached_property
     def labels(self) -> tuple[str, ...]:
@@ -92,6 +95,8 @@ class Prior(abc.ABC):
             degrees of freedom than entries (a simplex, for example).
         bounded: For each of the d standard coordinates, True if its range is (-sqrt 3, sqrt 3),
             False if its range is R.
+        circular: For each of the d standard coordinates, True if its two ends are the same point.
+            Empty if the prior has no circular parameter.
         is_named: True if the simulator receives a dict of parameters, False if one array.
         mass: Fraction of the original prior's probability inside the box that it was cut to; 1 if
             the prior was not cut.
@@ -144,6 +149,11 @@ class Prior(abc.ABC):
     def bounded(self) -> tuple[bool, ...]:
         """Range of each of the d standard coordinates: True for (-sqrt 3, sqrt 3), False for R."""
         return self.layout.bounded
+
+    @property
+    def circular(self) -> tuple[bool, ...]:
+        """Whether each of the d standard coordinates is circular; empty if none is."""
+        return self.layout.circular
 
     @property
     def is_named(self) -> bool:

@@ -5,6 +5,7 @@ Public names: `BoxPrior`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple, final
 
@@ -85,7 +86,7 @@ class _Static(NamedTuple):
 class BoxPrior(Prior):
     """A prior restricted to a box in its standard coordinates, and normalised in the box.
 
-    Coordinates in which the base prior has no CDF are not cut. A `BoxPrior` defines new standard
+    Coordinates that are circular or have no CDF are not cut. A `BoxPrior` defines new standard
     coordinates: they are uniform in each coordinate that is cut, so that a posterior cannot leave
     the box. The bounds are leaves of the pytree. Another box of the same base prior can
     therefore use the same compiled programs.
@@ -129,7 +130,7 @@ class BoxPrior(Prior):
         normal = tuple(kind in (NormalMap, CdfMap) for kind in kinds)
         bounded = tuple(u or n or b for u, n, b in zip(uniform, normal, base.bounded, strict=True))
         inner = base.layout
-        layout = Layout(inner.names, inner.shapes, inner.standard_shapes, bounded, inner.is_named)
+        layout = dataclasses.replace(inner, bounded=bounded)
         self.base, self._static = base, _Static(layout, uniform, normal)
         self._bounds = _bounds(self._static, low, high)
         self._mass: Any = float(np.exp(np.sum(self._bounds.log_mass)))

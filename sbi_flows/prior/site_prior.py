@@ -19,6 +19,7 @@ from jax import Array
 from sbi_flows.core.typing import Key
 from sbi_flows.prior.base import Layout, Prior
 from sbi_flows.prior.checks import base_of, require_names, require_site
+from sbi_flows.prior.circular import CircularMap
 from sbi_flows.prior.maps import (
     IntervalMap,
     MapKind,
@@ -58,6 +59,7 @@ class SitePrior(Prior):
         is_named: True if the simulator receives a dict of parameters, False if one array.
         model: The numpyro model that draws the sites; None without a model.
         dependent: Names of sites whose distributions depend on other sites.
+        has_circles: Whether circular parameters have a circular coordinate; see `map_kind`.
 
     Raises:
         ValueError: A site has no density, or a parameter is out of range.
@@ -70,21 +72,24 @@ class SitePrior(Prior):
         is_named: bool,
         model: Model | None = None,
         dependent: frozenset[str] = frozenset(),
+        has_circles: bool = True,
     ) -> None:
         for name, distribution in sites.items():
             require_site(name, distribution)
         wrapped = {name: Site(distribution) for name, distribution in sites.items()}
-        kinds = [map_kind(site, is_dependent=name in dependent) for name, site in wrapped.items()]
+        kinds = [
+            map_kind(site, is_dependent=name in dependent, has_circles=has_circles)
+            for name, site in wrapped.items()
+        ]
         standard = [
             standard_shape(kind, site) for kind, site in zip(kinds, wrapped.values(), strict=True)
         ]
-        bounded = [
-            kind is IntervalMap
-            for kind, shape in zip(kinds, standard, strict=True)
-            for _ in range(math.prod(shape))
-        ]
+        pairs = zip(kinds, standard, strict=True)
+        entries = [kind for kind, shape in pairs for _ in range(math.prod(shape))]
+        bounded = tuple(kind in (IntervalMap, CircularMap) for kind in entries)
+        circular = tuple(kind is CircularMap for kind in entries) if CircularMap in kinds else ()
         shapes = tuple(site.shape for site in wrapped.values())
-        layout = Layout(tuple(sites), shapes, tuple(standard), tuple(bounded), is_named)
+        layout = Layout(tuple(sites), shapes, tuple(standard), bounded, is_named, circular)
         require_names(layout.names, layout.labels)
         self._static = _Static(layout, tuple(kinds), model, dependent)
         self._sites = tuple(wrapped.values())
