@@ -9,7 +9,7 @@ Public names: `Circular`, `CircularMap`, `HALF_WIDTH`, `is_circular`, `wrap`.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -50,9 +50,9 @@ class Circular(dist.Distribution):
         (True, True, True)
     """
 
-    arg_constraints: Any = {}
-    reparametrized_params: Any = []
-    pytree_data_fields = ("base_dist",)
+    arg_constraints: ClassVar[Any] = {}
+    reparametrized_params: ClassVar[Any] = []
+    pytree_data_fields: ClassVar[Any] = ("base_dist",)
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Circular(dist.Distribution):
         if isinstance(low, dist.Distribution):
             if high is not None:
                 raise ValueError("high: expected none beside a distribution, got one")
-            base = low
+            base: dist.Distribution = low
         else:
             base = dist.Uniform(low, math.pi if high is None else high)
         if base.event_shape or not _has_two_ends(base.support):
@@ -74,7 +74,7 @@ class Circular(dist.Distribution):
                 f"interval, got {type(base).__name__} of event shape {base.event_shape} on "
                 f"{base.support}; Circular(distribution).to_event(1) makes vectors"
             )
-        self.base_dist = base
+        self.base_dist: dist.Distribution = base
         super().__init__(base.batch_shape, validate_args=validate_args)
 
     @constraints.dependent_property(is_discrete=False, event_dim=0)
@@ -84,11 +84,11 @@ class Circular(dist.Distribution):
 
     def sample(self, key: Key | None, sample_shape: tuple[int, ...] = ()) -> Array:
         """Draw values (*sample_shape, *batch_shape)."""
-        return self.base_dist.sample(key, sample_shape)
+        return jnp.asarray(self.base_dist.sample(key, sample_shape))
 
     def log_prob(self, value: ArrayLike) -> Array:
         """Compute the log density of the distribution on the interval."""
-        return self.base_dist.log_prob(value)
+        return jnp.asarray(self.base_dist.log_prob(value))
 
 
 class CircularMap:
