@@ -1,7 +1,7 @@
 """Base classes of conditional densities: flax modules that map a context to a distribution.
 
-Public names: `Density`, `DensitySettings`, `PeriodicSettings`, `TransformedDistribution`,
-`VectorDistribution`, `StandardNormal`, `sample_per_context`, `check_density`.
+Public names: `Density`, `DensitySettings`, `TransformedDistribution`, `VectorDistribution`,
+`StandardNormal`, `sample_per_context`, `check_density`.
 """
 
 from __future__ import annotations
@@ -183,20 +183,4 @@ class DensitySettings(Protocol):
 
     def build(self, key: Key, dim: int, context_dim: int) -> Density:
         """Build the module for z in R^dim and contexts in R^context_dim."""
-        ...
-
-
-@runtime_checkable
-class PeriodicSettings(Protocol):
-    """Protocol of settings that can build a density that is periodic in circular entries.
-
-    Other densities see a circular entry as a bounded one, whose seam the linear start rotates to
-    the point opposite to the predicted direction.
-    """
-
-    def build_periodic(self, key: Key, circular: tuple[bool, ...], context_dim: int) -> Density:
-        """Build the module for z in R^d, of which some entries are circular.
-
-        `NormalToCircle` maps a circular entry of z to the circle.
-        """
         ...

@@ -22,12 +22,7 @@ from flax import nnx
 from jax import Array
 
 from sbi_flows.core.typing import Key
-from sbi_flows.densities.base import (
-    Density,
-    DensitySettings,
-    PeriodicSettings,
-    TransformedDistribution,
-)
+from sbi_flows.densities.base import Density, DensitySettings, TransformedDistribution
 from sbi_flows.densities.ode import OdeFlow, SolverStats
 from sbi_flows.densities.start import LinearStart, standard_truncation
 from sbi_flows.networks.mlp import fast_key, split_key
@@ -128,7 +123,7 @@ class Conditional(nnx.Module):
         bijector = start.from_predictor(predictor, bounded)
         if start.turn is None:
             return bijector
-        rotation = start.rotation(features, self.sizes.circular, at_mean=at_mean)
+        rotation = start.turn.rotation(features, self.sizes.circular, at_mean=at_mean)
         return distrax.Chain([rotation, bijector])
 
     def context(self, features: Array, key: Key | None = None) -> Array:
@@ -214,13 +209,10 @@ class Blueprint:
             if out.ndim != 2 or out.shape[0] != 2:
                 raise ValueError(f"embedding: expected output (B, F), got {out.shape} for B = 2")
             context_dim = out.shape[1]
-        circular, start = self.sizes.circular, None
+        start = None
         if self.linear_start:
-            start = LinearStart.standard(features, dim, circular)
-        if circular and isinstance(self.density, PeriodicSettings):
-            density = self.density.build_periodic(density_key, circular, context_dim)
-        else:
-            density = self.density.build(density_key, dim, context_dim)
+            start = LinearStart.standard(features, dim, self.sizes.circular)
+        density = self.density.build(density_key, dim, context_dim)
         return Conditional(start, density, embedding, self.sizes)
 
     def _build_embedding(self, key: Key) -> nnx.Module | None:

@@ -1,8 +1,7 @@
 """Normalising flows: spline (NSF) and affine (MAF), autoregressive or coupling.
 
 Sources: Durkan et al. 2019, "Neural Spline Flows" (arXiv:1906.04032); Papamakarios et al. 2017,
-"Masked Autoregressive Flow for Density Estimation" (arXiv:1705.07057); Rezende et al. 2020,
-"Normalizing Flows on Tori and Spheres" (arXiv:2002.02428), for circular entries.
+"Masked Autoregressive Flow for Density Estimation" (arXiv:1705.07057).
 
 Public names: `NSF`, `MAF`, `Flow`, `FlowLayer`, `LayerContext`.
 """
@@ -23,16 +22,10 @@ from sbi_flows.core.checks import require_count, require_fraction, require_posit
 from sbi_flows.core.typing import Key
 from sbi_flows.densities.base import Density, StandardNormal, TransformedDistribution
 from sbi_flows.densities.bijectors.autoregressive import Autoregressive
-from sbi_flows.densities.bijectors.circular import (
-    PHASE_PARAMS,
-    CircularSpline,
-    NormalToCircle,
-)
 from sbi_flows.densities.bijectors.coupling import Coupling
 from sbi_flows.densities.bijectors.linear import LU, LULinear, lu
 from sbi_flows.densities.bijectors.repeated import Repeated
 from sbi_flows.densities.bijectors.spline import RationalQuadraticSpline
-from sbi_flows.densities.torus import CircularConditioned, layer_flags, with_flags
 from sbi_flows.networks.conditioner import Conditioned, Conditioner
 from sbi_flows.networks.mlp import ResidualMLP, split_key, split_keys
 
@@ -84,14 +77,6 @@ class NSF:
         spline = _Spline(self.bins, self.bound)
         return _build(self, spline, key, dim, context_dim)
 
-    def build_periodic(self, key: Key, circular: tuple[bool, ...], context_dim: int) -> Density:
-        """Build the flow for z in R^d, of which some entries are circular.
-
-        It is the identity initially. See `PeriodicSettings.build_periodic`.
-        """
-        spline = _CircularSpline(self.bins, self.bound)
-        return _build(self, spline, key, len(circular), context_dim, circular)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MAF:
@@ -142,21 +127,6 @@ class _Spline:
 
 
 @dataclasses.dataclass(frozen=True)
-class _CircularSpline:
-    """Elementwise transformer of an NSF with circular entries, from parameters (P + 1, D, *)."""
-
-    bins: int
-    bound: float
-
-    @property
-    def params(self) -> int:
-        return 3 * self.bins - 1 + PHASE_PARAMS
-
-    def __call__(self, params: Array) -> distrax.Bijector:
-        return CircularSpline(params, self.bound)
-
-
-@dataclasses.dataclass(frozen=True)
 class _Affine:
     """Elementwise transformer of a MAF, from parameters (P, D, *)."""
 
@@ -175,7 +145,6 @@ class Flow(Density):
         keys: One key for each layer.
         encoder: Network that encodes the context for all layers; None means no such network.
         dim: Number of entries.
-        circular: Which entries are circular; empty if none is.
     """
 
     def __init__(
@@ -184,13 +153,12 @@ class Flow(Density):
         keys: Key,
         encoder: ResidualMLP | None,
         dim: int,
-        circular: tuple[bool, ...] = (),
     ) -> None:
         """Build the layers and stack their arrays."""
         template = nnx.eval_shape(lambda: make_layer(keys[0]))
         stacked = jax.vmap(lambda key: nnx.as_pure(nnx.state(make_layer(key))))(keys)
         self.layers = nnx.merge(nnx.graphdef(template), stacked)
-        self.depth, self.dim, self.circular = len(keys), dim, circular
+        self.depth, self.dim = len(keys), dim
         self.encoder = nnx.data(encoder)
 
     def __call__(self, context: Array, *, key: Key | None = None) -> distrax.Distribution:
@@ -202,26 +170,16 @@ class Flow(Density):
         base = StandardNormal((*context.shape[:-1], self.dim), context.dtype)
         graph, arrays = nnx.split(self.layers)
         keys = None if layers_key is None else split_keys(layers_key, self.depth)
-        flags = layer_flags(self.circular, self.depth) if self.circular else None
-        inner = None if flags is None else jnp.asarray(flags[:-1])
         # one matrix product encodes the context for all layers
-        encode = jax.vmap(
-            lambda weights, flag: nnx.merge(graph, weights).encode_context(context, flag)
-        )
-        contexts = encode(arrays, inner)
+        encode = jax.vmap(lambda weights: nnx.merge(graph, weights).encode_context(context))
+        contexts = encode(arrays)
 
-        def make_layer(
-            inputs: tuple[Any, LayerContext, Key | None, Array | None],
-        ) -> list[distrax.Bijector]:
-            weights, layer_context, key, flag = inputs
-            return nnx.merge(graph, weights).bijectors(layer_context, key, flag)
+        def make_layer(inputs: tuple[Any, LayerContext, Key | None]) -> list[distrax.Bijector]:
+            weights, layer_context, key = inputs
+            return nnx.merge(graph, weights).bijectors(layer_context, key)
 
-        layers = Repeated(make_layer, (arrays, contexts, keys, inner), unroll=key is not None)
-        if flags is None:
-            return TransformedDistribution(base, layers)
-        to_circle, from_noise = (NormalToCircle(tuple(flags[i] > 0)) for i in (0, -1))
-        bijector = distrax.Chain([distrax.Inverse(to_circle), layers, from_noise])
-        return TransformedDistribution(base, bijector)
+        layers = Repeated(make_layer, (arrays, contexts, keys), unroll=key is not None)
+        return TransformedDistribution(base, layers)
 
 
 class LayerContext(NamedTuple):
@@ -252,7 +210,7 @@ class FlowLayer(nnx.Module):
     def __init__(
         self,
         settings: NSF | MAF,
-        transformer: _Transformer,
+        transformer: _Spline | _Affine,
         dim: int,
         context_dim: int,
         rngs: nnx.Rngs,
@@ -272,10 +230,8 @@ class FlowLayer(nnx.Module):
             )
         self.rest = nnx.data(None)
         if dim > 1:
-            read = self.split if coupling else dim - 1
-            is_circular = isinstance(transformer, _CircularSpline)
             self.rest = Conditioner(
-                2 * read if is_circular else read,
+                self.split if coupling else dim - 1,
                 dim - self.split,
                 transformer.params,
                 context_dim=context_dim,
@@ -288,37 +244,18 @@ class FlowLayer(nnx.Module):
         self.upper = nnx.Param(jnp.zeros((dim, dim)))
         self.log_diagonal = nnx.Param(jnp.zeros(dim))
 
-    def encode_context(self, context: Array, circular: Array | None = None) -> LayerContext:
-        """Compute everything that depends only on contexts (*, C), and assemble the linear map.
-
-        Args:
-            context: Shape (*, C).
-            circular: Which entries are circular, 1 or 0, shape (D,); None if none is. The linear
-                map does not mix them.
-        """
+    def encode_context(self, context: Array) -> LayerContext:
+        """Compute everything that depends only on contexts (*, C), and assemble the linear map."""
         first = None if self.first is None else jnp.moveaxis(self.first(context), -1, 0)[:, None]
         rest = None if self.rest is None else self.rest.encode_context(context)
-        lower, upper, log_diagonal = self.lower[...], self.upper[...], self.log_diagonal[...]
-        if circular is not None:
-            lines = 1.0 - circular
-            both = lines[:, None] * lines[None, :]
-            lower, upper, log_diagonal = lower * both, upper * both, log_diagonal * lines
-            first = None if first is None else with_flags(first, circular[:1])
-        factors = lu(lower, upper, log_diagonal)
+        factors = lu(self.lower[...], self.upper[...], self.log_diagonal[...])
         return LayerContext(first, rest, factors)
 
-    def bijectors(
-        self, context: LayerContext, key: Key | None, circular: Array | None = None
-    ) -> list[distrax.Bijector]:
+    def bijectors(self, context: LayerContext, key: Key | None) -> list[distrax.Bijector]:
         """Return the bijectors from noise to data; the bijector nearest the data comes first."""
         conditioner = None
         if self.rest is not None and context.rest is not None:
             conditioner = Conditioned(self.rest, context.rest, key)
-            if circular is not None:
-                read = self.split if context.first is None else self.dim - 1
-                conditioner = CircularConditioned(
-                    conditioner, circular[:read], circular[self.split :]
-                )
         if context.first is not None:
             layer = Autoregressive(context.first, conditioner, self.transformer)
         elif conditioner is not None:
@@ -329,9 +266,6 @@ class FlowLayer(nnx.Module):
             return [layer]
         # the inverse of LULinear: training multiplies by the matrix, only draws need its inverse
         return [layer, distrax.Inverse(LULinear(context.linear))]
-
-
-_Transformer = _Spline | _CircularSpline | _Affine
 
 
 def _check(settings: NSF | MAF) -> None:
@@ -345,12 +279,7 @@ def _check(settings: NSF | MAF) -> None:
 
 
 def _build(
-    settings: NSF | MAF,
-    transformer: _Transformer,
-    key: Key,
-    dim: int,
-    context_dim: int,
-    circular: tuple[bool, ...] = (),
+    settings: NSF | MAF, transformer: _Spline | _Affine, key: Key, dim: int, context_dim: int
 ) -> Flow:
     encoder_key, layer_key = jax.random.split(key)
     width, encoder = settings.context_width, None
@@ -367,5 +296,4 @@ def _build(
     def make_layer(key: Key) -> FlowLayer:
         return FlowLayer(settings, transformer, dim, context_dim + width, nnx.Rngs(key))
 
-    keys = jax.random.split(layer_key, settings.transforms)
-    return Flow(make_layer, keys, encoder, dim, circular)
+    return Flow(make_layer, jax.random.split(layer_key, settings.transforms), encoder, dim)

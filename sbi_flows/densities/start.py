@@ -22,16 +22,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
 
-from sbi_flows.densities.bijectors.circular import Rotation
 from sbi_flows.densities.bijectors.truncated import TruncatedAutoregression
-from sbi_flows.densities.turn import Turn, fit_turn, offsets
+from sbi_flows.densities.turn import Turn, fit_turn
 from sbi_flows.networks.shapes import align
 
 RIDGE_PENALTIES = (1e-6, 1e-3, 1e-2, 1e-1, 1.0, jnp.inf)
@@ -53,8 +51,8 @@ class LinearStart(NamedTuple):
         chain: Regression coefficients of entry i on the entries before it, a strictly upper
             triangular matrix, shape (d, d).
         log_scale: Logarithm of the scale of each entry, shape (d,).
-        turn: Direction of the circular entries; None without circular entries. In the other
-            arrays, circular entries have mean zero and do not depend on other entries.
+        turn: Rotation of the circular entries, which precedes the regression; None without
+            circular entries.
     """
 
     weight: Array
@@ -83,22 +81,6 @@ class LinearStart(NamedTuple):
         """Return the result of `bijector` for a linear predictor c @ weight, shape (*, d)."""
         mean = align(self.gain, predictor) * predictor + align(self.bias, predictor)
         return TruncatedAutoregression(mean, self.chain, self.log_scale, bounded)
-
-    def rotation(
-        self, features: Array, circular: tuple[bool, ...], *, at_mean: bool = False
-    ) -> distrax.Bijector:
-        """Return the rotation of circular entries to their direction given features (B, C).
-
-        Args:
-            features: Shape (B, C).
-            circular: Which of the d entries are circular.
-            at_mean: Rotate to the mean direction, so that the bijector has no batch shape.
-        """
-        assert self.turn is not None
-        predictor = self.turn.predictor(features)
-        directions = offsets(jnp.mean(predictor, axis=0) if at_mean else predictor)
-        places = np.cumsum(circular) - 1  # of a circular entry among the circular ones
-        return Rotation(directions[..., np.maximum(places, 0)], circular)
 
 
 def standard_truncation(
@@ -152,7 +134,10 @@ def fit_linear_start(
             start = start._replace(turn=turn)
         return start._replace(weight=directions @ start.weight)
     if any(circular):
-        return _fit_with_circles(y, c, (train, held_out), bounded, circular)
+        turn = fit_turn(_ridge_weights, y[:, np.flatnonzero(circular)], c, train, held_out)
+        y = turn.rotation(c, circular).inverse(y)
+        start = fit_linear_start(y, c, train, held_out, bounded)
+        return start._replace(turn=turn)
 
     def score(start: LinearStart) -> Array:
         return -jnp.mean(_loss(start, y[held_out], c[held_out] @ start.weight, bounded))
@@ -163,30 +148,6 @@ def fit_linear_start(
     rows = train[:_MAX_ROWS]
     refined = _refine(start, y[rows], c[rows] @ start.weight, bounded)
     return _best(score, jax.tree.map(lambda a, b: jnp.stack([a, b]), start, refined))
-
-
-def _fit_with_circles(
-    y: Array,
-    c: Array,
-    rows: tuple[Array, Array],
-    bounded: tuple[bool, ...],
-    circular: tuple[bool, ...],
-) -> LinearStart:
-    """Fit the turn of the circular coordinates, and the other coordinates without them."""
-    start = LinearStart.standard(c.shape[1], y.shape[1], circular)
-    circles, lines = np.flatnonzero(circular), np.flatnonzero(~np.asarray(circular))
-    turn, log_scale = fit_turn(_ridge_weights, y[:, circles], c, *rows)
-    start = start._replace(turn=turn, log_scale=start.log_scale.at[circles].set(log_scale))
-    if not len(lines):
-        return start
-    fit = fit_linear_start(y[:, lines], c, *rows, tuple(bounded[i] for i in lines))
-    return start._replace(
-        weight=start.weight.at[:, lines].set(fit.weight),
-        gain=start.gain.at[lines].set(fit.gain),
-        bias=start.bias.at[lines].set(fit.bias),
-        chain=start.chain.at[np.ix_(lines, lines)].set(fit.chain),
-        log_scale=start.log_scale.at[lines].set(fit.log_scale),
-    )
 
 
 def _leading_directions(c: Array) -> Array:

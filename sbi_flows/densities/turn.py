@@ -22,6 +22,8 @@ import numpy as np
 import optax
 from jax import Array
 
+from sbi_flows.densities.bijectors.circular import Rotation
+from sbi_flows.networks.shapes import align
 from sbi_flows.prior.circular import HALF_WIDTH, wrap
 
 _ADAM_STEPS, _LEARNING_RATE, _MAX_ROWS = 100, 0.03, 4096
@@ -50,7 +52,20 @@ class Turn(NamedTuple):
     def predictor(self, c: Array) -> Array:
         """Return p (*, 3 k) given features c (*, C)."""
         p = c @ self.weight
-        return p + jnp.reshape(self.bias, (1,) * (p.ndim - 1) + (-1,))
+        return p + align(self.bias, p)
+
+    def rotation(self, c: Array, circular: tuple[bool, ...], *, at_mean: bool = False) -> Rotation:
+        """Return the rotation of the residual to the direction given features c (B, C).
+
+        Args:
+            c: Features, shape (B, C).
+            circular: Which of the d standard coordinates are circular.
+            at_mean: Rotate to the mean direction, so that the bijector has no batch shape.
+        """
+        p = self.predictor(c)
+        directions = offsets(jnp.mean(p, axis=0) if at_mean else p)
+        places = np.maximum(np.cumsum(circular) - 1, 0)  # of an entry among the circular ones
+        return Rotation(directions[..., places], circular)
 
 
 def offsets(predictor: Array) -> Array:
@@ -64,9 +79,7 @@ RidgePath = Callable[[Array, Array], tuple[Array, Array]]
 each of S ridge penalties."""
 
 
-def fit_turn(
-    ridge_path: RidgePath, y: Array, c: Array, train: Array, held_out: Array
-) -> tuple[Turn, Array]:
+def fit_turn(ridge_path: RidgePath, y: Array, c: Array, train: Array, held_out: Array) -> Turn:
     """Fit the turn to training rows; choose among regressions on held-out rows.
 
     Each coordinate chooses for itself: between a constant, a vector and an angle, and the penalty.
@@ -79,7 +92,7 @@ def fit_turn(
         held_out: Indices of the rows whose log density selects the fit.
 
     Returns:
-        The turn, and the log scales (k,) of the turned coordinates.
+        The turn of the highest log density, for each coordinate, of a truncated normal.
     """
     phase = y[train] * (math.pi / HALF_WIDTH)
     count = y.shape[1]
@@ -103,9 +116,7 @@ def fit_turn(
     line = _select(scores, Turn(*lines), count)
     refined = _refine(line, y[train[:_MAX_ROWS]], c[train[:_MAX_ROWS]])
     every = [jnp.concatenate([a, b, r[None]]) for a, b, r in zip(fits, lines, refined, strict=True)]
-    turn = _select(scores, Turn(*every), count)
-    residual = wrap(y[train] - offsets(turn.predictor(c[train])))
-    return turn, _log_scale(jnp.mean(residual**2, axis=0))
+    return _select(scores, Turn(*every), count)
 
 
 def _select(scores: Callable[[Turn], Array], fits: Turn, count: int) -> Turn:

@@ -32,8 +32,7 @@ class Conditioner(nnx.Module):
     """Residual network over (inputs, context), masked where the outputs must be autoregressive.
 
     Args:
-        in_dim: Number of inputs. Of a masked network a multiple of out_dim: input j then belongs to
-            entry j modulo out_dim.
+        in_dim: Number of inputs.
         out_dim: Number of outputs, each with P parameters.
         params: Number P of parameters for each output.
         context_dim: Length of the context.
@@ -41,7 +40,8 @@ class Conditioner(nnx.Module):
             connection.
         dropout: Fraction of hidden units that dropout sets to zero in training. The last
             hidden layer has no dropout, unless it is the only one.
-        masked: Whether parameters of output i depend on inputs of entries 0 to i only.
+        masked: Whether parameters of output i depend on inputs 0 to i only. This requires
+            in_dim == out_dim.
         rngs: Keys for the initial weights.
     """
 
@@ -158,7 +158,7 @@ class Conditioner(nnx.Module):
         """Return one mask for each layer, the output last, scaled so that variances stay one."""
         if not self.masked:
             return [1.0] * len(self.dims)
-        degrees = [np.tile(np.arange(self.out_dim), self.dims[0] // self.out_dim)]
+        degrees = [np.arange(self.out_dim)]
         degrees += [_unit_degrees(width, self.out_dim) for width in self.dims[1:]]
         masks = [a[:, None] <= b[None, :] for a, b in itertools.pairwise(degrees)]
         out = degrees[-1][:, None] <= np.arange(self.out_dim)[None, :]

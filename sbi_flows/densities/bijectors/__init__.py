@@ -1,8 +1,6 @@
 """Bijectors with the interface of distrax; the forward direction maps noise to data."""
 
 from sbi_flows.densities.bijectors.autoregressive import Autoregressive as Autoregressive
-from sbi_flows.densities.bijectors.circular import CircularSpline as CircularSpline
-from sbi_flows.densities.bijectors.circular import NormalToCircle as NormalToCircle
 from sbi_flows.densities.bijectors.circular import Rotation as Rotation
 from sbi_flows.densities.bijectors.coupling import Coupling as Coupling
 from sbi_flows.densities.bijectors.linear import LULinear as LULinear
