@@ -28,6 +28,13 @@ from sbi_flows.prior.circular import HALF_WIDTH, wrap
 
 _ADAM_STEPS, _LEARNING_RATE, _MAX_ROWS = 100, 0.03, 4096
 
+SHORT_VECTOR = 0.25
+"""Length below which a vector is short, as a fraction of the root mean square length."""
+
+MAX_SHORT_FRACTION = 0.08
+"""Maximum fraction of short vectors. It is 0.06 for a normal distribution in the plane, 0.2 for one
+on a line, and 0.11 for the cosine of a uniform angle."""
+
 _SCALES = np.geomspace(1e-6, 30.0, 400)
 """Scales to choose from, in standard coordinates."""
 
@@ -111,12 +118,25 @@ def fit_turn(ridge_path: RidgePath, y: Array, c: Array, train: Array, held_out: 
             jnp.mean(wrap(y[rows] - offsets(turn.predictor(c[rows]))) ** 2, axis=0)
             for rows in (train, held_out)
         ]
-        return _log_density(squares[1], _log_scale(squares[0]))
+        score = _log_density(squares[1], _log_scale(squares[0]))
+        return jnp.where(_flips(turn.predictor(c[train])), -jnp.inf, score)
 
     line = _select(scores, Turn(*lines), count)
     refined = _refine(line, y[train[:_MAX_ROWS]], c[train[:_MAX_ROWS]])
     every = [jnp.concatenate([a, b, r[None]]) for a, b, r in zip(fits, lines, refined, strict=True)]
     return _select(scores, Turn(*every), count)
+
+
+def _flips(predictor: Array) -> Array:
+    """Return for each of k coordinates whether the direction often jumps by half a turn.
+
+    This is so if vectors of many rows lie on a line through the origin, as for an observation of
+    the cosine only: the direction is then 0 or pi. Vectors in a disc are rarely so short.
+    """
+    cos, sin, _ = jnp.split(predictor, 3, axis=-1)
+    squares = cos**2 + sin**2
+    limit = SHORT_VECTOR**2 * jnp.mean(squares, axis=0, keepdims=True)
+    return jnp.mean(squares < limit, axis=0) > MAX_SHORT_FRACTION
 
 
 def _select(scores: Callable[[Turn], Array], fits: Turn, count: int) -> Turn:

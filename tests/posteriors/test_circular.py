@@ -8,7 +8,8 @@ import pytest
 from jax.scipy.special import i0e
 
 import sbi_flows as sf
-from tests.artefacts import bits, opened, written
+from tests.artefacts import bits, ensemble, opened, written
+from tests.artefacts import posterior as random_posterior
 
 pytestmark = pytest.mark.promotes
 
@@ -112,11 +113,11 @@ def test_save_and_load_keep_all_bits(posterior, tmp_path):
 
 def test_double_precision():
     with jax.enable_x64(True):
-        prior = sf.Circular()
-        made = fitted(SMALL, prior, 500, members=1, training=sf.Training(max_epochs=1))
-        draws, scores = made.sample_and_log_prob(jax.random.key(7), np.array([-1.0, 0.0]), 200)
+        prior = sf.as_prior(PRIOR)
+        made = random_posterior(prior, ensemble(SMALL, prior.bounded, circular=prior.circular))
+        draws, scores = made.sample_and_log_prob(jax.random.key(7), X, 200)
         assert draws.dtype == scores.dtype == jnp.float64
-        np.testing.assert_allclose(made.log_prob(draws, np.array([-1.0, 0.0])), scores, atol=1e-8)
+        np.testing.assert_allclose(made.log_prob(draws, X), scores, atol=1e-8)
 
 
 @pytest.mark.slow
