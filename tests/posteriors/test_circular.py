@@ -8,6 +8,7 @@ import pytest
 from jax.scipy.special import i0e
 
 import sbi_flows as sf
+from sbi_flows.prior.site_prior import SitePrior
 from tests.artefacts import bits, ensemble, opened, written
 from tests.artefacts import posterior as random_posterior
 
@@ -109,6 +110,18 @@ def test_save_and_load_keep_all_bits(posterior, tmp_path):
     del document["prior"]["circular"]
     with pytest.raises(sf.ArtefactError):
         sf.load(written(tmp_path / "other.sbif", document, tensors))
+
+
+def test_a_file_from_before_circular_parameters_loads(tmp_path):
+    prior = SitePrior({"angle": dist.VonMises(0.0, 1.0)}, is_named=True, has_circles=False)
+    made = random_posterior(prior, ensemble(SMALL, prior.bounded))
+    path = tmp_path / "old.sbif"
+    made.save(path)
+    assert "circular" not in opened(path)[0]["prior"]
+    again = sf.load(path)
+    assert (again.prior.circular, again.prior.bounded) == ((), (False,))
+    keys = jax.random.key(8), X, 10
+    assert bits(again.sample(*keys)) == bits(made.sample(*keys))
 
 
 def test_double_precision():
