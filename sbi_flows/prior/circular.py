@@ -44,10 +44,11 @@ class Circular(dist.Distribution):
             distribution and an upper end are both given.
 
     Example:
-        >>> import numpyro.distributions as dist, sbi_flows as sf
+        >>> import jax, numpyro.distributions as dist, sbi_flows as sf
         >>> hour, phase = sf.Circular(0.0, 24.0), sf.Circular(dist.Beta(2.0, 2.0))
-        >>> sf.as_prior({"angle": sf.Circular(), "hour": hour, "phase": phase}).circular
-        (True, True, True)
+        >>> prior = sf.as_prior({"angle": sf.Circular(), "hour": hour, "phase": phase})
+        >>> prior.sample(jax.random.key(0), 5).shape
+        (5, 3)
     """
 
     arg_constraints: ClassVar[Any] = {}
