@@ -146,4 +146,4 @@ def test_the_posterior_of_an_angle_at_the_seam_is_exact(density):
         exact = np.exp(kappa * (np.cos(grid - direction) - 1)) / (2 * np.pi * i0e(kappa))
         estimate = np.exp(made.log_prob(grid[:, None], np.array(x)))
         distances.append(np.sum(np.abs(estimate - exact)) * (edges[1] - edges[0]))
-    assert np.mean(distances) < 0.06
+    assert np.mean(distances) < 0.05
