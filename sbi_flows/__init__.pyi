@@ -37,6 +37,7 @@ from .posteriors.conformal import conformal as conformal
 from .posteriors.direct import Posterior as Posterior
 from .posteriors.reading import load as load
 from .posteriors.recalibrated import recalibrate as recalibrate
+from .prior.circular import Circular as Circular
 from .prior.constrained import constrained as constrained
 from .prior.prior import Prior as Prior
 from .prior.prior import as_prior as as_prior

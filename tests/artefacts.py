@@ -25,7 +25,8 @@ def ensemble(density: Any, bounded: tuple[bool, ...], like: Any = None, **settin
     tree, shapes = jax.tree.structure(like), tuple(leaf.shape for leaf in jax.tree.leaves(like))
     if (kept := settings.get("kept")) is not None:
         tree, shapes = jax.tree.structure(0), ((len(kept),),)
-    made = Blueprint(density, settings.get("embedding"), Sizes(bounded, tree, shapes), kept)
+    sizes = Sizes(bounded, tree, shapes, settings.get("circular", ()))
+    made = Blueprint(density, settings.get("embedding"), sizes, kept)
 
     @jax.jit
     def weights(keys):

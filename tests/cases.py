@@ -22,6 +22,7 @@ from sbi_flows.densities.bijectors import (
     LULinear,
     RationalQuadraticSpline,
     Repeated,
+    Rotation,
     TruncatedAutoregression,
     lu,
 )
@@ -264,6 +265,11 @@ BIJECTORS: dict[str, BijectorCase] = {
         lambda params, dim: Repeated(_linear_layer, params),
     ),
     "truncated normal": BijectorCase(_truncated_params, _truncated),
+    "rotation": BijectorCase(
+        lambda key, dim: jax.random.normal(key, (dim,)),
+        lambda params, dim: Rotation(params, tuple(i != 1 for i in range(dim))),
+        width=1.7,
+    ),
 }
 
 DENSITIES: dict[str, Any] = {

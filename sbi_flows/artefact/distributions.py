@@ -27,6 +27,7 @@ from sbi_flows.artefact.strict import (
     expect_type,
 )
 from sbi_flows.core.errors import ArtefactError
+from sbi_flows.prior import circular
 
 Tensors = dict[str, np.ndarray]
 """Dict of arrays by name. Functions that encode an object add its arrays to the dict."""
@@ -39,6 +40,7 @@ _ARGUMENTS = {
     "CategoricalProbs": "probs",
     "Cauchy": "loc scale",
     "Chi2": "df",
+    "Circular": "low:base_dist",
     "Dirichlet": "concentration",
     "ExpandedDistribution": "base_dist batch_shape",
     "Exponential": "rate",
@@ -101,7 +103,7 @@ _ARGUMENTS = {
 """Names of the arguments of each constructor. An entry is `argument`, or `argument:attribute` if
 the object stores the argument in an attribute with another name."""
 
-_MODULES = (dist, transforms, constraints)
+_MODULES = (dist, transforms, constraints, circular)
 _CLASSES = {n: next(getattr(m, n) for m in _MODULES if hasattr(m, n)) for n in _ARGUMENTS}
 _NAMES = {kind: name for name, kind in _CLASSES.items()}
 

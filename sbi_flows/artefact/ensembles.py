@@ -3,8 +3,8 @@
 Before the weights are read, `jax.eval_shape` builds the model without arrays. The file must contain
 exactly the tensors of this model, with the same shapes and dtypes.
 
-Public names: `Ensemble`, `encode`, `decode`, `require`, `require_entry`, `weights_of`,
-`encode_observation`, `decode_observation`.
+Public names: `Coordinates`, `Ensemble`, `encode`, `decode`, `require`, `require_entry`,
+`weights_of`, `encode_observation`, `decode_observation`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,18 @@ MAX_LEAVES = 2**10
 """Maximum number of arrays in an observation."""
 
 DTYPES = {np.dtype(kind).name: np.dtype(kind) for kind in container.DTYPES.values()}
+
+
+class Coordinates(NamedTuple):
+    """Kinds of a prior's standard coordinates.
+
+    Attributes:
+        bounded: Whether each standard coordinate is bounded.
+        circular: Whether each standard coordinate is circular; empty if none is.
+    """
+
+    bounded: tuple[bool, ...]
+    circular: tuple[bool, ...]
 
 
 class Ensemble(NamedTuple):
@@ -73,7 +85,9 @@ def encode(
     """
     members = len(jax.tree.leaves(weights)[0])
     ensemble = Ensemble(blueprint, members, f"ensembles/{i}")
-    if blueprint.sizes != _sizes(blueprint.sizes.bounded, observation, blueprint.feature_indices):
+    sizes = blueprint.sizes
+    coordinates = Coordinates(sizes.bounded, sizes.circular)
+    if sizes != _sizes(coordinates, observation, blueprint.feature_indices):
         raise ValueError(f"blueprints[{i}]: expected the sizes of the observation, got others")
     embedding = embeddings.encode(blueprint.embedding)
     data = {
@@ -100,7 +114,7 @@ def encode(
 def decode(
     i: int,
     value: Any,
-    bounded: tuple[bool, ...],
+    coordinates: Coordinates,
     observation: Obs,
     user_embedding: Embedding | None,
 ) -> Ensemble:
@@ -109,7 +123,7 @@ def decode(
     Args:
         i: Index of the ensemble in the mixture.
         value: The data.
-        bounded: Whether each standard coordinate of the prior is bounded.
+        coordinates: The standard coordinates of the prior.
         observation: Shape and dtype of one observation.
         user_embedding: Embedding that the user supplied for this ensemble, or None.
 
@@ -131,7 +145,7 @@ def decode(
         kept = tuple(expect_integer(f"{name}.kept", place, 0, size - 1) for place in places)
         if not kept or any(a >= b for a, b in itertools.pairwise(kept)):
             raise ArtefactError(f"{name}.kept: expected indices in increasing order")
-    sizes = _sizes(bounded, observation, kept)
+    sizes = _sizes(coordinates, observation, kept)
     blueprint = Blueprint(
         density, embeddings.decode(embedding, user_embedding), sizes, kept, linear_start
     )
@@ -216,12 +230,13 @@ def _step(key: Any) -> str:
     return str(next(getattr(key, n) for n in ("key", "name", "idx") if hasattr(key, n)))
 
 
-def _sizes(bounded: tuple[bool, ...], observation: Obs, kept: Sequence[int] | None) -> Sizes:
+def _sizes(coordinates: Coordinates, observation: Obs, kept: Sequence[int] | None) -> Sizes:
     """Return the sizes of a model for all features of an observation, or for those in `kept`."""
+    bounded, circular = coordinates
     if kept is not None:
-        return Sizes(bounded, jax.tree.structure(0), ((len(kept),),))
+        return Sizes(bounded, jax.tree.structure(0), ((len(kept),),), circular)
     shapes = tuple(tuple(leaf.shape) for leaf in jax.tree.leaves(observation))
-    return Sizes(bounded, jax.tree.structure(observation), shapes)
+    return Sizes(bounded, jax.tree.structure(observation), shapes, circular)
 
 
 def encode_observation(like: Obs) -> Any:

@@ -7,7 +7,7 @@ compared with the saved structure. The user's prior must also map a few fixed po
 coordinates to the same parameters as the saved prior. The maps to standard coordinates are saved if
 they are not the default ones. Files of earlier versions have the default ones.
 
-Public names: `encode`, `decode`, `tensor_names`.
+Public names: `encode`, `decode`, `circular_of`, `tensor_names`.
 """
 
 from __future__ import annotations
@@ -74,6 +74,11 @@ def encode(prior: Prior, tensors: Tensors) -> dict[str, Any]:
         tensors |= {_LOW: prior.low, _HIGH: prior.high}
     tensors[_POINTS] = np.asarray(_points(prior), np.float64)
     maps = _encode_maps(base, tensors)
+    # written only if they are needed, so that older versions can read the other files
+    extras: dict[str, Any] = {"circular": list(prior.circular)} if prior.circular else {}
+    extras |= {"maps": maps} if maps else {}
+    extras |= {"offset": list(prior.layout.offset)} if prior.layout.offset else {}
+    extras |= {"mass": float(prior.mass)} if isinstance(prior, ConstrainedPrior) else {}
     return {
         "named": prior.is_named,
         "names": list(prior.names),
@@ -82,9 +87,7 @@ def encode(prior: Prior, tensors: Tensors) -> dict[str, Any]:
         "cut": isinstance(prior, BoxPrior),
         "sites": sites,
         "missing": missing,
-        **({"maps": maps} if maps else {}),
-        **({"offset": list(prior.layout.offset)} if prior.layout.offset else {}),
-        **({"mass": float(prior.mass)} if isinstance(prior, ConstrainedPrior) else {}),
+        **extras,
     }
 
 
@@ -95,6 +98,25 @@ def tensor_names(value: Any) -> set[str]:
     if isinstance(maps, dict) and isinstance(maps.get("whitening"), list):
         names |= {_WHITENING[str(part)] for part in maps["whitening"] if str(part) in _WHITENING}
     return names | {_LOW, _HIGH} if value.get("cut") is True else names
+
+
+def circular_of(value: Any) -> tuple[bool, ...]:
+    """Read from the JSON data of a prior which standard coordinates are circular.
+
+    The result is empty for a prior without circular parameters, and for a file that was saved
+    before `VonMises` was circular.
+
+    Raises:
+        ArtefactError: The data are malformed.
+    """
+    value = expect_type("prior", value, dict, "an object")
+    if "circular" not in value:
+        return ()
+    flags = expect_list("prior.circular", value["circular"], MAX_ENTRIES)
+    flags = tuple(expect_type("prior.circular", flag, bool, "truth values") for flag in flags)
+    if not any(flags) or len(flags) != len(expect_list("prior", value.get("bounded"), MAX_ENTRIES)):
+        raise ArtefactError("prior.circular: expected a flag for each coordinate, and one true")
+    return flags
 
 
 def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | None) -> Prior:
@@ -114,10 +136,11 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
             data contain no distributions and the user supplied no prior.
     """
     keys = ("named", "names", "shapes", "bounded", "cut", "sites", "missing")
-    extras = {"maps": None, "mass": None, "offset": []}
+    circular = circular_of(value)
+    extras = {"maps": None, "mass": None, "offset": [], "circular": []}
     extras |= expect_type("prior", value, dict, "an object")
-    maps, mass, offset = extras["maps"], extras["mass"], extras["offset"]
-    value = {key: part for key, part in extras.items() if key not in ("maps", "mass", "offset")}
+    maps, mass, offset, _ = (extras.pop(name) for name in ("maps", "mass", "offset", "circular"))
+    value = extras
     named, names, shapes, bounded, cut, sites, missing = expect_fields("prior", value, *keys)
     names = [_name(name) for name in expect_list("prior.names", names, MAX_SITES)]
     shapes = [_shape(shape) for shape in expect_list("prior.shapes", shapes, MAX_SITES)]
@@ -130,7 +153,7 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
     expected = f"a prior of {', '.join(map(_described, names, shapes))}"
     if user_prior is not None:
         prior = user_prior.base if cut and isinstance(user_prior, BoxPrior) else user_prior
-        prior = _with_maps(prior, maps, tensors)
+        prior = _with_maps(prior, maps, tensors, bool(circular))
     elif sites is None:
         raise ArtefactError(
             f"its prior could not be saved ({missing!s:.200}): load(path, prior=...) takes it, "
@@ -142,12 +165,15 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
             raise ArtefactError(f"prior.sites: expected {len(names)}, got {len(sites)}")
         pairs = zip(names, shapes, sites, strict=True)
         distributions_by_name = {n: _site(n, shape, s, tensors) for n, shape, s in pairs}
-        prior = SitePrior(distributions_by_name, is_named=named, offset=offset)
-        prior = _with_maps(prior, maps, tensors)
+        prior = SitePrior(
+            distributions_by_name, is_named=named, offset=offset, has_circles=bool(circular)
+        )
+        prior = _with_maps(prior, maps, tensors, bool(circular))
     if cut:
         prior = _cut(prior, tensors)
     structure = (prior.is_named, list(prior.names), list(prior.event_shapes.values()))
     is_same = structure == (named, names, shapes) and list(prior.bounded) == bounded
+    is_same &= prior.circular == circular
     if not is_same or type(prior) not in (SitePrior, BoxPrior, ConstrainedPrior):
         raise ArtefactError(f"prior: expected {expected}, got {prior}")
     _require_same_condition(prior, mass, expected)
@@ -174,7 +200,7 @@ def _offset(value: Any, dim: int) -> tuple[float, ...]:
 
 def _encode_maps(prior: SitePrior, tensors: Tensors) -> dict[str, Any] | None:
     """Convert the maps to standard coordinates to JSON data; None if all are the default ones."""
-    if prior.whitening is None and prior.site_kinds == _default_kinds(prior):
+    if prior.whitening is None and prior.site_kinds == _default_kinds(prior, bool(prior.circular)):
         return None
     parts = {} if prior.whitening is None else prior.whitening._asdict()
     arrays = {name: np.asarray(a, np.float64) for name, a in parts.items() if a is not None}
@@ -182,24 +208,26 @@ def _encode_maps(prior: SitePrior, tensors: Tensors) -> dict[str, Any] | None:
     return {"kinds": [kind.__name__ for kind in prior.site_kinds], "whitening": list(arrays)}
 
 
-def _default_kinds(prior: SitePrior) -> tuple[MapKind, ...]:
-    sites, dependent = prior.distributions, prior.dependent
-    return SitePrior(sites, is_named=prior.is_named, dependent=dependent).site_kinds
+def _default_kinds(prior: SitePrior, has_circles: bool) -> tuple[MapKind, ...]:
+    settings = {"dependent": prior.dependent, "has_circles": has_circles}
+    return SitePrior(prior.distributions, is_named=prior.is_named, **settings).site_kinds
 
 
-def _with_maps(prior: Prior, maps: Any, tensors: Mapping[str, np.ndarray]) -> Prior:
+def _with_maps(
+    prior: Prior, maps: Any, tensors: Mapping[str, np.ndarray], has_circles: bool
+) -> Prior:
     """Return a prior with the maps of a file; files of earlier versions have the default ones.
 
     Raises:
         ArtefactError: The maps are malformed, or do not fit the prior.
     """
     if isinstance(prior, ConstrainedPrior):
-        base = _with_maps(prior.base, maps, tensors)
+        base = _with_maps(prior.base, maps, tensors, has_circles)
         assert isinstance(base, SitePrior)
         return prior if base is prior.base else prior.with_base(base)
     if not isinstance(prior, SitePrior):
         return prior
-    default = found = _default_kinds(prior)
+    default = found = _default_kinds(prior, has_circles)
     whitening = None
     if maps is not None:
         kinds, parts = expect_fields("prior.maps", maps, "kinds", "whitening")

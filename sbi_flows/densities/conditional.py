@@ -119,7 +119,12 @@ class Conditional(nnx.Module):
             return standard_truncation(batch_shape, bounded, features.dtype)
         start = self.start.get_value()
         predictor = features @ start.weight
-        return start.from_predictor(jnp.mean(predictor, axis=0) if at_mean else predictor, bounded)
+        predictor = jnp.mean(predictor, axis=0) if at_mean else predictor
+        bijector = start.from_predictor(predictor, bounded)
+        if start.turn is None:
+            return bijector
+        rotation = start.turn.rotation(features, self.sizes.circular, at_mean=at_mean)
+        return distrax.Chain([rotation, bijector])
 
     def context(self, features: Array, key: Key | None = None) -> Array:
         """Return the context of the density: embedded observations, or features.
@@ -145,11 +150,13 @@ class Sizes:
         bounded: Which of the d standard coordinates are bounded.
         tree: Pytree structure of one observation.
         shapes: Shape of each array of the observation.
+        circular: Which of the d standard coordinates are circular; empty if none is.
     """
 
     bounded: tuple[bool, ...]
     tree: Any
     shapes: Shapes
+    circular: tuple[bool, ...] = ()
 
     @property
     def dim(self) -> int:
@@ -202,7 +209,9 @@ class Blueprint:
             if out.ndim != 2 or out.shape[0] != 2:
                 raise ValueError(f"embedding: expected output (B, F), got {out.shape} for B = 2")
             context_dim = out.shape[1]
-        start = LinearStart.standard(features, dim) if self.linear_start else None
+        start = None
+        if self.linear_start:
+            start = LinearStart.standard(features, dim, self.sizes.circular)
         density = self.density.build(density_key, dim, context_dim)
         return Conditional(start, density, embedding, self.sizes)
 

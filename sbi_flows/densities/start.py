@@ -24,10 +24,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
 from sbi_flows.densities.bijectors.truncated import TruncatedAutoregression
+from sbi_flows.densities.turn import Turn, fit_turn
 from sbi_flows.networks.shapes import align
 
 RIDGE_PENALTIES = (1e-6, 1e-3, 1e-2, 1e-1, 1.0, jnp.inf)
@@ -49,6 +51,8 @@ class LinearStart(NamedTuple):
         chain: Regression coefficients of entry i on the entries before it, a strictly upper
             triangular matrix, shape (d, d).
         log_scale: Logarithm of the scale of each entry, shape (d,).
+        turn: Rotation of the circular entries, which precedes the regression; None without
+            circular entries.
     """
 
     weight: Array
@@ -56,12 +60,16 @@ class LinearStart(NamedTuple):
     bias: Array
     chain: Array
     log_scale: Array
+    turn: Turn | None = None
 
     @classmethod
-    def standard(cls, features: int, dim: int) -> LinearStart:
+    def standard(cls, features: int, dim: int, circular: tuple[bool, ...] = ()) -> LinearStart:
         """Return the start that ignores the observation: mean zero and unit scale."""
         zeros = jnp.zeros(dim)
-        return cls(jnp.zeros((features, dim)), jnp.ones(dim), zeros, jnp.zeros((dim, dim)), zeros)
+        turn = Turn.standard(features, sum(circular)) if any(circular) else None
+        return cls(
+            jnp.zeros((features, dim)), jnp.ones(dim), zeros, jnp.zeros((dim, dim)), zeros, turn
+        )
 
     def bijector(self, c: Array, bounded: tuple[bool, ...]) -> TruncatedAutoregression:
         """Return the bijector from noise to standard coordinates given features c (*, C)."""
@@ -94,7 +102,12 @@ def standard_truncation(
 
 
 def fit_linear_start(
-    y: Array, c: Array, train: Array, held_out: Array, bounded: tuple[bool, ...]
+    y: Array,
+    c: Array,
+    train: Array,
+    held_out: Array,
+    bounded: tuple[bool, ...],
+    circular: tuple[bool, ...] = (),
 ) -> LinearStart:
     """Fit the linear start to training rows; choose the ridge penalty on held-out rows.
 
@@ -107,6 +120,7 @@ def fit_linear_start(
         train: Indices of the rows to fit to.
         held_out: Indices of the rows whose log density selects the penalty.
         bounded: Which of the d coordinates are bounded.
+        circular: Which of the d coordinates are circular; empty if none is.
 
     Returns:
         The fit with the highest log density of the held-out rows. If no regression improves this
@@ -114,8 +128,16 @@ def fit_linear_start(
     """
     if c.shape[1] > MAX_FEATURES:
         directions = _leading_directions(c[train[:_MAX_ROWS]])
-        start = fit_linear_start(y, c @ directions, train, held_out, bounded)
+        start = fit_linear_start(y, c @ directions, train, held_out, bounded, circular)
+        if start.turn is not None:
+            turn = start.turn._replace(weight=directions @ start.turn.weight)
+            start = start._replace(turn=turn)
         return start._replace(weight=directions @ start.weight)
+    if any(circular):
+        turn = fit_turn(_ridge_weights, y[:, np.flatnonzero(circular)], c, train, held_out)
+        y = turn.rotation(c, circular).inverse(y)
+        start = fit_linear_start(y, c, train, held_out, bounded)
+        return start._replace(turn=turn)
 
     def score(start: LinearStart) -> Array:
         return -jnp.mean(_loss(start, y[held_out], c[held_out] @ start.weight, bounded))
@@ -167,13 +189,29 @@ def _ridge_path(y: Array, c: Array) -> LinearStart:
 
     All fits share one eigendecomposition.
     """
+    moments, y, c = _moments(y, c)
+    fit = partial(_ridge_regression, moments, y, c)
+    return jax.lax.map(fit, jnp.asarray(RIDGE_PENALTIES, y.dtype))
+
+
+def _ridge_weights(y: Array, c: Array) -> tuple[Array, Array]:
+    """Return the weights (S, C, q) and biases (S, q) of a regression for each of S penalties."""
+    moments, y, _ = _moments(y, c)
+
+    def fit(penalty: Array) -> tuple[Array, Array]:
+        weight = moments.vectors @ (moments.products / (moments.values + penalty)[:, None])
+        return weight, moments.y_mean - moments.c_mean @ weight
+
+    return jax.lax.map(fit, jnp.asarray(RIDGE_PENALTIES, y.dtype))
+
+
+def _moments(y: Array, c: Array) -> tuple[_Moments, Array, Array]:
+    """Return the moments of rows y (N, d) and c (N, C), and the centred rows."""
     y_mean, c_mean = jnp.mean(y, axis=0), jnp.mean(c, axis=0)
     y, c = y - y_mean[None], c - c_mean[None]
     values, vectors = jnp.linalg.eigh(c.T @ c / len(c))
     products = vectors.T @ (c.T @ y) / len(c)
-    moments = _Moments(y_mean, c_mean, jnp.maximum(values, 0.0), vectors, products)
-    fit = partial(_ridge_regression, moments, y, c)
-    return jax.lax.map(fit, jnp.asarray(RIDGE_PENALTIES, y.dtype))
+    return _Moments(y_mean, c_mean, jnp.maximum(values, 0.0), vectors, products), y, c
 
 
 def _ridge_regression(moments: _Moments, y: Array, c: Array, penalty: Array) -> LinearStart:

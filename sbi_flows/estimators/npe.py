@@ -258,10 +258,11 @@ class NPE:
     def _blueprint(self, observation: Obs, screened: tuple[int, ...] | None) -> Blueprint:
         """Return the description of the model for the observation, or for its screened entries."""
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(observation))
-        sizes = Sizes(self.prior.bounded, jax.tree.structure(observation), shapes)
+        bounded, circular = self.prior.bounded, self.prior.circular
+        sizes = Sizes(bounded, jax.tree.structure(observation), shapes, circular)
         if screened is None or len(screened) == sizes.feature_count:
             return Blueprint(self.density, self.embedding, sizes, None, self.linear_start)
-        sizes = Sizes(self.prior.bounded, jax.tree.structure(0), ((len(screened),),))
+        sizes = Sizes(bounded, jax.tree.structure(0), ((len(screened),),), circular)
         return Blueprint(self.density, None, sizes, screened, self.linear_start)
 
     def _emulated(

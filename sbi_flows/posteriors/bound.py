@@ -24,8 +24,8 @@ from sbi_flows.core.precision import full_precision
 from sbi_flows.core.pytrees import is_traced, register_pytree
 from sbi_flows.core.typing import Key
 from sbi_flows.posteriors.numpyro import PosteriorDistribution
+from sbi_flows.prior.circular import HALF_WIDTH, wrap
 from sbi_flows.prior.constrained import ConstrainedPrior
-from sbi_flows.prior.maps import HALF_WIDTH
 from sbi_flows.prior.prior import Prior
 
 MAX_CALL_ENTRIES = 2**18
@@ -323,11 +323,13 @@ def _ascend(steps: int, posterior: Bindable, bound: Any, theta: Array) -> tuple[
     in unconstrained coordinates.
     """
     prior = posterior.prior
-    bounded = jnp.asarray(prior.bounded)[None]
+    circular = jnp.asarray(prior.circular or (False,) * prior.standard_dim)[None]
+    bounded = jnp.asarray(prior.bounded)[None] & ~circular
     optimiser = optax.adam(optax.cosine_decay_schedule(0.02, steps))
 
     def standard(u: Array) -> Array:
-        return jnp.where(bounded, HALF_WIDTH * jnp.tanh(u), u)
+        y = jnp.where(bounded, HALF_WIDTH * jnp.tanh(u), u)
+        return jnp.where(circular, wrap(u), y) if prior.circular else y
 
     def step(carry: tuple, _: None) -> tuple[tuple, None]:
         u, state, best, best_value = carry

@@ -151,8 +151,9 @@ def require_header(
     parts, shares = _shares(parts)
     needs_embedding = tuple(embeddings.is_users(part.get("embedding")) for part in parts)
     bounded = _bounded(prior)
+    coordinates = ensembles.Coordinates(bounded, priors.circular_of(prior))
     ensemble_parts = tuple(
-        ensembles.decode(i, part, bounded, observation, embedding)
+        ensembles.decode(i, part, coordinates, observation, embedding)
         for i, (part, embedding) in enumerate(
             zip(parts, _embedding_of_each(user_embeddings, needs_embedding), strict=True)
         )

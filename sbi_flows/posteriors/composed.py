@@ -62,8 +62,7 @@ class ComposedPosterior(Derived):
     The base posterior is conditioned on one observation (*event). Here x is a set (N, *event) of
     such observations, for any N, or a batch of sets (B, N, *event). `log_prob` is the sum of the
     base posterior's log densities at the N observations minus (N - 1) times the prior's log
-    density. It is not normalised: the missing constant depends only on the set. Draws are made by
-    Langevin dynamics with the scores, which is approximate.
+    density, up to a constant of the set. Draws are made by approximate Langevin dynamics.
 
     To check a composed posterior, simulate sets: `sf.check(key, posterior, simulate_set)`, where
     `simulate_set(key, theta)` returns an array (N, *event).

@@ -10,14 +10,12 @@ return the same results without checks. The package calls them with arrays that 
 or computed itself. Inside a JAX transformation such as `jit`, the checked methods check shapes and
 dtypes, but not values.
 
-Public names: `Prior`, `Layout`, `labels`.
+Public names: `Prior`; also `Layout` and `labels`, which are defined in `layout`.
 """
 
 from __future__ import annotations
 
 import abc
-import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -40,53 +38,8 @@ from sbi_flows.core.checks import (
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.pytrees import is_traced
 from sbi_flows.core.typing import Key
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Names and shapes of a prior's parameters, which are static under `jit`.
-
-    Attributes:
-        names: Name of each site.
-        shapes: Shape of each site's value.
-        standard_shapes: Shape of each site's standard coordinates.
-        bounded: For each of the d standard coordinates, True if its range is (-sqrt 3, sqrt 3),
-            False if its range is R.
-        is_named: True if the simulator receives a dict of parameters, False if one array.
-        offset: Offset of each of the D entries, in double precision; empty if there is none. Values
-            in the user's units are the values of the distributions plus the offset.
-    """
-
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    standard_shapes: tuple[tuple[int, ...], ...]
-    bounded: tuple[bool, ...]
-    is_named: bool
-    offset: tuple[float, ...] = ()
-
-    @functools.cached_property
-    def labels(self) -> tuple[str, ...]:
-        """One label for each of the D entries: `alpha`, `beta[0]`, `beta[1]`."""
-        pairs = zip(self.names, self.shapes, strict=True)
-        return tuple(label for name, shape in pairs for label in labels(name, shape))
-
-    def split(self, theta: Any) -> dict[str, Any]:
-        """Split flat vectors (*, D) into named values `{name: (*, *event)}`."""
-        return _split(theta, self.names, self.shapes)
-
-    def split_standard(self, y: Array) -> dict[str, Array]:
-        """Split standard coordinates (*, d) by site: `{name: (*, *standard_shape)}`."""
-        return _split(y, self.names, self.standard_shapes)
-
-    def join(self, values: Mapping[str, Any], shapes: tuple[tuple[int, ...], ...]) -> Any:
-        """Join values `{name: (*, *shape)}` into flat vectors, in the order of the sites."""
-        parts = []
-        for name, shape in zip(self.names, shapes, strict=True):
-            value = values[name]
-            batch = value.shape[: value.ndim - len(shape)]
-            parts.append(value.reshape(*batch, math.prod(shape)))
-        on_host = all(isinstance(part, np.ndarray) for part in parts)
-        return (np if on_host else jnp).concatenate(parts, axis=-1)
+from sbi_flows.prior.layout import Layout
+from sbi_flows.prior.layout import labels as labels
 
 
 class Prior(abc.ABC):
@@ -104,6 +57,8 @@ class Prior(abc.ABC):
             degrees of freedom than entries (a simplex, for example).
         bounded: For each of the d standard coordinates, True if its range is (-sqrt 3, sqrt 3),
             False if its range is R.
+        circular: For each of the d standard coordinates, True if its two ends are the same point.
+            Empty if the prior has no circular parameter.
         is_named: True if the simulator receives a dict of parameters, False if one array.
         mass: Fraction of the original prior's probability inside the box that it was cut to; 1 if
             the prior was not cut.
@@ -164,6 +119,11 @@ class Prior(abc.ABC):
     def offset(self) -> np.ndarray | None:
         """Location that is removed in double precision, shape (D,); None if it is not needed."""
         return np.array(self.layout.offset) if self.layout.offset else None
+
+    @property
+    def circular(self) -> tuple[bool, ...]:
+        """Whether each of the d standard coordinates is circular; empty if none is."""
+        return self.layout.circular
 
     @property
     def is_named(self) -> bool:
@@ -377,22 +337,3 @@ def _sample(prior: Prior, key: Key, n: int) -> Array:
     # compile the draw as one program: a truncated distribution takes seconds to compile if each
     # operation is compiled separately
     return prior.unchecked_sample(key, n)
-
-
-def labels(name: str, shape: tuple[int, ...]) -> list[str]:
-    """Return the labels of a parameter's entries: `alpha`, or `beta[0]`, `beta[1]`."""
-    if not shape:
-        return [name]
-    return [f"{name}[{','.join(map(str, i))}]" for i in np.ndindex(*shape)]
-
-
-def _split(
-    flat: Any, names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]
-) -> dict[str, Any]:
-    """Split the last axis of `flat` into named parts: `{name: (*, *shape)}`."""
-    batch, parts, start = flat.shape[:-1], {}, 0
-    for name, shape in zip(names, shapes, strict=True):
-        size = math.prod(shape)
-        parts[name] = flat[..., start : start + size].reshape(*batch, *shape)
-        start += size
-    return parts

@@ -86,7 +86,7 @@ class _Static(NamedTuple):
 class BoxPrior(Prior):
     """A prior restricted to a box in its standard coordinates, and normalised in the box.
 
-    Coordinates in which the base prior has no CDF are not cut. A `BoxPrior` defines new standard
+    Coordinates that are circular or have no CDF are not cut. A `BoxPrior` defines new standard
     coordinates: they are uniform in each coordinate that is cut, so that a posterior cannot leave
     the box. The bounds are leaves of the pytree. Another box of the same base prior can
     therefore use the same compiled programs.

@@ -2,8 +2,9 @@
 
 If the entries of a site are independent and have a CDF, they have mean 0 and variance 1 in standard
 coordinates. A normal, an elementwise transform of a normal, and a distribution on R or on a half
-line become standard normal. A distribution on an interval becomes uniform on (-sqrt 3, sqrt 3). All
-other sites are mapped by a transform of their support, and then whitened (see `whitening`).
+line become standard normal. A distribution on an interval becomes uniform on (-sqrt 3, sqrt 3). The
+interval of a circular parameter is mapped linearly to (-sqrt 3, sqrt 3). All other sites are mapped
+by a transform of their support, and then whitened (see `whitening`).
 
 Public names: `HALF_WIDTH`, `SiteMap`, `NormalMap`, `CdfMap`, `IntervalMap`, `SupportMap`,
 `MapKind`, `map_kind`, `standard_shape`, `elementwise`, `positive`.
@@ -22,12 +23,10 @@ from jax.scipy.special import ndtr, ndtri
 from jax.scipy.stats import norm
 from numpyro.distributions.transforms import AbsTransform
 
+from sbi_flows.prior.circular import HALF_WIDTH, CircularMap, is_circular
 from sbi_flows.prior.sites import Site
 from sbi_flows.prior.supports import keep_inside, transform_of
 from sbi_flows.prior.tails import tails_of
-
-HALF_WIDTH = math.sqrt(3.0)
-"""Half-width of a bounded standard coordinate: uniform numbers there have variance 1."""
 
 _PROBABILITIES = (1e-3, 0.02, 0.3, 0.7, 0.98, 0.999)
 """Probabilities p at which `map_kind` tests that cdf(icdf(p)) equals p."""
@@ -170,19 +169,25 @@ class SupportMap:
         return self._transform.log_abs_det_jacobian(y, theta)
 
 
-MapKind: TypeAlias = type[NormalMap] | type[CdfMap] | type[IntervalMap] | type[SupportMap]
+MapKind: TypeAlias = (
+    type[NormalMap] | type[CdfMap] | type[IntervalMap] | type[CircularMap] | type[SupportMap]
+)
 """Class of a site's map. `map_kind` chooses it once from concrete values; then it is static."""
 
 
-def map_kind(site: Site, *, is_dependent: bool) -> MapKind:
+def map_kind(site: Site, *, is_dependent: bool, has_circles: bool = True) -> MapKind:
     """Choose the class of map for a site.
 
     Args:
         site: The site; its parameters must be concrete numbers, not traced.
         is_dependent: Whether the site's distribution depends on other sites. Then only its support
             is known.
+        has_circles: Whether circular parameters get a `CircularMap`; False for priors of files
+            that were saved before this map existed.
     """
     base = elementwise(site.distribution)
+    if has_circles and base is not None and is_circular(base):
+        return CircularMap
     if base is None or is_dependent:
         return SupportMap
     if isinstance(_split_transforms(base)[0], dist.Normal):

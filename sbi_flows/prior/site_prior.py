@@ -20,6 +20,7 @@ from jax import Array
 from sbi_flows.core.typing import Key
 from sbi_flows.prior.base import Layout, Prior
 from sbi_flows.prior.checks import base_of, require_names, require_site
+from sbi_flows.prior.circular import CircularMap
 from sbi_flows.prior.maps import (
     IntervalMap,
     MapKind,
@@ -65,6 +66,7 @@ class SitePrior(Prior):
         whitening: Affine map of the coordinates of all `SupportMap` sites; None for the identity.
         offset: Offset of each of the D entries, see `Layout`. The sites are the distributions of
             the values minus the offset.
+        has_circles: Whether circular parameters have a circular coordinate; see `map_kind`.
 
     Raises:
         ValueError: A site has no density, a parameter is out of range, or numpyro has no transform
@@ -81,21 +83,29 @@ class SitePrior(Prior):
         kinds: Sequence[MapKind] | None = None,
         whitening: Whitening | None = None,
         offset: tuple[float, ...] = (),
+        has_circles: bool = True,
     ) -> None:
         for name, distribution in sites.items():
             require_site(name, distribution)
         wrapped = {name: Site(distribution) for name, distribution in sites.items()}
         if kinds is None:
-            kinds = [map_kind(s, is_dependent=name in dependent) for name, s in wrapped.items()]
+            kinds = [
+                map_kind(site, is_dependent=name in dependent, has_circles=has_circles)
+                for name, site in wrapped.items()
+            ]
         pairs = zip(wrapped.items(), kinds, strict=True)
         standard = [_standard_shape(name, kind, site) for (name, site), kind in pairs]
-        bounded = [
-            kind is IntervalMap
-            for kind, shape in zip(kinds, standard, strict=True)
-            for _ in range(math.prod(shape))
-        ]
-        shapes = tuple(site.shape for site in wrapped.values())
-        layout = Layout(tuple(sites), shapes, tuple(standard), tuple(bounded), is_named, offset)
+        sizes = zip(kinds, map(math.prod, standard), strict=True)
+        entries = [kind for kind, size in sizes for _ in range(size)]
+        layout = Layout(
+            tuple(sites),
+            tuple(site.shape for site in wrapped.values()),
+            tuple(standard),
+            tuple(kind in (IntervalMap, CircularMap) for kind in entries),
+            is_named,
+            offset,
+            tuple(kind is CircularMap for kind in entries) if CircularMap in kinds else (),
+        )
         require_names(layout.names, layout.labels)
         self._static = _Static(layout, tuple(kinds), model, dependent)
         self._sites = tuple(wrapped.values())

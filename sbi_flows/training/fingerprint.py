@@ -127,6 +127,8 @@ def _density(blueprint: Blueprint) -> dict[str, Any]:
         "bounded": repr(blueprint.sizes.bounded),
         "linear_start": repr(blueprint.linear_start),
     }
+    if blueprint.sizes.circular:
+        described["circular"] = repr(blueprint.sizes.circular)
     if blueprint.embedding is None and " at 0x" not in described["density"]:
         return described
     described = {name: _without_addresses(text) for name, text in described.items()}

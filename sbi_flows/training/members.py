@@ -129,8 +129,8 @@ def _start_of_member(
 ) -> tuple[Array, Any, Array, LossOffsets]:
     y, features, rest = data.y, data.features, dict(rest)
     if blueprint.linear_start:
-        bounded = blueprint.sizes.bounded
-        start = fit_linear_start(y, features, train_rows, validation_rows, bounded)
+        bounded, circular = blueprint.sizes.bounded, blueprint.sizes.circular
+        start = fit_linear_start(y, features, train_rows, validation_rows, bounded, circular)
         rest["start"] = start
     rows = jnp.concatenate([train_rows, validation_rows])
     model = nnx.merge(graph_of(blueprint), params, rest)

@@ -113,3 +113,15 @@ def test_malformed_maps_are_refused(name):
     damage(record, tensors)
     with pytest.raises(sf.ArtefactError, match=message):
         priors.decode(record, tensors, None)
+
+
+def test_circular_parameters_come_back():
+    inside = {"a": dist.VonMises(0.5, 2.0), "b": sf.Circular(0.0, 24.0).expand([2])}
+    inside |= {"c": sf.Circular(dist.Uniform(0.0, 1.0)).expand([3]).to_event(1)}
+    prior, tensors = sf.as_prior(inside), {}
+    record = json.loads(json.dumps(priors.encode(prior, tensors)))
+    again = priors.decode(record, tensors, None)
+    assert record["missing"] is None and again.circular == (True,) * 6
+    assert again.matches(prior)
+    with pytest.raises(sf.ArtefactError, match=r"prior: expected a prior of a\[\], b\[2\], c\[3\]"):
+        priors.decode(record, tensors, sf.as_prior(inside | {"a": dist.Uniform(-np.pi, np.pi)}))

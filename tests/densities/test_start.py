@@ -109,7 +109,7 @@ def test_awkward_features_give_a_finite_start(name):
     y = rng.normal(size=(rows + FRESH, 2))
     c = FEATURES[name](rng, linear_gaussian(rng, y))
     start, log_prob = started(y, c, (False, False))
-    assert all(np.all(np.isfinite(leaf)) for leaf in start)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(start))
     assert np.mean(log_prob) > 2 * np.mean(stats.norm.logpdf(y)) - 0.2
 
 
@@ -117,4 +117,4 @@ def test_a_parameter_that_follows_another_exactly_stays_finite():
     rng = np.random.default_rng(5)
     y = np.repeat(rng.normal(size=(400 + FRESH, 1)), 2, axis=1)
     start, log_prob = started(y, linear_gaussian(rng, y), (False, False))
-    assert all(np.all(np.isfinite(leaf)) for leaf in (*start, log_prob))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((start, log_prob)))
