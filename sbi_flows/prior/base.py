@@ -35,6 +35,7 @@ from sbi_flows.core.checks import (
     require_memory,
     require_real,
 )
+from sbi_flows.core.frames import in_order
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.pytrees import is_traced
 from sbi_flows.core.typing import Key
@@ -152,11 +153,11 @@ class Prior(abc.ABC):
         require_memory("n", (n, self.dim), jnp.result_type(float))
         return self.absolute(_sample(self, key, n))
 
-    def log_prob(self, theta: ArrayLike) -> Array:
+    def log_prob(self, theta: Any) -> Array:
         """Compute log densities (*) at theta (*, D); they are -inf outside the support."""
         return self.unchecked_log_prob(self._checked(theta))
 
-    def site_log_probs(self, theta: ArrayLike) -> dict[str, Array]:
+    def site_log_probs(self, theta: Any) -> dict[str, Array]:
         """Compute the log density (*) of each site's value at theta (*, D), by name.
 
         If the prior was cut to a box, these are the densities of the original prior. The dict is
@@ -164,7 +165,7 @@ class Prior(abc.ABC):
         """
         return self.unchecked_site_log_probs(self._checked(theta))
 
-    def contains(self, theta: ArrayLike) -> Array:
+    def contains(self, theta: Any) -> Array:
         """Return whether theta (*, D) is finite and in the support; bool of shape (*)."""
         return self.unchecked_contains(self._checked(theta))
 
@@ -181,11 +182,11 @@ class Prior(abc.ABC):
             arrays[name] = value
         return self.unchecked_flatten(arrays)
 
-    def unflatten(self, theta: ArrayLike) -> dict[str, Any]:
+    def unflatten(self, theta: Any) -> dict[str, Any]:
         """Split flat vectors (*, D) into named values `{name: (*, *event)}`."""
         return self.unchecked_unflatten(self._with_columns(self._exact("theta", theta)))
 
-    def structured(self, theta: ArrayLike) -> Any:
+    def structured(self, theta: Any) -> Any:
         """Convert theta (*, D) to the simulator's input: a dict of named values, or one array."""
         return self.unchecked_structured(self._with_columns(self._exact("theta", theta)))
 
@@ -193,7 +194,7 @@ class Prior(abc.ABC):
         """Map standard coordinates (*, d) to parameters (*, D) inside the support."""
         return self.absolute(self.unchecked_from_standard(self._checked_standard(y)))
 
-    def to_standard(self, theta: ArrayLike) -> Array:
+    def to_standard(self, theta: Any) -> Array:
         """Map parameters (*, D) inside the support to standard coordinates (*, d).
 
         In standard coordinates, every parameter whose prior has a CDF has mean 0 and variance 1:
@@ -201,7 +202,7 @@ class Prior(abc.ABC):
         """
         return self.unchecked_to_standard(self._checked(theta))
 
-    def standard_log_det(self, y: ArrayLike, theta: ArrayLike) -> Array:
+    def standard_log_det(self, y: ArrayLike, theta: Any) -> Array:
         """Compute the log absolute determinant of the Jacobian of `from_standard`.
 
         Args:
@@ -265,16 +266,26 @@ class Prior(abc.ABC):
         Values in double precision are subtracted on the host. Inside a JAX transformation, theta
         was already rounded to single precision.
         """
-        if not self.layout.offset:
-            return jnp.asarray(as_real_array("theta", theta))
-        if is_traced(theta):
-            return theta - jnp.broadcast_to(
-                jnp.asarray(self.layout.offset, theta.dtype), theta.shape
-            )
-        values = np.asarray(self._exact("theta", theta), np.float64) - np.asarray(
-            self.layout.offset
-        )
-        return jnp.asarray(values, jnp.result_type(float))
+        values, offset = self._exact("theta", theta), np.array(self.layout.offset)
+        if not len(offset):
+            return jnp.asarray(values)
+        if is_traced(values):
+            return jnp.subtract(values, jnp.broadcast_to(jnp.asarray(offset), values.shape))
+        return jnp.asarray(values - offset, jnp.result_type(float))
+
+    def by_name(self, theta: Any) -> Any:
+        """Return a dict or table of parameters as an array, or a table in the prior's order.
+
+        Args:
+            theta: A dict `{name: (*, *event)}`; or a table whose columns are the labels of a prior
+                with names. Arrays are returned unchanged.
+
+        Raises:
+            ValueError: The names are not those of the parameters.
+        """
+        if isinstance(theta, Mapping):
+            return self.flatten(theta)
+        return in_order("theta", theta, self.labels if self.is_named else None)
 
     def absolute(self, theta: Array) -> Array | np.ndarray:
         """Return theta (*, D) plus the offset.
@@ -305,13 +316,14 @@ class Prior(abc.ABC):
 
     def _exact(self, name: str, values: Any) -> Array | np.ndarray:
         """Convert parameters to an array; with an offset, to float64 on the host."""
+        values = self.by_name(values)
         if not self.layout.offset or is_traced(values):
             return jnp.asarray(as_real_array(name, values))
         array = as_array(name, values)
         require_real(name, array.dtype)
         return np.asarray(array, np.float64)
 
-    def _checked(self, theta: ArrayLike) -> Array:
+    def _checked(self, theta: Any) -> Array:
         """Return theta relative to the offset."""
         return self.relative(self._with_columns(self._exact("theta", theta)))
 

@@ -93,7 +93,7 @@ def simulate_at(
             of devices.
         prior: A prior, or anything that `as_prior` accepts. It defines the names of the parameters.
         simulator: As for `simulate`.
-        theta: Parameters, shape (n, D).
+        theta: Parameters, shape (n, D); a dict or a table is matched by name.
         executor: As for `simulate`.
         progress: As for `simulate`.
 
@@ -112,7 +112,8 @@ def simulate_at(
         >>> simulate_at(jax.random.key(0), dist.Normal(0, 1), noisy, [[0.0], [1.0]])
         Simulations(N=2, D=1, x=float32[], invalid=0)
     """
-    prior, theta = as_prior(prior), as_parameters(theta)
+    prior = as_prior(prior)
+    theta = as_parameters(prior.by_name(theta))
     if theta.shape[1] != prior.dim:
         raise ValueError(
             f"theta: expected {prior.dim} columns for {prior.labels}, got {theta.shape[1]}"

@@ -68,6 +68,24 @@ def test_columns_of_theta_are_matched_by_name():
     assert sims.aligned(sf.as_prior(dist.Normal(0, 1).expand([2]))) is sims
 
 
+def test_parameters_of_a_density_are_matched_by_name():
+    prior = sf.as_prior({"b": dist.Normal(3.0, 1.0), "a": dist.Normal(0, 1).expand([2])})
+    values = {"a": np.array([[0.1, 0.2]]), "b": np.array([3.5])}
+    expected = prior.log_prob(np.array([[3.5, 0.1, 0.2]]))
+    table = pandas.DataFrame({"a[1]": [0.2], "b": [3.5], "a[0]": [0.1]})
+    for theta in (values, table):
+        np.testing.assert_array_equal(prior.log_prob(theta), expected)
+        np.testing.assert_allclose(prior.from_standard(prior.to_standard(theta)), [[3.5, 0.1, 0.2]])
+
+    def simulator(key, theta):
+        return theta["b"] + 0.0 * theta["a"][0] + jax.random.normal(key)
+
+    sims = sf.simulate_at(jax.random.key(0), prior, simulator, table, progress=False)
+    np.testing.assert_allclose(sims.theta, [[3.5, 0.1, 0.2]], rtol=1e-6)
+    with pytest.raises(ValueError, match="expected a table with the columns b, a"):
+        prior.log_prob(table.rename(columns={"b": "c"}))
+
+
 def test_arrays_in_a_dict_of_theta_have_labels():
     sims = sf.Simulations({"s": np.zeros(5), "v": np.ones((5, 2))}, np.zeros((5, 1)))
     assert sims.names.theta == ("s", "v[0]", "v[1]")
