@@ -178,9 +178,12 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
         raise ArtefactError(f"prior: expected {expected}, got {prior}")
     _require_same_condition(prior, mass, expected)
     if user_prior is not None:
-        _require_same_points(prior, tensors, expected)
         if prior.layout.offset != offset:
-            raise ArtefactError(f"prior: expected {expected} with its offset, got {prior}")
+            raise ArtefactError(
+                f"prior: expected {expected} in the precision of the file, got {prior} with "
+                "another offset; set jax_enable_x64 as it was set when the file was written"
+            )
+        _require_same_points(prior, tensors, expected)
     return prior
 
 

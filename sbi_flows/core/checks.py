@@ -163,8 +163,12 @@ def as_tree(
             return True
         if isinstance(node, list) and not has_lists:
             return True
-        arrays = (Array, np.ndarray, dict, *kept)
-        return isinstance(node, list | tuple) and not any(isinstance(v, arrays) for v in node)
+        return isinstance(node, list | tuple) and not any(map(is_part, node))
+
+    def is_part(value: Any) -> bool:
+        """Return whether an entry of a list or a tuple is an array or a dict, not a number."""
+        is_array = hasattr(value, "__array__") and np.ndim(value) > 0
+        return is_array or isinstance(value, (dict, *kept))
 
     return jax.tree.map(leaf, tree, is_leaf=is_array)
 

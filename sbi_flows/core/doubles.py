@@ -25,8 +25,13 @@ MAX_ROUNDING = 1e-3
 SMALLEST, LARGEST = 1e-30, 1e30
 """Range of absolute values whose squares and quotients single precision can compute."""
 
+LARGE = 1e5
+"""Size from which values without a spread are kept exactly."""
+
+HALF_ULP = 2.0**-24
+"""Largest relative rounding error of single precision."""
+
 _MAX_ROWS, _MAX_SAMPLE_ENTRIES = 4096, 2**20
-_HALF_ULP = 2.0**-24
 
 
 def is_single_precision() -> bool:
@@ -42,9 +47,9 @@ def is_double(array: Any) -> bool:
 def needs_double(rows: np.ndarray) -> bool:
     """Return whether single precision loses information about the rows (N, ...) of an array.
 
-    It does if the rounding error in some column is not small compared with the spread of the
-    column, or if values are so large or so small that their squares cannot be computed. The spread
-    is estimated from evenly spaced rows.
+    Information is lost if the rounding error in a column is not small compared with the spread of
+    the column, or if squares of the values overflow or underflow. The spread is estimated from
+    evenly spaced rows. In a column of equal values, a value above 1e5 must be exact.
 
     Example:
         >>> needs_double(2459000.5 + np.arange(8.0)[:, None] / 10)
@@ -62,7 +67,11 @@ def needs_double(rows: np.ndarray) -> bool:
     size = np.max(np.abs(np.where(finite, sample, 0.0)), axis=0)
     if np.any((size > 0) & (size < SMALLEST)) or _exceeds(rows, LARGEST):
         return True
-    is_rounded = (_HALF_ULP / MAX_ROUNDING) * size > _middle_spread(sample, finite)
+    spread = _middle_spread(sample, finite)
+    is_rounded = (HALF_ULP / MAX_ROUNDING) * size > spread
+    # without a spread (in a single row, for example), large values have to be exact
+    first = np.where(finite, sample, 0.0)[0]
+    is_rounded |= np.isinf(spread) & (size > LARGE) & (first != first.astype(np.float32))
     return bool(np.any(is_rounded))
 
 

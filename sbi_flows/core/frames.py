@@ -4,7 +4,7 @@ The libraries are not imported: a table is recognised by its attributes.
 
 A dict of columns, or a dict that is a single row, is matched by name as well.
 
-Public names: `is_table`, `column_names`, `in_order`, `table_array`.
+Public names: `is_table`, `column_names`, `frame_columns`, `in_order`, `table_array`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from sbi_flows.core.pytrees import is_traced
 
 
 def is_table(value: Any) -> bool:
@@ -38,6 +41,11 @@ def column_names(value: Any) -> tuple[str, ...] | None:
     return tuple(names) if names and all(isinstance(name, str) for name in names) else None
 
 
+def frame_columns(value: Any) -> tuple[str, ...] | None:
+    """Return the names of a data frame's columns; None for a series and for numbered columns."""
+    return column_names(value) if hasattr(value, "columns") else None
+
+
 def in_order(name: str, value: Any, names: Sequence[str] | None) -> Any:
     """Return a table with its columns in the order of `names`.
 
@@ -58,7 +66,8 @@ def in_order(name: str, value: Any, names: Sequence[str] | None) -> Any:
             f"{name}: expected a table with the columns {', '.join(names)}, got {', '.join(found)}"
         )
     if isinstance(value, Mapping):
-        return np.stack([np.asarray(value[n]) for n in names], axis=-1)
+        stack = jnp.stack if is_traced(dict(value)) else np.stack
+        return stack([value[n] for n in names], axis=-1)
     return value if found == tuple(names) else value[list(names)]
 
 

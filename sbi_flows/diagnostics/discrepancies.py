@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbi_flows.core.checks import as_real_array, as_tree
+from sbi_flows.core.doubles import is_double
 from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.core.tables import p_text, table
 from sbi_flows.core.typing import Obs
@@ -207,14 +209,22 @@ def evaluate_discrepancies(
         return None
     theta = prior.structured(simulations.theta)
     n = len(simulations)
-    columns = [
-        [np.broadcast_to(_evaluate(d, x, theta), n) for d in traced]
-        for x in (simulations.x, observed)
-    ]
+    # JAX would round arrays in double precision before the function can subtract anything
+    precision = jax.enable_x64(True) if _has_doubles((theta, simulations.x)) else nullcontext()
+    with precision:
+        columns = [
+            [np.broadcast_to(_evaluate(d, x, theta), n) for d in traced]
+            for x in (simulations.x, observed)
+        ]
     values, observed_values = (np.stack(parts, axis=1) for parts in columns)
     labels = tuple(d.name for d in traced)
     p = two_sided_p_values(values, observed_values)
     return Discrepancies(labels, p, values, observed_values)
+
+
+def _has_doubles(tree: Any) -> bool:
+    """Return whether any array is in double precision on the host."""
+    return any(map(is_double, jax.tree.leaves(tree)))
 
 
 def _evaluate(discrepancy: TracedDiscrepancy, x: Obs, theta: Any) -> np.ndarray:

@@ -20,6 +20,7 @@ from jax import Array
 from sbi_flows import plots
 from sbi_flows.core.checks import require_count
 from sbi_flows.core.errors import SimulationFailed
+from sbi_flows.core.frames import in_order
 from sbi_flows.core.tables import p_text, table
 from sbi_flows.core.typing import Key, Obs, Simulator
 from sbi_flows.diagnostics.discrepancies import (
@@ -188,7 +189,7 @@ def predictive_check(
     if theta.ndim != 2:
         raise ValueError("x: expected one observation, got a batch")
     valid = simulate_at_draws(simulate_key, posterior.prior, simulator, theta, progress)
-    batch, _ = as_batch(x, observation_shape(valid.x))
+    batch, _ = as_batch(in_order("x", x, posterior.columns), observation_shape(valid.x))
     return dataclasses.replace(
         _compare(valid.x, batch, draws - len(valid)),
         embedding_p=_embedding_p(posterior, valid.x, batch),

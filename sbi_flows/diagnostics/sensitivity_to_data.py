@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from sbi_flows.core.checks import require_count, require_positive
 from sbi_flows.core.errors import SbiFlowsError
+from sbi_flows.core.frames import in_order
 from sbi_flows.core.tables import table
 from sbi_flows.core.typing import Key, Obs, Simulator
 from sbi_flows.diagnostics.predictive import MIN_DRAWS, simulate_at_draws
@@ -25,7 +26,7 @@ from sbi_flows.observations.standardise import (
     Standardiser,
     entry_labels,
     fit_standardiser,
-    flatten_rows,
+    rows_on_host,
 )
 from sbi_flows.plots.local import heat_map
 from sbi_flows.posteriors.adapter import PosteriorLike, as_posterior, single_shape
@@ -196,13 +197,14 @@ def data_sensitivity(
     if simulator is None and unit is None and standardiser is None:
         raise ValueError("unit: expected units or a simulator for this posterior, got neither")
     shapes = posterior.observation
+    x = in_order("x", x, posterior.columns)
     batch = _as_single(x, shapes)
     scales = None if unit is None else _unit_of_entries(unit, shapes)
 
     draw_key, simulate_key = jax.random.split(key)
     samples = np.asarray(posterior.sample(draw_key, x, draws))
     if scales is not None:
-        row, unit_text = np.asarray(flatten_rows(batch), float)[0], "the given units"
+        row, unit_text = rows_on_host(batch)[0], "the given units"
         low, high = row - step * scales, row + step * scales
     elif simulator is None:
         assert standardiser is not None  # checked above
@@ -264,7 +266,7 @@ def _unit_of_entries(unit: Obs, shapes: Obs) -> np.ndarray:
             raise ValueError(f"unit: {str(error).removeprefix('x: ')}") from None
         if not is_single:
             raise ValueError("unit: expected the shape of one observation, got a batch")
-        scales = np.asarray(flatten_rows(batch), float)[0]
+        scales = rows_on_host(batch)[0]
     if not np.all(np.isfinite(scales) & (scales > 0)):
         raise ValueError(f"unit: expected positive numbers, got {unit}")
     return scales
@@ -291,7 +293,7 @@ def _simulated_steps(simulated: Obs, batch: Obs, step: float) -> tuple[np.ndarra
     """
     as_batch(batch, observation_shape(simulated))  # raises if the shapes differ
     low, high = _standardised_steps(fit_standardiser(simulated), batch, step)
-    rows, row = (np.asarray(flatten_rows(x), float) for x in (simulated, batch))
+    rows, row = (rows_on_host(x) for x in (simulated, batch))
     is_constant = rows.min(axis=0) == rows.max(axis=0)
     return np.where(is_constant, row[0], low), np.where(is_constant, row[0], high)
 
@@ -300,7 +302,7 @@ def _representable(
     shapes: Obs, batch: Obs, low: np.ndarray, high: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Round low and high values (C,) of integer and boolean entries to values they can take."""
-    row = np.asarray(flatten_rows(batch), float)[0]
+    row = rows_on_host(batch)[0]
     dtypes = [d for s in jax.tree.leaves(shapes) for d in [s.dtype] * math.prod(s.shape)]
     is_bool = np.array([jnp.issubdtype(d, jnp.bool_) for d in dtypes])
     is_integer = np.array([jnp.issubdtype(d, jnp.integer) for d in dtypes])

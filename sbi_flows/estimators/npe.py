@@ -181,7 +181,7 @@ class NPE:
             CheckpointSpoilt: A file in the checkpoint folder is damaged.
         """
         began = time.perf_counter()
-        simulations = self._checked(simulations)
+        given, simulations = simulations, self._checked(simulations)
         drop_old_programs((len(simulations), simulations.num_valid))
         keys = FitKeys.of(key)
         problem = self._problem(keys, simulations)
@@ -194,7 +194,7 @@ class NPE:
             except EmulatorFailed as error:
                 warn_user(f"trained without the emulator: {error}", SbiFlowsWarning)
                 plain = self._without_emulator()
-                return plain.fit(key, simulations, progress=progress, summarise=summarise)
+                return plain.fit(key, given, progress=progress, summarise=summarise)
         complete = partial(problem.posterior, self.prior, key if summarise else None)
         blueprint, settings = problem.blueprint, {"members": self.members, "progress": progress}
         try:
@@ -208,7 +208,7 @@ class NPE:
             kept=problem.screened,
             seconds=time.perf_counter() - began,
         )
-        record = of_fit(self, simulations, history)
+        record = of_fit(self, given, history)
         return dataclasses.replace(complete(weights), record=record), history
 
     @property

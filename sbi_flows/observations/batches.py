@@ -72,6 +72,10 @@ def require_single(x: Obs, like: Obs, *, instead: str = "") -> None:
         raise ValueError(f"x: expected one observation, got a batch{instead}")
 
 
+_ROUNDED = (np.dtype(np.float16), np.dtype(jnp.bfloat16), np.dtype(np.float32))
+"""Dtypes in which a value has been rounded already."""
+
+
 def _as_exact_array(name: str, value: Any) -> Array | np.ndarray:
     """Convert a value to an array of real numbers in its own dtype."""
     array = as_array(name, value)
@@ -86,7 +90,13 @@ def _is_double(like: Any) -> bool:
 
 def _as_dtype_of(value: Any, like: Any) -> Any:
     """Convert an array to float64 if it stays on the host, and else to a dtype of JAX."""
-    if _is_double(like) and not is_traced(value):
+    if _is_double(like):
+        if is_traced(value) or value.dtype.kind not in "iufb" or value.dtype in _ROUNDED:
+            raise ValueError(
+                "x: expected NumPy numbers of float64, because single precision cannot hold the "
+                f"training data, got {value.dtype}; inside jit, grad or vmap, bind x before: "
+                "at = posterior.at(x)"
+            )
         return np.asarray(value, np.float64)
     return as_real_array("x", value)
 

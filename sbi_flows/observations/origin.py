@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sbi_flows.core.doubles import is_double, is_single_precision
+from sbi_flows.core.doubles import HALF_ULP, MAX_ROUNDING, is_double, is_single_precision
 from sbi_flows.core.pytrees import is_traced
 from sbi_flows.core.typing import Obs
 
@@ -115,7 +115,7 @@ def _offset_and_exponent(leaf: Any) -> tuple[np.ndarray, np.ndarray]:
     deviation = unit * np.sqrt(np.mean(((rows - middle) / unit) ** 2, axis=0))
     spread = np.where(high > low, high - low, deviation)
     # without an offset, positive values stay positive, so that their logarithm can be taken
-    is_far = 2.0**-24 * np.abs(middle) > 1e-4 * spread
+    is_far = HALF_ULP * np.abs(middle) > 0.1 * MAX_ROUNDING * spread
     size = np.where(is_far, spread, np.maximum(np.abs(middle), spread))
     exponent = np.frexp(np.where(size > 0, size, 1.0))[1]
     exponent = np.where(np.abs(exponent) > _MAX_EXPONENT, exponent, 0)

@@ -1,7 +1,7 @@
 """Standardisation: map observations to flat feature vectors with a robust location and scale.
 
-Public names: `Standardiser`, `fit_standardiser`, `features_of`, `flatten_rows`, `unflatten_rows`,
-`entry_labels`.
+Public names: `Standardiser`, `fit_standardiser`, `features_of`, `flatten_rows`, `rows_on_host`,
+`unflatten_rows`, `entry_labels`.
 """
 
 from __future__ import annotations
@@ -110,6 +110,12 @@ def flatten_rows(x: Obs) -> Array:
     """Join all leaves (B, *event) into one floating-point array (B, C)."""
     rows = [jnp.reshape(a, (a.shape[0], -1)) for a in jax.tree.leaves(x)]
     return jnp.concatenate([r.astype(jnp.result_type(float)) for r in rows], axis=-1)
+
+
+def rows_on_host(x: Obs) -> np.ndarray:
+    """Join all leaves (B, *event) into one NumPy array (B, C) of float64."""
+    rows = [np.asarray(a, np.float64).reshape(len(a), -1) for a in jax.tree.leaves(x)]
+    return np.concatenate(rows, axis=-1)
 
 
 def unflatten_rows(rows: Array, tree: Any, shapes: Shapes) -> Obs:

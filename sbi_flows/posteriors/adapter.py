@@ -16,7 +16,8 @@ import numpy as np
 from jax import Array
 
 from sbi_flows.artefact.layers import SavedPosterior
-from sbi_flows.core.checks import as_real_array, as_tree
+from sbi_flows.core.checks import as_array, as_tree
+from sbi_flows.core.doubles import as_data_array
 from sbi_flows.core.pytrees import register_pytree
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.observations.batches import as_batch
@@ -204,5 +205,5 @@ def single_shape(x: Obs) -> Obs:
     Raises:
         ValueError: x has entries that are not real numbers.
     """
-    arrays = as_tree("x", x, as_real_array)
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.asarray(a).dtype), arrays)
+    rows = as_tree("x", x, lambda name, value: as_data_array(name, as_array(name, value)[None]))
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rows)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -64,6 +64,11 @@ class AbstractPosterior(Bindable):
     def solved(self) -> bool:
         """Return `needs_ode`, which was called `solved` in earlier versions."""
         return self.needs_ode
+
+    @property
+    def columns(self) -> Sequence[str] | None:
+        """Names of the columns of the training observations, if they were given as a table."""
+        return self.origin.record.get("simulations", {}).get("columns")
 
     @property
     @abc.abstractmethod

@@ -28,6 +28,7 @@ from sbi_flows.artefact.strict import (
     expect_number,
     expect_type,
 )
+from sbi_flows.core.doubles import HALF_ULP, MAX_ROUNDING, is_single_precision
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.core.record import ReadOnlyDict
 from sbi_flows.core.typing import Obs
@@ -41,6 +42,9 @@ from sbi_flows.prior.prior import Prior
 
 _PRECISIONS = ("float32", "float64")
 _STANDARDISER = ("standardiser/center", "standardiser/scale", "standardiser/floor")
+MAX_FLOAT_EXPONENT = 1100
+"""Largest absolute exponent of an origin: float64 has exponents from -1074 to 1023."""
+
 _ORIGIN = {"high": "float32", "low": "float32", "exponent": "int32"}
 _FIELD_NAMES = (
     *("format", "written_by", "precision", "prior", "observation", "linear"),
@@ -213,6 +217,8 @@ def decode(header: DirectHeader, file: ArtefactFile, user_prior: Prior | None) -
     prior = priors.decode(header.prior, arrays, user_prior)
     dtype = jnp.result_type(float)
     center, scale, floor = (jnp.asarray(file.tensor(name), dtype) for name in _STANDARDISER)
+    if header.precision == "float64" and is_single_precision():
+        _require_resolved(*(file.tensor(name) for name in _STANDARDISER[:2]))
     weights = tuple(ensembles.weights_of(ensemble, file.tensor) for ensemble in header.ensembles)
     for ensemble, stacked, is_users in zip(
         header.ensembles, weights, header.needs_embedding, strict=True
@@ -235,10 +241,23 @@ def decode(header: DirectHeader, file: ArtefactFile, user_prior: Prior | None) -
     )
 
 
+def _require_resolved(center: np.ndarray, scale: np.ndarray) -> None:
+    """Raise ArtefactError if single precision cannot hold the observations of the fit."""
+    if np.any(HALF_ULP * np.abs(center) > MAX_ROUNDING * scale):
+        raise ArtefactError(
+            "observation: expected values that single precision resolves, got a file that was "
+            "written in double precision; call jax.config.update('jax_enable_x64', True) first"
+        )
+
+
 def _origin(header: DirectHeader, file: ArtefactFile) -> Origin | None:
     if not header.has_origin:
         return None
-    return Origin(**{n: jnp.asarray(file.tensor(f"standardiser/{n}")) for n in _ORIGIN})
+    arrays = {n: file.tensor(f"standardiser/{n}") for n in _ORIGIN}
+    is_bounded = np.all(np.abs(arrays["exponent"].astype(np.int64)) <= MAX_FLOAT_EXPONENT)
+    if not is_bounded or not all(np.all(np.isfinite(a)) for a in arrays.values()):
+        raise ArtefactError("standardiser: expected a finite offset and exponent, got others")
+    return Origin(**{n: jnp.asarray(a) for n, a in arrays.items()})
 
 
 def _shares(value: Any) -> tuple[list[dict[str, Any]], tuple[float, ...]]:

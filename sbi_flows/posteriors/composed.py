@@ -7,7 +7,7 @@ p(theta)^(1 - N) times the product of the p(theta | x_i). The score, which is th
 its logarithm, is therefore a weighted sum of the scores of the p(theta | x_i) and of the prior. At
 each noise level, the same sum of the noisy scores defines one density of a sequence. The
 sequence starts at a density that is easy to sample and ends at the composed posterior. A few steps
-of Langevin dynamics at each noise level move the draws from one density to the next.
+of Langevin dynamics at each noise level move the draws to the next density.
 
 Source: Geffner, Papamakarios & Mnih 2023, "Compositional Score Modeling for Simulation-Based
 Inference" (arXiv:2209.14249), equation 6 and algorithm 1. In contrast to the paper, the prior's
@@ -31,6 +31,7 @@ from jax import Array
 
 from sbi_flows.artefact.layers import Layer, LayerCodec, SavedPosterior
 from sbi_flows.core.checks import as_array, require_count, require_object
+from sbi_flows.core.frames import in_order
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.pytrees import register_pytree
 from sbi_flows.core.record import ReadOnlyDict
@@ -62,7 +63,7 @@ class ComposedPosterior(Derived):
     The base posterior is conditioned on one observation (*event). Here x is a set (N, *event) of
     such observations, for any N, or a batch of sets (B, N, *event). `log_prob` is the sum of the
     base posterior's log densities at the N observations minus (N - 1) times the prior's log
-    density, up to a constant of the set. Draws are made by approximate Langevin dynamics.
+    density, up to a constant. Draws are made by Langevin dynamics, which is approximate.
 
     To check a composed posterior, simulate sets: `sf.check(key, posterior, simulate_set)`, where
     `simulate_set(key, theta)` returns an array (N, *event).
@@ -138,10 +139,9 @@ class ComposedPosterior(Derived):
 
     def _sets(self, x: Obs) -> tuple[Obs, bool]:
         """Return sets (B, N, *event), and whether x was a single set."""
-        like = jax.tree.leaves(self.posterior.observation)[0]
+        x, like = in_order("x", x, self.columns), jax.tree.leaves(self.posterior.observation)[0]
         first = next(iter(jax.tree.leaves(x)), None)
-        extra = np.ndim(first) - len(like.shape) if first is not None else 0
-        if extra == 2:
+        if first is not None and np.ndim(first) == len(like.shape) + 2:
             if len({np.shape(leaf)[:2] for leaf in jax.tree.leaves(x)}) != 1:
                 raise ValueError("x: expected sets (B, N, *event) of equal B and N, got others")
             sets = jax.tree.map(partial(as_array, "x"), x)

@@ -6,7 +6,7 @@ Public names: `Posterior`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -16,9 +16,11 @@ import numpy as np
 from jax import Array
 
 from sbi_flows.artefact.layers import SavedPosterior
+from sbi_flows.core.errors import SbiFlowsWarning
 from sbi_flows.core.frames import in_order
-from sbi_flows.core.pytrees import register_pytree
+from sbi_flows.core.pytrees import is_traced, register_pytree
 from sbi_flows.core.typing import Key, Obs
+from sbi_flows.core.warn import warn_user
 from sbi_flows.densities.conditional import Blueprint, Weights, needs_ode
 from sbi_flows.densities.embedded import spaces_of
 from sbi_flows.observations.batches import as_batch
@@ -29,6 +31,9 @@ from sbi_flows.posteriors.base import AbstractPosterior
 from sbi_flows.posteriors.bound import in_chunks, split_draws
 from sbi_flows.prior.constrained import ConstrainedPrior
 from sbi_flows.prior.prior import Prior
+
+MIN_ACCEPTANCE = 0.03
+"""Smallest probability of a condition that is estimated with an error of at most 10%."""
 
 
 class _Constrained(NamedTuple):
@@ -125,7 +130,7 @@ class Posterior(AbstractPosterior):
 
     def is_single(self, x: Obs) -> bool:
         """Return whether x is one observation, not a batch; raise ValueError if it is neither."""
-        return as_batch(in_order("x", x, self._columns), self.observation)[1]
+        return as_batch(in_order("x", x, self.columns), self.observation)[1]
 
     def to_saved(self) -> SavedPosterior:
         """Return the data that `save` writes to the file.
@@ -138,14 +143,17 @@ class Posterior(AbstractPosterior):
 
     def _bind(self, x: Obs) -> tuple[_Bound, bool]:
         """Return prepared observations, and whether x was a single observation."""
-        batch, single = as_batch(in_order("x", x, self._columns), self.observation)
+        batch, single = as_batch(in_order("x", x, self.columns), self.observation)
         features = features_of(self.standardiser, batch)
         if not isinstance(self.prior, ConstrainedPrior):
             return features, single
         evaluate = partial(mixtures.log_acceptance, self._parts, self.prior, self.weights)
-        keys = jax.random.split(jax.random.key(0), len(features))
+        keys = jnp.repeat(jax.random.key(0)[None], len(features), axis=0)
         entries = mixtures.ACCEPTANCE_DRAWS * self.prior.dim
-        return _Constrained(features, in_chunks(evaluate, entries, features, keys)[0]), single
+        log_acceptance = in_chunks(evaluate, entries, features, keys)[0]
+        if not is_traced(log_acceptance):
+            _warn_of_few(np.exp(np.asarray(log_acceptance, float)))
+        return _Constrained(features, log_acceptance), single
 
     def _features_of(self, bound: _Bound) -> Array:
         return bound.features if isinstance(bound, _Constrained) else bound
@@ -184,11 +192,6 @@ class Posterior(AbstractPosterior):
         return log_prob
 
     @property
-    def _columns(self) -> Sequence[str] | None:
-        """Names of the columns of the training observations, if they came as a table."""
-        return self.record.get("simulations", {}).get("columns")
-
-    @property
     def _parts(self) -> mixtures.Parts:
         return tuple(zip(self.blueprints, self.shares, strict=True))
 
@@ -199,6 +202,18 @@ register_pytree(
     static=("blueprints", "shares", "observation"),
     facts={"record": {}, "typicality": None},
 )
+
+
+def _warn_of_few(acceptance: np.ndarray) -> None:
+    """Warn if probabilities (B,) of the prior's condition are too small to be estimated well."""
+    few = int(np.sum(acceptance < MIN_ACCEPTANCE))
+    if few:
+        warn_user(
+            f"x: at {few} of {len(acceptance)} observations, fewer than "
+            f"{100 * MIN_ACCEPTANCE:.0f}% of the network's draws meet the condition of the prior "
+            f"(down to {100 * acceptance.min():.1g}%); densities there may be off by over 10%",
+            SbiFlowsWarning,
+        )
 
 
 def _normalised(log_prob: Array, bound: _Bound) -> Array:

@@ -95,8 +95,14 @@ class RecalibratedPosterior(Derived):
     codec: ClassVar[LayerCodec] = RECALIBRATED
 
     def __post_init__(self) -> None:
-        """Raise ValueError if the prior has a condition, which moved draws could violate."""
+        """Raise ValueError if the prior has a condition or circular parameters."""
         require_no_condition(self.posterior.prior, "correct its regions by sf.conformal")
+        if self.posterior.prior.circular:
+            raise ValueError(
+                "posterior: expected a prior without circular parameters, whose quantiles depend "
+                f"on where the circle is cut, got {self.posterior.prior}; correct its regions by "
+                "sf.conformal"
+            )
 
     def __repr__(self) -> str:
         """Show the base posterior and the number of calibration data sets."""

@@ -35,7 +35,7 @@ from sbi_flows.core.checks import (
     require_memory,
     require_real,
 )
-from sbi_flows.core.frames import in_order
+from sbi_flows.core.frames import column_names, in_order
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.pytrees import is_traced
 from sbi_flows.core.typing import Key
@@ -285,7 +285,9 @@ class Prior(abc.ABC):
         """
         if isinstance(theta, Mapping):
             return self.flatten(theta)
-        return in_order("theta", theta, self.labels if self.is_named else None)
+        columns = column_names(theta)
+        is_known = columns is not None and sorted(columns) == sorted(self.labels)
+        return in_order("theta", theta, self.labels if self.is_named or is_known else None)
 
     def absolute(self, theta: Array) -> Array | np.ndarray:
         """Return theta (*, D) plus the offset.

@@ -114,11 +114,14 @@ class BoxPrior(Prior):
     """
 
     def __init__(self, base: Prior, low: npt.ArrayLike, high: npt.ArrayLike) -> None:
-        if not isinstance(base, SitePrior) or base.dependent:
-            dependent = sorted(base.dependent) if isinstance(base, SitePrior) else []
+        if not isinstance(base, SitePrior):
             raise ValueError(
-                "base: expected a prior that is not cut, of parameters that do not depend on each "
-                f"other, got {base}, of which {', '.join(dependent) or 'none'} do"
+                f"base: expected a prior without a box and without a condition, got {base}"
+            )
+        if base.dependent:
+            raise ValueError(
+                "base: expected parameters that do not depend on each other, got "
+                f"{base}, of which {', '.join(sorted(base.dependent))} do"
             )
         low, high = (np.array(bound, float) for bound in (low, high))
         if low.shape != (base.standard_dim,) or high.shape != low.shape or np.any(low >= high):
@@ -223,7 +226,7 @@ class BoxPrior(Prior):
     def unchecked_contains(self, theta: Array) -> Array:
         """Return whether theta (*, D) is in the support and in the box."""
         inside = self.base.unchecked_contains(theta)
-        safe = jnp.where(inside[..., None], theta, self.center(inside.shape))
+        safe = jnp.where(inside[..., None], theta, self.unchecked_center(inside.shape))
         y = self.base.unchecked_to_standard(safe)
         low, high = _rows(y, self._bounds.outer_low, self._bounds.outer_high)
         return inside & jnp.all((y >= low) & (y <= high), axis=-1)

@@ -20,9 +20,8 @@ from numpyro.distributions.truncated import (
     TwoSidedTruncatedDistribution,
 )
 
-from sbi_flows.core.doubles import MAX_ROUNDING, is_single_precision
-
-_HALF_ULP = 2.0**-24
+from sbi_flows.core.doubles import HALF_ULP, MAX_ROUNDING, is_single_precision
+from sbi_flows.core.pytrees import is_traced
 
 _LOCATION_SCALE = (
     *(dist.Normal, dist.Cauchy, dist.Laplace, dist.Logistic, dist.Gumbel, dist.StudentT),
@@ -55,11 +54,13 @@ def without_offset(
         >>> relative.low, relative.high, offset
         (-0.5, 0.5, array(2459000.5))
     """
+    if is_traced(distribution) or not is_single_precision():
+        return distribution, None
     place = _place(distribution)
-    if place is None or not is_single_precision():
+    if place is None:
         return distribution, None
     location, width = place
-    if not np.any(_HALF_ULP * np.abs(location) > MAX_ROUNDING * width):
+    if not np.any(HALF_ULP * np.abs(location) > MAX_ROUNDING * width):
         return distribution, None
     shape = (*distribution.batch_shape, *distribution.event_shape)
     return _moved(distribution, location), np.broadcast_to(location, shape).astype(float)

@@ -259,7 +259,7 @@ class SitePrior(Prior):
         if self.dependent:
             return {}
         batch, parts = theta.shape[:-1], {}
-        centers = self.unchecked_unflatten(self.center(batch))
+        centers = self.unchecked_unflatten(self.unchecked_center(batch))
         values = self.unchecked_unflatten(theta)
         for site, (name, value) in zip(self._sites, values.items(), strict=True):
             ok = jnp.reshape(in_support(site.support, value), (*batch, -1)).all(axis=-1)

@@ -20,6 +20,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jax import Array
 
+from sbi_flows.core.doubles import MAX_ROUNDING
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.pytrees import is_traced
 from sbi_flows.prior.checks import base_of
@@ -54,6 +55,10 @@ _KNOWN = (
 """Distributions that need no trial: their maps are a few elementary functions."""
 
 
+MIN_LOG_SCALE = 1e-3
+"""Smallest scale of a log-normal distribution that needs no trial."""
+
+
 class _Trial(NamedTuple):
     """Result of a trial; S is the number of sites.
 
@@ -65,6 +70,8 @@ class _Trial(NamedTuple):
         infinite: Fraction of draws whose standard coordinates are not finite, shape (S,).
         changed: Fraction of draws that the way to standard coordinates and back changes, shape
             (S,).
+        unresolved: Whether floating-point numbers are too far apart for the spread of the draws,
+            shape (S,).
         at_edge: Largest fraction of draws in which an entry has its largest or its smallest value,
             shape (S,).
     """
@@ -75,6 +82,7 @@ class _Trial(NamedTuple):
     zero_density: Any
     infinite: Any
     changed: Any
+    unresolved: Any
     at_edge: Any
 
 
@@ -140,7 +148,10 @@ def _with_maps(
 
 
 def _is_known(distribution: dist.Distribution) -> bool:
-    return type(base_of(distribution)) in _KNOWN
+    base = base_of(distribution)
+    if isinstance(base, dist.LogNormal) and bool(np.any(np.asarray(base.scale) < MIN_LOG_SCALE)):
+        return False  # the spread may be too small for the size of the values
+    return type(base) in _KNOWN
 
 
 def _has_transform(support: Any) -> bool:
@@ -199,6 +210,7 @@ def _tried(prior: SitePrior, theta: Array) -> _Trial:
         zero_density=jnp.mean(zero | ~prior.unchecked_contains(others)),
         infinite=_per_site(~jnp.isfinite(y), prior.layout.standard_shapes),
         changed=_per_site(_is_changed(theta, back), prior.layout.shapes),
+        unresolved=_is_unresolved(theta, prior.layout.shapes),
         at_edge=_fraction_at_edge(y, prior.layout.standard_shapes),
     )
 
@@ -220,10 +232,18 @@ def _is_changed(theta: Array, back: Array) -> Array:
     return ~(jnp.abs(back - theta) <= tolerance)
 
 
+def _is_unresolved(theta: Array, shapes: tuple[tuple[int, ...], ...]) -> Array:
+    """Return whether rounding errors are larger than a thousandth of the spread, shape (S,)."""
+    low, middle, high = jnp.nanquantile(theta, jnp.asarray([0.25, 0.5, 0.75]), axis=0)
+    rounding = 0.5 * jnp.finfo(theta.dtype).eps * jnp.abs(middle)
+    flags = rounding > MAX_ROUNDING * (high - low)
+    return jnp.stack([jnp.any(flags[part]) for part in _columns(shapes)])
+
+
 def _per_site(flags: Array, shapes: tuple[tuple[int, ...], ...]) -> Array:
-    """Return the fraction of rows (n, *) in which any entry of a site is flagged, shape (S,)."""
-    parts = [jnp.mean(jnp.any(flags[:, part], axis=-1)) for part in _columns(shapes)]
-    return jnp.stack(parts)
+    """Return the largest fraction of rows (n, *) in which an entry of a site is flagged, (S,)."""
+    fractions = jnp.mean(flags, axis=0)
+    return jnp.stack([jnp.max(fractions[part]) for part in _columns(shapes)])
 
 
 def _columns(shapes: tuple[tuple[int, ...], ...]) -> list[slice]:
@@ -245,6 +265,13 @@ def _require_success(prior: SitePrior, trial: _Trial) -> None:
                 f"{_percent(trial.outside[i])} of them outside, for example "
                 f"{np.asarray(value)!s:.80}; write a distribution whose `support` covers its "
                 "draws, such as dist.MixtureSameFamily of components with one support"
+            )
+        if trial.unresolved[i]:
+            raise ValueError(
+                f"{where} draws that {jnp.result_type(float)} resolves, got {kind}, whose spread "
+                "is too small for the size of its values; use the difference from a fixed value as "
+                "the parameter, and add the value in the simulator, or use "
+                "jax.config.update('jax_enable_x64', True)"
             )
         spoilt = max(trial.infinite[i], trial.changed[i])
         if spoilt > FEW or trial.at_edge[i] > MAX_EQUAL:

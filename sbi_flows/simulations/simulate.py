@@ -113,7 +113,7 @@ def simulate_at(
         Simulations(N=2, D=1, x=float32[], invalid=0)
     """
     prior = as_prior(prior)
-    theta = as_parameters(prior.by_name(theta))
+    theta = as_parameters(prior.by_name(theta), is_double=bool(prior.layout.offset))
     if theta.shape[1] != prior.dim:
         raise ValueError(
             f"theta: expected {prior.dim} columns for {prior.labels}, got {theta.shape[1]}"

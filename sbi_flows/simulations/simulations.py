@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from sbi_flows.core import doubles
 from sbi_flows.core.checks import (
     as_array,
     as_real_array,
@@ -25,9 +26,9 @@ from sbi_flows.core.checks import (
     require_real,
 )
 from sbi_flows.core.compilation import bounded
-from sbi_flows.core.doubles import as_data_array, is_double
+from sbi_flows.core.doubles import as_data_array
 from sbi_flows.core.errors import SbiFlowsWarning
-from sbi_flows.core.frames import column_names
+from sbi_flows.core.frames import frame_columns
 from sbi_flows.core.typing import Obs
 from sbi_flows.core.warn import warn_user
 from sbi_flows.prior.base import Prior, labels
@@ -104,7 +105,7 @@ class Simulations:
     ) -> None:
         """Check the user's arrays, and mark rows of x with NaN or infinity as invalid."""
         theta, theta_names = _named_columns(theta)
-        theta, names = as_parameters(theta), Names(theta_names, column_names(x))
+        theta, names = as_parameters(theta), Names(theta_names, frame_columns(x))
         n = len(theta)
         x = as_tree("x", x, as_data_array, kept=ON_DISK)
         _require_rows(x, n)
@@ -164,13 +165,16 @@ class Simulations:
     def aligned(self, prior: Prior) -> Simulations:
         """Return the simulations with the columns of theta in the order of a prior's parameters.
 
-        Columns without names, and columns for a prior without names, are taken in their order.
+        Columns without names are taken in their order. So are columns with other names than the
+        labels theta[0], theta[1], ... of a prior without names.
 
         Raises:
             ValueError: The names of the columns are not those of the prior's parameters.
         """
         found, wanted = self.names.theta, prior.labels
-        if found is None or not prior.is_named or found == tuple(wanted):
+        if found is None or found == tuple(wanted):
+            return self
+        if not prior.is_named and sorted(found) != sorted(wanted):
             return self
         if sorted(found) != sorted(wanted):
             raise ValueError(
@@ -191,7 +195,7 @@ class Simulations:
         """
         aligned = self.aligned(prior)
         has_columns = self.theta.shape[1] == prior.dim
-        if not has_columns or not (prior.layout.offset or is_double(aligned.theta)):
+        if not has_columns or not (prior.layout.offset or doubles.is_double(aligned.theta)):
             return aligned
         relative = jax.tree.map(lambda leaf: leaf, aligned)
         object.__setattr__(relative, "theta", prior.relative(aligned.theta))
@@ -255,13 +259,13 @@ def _as_leaf(leaf: Any) -> Array | np.ndarray | LazyArray:
     """Convert an array to a JAX array; return an array on disk or in double precision unchanged."""
     if isinstance(leaf, ON_DISK):
         return keep_on_disk(leaf)
-    return leaf if is_double(leaf) else jnp.asarray(as_real_array("x", leaf))
+    return leaf if doubles.is_double(leaf) else jnp.asarray(as_real_array("x", leaf))
 
 
 def finite_rows(x: Obs) -> Array:
     """Return whether each of the N rows is finite in all leaves of x, shape (N,)."""
     # JAX would round numbers in double precision, possibly to infinity
-    return _finite_rows(jax.tree.map(lambda a: np.isfinite(a) if is_double(a) else a, x))
+    return _finite_rows(jax.tree.map(lambda a: np.isfinite(a) if doubles.is_double(a) else a, x))
 
 
 @bounded
@@ -283,7 +287,7 @@ def _named_columns(theta: Any) -> tuple[Any, tuple[str, ...] | None]:
         ValueError: theta is a dict of arrays with different numbers of rows.
     """
     if not isinstance(theta, Mapping):
-        return theta, column_names(theta)
+        return theta, frame_columns(theta)
     arrays = {name: np.asarray(as_array(f"theta: {name}", a)) for name, a in theta.items()}
     rows = {a.shape[:1] for a in arrays.values()}
     if len(rows) != 1 or rows == {()}:
@@ -294,8 +298,13 @@ def _named_columns(theta: Any) -> tuple[Any, tuple[str, ...] | None]:
     return np.concatenate(columns, axis=1), tuple(names)
 
 
-def as_parameters(theta: Any) -> Array | np.ndarray:
+def as_parameters(theta: Any, *, is_double: bool = False) -> Array | np.ndarray:
     """Convert theta to a finite float array (N, D).
+
+    Args:
+        theta: The parameters.
+        is_double: Whether to keep float64 on the host in any case. Otherwise it is kept if single
+            precision loses information.
 
     Raises:
         ValueError: theta is not a finite numeric array with two axes, or it is empty.
@@ -307,13 +316,13 @@ def as_parameters(theta: Any) -> Array | np.ndarray:
         raise ValueError(f"theta: expected at least one row and column, got shape {array.shape}")
     require_real("theta", array.dtype)
     _require_sizes("theta", array.shape)
-    values = np.asarray(as_data_array("theta", array))
-    if not is_double(values):
+    values = np.asarray(array, float) if is_double else np.asarray(as_data_array("theta", array))
+    if not doubles.is_double(values):
         values = values.astype(jnp.result_type(float), copy=False)
     not_finite = int(np.sum(~np.isfinite(values).all(axis=-1)))
     if not_finite:
         raise ValueError(f"theta: expected finite values, got {not_finite} rows with NaN or inf")
-    return values if is_double(values) else jnp.asarray(values)
+    return values if doubles.is_double(values) else jnp.asarray(values)
 
 
 def _require_rows(x: Obs, n: int) -> None:
