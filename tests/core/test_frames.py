@@ -161,3 +161,28 @@ def test_masked_entries_of_an_external_simulator_fail_the_row():
     with pytest.warns(sf.SbiFlowsWarning, match="1 masked entries"):
         sims = sf.simulate_at(jax.random.key(0), prior, masked, [[1.0], [-1.0]], progress=False)
     np.testing.assert_array_equal(sims.valid, [False, True])
+
+
+def test_columns_of_a_prior_without_names_are_matched_by_their_labels():
+    prior = sf.as_prior(dist.Normal(jnp.array([0.0, 100.0]), 1.0))
+    swapped = pandas.DataFrame({"theta[1]": [100.5], "theta[0]": [0.5]})
+    assert prior.log_prob(swapped) == prior.log_prob(np.array([[0.5, 100.5]]))
+    sims = sf.Simulations(swapped, np.zeros((1, 1))).aligned(prior)
+    np.testing.assert_array_equal(sims.theta, [[0.5, 100.5]])
+    other = pandas.DataFrame({"a": [0.5], "b": [100.5]})
+    assert prior.log_prob(other) == prior.log_prob(swapped)
+
+
+def test_a_series_of_rows_with_labels_has_no_columns():
+    sims = sf.Simulations(np.zeros((3, 1)), pandas.Series([1.0, 2.0, 3.0], index=["r", "s", "t"]))
+    assert sims.names.x is None
+
+
+def test_tables_in_a_tuple_are_arrays_of_their_own():
+    first, second = tree((FRAME, FRAME[["a"]]))
+    assert first.shape == (30, 2) and second.shape == (30, 1)
+
+
+def test_a_dict_of_columns_can_be_traced():
+    stacked = jax.jit(lambda a: in_order("x", {"v": a, "u": 2 * a}, ("u", "v")))(1.0)
+    np.testing.assert_array_equal(stacked, [2.0, 1.0])

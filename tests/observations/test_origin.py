@@ -124,3 +124,34 @@ def test_a_file_that_is_mapped_into_memory(tmp_path):
     posterior, _ = npe.fit(jax.random.key(1), sims, progress=False)
     draws = np.asarray(posterior.sample(jax.random.key(2), np.array([2459000.512]), 2_000))
     assert abs(draws.mean() - 0.3 / 1.04) < 0.08 and draws.std() < 0.3
+
+
+@pytest.mark.promotes
+def test_an_observation_that_was_rounded_is_refused(dates):
+    posterior, _ = dates
+    message = "NumPy numbers of float64, because single precision cannot hold"
+    with pytest.raises(ValueError, match=message):
+        posterior.log_prob(jnp.zeros(1), jnp.array([2459000.5]))
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lambda x: posterior.log_prob(jnp.zeros(1), x))(jnp.array([2459000.5]))
+    assert np.isfinite(posterior.log_prob(jnp.zeros(1), [2459000.5]))
+
+
+def test_a_single_row_is_kept_exactly():
+    sims = sf.Simulations(np.zeros((1, 1)), [[2459000.54]])
+    assert sims.x[0, 0] == 2459000.54
+    assert isinstance(sf.Simulations(np.zeros((1, 1)), [[0.1]]).x, jax.Array)
+
+
+@pytest.mark.promotes
+def test_the_emulator_falls_back_with_the_users_simulations():
+    prior = sf.as_prior({"t": dist.Uniform(2459000.0, 2459001.0)})
+    theta = prior.sample(jax.random.key(0), 200)
+    sims = sf.Simulations(theta, np.concatenate([theta, theta], axis=1))
+    emulator = sf.Emulator(max_features=1)
+    settings = {"members": 1, "training": sf.Training(max_epochs=1)}
+    npe = sf.NPE(prior, sf.MAF(transforms=1), emulator=emulator, **settings)
+    with pytest.warns(sf.SbiFlowsWarning, match="trained without the emulator"):
+        posterior, _ = npe.fit(jax.random.key(1), sims, progress=False)
+    draws = posterior.sample(jax.random.key(2), np.full(2, 2459000.3), 50)
+    assert np.all((draws > 2459000.0) & (draws < 2459001.0))

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import numpyro.distributions as dist
 import pytest
 import scipy.stats
@@ -136,3 +137,29 @@ def test_inside_a_transformation_values_are_rounded():
     prior = sf.as_prior(dist.Uniform(T - 0.2, T + 0.2))
     theta = jax.jit(lambda p, key: p.sample(key, 3))(prior, jax.random.key(0))
     assert theta.dtype == jnp.float32 and np.all(np.abs(np.asarray(theta, float) - T) < 128)
+
+
+UNRESOLVED = {
+    "multivariate": dist.MultivariateNormal(jnp.full(2, 2459000.54), 1e-4 * jnp.eye(2)),
+    "circular": sf.Circular(2459000.0, 2459001.0),
+    "log-normal": dist.LogNormal(14.7, 1e-7),
+    "model": lambda: numpyro.sample("t", dist.Uniform(2459000.0, 2459001.0)),
+}
+
+
+@pytest.mark.parametrize("name", UNRESOLVED)
+def test_other_priors_that_precision_does_not_resolve_are_refused(name):
+    with pytest.raises(ValueError, match="spread is too small for the size of its values"):
+        sf.as_prior(UNRESOLVED[name])
+
+
+def test_parameters_may_be_traced():
+    log_prob = jax.jit(lambda m: sf.as_prior(dist.Normal(m, 1.0)).log_prob(jnp.zeros(1)))(0.0)
+    np.testing.assert_allclose(log_prob, -0.9189385, rtol=1e-6)
+
+
+def test_simulations_at_one_parameter_vector_keep_it_exactly(fitted):
+    prior, truth = fitted[0].prior, np.array([[T + 0.0321, 0.5]])
+    sims = sf.simulate_at(jax.random.key(0), prior, arrival, truth, progress=False)
+    np.testing.assert_array_equal(sims.theta, truth)
+    assert abs(float(sims.x[0, 0]) - truth[0, 0]) < 0.1
