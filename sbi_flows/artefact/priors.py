@@ -166,7 +166,7 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
         pairs = zip(names, shapes, sites, strict=True)
         distributions_by_name = {n: _site(n, shape, s, tensors) for n, shape, s in pairs}
         prior = SitePrior(
-            distributions_by_name, is_named=named, offset=offset, has_circles=bool(circular)
+            distributions_by_name, is_named=named, offset=offset, has_circular_maps=bool(circular)
         )
         prior = _with_maps(prior, maps, tensors, bool(circular))
     if cut:
@@ -208,13 +208,13 @@ def _encode_maps(prior: SitePrior, tensors: Tensors) -> dict[str, Any] | None:
     return {"kinds": [kind.__name__ for kind in prior.site_kinds], "whitening": list(arrays)}
 
 
-def _default_kinds(prior: SitePrior, has_circles: bool) -> tuple[MapKind, ...]:
-    settings = {"dependent": prior.dependent, "has_circles": has_circles}
+def _default_kinds(prior: SitePrior, has_circular_maps: bool) -> tuple[MapKind, ...]:
+    settings = {"dependent": prior.dependent, "has_circular_maps": has_circular_maps}
     return SitePrior(prior.distributions, is_named=prior.is_named, **settings).site_kinds
 
 
 def _with_maps(
-    prior: Prior, maps: Any, tensors: Mapping[str, np.ndarray], has_circles: bool
+    prior: Prior, maps: Any, tensors: Mapping[str, np.ndarray], has_circular_maps: bool
 ) -> Prior:
     """Return a prior with the maps of a file; files of earlier versions have the default ones.
 
@@ -222,12 +222,12 @@ def _with_maps(
         ArtefactError: The maps are malformed, or do not fit the prior.
     """
     if isinstance(prior, ConstrainedPrior):
-        base = _with_maps(prior.base, maps, tensors, has_circles)
+        base = _with_maps(prior.base, maps, tensors, has_circular_maps)
         assert isinstance(base, SitePrior)
         return prior if base is prior.base else prior.with_base(base)
     if not isinstance(prior, SitePrior):
         return prior
-    default = found = _default_kinds(prior, has_circles)
+    default = found = _default_kinds(prior, has_circular_maps)
     whitening = None
     if maps is not None:
         kinds, parts = expect_fields("prior.maps", maps, "kinds", "whitening")

@@ -1,6 +1,6 @@
 """Caches of compiled programs: the cache on disk, and the number of programs in memory.
 
-Public names: `enable_compilation_cache`, `bounded`, `drop_old_programs`.
+Public names: `enable_compilation_cache`, `compiled_per_size`, `drop_old_programs`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_SIZES = 8
 MAX_DROPS = 8
 """Number of drops after which all programs of the process are dropped."""
 
-_BOUNDED: list[Any] = []
+_COMPILED_PER_SIZE: list[Any] = []
 _LOCK = threading.Lock()
 
 
@@ -42,7 +42,7 @@ _FITS = _Fits()
 F = TypeVar("F")
 
 
-def bounded(function: F) -> F:
+def compiled_per_size(function: F) -> F:
     """Register a jitted function whose programs depend on the number of training rows.
 
     JAX keeps a program for every size, with about 40 MB for a fit. It offers no way to drop single
@@ -54,12 +54,12 @@ def bounded(function: F) -> F:
     Returns:
         The same function.
     """
-    _BOUNDED.append(function)
+    _COMPILED_PER_SIZE.append(function)
     return function
 
 
 def drop_old_programs(size: Hashable) -> None:
-    """Drop the programs of all `bounded` functions if a data set has the ninth new size.
+    """Drop the programs of all `compiled_per_size` functions if a data set has the ninth new size.
 
     JAX also keeps traces of its own functions, about 10 MB for each size, and can only drop them
     together with all programs of the process. This happens at every eighth drop. Programs that
@@ -70,7 +70,7 @@ def drop_old_programs(size: Hashable) -> None:
     """
     with _LOCK:
         if size not in _FITS.sizes and len(_FITS.sizes) >= MAX_SIZES:
-            for function in _BOUNDED:
+            for function in _COMPILED_PER_SIZE:
                 function.clear_cache()
             _FITS.sizes.clear()
             _FITS.drops += 1

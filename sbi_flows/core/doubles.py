@@ -62,11 +62,11 @@ def needs_double(rows: np.ndarray) -> bool:
     size = np.max(np.abs(np.where(finite, sample, 0.0)), axis=0)
     if np.any((size > 0) & (size < SMALLEST)) or _exceeds(rows, LARGEST):
         return True
-    is_rounded = (_HALF_ULP / MAX_ROUNDING) * size > _middle_spread(sample, finite)
+    is_rounded = (_HALF_ULP / MAX_ROUNDING) * size > _interquartile_range(sample, finite)
     return bool(np.any(is_rounded))
 
 
-def _middle_spread(sample: np.ndarray, finite: np.ndarray) -> np.ndarray:
+def _interquartile_range(sample: np.ndarray, finite: np.ndarray) -> np.ndarray:
     """Return the interquartile range of each column of (n, C); its sd if that range is zero.
 
     The result is infinite for constant columns, which hold no information that could be lost.

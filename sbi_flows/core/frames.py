@@ -4,7 +4,7 @@ The libraries are not imported: a table is recognised by its attributes.
 
 A dict of columns, or a dict that is a single row, is matched by name as well.
 
-Public names: `is_table`, `column_names`, `in_order`, `table_array`.
+Public names: `is_table`, `column_names`, `reorder_columns`, `table_array`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def column_names(value: Any) -> tuple[str, ...] | None:
     return tuple(names) if names and all(isinstance(name, str) for name in names) else None
 
 
-def in_order(name: str, value: Any, names: Sequence[str] | None) -> Any:
+def reorder_columns(name: str, value: Any, names: Sequence[str] | None) -> Any:
     """Return a table with its columns in the order of `names`.
 
     Args:

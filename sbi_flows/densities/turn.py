@@ -70,12 +70,12 @@ class Turn(NamedTuple):
             at_mean: Rotate to the mean direction, so that the bijector has no batch shape.
         """
         p = self.predictor(c)
-        directions = offsets(jnp.mean(p, axis=0) if at_mean else p)
+        directions = directions_of(jnp.mean(p, axis=0) if at_mean else p)
         places = np.maximum(np.cumsum(circular) - 1, 0)  # of an entry among the circular ones
         return Rotation(directions[..., places], circular)
 
 
-def offsets(predictor: Array) -> Array:
+def directions_of(predictor: Array) -> Array:
     """Return the directions (*, k) in standard coordinates, from predictors p (*, 3 k)."""
     cos, sin, angle = jnp.split(predictor, 3, axis=-1)
     return jnp.arctan2(sin, cos) * (HALF_WIDTH / math.pi) + angle
@@ -115,7 +115,7 @@ def fit_turn(ridge_path: RidgePath, y: Array, c: Array, train: Array, held_out: 
     def scores(turn: Turn) -> Array:
         """Return the mean log density (k,) of the held-out rows."""
         squares = [
-            jnp.mean(wrap(y[rows] - offsets(turn.predictor(c[rows]))) ** 2, axis=0)
+            jnp.mean(wrap(y[rows] - directions_of(turn.predictor(c[rows]))) ** 2, axis=0)
             for rows in (train, held_out)
         ]
         score = _log_density(squares[1], _log_scale(squares[0]))
@@ -157,7 +157,7 @@ def _refine(turn: Turn, y: Array, c: Array) -> Turn:
     optimiser = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, _ADAM_STEPS))
 
     def loss(turn: Turn) -> Array:
-        residual = (y - offsets(turn.predictor(c))) * (math.pi / HALF_WIDTH)
+        residual = (y - directions_of(turn.predictor(c))) * (math.pi / HALF_WIDTH)
         return jnp.mean(jnp.sum(1.0 - jnp.cos(residual), axis=1))
 
     def step(carry: tuple, _: None) -> tuple[tuple, None]:

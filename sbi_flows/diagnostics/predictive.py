@@ -218,7 +218,8 @@ def _compare(simulated: Obs, observed: Obs, num_failed: int) -> Predictive:
     """Compare one observation (1, *event) with simulations (n, *event)."""
     standardiser = fit_standardiser(simulated)
     # a common offset and scale do not change the ranks
-    simulated, observed = standardiser.relative(simulated), standardiser.relative(observed)
+    simulated = standardiser.subtract_origin(simulated)
+    observed = standardiser.subtract_origin(observed)
     standardiser = standardiser._replace(origin=None)
     simulated_rows, observed_row = flatten_rows(simulated), flatten_rows(observed)
     features = np.asarray(standardiser(simulated))

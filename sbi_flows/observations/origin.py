@@ -68,8 +68,8 @@ class Origin(NamedTuple):
         parts = []
         for leaf, end in zip(leaves, ends, strict=True):
             shape = leaf.shape[1:]
-            own = slice(end - math.prod(shape), end)
-            arrays = (jnp.reshape(a[own], (1, *shape)) for a in self)
+            entries = slice(end - math.prod(shape), end)
+            arrays = (jnp.reshape(a[entries], (1, *shape)) for a in self)
             parts.append(subtract(leaf, *arrays))
         return jax.tree.unflatten(tree, parts)
 

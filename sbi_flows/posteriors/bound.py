@@ -164,7 +164,7 @@ class AtObservation:
         modes = in_chunks(
             partial(_ascend, steps, self.posterior), self.prior.dim, self.bound, first
         )[0]
-        modes = self.prior.absolute(modes)
+        modes = self.prior.add_offset(modes)
         return modes[0] if self.is_single else modes
 
     def to_numpyro(self) -> PosteriorDistribution:
@@ -221,7 +221,7 @@ class AtObservation:
 
     def _draw(self, key: Key, n: int, *, with_log_prob: bool) -> tuple[Array | np.ndarray, Array]:
         draws, log_prob = self._draw_relative(key, n, with_log_prob=with_log_prob)
-        return self.prior.absolute(draws), log_prob
+        return self.prior.add_offset(draws), log_prob
 
     def _draw_relative(self, key: Key, n: int, *, with_log_prob: bool) -> tuple[Array, Array]:
         """Draw parameters relative to the prior's offset."""
@@ -233,7 +233,7 @@ class AtObservation:
         return self._require_solved(jnp.sum(draws, axis=-1) + log_prob, result)
 
     def _checked(self, theta: Any) -> Array:
-        theta = self.prior.relative(theta)
+        theta = self.prior.subtract_offset(theta)
         theta = theta.astype(jnp.result_type(float))
         dim, count = self.prior.dim, self._count
         if theta.ndim == 0 or theta.shape[-1] != dim:

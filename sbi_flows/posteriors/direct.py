@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from sbi_flows.artefact.layers import SavedPosterior
-from sbi_flows.core.frames import in_order
+from sbi_flows.core.frames import reorder_columns
 from sbi_flows.core.pytrees import register_pytree
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.densities.conditional import Blueprint, Weights, needs_ode
@@ -125,7 +125,7 @@ class Posterior(AbstractPosterior):
 
     def is_single(self, x: Obs) -> bool:
         """Return whether x is one observation, not a batch; raise ValueError if it is neither."""
-        return as_batch(in_order("x", x, self._columns), self.observation)[1]
+        return as_batch(reorder_columns("x", x, self._columns), self.observation)[1]
 
     def to_saved(self) -> SavedPosterior:
         """Return the data that `save` writes to the file.
@@ -138,7 +138,7 @@ class Posterior(AbstractPosterior):
 
     def _bind(self, x: Obs) -> tuple[_Bound, bool]:
         """Return prepared observations, and whether x was a single observation."""
-        batch, single = as_batch(in_order("x", x, self._columns), self.observation)
+        batch, single = as_batch(reorder_columns("x", x, self._columns), self.observation)
         features = features_of(self.standardiser, batch)
         if not isinstance(self.prior, ConstrainedPrior):
             return features, single

@@ -35,7 +35,7 @@ from sbi_flows.core.checks import (
     require_memory,
     require_real,
 )
-from sbi_flows.core.frames import in_order
+from sbi_flows.core.frames import reorder_columns
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.pytrees import is_traced
 from sbi_flows.core.typing import Key
@@ -151,7 +151,7 @@ class Prior(abc.ABC):
         key = as_random_key("key", key)
         require_count(0, n=n)
         require_memory("n", (n, self.dim), jnp.result_type(float))
-        return self.absolute(_sample(self, key, n))
+        return self.add_offset(_sample(self, key, n))
 
     def log_prob(self, theta: Any) -> Array:
         """Compute log densities (*) at theta (*, D); they are -inf outside the support."""
@@ -192,7 +192,7 @@ class Prior(abc.ABC):
 
     def from_standard(self, y: ArrayLike) -> Array | np.ndarray:
         """Map standard coordinates (*, d) to parameters (*, D) inside the support."""
-        return self.absolute(self.unchecked_from_standard(self._checked_standard(y)))
+        return self.add_offset(self.unchecked_from_standard(self._checked_standard(y)))
 
     def to_standard(self, theta: Any) -> Array:
         """Map parameters (*, D) inside the support to standard coordinates (*, d).
@@ -216,7 +216,7 @@ class Prior(abc.ABC):
 
     def center(self, batch: tuple[int, ...] = ()) -> Array | np.ndarray:
         """Return one point inside the support, repeated to the shape (*batch, D)."""
-        return self.absolute(self.unchecked_center(batch))
+        return self.add_offset(self.unchecked_center(batch))
 
     # methods for this package: these assume arrays of the right shapes
 
@@ -260,7 +260,7 @@ class Prior(abc.ABC):
         safe = jnp.where(inside[..., None], theta, self.unchecked_center(theta.shape[:-1]))
         return jnp.where(inside, self.unchecked_log_prob_inside(safe), -jnp.inf)
 
-    def relative(self, theta: Any) -> Array:
+    def subtract_offset(self, theta: Any) -> Array:
         """Return theta (*, D) minus the offset, in JAX's precision.
 
         Values in double precision are subtracted on the host. Inside a JAX transformation, theta
@@ -285,9 +285,9 @@ class Prior(abc.ABC):
         """
         if isinstance(theta, Mapping):
             return self.flatten(theta)
-        return in_order("theta", theta, self.labels if self.is_named else None)
+        return reorder_columns("theta", theta, self.labels if self.is_named else None)
 
-    def absolute(self, theta: Array) -> Array | np.ndarray:
+    def add_offset(self, theta: Array) -> Array | np.ndarray:
         """Return theta (*, D) plus the offset.
 
         With an offset, the result is a NumPy array of float64; inside a JAX transformation it is an
@@ -325,7 +325,7 @@ class Prior(abc.ABC):
 
     def _checked(self, theta: Any) -> Array:
         """Return theta relative to the offset."""
-        return self.relative(self._with_columns(self._exact("theta", theta)))
+        return self.subtract_offset(self._with_columns(self._exact("theta", theta)))
 
     def _with_columns(self, theta: Array | np.ndarray) -> Array | np.ndarray:
         """Raise ValueError unless theta has D columns."""

@@ -23,7 +23,7 @@ from sbi_flows.prior.models import is_same_function
 from sbi_flows.prior.prior import PriorLike, as_prior
 from sbi_flows.prior.site_prior import SitePrior
 
-NUM_DRAWS = 100_000
+NUM_MASS_DRAWS = 100_000
 """Number of draws from which the probability of the condition is estimated."""
 
 MIN_ACCEPTANCE = 1e-4
@@ -88,13 +88,13 @@ class ConstrainedPrior(Prior):
         self.base, self._condition = base, _Condition(condition)
         _require_bool(base, condition)
         accepted = _accepted(self._condition, base)
-        mass = accepted / NUM_DRAWS
+        mass = accepted / NUM_MASS_DRAWS
         if not is_traced(mass):
             mass = float(mass)
             if mass < MIN_ACCEPTANCE:
                 raise ValueError(
                     f"condition: expected a probability of at least {MIN_ACCEPTANCE} under the "
-                    f"prior, got {int(accepted)} of {NUM_DRAWS:,} draws that meet it; write a "
+                    f"prior, got {int(accepted)} of {NUM_MASS_DRAWS:,} draws that meet it; write a "
                     "prior that is closer to the condition"
                 )
         self._mass: Any = mass
@@ -142,7 +142,7 @@ class ConstrainedPrior(Prior):
     @property
     def mass_error(self) -> Any:
         """Standard error of `mass`."""
-        return (self._mass * (1.0 - self._mass) / NUM_DRAWS) ** 0.5
+        return (self._mass * (1.0 - self._mass) / NUM_MASS_DRAWS) ** 0.5
 
     def matches(self, other: Prior) -> bool:
         """Return whether another prior has the same base prior and the same condition."""
@@ -301,13 +301,13 @@ def _require_bool(base: SitePrior, condition: Callable[[Any], Any]) -> None:
 
 @partial(jax.jit, static_argnums=0)
 def _accepted(condition: _Condition, base: SitePrior) -> Array:
-    """Count how many of `NUM_DRAWS` draws of the base prior meet the condition."""
+    """Count how many of `NUM_MASS_DRAWS` draws of the base prior meet the condition."""
 
     def count(key: Key) -> Array:
         return jnp.sum(_meets(condition, base, base.unchecked_sample(key, _CHUNK)))
 
     key = jax.random.key(2, impl="threefry2x32")
-    return jnp.sum(jax.lax.map(count, jax.random.split(key, NUM_DRAWS // _CHUNK)))
+    return jnp.sum(jax.lax.map(count, jax.random.split(key, NUM_MASS_DRAWS // _CHUNK)))
 
 
 @jax.jit

@@ -4,7 +4,7 @@ Such a site is replaced by its distribution relative to an offset, which is comp
 precision. The offset is static data of the prior (`Layout.offset`). All computations are done with
 relative values; the methods for users subtract and add the offset on the host.
 
-Public names: `without_offset`, `without_offsets`.
+Public names: `split_offset`, `split_offsets`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TRUNCATED = {
 }
 
 
-def without_offset(
+def split_offset(
     distribution: dist.Distribution,
 ) -> tuple[dist.Distribution, np.ndarray | None]:
     """Split a distribution into a distribution near zero and an offset in double precision.
@@ -51,30 +51,30 @@ def without_offset(
         the shape of a value.
 
     Example:
-        >>> relative, offset = without_offset(dist.Uniform(2459000.0, 2459001.0))
+        >>> relative, offset = split_offset(dist.Uniform(2459000.0, 2459001.0))
         >>> relative.low, relative.high, offset
         (-0.5, 0.5, array(2459000.5))
     """
-    place = _place(distribution)
+    place = _location_and_width(distribution)
     if place is None or not is_single_precision():
         return distribution, None
     location, width = place
     if not np.any(_HALF_ULP * np.abs(location) > MAX_ROUNDING * width):
         return distribution, None
     shape = (*distribution.batch_shape, *distribution.event_shape)
-    return _moved(distribution, location), np.broadcast_to(location, shape).astype(float)
+    return _minus_location(distribution, location), np.broadcast_to(location, shape).astype(float)
 
 
-def without_offsets(
+def split_offsets(
     sites: Mapping[str, dist.Distribution],
 ) -> tuple[dict[str, dist.Distribution], tuple[float, ...]]:
-    """Apply `without_offset` to all sites of a prior.
+    """Apply `split_offset` to all sites of a prior.
 
     Returns:
         The distributions by name, and the offset of each entry of the flat vector; an empty tuple
         if no site has an offset.
     """
-    parts = {name: without_offset(distribution) for name, distribution in sites.items()}
+    parts = {name: split_offset(distribution) for name, distribution in sites.items()}
     relative = {name: distribution for name, (distribution, _) in parts.items()}
     if all(offset is None for _, offset in parts.values()):
         return relative, ()
@@ -85,17 +85,17 @@ def without_offsets(
     return relative, tuple(flat)
 
 
-def _place(distribution: dist.Distribution) -> tuple[np.ndarray, np.ndarray] | None:
+def _location_and_width(distribution: dist.Distribution) -> tuple[np.ndarray, np.ndarray] | None:
     """Return location and width in float64; None if the class of the distribution is not known."""
     if isinstance(distribution, dist.Independent | dist.ExpandedDistribution):
-        return _place(distribution.base_dist)
+        return _location_and_width(distribution.base_dist)
     if type(distribution) is dist.Uniform:
         low, high = (_double(v) for v in (distribution.low, distribution.high))
         return np.asarray(0.5 * (low + high)), np.asarray(high - low)
     if type(distribution) in _LOCATION_SCALE:
         return _double(distribution.loc), _double(distribution.scale)
     if type(distribution) in _TRUNCATED and type(distribution.base_dist) in _LOCATION_SCALE:
-        place = _place(distribution.base_dist)
+        place = _location_and_width(distribution.base_dist)
         assert place is not None
         bounds = [_double(getattr(distribution, n)) for n in _TRUNCATED[type(distribution)]]
         # the mass may lie in a tail, far from the location of the base distribution
@@ -107,19 +107,19 @@ def _place(distribution: dist.Distribution) -> tuple[np.ndarray, np.ndarray] | N
     return None
 
 
-def _moved(distribution: Any, location: np.ndarray) -> dist.Distribution:
+def _minus_location(distribution: Any, location: np.ndarray) -> dist.Distribution:
     """Return the distribution of the value minus `location`."""
     if isinstance(distribution, dist.Independent):
-        inner = _moved(distribution.base_dist, location)
+        inner = _minus_location(distribution.base_dist, location)
         return dist.Independent(inner, distribution.reinterpreted_batch_ndims)
     if isinstance(distribution, dist.ExpandedDistribution):
-        return _moved(distribution.base_dist, location).expand(distribution.batch_shape)
+        return _minus_location(distribution.base_dist, location).expand(distribution.batch_shape)
     if type(distribution) is dist.Uniform:
         return dist.Uniform(*(_minus(v, location) for v in (distribution.low, distribution.high)))
     if type(distribution) in _LOCATION_SCALE:
         arguments = {n: getattr(distribution, n) for n in type(distribution).arg_constraints}
         return type(distribution)(**{**arguments, "loc": _minus(distribution.loc, location)})
-    inner = _moved(distribution.base_dist, location)
+    inner = _minus_location(distribution.base_dist, location)
     names = _TRUNCATED[type(distribution)]
     bounds = {n: _minus(getattr(distribution, n), location) for n in names}
     return type(distribution)(inner, **bounds)

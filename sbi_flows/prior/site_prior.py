@@ -31,7 +31,7 @@ from sbi_flows.prior.maps import (
 )
 from sbi_flows.prior.models import Model, is_same, sample_model
 from sbi_flows.prior.sites import Site
-from sbi_flows.prior.supports import in_support, keep_rounding_inside, move_inside
+from sbi_flows.prior.supports import clip_rounding, in_support, move_inside
 from sbi_flows.prior.whitening import Whitening
 
 
@@ -66,7 +66,7 @@ class SitePrior(Prior):
         whitening: Affine map of the coordinates of all `SupportMap` sites; None for the identity.
         offset: Offset of each of the D entries, see `Layout`. The sites are the distributions of
             the values minus the offset.
-        has_circles: Whether circular parameters have a circular coordinate; see `map_kind`.
+        has_circular_maps: Whether circular parameters have a circular coordinate; see `map_kind`.
 
     Raises:
         ValueError: A site has no density, a parameter is out of range, or numpyro has no transform
@@ -83,14 +83,14 @@ class SitePrior(Prior):
         kinds: Sequence[MapKind] | None = None,
         whitening: Whitening | None = None,
         offset: tuple[float, ...] = (),
-        has_circles: bool = True,
+        has_circular_maps: bool = True,
     ) -> None:
         for name, distribution in sites.items():
             require_site(name, distribution)
         wrapped = {name: Site(distribution) for name, distribution in sites.items()}
         if kinds is None:
             kinds = [
-                map_kind(site, is_dependent=name in dependent, has_circles=has_circles)
+                map_kind(site, is_dependent=name in dependent, has_circular_maps=has_circular_maps)
                 for name, site in wrapped.items()
             ]
         pairs = zip(wrapped.items(), kinds, strict=True)
@@ -226,7 +226,7 @@ class SitePrior(Prior):
             values = {name: site.sample(k, (n,)) for (name, site), k in pairs}
         supports = zip(self.names, self._sites, strict=True)
         return self.unchecked_flatten(
-            {n: keep_rounding_inside(jnp.asarray(values[n]), s.support) for n, s in supports}
+            {n: clip_rounding(jnp.asarray(values[n]), s.support) for n, s in supports}
         )
 
     def unchecked_contains(self, theta: Array) -> Array:

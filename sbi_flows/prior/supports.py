@@ -4,7 +4,7 @@ numpyro's constraints compare exactly, and some of its inverse transforms are in
 closed edge, or lose all digits near it. The functions here allow for rounding errors, and the maps
 keep full relative precision up to the edge.
 
-Public names: `in_support`, `move_inside`, `keep_rounding_inside`, `keep_inside`, `transform_of`,
+Public names: `in_support`, `move_inside`, `clip_rounding`, `clip_to_bounds`, `transform_of`,
 `base_constraint`, `TOLERANCE`.
 """
 
@@ -114,16 +114,16 @@ def move_inside(value: Array, support: Any) -> Array:
     if type(base) is _SIMPLEX:
         return value
     if type(base) in (_ORDERED, _POSITIVE_ORDERED):
-        return _set_apart(value, math.inf)
+        return _separate_ties(value, math.inf)
     if isinstance(base, _LOWER) or type(base) is _FACTORS:
         eye = jnp.broadcast_to(jnp.eye(value.shape[-1], dtype=bool), value.shape)
         return jnp.where(eye, jnp.maximum(value, jnp.finfo(value.dtype).tiny), value)
     if type(base) is _CORRELATIONS or isinstance(base, _COVARIANCES):
         return _positive_definite(value)
-    return keep_inside(value, base)
+    return clip_to_bounds(value, base)
 
 
-def keep_inside(theta: Array, support: Any) -> Array:
+def clip_to_bounds(theta: Array, support: Any) -> Array:
     """Move values of a map that are on or beyond a bound to the nearest number inside.
 
     A map to a support leaves the support only by rounding. For example, a value that is rounded to
@@ -137,7 +137,7 @@ def keep_inside(theta: Array, support: Any) -> Array:
     return jnp.clip(theta, *_limits(base, theta))
 
 
-def keep_rounding_inside(theta: Array, support: Any) -> Array:
+def clip_rounding(theta: Array, support: Any) -> Array:
     """Move draws that rounding put on or beyond a bound inside; leave draws that are far outside.
 
     The allowed rounding error is `TOLERANCE` times the scale: the distance of the two bounds, the
@@ -152,7 +152,7 @@ def keep_rounding_inside(theta: Array, support: Any) -> Array:
     if type(base) is _SIMPLEX:
         return jnp.where(theta < -TOLERANCE, theta, move_inside(theta, base))
     if type(base) in (_ORDERED, _POSITIVE_ORDERED):
-        return _set_apart(theta, TOLERANCE)
+        return _separate_ties(theta, TOLERANCE)
     low, high = _limits(base, theta)
     clipped = jnp.clip(theta, low, high)
     bounds = [getattr(base, name, None) for name in ("lower_bound", "upper_bound")]
@@ -184,12 +184,12 @@ def _eps(like: Array) -> float:
 
 def _limits(support: Any, like: Array) -> tuple[Array, Array]:
     """Return the smallest and the largest number inside the bounds of a support."""
-    low = _beyond(getattr(support, "lower_bound", -jnp.inf), jnp.inf, like)
-    high = _beyond(getattr(support, "upper_bound", jnp.inf), -jnp.inf, like)
+    low = _next_number(getattr(support, "lower_bound", -jnp.inf), jnp.inf, like)
+    high = _next_number(getattr(support, "upper_bound", jnp.inf), -jnp.inf, like)
     return low, high
 
 
-def _beyond(bound: Any, towards: float, like: Array) -> Array:
+def _next_number(bound: Any, towards: float, like: Array) -> Array:
     """Return the number next to `bound` in direction `towards`, broadcastable with `like`."""
     bound = jnp.asarray(bound, like.dtype)
     step = jnp.nextafter(bound, jnp.full_like(bound, towards))
@@ -204,7 +204,7 @@ def _broadcast(value: Array, like: Array) -> Array:
     return jnp.reshape(value, (1,) * (like.ndim - value.ndim) + value.shape)
 
 
-def _set_apart(theta: Array, tolerance: float) -> Array:
+def _separate_ties(theta: Array, tolerance: float) -> Array:
     """Replace an entry that is not above its predecessor by the next number above that.
 
     Entries that are below their predecessor by more than `tolerance`, relative to their size, stay.
@@ -212,7 +212,7 @@ def _set_apart(theta: Array, tolerance: float) -> Array:
 
     def step(before: Array, entry: Array) -> tuple[Array, Array]:
         # the gradient treats both entries as equal: nextafter has no derivative
-        above = _beyond(jax.lax.stop_gradient(before), jnp.inf, before)
+        above = _next_number(jax.lax.stop_gradient(before), jnp.inf, before)
         size = jnp.maximum(jnp.abs(entry), jnp.abs(before))
         is_tie = (entry <= before) & (before - entry <= tolerance * size)
         entry = jnp.where(is_tie, above, entry)

@@ -3,7 +3,7 @@
 A distribution may state a wrong support, or lose all digits in its CDF. A thousand draws show this
 when the prior is made, before any simulation.
 
-Public names: `tried`, `NUM_DRAWS`, `NUM_TRIED`.
+Public names: `validated`, `NUM_WHITENING_DRAWS`, `NUM_TRIAL_DRAWS`.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from sbi_flows.prior.site_prior import SitePrior
 from sbi_flows.prior.supports import transform_of
 from sbi_flows.prior.whitening_fit import whitening_of
 
-NUM_DRAWS = 4096
+NUM_WHITENING_DRAWS = 4096
 """Number of draws from which the affine map of a prior is estimated."""
 
-NUM_TRIED = 1024
+NUM_TRIAL_DRAWS = 1024
 """Number of draws that are compared in a trial."""
 
-_MAX_DRAWN = 2**22
+_MAX_DRAW_ENTRIES = 2**22
 """Largest number of entries of the draws."""
 
 ROUND_TRIP = 1e-4
 """Largest error of a value that is mapped to standard coordinates and back, in standard deviations
 or relative to the distance from the median. One in a hundred values may have a larger error."""
 
-FEW = 0.005
+MAX_BAD_FRACTION = 0.005
 """Largest fraction of rows that rounding may spoil."""
 
-MAX_EQUAL = 0.95
+MAX_EDGE_FRACTION = 0.95
 """Largest fraction of draws that rounding may move to one number at an edge."""
 
-_KNOWN = (
+_TRUSTED = (
     *(dist.Normal, dist.Uniform, dist.LogNormal, dist.HalfNormal, dist.Exponential),
     *(dist.Cauchy, dist.HalfCauchy, dist.Laplace, dist.Logistic, dist.Gumbel),
 )
@@ -78,7 +78,7 @@ class _Trial(NamedTuple):
     at_edge: Any
 
 
-def tried(prior: SitePrior) -> SitePrior:
+def validated(prior: SitePrior) -> SitePrior:
     """Try a prior; return it with the maps that the trial has chosen.
 
     A site whose CDF loses its digits is mapped through its support instead. The coordinates of such
@@ -92,24 +92,26 @@ def tried(prior: SitePrior) -> SitePrior:
         return prior
     if not prior.is_model and all(map(_is_known, prior.distributions.values())):
         return prior
-    with _in_the_background():
-        theta = _implemented(prior, partial(_drawn, min(NUM_DRAWS, _MAX_DRAWN // prior.dim)))
+    with _without_user_settings():
+        theta = _call_implemented(
+            prior, partial(_draw, min(NUM_WHITENING_DRAWS, _MAX_DRAW_ENTRIES // prior.dim))
+        )
         kinds = list(prior.site_kinds)
-        prior, trial = _implemented(prior, partial(_with_maps, kinds, theta))
-        bad = (trial.infinite > FEW) | (trial.changed > FEW)
+        prior, trial = _call_implemented(prior, partial(_with_maps, kinds, theta))
+        bad = (trial.infinite > MAX_BAD_FRACTION) | (trial.changed > MAX_BAD_FRACTION)
         pairs = zip(prior.distributions.values(), kinds, bad, strict=True)
         others = [
             SupportMap if is_bad and _has_transform(site.support) else kind
             for site, kind, is_bad in pairs
         ]
         if others != kinds and np.all(trial.outside == 0.0):
-            prior, trial = _implemented(prior, partial(_with_maps, others, theta))
+            prior, trial = _call_implemented(prior, partial(_with_maps, others, theta))
     _require_success(prior, trial)
     return prior
 
 
 @contextlib.contextmanager
-def _in_the_background() -> Iterator[None]:
+def _without_user_settings() -> Iterator[None]:
     """Compute with concrete numbers, inside a trace too, and ignore the user's debugging settings.
 
     numpyro promotes ranks, and computes NaN in branches that it discards.
@@ -124,7 +126,7 @@ def _in_the_background() -> Iterator[None]:
 
 @partial(jax.jit, static_argnums=0)
 @full_precision
-def _drawn(count: int, prior: SitePrior) -> Array:
+def _draw(count: int, prior: SitePrior) -> Array:
     # one generator of random numbers for every user, so that equal priors have equal coordinates
     return prior.unchecked_sample(jax.random.key(0, impl="threefry2x32"), count)
 
@@ -136,11 +138,11 @@ def _with_maps(
     prior = prior.with_maps(kinds, None)
     whitening = whitening_of(prior, theta)
     prior = prior if whitening is None else prior.with_maps(kinds, whitening)
-    return prior, _Trial(*(np.asarray(part) for part in _tried(prior, theta)))
+    return prior, _Trial(*(np.asarray(part) for part in _run_trial(prior, theta)))
 
 
 def _is_known(distribution: dist.Distribution) -> bool:
-    return type(base_of(distribution)) in _KNOWN
+    return type(base_of(distribution)) in _TRUSTED
 
 
 def _has_transform(support: Any) -> bool:
@@ -151,7 +153,7 @@ def _has_transform(support: Any) -> bool:
     return True
 
 
-def _implemented(prior: SitePrior, function: Any) -> Any:
+def _call_implemented(prior: SitePrior, function: Any) -> Any:
     """Call a function of a prior; turn NotImplementedError of numpyro into ValueError."""
     try:
         return function(prior)
@@ -181,8 +183,8 @@ def _require_method(name: str, site: dist.Distribution, method: str) -> None:
 
 @jax.jit
 @full_precision
-def _tried(prior: SitePrior, theta: Array) -> _Trial:
-    theta = theta[:NUM_TRIED]
+def _run_trial(prior: SitePrior, theta: Array) -> _Trial:
+    theta = theta[:NUM_TRIAL_DRAWS]
     inside = prior.unchecked_sites_contain(theta)
     y = prior.unchecked_to_standard(theta)
     normal = jax.random.normal(jax.random.key(1, impl="threefry2x32"), y.shape, y.dtype)
@@ -247,7 +249,7 @@ def _require_success(prior: SitePrior, trial: _Trial) -> None:
                 "draws, such as dist.MixtureSameFamily of components with one support"
             )
         spoilt = max(trial.infinite[i], trial.changed[i])
-        if spoilt > FEW or trial.at_edge[i] > MAX_EQUAL:
+        if spoilt > MAX_BAD_FRACTION or trial.at_edge[i] > MAX_EDGE_FRACTION:
             raise ValueError(
                 f"{where} values that the floating-point precision can represent, got {kind}, of "
                 f"whose draws {_percent(max(spoilt, trial.at_edge[i]))} are rounded to an edge of "
@@ -255,13 +257,13 @@ def _require_success(prior: SitePrior, trial: _Trial) -> None:
                 "of the parameter, and compute the parameter in the simulator"
             )
     names = ", ".join(map(repr, prior.names))
-    if trial.bad_density > FEW:
+    if trial.bad_density > MAX_BAD_FRACTION:
         raise ValueError(
             f"prior site {names}: expected draws with a finite log density, got {prior}, of whose "
             f"draws {_percent(trial.bad_density)} have none; use the same condition in `sample` as "
             "in `log_prob` (sf.constrained(prior, condition) does), or less extreme parameters"
         )
-    if trial.zero_density > FEW:
+    if trial.zero_density > MAX_BAD_FRACTION:
         raise ValueError(
             f"prior site {names}: expected a finite log density at all points of the stated "
             f"support, got none at {_percent(trial.zero_density)} of them; state the support, or "

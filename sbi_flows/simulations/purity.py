@@ -53,7 +53,7 @@ _CONSTANT_KEY = (
     f"jax.random.split(key){_OUTSIDE}"
 )
 
-_KNOWN: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+_MESSAGES: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 """Error message of each function that was tested, empty if it is pure. JAX caches traces by
 function, so that a later trace would not run the Python code again."""
 
@@ -103,14 +103,14 @@ def trace_pure(simulator: Simulator, trace: Callable[[Simulator, bool], Any]) ->
 
 def _known(simulator: Simulator) -> str | None:
     try:
-        return _KNOWN.get(simulator)
+        return _MESSAGES.get(simulator)
     except TypeError:  # an object without hash or weak references
         return None
 
 
 def _remember(simulator: Simulator, message: str) -> None:
     try:
-        _KNOWN[simulator] = message
+        _MESSAGES[simulator] = message
     except TypeError:
         pass
 

@@ -24,7 +24,7 @@ from sbi_flows.core.checks import (
     require_memory,
     require_real,
 )
-from sbi_flows.core.compilation import bounded
+from sbi_flows.core.compilation import compiled_per_size
 from sbi_flows.core.doubles import as_data_array, is_double
 from sbi_flows.core.errors import SbiFlowsWarning
 from sbi_flows.core.frames import column_names
@@ -44,7 +44,7 @@ from sbi_flows.simulations.disk import (
 MAX_INDEX = 2**31 - 1
 """Maximum number of rows, and of entries in a row: the largest 32-bit index."""
 
-MAX_SILENT_ROWS, MAX_SILENT_FRACTION = 10, 0.1
+MIN_WARNING_ROWS, MIN_WARNING_FRACTION = 10, 0.1
 """Number and fraction of rows with NaN or infinity above which `Simulations` issues a warning."""
 
 
@@ -112,7 +112,7 @@ class Simulations:
         round = np.zeros(n, np.int32) if round is None else _integers("round", round, n, MAX_INDEX)
         _set_fields(self, theta, x, valid, round, names)
         not_finite = int(np.sum(np.asarray(valid, bool))) - self.num_valid
-        if not_finite > max(MAX_SILENT_ROWS, MAX_SILENT_FRACTION * n):
+        if not_finite > max(MIN_WARNING_ROWS, MIN_WARNING_FRACTION * n):
             warn_user(
                 f"x: {not_finite:,} of {n:,} rows contain NaN or infinity; a fit uses the other "
                 f"{self.num_valid:,}",
@@ -194,7 +194,7 @@ class Simulations:
         if not has_columns or not (prior.layout.offset or is_double(aligned.theta)):
             return aligned
         relative = jax.tree.map(lambda leaf: leaf, aligned)
-        object.__setattr__(relative, "theta", prior.relative(aligned.theta))
+        object.__setattr__(relative, "theta", prior.subtract_offset(aligned.theta))
         return relative
 
     def only_valid(self) -> Simulations:
@@ -264,7 +264,7 @@ def finite_rows(x: Obs) -> Array:
     return _finite_rows(jax.tree.map(lambda a: np.isfinite(a) if is_double(a) else a, x))
 
 
-@bounded
+@compiled_per_size
 @jax.jit
 def _finite_rows(x: Obs) -> Array:
     rows = [jnp.all(jnp.isfinite(a), axis=tuple(range(1, a.ndim))) for a in jax.tree.leaves(x)]

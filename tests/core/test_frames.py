@@ -10,7 +10,7 @@ import pytest
 
 import sbi_flows as sf
 from sbi_flows.core.checks import as_real_array, as_tree
-from sbi_flows.core.frames import in_order
+from sbi_flows.core.frames import reorder_columns
 
 pandas = pytest.importorskip("pandas")
 RNG = np.random.default_rng(0)
@@ -133,8 +133,8 @@ def test_columns_of_any_kind():
 
 
 def test_order_is_kept_where_names_are_not_known():
-    assert in_order("x", FRAME, None) is FRAME
-    assert in_order("x", np.zeros(2), ("a", "b")).shape == (2,)
+    assert reorder_columns("x", FRAME, None) is FRAME
+    assert reorder_columns("x", np.zeros(2), ("a", "b")).shape == (2,)
 
 
 def test_many_invalid_rows_are_counted_once():

@@ -78,9 +78,9 @@ def test_an_angle_of_a_model_may_depend_on_other_parameters():
 
 def test_priors_without_circular_parameters_say_so():
     assert sf.as_prior({"a": dist.Uniform(-np.pi, np.pi), "b": dist.Normal(0, 1)}).circular == ()
-    assert SitePrior({"a": dist.VonMises(0.0, 1.0)}, is_named=True, has_circles=False).bounded == (
-        False,
-    )
+    assert SitePrior(
+        {"a": dist.VonMises(0.0, 1.0)}, is_named=True, has_circular_maps=False
+    ).bounded == (False,)
 
 
 @pytest.mark.parametrize(

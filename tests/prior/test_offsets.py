@@ -9,7 +9,7 @@ import scipy.stats
 
 import sbi_flows as sf
 from sbi_flows.prior.box import BoxPrior
-from sbi_flows.prior.offsets import without_offset
+from sbi_flows.prior.offsets import split_offset
 from simulators import external_simulator
 
 T = 1126259462.4
@@ -44,7 +44,7 @@ def test_draws_and_densities_are_those_in_double_precision(name):
 
 def test_ordinary_priors_have_no_offset():
     for distribution in (dist.Uniform(0, 1), dist.Normal(1e3, 1.0), dist.Uniform(-1e9, 1e9)):
-        assert without_offset(distribution) == (distribution, None)
+        assert split_offset(distribution) == (distribution, None)
         assert sf.as_prior(distribution).offset is None
 
 
