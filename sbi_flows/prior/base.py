@@ -61,11 +61,11 @@ class Prior(abc.ABC):
         circular: For each of the d standard coordinates, True if its two ends are the same point.
             Empty if the prior has no circular parameter.
         is_named: True if the simulator receives a dict of parameters, False if one array.
-        mass: Fraction of the original prior's probability inside the box that it was cut to; 1 if
-            the prior was not cut.
-        offset: Location that is removed from the parameters in double precision, because single
-            precision cannot hold them (a Julian date, for example), shape (D,); None for other
-            priors. With an offset, parameters are NumPy arrays of float64.
+        mass: Probability of the box or condition to which the prior is restricted, under the
+            original prior; 1 if the prior is not restricted.
+        offset: Location that is subtracted from the parameters in double precision, because single
+            precision cannot represent them (a Julian date, for example), shape (D,); None if it is
+            not needed. With an offset, parameters are NumPy arrays of float64.
 
     Example:
         >>> import jax, numpyro.distributions as dist, sbi_flows as sf
@@ -84,7 +84,7 @@ class Prior(abc.ABC):
     @property
     @abc.abstractmethod
     def mass(self) -> Any:
-        """Fraction of the original prior's probability inside the box; 1 if it was not cut."""
+        """Probability of the box or condition under the original prior; 1 without either."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -118,7 +118,7 @@ class Prior(abc.ABC):
 
     @property
     def offset(self) -> np.ndarray | None:
-        """Location that is removed in double precision, shape (D,); None if it is not needed."""
+        """Location that is subtracted in double precision, shape (D,); None if it is not needed."""
         return np.array(self.layout.offset) if self.layout.offset else None
 
     @property
@@ -263,8 +263,8 @@ class Prior(abc.ABC):
     def subtract_offset(self, theta: Any) -> Array:
         """Return theta (*, D) minus the offset, in JAX's precision.
 
-        Values in double precision are subtracted on the host. Inside a JAX transformation, theta
-        was already rounded to single precision.
+        The difference is computed in double precision on the host. Inside a JAX transformation,
+        theta was already rounded to single precision.
         """
         values, offset = self._exact("theta", theta), np.array(self.layout.offset)
         if not len(offset):
@@ -274,14 +274,15 @@ class Prior(abc.ABC):
         return jnp.asarray(values - offset, jnp.result_type(float))
 
     def by_name(self, theta: Any) -> Any:
-        """Return a dict or table of parameters as an array, or a table in the prior's order.
+        """Match parameters by name: flatten a dict, or reorder the columns of a table.
 
         Args:
-            theta: A dict `{name: (*, *event)}`; or a table whose columns are the labels of a prior
-                with names. Arrays are returned unchanged.
+            theta: A dict `{name: (*, *event)}`, which becomes an array (*, D); or a table, whose
+                columns are put in the order of the labels if the prior has names. Arrays are
+                returned unchanged.
 
         Raises:
-            ValueError: The names are not those of the parameters.
+            ValueError: The names differ from those of the parameters.
         """
         if isinstance(theta, Mapping):
             return self.flatten(theta)
@@ -324,7 +325,7 @@ class Prior(abc.ABC):
         return np.asarray(array, np.float64)
 
     def _checked(self, theta: Any) -> Array:
-        """Return theta relative to the offset."""
+        """Return theta (*, D) minus the offset; raise ValueError if its shape is wrong."""
         return self.subtract_offset(self._with_columns(self._exact("theta", theta)))
 
     def _with_columns(self, theta: Array | np.ndarray) -> Array | np.ndarray:

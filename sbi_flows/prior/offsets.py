@@ -1,8 +1,9 @@
-"""Offsets of priors that single precision cannot hold, such as a uniform prior of a Julian date.
+"""Split a narrow distribution far from zero into an offset and a distribution near zero.
 
-Such a site is replaced by its distribution relative to an offset, which is computed in double
-precision. The offset is static data of the prior (`Layout.offset`). All computations are done with
-relative values; the methods for users subtract and add the offset on the host.
+Single precision cannot represent the values of, for example, a uniform prior of a Julian date. The
+distribution of the value minus an offset replaces the distribution of such a site. The offset is
+computed in double precision and is static data of the prior (`Layout.offset`). JAX computes with
+values minus the offset. The methods for users subtract and add the offset on the host.
 
 Public names: `split_offset`, `split_offsets`.
 """
@@ -28,7 +29,7 @@ _LOCATION_SCALE = (
     *(dist.Normal, dist.Cauchy, dist.Laplace, dist.Logistic, dist.Gumbel, dist.StudentT),
     dist.SoftLaplace,
 )
-"""Distributions that are moved by changing `loc`."""
+"""Distributions that are translated by changing `loc`."""
 
 _TRUNCATED = {
     LeftTruncatedDistribution: ("low",),
@@ -46,19 +47,19 @@ def split_offset(
         distribution: The distribution of a site.
 
     Returns:
-        The distribution and None if single precision resolves its width, or if its class is not
-        known here. Otherwise the distribution of the value minus the offset, and the offset, with
-        the shape of a value.
+        Distribution of the value minus the offset, and the offset, which has the shape of a value.
+        If single precision resolves the width of the distribution, or if its class is not
+        supported, the same distribution and None.
 
     Example:
-        >>> relative, offset = split_offset(dist.Uniform(2459000.0, 2459001.0))
-        >>> relative.low, relative.high, offset
+        >>> near_zero, offset = split_offset(dist.Uniform(2459000.0, 2459001.0))
+        >>> near_zero.low, near_zero.high, offset
         (-0.5, 0.5, array(2459000.5))
     """
-    place = _location_and_width(distribution)
-    if place is None or not is_single_precision():
+    pair = _location_and_width(distribution)
+    if pair is None or not is_single_precision():
         return distribution, None
-    location, width = place
+    location, width = pair
     if not np.any(_HALF_ULP * np.abs(location) > MAX_ROUNDING * width):
         return distribution, None
     shape = (*distribution.batch_shape, *distribution.event_shape)
@@ -71,22 +72,22 @@ def split_offsets(
     """Apply `split_offset` to all sites of a prior.
 
     Returns:
-        The distributions by name, and the offset of each entry of the flat vector; an empty tuple
-        if no site has an offset.
+        Distributions of the values minus their offsets, by name; and the offset of each of the D
+        entries of the flat vector, an empty tuple if no site has an offset.
     """
     parts = {name: split_offset(distribution) for name, distribution in sites.items()}
-    relative = {name: distribution for name, (distribution, _) in parts.items()}
+    distributions = {name: distribution for name, (distribution, _) in parts.items()}
     if all(offset is None for _, offset in parts.values()):
-        return relative, ()
+        return distributions, ()
     flat: list[float] = []
     for distribution, offset in parts.values():
         shape = (*distribution.batch_shape, *distribution.event_shape)
         flat += np.broadcast_to(0.0 if offset is None else offset, shape).ravel().tolist()
-    return relative, tuple(flat)
+    return distributions, tuple(flat)
 
 
 def _location_and_width(distribution: dist.Distribution) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return location and width in float64; None if the class of the distribution is not known."""
+    """Return location and width in float64; None if the distribution's class is not supported."""
     if isinstance(distribution, dist.Independent | dist.ExpandedDistribution):
         return _location_and_width(distribution.base_dist)
     if type(distribution) is dist.Uniform:
@@ -95,15 +96,15 @@ def _location_and_width(distribution: dist.Distribution) -> tuple[np.ndarray, np
     if type(distribution) in _LOCATION_SCALE:
         return _double(distribution.loc), _double(distribution.scale)
     if type(distribution) in _TRUNCATED and type(distribution.base_dist) in _LOCATION_SCALE:
-        place = _location_and_width(distribution.base_dist)
-        assert place is not None
+        base = _location_and_width(distribution.base_dist)
+        assert base is not None
         bounds = [_double(getattr(distribution, n)) for n in _TRUNCATED[type(distribution)]]
         # the mass may lie in a tail, far from the location of the base distribution
         if len(bounds) < 2:
-            return place
+            return base
         low, high = bounds
-        width = np.minimum(place[1], high - low)
-        return np.asarray(np.clip(place[0], low, high)), np.asarray(width)
+        width = np.minimum(base[1], high - low)
+        return np.asarray(np.clip(base[0], low, high)), np.asarray(width)
     return None
 
 

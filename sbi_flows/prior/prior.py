@@ -68,10 +68,10 @@ def as_prior(prior: PriorLike) -> Prior:
 
 
 def _from_sites(sites: Mapping[str, dist.Distribution], *, is_named: bool) -> Prior:
-    """Build a prior from distributions by name, and try it."""
+    """Build a prior from distributions by name, and validate it with draws."""
     require_free_names(sites)
-    relative, offset = split_offsets(sites)
-    return validated(SitePrior(relative, is_named=is_named, offset=offset))
+    distributions, offset = split_offsets(sites)
+    return validated(SitePrior(distributions, is_named=is_named, offset=offset))
 
 
 def _from_model(model: Callable[[], Any]) -> Prior:

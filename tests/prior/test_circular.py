@@ -88,7 +88,10 @@ def test_priors_without_circular_parameters_say_so():
     [
         (lambda: sf.Circular(dist.Normal(0, 1)), r"on an interval, got Normal"),
         (lambda: sf.Circular(dist.Uniform(0, 1).expand([2]).to_event(1)), r"event shape \(2,\)"),
-        (lambda: sf.Circular(dist.Uniform(0, 1), 2.0), r"high: expected none beside"),
+        (
+            lambda: sf.Circular(dist.Uniform(0, 1), 2.0),
+            r"high: expected None if `low` is a distribution, got 2",
+        ),
         (lambda: sf.as_prior(sf.Circular(3.0, 1.0)), r"bounds of .* with low < high"),
     ],
 )
