@@ -1,9 +1,9 @@
-"""Arrays in double precision on the host, for values that JAX's single precision cannot hold.
+"""Arrays in double precision on the host, for values that single precision cannot represent.
 
 By default JAX computes in single precision (float32). A Julian date such as 2459000.54 would be
 rounded to a quarter of a day, and 1e39 would become infinite. An array of such values stays a NumPy
-array of float64 until a location is subtracted and a scale is divided out. If `jax_enable_x64` is
-set, JAX holds the values itself, and no array stays on the host.
+array of float64 until a location is subtracted and the result is divided by a scale. If
+`jax_enable_x64` is set, all arrays are JAX arrays.
 
 Public names: `is_single_precision`, `is_double`, `needs_double`, `as_data_array`.
 """
@@ -23,7 +23,7 @@ MAX_ROUNDING = 1e-3
 """Maximum rounding error of single precision, in units of the interquartile range of a column."""
 
 SMALLEST, LARGEST = 1e-30, 1e30
-"""Range of absolute values whose squares and quotients single precision can compute."""
+"""Range of absolute values whose squares and quotients do not overflow or vanish in float32."""
 
 _MAX_ROWS, _MAX_SAMPLE_ENTRIES = 4096, 2**20
 _HALF_ULP = 2.0**-24
@@ -40,11 +40,11 @@ def is_double(array: Any) -> bool:
 
 
 def needs_double(rows: np.ndarray) -> bool:
-    """Return whether single precision loses information about the rows (N, ...) of an array.
+    """Return whether rounding the rows (N, ...) of an array to float32 loses information.
 
-    It does if the rounding error in some column is not small compared with the spread of the
-    column, or if values are so large or so small that their squares cannot be computed. The spread
-    is estimated from evenly spaced rows.
+    The result is True if the rounding error of a column exceeds `MAX_ROUNDING` times its
+    interquartile range, or if absolute values are outside `SMALLEST` to `LARGEST`. The range is
+    estimated from evenly spaced rows.
 
     Example:
         >>> needs_double(2459000.5 + np.arange(8.0)[:, None] / 10)
@@ -67,9 +67,10 @@ def needs_double(rows: np.ndarray) -> bool:
 
 
 def _interquartile_range(sample: np.ndarray, finite: np.ndarray) -> np.ndarray:
-    """Return the interquartile range of each column of (n, C); its sd if that range is zero.
+    """Return the interquartile range of each column of (n, C).
 
-    The result is infinite for constant columns, which hold no information that could be lost.
+    If it is zero, the result is the standard deviation. For constant columns, which contain no
+    information, it is infinite.
     """
     filled = sample if finite.all() else np.where(finite, sample, np.nan)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
@@ -81,24 +82,25 @@ def _interquartile_range(sample: np.ndarray, finite: np.ndarray) -> np.ndarray:
 
 
 def _exceeds(rows: np.ndarray, limit: float) -> bool:
-    """Return whether any finite value is larger than `limit` in absolute value."""
+    """Return whether the absolute value of any finite entry exceeds `limit`."""
     with np.errstate(invalid="ignore"):
         return bool(np.any((np.abs(rows) > limit) & np.isfinite(rows)))
 
 
 def as_data_array(name: str, value: Any) -> Array | np.ndarray:
-    """Convert rows of data to an array of real numbers, in double precision if it is needed.
+    """Convert rows of data to an array of real numbers, in double precision if necessary.
 
     Args:
         name: Name of the argument, for error messages.
         value: Rows (N, ...).
 
     Returns:
-        A NumPy array of float64 if JAX's single precision would lose information (`needs_double`).
-        Otherwise the same as `as_real_array`.
+        A NumPy array of float64 if single precision would lose information (see `needs_double`);
+        otherwise the result of `as_real_array`.
 
     Raises:
-        ValueError: As for `as_real_array`.
+        ValueError: The value contains anything but real numbers, or needs more memory than the
+            machine has.
     """
     array = as_array(name, value)
     require_real(name, array.dtype)

@@ -85,7 +85,7 @@ def _is_double(like: Any) -> bool:
 
 
 def _as_dtype_of(value: Any, like: Any) -> Any:
-    """Convert an array to float64 if it stays on the host, and else to a dtype of JAX."""
+    """Convert an array to float64 if it stays on the host, otherwise to a dtype of JAX."""
     if _is_double(like) and not is_traced(value):
         return np.asarray(value, np.float64)
     return as_real_array("x", value)

@@ -44,8 +44,8 @@ class Standardiser(NamedTuple):
         floor: Value below which a straight line replaces the logarithm, shape (C,); zero if no
             logarithm is taken.
         linear: Half-width of the linear range, in units of `scale`.
-        origin: Location and scale that are removed in double precision before everything else;
-            None if the observations are in JAX's precision.
+        origin: Location and scale that are removed first, in double precision; None if the
+            observations are in JAX's precision.
     """
 
     center: Array
@@ -73,7 +73,7 @@ class Standardiser(NamedTuple):
         return Standardiser(self.center[at], self.scale[at], self.floor[at], self.linear, origin)
 
     def subtract_origin(self, x: Obs) -> Obs:
-        """Return observations (B, *event) without their origin, in JAX's precision."""
+        """Subtract the origin from observations (B, *event); the result is in JAX's precision."""
         return x if self.origin is None else self.origin.subtract(x)
 
     def inverse(self, features: Array) -> Array | np.ndarray:
@@ -98,8 +98,8 @@ def fit_standardiser(x: Obs) -> Standardiser:
 def features_of(standardiser: Standardiser, x: Obs) -> Array:
     """Compute the features (B, C) of observations (B, *event) in one compiled program.
 
-    Arrays in double precision are first made relative to the origin on the host. `jax.jit` would
-    round them before anything is subtracted.
+    The origin is subtracted from arrays in double precision on the host, because `jax.jit` would
+    round them before the subtraction.
     """
     if standardiser.origin is None or is_traced(x):
         return _features(standardiser, x)
