@@ -2,10 +2,9 @@
 
 The structure of a prior (names, shapes and bounds of its parameters) is always saved. The
 distributions are saved if they are classes of numpyro and the prior has no condition. Otherwise the
-user must supply the prior again when the file is loaded. The structure of the user's prior is then
-compared with the saved structure. The user's prior must also map a few fixed points in standard
-coordinates to the same parameters as the saved prior. The maps to standard coordinates are saved if
-they are not the default ones. Files of earlier versions have the default ones.
+user supplies the prior again when the file is loaded. This prior must have the saved structure, and
+map a few fixed points in standard coordinates to the saved parameters. The maps to standard
+coordinates are saved unless they are the default ones, as in files of earlier versions.
 
 Public names: `encode`, `decode`, `circular_of`, `tensor_names`.
 """
@@ -101,10 +100,10 @@ def tensor_names(value: Any) -> set[str]:
 
 
 def circular_of(value: Any) -> tuple[bool, ...]:
-    """Read from the JSON data of a prior which standard coordinates are circular.
+    """Read whether each standard coordinate is circular from the JSON data of a prior.
 
-    The result is empty for a prior without circular parameters, and for a file that was saved
-    before `VonMises` was circular.
+    The result is empty for a prior without circular parameters, and for files of earlier versions,
+    in which `VonMises` was not circular.
 
     Raises:
         ArtefactError: The data are malformed.
@@ -115,7 +114,9 @@ def circular_of(value: Any) -> tuple[bool, ...]:
     flags = expect_list("prior.circular", value["circular"], MAX_ENTRIES)
     flags = tuple(expect_type("prior.circular", flag, bool, "truth values") for flag in flags)
     if not any(flags) or len(flags) != len(expect_list("prior", value.get("bounded"), MAX_ENTRIES)):
-        raise ArtefactError("prior.circular: expected a flag for each coordinate, and one true")
+        raise ArtefactError(
+            f"prior.circular: expected a flag for each coordinate, one true, got {flags!s:.80}"
+        )
     return flags
 
 
@@ -180,21 +181,23 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
     if user_prior is not None:
         _require_same_points(prior, tensors, expected)
         if prior.layout.offset != offset:
-            raise ArtefactError(f"prior: expected {expected} with its offset, got {prior}")
+            raise ArtefactError(
+                f"prior: expected the offset {offset!s:.80}, got {prior.layout.offset!s:.80}"
+            )
     return prior
 
 
 def _offset(value: Any, dim: int) -> tuple[float, ...]:
-    """Read the offset of the D = `dim` parameters, or an empty tuple.
+    """Read the offset of the D = `dim` parameters; an empty tuple without an offset.
 
     Raises:
-        ArtefactError: The list has another length, or holds anything but finite numbers.
+        ArtefactError: The list has another length, or contains anything but finite numbers.
     """
     numbers = expect_list("prior.offset", value, MAX_ENTRIES)
     if len(numbers) not in (0, dim):
         raise ArtefactError(f"prior.offset: expected {dim} numbers, got {len(numbers)}")
     if not all(abs(expect_number("prior.offset", number)) < 1e300 for number in numbers):
-        raise ArtefactError("prior.offset: expected finite numbers")
+        raise ArtefactError(f"prior.offset: expected numbers below 1e300, got {numbers!s:.80}")
     return tuple(map(float, numbers))
 
 
@@ -216,7 +219,7 @@ def _default_kinds(prior: SitePrior, has_circular_maps: bool) -> tuple[MapKind, 
 def _with_maps(
     prior: Prior, maps: Any, tensors: Mapping[str, np.ndarray], has_circular_maps: bool
 ) -> Prior:
-    """Return a prior with the maps of a file; files of earlier versions have the default ones.
+    """Return a prior with the maps of a file; without `maps`, with the default ones.
 
     Raises:
         ArtefactError: The maps are malformed, or do not fit the prior.
@@ -233,11 +236,13 @@ def _with_maps(
         kinds, parts = expect_fields("prior.maps", maps, "kinds", "whitening")
         names = expect_list("prior.maps.kinds", kinds, MAX_SITES)
         if len(names) != len(default):
-            raise ArtefactError(f"prior.maps.kinds: expected {len(default)}, got {len(names)}")
+            raise ArtefactError(f"prior.maps.kinds: expected {len(default)} maps, got {len(names)}")
         # every site can be mapped through its support
         wanted = [{kind.__name__, SupportMap.__name__} for kind in default]
         if not all(isinstance(n, str) and n in w for n, w in zip(names, wanted, strict=True)):
-            raise ArtefactError(f"prior.maps.kinds: expected maps that fit {prior}, got others")
+            raise ArtefactError(
+                f"prior.maps.kinds: expected maps that fit {prior}, got {names!s:.80}"
+            )
         pairs = zip(names, default, strict=True)
         found = tuple(SupportMap if name == SupportMap.__name__ else kind for name, kind in pairs)
         columns = prior.with_maps(found, None).support_columns
@@ -252,21 +257,29 @@ def _whitening(parts: Any, size: int, tensors: Mapping[str, np.ndarray]) -> Whit
     if not parts:
         return None
     if parts not in (["loc", "scale"], ["loc", "scale", "lower"]):
-        raise ArtefactError("prior.maps.whitening: expected loc, scale and possibly lower")
+        raise ArtefactError(
+            f"prior.maps.whitening: expected loc, scale and possibly lower, got {parts!s:.80}"
+        )
     shapes = {"loc": (size,), "scale": (size,), "lower": (size, size)}
     arrays = {}
     for part in parts:
         array = tensors[_WHITENING[part]]
         if array.dtype != np.float64 or array.shape != shapes[part]:
-            raise ArtefactError(f"{_WHITENING[part]}: expected float64 numbers {shapes[part]}")
+            raise ArtefactError(
+                f"{_WHITENING[part]}: expected float64 numbers {shapes[part]}, got "
+                f"{array.dtype}{array.shape}"
+            )
         if not np.all(np.isfinite(array)):
-            raise ArtefactError(f"{_WHITENING[part]}: expected finite numbers")
+            raise ArtefactError(f"{_WHITENING[part]}: expected finite numbers, got NaN or inf")
         arrays[part] = array
-    positive = [arrays["scale"], np.diagonal(arrays.get("lower", np.ones((1, 1))))]
+    lower = arrays.get("lower", np.ones((1, 1)))
+    positive = [arrays["scale"], np.diagonal(lower)]
     if any(np.any(values <= 0.0) for values in positive) or size == 0:
-        raise ArtefactError("prior.maps.whitening: expected positive scales")
-    if np.any(np.triu(arrays.get("lower", np.zeros((1, 1))), 1)):
-        raise ArtefactError(f"{_WHITENING['lower']}: expected a lower triangular matrix")
+        raise ArtefactError(f"prior.maps.whitening: expected positive scales, got {positive!s:.80}")
+    if np.any(np.triu(lower, 1)):
+        raise ArtefactError(
+            "prior/whitening/lower: expected a lower triangular matrix, got another"
+        )
     return Whitening(**arrays)
 
 
@@ -289,8 +302,7 @@ def _sites(prior: SitePrior, tensors: Tensors) -> list[Any]:
         sites.append(distributions.encode(name, site, tensors))
         new_names = list(tensors)[start:]
         copy = distributions.decode(name, sites[-1], tensors)
-        # A constructor may change its arguments, and an object may have state that is not among
-        # the arguments. So rebuild the object from the data, encode the copy, and compare.
+        # a constructor may change its arguments, or set other state: compare with a rebuilt copy
         copied |= dict.fromkeys(map(str, range(start)), np.zeros(0))
         is_same = distributions.encode(name, copy, copied) == sites[-1]
         if not is_same or any(tensors[n].tobytes() != copied[n].tobytes() for n in new_names):
@@ -359,7 +371,7 @@ def _require_same_points(prior: Prior, tensors: Mapping[str, np.ndarray], expect
 
 
 def _require_same_condition(prior: Prior, mass: Any, expected: str) -> None:
-    """Raise ArtefactError unless a prior has a condition of probability `mass`; None means none."""
+    """Raise ArtefactError unless the prior's condition has probability `mass`; None: no condition."""
     if (mass is not None) != isinstance(prior, ConstrainedPrior):
         wanted = "with" if mass is not None else "without"
         raise ArtefactError(f"prior: expected {expected} {wanted} a condition, got {prior}")
@@ -367,8 +379,8 @@ def _require_same_condition(prior: Prior, mass: Any, expected: str) -> None:
         mass = expect_number("prior.mass", mass)
         if not abs(prior.mass - mass) <= 6.0 * max(prior.mass_error, 1e-5):
             raise ArtefactError(
-                f"prior: expected a condition of probability {mass:.3g}, which the posterior was "
-                f"fitted under, got another one in {prior}"
+                f"prior: expected a condition of probability {mass:.3g}, as in the fit, got "
+                f"{prior.mass:.3g} in {prior}; pass the prior of the fit"
             )
 
 

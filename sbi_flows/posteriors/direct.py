@@ -44,7 +44,7 @@ class _Constrained(NamedTuple):
 
 
 _Bound: TypeAlias = Array | _Constrained
-"""Features (B, C) or, if the prior has a condition, features and log probabilities of it."""
+"""Prepared observations: features (B, C), or a `_Constrained` if the prior has a condition."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -148,6 +148,7 @@ class Posterior(AbstractPosterior):
         return _Constrained(features, in_chunks(evaluate, entries, features, keys)[0]), single
 
     def _features_of(self, bound: _Bound) -> Array:
+        """Return the features (B, C) of prepared observations."""
         return bound.features if isinstance(bound, _Constrained) else bound
 
     def _sample(self, key: Key, bound: _Bound, n: int, with_log_prob: bool) -> tuple[Array, Array]:
@@ -202,7 +203,7 @@ register_pytree(
 
 
 def _normalised(log_prob: Array, bound: _Bound) -> Array:
-    """Divide densities (B, n) by the probability of the prior's condition."""
+    """Divide densities (B, n) by the probability that draws meet the prior's condition."""
     if not isinstance(bound, _Constrained):
         return log_prob
     return log_prob - bound.log_acceptance[:, None]

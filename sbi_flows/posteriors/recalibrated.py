@@ -95,7 +95,7 @@ class RecalibratedPosterior(Derived):
     codec: ClassVar[LayerCodec] = RECALIBRATED
 
     def __post_init__(self) -> None:
-        """Raise ValueError if the prior has a condition, which moved draws could violate."""
+        """Raise ValueError if the prior has a condition, which corrected draws could violate."""
         require_no_condition(self.posterior.prior, "correct its regions by sf.conformal")
 
     def __repr__(self) -> str:

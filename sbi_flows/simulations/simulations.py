@@ -45,11 +45,11 @@ MAX_INDEX = 2**31 - 1
 """Maximum number of rows, and of entries in a row: the largest 32-bit index."""
 
 MIN_WARNING_ROWS, MIN_WARNING_FRACTION = 10, 0.1
-"""Number and fraction of rows with NaN or infinity above which `Simulations` issues a warning."""
+"""Number and fraction of rows with NaN or infinity. `Simulations` warns if both are exceeded."""
 
 
 class Names(NamedTuple):
-    """Names of the columns of theta (D,) and of x (C,); None where they have no names."""
+    """Names of the columns of theta (D,) and of x (C,); None for an array without names."""
 
     theta: tuple[str, ...] | None = None
     x: tuple[str, ...] | None = None
@@ -59,23 +59,23 @@ class Names(NamedTuple):
 class Simulations:
     """Pairs of parameters and simulated observations.
 
-    Failed rows stay in the data set and are marked invalid, so that they can be counted. If more
-    than ten rows, and a tenth of all rows, contain NaN or infinity, a warning gives their number.
+    Failed rows stay in the data set and are marked invalid, so that they can be counted. A warning
+    is issued if more than ten rows and more than 10% of all rows contain NaN or infinity.
 
-    Arrays of any library are accepted, and so are tables with named columns. A list holds rows; a
-    dict or a tuple holds several arrays. See docs/data.md.
+    Arrays of any library and tables with named columns are accepted. The entries of a list are
+    rows. A dict or a tuple contains several arrays. See docs/data.md.
 
     Observations that do not fit in memory can stay on disk: pass a memory-mapped array, as returned
     by `np.load("x.npy", mmap_mode="r")` or `np.memmap`, or use a `SimulationStore`. Training then
     reads the observations in parts. A pickle contains the paths of the files, not their content.
 
     Attributes:
-        theta: Parameters, shape (N, D); a NumPy array of float64 if single precision cannot hold
-            them. The argument may also be a table or a dict of arrays, whose
-            columns are matched by name with the parameters of the prior.
+        theta: Parameters, shape (N, D); a NumPy array of float64 if single precision cannot
+            represent them. The argument may also be a table or a dict of arrays; its columns are
+            matched by name with the parameters of the prior.
         x: Observations, shape (N, *event), or a dict of such arrays. The dtype is the same whether
-            the arrays are in memory or on disk. An array of float64 that single precision cannot
-            hold, such as Julian dates, stays a NumPy array of float64.
+            the arrays are in memory or on disk. An array that single precision cannot represent,
+            such as Julian dates, is a NumPy array of float64.
         valid: Whether each row is valid, shape (N,). A row is valid if its observation is finite
             and the argument `valid`, if given, is true for the row.
         round: Round of sequential inference in which each row was simulated, shape (N,). It is zero
@@ -120,11 +120,11 @@ class Simulations:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes, for pickle and copy; arrays on disk as places in their files."""
+        """Return the attributes for pickle and copy, with the locations of arrays on disk."""
         return {**vars(self), "x": jax.tree.map(to_pickle, self.x)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Set the attributes, and open the files of arrays on disk."""
+        """Set the attributes and open the files of arrays on disk."""
         vars(self).update(state, x=jax.tree.map(from_pickle, state["x"]))
 
     def __len__(self) -> int:
@@ -164,7 +164,7 @@ class Simulations:
     def aligned(self, prior: Prior) -> Simulations:
         """Return the simulations with the columns of theta in the order of a prior's parameters.
 
-        Columns without names, and columns for a prior without names, are taken in their order.
+        If the columns or the parameters have no names, the order is not changed.
 
         Raises:
             ValueError: The names of the columns are not those of the prior's parameters.
@@ -174,8 +174,8 @@ class Simulations:
             return self
         if sorted(found) != sorted(wanted):
             raise ValueError(
-                f"theta: expected columns with the names of the prior, {', '.join(wanted)}, got "
-                f"{', '.join(found)}"
+                f"theta: expected columns named like the prior's parameters, {', '.join(wanted)}, "
+                f"got {', '.join(found)}; rename or select the columns"
             )
         order = np.array([found.index(label) for label in wanted])
         aligned = jax.tree.map(lambda leaf: leaf, self)
@@ -184,7 +184,7 @@ class Simulations:
         return aligned
 
     def relative_to(self, prior: Prior) -> Simulations:
-        """Return the simulations for internal use: aligned, and theta without the prior's offset.
+        """Return the simulations for internal use: aligned, with theta minus the prior's offset.
 
         Raises:
             ValueError: The names of the columns are not those of the prior's parameters.
@@ -277,7 +277,7 @@ def observation_shape(x: Obs) -> Obs:
 
 
 def _named_columns(theta: Any) -> tuple[Any, tuple[str, ...] | None]:
-    """Return theta as one array or table, and the names of its columns, if it has any.
+    """Return theta as one array or table, and the names of its columns; None without names.
 
     Raises:
         ValueError: theta is a dict of arrays with different numbers of rows.
@@ -288,7 +288,9 @@ def _named_columns(theta: Any) -> tuple[Any, tuple[str, ...] | None]:
     rows = {a.shape[:1] for a in arrays.values()}
     if len(rows) != 1 or rows == {()}:
         shapes = {name: a.shape for name, a in arrays.items()}
-        raise ValueError(f"theta: expected arrays of N rows each, got the shapes {shapes}")
+        raise ValueError(
+            f"theta: expected arrays with the same number of rows, got the shapes {shapes}"
+        )
     columns = [a.reshape(len(a), -1) for a in arrays.values()]
     names = [label for name, a in arrays.items() for label in labels(name, a.shape[1:])]
     return np.concatenate(columns, axis=1), tuple(names)

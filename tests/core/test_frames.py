@@ -91,7 +91,7 @@ def test_parameters_of_a_density_are_matched_by_name():
 def test_arrays_in_a_dict_of_theta_have_labels():
     sims = sf.Simulations({"s": np.zeros(5), "v": np.ones((5, 2))}, np.zeros((5, 1)))
     assert sims.names.theta == ("s", "v[0]", "v[1]")
-    with pytest.raises(ValueError, match="arrays of N rows each"):
+    with pytest.raises(ValueError, match="arrays with the same number of rows"):
         sf.Simulations({"s": np.zeros(5), "v": np.ones((4, 2))}, np.zeros((5, 1)))
 
 

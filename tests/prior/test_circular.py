@@ -86,7 +86,10 @@ def test_priors_without_circular_parameters_say_so():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: sf.Circular(dist.Normal(0, 1)), r"on an interval with event shape \(\), got Normal"),
+        (
+            lambda: sf.Circular(dist.Normal(0, 1)),
+            r"on an interval with event shape \(\), got Normal",
+        ),
         (lambda: sf.Circular(dist.Uniform(0, 1).expand([2]).to_event(1)), r"event shape \(2,\)"),
         (
             lambda: sf.Circular(dist.Uniform(0, 1), 2.0),
