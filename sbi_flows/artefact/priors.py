@@ -100,10 +100,9 @@ def tensor_names(value: Any) -> set[str]:
 
 
 def circular_of(value: Any) -> tuple[bool, ...]:
-    """Read whether each standard coordinate is circular from the JSON data of a prior.
+    """Return whether each standard coordinate of a saved prior is circular.
 
-    The result is empty for a prior without circular parameters, and for files of earlier versions,
-    in which `VonMises` was not circular.
+    The result is empty without circular parameters, and for files from before `sf.Circular`.
 
     Raises:
         ArtefactError: The data are malformed.
@@ -180,10 +179,8 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
     _require_same_condition(prior, mass, expected)
     if user_prior is not None:
         _require_same_points(prior, tensors, expected)
-        if prior.layout.offset != offset:
-            raise ArtefactError(
-                f"prior: expected the offset {offset!s:.80}, got {prior.layout.offset!s:.80}"
-            )
+        if (got := prior.layout.offset) != offset:
+            raise ArtefactError(f"prior: expected offset {offset!s:.80}, got {got!s:.80}")
     return prior
 
 
@@ -371,7 +368,7 @@ def _require_same_points(prior: Prior, tensors: Mapping[str, np.ndarray], expect
 
 
 def _require_same_condition(prior: Prior, mass: Any, expected: str) -> None:
-    """Raise ArtefactError unless the prior's condition has probability `mass`; None: no condition."""
+    """Raise ArtefactError unless a prior has a condition of probability `mass` (None: none)."""
     if (mass is not None) != isinstance(prior, ConstrainedPrior):
         wanted = "with" if mass is not None else "without"
         raise ArtefactError(f"prior: expected {expected} {wanted} a condition, got {prior}")

@@ -54,8 +54,8 @@ _CONSTANT_KEY = (
 )
 
 _MESSAGES: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
-"""Error message of each tested function; empty if it passed. JAX caches traces by function, so that a
-later trace would not run the Python code again."""
+"""Error message of each tested function; empty if it passed. JAX caches traces by function, so that
+a later trace would not run the Python code again."""
 
 
 def trace_pure(simulator: Simulator, trace: Callable[[Simulator, bool], Any]) -> Any:
