@@ -141,8 +141,8 @@ class Prior(abc.ABC):
         """Draw n parameter vectors, all inside the support.
 
         Returns:
-            Array of shape (n, D). It is a NumPy array of float64 if single precision cannot hold
-            the values (see `offset`).
+            Array of shape (n, D). It is a NumPy array of float64 if single precision cannot
+            represent the values (see `offset`).
 
         Raises:
             ValueError: `key` is not a random key, n is not a non-negative integer, or an array of

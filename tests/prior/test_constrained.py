@@ -81,7 +81,7 @@ REFUSED = {
     "not a bool": (lambda t: t["a"], "returns one bool for one parameter vector, got float"),
     "an array": (lambda t: jnp.array([True, False]), r"one bool .* got bool of shape \(2,\)"),
     "never": (lambda t: t["a"] < -1.0, "probability of at least 0.0001 .* got 0 of 100,000"),
-    "and": (lambda t: t["a"] > 0.1 and t["b"] > 0.1, "JAX can trace, got TracerBool.* write & for"),
+    "and": (lambda t: t["a"] > 0.1 and t["b"] > 0.1, "JAX can trace, got TracerBool"),
     "a name": (lambda t: t["c"] > 0.0, "JAX can trace, got KeyError"),
 }
 
