@@ -51,7 +51,7 @@ _TRUSTED = (
     *(dist.Normal, dist.Uniform, dist.LogNormal, dist.HalfNormal, dist.Exponential),
     *(dist.Cauchy, dist.HalfCauchy, dist.Laplace, dist.Logistic, dist.Gumbel),
 )
-"""Distributions that are not tried: their maps consist of a few elementary functions."""
+"""Distributions that are not validated: their maps consist of a few elementary functions."""
 
 
 class _Trial(NamedTuple):

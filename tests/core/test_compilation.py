@@ -45,7 +45,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
 
 @pytest.fixture
 def doubled(monkeypatch):
-    """A bounded function, the only one."""
+    """A function that is compiled per size, the only registered one."""
     values = {"_COMPILED_PER_SIZE": [], "_FITS": compilation._Fits(), "MAX_SIZES": 3}
     for name, value in values.items():
         monkeypatch.setattr(compilation, name, value)

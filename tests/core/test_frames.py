@@ -63,9 +63,9 @@ def test_columns_of_theta_are_matched_by_name():
         aligned = sims.aligned(prior)
         np.testing.assert_allclose(aligned.theta, FRAME[["b", "a"]], rtol=1e-6)
     other = sf.as_prior({"c": dist.Normal(0, 1), "a": dist.Normal(0, 1)})
-    with pytest.raises(ValueError, match="names of the prior, c, a, got a, b"):
+    with pytest.raises(ValueError, match="like the prior's parameters, c, a, got a, b"):
         sims.aligned(other)
-    with pytest.raises(ValueError, match="names of the prior, c, a, got a, b"):
+    with pytest.raises(ValueError, match="like the prior's parameters, c, a, got a, b"):
         sf.NPE(other).fit(jax.random.key(0), sims)
     assert sims.aligned(sf.as_prior(dist.Normal(0, 1).expand([2]))) is sims
 
