@@ -52,17 +52,17 @@ def reorder_columns(name: str, value: Any, names: Sequence[str] | None) -> Any:
     Raises:
         ValueError: The columns of the table or dict have other names.
     """
-    found = tuple(value) if isinstance(value, Mapping) else column_names(value)
-    if names is None or found is None:
+    columns = tuple(value) if isinstance(value, Mapping) else column_names(value)
+    if names is None or columns is None:
         return value
-    if sorted(found) != sorted(names):
+    if sorted(columns) != sorted(names):
         raise ValueError(
-            f"{name}: expected the columns {', '.join(names)}, got {', '.join(map(str, found))}; "
+            f"{name}: expected the columns {', '.join(names)}, got {', '.join(map(str, columns))}; "
             "rename or select the columns"
         )
     if isinstance(value, Mapping):
         return np.stack([np.asarray(value[n]) for n in names], axis=-1)
-    return value if found == tuple(names) else value[list(names)]
+    return value if columns == tuple(names) else value[list(names)]
 
 
 def table_array(name: str, value: Any) -> np.ndarray:

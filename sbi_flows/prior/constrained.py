@@ -263,14 +263,14 @@ def fill_by_rejection(
         Accepted proposals in the order in which they were made, shape (B, n, D).
     """
 
-    def place(rows: Array, count: Array, proposals: Array, accepted: Array) -> Array:
+    def insert(rows: Array, count: Array, proposals: Array, accepted: Array) -> Array:
         index = jnp.where(accepted, count + jnp.cumsum(accepted) - 1, n)
         return rows.at[index].set(proposals, mode="drop")
 
     def step(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         rows, count, i = carry
         proposals, accepted = propose(jax.vmap(lambda key: jax.random.fold_in(key, i))(keys))
-        rows = jax.vmap(place)(rows, count, proposals, accepted)
+        rows = jax.vmap(insert)(rows, count, proposals, accepted)
         return rows, jnp.minimum(count + jnp.sum(accepted, axis=1), n), i + 1
 
     def is_unfinished(carry: tuple[Array, Array, Array]) -> Array:

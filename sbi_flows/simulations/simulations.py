@@ -169,18 +169,18 @@ class Simulations:
         Raises:
             ValueError: The names of the columns are not those of the prior's parameters.
         """
-        found, wanted = self.names.theta, prior.labels
-        if found is None or not prior.is_named or found == tuple(wanted):
+        columns, parameters = self.names.theta, prior.labels
+        if columns is None or not prior.is_named or columns == tuple(parameters):
             return self
-        if sorted(found) != sorted(wanted):
+        if sorted(columns) != sorted(parameters):
             raise ValueError(
-                f"theta: expected columns named like the prior's parameters, {', '.join(wanted)}, "
-                f"got {', '.join(found)}; rename or select the columns"
+                f"theta: expected columns named like the prior's parameters, {', '.join(parameters)}, "
+                f"got {', '.join(columns)}; rename or select the columns"
             )
-        order = np.array([found.index(label) for label in wanted])
+        order = np.array([columns.index(label) for label in parameters])
         aligned = jax.tree.map(lambda leaf: leaf, self)
         object.__setattr__(aligned, "theta", self.theta[:, order])
-        object.__setattr__(aligned, "names", self.names._replace(theta=tuple(wanted)))
+        object.__setattr__(aligned, "names", self.names._replace(theta=tuple(parameters)))
         return aligned
 
     def relative_to(self, prior: Prior) -> Simulations:
