@@ -2,10 +2,9 @@
 
 The structure of a prior (names, shapes and bounds of its parameters) is always saved. The
 distributions are saved if they are classes of numpyro and the prior has no condition. Otherwise the
-user must supply the prior again when the file is loaded. The structure of the user's prior is then
-compared with the saved structure. The user's prior must also map a few fixed points in standard
-coordinates to the same parameters as the saved prior. The maps to standard coordinates are saved if
-they are not the default ones. Files of earlier versions have the default ones.
+user supplies the prior again when the file is loaded. This prior must have the saved structure, and
+map a few fixed points in standard coordinates to the saved parameters. The maps to standard
+coordinates are saved unless they are the default ones, as in files of earlier versions.
 
 Public names: `encode`, `decode`, `circular_of`, `tensor_names`.
 """
@@ -22,8 +21,9 @@ import numpy as np
 import numpyro.distributions as dist
 from jax import Array
 
-from sbi_flows.artefact import distributions
+from sbi_flows.artefact import distributions, prior_maps
 from sbi_flows.artefact.distributions import Tensors
+from sbi_flows.artefact.prior_maps import MAX_SITES
 from sbi_flows.artefact.strict import (
     expect_fields,
     expect_integer,
@@ -35,12 +35,7 @@ from sbi_flows.core.errors import ArtefactError
 from sbi_flows.prior.box import BoxPrior
 from sbi_flows.prior.checks import MAX_ENTRIES, MAX_NAME_LENGTH, require_site
 from sbi_flows.prior.constrained import ConstrainedPrior
-from sbi_flows.prior.maps import MapKind, SupportMap
 from sbi_flows.prior.prior import Prior, SitePrior
-from sbi_flows.prior.whitening import Whitening
-
-MAX_SITES = 1024
-"""Maximum number of sites of a prior."""
 
 MAX_COMPUTED = 2**22
 """Maximum number of values that distributions may hold in addition to twice the number of values in
@@ -54,7 +49,6 @@ TOLERANCE = 1e-3
 It allows for rounding errors in another precision."""
 
 _POINTS, _LOW, _HIGH = "prior/points", "prior/low", "prior/high"
-_WHITENING = {name: f"prior/whitening/{name}" for name in Whitening._fields}
 
 
 def encode(prior: Prior, tensors: Tensors) -> dict[str, Any]:
@@ -73,7 +67,7 @@ def encode(prior: Prior, tensors: Tensors) -> dict[str, Any]:
     if isinstance(prior, BoxPrior):
         tensors |= {_LOW: prior.low, _HIGH: prior.high}
     tensors[_POINTS] = np.asarray(_points(prior), np.float64)
-    maps = _encode_maps(base, tensors)
+    maps = prior_maps.encode(base, tensors)
     # written only if they are needed, so that older versions can read the other files
     extras: dict[str, Any] = {"circular": list(prior.circular)} if prior.circular else {}
     extras |= {"maps": maps} if maps else {}
@@ -94,17 +88,14 @@ def encode(prior: Prior, tensors: Tensors) -> dict[str, Any]:
 def tensor_names(value: Any) -> set[str]:
     """Return the names of all tensors to which the JSON data of a prior refer."""
     names = set(distributions.tensor_names(value)) | {_POINTS}
-    maps = value.get("maps")
-    if isinstance(maps, dict) and isinstance(maps.get("whitening"), list):
-        names |= {_WHITENING[str(part)] for part in maps["whitening"] if str(part) in _WHITENING}
+    names |= prior_maps.tensor_names(value.get("maps"))
     return names | {_LOW, _HIGH} if value.get("cut") is True else names
 
 
 def circular_of(value: Any) -> tuple[bool, ...]:
-    """Read from the JSON data of a prior which standard coordinates are circular.
+    """Return whether each standard coordinate of a saved prior is circular.
 
-    The result is empty for a prior without circular parameters, and for a file that was saved
-    before `VonMises` was circular.
+    The result is empty without circular parameters, and for files from before `sf.Circular`.
 
     Raises:
         ArtefactError: The data are malformed.
@@ -115,7 +106,9 @@ def circular_of(value: Any) -> tuple[bool, ...]:
     flags = expect_list("prior.circular", value["circular"], MAX_ENTRIES)
     flags = tuple(expect_type("prior.circular", flag, bool, "truth values") for flag in flags)
     if not any(flags) or len(flags) != len(expect_list("prior", value.get("bounded"), MAX_ENTRIES)):
-        raise ArtefactError("prior.circular: expected a flag for each coordinate, and one true")
+        raise ArtefactError(
+            f"prior.circular: expected a flag for each coordinate, one true, got {flags!s:.80}"
+        )
     return flags
 
 
@@ -153,7 +146,7 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
     expected = f"a prior of {', '.join(map(_described, names, shapes))}"
     if user_prior is not None:
         prior = user_prior.base if cut and isinstance(user_prior, BoxPrior) else user_prior
-        prior = _with_maps(prior, maps, tensors, bool(circular))
+        prior = prior_maps.with_maps(prior, maps, tensors, bool(circular))
     elif sites is None:
         raise ArtefactError(
             f"its prior could not be saved ({missing!s:.200}): load(path, prior=...) takes it, "
@@ -166,9 +159,9 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
         pairs = zip(names, shapes, sites, strict=True)
         distributions_by_name = {n: _site(n, shape, s, tensors) for n, shape, s in pairs}
         prior = SitePrior(
-            distributions_by_name, is_named=named, offset=offset, has_circles=bool(circular)
+            distributions_by_name, is_named=named, offset=offset, has_circular_maps=bool(circular)
         )
-        prior = _with_maps(prior, maps, tensors, bool(circular))
+        prior = prior_maps.with_maps(prior, maps, tensors, bool(circular))
     if cut:
         prior = _cut(prior, tensors)
     structure = (prior.is_named, list(prior.names), list(prior.event_shapes.values()))
@@ -188,94 +181,17 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
 
 
 def _offset(value: Any, dim: int) -> tuple[float, ...]:
-    """Read the offset of the D = `dim` parameters, or an empty tuple.
+    """Read the offset of the D = `dim` parameters; an empty tuple without an offset.
 
     Raises:
-        ArtefactError: The list has another length, or holds anything but finite numbers.
+        ArtefactError: The list has another length, or contains anything but finite numbers.
     """
     numbers = expect_list("prior.offset", value, MAX_ENTRIES)
     if len(numbers) not in (0, dim):
         raise ArtefactError(f"prior.offset: expected {dim} numbers, got {len(numbers)}")
     if not all(abs(expect_number("prior.offset", number)) < 1e300 for number in numbers):
-        raise ArtefactError("prior.offset: expected finite numbers")
+        raise ArtefactError(f"prior.offset: expected numbers below 1e300, got {numbers!s:.80}")
     return tuple(map(float, numbers))
-
-
-def _encode_maps(prior: SitePrior, tensors: Tensors) -> dict[str, Any] | None:
-    """Convert the maps to standard coordinates to JSON data; None if all are the default ones."""
-    if prior.whitening is None and prior.site_kinds == _default_kinds(prior, bool(prior.circular)):
-        return None
-    parts = {} if prior.whitening is None else prior.whitening._asdict()
-    arrays = {name: np.asarray(a, np.float64) for name, a in parts.items() if a is not None}
-    tensors |= {_WHITENING[name]: array for name, array in arrays.items()}
-    return {"kinds": [kind.__name__ for kind in prior.site_kinds], "whitening": list(arrays)}
-
-
-def _default_kinds(prior: SitePrior, has_circles: bool) -> tuple[MapKind, ...]:
-    settings = {"dependent": prior.dependent, "has_circles": has_circles}
-    return SitePrior(prior.distributions, is_named=prior.is_named, **settings).site_kinds
-
-
-def _with_maps(
-    prior: Prior, maps: Any, tensors: Mapping[str, np.ndarray], has_circles: bool
-) -> Prior:
-    """Return a prior with the maps of a file; files of earlier versions have the default ones.
-
-    Raises:
-        ArtefactError: The maps are malformed, or do not fit the prior.
-    """
-    if isinstance(prior, ConstrainedPrior):
-        base = _with_maps(prior.base, maps, tensors, has_circles)
-        assert isinstance(base, SitePrior)
-        return prior if base is prior.base else prior.with_base(base)
-    if not isinstance(prior, SitePrior):
-        return prior
-    default = found = _default_kinds(prior, has_circles)
-    whitening = None
-    if maps is not None:
-        kinds, parts = expect_fields("prior.maps", maps, "kinds", "whitening")
-        names = expect_list("prior.maps.kinds", kinds, MAX_SITES)
-        if len(names) != len(default):
-            raise ArtefactError(f"prior.maps.kinds: expected {len(default)}, got {len(names)}")
-        # every site can be mapped through its support
-        wanted = [{kind.__name__, SupportMap.__name__} for kind in default]
-        if not all(isinstance(n, str) and n in w for n, w in zip(names, wanted, strict=True)):
-            raise ArtefactError(f"prior.maps.kinds: expected maps that fit {prior}, got others")
-        pairs = zip(names, default, strict=True)
-        found = tuple(SupportMap if name == SupportMap.__name__ else kind for name, kind in pairs)
-        columns = prior.with_maps(found, None).support_columns
-        whitening = _whitening(parts, len(columns), tensors)
-    same = found == prior.site_kinds and _is_equal(prior.whitening, whitening)
-    return prior if same else prior.with_maps(found, whitening)
-
-
-def _whitening(parts: Any, size: int, tensors: Mapping[str, np.ndarray]) -> Whitening | None:
-    """Read the affine map of `size` coordinates from a file."""
-    parts = expect_list("prior.maps.whitening", parts, len(_WHITENING))
-    if not parts:
-        return None
-    if parts not in (["loc", "scale"], ["loc", "scale", "lower"]):
-        raise ArtefactError("prior.maps.whitening: expected loc, scale and possibly lower")
-    shapes = {"loc": (size,), "scale": (size,), "lower": (size, size)}
-    arrays = {}
-    for part in parts:
-        array = tensors[_WHITENING[part]]
-        if array.dtype != np.float64 or array.shape != shapes[part]:
-            raise ArtefactError(f"{_WHITENING[part]}: expected float64 numbers {shapes[part]}")
-        if not np.all(np.isfinite(array)):
-            raise ArtefactError(f"{_WHITENING[part]}: expected finite numbers")
-        arrays[part] = array
-    positive = [arrays["scale"], np.diagonal(arrays.get("lower", np.ones((1, 1))))]
-    if any(np.any(values <= 0.0) for values in positive) or size == 0:
-        raise ArtefactError("prior.maps.whitening: expected positive scales")
-    if np.any(np.triu(arrays.get("lower", np.zeros((1, 1))), 1)):
-        raise ArtefactError(f"{_WHITENING['lower']}: expected a lower triangular matrix")
-    return Whitening(**arrays)
-
-
-def _is_equal(a: Whitening | None, b: Whitening | None) -> bool:
-    left, right = jax.tree.leaves(a), jax.tree.leaves(b)
-    return len(left) == len(right) and all(map(np.array_equal, left, right))
 
 
 def _sites(prior: SitePrior, tensors: Tensors) -> list[Any]:
@@ -292,8 +208,7 @@ def _sites(prior: SitePrior, tensors: Tensors) -> list[Any]:
         sites.append(distributions.encode(name, site, tensors))
         new_names = list(tensors)[start:]
         copy = distributions.decode(name, sites[-1], tensors)
-        # A constructor may change its arguments, and an object may have state that is not among
-        # the arguments. So rebuild the object from the data, encode the copy, and compare.
+        # a constructor may change its arguments, or set other state: compare with a rebuilt copy
         copied |= dict.fromkeys(map(str, range(start)), np.zeros(0))
         is_same = distributions.encode(name, copy, copied) == sites[-1]
         if not is_same or any(tensors[n].tobytes() != copied[n].tobytes() for n in new_names):
@@ -362,7 +277,7 @@ def _require_same_points(prior: Prior, tensors: Mapping[str, np.ndarray], expect
 
 
 def _require_same_condition(prior: Prior, mass: Any, expected: str) -> None:
-    """Raise ArtefactError unless a prior has a condition of probability `mass`; None means none."""
+    """Raise ArtefactError unless a prior has a condition of probability `mass` (None: none)."""
     if (mass is not None) != isinstance(prior, ConstrainedPrior):
         wanted = "with" if mass is not None else "without"
         raise ArtefactError(f"prior: expected {expected} {wanted} a condition, got {prior}")
@@ -370,8 +285,8 @@ def _require_same_condition(prior: Prior, mass: Any, expected: str) -> None:
         mass = expect_number("prior.mass", mass)
         if not abs(prior.mass - mass) <= 6.0 * max(prior.mass_error, 1e-5):
             raise ArtefactError(
-                f"prior: expected a condition of probability {mass:.3g}, which the posterior was "
-                f"fitted under, got another one in {prior}"
+                f"prior: expected a condition of probability {mass:.3g}, as in the fit, got "
+                f"{prior.mass:.3g} in {prior}; pass the prior of the fit"
             )
 
 

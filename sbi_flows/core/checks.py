@@ -90,7 +90,7 @@ def _require_equal_shapes(name: str, rows: list[Any]) -> list[np.ndarray]:
     if len(shapes) > 1:
         raise ValueError(
             f"{name}: expected rows of one shape in a list, got shapes "
-            f"{', '.join(map(str, sorted(shapes)[:5]))}; a tuple or a dict holds different arrays"
+            f"{', '.join(map(str, sorted(shapes)[:5]))}; use a tuple or a dict for several arrays"
         )
     return arrays
 
@@ -134,18 +134,21 @@ def as_tree(
     *,
     kept: tuple[type, ...] = (),
 ) -> Any:
-    """Convert an array, or a dict or tuple of arrays, leaf by leaf.
+    """Convert the leaves of an array, or of a dict or tuple of arrays.
 
-    A list holds the rows of one array; if its entries are dicts, the rows of each array in them. A
-    list, or a tuple, of plain numbers is one array. Only if the tree `like` contains lists are
-    lists of arrays containers.
+    A list of arrays is one array; its entries are the rows. A list of dicts is converted to one
+    dict of arrays; its entries are the rows of each array. A list or tuple of numbers is one array.
+    If the tree `like` contains lists, a list of arrays is a container, like a tuple.
 
     Args:
         name: Name of the argument, for error messages.
         tree: The array or the tree.
         convert: Function that converts a leaf, such as `as_real_array`.
-        like: A tree of the expected structure, if it is known.
+        like: A tree with the expected structure; None if it is not known.
         kept: Types of leaves that are returned unchanged.
+
+    Returns:
+        The converted tree.
 
     Raises:
         ValueError: A leaf cannot be converted, or the tree is invalid (`require_tree`).
@@ -182,8 +185,13 @@ def _has_lists(tree: Any) -> bool:
 
 def _stacked_dicts(name: str, rows: list[dict], convert: Callable[[str, Any], Any]) -> Any:
     """Convert a list of dicts to one dict of arrays."""
-    if any(row.keys() != rows[0].keys() for row in rows):
-        raise ValueError(f"{name}: expected rows with the same names, got others")
+    for row in rows:
+        if row.keys() != rows[0].keys():
+            first, other = (", ".join(map(str, r)) for r in (rows[0], row))
+            raise ValueError(
+                f"{name}: expected rows with the same names, got {first:.200} in the first row and "
+                f"{other:.200} in another; give all rows the same names"
+            )
     return {key: convert(f"{name}[{key!r}]", [row[key] for row in rows]) for key in rows[0]}
 
 

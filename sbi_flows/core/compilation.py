@@ -1,6 +1,6 @@
-"""Caches of compiled programs: the cache on disk, and the number of programs in memory.
+"""Compiled programs: a cache on disk, and a limit of the number of programs in memory.
 
-Public names: `enable_compilation_cache`, `bounded`, `drop_old_programs`.
+Public names: `enable_compilation_cache`, `compiled_per_size`, `drop_old_programs`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,23 @@ MIN_COMPILE_SECONDS = 0.1
 """Programs that compile faster than this are not written to the cache."""
 
 MAX_SIZES = 8
-"""Number of data sets of different sizes whose programs are kept in memory."""
+"""Maximum number of sizes of data sets whose programs are kept in memory."""
 
 MAX_DROPS = 8
-"""Number of drops after which all programs of the process are dropped."""
+"""Number of drops after which all programs of the process are dropped as well."""
 
-_BOUNDED: list[Any] = []
+_COMPILED_PER_SIZE: list[Any] = []
 _LOCK = threading.Lock()
 
 
 @dataclasses.dataclass
 class _Fits:
-    """Sizes of data sets since the last drop, and number of drops since all were dropped."""
+    """Counts of fits in this process.
+
+    Attributes:
+        sizes: Sizes of the data sets since the last drop.
+        drops: Number of drops since all programs of the process were dropped.
+    """
 
     sizes: set[Hashable] = dataclasses.field(default_factory=set)
     drops: int = 0
@@ -42,11 +47,11 @@ _FITS = _Fits()
 F = TypeVar("F")
 
 
-def bounded(function: F) -> F:
+def compiled_per_size(function: F) -> F:
     """Register a jitted function whose programs depend on the number of training rows.
 
-    JAX keeps a program for every size, with about 40 MB for a fit. It offers no way to drop single
-    programs, so `drop_old_programs` drops those of all sizes.
+    JAX keeps one program of such a function for each size; the programs of a fit take about 40 MB.
+    JAX can only drop all programs of a function, so `drop_old_programs` drops those of all sizes.
 
     Args:
         function: The result of `jax.jit`.
@@ -54,23 +59,25 @@ def bounded(function: F) -> F:
     Returns:
         The same function.
     """
-    _BOUNDED.append(function)
+    _COMPILED_PER_SIZE.append(function)
     return function
 
 
 def drop_old_programs(size: Hashable) -> None:
-    """Drop the programs of all `bounded` functions if a data set has the ninth new size.
+    """Drop the programs of all `compiled_per_size` functions if there are too many sizes.
 
-    JAX also keeps traces of its own functions, about 10 MB for each size, and can only drop them
-    together with all programs of the process. This happens at every eighth drop. Programs that
-    are needed again are then compiled again.
+    Programs are dropped before a fit to the ninth size since the last drop. JAX also keeps traces
+    of its own functions, about 10 MB for each size. It can only drop them together with all
+    programs of the process, which happens at every eighth drop. Dropped programs are compiled again
+    when they are needed.
 
     Args:
-        size: Size of the data set of the next fit. Fits of a recent size reuse their programs.
+        size: Size of the data set of the next fit. If it is one of the sizes since the last drop,
+            nothing is dropped.
     """
     with _LOCK:
         if size not in _FITS.sizes and len(_FITS.sizes) >= MAX_SIZES:
-            for function in _BOUNDED:
+            for function in _COMPILED_PER_SIZE:
                 function.clear_cache()
             _FITS.sizes.clear()
             _FITS.drops += 1

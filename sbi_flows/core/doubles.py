@@ -1,9 +1,9 @@
-"""Arrays in double precision on the host, for values that JAX's single precision cannot hold.
+"""Arrays in double precision on the host, for values that single precision cannot represent.
 
 By default JAX computes in single precision (float32). A Julian date such as 2459000.54 would be
 rounded to a quarter of a day, and 1e39 would become infinite. An array of such values stays a NumPy
-array of float64 until a location is subtracted and a scale is divided out. If `jax_enable_x64` is
-set, JAX holds the values itself, and no array stays on the host.
+array of float64 until a location is subtracted and the result is divided by a scale. If
+`jax_enable_x64` is set, all arrays are JAX arrays.
 
 Public names: `is_single_precision`, `is_double`, `needs_double`, `as_data_array`.
 """
@@ -23,7 +23,7 @@ MAX_ROUNDING = 1e-3
 """Maximum rounding error of single precision, in units of the interquartile range of a column."""
 
 SMALLEST, LARGEST = 1e-30, 1e30
-"""Range of absolute values whose squares and quotients single precision can compute."""
+"""Range of absolute values whose squares and quotients do not overflow or vanish in float32."""
 
 LARGE = 1e5
 """Size from which values without a spread are kept exactly."""
@@ -45,11 +45,12 @@ def is_double(array: Any) -> bool:
 
 
 def needs_double(rows: np.ndarray) -> bool:
-    """Return whether single precision loses information about the rows (N, ...) of an array.
+    """Return whether rounding the rows (N, ...) of an array to float32 loses information.
 
-    Information is lost if the rounding error in a column is not small compared with the spread of
-    the column, or if squares of the values overflow or underflow. The spread is estimated from
-    evenly spaced rows. In a column of equal values, a value above 1e5 must be exact.
+    The result is True if the rounding error of a column exceeds `MAX_ROUNDING` times its
+    interquartile range, or if absolute values are outside `SMALLEST` to `LARGEST`. The range is
+    estimated from evenly spaced rows. In a column of equal values, a value above `LARGE` must be
+    exact.
 
     Example:
         >>> needs_double(2459000.5 + np.arange(8.0)[:, None] / 10)
@@ -67,7 +68,7 @@ def needs_double(rows: np.ndarray) -> bool:
     size = np.max(np.abs(np.where(finite, sample, 0.0)), axis=0)
     if np.any((size > 0) & (size < SMALLEST)) or _exceeds(rows, LARGEST):
         return True
-    spread = _middle_spread(sample, finite)
+    spread = _interquartile_range(sample, finite)
     is_rounded = (HALF_ULP / MAX_ROUNDING) * size > spread
     # without a spread (in a single row, for example), large values have to be exact
     first = np.where(finite, sample, 0.0)[0]
@@ -75,10 +76,11 @@ def needs_double(rows: np.ndarray) -> bool:
     return bool(np.any(is_rounded))
 
 
-def _middle_spread(sample: np.ndarray, finite: np.ndarray) -> np.ndarray:
-    """Return the interquartile range of each column of (n, C); its sd if that range is zero.
+def _interquartile_range(sample: np.ndarray, finite: np.ndarray) -> np.ndarray:
+    """Return the interquartile range of each column of (n, C).
 
-    The result is infinite for constant columns, which hold no information that could be lost.
+    If it is zero, the result is the standard deviation. For constant columns, which contain no
+    information, it is infinite.
     """
     filled = sample if finite.all() else np.where(finite, sample, np.nan)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
@@ -90,24 +92,25 @@ def _middle_spread(sample: np.ndarray, finite: np.ndarray) -> np.ndarray:
 
 
 def _exceeds(rows: np.ndarray, limit: float) -> bool:
-    """Return whether any finite value is larger than `limit` in absolute value."""
+    """Return whether the absolute value of any finite entry exceeds `limit`."""
     with np.errstate(invalid="ignore"):
         return bool(np.any((np.abs(rows) > limit) & np.isfinite(rows)))
 
 
 def as_data_array(name: str, value: Any) -> Array | np.ndarray:
-    """Convert rows of data to an array of real numbers, in double precision if it is needed.
+    """Convert rows of data to an array of real numbers, in double precision if necessary.
 
     Args:
         name: Name of the argument, for error messages.
         value: Rows (N, ...).
 
     Returns:
-        A NumPy array of float64 if JAX's single precision would lose information (`needs_double`).
-        Otherwise the same as `as_real_array`.
+        A NumPy array of float64 if single precision would lose information (see `needs_double`);
+        otherwise the result of `as_real_array`.
 
     Raises:
-        ValueError: As for `as_real_array`.
+        ValueError: The value contains anything but real numbers, or needs more memory than the
+            machine has.
     """
     array = as_array(name, value)
     require_real(name, array.dtype)

@@ -1,10 +1,9 @@
-"""Tables of other libraries, such as pandas or polars data frames, as arrays with named columns.
+"""Conversion of tables, such as pandas or polars data frames, to arrays with named columns.
 
-The libraries are not imported: a table is recognised by its attributes.
+Tables are recognised by their attributes, so that no library of tables is imported. The columns of
+a table, and the entries of a dict, are matched by name.
 
-A dict of columns, or a dict that is a single row, is matched by name as well.
-
-Public names: `is_table`, `column_names`, `frame_columns`, `in_order`, `table_array`.
+Public names: `is_table`, `column_names`, `frame_columns`, `reorder_columns`, `table_array`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from sbi_flows.core.pytrees import is_traced
 
 
 def is_table(value: Any) -> bool:
-    """Return whether a value is a data frame, or a series (one column or one row of a frame)."""
+    """Return whether a value is a data frame or a series (one column or one row of a frame)."""
     return callable(getattr(value, "to_numpy", None)) and not isinstance(
         value, np.ndarray | jax.Array
     )
@@ -30,7 +29,7 @@ def column_names(value: Any) -> tuple[str, ...] | None:
     """Return the names of a data frame's columns, or of the entries of one of its rows.
 
     Returns:
-        The names; None if the value is not a table, or if its columns are only numbered.
+        The names; None if the value is not a table, or if its columns have numbers for names.
     """
     if not is_table(value):
         return None
@@ -46,40 +45,44 @@ def frame_columns(value: Any) -> tuple[str, ...] | None:
     return column_names(value) if hasattr(value, "columns") else None
 
 
-def in_order(name: str, value: Any, names: Sequence[str] | None) -> Any:
-    """Return a table with its columns in the order of `names`.
+def reorder_columns(name: str, value: Any, names: Sequence[str] | None) -> Any:
+    """Reorder the columns of a table or dict to the order of `names`.
 
     Args:
         name: Name of the argument, for the error message.
-        value: Any value. A dict becomes an array, whose last axis has the order of `names`. Values
-            other than dicts and tables with named columns are returned unchanged.
-        names: Names of the columns; None if they are not known.
+        value: A table with named columns, or a dict of columns. Other values are returned
+            unchanged.
+        names: Names of the columns; None if they are not known. Then `value` is returned unchanged.
+
+    Returns:
+        A table; for a dict, an array with the columns on its last axis.
 
     Raises:
-        ValueError: The table has other columns.
+        ValueError: The columns of the table or dict have other names.
     """
-    found = tuple(value) if isinstance(value, Mapping) else column_names(value)
-    if names is None or found is None:
+    columns = tuple(value) if isinstance(value, Mapping) else column_names(value)
+    if names is None or columns is None:
         return value
-    if sorted(found) != sorted(names):
+    if sorted(columns) != sorted(names):
         raise ValueError(
-            f"{name}: expected a table with the columns {', '.join(names)}, got {', '.join(found)}"
+            f"{name}: expected the columns {', '.join(names)}, got {', '.join(map(str, columns))}; "
+            "rename or select the columns"
         )
     if isinstance(value, Mapping):
         stack = jnp.stack if is_traced(dict(value)) else np.stack
         return stack([value[n] for n in names], axis=-1)
-    return value if found == tuple(names) else value[list(names)]
+    return value if columns == tuple(names) else value[list(names)]
 
 
 def table_array(name: str, value: Any) -> np.ndarray:
-    """Convert a table to an array of numbers. Missing values become NaN, truth values 0 and 1.
+    """Convert a table to an array of numbers; missing values become NaN, truth values 0 and 1.
 
     Args:
         name: Name of the argument, for the error message.
         value: A data frame, shape (N, C), or a series, shape (N,).
 
     Raises:
-        ValueError: A column does not hold real numbers; the message names the column.
+        ValueError: A column contains anything but real numbers; the message names the column.
     """
     if not hasattr(value, "columns"):
         return _column(name, value)
@@ -99,4 +102,6 @@ def _column(name: str, column: Any) -> np.ndarray:
         return np.asarray(column.to_numpy(dtype="float64", na_value=np.nan))
     except (TypeError, ValueError):
         kinds = sorted({type(entry).__name__ for entry in array.ravel()[:1000]})
-        raise ValueError(f"{name}: expected real numbers, got {', '.join(kinds)}") from None
+        raise ValueError(
+            f"{name}: expected real numbers, got {', '.join(kinds)}; convert or drop the column"
+        ) from None

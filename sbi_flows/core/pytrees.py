@@ -44,9 +44,9 @@ def register_pytree(
         kind: The class.
         leaves: Attributes that are arrays or pytrees of arrays.
         static: Attributes that are compiled into programs: hashable values, or trees of them.
-        facts: Attributes that JAX does not see, each with a replacement value. One compiled
-            function serves objects that differ in them, so that an object that a jitted function
-            returns has the replacement values.
+        facts: Replacement value of each attribute that affects no computation, by name. Objects
+            that differ only in these attributes share one compiled program. An object that a
+            jitted function returns has the replacement values.
     """
     defaults = dict(facts or {})
 

@@ -16,10 +16,10 @@ import numpy as np
 
 @final
 class ReadOnlyDict(Mapping[str, Any]):
-    """Copy of a dict without methods that change it. `types.MappingProxyType` cannot be pickled.
+    """Read-only mapping that can be pickled, unlike `types.MappingProxyType`.
 
     Args:
-        values: The entries.
+        values: The entries, which are copied.
 
     Example:
         >>> record = ReadOnlyDict({"rows": 100})

@@ -51,8 +51,8 @@ class LinearStart(NamedTuple):
         chain: Regression coefficients of entry i on the entries before it, a strictly upper
             triangular matrix, shape (d, d).
         log_scale: Logarithm of the scale of each entry, shape (d,).
-        turn: Rotation of the circular entries, which precedes the regression; None without
-            circular entries.
+        turn: Rotation of the circular entries. The regression predicts the rotated entries. None
+            without circular entries.
     """
 
     weight: Array
@@ -222,7 +222,7 @@ def _ridge_regression(moments: _Moments, y: Array, c: Array, penalty: Array) -> 
     residual = y - c @ weight
     covariance = residual.T @ residual / jnp.maximum(len(c) - freedom, 1.0)
     eye = jnp.eye(y.shape[-1], dtype=y.dtype)
-    # relative to each coordinate's own variance, because coordinates may have any scale
+    # relative to the variance of each coordinate, because coordinates may have any scale
     total = jnp.mean(y * y, axis=0)
     floor = 1e-6 * jnp.diagonal(covariance) + 1e-12 * jnp.where(total > 0.0, total, 1.0)
     covariance += jnp.diag(floor)

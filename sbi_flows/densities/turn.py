@@ -1,9 +1,9 @@
-"""Rotation of circular coordinates to the direction that the features predict.
+"""Rotation of circular coordinates to the direction predicted from the features.
 
-The rotation is a part of the linear start. It puts the seam of a circular coordinate opposite to
-its predicted direction, and does not change volumes. The direction is the angle of a vector that is
-linear in the features, plus an angle that is linear in the features. The first term suits features
-such as cosine and sine, the second a feature that is itself an angle.
+The rotation is part of the linear start. After it, the two ends of a circular coordinate are
+opposite to its predicted direction. Rotations preserve volume. The direction is the angle of a
+vector that is linear in the features, plus an angle that is linear in the features. The first term
+suits features such as cosine and sine, the second a feature that is itself an angle.
 
 Public names: `Turn`, `fit_turn`.
 
@@ -29,14 +29,14 @@ from sbi_flows.prior.circular import HALF_WIDTH, wrap
 _ADAM_STEPS, _LEARNING_RATE, _MAX_ROWS = 100, 0.03, 4096
 
 SHORT_VECTOR = 0.25
-"""Length below which a vector is short, as a fraction of the root mean square length."""
+"""Maximum length of a short vector, as a fraction of the root mean square length."""
 
 MAX_SHORT_FRACTION = 0.08
-"""Maximum fraction of short vectors. It is 0.06 for a normal distribution in the plane, 0.2 for one
-on a line, and 0.11 for the cosine of a uniform angle."""
+"""Maximum fraction of short vectors. The fraction is 0.06 for a normal distribution in the plane,
+0.2 for a normal distribution on a line, and 0.11 for the cosine of a uniform angle."""
 
 _SCALES = np.geomspace(1e-6, 30.0, 400)
-"""Scales to choose from, in standard coordinates."""
+"""Grid of scales, in standard coordinates, on which `_log_scale` maximises the density."""
 
 
 class Turn(NamedTuple):
@@ -52,7 +52,7 @@ class Turn(NamedTuple):
 
     @classmethod
     def standard(cls, features: int, count: int) -> Turn:
-        """Return the turn of `count` coordinates by the angle zero."""
+        """Return a turn of `count` coordinates that predicts direction zero for all features."""
         bias = jnp.repeat(jnp.array([1.0, 0.0, 0.0]), count)
         return cls(jnp.zeros((features, 3 * count)), bias)
 
@@ -62,21 +62,21 @@ class Turn(NamedTuple):
         return p + align(self.bias, p)
 
     def rotation(self, c: Array, circular: tuple[bool, ...], *, at_mean: bool = False) -> Rotation:
-        """Return the rotation of the residual to the direction given features c (B, C).
+        """Return the rotation by the predicted direction, which maps residuals to coordinates.
 
         Args:
             c: Features, shape (B, C).
             circular: Which of the d standard coordinates are circular.
-            at_mean: Rotate to the mean direction, so that the bijector has no batch shape.
+            at_mean: Average the predictors over the batch, so that the bijector has no batch axis.
         """
         p = self.predictor(c)
-        directions = offsets(jnp.mean(p, axis=0) if at_mean else p)
-        places = np.maximum(np.cumsum(circular) - 1, 0)  # of an entry among the circular ones
-        return Rotation(directions[..., places], circular)
+        directions = directions_of(jnp.mean(p, axis=0) if at_mean else p)
+        indices = np.maximum(np.cumsum(circular) - 1, 0)  # of each entry among the circular ones
+        return Rotation(directions[..., indices], circular)
 
 
-def offsets(predictor: Array) -> Array:
-    """Return the directions (*, k) in standard coordinates, from predictors p (*, 3 k)."""
+def directions_of(predictor: Array) -> Array:
+    """Return directions (*, k) in standard coordinates, given predictors p (*, 3 k)."""
     cos, sin, angle = jnp.split(predictor, 3, axis=-1)
     return jnp.arctan2(sin, cos) * (HALF_WIDTH / math.pi) + angle
 
@@ -87,9 +87,10 @@ each of S ridge penalties."""
 
 
 def fit_turn(ridge_path: RidgePath, y: Array, c: Array, train: Array, held_out: Array) -> Turn:
-    """Fit the turn to training rows; choose among regressions on held-out rows.
+    """Fit a turn to training rows; select the regression with held-out rows.
 
-    Each coordinate chooses for itself: between a constant, a vector and an angle, and the penalty.
+    For each coordinate, the candidates are a regression of the vector (cosine, sine), a regression
+    of the angle, each with every ridge penalty, and a refined angle (see `_refine`).
 
     Args:
         ridge_path: Ridge regression for several penalties.
@@ -99,7 +100,8 @@ def fit_turn(ridge_path: RidgePath, y: Array, c: Array, train: Array, held_out: 
         held_out: Indices of the rows whose log density selects the fit.
 
     Returns:
-        The turn of the highest log density, for each coordinate, of a truncated normal.
+        The turn with the highest log density of the held-out rows, for each coordinate. The density
+        of the residuals is a truncated normal.
     """
     phase = y[train] * (math.pi / HALF_WIDTH)
     count = y.shape[1]
@@ -115,11 +117,11 @@ def fit_turn(ridge_path: RidgePath, y: Array, c: Array, train: Array, held_out: 
     def scores(turn: Turn) -> Array:
         """Return the mean log density (k,) of the held-out rows."""
         squares = [
-            jnp.mean(wrap(y[rows] - offsets(turn.predictor(c[rows]))) ** 2, axis=0)
+            jnp.mean(wrap(y[rows] - directions_of(turn.predictor(c[rows]))) ** 2, axis=0)
             for rows in (train, held_out)
         ]
         score = _log_density(squares[1], _log_scale(squares[0]))
-        return jnp.where(_flips(turn.predictor(c[train])), -jnp.inf, score)
+        return jnp.where(_has_short_vectors(turn.predictor(c[train])), -jnp.inf, score)
 
     line = _select(scores, Turn(*lines), count)
     refined = _refine(line, y[train[:_MAX_ROWS]], c[train[:_MAX_ROWS]])
@@ -127,11 +129,12 @@ def fit_turn(ridge_path: RidgePath, y: Array, c: Array, train: Array, held_out: 
     return _select(scores, Turn(*every), count)
 
 
-def _flips(predictor: Array) -> Array:
-    """Return for each of k coordinates whether the direction often jumps by half a turn.
+def _has_short_vectors(predictor: Array) -> Array:
+    """Return whether the predicted vectors of each of k coordinates are often short.
 
-    This is so if vectors of many rows lie on a line through the origin, as for an observation of
-    the cosine only: the direction is then 0 or pi. Vectors in a disc are rarely so short.
+    If an observation contains the cosine only, for example, all vectors lie on a line through the
+    origin. Their direction is 0 or pi, and jumps where the vector is short. Vectors that fill a
+    disc are rarely short.
     """
     cos, sin, _ = jnp.split(predictor, 3, axis=-1)
     squares = cos**2 + sin**2
@@ -157,7 +160,7 @@ def _refine(turn: Turn, y: Array, c: Array) -> Turn:
     optimiser = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, _ADAM_STEPS))
 
     def loss(turn: Turn) -> Array:
-        residual = (y - offsets(turn.predictor(c))) * (math.pi / HALF_WIDTH)
+        residual = (y - directions_of(turn.predictor(c))) * (math.pi / HALF_WIDTH)
         return jnp.mean(jnp.sum(1.0 - jnp.cos(residual), axis=1))
 
     def step(carry: tuple, _: None) -> tuple[tuple, None]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from sbi_flows.core.checks import require_count
 from sbi_flows.core.errors import SbiFlowsError, SimulationFailed
-from sbi_flows.core.frames import in_order
+from sbi_flows.core.frames import reorder_columns
 from sbi_flows.core.typing import Key, Obs, Simulator
 from sbi_flows.diagnostics.local_classifier import classify
 from sbi_flows.diagnostics.local_draws import local_pairs
@@ -112,7 +112,7 @@ def check_at(
         prior, number = posterior.prior, simulations
         simulations = simulate(simulate_key, prior, simulator, number, progress=progress)
     valid = _valid(posterior, simulations)
-    observed = as_batch(in_order("x", x_o, posterior.columns), observation_shape(valid.x))[0]
+    observed = as_batch(reorder_columns("x", x_o, posterior.columns), observation_shape(valid.x))[0]
     local = local_pairs(pair_key, posterior, valid, observed, samples, progress=progress)
     output = classify(train_key, local.classifier, local.points, permutations)
     p_value = float(1 + np.sum(output.statistic[1:] >= output.statistic[0])) / (1 + permutations)

@@ -96,8 +96,8 @@ def local_pairs(
     prior = posterior.prior
     draw_key, near_key = jax.random.split(key)
     drawn = _draw_moments(draw_key, posterior, sims, progress)
-    standard_samples = _to_standard(prior, prior.relative(samples))
-    truths = prior.relative(sims.theta)
+    standard_samples = _to_standard(prior, prior.subtract_offset(samples))
+    truths = prior.subtract_offset(sims.theta)
     frame = jax.tree.map(np.asarray, local_frame(standard_samples[None]))
     mean = np.concatenate([drawn.frame.mean, frame.mean])
     sd = np.concatenate([drawn.frame.sd, frame.sd])
@@ -134,7 +134,7 @@ def _draw_moments(
     parts, numbers = [], (1 + MOMENT_DRAWS) * posterior.prior.dim
     for chunk_key, rows, count in chunks_of(key, len(sims), numbers, "draw", progress):
         samples = posterior.sample(chunk_key, sims[rows].x, 1 + MOMENT_DRAWS)
-        part = _reduce(posterior.prior, posterior.prior.relative(samples))
+        part = _reduce(posterior.prior, posterior.prior.subtract_offset(samples))
         parts.append(jax.tree.map(lambda leaf, m=count: np.asarray(leaf)[:m], part))
     drawn = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
     if not np.all(drawn.finite):

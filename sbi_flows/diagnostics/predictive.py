@@ -20,7 +20,7 @@ from jax import Array
 from sbi_flows import plots
 from sbi_flows.core.checks import require_count
 from sbi_flows.core.errors import SimulationFailed
-from sbi_flows.core.frames import in_order
+from sbi_flows.core.frames import reorder_columns
 from sbi_flows.core.tables import p_text, table
 from sbi_flows.core.typing import Key, Obs, Simulator
 from sbi_flows.diagnostics.discrepancies import (
@@ -189,7 +189,7 @@ def predictive_check(
     if theta.ndim != 2:
         raise ValueError("x: expected one observation, got a batch")
     valid = simulate_at_draws(simulate_key, posterior.prior, simulator, theta, progress)
-    batch, _ = as_batch(in_order("x", x, posterior.columns), observation_shape(valid.x))
+    batch, _ = as_batch(reorder_columns("x", x, posterior.columns), observation_shape(valid.x))
     return dataclasses.replace(
         _compare(valid.x, batch, draws - len(valid)),
         embedding_p=_embedding_p(posterior, valid.x, batch),
@@ -219,7 +219,8 @@ def _compare(simulated: Obs, observed: Obs, num_failed: int) -> Predictive:
     """Compare one observation (1, *event) with simulations (n, *event)."""
     standardiser = fit_standardiser(simulated)
     # a common offset and scale do not change the ranks
-    simulated, observed = standardiser.relative(simulated), standardiser.relative(observed)
+    simulated = standardiser.subtract_origin(simulated)
+    observed = standardiser.subtract_origin(observed)
     standardiser = standardiser._replace(origin=None)
     simulated_rows, observed_row = flatten_rows(simulated), flatten_rows(observed)
     features = np.asarray(standardiser(simulated))

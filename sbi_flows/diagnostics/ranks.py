@@ -112,7 +112,7 @@ def draw_pass(
     for chunk_key, rows, count in chunks_of(draw_key, n, draws * dim, "draw", progress):
         part = valid[rows]
         arrays = _draws_and_densities(chunk_key, posterior, part, draws, ranked)
-        relative = map(posterior.prior.relative, (arrays[0], part.theta, points[rows]))
+        relative = map(posterior.prior.subtract_offset, (arrays[0], part.theta, points[rows]))
         reduced = _reduce(*relative, *arrays[1:], units)
         chunks.append(jax.tree.map(lambda leaf, m=count: np.asarray(leaf)[:m], reduced))
     counts = {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
@@ -127,7 +127,7 @@ def draw_pass(
         density=denser if density else None,
         distance=None if references is None else nearer,
         log_prob=counts["log_prob"] if ranked else None,
-        mean=np.asarray(posterior.prior.absolute(jnp.asarray(counts["mean"]))),
+        mean=np.asarray(posterior.prior.add_offset(jnp.asarray(counts["mean"]))),
         sd=counts["sd"],
         draws=draws,
         labels=tuple(posterior.prior.labels),

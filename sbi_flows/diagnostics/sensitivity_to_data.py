@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from sbi_flows.core.checks import require_count, require_positive
 from sbi_flows.core.errors import SbiFlowsError
-from sbi_flows.core.frames import in_order
+from sbi_flows.core.frames import reorder_columns
 from sbi_flows.core.tables import table
 from sbi_flows.core.typing import Key, Obs, Simulator
 from sbi_flows.diagnostics.predictive import MIN_DRAWS, simulate_at_draws
@@ -197,7 +197,7 @@ def data_sensitivity(
     if simulator is None and unit is None and standardiser is None:
         raise ValueError("unit: expected units or a simulator for this posterior, got neither")
     shapes = posterior.observation
-    x = in_order("x", x, posterior.columns)
+    x = reorder_columns("x", x, posterior.columns)
     batch = _as_single(x, shapes)
     scales = None if unit is None else _unit_of_entries(unit, shapes)
 

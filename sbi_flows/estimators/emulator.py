@@ -26,7 +26,7 @@ from flax import nnx
 from jax import Array
 
 from sbi_flows.core.checks import require_count
-from sbi_flows.core.compilation import bounded
+from sbi_flows.core.compilation import compiled_per_size
 from sbi_flows.core.errors import SbiFlowsError, TrainingDiverged
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key
@@ -259,7 +259,7 @@ def _fitted(
     return [_Part(blueprint, weights, share) for (blueprint, weights), share in parts], history
 
 
-@bounded
+@compiled_per_size
 @jax.jit
 def _smooth(grid: Grid, emulated: Standardiser, key: Key, x: Array) -> Array:
     """Return continuous features: add noise to entries on a grid, replace constants by noise."""
@@ -268,7 +268,7 @@ def _smooth(grid: Grid, emulated: Standardiser, key: Key, x: Array) -> Array:
     return jnp.where(jnp.isinf(grid.step)[None], noise, features)
 
 
-@bounded
+@compiled_per_size
 @jax.jit
 def _standard(
     grid: Grid, emulated: Standardiser, standardiser: Standardiser, features: Array
@@ -278,7 +278,7 @@ def _standard(
     return standardiser(jnp.where(jnp.isfinite(x), x, jnp.nan))
 
 
-@bounded
+@compiled_per_size
 @partial(jax.jit, static_argnums=2)
 @full_precision
 def _prior_draws(key: Key, prior: Prior, n: int) -> Array:

@@ -314,7 +314,7 @@ class NPE:
         return dataclasses.replace(plain, training=training)
 
     def _checked(self, simulations: Simulations) -> Simulations:
-        """Return the simulations, aligned with the prior; raise an error if they do not fit."""
+        """Return the simulations relative to the prior; raise an error if they do not fit."""
         if not isinstance(simulations, Simulations):
             raise ValueError(
                 f"simulations: expected sf.Simulations, got {type(simulations).__name__}"

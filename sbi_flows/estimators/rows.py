@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sbi_flows.core.compilation import bounded
+from sbi_flows.core.compilation import compiled_per_size
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.densities.conditional import Blueprint
@@ -36,14 +36,14 @@ SAMPLE_ROWS = 2**16
 """Number of rows that are loaded into memory if the simulations are on disk."""
 
 
-@bounded
+@compiled_per_size
 @jax.jit
 def contains(prior: Prior, theta: Array) -> Array:
     """Return whether each row of theta lies in the support of the prior."""
     return prior.unchecked_contains(theta)
 
 
-@bounded
+@compiled_per_size
 @jax.jit
 @full_precision
 def standard_coordinates(prior: Prior, theta: Array) -> Array:
@@ -59,7 +59,7 @@ def prepare(prior: Prior, theta: Any, x: Obs) -> tuple[TrainingData, Standardise
     return data, standardiser._replace(origin=origin), relative
 
 
-@bounded
+@compiled_per_size
 @jax.jit
 @full_precision
 def _prepared(prior: Prior, theta: Array, x: Obs) -> tuple[TrainingData, Standardiser]:
@@ -74,7 +74,7 @@ def with_emulated(
     return dataclasses.replace(_appended(prior, data, emulated), member_rows=member_rows)
 
 
-@bounded
+@compiled_per_size
 @jax.jit
 @full_precision
 def _appended(prior: Prior, data: TrainingData, emulated: Emulated) -> TrainingData:
@@ -123,13 +123,13 @@ def stream_of(
 
     def read(places: np.ndarray) -> tuple[Array, Array]:
         chunk = simulations[numbers[places]]
-        relative = standardiser.relative(chunk.x)
+        relative = standardiser.subtract_origin(chunk.x)
         return _read(prior, blueprint, standardiser._replace(origin=None), chunk.theta, relative)
 
     return Stream(np.arange(len(numbers)), sample, read)
 
 
-@bounded
+@compiled_per_size
 @partial(jax.jit, static_argnums=1)
 @full_precision
 def _read(

@@ -260,7 +260,7 @@ def _inside(prior: Prior, parts: list[Simulations]) -> Simulations:
 
     The selection uses NumPy, because JAX would compile a new program for each number of rows.
     """
-    places = [np.flatnonzero(contains(prior, prior.relative(part.theta))) for part in parts]
+    places = [np.flatnonzero(contains(prior, prior.subtract_offset(part.theta))) for part in parts]
     rounds = np.concatenate([np.full(len(p), r) for r, p in enumerate(places)])
 
     def joined(*leaves: Any) -> np.ndarray:

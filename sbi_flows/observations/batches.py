@@ -89,7 +89,7 @@ def _is_double(like: Any) -> bool:
 
 
 def _as_dtype_of(value: Any, like: Any) -> Any:
-    """Convert an array to float64 if it stays on the host, and else to a dtype of JAX."""
+    """Convert an array to float64 if it stays on the host, otherwise to a dtype of JAX."""
     if _is_double(like):
         if is_traced(value) or value.dtype.kind not in "iufb" or value.dtype in _ROUNDED:
             raise ValueError(

@@ -1,8 +1,8 @@
-"""Location and scale of observations that are removed in double precision.
+"""Removal of a location and a scale from observations, in double precision.
 
-The map is z = x / 2^exponent - offset, computed in float64 on the host for arrays of float64. It
-loses nothing, and z is well represented in single precision. Arrays that single precision holds
-anyway have the offset 0 and the exponent 0.
+The map is z = x / 2^exponent - offset. For arrays of float64 it is computed in float64 on the host,
+and z is then rounded to single precision with a small error relative to its spread. For arrays that
+single precision can represent, the offset and the exponent are 0.
 
 Public names: `Origin`, `fit_origin`.
 """
@@ -23,7 +23,7 @@ from sbi_flows.core.pytrees import is_traced
 from sbi_flows.core.typing import Obs
 
 _MAX_EXPONENT = 40
-"""Values of a size between 2^-40 and 2^40 keep their scale."""
+"""Maximum absolute exponent without a change of scale: from 2^-40 to 2^40, the exponent is 0."""
 
 
 class Origin(NamedTuple):
@@ -52,7 +52,10 @@ class Origin(NamedTuple):
         return self._by_leaf(x, _subtract_on_host)
 
     def restore(self, rows: Array | np.ndarray) -> Array | np.ndarray:
-        """Map flattened values (B, C) back; the result is a NumPy array of float64 on the host."""
+        """Map flattened values (B, C) back to the units of x.
+
+        The result is a NumPy array of float64. Inside a JAX transformation it is a JAX array.
+        """
         if is_traced(rows):
             return jnp.ldexp((rows + self.low[None]) + self.high[None], self.exponent[None])
         offset = np.asarray(self.high, float) + np.asarray(self.low, float)
@@ -68,17 +71,17 @@ class Origin(NamedTuple):
         parts = []
         for leaf, end in zip(leaves, ends, strict=True):
             shape = leaf.shape[1:]
-            own = slice(end - math.prod(shape), end)
-            arrays = (jnp.reshape(a[own], (1, *shape)) for a in self)
+            entries = slice(end - math.prod(shape), end)
+            arrays = (jnp.reshape(a[entries], (1, *shape)) for a in self)
             parts.append(subtract(leaf, *arrays))
         return jax.tree.unflatten(tree, parts)
 
 
 def fit_origin(x: Obs) -> Origin | None:
-    """Choose offset and exponent for a batch of observations (N, *event).
+    """Compute offset and exponent of each entry of a batch of observations (N, *event).
 
     Returns:
-        The origin; None if no array is in double precision on the host (`is_double`).
+        The origin; None if no array is in double precision on the host (see `is_double`).
     """
     leaves = jax.tree.leaves(x)
     if is_traced(x) or not any(map(is_double, leaves)):

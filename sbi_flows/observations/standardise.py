@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sbi_flows.core.compilation import bounded
+from sbi_flows.core.compilation import compiled_per_size
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.pytrees import is_traced
 from sbi_flows.core.typing import Obs
@@ -44,8 +44,8 @@ class Standardiser(NamedTuple):
         floor: Value below which a straight line replaces the logarithm, shape (C,); zero if no
             logarithm is taken.
         linear: Half-width of the linear range, in units of `scale`.
-        origin: Location and scale that are removed in double precision before everything else;
-            None if the observations are in JAX's precision.
+        origin: Location and scale that are removed first, in double precision; None if the
+            observations are in JAX's precision.
     """
 
     center: Array
@@ -56,7 +56,7 @@ class Standardiser(NamedTuple):
 
     def __call__(self, x: Obs) -> Array:
         """Map a batch of observations (B, *event) to features (B, C)."""
-        rows = _logarithms(flatten_rows(self.relative(x)), self.floor)
+        rows = _logarithms(flatten_rows(self.subtract_origin(x)), self.floor)
         s = (rows - self.center[None]) / self.scale[None]
         # a finite number divided by a small scale may overflow
         largest = jnp.finfo(s.dtype).max
@@ -72,8 +72,8 @@ class Standardiser(NamedTuple):
         origin = None if self.origin is None else self.origin.of(at)
         return Standardiser(self.center[at], self.scale[at], self.floor[at], self.linear, origin)
 
-    def relative(self, x: Obs) -> Obs:
-        """Return observations (B, *event) without their origin, in JAX's precision."""
+    def subtract_origin(self, x: Obs) -> Obs:
+        """Subtract the origin from observations (B, *event); the result is in JAX's precision."""
         return x if self.origin is None else self.origin.subtract(x)
 
     def inverse(self, features: Array) -> Array | np.ndarray:
@@ -98,12 +98,12 @@ def fit_standardiser(x: Obs) -> Standardiser:
 def features_of(standardiser: Standardiser, x: Obs) -> Array:
     """Compute the features (B, C) of observations (B, *event) in one compiled program.
 
-    Arrays in double precision are first made relative to the origin on the host. `jax.jit` would
-    round them before anything is subtracted.
+    The origin is subtracted from arrays in double precision on the host, because `jax.jit` would
+    round them before the subtraction.
     """
     if standardiser.origin is None or is_traced(x):
         return _features(standardiser, x)
-    return _features(standardiser._replace(origin=None), standardiser.relative(x))
+    return _features(standardiser._replace(origin=None), standardiser.subtract_origin(x))
 
 
 def flatten_rows(x: Obs) -> Array:
@@ -183,14 +183,14 @@ def _skewness(tails: Array) -> Array:
     return jnp.abs(high + low - 2 * center) / width
 
 
-@bounded
+@compiled_per_size
 @jax.jit
 @full_precision
 def _features(standardiser: Standardiser, x: Obs) -> Array:
     return standardiser(x)
 
 
-@bounded
+@compiled_per_size
 @jax.jit
 def _fitted(x: Obs) -> tuple[Array, Array, Array]:
     floor = jnp.concatenate([_floors(flatten_rows(leaf)) for leaf in jax.tree.leaves(x)])

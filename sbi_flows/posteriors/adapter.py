@@ -157,8 +157,8 @@ class ExternalPosterior(AbstractPosterior):
         both: Callable[..., Any] | None = self._optional("sample_and_log_prob")
         if with_log_prob and both is not None:
             draws, log_prob = both(key, x, n)
-            return bound.with_axis(self.prior.relative(draws)), bound.with_axis(log_prob)
-        draws = bound.with_axis(self.prior.relative(self.posterior.sample(key, x, n)))
+            return bound.with_axis(self.prior.subtract_offset(draws)), bound.with_axis(log_prob)
+        draws = bound.with_axis(self.prior.subtract_offset(self.posterior.sample(key, x, n)))
         if with_log_prob:
             return draws, self._log_prob(draws, bound)
         return draws, jnp.zeros(draws.shape[:-1], draws.dtype)
@@ -168,7 +168,7 @@ class ExternalPosterior(AbstractPosterior):
         if function is None:
             name = type(self.posterior).__name__
             raise ValueError(f"posterior: expected an object with log_prob, got {name} without")
-        values = self.prior.absolute(theta)
+        values = self.prior.add_offset(theta)
         rows = values[0] if bound.is_single else values
         return bound.with_axis(function(rows, bound.unbatched()))
 

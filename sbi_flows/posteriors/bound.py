@@ -112,6 +112,8 @@ class AtObservation:
                 key.
             SolveFailed: The ODE of a continuous flow was not solved. Inside a transformation such
                 as `jit` these draws are NaN instead.
+            SbiFlowsError: Fewer than about 1 in 1,000 draws meet the condition of a constrained
+                prior. Inside a transformation these draws are NaN instead.
         """
         return self._draw(key, n, with_log_prob=False)[0]
 
@@ -164,7 +166,7 @@ class AtObservation:
         modes = in_chunks(
             partial(_ascend, steps, self.posterior), self.prior.dim, self.bound, first
         )[0]
-        modes = self.prior.absolute(modes)
+        modes = self.prior.add_offset(modes)
         return modes[0] if self.is_single else modes
 
     def to_numpyro(self) -> PosteriorDistribution:
@@ -176,8 +178,8 @@ class AtObservation:
         standard coordinates.
 
         Raises:
-            ValueError: The posterior is bound to a batch of observations, or single precision
-                cannot hold the parameters.
+            ValueError: The posterior is bound to a batch of observations, or the prior has an
+                offset.
 
         Example:
             >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -203,8 +205,8 @@ class AtObservation:
             )
         if self.prior.layout.offset:
             raise ValueError(
-                f"prior: single precision, in which numpyro computes, cannot hold the values of "
-                f"{self.prior}; use jax.config.update('jax_enable_x64', True)"
+                f"prior: expected a prior without an offset, got {self.prior}, whose values single "
+                "precision cannot represent; use jax.config.update('jax_enable_x64', True)"
             )
         return PosteriorDistribution(self.prior, self)
 
@@ -221,10 +223,10 @@ class AtObservation:
 
     def _draw(self, key: Key, n: int, *, with_log_prob: bool) -> tuple[Array | np.ndarray, Array]:
         draws, log_prob = self._draw_relative(key, n, with_log_prob=with_log_prob)
-        return self.prior.absolute(draws), log_prob
+        return self.prior.add_offset(draws), log_prob
 
     def _draw_relative(self, key: Key, n: int, *, with_log_prob: bool) -> tuple[Array, Array]:
-        """Draw parameters relative to the prior's offset."""
+        """Draw parameters minus the prior's offset; also return log densities, as in `_sample`."""
         require_count(1, n=n)
         key = as_random_key("key", key)
         require_memory("n", (self._count, int(n), self.prior.dim), jnp.result_type(float))
@@ -233,7 +235,7 @@ class AtObservation:
         return self._require_solved(jnp.sum(draws, axis=-1) + log_prob, result)
 
     def _checked(self, theta: Any) -> Array:
-        theta = self.prior.relative(theta)
+        theta = self.prior.subtract_offset(theta)
         theta = theta.astype(jnp.result_type(float))
         dim, count = self.prior.dim, self._count
         if theta.ndim == 0 or theta.shape[-1] != dim:
@@ -248,7 +250,12 @@ class AtObservation:
         return theta
 
     def _require_solved(self, values: Array, result: Any) -> Any:
-        """Return `result`; raise SolveFailed if a failed ODE solve left NaN in `values` (B, *)."""
+        """Return `result`; raise an error if `values` (B, *) contain NaN.
+
+        Raises:
+            SolveFailed: The ODE was not solved at some observations.
+            SbiFlowsError: Too few draws meet the prior's condition at some observations.
+        """
         is_constrained = isinstance(self.prior, ConstrainedPrior)
         if is_traced(values) or not (self.posterior.needs_ode or is_constrained):
             return result
@@ -257,9 +264,10 @@ class AtObservation:
             some = ", ".join(map(str, failed[:5])) + (", ..." if len(failed) > 5 else "")
             if is_constrained and not self.posterior.needs_ode:
                 raise SbiFlowsError(
-                    f"x: too few draws meet the prior's condition at {len(failed)} of "
-                    f"{len(values)} observations (numbers {some}); expected at least 1 in 1,000: "
-                    "the observation may contradict the condition, or the fit is poor there"
+                    "x: expected at least 1 in 1,000 draws to meet the prior's condition, got "
+                    f"fewer at {len(failed)} of {len(values)} observations (numbers {some}); test "
+                    "whether simulations under the prior resemble these observations, or fit with "
+                    "more simulations"
                 )
             raise SolveFailed(
                 f"x: the ODE was not solved at {len(failed)} of {len(values)} observations "

@@ -11,7 +11,7 @@ of Langevin dynamics at each noise level move the draws to the next density.
 
 Source: Geffner, Papamakarios & Mnih 2023, "Compositional Score Modeling for Simulation-Based
 Inference" (arXiv:2209.14249), equation 6 and algorithm 1. In contrast to the paper, the prior's
-score is evaluated without noise at all noise levels. This changes only the intermediate densities.
+score is evaluated without noise at all levels, which changes only the intermediate densities.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from jax import Array
 
 from sbi_flows.artefact.layers import Layer, LayerCodec, SavedPosterior
 from sbi_flows.core.checks import as_array, require_count, require_object
-from sbi_flows.core.frames import in_order
+from sbi_flows.core.frames import reorder_columns
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.pytrees import register_pytree
 from sbi_flows.core.record import ReadOnlyDict
@@ -63,10 +63,8 @@ class ComposedPosterior(Derived):
     The base posterior is conditioned on one observation (*event). Here x is a set (N, *event) of
     such observations, for any N, or a batch of sets (B, N, *event). `log_prob` is the sum of the
     base posterior's log densities at the N observations minus (N - 1) times the prior's log
-    density, up to a constant. Draws are made by Langevin dynamics, which is approximate.
-
-    To check a composed posterior, simulate sets: `sf.check(key, posterior, simulate_set)`, where
-    `simulate_set(key, theta)` returns an array (N, *event).
+    density, up to a constant. Draws are made by Langevin dynamics, which is approximate. Check it
+    by `sf.check(key, posterior, simulate_set)`; `simulate_set(key, theta)` returns (N, *event).
 
     Attributes:
         posterior: The base posterior; its densities are `FlowMatching` or `Diffusion`.
@@ -88,8 +86,8 @@ class ComposedPosterior(Derived):
     def __post_init__(self) -> None:
         """Raise ValueError if densities have no scores, or `levels` or `steps` is not positive."""
         require_object("posterior", self.posterior, Posterior, "an sf.Posterior")
+        wanted = "a posterior of sf.FlowMatching or sf.Diffusion"
         for blueprint in self.posterior.blueprints:
-            wanted = "a posterior of sf.FlowMatching or sf.Diffusion"
             require_object("posterior", blueprint.density, (FlowMatching, Diffusion), wanted)
         require_count(1, levels=self.levels, steps=self.steps)
         require_no_condition(self.posterior.prior, "simulate sets, and fit an embedding of sets")
@@ -139,7 +137,10 @@ class ComposedPosterior(Derived):
 
     def _sets(self, x: Obs) -> tuple[Obs, bool]:
         """Return sets (B, N, *event), and whether x was a single set."""
-        x, like = in_order("x", x, self.columns), jax.tree.leaves(self.posterior.observation)[0]
+        x, like = (
+            reorder_columns("x", x, self.columns),
+            jax.tree.leaves(self.posterior.observation)[0],
+        )
         first = next(iter(jax.tree.leaves(x)), None)
         if first is not None and np.ndim(first) == len(like.shape) + 2:
             if len({np.shape(leaf)[:2] for leaf in jax.tree.leaves(x)}) != 1:

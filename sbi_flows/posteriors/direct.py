@@ -17,7 +17,7 @@ from jax import Array
 
 from sbi_flows.artefact.layers import SavedPosterior
 from sbi_flows.core.errors import SbiFlowsWarning
-from sbi_flows.core.frames import in_order
+from sbi_flows.core.frames import reorder_columns
 from sbi_flows.core.pytrees import is_traced, register_pytree
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.core.warn import warn_user
@@ -49,7 +49,7 @@ class _Constrained(NamedTuple):
 
 
 _Bound: TypeAlias = Array | _Constrained
-"""Features (B, C) or, if the prior has a condition, features and log probabilities of it."""
+"""Prepared observations: features (B, C), or a `_Constrained` if the prior has a condition."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -130,7 +130,7 @@ class Posterior(AbstractPosterior):
 
     def is_single(self, x: Obs) -> bool:
         """Return whether x is one observation, not a batch; raise ValueError if it is neither."""
-        return as_batch(in_order("x", x, self.columns), self.observation)[1]
+        return as_batch(reorder_columns("x", x, self.columns), self.observation)[1]
 
     def to_saved(self) -> SavedPosterior:
         """Return the data that `save` writes to the file.
@@ -143,7 +143,7 @@ class Posterior(AbstractPosterior):
 
     def _bind(self, x: Obs) -> tuple[_Bound, bool]:
         """Return prepared observations, and whether x was a single observation."""
-        batch, single = as_batch(in_order("x", x, self.columns), self.observation)
+        batch, single = as_batch(reorder_columns("x", x, self.columns), self.observation)
         features = features_of(self.standardiser, batch)
         if not isinstance(self.prior, ConstrainedPrior):
             return features, single
@@ -156,6 +156,7 @@ class Posterior(AbstractPosterior):
         return _Constrained(features, log_acceptance), single
 
     def _features_of(self, bound: _Bound) -> Array:
+        """Return the features (B, C) of prepared observations."""
         return bound.features if isinstance(bound, _Constrained) else bound
 
     def _sample(self, key: Key, bound: _Bound, n: int, with_log_prob: bool) -> tuple[Array, Array]:
@@ -217,7 +218,7 @@ def _warn_of_few(acceptance: np.ndarray) -> None:
 
 
 def _normalised(log_prob: Array, bound: _Bound) -> Array:
-    """Divide densities (B, n) by the probability of the prior's condition."""
+    """Divide densities (B, n) by the probability that draws meet the prior's condition."""
     if not isinstance(bound, _Constrained):
         return log_prob
     return log_prob - bound.log_acceptance[:, None]

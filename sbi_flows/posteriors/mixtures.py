@@ -33,7 +33,7 @@ ACCEPTANCE_DRAWS = 4096
 """Number of draws from which the probability of a prior's condition is estimated."""
 
 MAX_ROUNDS = 1000
-"""Maximum number of times that draws violating a prior's condition are drawn again."""
+"""Maximum number of rounds of proposals for draws that meet a prior's condition."""
 
 Parts: TypeAlias = tuple[tuple[Blueprint, float], ...]
 """Static part of a mixture: the blueprint and the share (mixture weight) of each ensemble."""
@@ -119,7 +119,7 @@ def sample(
 def _propose(
     parts: Parts, n: int, weights: tuple[Weights, ...], features: Array, keys: Key
 ) -> Array:
-    """Draw standard coordinates (B, n, d)."""
+    """Draw standard coordinates (B, n, d), which may violate the prior's condition."""
     counts, fractions = split_shares([share for _, share in parts], n)
     split = jax.vmap(lambda key: jax.random.split(key, 1 + len(parts)))(keys)
     draws = [

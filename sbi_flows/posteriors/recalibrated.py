@@ -247,7 +247,7 @@ def recalibrate(
     for chunk_key, rows, count in chunks_of(key, len(valid), entries, "calibrate", progress):
         part = valid[rows]
         sample = posterior.sample(chunk_key, part.x, draws + COMPARED_DRAWS)
-        pair = map(posterior.prior.relative, (sample, part.theta))
+        pair = map(posterior.prior.subtract_offset, (sample, part.theta))
         chunks.append(np.asarray(_scores(posterior.prior, *pair))[:count])
     scores = np.concatenate(chunks)
     bad = int(np.sum(~np.isfinite(scores).all(axis=(1, 2))))

@@ -35,7 +35,7 @@ from sbi_flows.core.checks import (
     require_memory,
     require_real,
 )
-from sbi_flows.core.frames import column_names, in_order
+from sbi_flows.core.frames import column_names, reorder_columns
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.pytrees import is_traced
 from sbi_flows.core.typing import Key
@@ -61,11 +61,11 @@ class Prior(abc.ABC):
         circular: For each of the d standard coordinates, True if its two ends are the same point.
             Empty if the prior has no circular parameter.
         is_named: True if the simulator receives a dict of parameters, False if one array.
-        mass: Fraction of the original prior's probability inside the box that it was cut to; 1 if
-            the prior was not cut.
-        offset: Location that is removed from the parameters in double precision, because single
-            precision cannot hold them (a Julian date, for example), shape (D,); None for other
-            priors. With an offset, parameters are NumPy arrays of float64.
+        mass: Probability of the box or condition to which the prior is restricted, under the
+            original prior; 1 if the prior is not restricted.
+        offset: Location that is subtracted from the parameters in double precision, because single
+            precision cannot represent them (a Julian date, for example), shape (D,); None if it is
+            not needed. With an offset, parameters are NumPy arrays of float64.
 
     Example:
         >>> import jax, numpyro.distributions as dist, sbi_flows as sf
@@ -84,7 +84,7 @@ class Prior(abc.ABC):
     @property
     @abc.abstractmethod
     def mass(self) -> Any:
-        """Fraction of the original prior's probability inside the box; 1 if it was not cut."""
+        """Probability of the box or condition under the original prior; 1 without either."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -118,7 +118,7 @@ class Prior(abc.ABC):
 
     @property
     def offset(self) -> np.ndarray | None:
-        """Location that is removed in double precision, shape (D,); None if it is not needed."""
+        """Location that is subtracted in double precision, shape (D,); None if it is not needed."""
         return np.array(self.layout.offset) if self.layout.offset else None
 
     @property
@@ -141,8 +141,8 @@ class Prior(abc.ABC):
         """Draw n parameter vectors, all inside the support.
 
         Returns:
-            Array of shape (n, D). It is a NumPy array of float64 if single precision cannot hold
-            the values (see `offset`).
+            Array of shape (n, D). It is a NumPy array of float64 if single precision cannot
+            represent the values (see `offset`).
 
         Raises:
             ValueError: `key` is not a random key, n is not a non-negative integer, or an array of
@@ -151,7 +151,7 @@ class Prior(abc.ABC):
         key = as_random_key("key", key)
         require_count(0, n=n)
         require_memory("n", (n, self.dim), jnp.result_type(float))
-        return self.absolute(_sample(self, key, n))
+        return self.add_offset(_sample(self, key, n))
 
     def log_prob(self, theta: Any) -> Array:
         """Compute log densities (*) at theta (*, D); they are -inf outside the support."""
@@ -192,7 +192,7 @@ class Prior(abc.ABC):
 
     def from_standard(self, y: ArrayLike) -> Array | np.ndarray:
         """Map standard coordinates (*, d) to parameters (*, D) inside the support."""
-        return self.absolute(self.unchecked_from_standard(self._checked_standard(y)))
+        return self.add_offset(self.unchecked_from_standard(self._checked_standard(y)))
 
     def to_standard(self, theta: Any) -> Array:
         """Map parameters (*, D) inside the support to standard coordinates (*, d).
@@ -216,7 +216,7 @@ class Prior(abc.ABC):
 
     def center(self, batch: tuple[int, ...] = ()) -> Array | np.ndarray:
         """Return one point inside the support, repeated to the shape (*batch, D)."""
-        return self.absolute(self.unchecked_center(batch))
+        return self.add_offset(self.unchecked_center(batch))
 
     # methods for this package: these assume arrays of the right shapes
 
@@ -260,11 +260,11 @@ class Prior(abc.ABC):
         safe = jnp.where(inside[..., None], theta, self.unchecked_center(theta.shape[:-1]))
         return jnp.where(inside, self.unchecked_log_prob_inside(safe), -jnp.inf)
 
-    def relative(self, theta: Any) -> Array:
+    def subtract_offset(self, theta: Any) -> Array:
         """Return theta (*, D) minus the offset, in JAX's precision.
 
-        Values in double precision are subtracted on the host. Inside a JAX transformation, theta
-        was already rounded to single precision.
+        The difference is computed in double precision on the host. Inside a JAX transformation,
+        theta was already rounded to single precision.
         """
         values, offset = self._exact("theta", theta), np.array(self.layout.offset)
         if not len(offset):
@@ -274,22 +274,23 @@ class Prior(abc.ABC):
         return jnp.asarray(values - offset, jnp.result_type(float))
 
     def by_name(self, theta: Any) -> Any:
-        """Return a dict or table of parameters as an array, or a table in the prior's order.
+        """Match parameters by name: flatten a dict, or reorder the columns of a table.
 
         Args:
-            theta: A dict `{name: (*, *event)}`; or a table whose columns are the labels of a prior
-                with names. Arrays are returned unchanged.
+            theta: A dict `{name: (*, *event)}`, which becomes an array (*, D); or a table, whose
+                columns are put in the order of the labels if the prior has names. Arrays are
+                returned unchanged.
 
         Raises:
-            ValueError: The names are not those of the parameters.
+            ValueError: The names differ from those of the parameters.
         """
         if isinstance(theta, Mapping):
             return self.flatten(theta)
         columns = column_names(theta)
         is_known = columns is not None and sorted(columns) == sorted(self.labels)
-        return in_order("theta", theta, self.labels if self.is_named or is_known else None)
+        return reorder_columns("theta", theta, self.labels if self.is_named or is_known else None)
 
-    def absolute(self, theta: Array) -> Array | np.ndarray:
+    def add_offset(self, theta: Array) -> Array | np.ndarray:
         """Return theta (*, D) plus the offset.
 
         With an offset, the result is a NumPy array of float64; inside a JAX transformation it is an
@@ -326,8 +327,8 @@ class Prior(abc.ABC):
         return np.asarray(array, np.float64)
 
     def _checked(self, theta: Any) -> Array:
-        """Return theta relative to the offset."""
-        return self.relative(self._with_columns(self._exact("theta", theta)))
+        """Return theta (*, D) minus the offset; raise ValueError if its shape is wrong."""
+        return self.subtract_offset(self._with_columns(self._exact("theta", theta)))
 
     def _with_columns(self, theta: Array | np.ndarray) -> Array | np.ndarray:
         """Raise ValueError unless theta has D columns."""

@@ -22,7 +22,7 @@ from sbi_flows.core.typing import Key
 from sbi_flows.prior.sites import Site
 
 HALF_WIDTH = math.sqrt(3.0)
-"""Half-width of a bounded standard coordinate: uniform numbers there have variance 1."""
+"""Half-width of a bounded standard coordinate, with which a uniform variable has variance 1."""
 
 
 class Circular(dist.Distribution):
@@ -32,16 +32,17 @@ class Circular(dist.Distribution):
     mode across the ends of the interval. numpyro's `VonMises` is circular without this wrapper.
 
     Args:
-        low: Lower end of the interval; or a distribution on an interval, of any batch shape.
-        high: Upper end of the interval, where `low` is a number. The parameter is then uniform.
+        low: Lower end of the interval, for a uniform distribution; or any distribution on an
+            interval with event shape ().
+        high: Upper end of the interval; not allowed if `low` is a distribution.
         validate_args: Whether numpyro validates the arguments.
 
     Attributes:
         base_dist: The distribution on the interval.
 
     Raises:
-        ValueError: The support of the distribution is not an interval with two ends, or a
-            distribution and an upper end are both given.
+        ValueError: The support of the distribution is not an interval with two ends, or `low` is a
+            distribution and `high` is not None.
 
     Example:
         >>> import jax, numpyro.distributions as dist, sbi_flows as sf
@@ -65,15 +66,18 @@ class Circular(dist.Distribution):
         """Store the distribution on the interval."""
         if isinstance(low, dist.Distribution):
             if high is not None:
-                raise ValueError("high: expected none beside a distribution, got one")
+                raise ValueError(
+                    f"high: expected None if `low` is a distribution, got {high!r:.80}; the "
+                    "distribution defines both ends, so leave out `high`"
+                )
             base: dist.Distribution = low
         else:
             base = dist.Uniform(low, math.pi if high is None else high)
         if base.event_shape or not _has_two_ends(base.support):
             raise ValueError(
-                "Circular: expected two numbers or a distribution of single entries on an "
-                f"interval, got {type(base).__name__} of event shape {base.event_shape} on "
-                f"{base.support}; Circular(distribution).to_event(1) makes vectors"
+                "Circular: expected two numbers, or a distribution on an interval with event "
+                f"shape (), got {type(base).__name__} of event shape {base.event_shape} on "
+                f"{base.support}; for vectors write Circular(distribution).to_event(1)"
             )
         self.base_dist: dist.Distribution = base
         super().__init__(base.batch_shape, validate_args=validate_args)
@@ -125,7 +129,7 @@ class CircularMap:
 
 
 def is_circular(distribution: dist.Distribution) -> bool:
-    """Return whether the distribution of a single entry is one of a circular parameter."""
+    """Return whether the distribution of a single entry makes its parameter circular."""
     return isinstance(distribution, Circular | dist.VonMises)
 
 

@@ -23,21 +23,21 @@ from sbi_flows.prior.models import is_same_function
 from sbi_flows.prior.prior import PriorLike, as_prior
 from sbi_flows.prior.site_prior import SitePrior
 
-NUM_DRAWS = 100_000
-"""Number of draws from which the probability of the condition is estimated."""
+NUM_MASS_DRAWS = 100_000
+"""Number of prior draws from which the probability of a condition is estimated."""
 
 MIN_ACCEPTANCE = 1e-4
-"""Smallest probability of a condition."""
+"""Minimum probability of a condition under the base prior."""
 
 MAX_ROUNDS = 10**6
-"""Maximum number of rounds of proposals; with the smallest acceptance, far fewer are needed."""
+"""Maximum number of rounds of proposals. About 10,000 suffice at the minimum probability."""
 
 _CHUNK = 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class _Condition:
-    """A condition as static data of a pytree: equal if it is the same function."""
+    """Condition of a prior, static data of a pytree. Conditions are equal if the function is."""
 
     function: Callable[[Any], Any]
 
@@ -51,10 +51,11 @@ class _Condition:
 @final
 @jax.tree_util.register_pytree_node_class
 class ConstrainedPrior(Prior):
-    """A prior restricted to the parameters that meet a condition, and normalised there.
+    """Prior restricted to the parameters that meet a condition; `constrained` builds it.
 
-    `constrained` makes one. Standard coordinates are those of the base prior. A posterior rejects
-    draws outside the condition, and divides its density by the fraction of accepted draws.
+    The density is normalised over these parameters. Standard coordinates are those of the base
+    prior. A posterior rejects draws that violate the condition, and divides its density by the
+    fraction of accepted draws.
 
     Args:
         base: The base prior.
@@ -73,29 +74,31 @@ class ConstrainedPrior(Prior):
     def __init__(self, base: Prior, condition: Callable[[Any], Any]) -> None:
         if not isinstance(base, SitePrior):
             raise ValueError(
-                "prior: expected one without a condition or a box, got "
-                f"{base}; join conditions by & in one function"
+                "prior: expected distributions or a model without a condition or a box, got "
+                f"{base}; join all conditions by & in one function"
             )
         if base.layout.offset:
             raise ValueError(
-                f"prior: expected one that single precision resolves, got {base}; use "
+                "prior: expected a prior without an offset, got "
+                f"{base}, whose values need double precision; use "
                 "jax.config.update('jax_enable_x64', True)"
             )
         if not callable(condition):
             raise ValueError(
-                f"condition: expected a function of theta, got {type(condition).__name__}"
+                "condition: expected a function of theta that returns a bool, got "
+                f"{type(condition).__name__}; write for example lambda theta: theta['a'] < 1"
             )
         self.base, self._condition = base, _Condition(condition)
         _require_bool(base, condition)
         accepted = _accepted(self._condition, base)
-        mass = accepted / NUM_DRAWS
+        mass = accepted / NUM_MASS_DRAWS
         if not is_traced(mass):
             mass = float(mass)
             if mass < MIN_ACCEPTANCE:
                 raise ValueError(
                     f"condition: expected a probability of at least {MIN_ACCEPTANCE} under the "
-                    f"prior, got {int(accepted)} of {NUM_DRAWS:,} draws that meet it; write a "
-                    "prior that is closer to the condition"
+                    f"prior, got {int(accepted)} of {NUM_MASS_DRAWS:,} draws that meet it; write a "
+                    "narrower prior, whose draws meet the condition more often"
                 )
         self._mass: Any = mass
         self._center: Any = np.zeros(base.dim)
@@ -121,7 +124,11 @@ class ConstrainedPrior(Prior):
         return prior
 
     def with_base(self, base: SitePrior) -> ConstrainedPrior:
-        """Return the same condition of a base prior with other standard coordinates."""
+        """Return this prior with the maps to standard coordinates of `base`.
+
+        Args:
+            base: The same base prior, with other maps to standard coordinates.
+        """
         return ConstrainedPrior.tree_unflatten(self._condition, (base, self._mass, self._center))
 
     @property
@@ -142,7 +149,7 @@ class ConstrainedPrior(Prior):
     @property
     def mass_error(self) -> Any:
         """Standard error of `mass`."""
-        return (self._mass * (1.0 - self._mass) / NUM_DRAWS) ** 0.5
+        return (self._mass * (1.0 - self._mass) / NUM_MASS_DRAWS) ** 0.5
 
     def matches(self, other: Prior) -> bool:
         """Return whether another prior has the same base prior and the same condition."""
@@ -196,17 +203,18 @@ def constrained(prior: PriorLike, condition: Callable[[Any], Any]) -> Constraine
     """Restrict a prior to the parameters that meet a condition.
 
     Draws are made by rejection. The density is normalised by the condition's probability, which is
-    estimated from 100,000 draws; `repr` shows its standard error. Posteriors with this prior have
-    no draws and no density where the condition is False.
+    estimated from 100,000 draws; `repr` shows its standard error. A posterior with this prior has
+    density zero, and no draws, where the condition is False.
 
     Args:
-        prior: The prior to restrict: whatever `as_prior` takes.
+        prior: The prior to restrict, in any form that `as_prior` accepts.
         condition: Function from theta, as the simulator receives it (a dict of named values, or
-            one array), to a bool. JAX must be able to trace it, so write `&` for "and". Use one
-            function object for all priors that are the same: another one compiles anew.
+            one array), to a bool. JAX must be able to trace it, so write `&` for "and". Pass the
+            same function object to equal priors, so that they share compiled programs.
 
     Returns:
-        The restricted prior. A posterior with it can be saved; `load` then needs the prior.
+        The restricted prior. A saved posterior with this prior needs it again:
+        `load(path, prior=...)`.
 
     Raises:
         ValueError: The prior is restricted already, the condition does not return a bool, or its
@@ -226,23 +234,23 @@ def constrained(prior: PriorLike, condition: Callable[[Any], Any]) -> Constraine
 
 
 def require_no_condition(prior: Prior, instead: str) -> None:
-    """Raise ValueError if a prior has a condition, which moved draws could violate.
+    """Raise ValueError if a prior has a condition, which transformed draws could violate.
 
     Args:
         prior: The prior.
-        instead: What to do instead, for the message.
+        instead: Instruction for the user, for the error message.
     """
     if isinstance(prior, ConstrainedPrior):
         raise ValueError(
-            "posterior: expected a prior without a condition, which moved draws could violate, "
-            f"got {prior}; {instead}"
+            "posterior: expected a prior without a condition, because draws are transformed and "
+            f"could violate it, got {prior}; {instead}"
         )
 
 
 def fill_by_rejection(
     keys: Key, propose: Callable[[Key], tuple[Array, Array]], n: int, rounds: int
 ) -> Array:
-    """Repeat proposals until n are accepted; the rest is NaN after a maximum number of rounds.
+    """Draw n accepted proposals for each data set; NaN where the rounds do not suffice.
 
     Args:
         keys: One random key for each of B data sets, shape (B,).
@@ -255,14 +263,14 @@ def fill_by_rejection(
         Accepted proposals in the order in which they were made, shape (B, n, D).
     """
 
-    def place(rows: Array, count: Array, proposals: Array, accepted: Array) -> Array:
+    def insert(rows: Array, count: Array, proposals: Array, accepted: Array) -> Array:
         index = jnp.where(accepted, count + jnp.cumsum(accepted) - 1, n)
         return rows.at[index].set(proposals, mode="drop")
 
     def step(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         rows, count, i = carry
         proposals, accepted = propose(jax.vmap(lambda key: jax.random.fold_in(key, i))(keys))
-        rows = jax.vmap(place)(rows, count, proposals, accepted)
+        rows = jax.vmap(insert)(rows, count, proposals, accepted)
         return rows, jnp.minimum(count + jnp.sum(accepted, axis=1), n), i + 1
 
     def is_unfinished(carry: tuple[Array, Array, Array]) -> Array:
@@ -288,30 +296,33 @@ def _require_bool(base: SitePrior, condition: Callable[[Any], Any]) -> None:
         result = jax.eval_shape(lambda theta: condition(base.unchecked_structured(theta)), row)
     except Exception as error:
         raise ValueError(
-            "condition: expected a function of theta that JAX can trace (write & for `and`), got "
-            f"{type(error).__name__}: {str(error)[:200]}"
+            "condition: expected a function of theta that JAX can trace, got "
+            f"{type(error).__name__}: {str(error)[:200]}; write & for `and`, and jax.numpy for "
+            "numpy"
         ) from error
     shape, dtype = getattr(result, "shape", None), getattr(result, "dtype", None)
     if shape != () or str(dtype) != "bool":
         raise ValueError(
             "condition: expected a function that returns one bool for one parameter vector, got "
-            f"{type(result).__name__ if shape is None else f'{dtype} of shape {shape}'}"
+            f"{type(result).__name__ if shape is None else f'{dtype} of shape {shape}'}; write a "
+            "comparison, and jax.numpy.all for arrays"
         )
 
 
 @partial(jax.jit, static_argnums=0)
 def _accepted(condition: _Condition, base: SitePrior) -> Array:
-    """Count how many of `NUM_DRAWS` draws of the base prior meet the condition."""
+    """Count how many of `NUM_MASS_DRAWS` draws of the base prior meet the condition."""
 
     def count(key: Key) -> Array:
         return jnp.sum(_meets(condition, base, base.unchecked_sample(key, _CHUNK)))
 
     key = jax.random.key(2, impl="threefry2x32")
-    return jnp.sum(jax.lax.map(count, jax.random.split(key, NUM_DRAWS // _CHUNK)))
+    return jnp.sum(jax.lax.map(count, jax.random.split(key, NUM_MASS_DRAWS // _CHUNK)))
 
 
 @jax.jit
 def _medoid(prior: ConstrainedPrior) -> Array:
+    """Return the draw (D,) that is closest to the mean of 64 draws in standard coordinates."""
     theta = prior.unchecked_sample(jax.random.key(3, impl="threefry2x32"), 64)
     y = prior.unchecked_to_standard(theta)
     distance = jnp.sum((y - jnp.mean(y, axis=0)[None]) ** 2, axis=1)

@@ -25,7 +25,7 @@ from numpyro.distributions.transforms import AbsTransform
 
 from sbi_flows.prior.circular import HALF_WIDTH, CircularMap, is_circular
 from sbi_flows.prior.sites import Site
-from sbi_flows.prior.supports import keep_inside, transform_of
+from sbi_flows.prior.supports import clip_to_bounds, transform_of
 from sbi_flows.prior.tails import tails_of
 
 _PROBABILITIES = (1e-3, 0.02, 0.3, 0.7, 0.98, 0.999)
@@ -65,7 +65,7 @@ class NormalMap:
 
     def forward(self, y: Array) -> Array:
         """Map R to the support."""
-        return keep_inside(self._chain(y)[-1], self._support)
+        return clip_to_bounds(self._chain(y)[-1], self._support)
 
     def inverse(self, theta: Array) -> Array:
         """Map the support to R."""
@@ -111,7 +111,7 @@ class CdfMap:
             lower = self._tails.icdf(positive(ndtr(jnp.minimum(y, 0.0))))
             upper = self._tails.isf(positive(ndtr(-jnp.maximum(y, 0.0))))
             theta = jnp.where(y < 0, lower, upper)
-        return keep_inside(theta, self._support)
+        return clip_to_bounds(theta, self._support)
 
     def inverse(self, theta: Array) -> Array:
         """Map the support to R."""
@@ -138,7 +138,7 @@ class IntervalMap:
     def forward(self, y: Array) -> Array:
         """Map (-sqrt 3, sqrt 3) to the support."""
         theta = self._base.icdf(_inside(0.5 * (y / HALF_WIDTH + 1.0)))
-        return keep_inside(theta, self._support)
+        return clip_to_bounds(theta, self._support)
 
     def inverse(self, theta: Array) -> Array:
         """Map the support to (-sqrt 3, sqrt 3)."""
@@ -158,7 +158,7 @@ class SupportMap:
 
     def forward(self, y: Array) -> Array:
         """Map R^d to the support."""
-        return keep_inside(self._transform(y), self._support)
+        return clip_to_bounds(self._transform(y), self._support)
 
     def inverse(self, theta: Array) -> Array:
         """Map the support to R^d."""
@@ -175,18 +175,18 @@ MapKind: TypeAlias = (
 """Class of a site's map. `map_kind` chooses it once from concrete values; then it is static."""
 
 
-def map_kind(site: Site, *, is_dependent: bool, has_circles: bool = True) -> MapKind:
+def map_kind(site: Site, *, is_dependent: bool, has_circular_maps: bool = True) -> MapKind:
     """Choose the class of map for a site.
 
     Args:
         site: The site; its parameters must be concrete numbers, not traced.
         is_dependent: Whether the site's distribution depends on other sites. Then only its support
             is known.
-        has_circles: Whether circular parameters get a `CircularMap`; False for priors of files
-            that were saved before this map existed.
+        has_circular_maps: Whether circular parameters get a `CircularMap`; False for priors of
+            files that were saved before this map existed.
     """
     base = elementwise(site.distribution)
-    if has_circles and base is not None and is_circular(base):
+    if has_circular_maps and base is not None and is_circular(base):
         return CircularMap
     if base is None or is_dependent:
         return SupportMap

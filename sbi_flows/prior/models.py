@@ -102,7 +102,7 @@ def _fingerprint(sites: Mapping[str, dist.Distribution]) -> tuple[Any, ...]:
 
 
 def _leaves_of(site: dist.Distribution) -> list[Any]:
-    """Return the parameters in an order that is the same in every process, if `Site` knows it."""
+    """Return the parameters, in the same order in every process unless `Site` has no leaves."""
     return jax.tree.leaves(Site(site)) or jax.tree.leaves(site)
 
 

@@ -1,10 +1,11 @@
-"""Offsets of priors that single precision cannot hold, such as a uniform prior of a Julian date.
+"""Split a narrow distribution far from zero into an offset and a distribution near zero.
 
-Such a site is replaced by its distribution relative to an offset, which is computed in double
-precision. The offset is static data of the prior (`Layout.offset`). All computations are done with
-relative values; the methods for users subtract and add the offset on the host.
+Single precision cannot represent the values of, for example, a uniform prior of a Julian date. The
+distribution of the value minus an offset replaces the distribution of such a site. The offset is
+computed in double precision and is static data of the prior (`Layout.offset`). JAX computes with
+values minus the offset. The methods for users subtract and add the offset on the host.
 
-Public names: `without_offset`, `without_offsets`.
+Public names: `split_offset`, `split_offsets`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _LOCATION_SCALE = (
     *(dist.Normal, dist.Cauchy, dist.Laplace, dist.Logistic, dist.Gumbel, dist.StudentT),
     dist.SoftLaplace,
 )
-"""Distributions that are moved by changing `loc`."""
+"""Distributions that are translated by changing `loc`."""
 
 _TRUNCATED = {
     LeftTruncatedDistribution: ("low",),
@@ -36,7 +37,7 @@ _TRUNCATED = {
 }
 
 
-def without_offset(
+def split_offset(
     distribution: dist.Distribution,
 ) -> tuple[dist.Distribution, np.ndarray | None]:
     """Split a distribution into a distribution near zero and an offset in double precision.
@@ -45,82 +46,82 @@ def without_offset(
         distribution: The distribution of a site.
 
     Returns:
-        The distribution and None if single precision resolves its width, or if its class is not
-        known here. Otherwise the distribution of the value minus the offset, and the offset, with
-        the shape of a value.
+        Distribution of the value minus the offset, and the offset, which has the shape of a value.
+        If single precision resolves the width of the distribution, or if its class is not
+        supported, the same distribution and None.
 
     Example:
-        >>> relative, offset = without_offset(dist.Uniform(2459000.0, 2459001.0))
-        >>> relative.low, relative.high, offset
+        >>> near_zero, offset = split_offset(dist.Uniform(2459000.0, 2459001.0))
+        >>> near_zero.low, near_zero.high, offset
         (-0.5, 0.5, array(2459000.5))
     """
     if is_traced(distribution) or not is_single_precision():
         return distribution, None
-    place = _place(distribution)
-    if place is None:
+    pair = _location_and_width(distribution)
+    if pair is None:
         return distribution, None
-    location, width = place
+    location, width = pair
     if not np.any(HALF_ULP * np.abs(location) > MAX_ROUNDING * width):
         return distribution, None
     shape = (*distribution.batch_shape, *distribution.event_shape)
-    return _moved(distribution, location), np.broadcast_to(location, shape).astype(float)
+    return _minus_location(distribution, location), np.broadcast_to(location, shape).astype(float)
 
 
-def without_offsets(
+def split_offsets(
     sites: Mapping[str, dist.Distribution],
 ) -> tuple[dict[str, dist.Distribution], tuple[float, ...]]:
-    """Apply `without_offset` to all sites of a prior.
+    """Apply `split_offset` to all sites of a prior.
 
     Returns:
-        The distributions by name, and the offset of each entry of the flat vector; an empty tuple
-        if no site has an offset.
+        Distributions of the values minus their offsets, by name; and the offset of each of the D
+        entries of the flat vector, an empty tuple if no site has an offset.
     """
-    parts = {name: without_offset(distribution) for name, distribution in sites.items()}
-    relative = {name: distribution for name, (distribution, _) in parts.items()}
+    parts = {name: split_offset(distribution) for name, distribution in sites.items()}
+    distributions = {name: distribution for name, (distribution, _) in parts.items()}
     if all(offset is None for _, offset in parts.values()):
-        return relative, ()
+        return distributions, ()
     flat: list[float] = []
     for distribution, offset in parts.values():
         shape = (*distribution.batch_shape, *distribution.event_shape)
         flat += np.broadcast_to(0.0 if offset is None else offset, shape).ravel().tolist()
-    return relative, tuple(flat)
+    return distributions, tuple(flat)
 
 
-def _place(distribution: dist.Distribution) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return location and width in float64; None if the class of the distribution is not known."""
+def _location_and_width(distribution: dist.Distribution) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return location and width in float64; None if the distribution's class is not supported."""
     if isinstance(distribution, dist.Independent | dist.ExpandedDistribution):
-        return _place(distribution.base_dist)
+        return _location_and_width(distribution.base_dist)
     if type(distribution) is dist.Uniform:
         low, high = (_double(v) for v in (distribution.low, distribution.high))
         return np.asarray(0.5 * (low + high)), np.asarray(high - low)
     if type(distribution) in _LOCATION_SCALE:
         return _double(distribution.loc), _double(distribution.scale)
     if type(distribution) in _TRUNCATED and type(distribution.base_dist) in _LOCATION_SCALE:
-        place = _place(distribution.base_dist)
-        assert place is not None
+        base = _location_and_width(distribution.base_dist)
+        assert base is not None
         bounds = [_double(getattr(distribution, n)) for n in _TRUNCATED[type(distribution)]]
         # the mass may lie in a tail, far from the location of the base distribution
         if len(bounds) < 2:
-            return place
+            return base
         low, high = bounds
-        width = np.minimum(place[1], high - low)
-        return np.asarray(np.clip(place[0], low, high)), np.asarray(width)
+        width = np.minimum(base[1], high - low)
+        return np.asarray(np.clip(base[0], low, high)), np.asarray(width)
     return None
 
 
-def _moved(distribution: Any, location: np.ndarray) -> dist.Distribution:
+def _minus_location(distribution: Any, location: np.ndarray) -> dist.Distribution:
     """Return the distribution of the value minus `location`."""
     if isinstance(distribution, dist.Independent):
-        inner = _moved(distribution.base_dist, location)
+        inner = _minus_location(distribution.base_dist, location)
         return dist.Independent(inner, distribution.reinterpreted_batch_ndims)
     if isinstance(distribution, dist.ExpandedDistribution):
-        return _moved(distribution.base_dist, location).expand(distribution.batch_shape)
+        return _minus_location(distribution.base_dist, location).expand(distribution.batch_shape)
     if type(distribution) is dist.Uniform:
         return dist.Uniform(*(_minus(v, location) for v in (distribution.low, distribution.high)))
     if type(distribution) in _LOCATION_SCALE:
         arguments = {n: getattr(distribution, n) for n in type(distribution).arg_constraints}
         return type(distribution)(**{**arguments, "loc": _minus(distribution.loc, location)})
-    inner = _moved(distribution.base_dist, location)
+    inner = _minus_location(distribution.base_dist, location)
     names = _TRUNCATED[type(distribution)]
     bounds = {n: _minus(getattr(distribution, n), location) for n in names}
     return type(distribution)(inner, **bounds)

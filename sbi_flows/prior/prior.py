@@ -16,9 +16,9 @@ from sbi_flows.prior.base import Prior as Prior
 from sbi_flows.prior.base import labels as labels
 from sbi_flows.prior.checks import require_free_names, require_model, require_parameters
 from sbi_flows.prior.models import Model, is_same, sample_model, trace_model
-from sbi_flows.prior.offsets import without_offsets
+from sbi_flows.prior.offsets import split_offsets
 from sbi_flows.prior.site_prior import SitePrior as SitePrior
-from sbi_flows.prior.trial import tried
+from sbi_flows.prior.trial import validated
 
 PriorLike = Any
 """A numpyro `Distribution`, a dict `{name: Distribution}`, a numpyro model or a `Prior`."""
@@ -68,10 +68,10 @@ def as_prior(prior: PriorLike) -> Prior:
 
 
 def _from_sites(sites: Mapping[str, dist.Distribution], *, is_named: bool) -> Prior:
-    """Build a prior from distributions by name, and try it."""
+    """Build a prior from distributions by name, and validate it with draws."""
     require_free_names(sites)
-    relative, offset = without_offsets(sites)
-    return tried(SitePrior(relative, is_named=is_named, offset=offset))
+    distributions, offset = split_offsets(sites)
+    return validated(SitePrior(distributions, is_named=is_named, offset=offset))
 
 
 def _from_model(model: Callable[[], Any]) -> Prior:
@@ -99,4 +99,4 @@ def _from_model(model: Callable[[], Any]) -> Prior:
             f"prior model: expected one that JAX can trace, got {type(error).__name__}: "
             f"{str(error)[:200]}"
         ) from error
-    return tried(prior)
+    return validated(prior)

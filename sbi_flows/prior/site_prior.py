@@ -31,7 +31,7 @@ from sbi_flows.prior.maps import (
 )
 from sbi_flows.prior.models import Model, is_same, sample_model
 from sbi_flows.prior.sites import Site
-from sbi_flows.prior.supports import in_support, keep_rounding_inside, move_inside
+from sbi_flows.prior.supports import clip_rounding, in_support, move_inside
 from sbi_flows.prior.whitening import Whitening
 
 
@@ -66,7 +66,7 @@ class SitePrior(Prior):
         whitening: Affine map of the coordinates of all `SupportMap` sites; None for the identity.
         offset: Offset of each of the D entries, see `Layout`. The sites are the distributions of
             the values minus the offset.
-        has_circles: Whether circular parameters have a circular coordinate; see `map_kind`.
+        has_circular_maps: Whether circular parameters get a `CircularMap`; see `map_kind`.
 
     Raises:
         ValueError: A site has no density, a parameter is out of range, or numpyro has no transform
@@ -83,14 +83,14 @@ class SitePrior(Prior):
         kinds: Sequence[MapKind] | None = None,
         whitening: Whitening | None = None,
         offset: tuple[float, ...] = (),
-        has_circles: bool = True,
+        has_circular_maps: bool = True,
     ) -> None:
         for name, distribution in sites.items():
             require_site(name, distribution)
         wrapped = {name: Site(distribution) for name, distribution in sites.items()}
         if kinds is None:
             kinds = [
-                map_kind(site, is_dependent=name in dependent, has_circles=has_circles)
+                map_kind(site, is_dependent=name in dependent, has_circular_maps=has_circular_maps)
                 for name, site in wrapped.items()
             ]
         pairs = zip(wrapped.items(), kinds, strict=True)
@@ -226,7 +226,7 @@ class SitePrior(Prior):
             values = {name: site.sample(k, (n,)) for (name, site), k in pairs}
         supports = zip(self.names, self._sites, strict=True)
         return self.unchecked_flatten(
-            {n: keep_rounding_inside(jnp.asarray(values[n]), s.support) for n, s in supports}
+            {n: clip_rounding(jnp.asarray(values[n]), s.support) for n, s in supports}
         )
 
     def unchecked_contains(self, theta: Array) -> Array:
@@ -306,7 +306,7 @@ class SitePrior(Prior):
         return y.at[..., columns].set(self._whitening.forward(y[..., columns]))
 
     def _moved_inside(self, theta: Array) -> dict[str, Array]:
-        """Split theta (*, D) by name, and move values on a closed edge just inside."""
+        """Split theta (*, D) by name, and move values on the edge of a support inside."""
         if not jnp.issubdtype(theta.dtype, jnp.floating):
             theta = theta.astype(float)
         supports = zip(self.unchecked_unflatten(theta).items(), self._sites, strict=True)
@@ -339,9 +339,9 @@ def _standard_shape(name: str, kind: MapKind, site: Site) -> tuple[int, ...]:
     except NotImplementedError:
         support = type(site.support).__name__.strip("_")
         raise ValueError(
-            f"prior site {name!r}: expected a support that numpyro maps from R^d, got {support} of "
-            f"{type(base_of(site.distribution)).__name__}; write unconstrained parameters, and "
-            "compute its values in the simulator"
+            f"prior site {name!r}: expected a support with a transform from R^d in numpyro, got "
+            f"{support} of {type(base_of(site.distribution)).__name__}; write a prior of "
+            "unconstrained parameters, and compute this parameter in the simulator"
         ) from None
 
 

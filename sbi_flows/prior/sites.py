@@ -7,8 +7,8 @@ numpyro's distributions are already pytrees. `Site` solves four problems of thes
   disk. `Site` sorts the leaves.
 - numpyro assumes that a traced scale is positive, so that an affine transform with a negative scale
   gets the wrong support. `Site` determines the support once, from concrete values.
-- The same order is part of JAX's description of the tree, so that a pickled description gives
-  parameters to the wrong fields in another process. `Site` pickles the distribution itself.
+- JAX's description of a tree (`PyTreeDef`) contains the same unsorted order. If it is pickled,
+  another process assigns parameters to the wrong fields. `Site` pickles the distribution instead.
 - A distribution class from outside numpyro may have attributes that are not leaves. `Site` treats
   such a distribution as static and compares it by identity.
 
@@ -90,7 +90,7 @@ class Site:
         return self._parts()
 
     def __setstate__(self, pair: tuple[dist.Distribution, Any]) -> None:
-        """Flatten the distribution in the order of this process."""
+        """Set the distribution and its support, and flatten them in this process."""
         self._set(*pair)
 
     @property

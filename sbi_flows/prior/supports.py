@@ -1,10 +1,10 @@
-"""Supports of distributions: tests with a tolerance, moves to the inside, and maps from R^d.
+"""Supports of distributions: membership tests, clipping to the inside, and maps from R^d.
 
-numpyro's constraints compare exactly, and some of its inverse transforms are infinite or NaN on a
-closed edge, or lose all digits near it. The functions here allow for rounding errors, and the maps
-keep full relative precision up to the edge.
+numpyro's constraints compare exactly. Some of its inverse transforms are infinite or NaN on the
+edge of a support, or inaccurate near it. The tests in this module have a tolerance for rounding
+errors, and the maps have full relative precision up to the edge.
 
-Public names: `in_support`, `move_inside`, `keep_rounding_inside`, `keep_inside`, `transform_of`,
+Public names: `in_support`, `move_inside`, `clip_rounding`, `clip_to_bounds`, `transform_of`,
 `base_constraint`, `TOLERANCE`.
 """
 
@@ -22,7 +22,7 @@ from numpyro.distributions.transforms import biject_to
 from numpyro.distributions.util import matrix_to_tril_vec, vec_to_tril_matrix
 
 TOLERANCE = 1e-5
-"""Largest rounding error of a value, relative to its scale."""
+"""Tolerance for rounding errors of a value, relative to its scale."""
 
 _CORRELATIONS = type(constraints.corr_matrix)
 _FACTORS = type(constraints.corr_cholesky)
@@ -53,7 +53,7 @@ class SupportTransform(Protocol):
 
 
 def base_constraint(support: Any) -> Any:
-    """Return the constraint inside the wrappers `independent`."""
+    """Return a constraint without its `independent` wrappers."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support
@@ -76,7 +76,7 @@ def transform_of(support: Any) -> SupportTransform:
 
 
 def in_support(support: Any, value: Array) -> Array:
-    """Return whether values are in a support, up to rounding errors of matrices and sums.
+    """Return whether values are in a support, with a tolerance for matrices and sums.
 
     Args:
         support: A numpyro constraint.
@@ -103,10 +103,11 @@ def in_support(support: Any, value: Array) -> Array:
 
 
 def move_inside(value: Array, support: Any) -> Array:
-    """Move values on the closed edge of a support, or beyond it by rounding, just inside.
+    """Clip values to the inside of a support, where the inverse of its transform is finite.
 
-    The inverse of `transform_of(support)` is finite at the result. Values of other supports are
-    only limited to finite numbers. NaN stays NaN.
+    Values on the edge, or outside by a rounding error, are replaced by a value next to the edge.
+    Ties in ordered vectors are separated. Correlations of singular matrices are reduced. NaN stays
+    NaN.
     """
     base = base_constraint(support)
     if type(base) in (_SIMPLEX, _POSITIVE_ORDERED):
@@ -114,22 +115,21 @@ def move_inside(value: Array, support: Any) -> Array:
     if type(base) is _SIMPLEX:
         return value
     if type(base) in (_ORDERED, _POSITIVE_ORDERED):
-        return _set_apart(value, math.inf)
+        return _separate_ties(value, math.inf)
     if isinstance(base, _LOWER) or type(base) is _FACTORS:
         eye = jnp.broadcast_to(jnp.eye(value.shape[-1], dtype=bool), value.shape)
         return jnp.where(eye, jnp.maximum(value, jnp.finfo(value.dtype).tiny), value)
     if type(base) is _CORRELATIONS or isinstance(base, _COVARIANCES):
         return _positive_definite(value)
-    return keep_inside(value, base)
+    return clip_to_bounds(value, base)
 
 
-def keep_inside(theta: Array, support: Any) -> Array:
-    """Move values of a map that are on or beyond a bound to the nearest number inside.
+def clip_to_bounds(theta: Array, support: Any) -> Array:
+    """Clip the values of a map to the open interval between the bounds of a support.
 
-    A map to a support leaves the support only by rounding. For example, a value that is rounded to
-    1 on the support (0, 1) is moved below 1. Where the support has no bound, values are
-    limited to the largest finite number. Equal entries of an ordered vector are separated. NaN
-    stays NaN. Values of a matrix support are only limited to finite numbers.
+    A map to the support (0, 1), for example, may round to 1; the result is the largest number
+    below 1. Without a bound, values are clipped to the largest finite number; so are the entries of
+    matrices. Ties in ordered vectors are separated. NaN stays NaN.
     """
     base = base_constraint(support)
     if type(base) in (_ORDERED, _POSITIVE_ORDERED, _SIMPLEX):
@@ -137,12 +137,11 @@ def keep_inside(theta: Array, support: Any) -> Array:
     return jnp.clip(theta, *_limits(base, theta))
 
 
-def keep_rounding_inside(theta: Array, support: Any) -> Array:
-    """Move draws that rounding put on or beyond a bound inside; leave draws that are far outside.
+def clip_rounding(theta: Array, support: Any) -> Array:
+    """Clip draws that are outside a support by a rounding error; do not change other draws.
 
-    The allowed rounding error is `TOLERANCE` times the scale: the distance of the two bounds, the
-    size of the bound, or a mean of the draws' distances from the bound. Infinite
-    numbers are limited to the largest finite one.
+    The tolerance is `TOLERANCE` times the scale (see `_scale`): the width of an interval, or the
+    typical distance of draws from a single bound. Infinite draws become the largest finite number.
 
     Args:
         theta: Draws, shape (n, *event).
@@ -152,7 +151,7 @@ def keep_rounding_inside(theta: Array, support: Any) -> Array:
     if type(base) is _SIMPLEX:
         return jnp.where(theta < -TOLERANCE, theta, move_inside(theta, base))
     if type(base) in (_ORDERED, _POSITIVE_ORDERED):
-        return _set_apart(theta, TOLERANCE)
+        return _separate_ties(theta, TOLERANCE)
     low, high = _limits(base, theta)
     clipped = jnp.clip(theta, low, high)
     bounds = [getattr(base, name, None) for name in ("lower_bound", "upper_bound")]
@@ -166,30 +165,35 @@ def keep_rounding_inside(theta: Array, support: Any) -> Array:
 
 
 def _scale(theta: Array, bound: Array, bounds: list[Any]) -> Array:
-    """Return the scale of draws (n, *event) at a bound, for the tolerance of rounding errors."""
+    """Return the scale of draws (n, *event) to which the tolerance at a bound is relative.
+
+    With two bounds it is their distance, and at least the rounding error of the bound divided by
+    `TOLERANCE`. With one bound it is a mean distance of draws from the bound, and at least the
+    bound's absolute value.
+    """
     if all(b is not None for b in bounds):
         low, high = (jnp.asarray(b, theta.dtype) for b in bounds)
         width = _broadcast(jnp.subtract(*jnp.broadcast_arrays(high, low)), theta)
         return jnp.broadcast_to(jnp.maximum(width, _eps(theta) * jnp.abs(bound)), theta.shape)
     distance = jnp.minimum(jnp.abs(theta - bound), jnp.finfo(theta.dtype).max)
-    # a low power is finite, and small, for heavy tails as well
+    # the mean of a low power is finite for heavy tails
     typical = jnp.mean(distance**0.25, axis=0, keepdims=True) ** 4
     return jnp.broadcast_to(jnp.maximum(typical, jnp.abs(bound)), theta.shape)
 
 
 def _eps(like: Array) -> float:
-    """Return the rounding error of a bound in units of `TOLERANCE`."""
+    """Return the relative rounding error of a bound, divided by `TOLERANCE`."""
     return 16.0 * float(jnp.finfo(like.dtype).eps) / TOLERANCE
 
 
 def _limits(support: Any, like: Array) -> tuple[Array, Array]:
-    """Return the smallest and the largest number inside the bounds of a support."""
-    low = _beyond(getattr(support, "lower_bound", -jnp.inf), jnp.inf, like)
-    high = _beyond(getattr(support, "upper_bound", jnp.inf), -jnp.inf, like)
+    """Return the smallest and the largest number strictly between the bounds of a support."""
+    low = _next_number(getattr(support, "lower_bound", -jnp.inf), jnp.inf, like)
+    high = _next_number(getattr(support, "upper_bound", jnp.inf), -jnp.inf, like)
     return low, high
 
 
-def _beyond(bound: Any, towards: float, like: Array) -> Array:
+def _next_number(bound: Any, towards: float, like: Array) -> Array:
     """Return the number next to `bound` in direction `towards`, broadcastable with `like`."""
     bound = jnp.asarray(bound, like.dtype)
     step = jnp.nextafter(bound, jnp.full_like(bound, towards))
@@ -204,15 +208,16 @@ def _broadcast(value: Array, like: Array) -> Array:
     return jnp.reshape(value, (1,) * (like.ndim - value.ndim) + value.shape)
 
 
-def _set_apart(theta: Array, tolerance: float) -> Array:
-    """Replace an entry that is not above its predecessor by the next number above that.
+def _separate_ties(theta: Array, tolerance: float) -> Array:
+    """Make the entries of vectors theta (*, K) increase: raise an entry above its predecessor.
 
-    Entries that are below their predecessor by more than `tolerance`, relative to their size, stay.
+    An entry that does not exceed its predecessor becomes the next floating-point number above it.
+    An entry that is smaller by more than `tolerance`, relative to its size, is not changed.
     """
 
     def step(before: Array, entry: Array) -> tuple[Array, Array]:
         # the gradient treats both entries as equal: nextafter has no derivative
-        above = _beyond(jax.lax.stop_gradient(before), jnp.inf, before)
+        above = _next_number(jax.lax.stop_gradient(before), jnp.inf, before)
         size = jnp.maximum(jnp.abs(entry), jnp.abs(before))
         is_tie = (entry <= before) & (before - entry <= tolerance * size)
         entry = jnp.where(is_tie, above, entry)
@@ -242,10 +247,10 @@ def _is_positive(correlations: Array) -> Array:
 
 
 def _positive_definite(value: Array) -> Array:
-    """Shrink the correlations of matrices that are singular up to rounding."""
+    """Shrink the correlations of singular matrices until they are positive definite."""
     correlations = _as_correlations(value)
     smallest = jnp.linalg.eigvalsh(correlations)[..., :1, None]
-    # numpyro's own tests of a matrix compare eigenvalues with zero, after rounding
+    # numpyro tests whether the eigenvalues, which have rounding errors, are positive
     missing = jnp.maximum(0.5 * TOLERANCE - smallest, 0.0)
     factor = jnp.where(missing > 0.0, 1.0 / (1.0 + 0.5 * TOLERANCE + missing), 1.0)
     eye = jnp.broadcast_to(jnp.eye(value.shape[-1], dtype=bool), value.shape)
@@ -255,7 +260,7 @@ def _positive_definite(value: Array) -> Array:
 class StickBreaking:
     """Map from R^(K-1) to the simplex, with full relative precision of every entry.
 
-    The same map as numpyro's `StickBreakingTransform`, computed with logarithms.
+    The map equals numpyro's `StickBreakingTransform`; it is computed with logarithms.
     """
 
     def __call__(self, x: Array) -> Array:
@@ -278,7 +283,7 @@ class StickBreaking:
         return (*shape[:-1], shape[-1] - 1)
 
     def _parts(self, x: Array) -> tuple[Array, Array]:
-        """Return the logit of each fraction of the rest, and the logarithm of the rest before."""
+        """Return the logit of each broken fraction, and the log of the stick before each break."""
         z = x - self._shift(x)
         return z, _exclusive_sum(log_sigmoid(-z))
 
@@ -288,9 +293,10 @@ class StickBreaking:
 
 
 class CorrelationFactor:
-    """Map from R^d to Cholesky factors of correlation matrices, precise up to the edge.
+    """Map from R^d to Cholesky factors of correlation matrices.
 
-    The same map as numpyro's `CorrCholeskyTransform`, computed with logarithms.
+    The map equals numpyro's `CorrCholeskyTransform`. It is computed with logarithms, so that
+    entries near -1 and 1 keep full relative precision of their distance from the edge.
     """
 
     def __call__(self, x: Array) -> Array:
@@ -317,7 +323,10 @@ class CorrelationFactor:
         return (*shape[:-2], shape[-1] * (shape[-1] - 1) // 2)
 
     def _parts(self, x: Array) -> tuple[Array, Array, Array]:
-        """Return x below the diagonal, -log(cosh(x)), and the sum of the latter before an entry."""
+        """Return x and -log(cosh(x)) below the diagonal, and cumulative sums of the latter.
+
+        All have shape (*, K, K). The sum at an entry covers the entries before it in its row.
+        """
         lower = vec_to_tril_matrix(x, diagonal=-1)
         size = jnp.abs(lower)
         log_rest = math.log(2.0) - size - softplus(-2.0 * size)

@@ -1,9 +1,9 @@
-"""Trial of a prior: draws, supports, densities and standard coordinates are compared once.
+"""Trial of a prior: compare draws with the support, the density and the standard coordinates.
 
-A distribution may state a wrong support, or lose all digits in its CDF. A thousand draws show this
-when the prior is made, before any simulation.
+A distribution may state a wrong support, or its CDF may be too imprecise to invert. A trial with
+about 1,000 draws finds such errors when the prior is built, before any simulation.
 
-Public names: `tried`, `NUM_DRAWS`, `NUM_TRIED`.
+Public names: `validated`, `NUM_WHITENING_DRAWS`, `NUM_TRIAL_DRAWS`.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from sbi_flows.prior.site_prior import SitePrior
 from sbi_flows.prior.supports import transform_of
 from sbi_flows.prior.whitening_fit import whitening_of
 
-NUM_DRAWS = 4096
-"""Number of draws from which the affine map of a prior is estimated."""
+NUM_WHITENING_DRAWS = 4096
+"""Number of draws from which the whitening map of a prior is estimated."""
 
-NUM_TRIED = 1024
-"""Number of draws that are compared in a trial."""
+NUM_TRIAL_DRAWS = 1024
+"""Number of draws in a trial."""
 
-_MAX_DRAWN = 2**22
-"""Largest number of entries of the draws."""
+_MAX_DRAW_ENTRIES = 2**22
+"""Maximum number of entries of the draws, which limits the memory."""
 
 ROUND_TRIP = 1e-4
-"""Largest error of a value that is mapped to standard coordinates and back, in standard deviations
-or relative to the distance from the median. One in a hundred values may have a larger error."""
+"""Maximum error of a value that is mapped to standard coordinates and back, in units of the robust
+standard deviation plus ten times the distance from the median."""
 
-FEW = 0.005
-"""Largest fraction of rows that rounding may spoil."""
+MAX_BAD_FRACTION = 0.005
+"""Maximum fraction of draws that fail a test of the trial."""
 
-MAX_EQUAL = 0.95
-"""Largest fraction of draws that rounding may move to one number at an edge."""
+MAX_EDGE_FRACTION = 0.95
+"""Maximum fraction of draws whose standard coordinate is the same extreme value."""
 
-_KNOWN = (
+_TRUSTED = (
     *(dist.Normal, dist.Uniform, dist.LogNormal, dist.HalfNormal, dist.Exponential),
     *(dist.Cauchy, dist.HalfCauchy, dist.Laplace, dist.Logistic, dist.Gumbel),
 )
-"""Distributions that need no trial: their maps are a few elementary functions."""
+"""Distributions that are not validated: their maps consist of a few elementary functions."""
 
 
 MIN_LOG_SCALE = 1e-3
@@ -60,20 +60,21 @@ MIN_LOG_SCALE = 1e-3
 
 
 class _Trial(NamedTuple):
-    """Result of a trial; S is the number of sites.
+    """Results of a trial with n draws of a prior with S sites.
 
     Attributes:
-        outside: Fraction of draws outside the support that a site states, shape (S,).
-        example: A flat vector of draws, of which one entry is outside if any is, shape (S, D).
+        outside: Fraction of draws outside the stated support of each site, shape (S,).
+        example: For each site, a draw outside the support of the site, if there is one, shape
+            (S, D).
         bad_density: Fraction of draws whose log density is not finite.
-        zero_density: Fraction of points inside the support whose log density is not finite.
+        zero_density: Fraction of random points, drawn in standard coordinates and mapped to the
+            support, whose log density is not finite.
         infinite: Fraction of draws whose standard coordinates are not finite, shape (S,).
-        changed: Fraction of draws that the way to standard coordinates and back changes, shape
-            (S,).
-        unresolved: Whether floating-point numbers are too far apart for the spread of the draws,
-            shape (S,).
-        at_edge: Largest fraction of draws in which an entry has its largest or its smallest value,
-            shape (S,).
+        changed: Fraction of draws that change when they are mapped to standard coordinates and
+            back, shape (S,).
+        unresolved: Whether rounding errors are too large for the spread of the draws, shape (S,).
+        at_edge: Fraction of draws with the same smallest or largest standard coordinate, shape
+            (S,); the maximum over the entries of a site.
     """
 
     outside: Any
@@ -86,41 +87,45 @@ class _Trial(NamedTuple):
     at_edge: Any
 
 
-def tried(prior: SitePrior) -> SitePrior:
-    """Try a prior; return it with the maps that the trial has chosen.
+def validated(prior: SitePrior) -> SitePrior:
+    """Test a prior with its own draws; return it with tested maps to standard coordinates.
 
-    A site whose CDF loses its digits is mapped through its support instead. The coordinates of such
-    sites are whitened. A prior with traced parameters is returned unchanged.
+    If the CDF of a site is too imprecise to invert, the site gets a `SupportMap`. The coordinates
+    of all `SupportMap` sites are whitened. A prior with traced parameters, or with distributions of
+    `_TRUSTED` alone, is returned unchanged.
 
     Raises:
-        ValueError: Draws are outside the stated support, log densities are not finite, standard
-            coordinates are not finite or do not lead back, or a method is not implemented.
+        ValueError: Draws are outside the stated support; log densities or standard coordinates are
+            not finite; mapping draws to standard coordinates and back changes them; or a
+            distribution does not implement `sample` or `log_prob`.
     """
     if is_traced(prior):
         return prior
     if not prior.is_model and all(map(_is_known, prior.distributions.values())):
         return prior
-    with _in_the_background():
-        theta = _implemented(prior, partial(_drawn, min(NUM_DRAWS, _MAX_DRAWN // prior.dim)))
+    with _without_user_settings():
+        theta = _call_implemented(
+            prior, partial(_draw, min(NUM_WHITENING_DRAWS, _MAX_DRAW_ENTRIES // prior.dim))
+        )
         kinds = list(prior.site_kinds)
-        prior, trial = _implemented(prior, partial(_with_maps, kinds, theta))
-        bad = (trial.infinite > FEW) | (trial.changed > FEW)
+        prior, trial = _call_implemented(prior, partial(_with_maps, kinds, theta))
+        bad = (trial.infinite > MAX_BAD_FRACTION) | (trial.changed > MAX_BAD_FRACTION)
         pairs = zip(prior.distributions.values(), kinds, bad, strict=True)
         others = [
             SupportMap if is_bad and _has_transform(site.support) else kind
             for site, kind, is_bad in pairs
         ]
         if others != kinds and np.all(trial.outside == 0.0):
-            prior, trial = _implemented(prior, partial(_with_maps, others, theta))
+            prior, trial = _call_implemented(prior, partial(_with_maps, others, theta))
     _require_success(prior, trial)
     return prior
 
 
 @contextlib.contextmanager
-def _in_the_background() -> Iterator[None]:
-    """Compute with concrete numbers, inside a trace too, and ignore the user's debugging settings.
+def _without_user_settings() -> Iterator[None]:
+    """Suspend a trace and the user's debugging settings, so that a trial runs as usual.
 
-    numpyro promotes ranks, and computes NaN in branches that it discards.
+    numpyro relies on rank promotion, and computes NaN in branches that it discards.
     """
     with contextlib.ExitStack() as stack:
         if is_traced(jnp.zeros(())):
@@ -132,26 +137,26 @@ def _in_the_background() -> Iterator[None]:
 
 @partial(jax.jit, static_argnums=0)
 @full_precision
-def _drawn(count: int, prior: SitePrior) -> Array:
-    # one generator of random numbers for every user, so that equal priors have equal coordinates
+def _draw(count: int, prior: SitePrior) -> Array:
+    # a fixed generator, whatever the user's default is: equal priors have equal coordinates
     return prior.unchecked_sample(jax.random.key(0, impl="threefry2x32"), count)
 
 
 def _with_maps(
     kinds: Sequence[MapKind], theta: Array, prior: SitePrior
 ) -> tuple[SitePrior, _Trial]:
-    """Return the prior with maps of these kinds, whitened by its draws theta, and its trial."""
+    """Give a prior maps of these kinds, whiten it with its draws theta, and run the trial."""
     prior = prior.with_maps(kinds, None)
     whitening = whitening_of(prior, theta)
     prior = prior if whitening is None else prior.with_maps(kinds, whitening)
-    return prior, _Trial(*(np.asarray(part) for part in _tried(prior, theta)))
+    return prior, _Trial(*(np.asarray(part) for part in _run_trial(prior, theta)))
 
 
 def _is_known(distribution: dist.Distribution) -> bool:
     base = base_of(distribution)
     if isinstance(base, dist.LogNormal) and bool(np.any(np.asarray(base.scale) < MIN_LOG_SCALE)):
         return False  # the spread may be too small for the size of the values
-    return type(base) in _KNOWN
+    return type(base) in _TRUSTED
 
 
 def _has_transform(support: Any) -> bool:
@@ -162,8 +167,8 @@ def _has_transform(support: Any) -> bool:
     return True
 
 
-def _implemented(prior: SitePrior, function: Any) -> Any:
-    """Call a function of a prior; turn NotImplementedError of numpyro into ValueError."""
+def _call_implemented(prior: SitePrior, function: Any) -> Any:
+    """Return function(prior). Convert numpyro's NotImplementedError to a ValueError."""
     try:
         return function(prior)
     except NotImplementedError as error:
@@ -171,8 +176,8 @@ def _implemented(prior: SitePrior, function: Any) -> Any:
             for method in ("sample", "log_prob"):
                 _require_method(name, site, method)
         raise ValueError(
-            f"prior: expected distributions that JAX can draw from and that have a density, got "
-            f"{prior}: {str(error)[:200] or 'a method is not implemented'}"
+            f"prior: expected distributions with `sample` and `log_prob`, got {prior}, which "
+            f"raises {error!r:.200}; use other distributions"
         ) from error
 
 
@@ -192,8 +197,8 @@ def _require_method(name: str, site: dist.Distribution, method: str) -> None:
 
 @jax.jit
 @full_precision
-def _tried(prior: SitePrior, theta: Array) -> _Trial:
-    theta = theta[:NUM_TRIED]
+def _run_trial(prior: SitePrior, theta: Array) -> _Trial:
+    theta = theta[:NUM_TRIAL_DRAWS]
     inside = prior.unchecked_sites_contain(theta)
     y = prior.unchecked_to_standard(theta)
     normal = jax.random.normal(jax.random.key(1, impl="threefry2x32"), y.shape, y.dtype)
@@ -216,14 +221,14 @@ def _tried(prior: SitePrior, theta: Array) -> _Trial:
 
 
 def _fraction_at_edge(y: Array, shapes: tuple[tuple[int, ...], ...]) -> Array:
-    """Return the largest fraction of rows y (n, d) at the extreme of an entry, by site (S,)."""
+    """Return the fraction of rows y (n, d) that share an extreme value, for each site (S,)."""
     extremes = [jnp.mean(y == edge(y, axis=0)[None], axis=0) for edge in (jnp.min, jnp.max)]
     largest = jnp.maximum(*extremes)
     return jnp.stack([jnp.max(largest[part]) for part in _columns(shapes)])
 
 
 def _is_changed(theta: Array, back: Array) -> Array:
-    """Return whether entries of draws (n, D) differ from `back` by more than rounding."""
+    """Return whether entries of theta (n, D) and of `back` differ by more than `ROUND_TRIP`."""
     median = jnp.nanmedian(theta, axis=0)[None]
     distance = jnp.abs(theta - median)
     sd = jnp.nanmedian(distance, axis=0)[None] / 0.67
@@ -247,13 +252,13 @@ def _per_site(flags: Array, shapes: tuple[tuple[int, ...], ...]) -> Array:
 
 
 def _columns(shapes: tuple[tuple[int, ...], ...]) -> list[slice]:
-    """Return the columns of each site in a flat vector."""
+    """Return a slice of the flat vector for each site."""
     ends = np.cumsum([math.prod(shape) for shape in shapes])
     return [slice(end - math.prod(shape), end) for end, shape in zip(ends, shapes, strict=True)]
 
 
 def _require_success(prior: SitePrior, trial: _Trial) -> None:
-    """Raise ValueError if a trial has failed; the message says what to write instead."""
+    """Raise ValueError if a trial failed. The message says which prior to write instead."""
     sites = list(prior.distributions.items())
     for i, (name, site) in enumerate(sites):
         kind, support = type(base_of(site)).__name__, type(site.support).__name__.strip("_")
@@ -263,8 +268,8 @@ def _require_success(prior: SitePrior, trial: _Trial) -> None:
             raise ValueError(
                 f"{where} draws inside the support that {kind} states ({support}), got "
                 f"{_percent(trial.outside[i])} of them outside, for example "
-                f"{np.asarray(value)!s:.80}; write a distribution whose `support` covers its "
-                "draws, such as dist.MixtureSameFamily of components with one support"
+                f"{np.asarray(value)!s:.80}; write a distribution whose `support` contains its "
+                "draws, such as dist.MixtureSameFamily of components with the same support"
             )
         if trial.unresolved[i]:
             raise ValueError(
@@ -274,25 +279,28 @@ def _require_success(prior: SitePrior, trial: _Trial) -> None:
                 "jax.config.update('jax_enable_x64', True)"
             )
         spoilt = max(trial.infinite[i], trial.changed[i])
-        if spoilt > FEW or trial.at_edge[i] > MAX_EQUAL:
+        if spoilt > MAX_BAD_FRACTION or trial.at_edge[i] > MAX_EDGE_FRACTION:
             raise ValueError(
-                f"{where} values that the floating-point precision can represent, got {kind}, of "
-                f"whose draws {_percent(max(spoilt, trial.at_edge[i]))} are rounded to an edge of "
-                f"the support ({support}) or lose their digits; write the logarithm (or the logit) "
-                "of the parameter, and compute the parameter in the simulator"
+                f"{where} draws that the floating-point precision can represent, got {kind}: "
+                f"rounding moves {_percent(max(spoilt, trial.at_edge[i]))} of its draws to an edge "
+                f"of the support ({support}) or changes their standard coordinates; write a prior "
+                "of the logarithm (or the logit) of the parameter, and compute the parameter in "
+                "the simulator"
             )
     names = ", ".join(map(repr, prior.names))
-    if trial.bad_density > FEW:
+    if trial.bad_density > MAX_BAD_FRACTION:
         raise ValueError(
-            f"prior site {names}: expected draws with a finite log density, got {prior}, of whose "
-            f"draws {_percent(trial.bad_density)} have none; use the same condition in `sample` as "
-            "in `log_prob` (sf.constrained(prior, condition) does), or less extreme parameters"
+            f"prior site {names}: expected draws with a finite log density, got {prior}, where "
+            f"{_percent(trial.bad_density)} of the draws have a log density that is NaN or "
+            "infinite; restrict `sample` to the same values as `log_prob`, as "
+            "sf.constrained(prior, condition) does, or use less extreme parameters"
         )
-    if trial.zero_density > FEW:
+    if trial.zero_density > MAX_BAD_FRACTION:
         raise ValueError(
-            f"prior site {names}: expected a finite log density at all points of the stated "
-            f"support, got none at {_percent(trial.zero_density)} of them; state the support, or "
-            "write a base prior and its constraint: sf.constrained(prior, condition)"
+            f"prior site {names}: expected a finite log density everywhere in the stated support, "
+            f"got NaN or infinity at {_percent(trial.zero_density)} of the points; define "
+            "`support` as the set where `log_prob` is finite, or write a prior on the larger set "
+            "and its condition: sf.constrained(prior, condition)"
         )
 
 

@@ -1,7 +1,7 @@
-"""Computation of the affine map that whitens the coordinates of `SupportMap` sites.
+"""Compute the affine map that whitens the coordinates of `SupportMap` sites.
 
-For a multivariate normal the map is computed from the distribution's own Cholesky factor. Otherwise
-it is estimated from draws of the prior, with a fixed key.
+For a multivariate normal, the map follows from its Cholesky factor. For other distributions it is
+estimated from draws of the prior, which are made with a fixed key.
 
 Public names: `whitening_of`.
 """
@@ -25,13 +25,14 @@ from sbi_flows.prior.site_prior import SitePrior
 from sbi_flows.prior.whitening import Whitening
 
 MAX_JOINT = 512
-"""Largest number of coordinates whose correlations are estimated; beyond it, scales alone are."""
+"""Maximum number of coordinates whose correlations are estimated. With more, only means and scales
+are estimated."""
 
 MAX_EXACT = 2048
-"""Largest number of coordinates for which a matrix is stored."""
+"""Maximum number of coordinates for which a matrix is stored."""
 
 _CLIP = 6.0
-"""Largest distance from the median, in robust standard deviations."""
+"""Maximum distance from the median, in robust standard deviations; larger values are clipped."""
 
 _SHRINKAGE = 1e-5
 """Weight of the identity in a correlation matrix, which makes it positive definite."""
@@ -73,7 +74,7 @@ def whitening_of(prior: SitePrior, theta: Array) -> Whitening | None:
 
 
 def _normal_block(distribution: dist.Distribution, shape: tuple[int, ...]) -> Whitening | None:
-    """Return the exact map of a multivariate normal of a shape; None for other distributions."""
+    """Return the exact map of a multivariate normal; None for other distributions."""
     base = base_of(distribution)
     if type(base) is not dist.MultivariateNormal:
         return None
@@ -88,7 +89,7 @@ def _normal_block(distribution: dist.Distribution, shape: tuple[int, ...]) -> Wh
 def _estimated_block(
     loc: Any, scale: Any, correlations: np.ndarray | None, part: slice, count: int
 ) -> Whitening:
-    """Return the map of the coordinates `part`, from estimates of `count` draws."""
+    """Return the map of the coordinates `part`, given estimates from `count` draws."""
     lower = None
     if correlations is not None:
         block = correlations[part, part]
@@ -124,7 +125,8 @@ def _estimated(prior: SitePrior, theta: Array, is_joint: bool) -> tuple[Array, A
     """Estimate mean, scale and correlations of unconstrained coordinates from prior draws.
 
     Values further than `_CLIP` robust standard deviations from the median are clipped, so that the
-    estimates exist for every prior. Scales are removed before anything is squared.
+    estimates are finite for every prior. Values are scaled before they are squared, so that squares
+    do not overflow.
     """
     u = prior.unchecked_to_standard(theta)[:, prior.support_columns]
     u = jnp.where(jnp.isfinite(u), u, jnp.nan)

@@ -92,7 +92,8 @@ def trace_call(
         prior: The prior.
         plan: Number of rows and devices of the call.
         simulator: The simulator.
-        is_fresh: Run the Python code of the simulator, even if JAX has the trace in its cache.
+        is_fresh: Whether to bypass JAX's cache of traces, so that the Python code of the simulator
+            runs again.
 
     Raises:
         Exception: JAX or the simulator raised this exception during the trace.

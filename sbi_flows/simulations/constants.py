@@ -1,4 +1,4 @@
-"""Warn about observations that are the same in all simulations.
+"""Warning about observations that are the same in all simulations.
 
 Public names: `warn_constant`.
 """
@@ -16,16 +16,17 @@ from sbi_flows.core.warn import warn_user
 from sbi_flows.simulations.disk import ON_DISK
 
 MIN_ROWS = 100
-"""Minimum number of valid rows. Among fewer rows, a rare value may not occur by chance."""
+"""Minimum number of valid rows for a warning. Fewer rows may lack a rare value by chance."""
 
 _BLOCK_ROWS = 1024
-"""Number of rows that are compared at once. The first block nearly always contains two values."""
+"""Number of rows that are compared at once. The first block usually contains different values."""
 
 
 def warn_constant(theta: Any, x: Obs, valid: Any) -> None:
-    """Warn if an array of x is the same in all valid rows, although theta varies.
+    """Warn if all entries of an array of x are the same in all valid rows, although theta varies.
 
-    Single constant entries, such as padding or the start of a time series, cause no warning.
+    Arrays of which only some entries are constant, such as padding or the start of a time series,
+    cause no warning.
 
     Args:
         theta: Parameters, shape (N, D).
@@ -42,8 +43,8 @@ def warn_constant(theta: Any, x: Obs, valid: Any) -> None:
     ]
     if names:
         warn_user(
-            f"{', '.join(names)}: the same in all {len(rows):,} simulations; it says nothing about "
-            "the parameters. Does the simulator use theta and key?",
+            f"{', '.join(names)}: expected values that differ between simulations, got the same in "
+            f"all {len(rows):,}; compute them from theta and key, or leave constants out of x",
             SbiFlowsWarning,
         )
 

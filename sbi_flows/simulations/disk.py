@@ -1,7 +1,7 @@
 """Arrays on disk. Their rows are read from disk when they are indexed.
 
 An array on disk has the same dtype as it would have in memory. Integers stay integers if JAX can
-hold their values in its present precision; all other numbers become floats.
+represent their values in its present precision; all other numbers become floats.
 
 Public names: `LazyArray`, `ON_DISK`, `is_on_disk`, `keep_on_disk`, `to_pickle`, `from_pickle`,
 `finite_rows_on_disk`.
@@ -29,7 +29,7 @@ MAX_READ_ENTRIES = 2**24
 """Maximum number of entries that are read from disk at once."""
 
 MAX_SAMPLE_ROWS = 1024
-"""Maximum number of rows that are read to find out whether single precision holds an array."""
+"""Maximum number of rows that are read to test whether an array needs double precision."""
 
 
 class LazyArray(abc.ABC):
@@ -94,11 +94,11 @@ class _Converted(LazyArray):
         self._array, self.shape, self.dtype = array, array.shape, dtype
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes, for pickle and copy, with the place of the array in its file."""
+        """Return the attributes for pickle and copy, with the array's location in its file."""
         return {**vars(self), "_array": to_pickle(self._array)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Set the attributes, and open the file."""
+        """Set the attributes and open the file."""
         vars(self).update(state, _array=from_pickle(state["_array"]))
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
@@ -107,11 +107,11 @@ class _Converted(LazyArray):
 
 
 def to_pickle(array: Any) -> Any:
-    """Return the place of a memory-mapped array in its file, for pickle and copy.
+    """Return the location of a memory-mapped array in its file, for pickle and copy.
 
-    NumPy writes the whole content of such an array into a pickle. Other arrays are returned
-    unchanged, and also views that are not contiguous and arrays whose changes are not written to
-    the file.
+    NumPy would write the whole content of the array into the pickle. The following are returned
+    unchanged: other arrays, views that are not contiguous, and copy-on-write arrays (mode "c"),
+    whose content may differ from the file.
     """
     if not isinstance(array, np.memmap) or not array.flags.c_contiguous:
         return array
@@ -126,13 +126,20 @@ def to_pickle(array: Any) -> Any:
 
 
 def from_pickle(value: Any) -> Any:
-    """Return the array for which `to_pickle` returned this value."""
+    """Return the array from the result of `to_pickle`; open its file if the array is mapped."""
     return value.open() if isinstance(value, _Mapped) else value
 
 
 @dataclasses.dataclass(frozen=True)
 class _Mapped:
-    """Place of an array in a file."""
+    """Location of an array in a file.
+
+    Attributes:
+        path: Path of the file.
+        dtype: Dtype of the array.
+        offset: Position of the first entry in the file, in bytes.
+        shape: Shape of the array.
+    """
 
     path: str
     dtype: np.dtype
@@ -145,13 +152,13 @@ class _Mapped:
 
 
 def _dtype_in_memory(array: DiskArray) -> np.dtype:
-    """Return the dtype that the array would have in memory, as `as_data_array` chooses it."""
+    """Return the dtype that `as_data_array` would give the array in memory."""
     if array.dtype.itemsize > 4 and is_single_precision() and needs_double(_sample_of(array)):
         return np.dtype(np.float64)
     without_entries = as_real_array("x", np.zeros(0, array.dtype)).dtype
     if without_entries.kind not in "iu" or without_entries == array.dtype.newbyteorder("="):
         return without_entries
-    # wide integers stay integers only if all values fit, so all of them have to be read
+    # 64-bit integers stay integers only if all values fit into 32 bits, so all must be read
     dtypes = {as_real_array("x", array[rows]).dtype for rows in _slices([array])}
     return without_entries if dtypes <= {without_entries} else np.dtype(jnp.result_type(float))
 
@@ -164,7 +171,7 @@ def _sample_of(array: DiskArray) -> np.ndarray:
 
 
 def finite_rows_on_disk(x: Obs, finite_rows: Callable[[Obs], Array]) -> Array:
-    """Apply `finite_rows`, a function that finds the finite rows, to x in blocks of rows."""
+    """Return whether each row of x is finite, shape (N,): apply `finite_rows` to blocks of rows."""
     leaves = jax.tree.leaves(x)
     parts = [finite_rows([np.asarray(a[rows]) for a in leaves]) for rows in _slices(leaves)]
     return jnp.concatenate(parts)

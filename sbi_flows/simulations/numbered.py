@@ -119,7 +119,7 @@ class _OpenChunks:
             drawn = _draw_rows(self._prior, self._key, start, self._chunk_rows)
             theta, keys = (array[: stop - start] for array in drawn)
             outputs = empty_outputs(self._simulator, stop - start)
-            theta = self._prior.absolute(theta)
+            theta = self._prior.add_offset(theta)
             self._chunks[start] = Chunk(start, np.asarray(theta), outputs, {})
             self._unfinished[start] = stop - start
             self._start_of_row.update(dict.fromkeys(range(start, stop), start))

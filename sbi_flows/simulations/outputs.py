@@ -50,9 +50,10 @@ def check_outputs(key: Key, prior: Prior, simulator: Simulator, plan: CallPlan) 
     if prior.layout.offset:
         labels = ", ".join(n for n, c in zip(prior.labels, prior.layout.offset, strict=True) if c)
         raise ValueError(
-            f"simulator: single precision, in which JAX computes, cannot hold {labels}; use "
-            "simulators.external_simulator, jax.config.update('jax_enable_x64', True), or a prior "
-            "of the difference from a fixed value, which the simulator adds"
+            f"simulator: expected an external simulator, because single precision cannot represent "
+            f"{labels}, got a JAX function; use simulators.external_simulator, "
+            "jax.config.update('jax_enable_x64', True), or a prior of the difference from a fixed "
+            "value, and add this value in the simulator"
         )
     try:
         traced = trace_pure(simulator, partial(trace_call, key, prior, plan))

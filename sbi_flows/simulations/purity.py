@@ -1,8 +1,8 @@
-"""Refuse simulators with noise that does not come from their random key.
+"""Test that all random numbers of a JAX simulator come from its random key.
 
-JAX runs the Python code of a simulator once, when it traces it. A number that NumPy draws in this
-run, or noise from a constant key, becomes a constant of the compiled program: all simulations then
-have the same noise, and the posterior is far too narrow.
+JAX runs the Python code of a simulator once, when it traces it. A random number that NumPy draws in
+this run becomes a constant of the compiled program, and so does noise from a constant key. All
+simulations then have the same noise, and the posterior is far too narrow.
 
 Public names: `trace_pure`.
 """
@@ -54,39 +54,39 @@ _CONSTANT_KEY = (
     f"jax.random.split(key){_OUTSIDE}"
 )
 
-_KNOWN: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
-"""Error message of each function that was tested, empty if it is pure. JAX caches traces by
-function, so that a later trace would not run the Python code again."""
+_MESSAGES: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+"""Error message of each tested function; empty if it passed. JAX caches traces by function, so that
+a later trace would not run the Python code again."""
 
 
 def trace_pure(simulator: Simulator, trace: Callable[[Simulator, bool], Any]) -> Any:
     """Trace a simulator, and test that its random numbers come from its key.
 
-    A function is tested once. For the test it is traced a second time.
+    The test traces the function a second time. Each function is tested only once.
 
     Args:
         simulator: The simulator.
-        trace: Function that traces a compiled call. Its second argument is True if JAX's cache of
-            traces must not be used. It returns a `jax.stages.Traced`.
+        trace: Function that traces a compiled call of a simulator and returns a
+            `jax.stages.Traced`. If its second argument is True, it bypasses JAX's cache of traces.
 
     Returns:
-        The result of `trace` for the simulator, from JAX's cache if possible.
+        The trace of the simulator, from JAX's cache if it is there.
 
     Raises:
         ValueError: The simulator uses NumPy's global generator; its constants differ
             between two traces; or an output has noise from a constant key only.
     """
-    known = _known(simulator)
-    if known:
-        raise ValueError(known)
+    message = _message_of(simulator)
+    if message:
+        raise ValueError(message)
     before = _global_state()
     traced = trace(simulator, False)
-    if known is not None:
+    if message is not None:
         return traced
     first, plain = traced, simulator
     if isinstance(simulator, jax.stages.Wrapped):
-        # JAX may have traced the function inside `jax.jit` before; jit keeps the function
-        plain = simulator.__wrapped__  # type: ignore[attr-defined]  # as above
+        # JAX may have traced the function inside `jax.jit` before, so trace the function itself
+        plain = simulator.__wrapped__  # type: ignore[attr-defined]  # jit keeps its function
         first = trace(plain, True)
     second = trace(plain, True)
     message = ""
@@ -102,16 +102,17 @@ def trace_pure(simulator: Simulator, trace: Callable[[Simulator, bool], Any]) ->
     return traced
 
 
-def _known(simulator: Simulator) -> str | None:
+def _message_of(simulator: Simulator) -> str | None:
+    """Return the stored error message of a simulator; None if it was not tested."""
     try:
-        return _KNOWN.get(simulator)
+        return _MESSAGES.get(simulator)
     except TypeError:  # an object without hash or weak references
         return None
 
 
 def _remember(simulator: Simulator, message: str) -> None:
     try:
-        _KNOWN[simulator] = message
+        _MESSAGES[simulator] = message
     except TypeError:
         pass
 
@@ -119,7 +120,8 @@ def _remember(simulator: Simulator, message: str) -> None:
 def _global_state() -> list[bytes]:
     """Return the state of NumPy's global generator.
 
-    The state of Python's `random` is of no use: type checkers such as beartype draw from it.
+    The state of Python's `random` is not compared, because type checkers such as beartype draw from
+    it during a trace.
     """
     state = np.random.get_state(legacy=False)  # noqa: NPY002
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
@@ -147,12 +149,13 @@ def _is_equal(a: Any, b: Any) -> bool:
 
 
 def _as_numpy(constant: Any) -> np.ndarray:
+    """Convert a constant to a NumPy array; random keys are converted to their data."""
     is_key = jnp.issubdtype(getattr(constant, "dtype", float), jax.dtypes.prng_key)
     return np.asarray(jax.random.key_data(constant) if is_key else constant)
 
 
 def _constants(program: ClosedJaxpr | Jaxpr) -> Iterator[Any]:
-    """Yield the constants of a program, and of the programs inside it."""
+    """Yield the constants of a program and of the programs nested in it."""
     if isinstance(program, ClosedJaxpr):
         yield from program.consts
     for equation in _equations(program):
@@ -162,7 +165,7 @@ def _constants(program: ClosedJaxpr | Jaxpr) -> Iterator[Any]:
 
 
 def _outputs_of_constant_keys(traced: Any) -> list[str]:
-    """Return the names of outputs that depend on random numbers, but not on the random key."""
+    """Return the names of outputs that depend on random numbers but not on the argument `key`."""
     program = traced.jaxpr.jaxpr
     if not _draws(program):
         return []
@@ -187,7 +190,7 @@ def _equations(program: ClosedJaxpr | Jaxpr) -> Any:
 
 
 def _parts(equation: Any) -> Iterator[ClosedJaxpr | Jaxpr]:
-    """Yield the programs inside an equation, for example the body of a loop."""
+    """Yield the programs nested in an equation, for example the body of a loop."""
     for value in equation.params.values():
         for part in value if isinstance(value, list | tuple) else (value,):
             if isinstance(part, ClosedJaxpr | Jaxpr):

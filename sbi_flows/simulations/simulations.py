@@ -25,7 +25,7 @@ from sbi_flows.core.checks import (
     require_memory,
     require_real,
 )
-from sbi_flows.core.compilation import bounded
+from sbi_flows.core.compilation import compiled_per_size
 from sbi_flows.core.doubles import as_data_array
 from sbi_flows.core.errors import SbiFlowsWarning
 from sbi_flows.core.frames import frame_columns
@@ -45,12 +45,12 @@ from sbi_flows.simulations.disk import (
 MAX_INDEX = 2**31 - 1
 """Maximum number of rows, and of entries in a row: the largest 32-bit index."""
 
-MAX_SILENT_ROWS, MAX_SILENT_FRACTION = 10, 0.1
-"""Number and fraction of rows with NaN or infinity above which `Simulations` issues a warning."""
+MIN_WARNING_ROWS, MIN_WARNING_FRACTION = 10, 0.1
+"""Number and fraction of rows with NaN or infinity. `Simulations` warns if both are exceeded."""
 
 
 class Names(NamedTuple):
-    """Names of the columns of theta (D,) and of x (C,); None where they have no names."""
+    """Names of the columns of theta (D,) and of x (C,); None for an array without names."""
 
     theta: tuple[str, ...] | None = None
     x: tuple[str, ...] | None = None
@@ -60,23 +60,23 @@ class Names(NamedTuple):
 class Simulations:
     """Pairs of parameters and simulated observations.
 
-    Failed rows stay in the data set and are marked invalid, so that they can be counted. If more
-    than ten rows, and a tenth of all rows, contain NaN or infinity, a warning gives their number.
+    Failed rows stay in the data set and are marked invalid, so that they can be counted. A warning
+    is issued if more than ten rows and more than 10% of all rows contain NaN or infinity.
 
-    Arrays of any library are accepted, and so are tables with named columns. A list holds rows; a
-    dict or a tuple holds several arrays. See docs/data.md.
+    Arrays of any library and tables with named columns are accepted. The entries of a list are
+    rows. A dict or a tuple contains several arrays. See docs/data.md.
 
     Observations that do not fit in memory can stay on disk: pass a memory-mapped array, as returned
     by `np.load("x.npy", mmap_mode="r")` or `np.memmap`, or use a `SimulationStore`. Training then
     reads the observations in parts. A pickle contains the paths of the files, not their content.
 
     Attributes:
-        theta: Parameters, shape (N, D); a NumPy array of float64 if single precision cannot hold
-            them. The argument may also be a table or a dict of arrays, whose
-            columns are matched by name with the parameters of the prior.
+        theta: Parameters, shape (N, D); a NumPy array of float64 if single precision cannot
+            represent them. The argument may also be a table or a dict of arrays; its columns are
+            matched by name with the parameters of the prior.
         x: Observations, shape (N, *event), or a dict of such arrays. The dtype is the same whether
-            the arrays are in memory or on disk. An array of float64 that single precision cannot
-            hold, such as Julian dates, stays a NumPy array of float64.
+            the arrays are in memory or on disk. An array that single precision cannot represent,
+            such as Julian dates, is a NumPy array of float64.
         valid: Whether each row is valid, shape (N,). A row is valid if its observation is finite
             and the argument `valid`, if given, is true for the row.
         round: Round of sequential inference in which each row was simulated, shape (N,). It is zero
@@ -113,7 +113,7 @@ class Simulations:
         round = np.zeros(n, np.int32) if round is None else _integers("round", round, n, MAX_INDEX)
         _set_fields(self, theta, x, valid, round, names)
         not_finite = int(np.sum(np.asarray(valid, bool))) - self.num_valid
-        if not_finite > max(MAX_SILENT_ROWS, MAX_SILENT_FRACTION * n):
+        if not_finite > max(MIN_WARNING_ROWS, MIN_WARNING_FRACTION * n):
             warn_user(
                 f"x: {not_finite:,} of {n:,} rows contain NaN or infinity; a fit uses the other "
                 f"{self.num_valid:,}",
@@ -121,11 +121,11 @@ class Simulations:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes, for pickle and copy; arrays on disk as places in their files."""
+        """Return the attributes for pickle and copy, with the locations of arrays on disk."""
         return {**vars(self), "x": jax.tree.map(to_pickle, self.x)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Set the attributes, and open the files of arrays on disk."""
+        """Set the attributes and open the files of arrays on disk."""
         vars(self).update(state, x=jax.tree.map(from_pickle, state["x"]))
 
     def __len__(self) -> int:
@@ -171,24 +171,24 @@ class Simulations:
         Raises:
             ValueError: The names of the columns are not those of the prior's parameters.
         """
-        found, wanted = self.names.theta, prior.labels
-        if found is None or found == tuple(wanted):
+        columns, parameters = self.names.theta, prior.labels
+        if columns is None or columns == tuple(parameters):
             return self
-        if not prior.is_named and sorted(found) != sorted(wanted):
+        if not prior.is_named and sorted(columns) != sorted(parameters):
             return self
-        if sorted(found) != sorted(wanted):
+        if sorted(columns) != sorted(parameters):
             raise ValueError(
-                f"theta: expected columns with the names of the prior, {', '.join(wanted)}, got "
-                f"{', '.join(found)}"
+                "theta: expected columns named like the prior's parameters, "
+                f"{', '.join(parameters)}, got {', '.join(columns)}; rename or select the columns"
             )
-        order = np.array([found.index(label) for label in wanted])
+        order = np.array([columns.index(label) for label in parameters])
         aligned = jax.tree.map(lambda leaf: leaf, self)
         object.__setattr__(aligned, "theta", self.theta[:, order])
-        object.__setattr__(aligned, "names", self.names._replace(theta=tuple(wanted)))
+        object.__setattr__(aligned, "names", self.names._replace(theta=tuple(parameters)))
         return aligned
 
     def relative_to(self, prior: Prior) -> Simulations:
-        """Return the simulations for internal use: aligned, and theta without the prior's offset.
+        """Return the simulations for internal use: aligned, with theta minus the prior's offset.
 
         Raises:
             ValueError: The names of the columns are not those of the prior's parameters.
@@ -198,7 +198,7 @@ class Simulations:
         if not has_columns or not (prior.layout.offset or doubles.is_double(aligned.theta)):
             return aligned
         relative = jax.tree.map(lambda leaf: leaf, aligned)
-        object.__setattr__(relative, "theta", prior.relative(aligned.theta))
+        object.__setattr__(relative, "theta", prior.subtract_offset(aligned.theta))
         return relative
 
     def only_valid(self) -> Simulations:
@@ -268,7 +268,7 @@ def finite_rows(x: Obs) -> Array:
     return _finite_rows(jax.tree.map(lambda a: np.isfinite(a) if doubles.is_double(a) else a, x))
 
 
-@bounded
+@compiled_per_size
 @jax.jit
 def _finite_rows(x: Obs) -> Array:
     rows = [jnp.all(jnp.isfinite(a), axis=tuple(range(1, a.ndim))) for a in jax.tree.leaves(x)]
@@ -281,7 +281,7 @@ def observation_shape(x: Obs) -> Obs:
 
 
 def _named_columns(theta: Any) -> tuple[Any, tuple[str, ...] | None]:
-    """Return theta as one array or table, and the names of its columns, if it has any.
+    """Return theta as one array or table, and the names of its columns; None without names.
 
     Raises:
         ValueError: theta is a dict of arrays with different numbers of rows.
@@ -292,7 +292,9 @@ def _named_columns(theta: Any) -> tuple[Any, tuple[str, ...] | None]:
     rows = {a.shape[:1] for a in arrays.values()}
     if len(rows) != 1 or rows == {()}:
         shapes = {name: a.shape for name, a in arrays.items()}
-        raise ValueError(f"theta: expected arrays of N rows each, got the shapes {shapes}")
+        raise ValueError(
+            f"theta: expected arrays with the same number of rows, got the shapes {shapes}"
+        )
     columns = [a.reshape(len(a), -1) for a in arrays.values()]
     names = [label for name, a in arrays.items() for label in labels(name, a.shape[1:])]
     return np.concatenate(columns, axis=1), tuple(names)

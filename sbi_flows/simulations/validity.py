@@ -251,7 +251,7 @@ def _require_support(name: str, prior: Prior, theta: Any) -> Array:
         raise ValueError(
             f"{name}: expected parameters in the prior's support, got {outside} outside"
         )
-    return prior.relative(theta)
+    return prior.subtract_offset(theta)
 
 
 @jax.jit

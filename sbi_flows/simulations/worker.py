@@ -115,7 +115,10 @@ def _cast_outputs(outputs: dict[str, tuple[tuple[int, ...], str]], x: Any) -> di
     for name, (shape, dtype) in outputs.items():
         what = f"{name}: " if name else ""
         if count := np.ma.count_masked(arrays[name]):
-            raise ValueError(f"{what}expected numbers, got an array with {count} masked entries")
+            raise ValueError(
+                f"{what}expected numbers, got an array with {count} masked entries; return an "
+                "array without a mask"
+            )
         value = np.asarray(arrays[name])
         if value.shape != shape or value.dtype.kind not in "biuf":
             raise ValueError(

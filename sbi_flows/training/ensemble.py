@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sbi_flows.core.compilation import bounded
+from sbi_flows.core.compilation import compiled_per_size
 from sbi_flows.core.precision import inherit_precision
 from sbi_flows.core.typing import Key
 from sbi_flows.densities.conditional import (
@@ -381,7 +381,7 @@ def _split_rows(
     return (train, validation), data.stream.without(np.asarray(validation[0]))
 
 
-@bounded
+@compiled_per_size
 @partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _folds(
     key: Key, n: int, held_out: int, members: int, member_rows: int = 0

@@ -20,7 +20,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from sbi_flows.core.compilation import bounded
+from sbi_flows.core.compilation import compiled_per_size
 from sbi_flows.core.precision import full_precision, precision_context
 from sbi_flows.core.typing import Key
 from sbi_flows.densities.conditional import (
@@ -98,7 +98,7 @@ def _optimiser(
     return optax.GradientTransformation(lambda params: transform.init(unravel(params)), update)
 
 
-@bounded
+@compiled_per_size
 @partial(jax.jit, static_argnums=0)
 @full_precision
 def _start(
@@ -139,7 +139,7 @@ def _start_of_member(
     return ravel_weights(params), rest, whitened, LossOffsets(offsets[:n].mean(), offsets[n:])
 
 
-@bounded
+@compiled_per_size
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
 @full_precision
 def epoch(
@@ -182,7 +182,7 @@ def epoch(
     return _over_members(one, plan.mesh)(state, group, keys)
 
 
-@bounded
+@compiled_per_size
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 @full_precision
 def chunk(
@@ -225,7 +225,7 @@ def chunk(
     return _over_members(one, plan.mesh)(state, group, keys)
 
 
-@bounded
+@compiled_per_size
 @partial(jax.jit, static_argnums=0)
 @full_precision
 def score(plan: Plan, state: State, group: Group, features: Array) -> tuple[Best, Array]:
@@ -234,7 +234,7 @@ def score(plan: Plan, state: State, group: Group, features: Array) -> tuple[Best
     return _over_members(one, plan.mesh)(state, group)
 
 
-@bounded
+@compiled_per_size
 @partial(jax.jit, static_argnums=0)
 @full_precision
 def densities(plan: Plan, best: Best, group: Group, features: Array) -> tuple[Array, SolverStats]:

@@ -93,7 +93,7 @@ def test_a_prior_with_default_maps_is_written_as_before():
 
 MALFORMED = {
     "kinds": (lambda r, t: r["maps"].update(kinds=["NormalMap"]), "maps that fit"),
-    "number of kinds": (lambda r, t: r["maps"].update(kinds=[]), "expected 1, got 0"),
+    "number of kinds": (lambda r, t: r["maps"].update(kinds=[]), "expected 1 maps, got 0"),
     "parts": (lambda r, t: r["maps"].update(whitening=["loc"]), "expected loc, scale"),
     "shape": (lambda r, t: t.update({SCALE: np.ones(3)}), r"expected float64 numbers \(2,\)"),
     "sign": (lambda r, t: t.update({SCALE: -np.ones(2)}), "expected positive scales"),

@@ -45,12 +45,12 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
 
 @pytest.fixture
 def doubled(monkeypatch):
-    """A bounded function, the only one."""
-    values = {"_BOUNDED": [], "_FITS": compilation._Fits(), "MAX_SIZES": 3}
+    """A function that is compiled per size, the only registered one."""
+    values = {"_COMPILED_PER_SIZE": [], "_FITS": compilation._Fits(), "MAX_SIZES": 3}
     for name, value in values.items():
         monkeypatch.setattr(compilation, name, value)
 
-    @compilation.bounded
+    @compilation.compiled_per_size
     @jax.jit
     def double(x):
         return 2 * x

@@ -113,7 +113,7 @@ def test_save_and_load_keep_all_bits(posterior, tmp_path):
 
 
 def test_a_file_from_before_circular_parameters_loads(tmp_path):
-    prior = SitePrior({"angle": dist.VonMises(0.0, 1.0)}, is_named=True, has_circles=False)
+    prior = SitePrior({"angle": dist.VonMises(0.0, 1.0)}, is_named=True, has_circular_maps=False)
     made = random_posterior(prior, ensemble(SMALL, prior.bounded))
     path = tmp_path / "old.sbif"
     made.save(path)

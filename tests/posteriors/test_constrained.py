@@ -65,7 +65,9 @@ def test_draws_that_are_never_accepted_are_said(triangle, monkeypatch):
     monkeypatch.setattr(mixtures, "MAX_ROUNDS", 0)
     at = triangle.at(X)
     assert np.all(np.isnan(jax.jit(at.sample, static_argnums=1)(KEY, 51)))
-    with pytest.raises(sf.errors.SbiFlowsError, match="too few draws meet the prior's condition"):
+    with pytest.raises(
+        sf.errors.SbiFlowsError, match="draws to meet the prior's condition, got fewer"
+    ):
         at.sample(KEY, 51)
 
 
@@ -78,7 +80,7 @@ def test_the_prior_is_given_again_when_a_posterior_is_loaded(triangle, tmp_path)
     for prior, message in {
         None: r"its condition is a function\): load\(path, prior=...\) takes it",
         triangle.prior.base: "with a condition, got Prior",
-        other: "expected a condition of probability 0.499, .* got another one",
+        other: r"expected a condition of probability 0.499, .* got 0\.\d+ in ",
     }.items():
         with pytest.raises(sf.errors.ArtefactError, match=message):
             sf.load(path, prior=prior)

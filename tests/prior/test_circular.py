@@ -78,17 +78,23 @@ def test_an_angle_of_a_model_may_depend_on_other_parameters():
 
 def test_priors_without_circular_parameters_say_so():
     assert sf.as_prior({"a": dist.Uniform(-np.pi, np.pi), "b": dist.Normal(0, 1)}).circular == ()
-    assert SitePrior({"a": dist.VonMises(0.0, 1.0)}, is_named=True, has_circles=False).bounded == (
-        False,
-    )
+    assert SitePrior(
+        {"a": dist.VonMises(0.0, 1.0)}, is_named=True, has_circular_maps=False
+    ).bounded == (False,)
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: sf.Circular(dist.Normal(0, 1)), r"on an interval, got Normal"),
+        (
+            lambda: sf.Circular(dist.Normal(0, 1)),
+            r"on an interval with event shape \(\), got Normal",
+        ),
         (lambda: sf.Circular(dist.Uniform(0, 1).expand([2]).to_event(1)), r"event shape \(2,\)"),
-        (lambda: sf.Circular(dist.Uniform(0, 1), 2.0), r"high: expected none beside"),
+        (
+            lambda: sf.Circular(dist.Uniform(0, 1), 2.0),
+            r"high: expected None if `low` is a distribution, got 2",
+        ),
         (lambda: sf.as_prior(sf.Circular(3.0, 1.0)), r"bounds of .* with low < high"),
     ],
 )

@@ -81,8 +81,8 @@ REFUSED = {
     "not a bool": (lambda t: t["a"], "returns one bool for one parameter vector, got float"),
     "an array": (lambda t: jnp.array([True, False]), r"one bool .* got bool of shape \(2,\)"),
     "never": (lambda t: t["a"] < -1.0, "probability of at least 0.0001 .* got 0 of 100,000"),
-    "and": (lambda t: t["a"] > 0.1 and t["b"] > 0.1, "JAX can trace .*, got TracerBool"),
-    "a name": (lambda t: t["c"] > 0.0, "JAX can trace .*, got KeyError"),
+    "and": (lambda t: t["a"] > 0.1 and t["b"] > 0.1, "JAX can trace, got TracerBool"),
+    "a name": (lambda t: t["c"] > 0.0, "JAX can trace, got KeyError"),
 }
 
 
@@ -94,7 +94,7 @@ def test_a_condition_that_is_none_is_refused(name):
 
 
 def test_restricted_priors_are_not_restricted_again(prior):
-    with pytest.raises(ValueError, match=r"one without a condition or a box, .* join conditions"):
+    with pytest.raises(ValueError, match=r"without a condition or a box, .* join all conditions"):
         sf.constrained(prior, rising)
     with pytest.raises(ValueError, match="base: expected a prior that is not cut"):
         BoxPrior(prior, [-1.0, -1.0], [1.0, 1.0])

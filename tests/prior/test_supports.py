@@ -10,8 +10,8 @@ from numpyro.distributions.transforms import biject_to
 
 import sbi_flows as sf
 from sbi_flows.prior.supports import (
+    clip_rounding,
     in_support,
-    keep_rounding_inside,
     move_inside,
     transform_of,
 )
@@ -132,7 +132,7 @@ MOVED = {  # a support, values near an edge, and which of them rounding can expl
 def test_draws_are_moved_by_rounding_only(name):
     support, values, moved = MOVED[name]
     theta = jnp.asarray(values)
-    kept = np.asarray(keep_rounding_inside(theta, support))
+    kept = np.asarray(clip_rounding(theta, support))
     changed = np.flatnonzero(kept != np.asarray(theta))
     np.testing.assert_array_equal(changed, moved)
     assert np.all(support(kept[moved]))
@@ -141,7 +141,7 @@ def test_draws_are_moved_by_rounding_only(name):
 
 def test_ordered_draws_are_set_apart_by_rounding_only():
     theta = jnp.array([[1.0, 1.0, 2.0], [1.0, 0.5, 2.0]])
-    kept = np.asarray(keep_rounding_inside(theta, constraints.ordered_vector))
+    kept = np.asarray(clip_rounding(theta, constraints.ordered_vector))
     np.testing.assert_array_equal(constraints.ordered_vector(kept), [True, False])
     np.testing.assert_array_equal(kept[1], theta[1])
 

@@ -195,19 +195,19 @@ REFUSED = {
     ),
     "in a dict": (lambda: {"a": two_intervals()}, "'a': expected draws inside the support"),
     "in a model": (lambda: model, "'b': expected draws inside the support"),
-    "triangle": (Triangle, "draws with a finite log density, got .* 47% have none"),
+    "triangle": (Triangle, "draws with a finite log density, got .* 47% of the draws have"),
     "understated": (
         lambda: Understated(0.0, 1.0),
-        r"at all points of the stated support, got none at \d+% .* sf\.constrained",
+        r"everywhere in the stated support, got NaN or infinity at \d+% .* sf\.constrained",
     ),
     "sphere": (
         lambda: dist.ProjectedNormal(jnp.array([1.0, 0.0])),
-        "'theta': expected a support that numpyro maps from R.d, got Sphere of ProjectedNormal; ",
+        "'theta': expected a support with a transform .*, got Sphere of ProjectedNormal; ",
     ),
     "no sampler": (Unfinished, "'theta': expected a distribution with .* without `sample`; "),
     "underflow": (
         lambda: dist.Gamma(1e-4, 1.0),
-        r"precision can represent, got Gamma, of whose draws \d+% are rounded to an edge .* log",
+        r"can represent, got Gamma: rounding moves \d+% of its draws to an edge .* logarithm",
     ),
 }
 

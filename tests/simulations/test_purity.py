@@ -175,11 +175,11 @@ def with_grid(key, theta):
 
 def test_an_array_that_never_varies_is_named():
     assert warned(lambda key, theta: jnp.ones(2)) == [
-        "x: the same in all 150 simulations; it says nothing about the parameters. Does the "
-        "simulator use theta and key?"
+        "x: expected values that differ between simulations, got the same in all 150; compute "
+        "them from theta and key, or leave constants out of x"
     ]
     (message,) = warned(with_grid)
-    assert message.startswith("time: the same in all 150 simulations")
+    assert message.startswith("time: expected values that differ between simulations, got the")
 
 
 def test_a_rare_value_in_the_last_row_prevents_the_warning():
@@ -197,5 +197,5 @@ def test_no_warning_for_single_columns_few_rows_or_equal_parameters():
 
 def test_a_store_names_an_array_that_never_varies(tmp_path):
     store = sf.SimulationStore(tmp_path / "s", chunk=100)
-    with pytest.warns(sf.errors.SbiFlowsWarning, match="time: the same in all 150 simulations"):
+    with pytest.warns(sf.errors.SbiFlowsWarning, match="time: expected values that differ"):
         store.simulate(KEY, PRIOR, with_grid, 150, progress=False)

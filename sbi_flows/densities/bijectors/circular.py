@@ -11,7 +11,7 @@ from sbi_flows.prior.circular import wrap
 
 
 class Rotation(distrax.Bijector):
-    """Bijector that adds an offset to each circular entry, and wraps the sum.
+    """Bijector that adds an offset to each circular entry and wraps the sum.
 
     Args:
         offset: Offset of each entry, shape (*, d).
