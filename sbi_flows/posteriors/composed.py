@@ -5,13 +5,13 @@ Public names: `composed`, `ComposedPosterior`, `sample_composed`.
 If x_1 ... x_N are independent given theta, p(theta | x_1 ... x_N) is proportional to
 p(theta)^(1 - N) times the product of the p(theta | x_i). The score, which is the gradient of
 its logarithm, is therefore a weighted sum of the scores of the p(theta | x_i) and of the prior. At
-each noise level, the same sum of the noisy scores defines one density of a sequence. The
-sequence starts at a density that is easy to sample and ends at the composed posterior. A few steps
-of Langevin dynamics at each noise level move the draws to the next density.
+each noise level, the same sum of the noisy scores defines one density of a sequence, which starts
+at a density that is easy to sample and ends at the composed posterior. A few steps of Langevin
+dynamics at each noise level move the draws to the next density.
 
 Source: Geffner, Papamakarios & Mnih 2023, "Compositional Score Modeling for Simulation-Based
 Inference" (arXiv:2209.14249), equation 6 and algorithm 1. In contrast to the paper, the prior's
-score is evaluated without noise at all levels, which changes only the intermediate densities.
+score is evaluated without noise at all levels; this changes only the intermediate densities.
 """
 
 from __future__ import annotations
@@ -271,8 +271,7 @@ def sample_composed(
         Draws, shape (n, D).
 
     Raises:
-        ValueError: The posterior has another kind of density, x is not a set of observations, or
-            `n`, `levels` or `steps` is not positive.
+        ValueError: The density has no score, x is not a set, or a number is not positive.
     """
     return composed(posterior, levels=levels, steps=steps).sample(key, x, n)
 
