@@ -165,6 +165,7 @@ def test_masked_entries_of_an_external_simulator_fail_the_row():
     np.testing.assert_array_equal(sims.valid, [False, True])
 
 
+@pytest.mark.promotes
 def test_columns_of_a_prior_without_names_are_matched_by_their_labels():
     prior = sf.as_prior(dist.Normal(jnp.array([0.0, 100.0]), 1.0))
     swapped = pandas.DataFrame({"theta[1]": [100.5], "theta[0]": [0.5]})
