@@ -146,6 +146,8 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
     expected = f"a prior of {', '.join(map(_described, names, shapes))}"
     if user_prior is not None:
         prior = user_prior.base if cut and isinstance(user_prior, BoxPrior) else user_prior
+        if (list(prior.names), list(prior.event_shapes.values())) != (names, shapes):
+            raise ArtefactError(f"prior: expected {expected}, got {prior}")
         prior = prior_maps.with_maps(prior, maps, tensors, bool(circular))
     elif sites is None:
         raise ArtefactError(
@@ -171,11 +173,7 @@ def decode(value: Any, tensors: Mapping[str, np.ndarray], user_prior: Prior | No
         raise ArtefactError(f"prior: expected {expected}, got {prior}")
     _require_same_condition(prior, mass, expected)
     if user_prior is not None:
-        if prior.layout.offset != offset:
-            raise ArtefactError(
-                f"prior: expected {expected} in the precision of the file, got {prior} with "
-                "another offset; set jax_enable_x64 as it was set when the file was written"
-            )
+        _require_same_offset(prior, offset, expected)
         _require_same_points(prior, tensors, expected)
     return prior
 
@@ -273,6 +271,15 @@ def _require_same_points(prior: Prior, tensors: Mapping[str, np.ndarray], expect
         raise ArtefactError(
             f"prior: expected {expected} with the distributions that the posterior was fitted to, "
             f"got other ones in {prior}"
+        )
+
+
+def _require_same_offset(prior: Prior, offset: tuple[float, ...], expected: str) -> None:
+    """Raise ArtefactError if the user's prior has another offset than the saved prior."""
+    if prior.layout.offset != offset:
+        raise ArtefactError(
+            f"prior: expected {expected} in the precision of the file, got {prior} with another "
+            "offset; set jax_enable_x64 as it was set when the file was written"
         )
 
 

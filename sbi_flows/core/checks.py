@@ -85,7 +85,10 @@ def as_array(name: str, value: Any) -> Array | np.ndarray:
 
 def _require_equal_shapes(name: str, rows: list[Any]) -> list[np.ndarray]:
     """Return a list of arrays on the host. Raise ValueError unless they have one shape."""
-    arrays = [np.asarray(row) for row in rows]
+    try:
+        arrays = [np.asarray(row) for row in rows]
+    except Exception as error:  # a row may be any object
+        raise ValueError(f"{name}: expected arrays in a list, got {str(error)[:200]}") from None
     shapes = {a.shape for a in arrays}
     if len(shapes) > 1:
         raise ValueError(

@@ -5,7 +5,7 @@ Public names: `Groups`, `arviz_groups`, `predictive_at`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,9 @@ import jax
 import numpy as np
 from jax import Array
 
+from sbi_flows.core.errors import SbiFlowsWarning
 from sbi_flows.core.typing import Key, Obs, Simulator
+from sbi_flows.core.warn import warn_user
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.simulate import simulate_at
 from sbi_flows.simulations.simulations import Simulations
@@ -69,23 +71,25 @@ def arviz_groups(
     """
     import arviz
 
+    names = _file_names(prior.names)
     observed = {k: np.asarray(v) for k, v in _named(groups.x).items()}
     arrays: dict[str, Any] = {
-        "posterior": _one_chain(prior.unflatten(groups.draws)),
+        "posterior": _one_chain(_renamed(prior.unflatten(groups.draws), names)),
         "sample_stats": {"lp": np.asarray(groups.log_prob)[None]},
-        "prior": _one_chain(prior.unflatten(groups.prior_draws)),
+        "prior": _one_chain(_renamed(prior.unflatten(groups.prior_draws), names)),
         "observed_data": observed,
     }
     if groups.simulated is not None:
         arrays["posterior_predictive"] = _one_chain(_named(groups.simulated.x))
-    shapes = {**prior.event_shapes, **{name: value.shape for name, value in observed.items()}}
+    event_shapes = _renamed(prior.event_shapes, names)
+    shapes = {**event_shapes, **{name: value.shape for name, value in observed.items()}}
     named = {name: list(axes) for name, axes in (dims or {}).items()}
-    for name in named.keys() & prior.event_shapes.keys() & observed.keys():
+    for name in named.keys() & event_shapes.keys() & observed.keys():
         # ArviZ would give both arrays the same axes
-        if prior.event_shapes[name] != observed[name].shape:
+        if event_shapes[name] != observed[name].shape:
             raise ValueError(
                 f"dims: expected one shape for {name!r}, which names a parameter and an array of "
-                f"x, got {prior.event_shapes[name]} and {observed[name].shape}"
+                f"x, got {event_shapes[name]} and {observed[name].shape}"
             )
     _require_dims(shapes, named, dict(coords or {}))
     settings = {"coords": dict(coords or {}), "dims": named}
@@ -118,6 +122,23 @@ def _require_dims(
             raise ValueError(
                 f"coords: expected {lengths[name]} values for {name!r}, got {len(values)}"
             )
+
+
+def _file_names(names: Sequence[str]) -> dict[str, str]:
+    """Return names that netCDF files allow, by the names of the parameters; warn of a change."""
+    allowed = {name: name.replace("/", "_").strip() for name in names}
+    changed = [f"{old!r} to {new!r}" for old, new in allowed.items() if old != new]
+    if changed:
+        warn_user(
+            f"renamed parameters, because netCDF files do not allow slashes in names, or spaces at "
+            f"their ends: {', '.join(changed)}",
+            SbiFlowsWarning,
+        )
+    return allowed
+
+
+def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names[name]: value for name, value in values.items()}
 
 
 def _one_chain(values: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -90,17 +90,12 @@ def require_names(names: Sequence[str], labels: Sequence[str]) -> None:
 
 
 def require_free_names(names: Iterable[Any]) -> None:
-    """Raise ValueError if ArviZ or netCDF files reserve or forbid the name of a parameter."""
+    """Raise ValueError if a parameter has the name of an axis of draws in ArviZ."""
     for name in names:
         if name in RESERVED_NAMES:
             raise ValueError(
                 f"prior: expected names other than {' and '.join(RESERVED_NAMES)}, which ArviZ "
                 f"uses for the axes of draws, got {name!r}; rename the parameter"
-            )
-        if isinstance(name, str) and ("/" in name or name != name.strip()):
-            raise ValueError(
-                "prior: expected names without slashes and without spaces at the ends, which "
-                f"netCDF files forbid, got {name!r}; rename the parameter"
             )
 
 

@@ -57,8 +57,12 @@ def split_offset(
     """
     if is_traced(distribution) or not is_single_precision():
         return distribution, None
-    pair = _location_and_width(distribution)
-    if pair is None:
+    try:
+        with np.errstate(all="ignore"):
+            pair = _location_and_width(distribution)
+    except (TypeError, ValueError):  # arguments that are not numbers are refused later
+        return distribution, None
+    if pair is None or not all(np.all(np.isfinite(part)) for part in pair):
         return distribution, None
     location, width = pair
     if not np.any(HALF_ULP * np.abs(location) > MAX_ROUNDING * width):

@@ -239,7 +239,7 @@ class SitePrior(Prior):
         inside = []
         for site, value in zip(self._sites, values.values(), strict=True):
             ok = in_support(site.support, value)
-            finite = jnp.all(jnp.isfinite(jnp.reshape(value, (*batch, -1))), axis=-1)
+            finite = jnp.all(jnp.isfinite(value), axis=tuple(range(len(batch), value.ndim)))
             inside.append(finite & jnp.all(ok, axis=tuple(range(len(batch), ok.ndim))))
         return jnp.stack(inside, axis=-1)
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jax import Array
 
-from sbi_flows.core.doubles import MAX_ROUNDING
+from sbi_flows.core.doubles import LARGE, MAX_ROUNDING
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.pytrees import is_traced
 from sbi_flows.prior.checks import base_of
@@ -240,8 +240,13 @@ def _is_changed(theta: Array, back: Array) -> Array:
 def _is_unresolved(theta: Array, shapes: tuple[tuple[int, ...], ...]) -> Array:
     """Return whether rounding errors are larger than a thousandth of the spread, shape (S,)."""
     low, middle, high = jnp.nanquantile(theta, jnp.asarray([0.25, 0.5, 0.75]), axis=0)
-    rounding = 0.5 * jnp.finfo(theta.dtype).eps * jnp.abs(middle)
-    flags = rounding > MAX_ROUNDING * (high - low)
+    size = jnp.abs(middle)
+    spread = jnp.where(
+        high > low, high - low, jnp.nanmax(theta, axis=0) - jnp.nanmin(theta, axis=0)
+    )
+    rounding = 0.5 * jnp.finfo(theta.dtype).eps * size
+    # some entries of a matrix are the same in all draws, for example the 1 of a Cholesky factor
+    flags = jnp.where(spread > 0, rounding > MAX_ROUNDING * spread, size > LARGE)
     return jnp.stack([jnp.any(flags[part]) for part in _columns(shapes)])
 
 

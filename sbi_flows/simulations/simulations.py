@@ -217,6 +217,7 @@ def unchecked_simulations(theta: Array | np.ndarray, x: Obs, valid: Any) -> Simu
     Rows of x with NaN or infinity are marked invalid, as in `Simulations`.
     """
     simulations = object.__new__(Simulations)
+    x = jax.tree.map(lambda a: as_data_array("x", a) if doubles.is_double(a) else a, x)
     _set_fields(simulations, theta, x, valid, np.zeros(len(theta), np.int32), Names())
     return simulations
 
@@ -265,7 +266,14 @@ def _as_leaf(leaf: Any) -> Array | np.ndarray | LazyArray:
 def finite_rows(x: Obs) -> Array:
     """Return whether each of the N rows is finite in all leaves of x, shape (N,)."""
     # JAX would round numbers in double precision, possibly to infinity
-    return _finite_rows(jax.tree.map(lambda a: np.isfinite(a) if doubles.is_double(a) else a, x))
+    return _finite_rows(jax.tree.map(_finiteness, x))
+
+
+def _finiteness(array: Any) -> Any:
+    """Return 0 and NaN for finite and other numbers in double precision; other arrays unchanged."""
+    if not doubles.is_double(array):
+        return array
+    return np.where(np.isfinite(array), np.float32(0.0), np.float32(np.nan))
 
 
 @compiled_per_size

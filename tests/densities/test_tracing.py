@@ -66,6 +66,7 @@ def traced(request):
         yield Traced(ALL[request.param])
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_central_differences(traced):
     """With respect to the parameters and to the features."""
     weights, y, features = traced.rows()

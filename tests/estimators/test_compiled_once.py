@@ -123,6 +123,7 @@ def test_further_rounds_of_the_same_sizes_compile_nothing():
     assert rounds[2].mass > rounds[3].mass
 
 
+@pytest.mark.slow
 def test_a_whole_further_round_compiles_nothing(monkeypatch):
     """Simulations, fit, draws and the next box, with the new rows alone in each round."""
     counts, of_round = [], truncated._of_round

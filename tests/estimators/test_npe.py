@@ -312,7 +312,7 @@ def test_what_is_no_density_or_no_simulations_is_refused(simulations):
     # the types are checked in tests alone, before the library's own checks: go round that
     with pytest.raises(ValueError, match=r"simulations: expected sf\.Simulations, got tuple"):
         arrays = (simulations.theta, simulations.x)
-        inspect.unwrap(sf.NPE._check)(sf.NPE(GAUSSIAN), arrays)
+        inspect.unwrap(sf.NPE._checked)(sf.NPE(GAUSSIAN), arrays)
     with pytest.raises(ValueError, match="expected a numpyro Distribution"):
         sf.NPE(3.0)
 

@@ -19,8 +19,16 @@ def test_every_recorded_case_is_compared():
     assert {name for name, _ in cases()} == RECORD.keys()
 
 
+QUICK = {"density NSF", "density coupling NSF"}
+
+
+def _case(name, compute):
+    is_slow = name not in QUICK and name.startswith(("density", "composed"))
+    return pytest.param(name, compute, id=name, marks=[pytest.mark.slow] * is_slow)
+
+
 @pytest.mark.promotes
-@pytest.mark.parametrize(("name", "compute"), [pytest.param(n, c, id=n) for n, c in cases()])
+@pytest.mark.parametrize(("name", "compute"), [_case(n, c) for n, c in cases()])
 def test_draws_are_those_of_the_record(name, compute):
     for part, value in compute().items():
         expected = np.asarray(RECORD[name][part])

@@ -101,6 +101,7 @@ def test_a_posterior_given_a_julian_date(dates, tmp_path):
     np.testing.assert_array_equal(draws, same.sample(jax.random.key(2), x, 4_000))
 
 
+@pytest.mark.slow
 @pytest.mark.promotes
 def test_reports_about_a_posterior_given_julian_dates(dates):
     posterior, sims = dates
@@ -113,6 +114,7 @@ def test_reports_about_a_posterior_given_julian_dates(dates):
     np.testing.assert_allclose(unit.high - unit.low, 0.04, rtol=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.promotes
 def test_a_file_that_is_mapped_into_memory(tmp_path):
     x = SCALES["Julian dates"](Z)

@@ -124,6 +124,7 @@ def test_a_file_from_before_circular_parameters_loads(tmp_path):
     assert bits(again.sample(*keys)) == bits(made.sample(*keys))
 
 
+@pytest.mark.slow
 def test_double_precision():
     with jax.enable_x64(True):
         prior = sf.as_prior(PRIOR)

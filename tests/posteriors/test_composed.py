@@ -126,6 +126,7 @@ SETS = jnp.linspace(-1.0, 1.0, 12).reshape(2, 2, 3)
 """Two sets of two observations of length 3."""
 
 
+@pytest.mark.slow
 def test_sets_come_alone_or_in_batches():
     made, key = unfitted(), jax.random.key(0)
     assert made.is_single(SETS[0])

@@ -50,6 +50,7 @@ def test_no_draw_is_outside_and_the_density_is_normalised(triangle):
     assert mode[0] < mode[1]
 
 
+@pytest.mark.slow
 def test_batches_and_transformations(triangle):
     batch = jnp.stack([X, -X, 2 * X])
     draws = triangle.sample(KEY, batch, 50)

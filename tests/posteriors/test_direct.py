@@ -157,6 +157,7 @@ def test_few_draws_come_from_any_member(gaussian):
     assert 0.4 < np.mean(far) < 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 10, 101])
 def test_ensembles_draw_by_their_shares(gaussian, n):
     """Three copies, far apart; counts are as near to the shares as whole numbers can be."""

@@ -95,6 +95,7 @@ def test_a_posterior_of_an_arrival_time(fitted, tmp_path):
         posterior.at(X).to_numpyro()
 
 
+@pytest.mark.slow
 @pytest.mark.promotes
 def test_the_diagnostics_of_such_a_posterior(fitted):
     posterior, sims = fitted

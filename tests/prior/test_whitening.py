@@ -54,7 +54,10 @@ def test_draws_are_standard(name):
     np.testing.assert_allclose(covariance, np.eye(len(covariance)), atol=0.15)
 
 
-@pytest.mark.parametrize(("name", "free"), [("normal", (0, 1)), ("simplex", FREE["simplex"])])
+@pytest.mark.parametrize(
+    ("name", "free"),
+    [("normal", (0, 1)), pytest.param("simplex", FREE["simplex"], marks=pytest.mark.slow)],
+)
 def test_log_det_is_that_of_the_jacobian(name, free):
     with jax.enable_x64(True):
         prior = sf.as_prior(PRIORS[name]())

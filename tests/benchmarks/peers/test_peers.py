@@ -62,6 +62,7 @@ def fakes(monkeypatch):
     monkeypatch.setitem(PEERS, "flowjax", Peer("a_package_that_nobody_has", Fake))
 
 
+@pytest.mark.slow
 @pytest.mark.promotes
 def test_a_record_and_a_table(fakes, tmp_path, capsys):
     arguments = ["--peer", "flowjax", "sbi", "--tasks", "gaussian_linear_uniform"]
