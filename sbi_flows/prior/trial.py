@@ -215,7 +215,7 @@ def _run_trial(prior: SitePrior, theta: Array) -> _Trial:
         zero_density=jnp.mean(zero | ~prior.unchecked_contains(others)),
         infinite=_per_site(~jnp.isfinite(y), prior.layout.standard_shapes),
         changed=_per_site(_is_changed(theta, back), prior.layout.shapes),
-        unresolved=_is_unresolved(theta, prior.layout.shapes),
+        unresolved=_is_unresolved(prior, theta),
         at_edge=_fraction_at_edge(y, prior.layout.standard_shapes),
     )
 
@@ -237,17 +237,21 @@ def _is_changed(theta: Array, back: Array) -> Array:
     return ~(jnp.abs(back - theta) <= tolerance)
 
 
-def _is_unresolved(theta: Array, shapes: tuple[tuple[int, ...], ...]) -> Array:
-    """Return whether rounding errors are larger than a thousandth of the spread, shape (S,)."""
+def _is_unresolved(prior: SitePrior, theta: Array) -> Array:
+    """Return whether rounding errors are larger than a thousandth of the spread, shape (S,).
+
+    Matrices are left out: some entries are the same in all draws, such as the diagonal of a
+    correlation matrix, up to rounding.
+    """
     low, middle, high = jnp.nanquantile(theta, jnp.asarray([0.25, 0.5, 0.75]), axis=0)
     size = jnp.abs(middle)
     spread = jnp.where(
         high > low, high - low, jnp.nanmax(theta, axis=0) - jnp.nanmin(theta, axis=0)
     )
     rounding = 0.5 * jnp.finfo(theta.dtype).eps * size
-    # some entries of a matrix are the same in all draws, for example the 1 of a Cholesky factor
     flags = jnp.where(spread > 0, rounding > MAX_ROUNDING * spread, size > LARGE)
-    return jnp.stack([jnp.any(flags[part]) for part in _columns(shapes)])
+    parts = zip(prior.distributions.values(), _columns(prior.layout.shapes), strict=True)
+    return jnp.stack([jnp.any(flags[c]) & (site.support.event_dim < 2) for site, c in parts])
 
 
 def _per_site(flags: Array, shapes: tuple[tuple[int, ...], ...]) -> Array:
