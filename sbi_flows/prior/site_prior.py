@@ -159,6 +159,11 @@ class SitePrior(Prior):
         return {n: s.distribution for n, s in zip(self.names, self._sites, strict=True)}
 
     @property
+    def supports(self) -> tuple[Any, ...]:
+        """Support of each site, a numpyro constraint."""
+        return tuple(site.support for site in self._sites)
+
+    @property
     def dependent(self) -> frozenset[str]:
         """Names of sites whose distributions depend on other sites."""
         return self._static.dependent

@@ -250,8 +250,8 @@ def _is_unresolved(prior: SitePrior, theta: Array) -> Array:
     )
     rounding = 0.5 * jnp.finfo(theta.dtype).eps * size
     flags = jnp.where(spread > 0, rounding > MAX_ROUNDING * spread, size > LARGE)
-    parts = zip(prior.distributions.values(), _columns(prior.layout.shapes), strict=True)
-    return jnp.stack([jnp.any(flags[c]) & (site.support.event_dim < 2) for site, c in parts])
+    parts = zip(prior.supports, _columns(prior.layout.shapes), strict=True)
+    return jnp.stack([jnp.any(flags[c]) & (support.event_dim < 2) for support, c in parts])
 
 
 def _per_site(flags: Array, shapes: tuple[tuple[int, ...], ...]) -> Array:
