@@ -5,7 +5,7 @@ distribution of the value minus an offset replaces the distribution of such a si
 computed in double precision and is static data of the prior (`Layout.offset`). JAX computes with
 values minus the offset. The methods for users subtract and add the offset on the host.
 
-Public names: `split_offset`, `split_offsets`.
+Public names: `split_offset`, `split_offsets`, `TRUNCATED`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ _LOCATION_SCALE = (
 )
 """Distributions that are translated by changing `loc`."""
 
-_TRUNCATED = {
+TRUNCATED = {
     LeftTruncatedDistribution: ("low",),
     RightTruncatedDistribution: ("high",),
     TwoSidedTruncatedDistribution: ("low", "high"),
 }
+"""Names of the bounds of truncated distributions."""
 
 
 def split_offset(
@@ -100,10 +101,10 @@ def _location_and_width(distribution: dist.Distribution) -> tuple[np.ndarray, np
         return np.asarray(0.5 * (low + high)), np.asarray(high - low)
     if type(distribution) in _LOCATION_SCALE:
         return _double(distribution.loc), _double(distribution.scale)
-    if type(distribution) in _TRUNCATED and type(distribution.base_dist) in _LOCATION_SCALE:
+    if type(distribution) in TRUNCATED and type(distribution.base_dist) in _LOCATION_SCALE:
         base = _location_and_width(distribution.base_dist)
         assert base is not None
-        bounds = [_double(getattr(distribution, n)) for n in _TRUNCATED[type(distribution)]]
+        bounds = [_double(getattr(distribution, n)) for n in TRUNCATED[type(distribution)]]
         # the mass may lie in a tail, far from the location of the base distribution
         if len(bounds) < 2:
             return base
@@ -126,7 +127,7 @@ def _minus_location(distribution: Any, location: np.ndarray) -> dist.Distributio
         arguments = {n: getattr(distribution, n) for n in type(distribution).arg_constraints}
         return type(distribution)(**{**arguments, "loc": _minus(distribution.loc, location)})
     inner = _minus_location(distribution.base_dist, location)
-    names = _TRUNCATED[type(distribution)]
+    names = TRUNCATED[type(distribution)]
     bounds = {n: _minus(getattr(distribution, n), location) for n in names}
     return type(distribution)(inner, **bounds)
 

@@ -25,6 +25,7 @@ from sbi_flows.core.precision import full_precision
 from sbi_flows.core.pytrees import is_traced
 from sbi_flows.prior.checks import base_of
 from sbi_flows.prior.maps import HALF_WIDTH, MapKind, SupportMap
+from sbi_flows.prior.offsets import TRUNCATED
 from sbi_flows.prior.site_prior import SitePrior
 from sbi_flows.prior.supports import transform_of
 from sbi_flows.prior.whitening_fit import whitening_of
@@ -57,6 +58,10 @@ _TRUSTED = (
 
 MIN_LOG_SCALE = 1e-3
 """Smallest scale of a log-normal distribution that needs no trial."""
+
+MIN_WIDTH, MAX_BOUND = 0.1, 4.0
+"""Smallest width and largest bound, in standard deviations from the mean, of a truncated normal
+distribution that needs no trial."""
 
 
 class _Trial(NamedTuple):
@@ -101,7 +106,7 @@ def validated(prior: SitePrior) -> SitePrior:
     """
     if is_traced(prior):
         return prior
-    if not prior.is_model and all(map(_is_known, prior.distributions.values())):
+    if not prior.is_model and all(map(_is_trusted, prior.distributions.values())):
         return prior
     with _without_user_settings():
         theta = _call_implemented(
@@ -152,10 +157,19 @@ def _with_maps(
     return prior, _Trial(*(np.asarray(part) for part in _run_trial(prior, theta)))
 
 
-def _is_known(distribution: dist.Distribution) -> bool:
+def _is_trusted(distribution: dist.Distribution) -> bool:
+    """Return whether the maps of a distribution are accurate, so that it needs no trial."""
     base = base_of(distribution)
     if isinstance(base, dist.LogNormal) and bool(np.any(np.asarray(base.scale) < MIN_LOG_SCALE)):
         return False  # the spread may be too small for the size of the values
+    if type(base) in TRUNCATED:
+        inner: Any = base.base_dist
+        bounds = [np.asarray(getattr(base, name), float) for name in TRUNCATED[type(base)]]
+        if type(inner) is not dist.Normal:
+            return False
+        z = [(bound - np.asarray(inner.loc)) / np.asarray(inner.scale) for bound in bounds]
+        is_wide = len(z) < 2 or bool(np.all(z[1] - z[0] > MIN_WIDTH))
+        return is_wide and all(bool(np.all(np.abs(each) < MAX_BOUND)) for each in z)
     return type(base) in _TRUSTED
 
 
