@@ -296,6 +296,8 @@ def _named_columns(theta: Any) -> tuple[Any, tuple[str, ...] | None]:
     """
     if not isinstance(theta, Mapping):
         return theta, frame_columns(theta)
+    if not all(isinstance(name, str) for name in theta):
+        raise ValueError(f"theta: expected names as keys, got {list(theta)!s:.80}")
     arrays = {name: np.asarray(as_array(f"theta: {name}", a)) for name, a in theta.items()}
     rows = {a.shape[:1] for a in arrays.values()}
     if len(rows) != 1 or rows == {()}:
@@ -303,7 +305,9 @@ def _named_columns(theta: Any) -> tuple[Any, tuple[str, ...] | None]:
         raise ValueError(
             f"theta: expected arrays with the same number of rows, got the shapes {shapes}"
         )
-    columns = [a.reshape(len(a), -1) for a in arrays.values()]
+    for a in arrays.values():
+        _require_sizes("theta", a.shape)
+    columns = [a.reshape(len(a), math.prod(a.shape[1:])) for a in arrays.values()]
     names = [label for name, a in arrays.items() for label in labels(name, a.shape[1:])]
     return np.concatenate(columns, axis=1), tuple(names)
 
