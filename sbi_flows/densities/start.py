@@ -71,14 +71,15 @@ class LinearStart(NamedTuple):
             jnp.zeros((features, dim)), jnp.ones(dim), zeros, jnp.zeros((dim, dim)), zeros, turn
         )
 
-    def bijector(self, c: Array, bounded: tuple[bool, ...]) -> TruncatedAutoregression:
-        """Return the bijector from noise to standard coordinates given features c (*, C)."""
-        return self.from_predictor(c @ self.weight, bounded)
-
     def from_predictor(
         self, predictor: Array, bounded: tuple[bool, ...]
     ) -> TruncatedAutoregression:
-        """Return the result of `bijector` for a linear predictor c @ weight, shape (*, d)."""
+        """Return the bijector from noise to standard coordinates, before any rotation.
+
+        Args:
+            predictor: Linear predictor c @ weight, shape (*, d).
+            bounded: Which of the d coordinates are bounded.
+        """
         mean = align(self.gain, predictor) * predictor + align(self.bias, predictor)
         return TruncatedAutoregression(mean, self.chain, self.log_scale, bounded)
 

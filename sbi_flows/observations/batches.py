@@ -57,7 +57,7 @@ def as_batch(x: Obs, like: Obs) -> tuple[Obs, bool]:
         raise ValueError("x: expected at least one observation, got an empty batch")
     batch = [leaf[None] if single else leaf for leaf in leaves]
     tree = jax.tree.unflatten(jax.tree.structure(like), batch)
-    return jax.tree.map(lambda a, b: a if _is_double(b) else jnp.asarray(a), tree, like), single
+    return jax.tree.map(lambda a, b: a if _stays_on_host(b) else jnp.asarray(a), tree, like), single
 
 
 def require_single(x: Obs, like: Obs, *, instead: str = "") -> None:
@@ -83,14 +83,14 @@ def _as_exact_array(name: str, value: Any) -> Array | np.ndarray:
     return array
 
 
-def _is_double(like: Any) -> bool:
+def _stays_on_host(like: Any) -> bool:
     """Return whether an array stays on the host, in double precision."""
     return like.dtype == np.float64 and is_single_precision()
 
 
 def _as_dtype_of(value: Any, like: Any) -> Any:
     """Convert an array to float64 if it stays on the host, otherwise to a dtype of JAX."""
-    if _is_double(like):
+    if _stays_on_host(like):
         if is_traced(value) or value.dtype.kind not in "iufb" or value.dtype in _ROUNDED:
             raise ValueError(
                 "x: expected NumPy numbers of float64, because single precision cannot hold the "

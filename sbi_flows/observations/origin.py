@@ -38,9 +38,9 @@ class Origin(NamedTuple):
         exponent: Power of two by which the entry is divided first, shape (C,).
     """
 
-    high: Array
-    low: Array
-    exponent: Array
+    high: Array | np.ndarray
+    low: Array | np.ndarray
+    exponent: Array | np.ndarray
 
     def subtract(self, x: Obs) -> Obs:
         """Map observations (B, *event) to values in single precision, with the same structure.
@@ -49,7 +49,8 @@ class Origin(NamedTuple):
         """
         if is_traced(x) or not is_single_precision():
             return self._by_leaf(x, _subtract)
-        return self._by_leaf(x, _subtract_on_host)
+        # slices of NumPy arrays compile no program
+        return Origin(*map(np.asarray, self))._by_leaf(x, _subtract_on_host)
 
     def restore(self, rows: Array | np.ndarray) -> Array | np.ndarray:
         """Map flattened values (B, C) back to the units of x.
@@ -72,7 +73,7 @@ class Origin(NamedTuple):
         for leaf, end in zip(leaves, ends, strict=True):
             shape = leaf.shape[1:]
             entries = slice(end - math.prod(shape), end)
-            arrays = (jnp.reshape(a[entries], (1, *shape)) for a in self)
+            arrays = (a[entries].reshape(1, *shape) for a in self)
             parts.append(subtract(leaf, *arrays))
         return jax.tree.unflatten(tree, parts)
 
@@ -97,11 +98,10 @@ def _subtract(leaf: Array, high: Array, low: Array, exponent: Array) -> Array:
     return (jnp.ldexp(jnp.asarray(leaf, float), -exponent) - high) - low
 
 
-def _subtract_on_host(leaf: Any, high: Array, low: Array, exponent: Array) -> Array:
+def _subtract_on_host(leaf: Any, high: np.ndarray, low: np.ndarray, exponent: np.ndarray) -> Array:
     if not is_double(leaf):
         return jnp.asarray(leaf)
-    offset = np.asarray(high, float) + np.asarray(low, float)
-    z = np.ldexp(leaf, -np.asarray(exponent)) - offset
+    z = np.ldexp(leaf, -exponent) - (high.astype(float) + low.astype(float))
     largest = np.finfo(np.float32).max
     return jnp.asarray(np.clip(z, -largest, largest), jnp.float32)
 

@@ -68,7 +68,12 @@ class AbstractPosterior(Bindable):
     @property
     def columns(self) -> Sequence[str] | None:
         """Names of the columns of the training observations, if they were given as a table."""
-        return self.origin.record.get("simulations", {}).get("columns")
+        simulations = self.origin.record.get("simulations")
+        columns = simulations.get("columns") if isinstance(simulations, Mapping) else None
+        # the record of a file may hold anything
+        if not isinstance(columns, list | tuple) or not all(isinstance(c, str) for c in columns):
+            return None
+        return tuple(columns)
 
     @property
     @abc.abstractmethod

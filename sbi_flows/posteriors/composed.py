@@ -137,10 +137,8 @@ class ComposedPosterior(Derived):
 
     def _sets(self, x: Obs) -> tuple[Obs, bool]:
         """Return sets (B, N, *event), and whether x was a single set."""
-        x, like = (
-            reorder_columns("x", x, self.columns),
-            jax.tree.leaves(self.posterior.observation)[0],
-        )
+        x = reorder_columns("x", x, self.columns)
+        like = jax.tree.leaves(self.posterior.observation)[0]
         first = next(iter(jax.tree.leaves(x)), None)
         if first is not None and np.ndim(first) == len(like.shape) + 2:
             if len({np.shape(leaf)[:2] for leaf in jax.tree.leaves(x)}) != 1:

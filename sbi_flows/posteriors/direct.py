@@ -118,7 +118,7 @@ class Posterior(AbstractPosterior):
 
     def features(self, x: Obs) -> Array:
         """Compute the standardised features (B, C) of observations; B = 1 for a single one."""
-        return self._features_of(self._bind(x)[0])
+        return self._standardised(x)[0]
 
     def spaces(self, x: Obs) -> tuple[np.ndarray, ...]:
         """Return features (B, C) and, if there is an embedding, its output (B, F).
@@ -143,8 +143,7 @@ class Posterior(AbstractPosterior):
 
     def _bind(self, x: Obs) -> tuple[_Bound, bool]:
         """Return prepared observations, and whether x was a single observation."""
-        batch, single = as_batch(reorder_columns("x", x, self.columns), self.observation)
-        features = features_of(self.standardiser, batch)
+        features, single = self._standardised(x)
         if not isinstance(self.prior, ConstrainedPrior):
             return features, single
         evaluate = partial(mixtures.log_acceptance, self._parts, self.prior, self.weights)
@@ -154,6 +153,11 @@ class Posterior(AbstractPosterior):
         if not is_traced(log_acceptance):
             _warn_of_few(np.exp(np.asarray(log_acceptance, float)))
         return _Constrained(features, log_acceptance), single
+
+    def _standardised(self, x: Obs) -> tuple[Array, bool]:
+        """Return features (B, C), and whether x was a single observation."""
+        batch, single = as_batch(reorder_columns("x", x, self.columns), self.observation)
+        return features_of(self.standardiser, batch), single
 
     def _features_of(self, bound: _Bound) -> Array:
         """Return the features (B, C) of prepared observations."""

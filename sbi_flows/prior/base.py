@@ -123,7 +123,7 @@ class Prior(abc.ABC):
 
     @property
     def circular(self) -> tuple[bool, ...]:
-        """Whether each of the d standard coordinates is circular; empty if none is."""
+        """Flags of the circular coordinates among the d standard ones; empty if there are none."""
         return self.layout.circular
 
     @property
@@ -184,11 +184,11 @@ class Prior(abc.ABC):
 
     def unflatten(self, theta: Any) -> dict[str, Any]:
         """Split flat vectors (*, D) into named values `{name: (*, *event)}`."""
-        return self.unchecked_unflatten(self._with_columns(self._exact("theta", theta)))
+        return self.unchecked_unflatten(self._columns_of(theta))
 
     def structured(self, theta: Any) -> Any:
         """Convert theta (*, D) to the simulator's input: a dict of named values, or one array."""
-        return self.unchecked_structured(self._with_columns(self._exact("theta", theta)))
+        return self.unchecked_structured(self._columns_of(theta))
 
     def from_standard(self, y: ArrayLike) -> Array | np.ndarray:
         """Map standard coordinates (*, d) to parameters (*, D) inside the support."""
@@ -266,7 +266,8 @@ class Prior(abc.ABC):
         The difference is computed in double precision on the host. Inside a JAX transformation,
         theta was already rounded to single precision.
         """
-        values, offset = self._exact("theta", theta), np.array(self.layout.offset)
+        values = self._exact("theta", self.by_name(theta))
+        offset = np.array(self.layout.offset)
         if not len(offset):
             return jnp.asarray(values)
         if is_traced(values):
@@ -319,7 +320,6 @@ class Prior(abc.ABC):
 
     def _exact(self, name: str, values: Any) -> Array | np.ndarray:
         """Convert parameters to an array; with an offset, to float64 on the host."""
-        values = self.by_name(values)
         if not self.layout.offset or is_traced(values):
             return jnp.asarray(as_real_array(name, values))
         array = as_array(name, values)
@@ -327,16 +327,17 @@ class Prior(abc.ABC):
         return np.asarray(array, np.float64)
 
     def _checked(self, theta: Any) -> Array:
-        """Return theta (*, D) minus the offset; raise ValueError if its shape is wrong."""
-        return self.subtract_offset(self._with_columns(self._exact("theta", theta)))
+        """Return theta minus the offset."""
+        return self.subtract_offset(self._columns_of(theta))
 
-    def _with_columns(self, theta: Array | np.ndarray) -> Array | np.ndarray:
-        """Raise ValueError unless theta has D columns."""
-        if theta.ndim == 0 or theta.shape[-1] != self.dim:
+    def _columns_of(self, theta: Any) -> Array | np.ndarray:
+        """Convert theta to an array (*, D). Raise ValueError if it does not have D columns."""
+        array = self._exact("theta", self.by_name(theta))
+        if array.ndim == 0 or array.shape[-1] != self.dim:
             raise ValueError(
-                f"theta: expected shape (*, {self.dim}) for {self.labels}, got {theta.shape}"
+                f"theta: expected shape (*, {self.dim}) for {self.labels}, got {array.shape}"
             )
-        return theta
+        return array
 
     def _checked_standard(self, y: ArrayLike) -> Array:
         y = jnp.asarray(as_real_array("y", y))

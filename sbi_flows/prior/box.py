@@ -77,7 +77,7 @@ class _Static(NamedTuple):
 
     @property
     def cut(self) -> np.ndarray:
-        """Whether the prior of each coordinate can be truncated (uniform or normal), shape (d,)."""
+        """Flags of the coordinates that can be truncated (uniform or normal), shape (d,)."""
         return np.array(self.uniform) | np.array(self.normal)
 
 

@@ -20,6 +20,7 @@ from numpyro.distributions import constraints
 
 from sbi_flows.core.typing import Key
 from sbi_flows.prior.sites import Site
+from sbi_flows.prior.supports import base_constraint
 
 HALF_WIDTH = math.sqrt(3.0)
 """Half-width of a bounded standard coordinate, with which a uniform variable has variance 1."""
@@ -101,9 +102,7 @@ class CircularMap:
 
     def __init__(self, site: Site) -> None:
         """Store the ends of the interval."""
-        support = site.support
-        while isinstance(support, constraints.independent):
-            support = support.base_constraint
+        support = base_constraint(site.support)
         self._low, self._high = support.lower_bound, support.upper_bound
 
     def forward(self, y: Array) -> Array:
@@ -144,6 +143,5 @@ def wrap(y: Array, half_width: float = HALF_WIDTH) -> Array:
 
 
 def _has_two_ends(support: Any) -> bool:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = base_constraint(support)
     return hasattr(support, "lower_bound") and hasattr(support, "upper_bound")

@@ -175,7 +175,7 @@ class ConstrainedPrior(Prior):
     def unchecked_contains(self, theta: Array) -> Array:
         """Return whether theta (*, D) is in the support and meets the condition."""
         inside = self.base.unchecked_contains(theta)
-        safe = jnp.where(inside[..., None], theta, self.base.center(inside.shape))
+        safe = jnp.where(inside[..., None], theta, self.base.unchecked_center(inside.shape))
         return inside & _meets(self._condition, self.base, safe)
 
     def unchecked_log_prob_inside(self, theta: Array) -> Array:

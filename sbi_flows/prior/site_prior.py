@@ -170,7 +170,7 @@ class SitePrior(Prior):
 
     @property
     def is_model(self) -> bool:
-        """Whether a numpyro model draws the sites."""
+        """True if a numpyro model draws the sites."""
         return self._static.model is not None
 
     @property

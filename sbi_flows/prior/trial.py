@@ -59,9 +59,21 @@ _TRUSTED = (
 MIN_LOG_SCALE = 1e-3
 """Smallest scale of a log-normal distribution that needs no trial."""
 
-MIN_WIDTH, MAX_BOUND = 0.1, 4.0
-"""Smallest width and largest bound, in standard deviations from the mean, of a truncated normal
-distribution that needs no trial."""
+_TRUSTED_SHAPES = {
+    dist.Gamma: (("concentration",), 1.0, 50.0),
+    dist.Beta: (("concentration1", "concentration0"), 1.0, 1000.0),
+    dist.StudentT: (("df",), 1.0, 4.0),
+}
+"""Distributions that need no trial if their shape parameters are in a range: names of the
+parameters, smallest and largest value. Tests run the trial at the ends of the ranges."""
+
+MAX_BOUND = 4.0
+"""Largest distance of the bound from the mean, in standard deviations, with which a normal
+distribution truncated on one side needs no trial."""
+
+MIN_WIDTH, MAX_NEAR_BOUND = 0.1, 1.0
+"""Smallest width, and largest distance of the interval from the mean, in standard deviations, with
+which a normal distribution truncated on both sides needs no trial."""
 
 
 class _Trial(NamedTuple):
@@ -96,8 +108,8 @@ def validated(prior: SitePrior) -> SitePrior:
     """Test a prior with its own draws; return it with tested maps to standard coordinates.
 
     If the CDF of a site is too imprecise to invert, the site gets a `SupportMap`. The coordinates
-    of all `SupportMap` sites are whitened. A prior with traced parameters, or with distributions of
-    `_TRUSTED` alone, is returned unchanged.
+    of all `SupportMap` sites are whitened. A prior is returned unchanged if its parameters are
+    traced, or if the maps of all its distributions are known to be accurate (see `_is_trusted`).
 
     Raises:
         ValueError: Draws are outside the stated support; log densities or standard coordinates are
@@ -106,8 +118,12 @@ def validated(prior: SitePrior) -> SitePrior:
     """
     if is_traced(prior):
         return prior
-    if not prior.is_model and all(map(_is_trusted, prior.distributions.values())):
-        return prior
+    is_trusted = not prior.is_model and all(map(_is_trusted, prior.distributions.values()))
+    return prior if is_trusted else _tested(prior)
+
+
+def _tested(prior: SitePrior) -> SitePrior:
+    """Run the trial of a prior with concrete parameters; see `validated`."""
     with _without_user_settings():
         theta = _call_implemented(
             prior, partial(_draw, min(NUM_WHITENING_DRAWS, _MAX_DRAW_ENTRIES // prior.dim))
@@ -162,14 +178,20 @@ def _is_trusted(distribution: dist.Distribution) -> bool:
     base = base_of(distribution)
     if isinstance(base, dist.LogNormal) and bool(np.any(np.asarray(base.scale) < MIN_LOG_SCALE)):
         return False  # the spread may be too small for the size of the values
+    if type(base) in _TRUSTED_SHAPES:
+        names, low, high = _TRUSTED_SHAPES[type(base)]
+        shapes = [np.asarray(getattr(base, name), float) for name in names]
+        return all(bool(np.all((a >= low) & (a <= high))) for a in shapes)
     if type(base) in TRUNCATED:
         inner: Any = base.base_dist
         bounds = [np.asarray(getattr(base, name), float) for name in TRUNCATED[type(base)]]
         if type(inner) is not dist.Normal:
             return False
         z = [(bound - np.asarray(inner.loc)) / np.asarray(inner.scale) for bound in bounds]
-        is_wide = len(z) < 2 or bool(np.all(z[1] - z[0] > MIN_WIDTH))
-        return is_wide and all(bool(np.all(np.abs(each) < MAX_BOUND)) for each in z)
+        if len(z) == 2:  # in a tail, the CDF is rounded
+            is_central = (z[0] < MAX_NEAR_BOUND) & (z[1] > -MAX_NEAR_BOUND)
+            return bool(np.all(is_central & (z[1] - z[0] > MIN_WIDTH)))
+        return bool(np.all(np.abs(z[0]) < MAX_BOUND))
     return type(base) in _TRUSTED
 
 

@@ -182,10 +182,8 @@ class Simulations:
                 f"{', '.join(parameters)}, got {', '.join(columns)}; rename or select the columns"
             )
         order = np.array([columns.index(label) for label in parameters])
-        aligned = jax.tree.map(lambda leaf: leaf, self)
-        object.__setattr__(aligned, "theta", self.theta[:, order])
-        object.__setattr__(aligned, "names", self.names._replace(theta=tuple(parameters)))
-        return aligned
+        names = self.names._replace(theta=tuple(parameters))
+        return _from_children(names, (self.theta[:, order], self.x, self.valid, self.round))
 
     def relative_to(self, prior: Prior) -> Simulations:
         """Return the simulations for internal use: aligned, with theta minus the prior's offset.
@@ -197,9 +195,8 @@ class Simulations:
         has_columns = self.theta.shape[1] == prior.dim
         if not has_columns or not (prior.layout.offset or doubles.is_double(aligned.theta)):
             return aligned
-        relative = jax.tree.map(lambda leaf: leaf, aligned)
-        object.__setattr__(relative, "theta", prior.subtract_offset(aligned.theta))
-        return relative
+        theta = prior.subtract_offset(aligned.theta)
+        return _from_children(aligned.names, (theta, self.x, self.valid, self.round))
 
     def only_valid(self) -> Simulations:
         """Return simulations with the valid rows only."""

@@ -23,7 +23,7 @@ def started(y, c, bounded):
     order = jnp.arange(rows)
     held_out = rows // 10
     start = fit(y[:rows], c[:rows], order[held_out:], order[:held_out], bounded)
-    log_prob = start.bijector(c[rows:], bounded).log_prob(y[rows:])
+    log_prob = start.from_predictor(c[rows:] @ start.weight, bounded).log_prob(y[rows:])
     return start, np.asarray(log_prob)
 
 
@@ -53,7 +53,7 @@ def test_a_long_observation_is_read_through_its_leading_directions():
     order = jnp.arange(1000)
     start = fit(y[:1000], c[:1000], order[100:], order[:100], (False, False))
     assert start.weight.shape == (1600, 2)
-    log_prob = start.bijector(c[1000:], (False, False)).log_prob(y[1000:])
+    log_prob = start.from_predictor(c[1000:] @ start.weight, (False, False)).log_prob(y[1000:])
     # the posterior sd of either number is about 10 / sqrt(1600)
     assert np.mean(log_prob) > stats.norm.logpdf(y[1000:]).sum(axis=1).mean() + 1.0
 

@@ -78,7 +78,7 @@ def test_each_coordinate_has_its_own_direction_and_lines_have_none():
     start = fit(y, features, order[200:], order[:200], bounded, circular)
     turned = start.turn.rotation(features, circular).inverse(y)
     np.testing.assert_array_equal(turned[:, 0], y[:, 0])
-    noise = start.bijector(features, bounded).inverse(turned)
+    noise = start.from_predictor(features @ start.weight, bounded).inverse(turned)
     assert abs(np.corrcoef(np.asarray(noise).T)[0, 1]) < 0.1
     np.testing.assert_allclose(np.std(noise, axis=0), 1.0, atol=0.1)
 

@@ -8,6 +8,7 @@ import numpyro.distributions as dist
 import pytest
 
 import sbi_flows as sf
+from sbi_flows.prior import trial
 from tests.compilations import count_compilations
 
 # numpyro promotes ranks in many distributions and transforms
@@ -101,6 +102,26 @@ CASES = [
     pytest.param(make, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
     for name, make in {**SCALED, **SHAPED}.items()
 ]
+
+
+ENDS = [
+    *(dist.Gamma(a, 2.0) for a in (1.0, 50.0)),
+    *(dist.Beta(a, b) for a in (1.0, 1000.0) for b in (1.0, 1000.0)),
+    *(dist.StudentT(df, 0.0, 1.0) for df in (1.0, 4.0)),
+    *(dist.TruncatedNormal(0.0, 1.0, low=z) for z in (-3.9, 3.9)),
+    *(dist.TruncatedNormal(0.0, 1.0, low=0.95, high=z) for z in (1.06, 9.0)),
+    *(dist.TruncatedNormal(0.0, 1.0, low=z, high=-0.95) for z in (-1.06, -9.0)),
+    dist.TruncatedNormal(0.0, 1.0, low=-9.0, high=9.0),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.promotes
+@pytest.mark.parametrize("given", ENDS)
+def test_distributions_without_a_trial_would_pass_it(given):
+    prior = sf.as_prior(given)
+    tested = trial._tested(prior)
+    assert tested.site_kinds == prior.site_kinds and tested.whitening is None
 
 
 def is_at_edge(y: jax.Array) -> bool:
