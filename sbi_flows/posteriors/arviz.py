@@ -125,9 +125,18 @@ def _require_dims(
 
 
 def _file_names(names: Sequence[str]) -> dict[str, str]:
-    """Return names that netCDF files allow, by the names of the parameters; warn of a change."""
+    """Return names that netCDF files allow, by the names of the parameters; warn of a change.
+
+    Raises:
+        ValueError: Two parameters would get the same name.
+    """
     allowed = {name: name.replace("/", "_").strip() for name in names}
     changed = [f"{old!r} to {new!r}" for old, new in allowed.items() if old != new]
+    if len(set(allowed.values())) < len(allowed):
+        raise ValueError(
+            "prior: expected names that differ when slashes become underscores, as netCDF files "
+            f"require, got {', '.join(map(repr, names))}; rename the parameters"
+        )
     if changed:
         warn_user(
             f"renamed parameters, because netCDF files do not allow slashes in names, or spaces at "

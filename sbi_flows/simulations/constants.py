@@ -13,7 +13,6 @@ import numpy as np
 from sbi_flows.core.errors import SbiFlowsWarning
 from sbi_flows.core.typing import Obs
 from sbi_flows.core.warn import warn_user
-from sbi_flows.simulations.disk import ON_DISK
 
 MIN_ROWS = 100
 """Minimum number of valid rows for a warning. Fewer rows may lack a rare value by chance."""
@@ -33,26 +32,32 @@ def warn_constant(theta: Any, x: Obs, valid: Any) -> None:
         x: Observations, shape (N, *event), or a dict of such arrays.
         valid: Whether each row is valid, shape (N,).
     """
-    rows = np.flatnonzero(valid)
-    if len(rows) < MIN_ROWS or _is_constant(theta, rows):
+    valid = np.asarray(valid)
+    count = int(np.sum(valid))
+    if count < MIN_ROWS or _is_constant(theta, valid):
         return
     names = [
         jax.tree_util.keystr(path, simple=True, separator=".") or "x"
         for path, leaf in jax.tree_util.tree_leaves_with_path(x)
-        if leaf.size and _is_constant(leaf, rows)
+        if leaf.size and _is_constant(leaf, valid)
     ]
     if names:
         warn_user(
             f"{', '.join(names)}: expected values that differ between simulations, got the same in "
-            f"all {len(rows):,}; compute them from theta and key, or leave constants out of x",
+            f"all {count:,}; compute them from theta and key, or leave constants out of x",
             SbiFlowsWarning,
         )
 
 
-def _is_constant(array: Any, rows: np.ndarray) -> bool:
-    """Return whether these rows of an array, in memory or on disk, are equal."""
-    # a CPU array of JAX is not copied here
-    array = array if isinstance(array, ON_DISK) else np.asarray(array)
-    first = np.asarray(array[rows[:1]])
-    blocks = range(0, len(rows), _BLOCK_ROWS)
-    return all(np.all(np.asarray(array[rows[i : i + _BLOCK_ROWS]]) == first) for i in blocks)
+def _is_constant(array: Any, valid: np.ndarray) -> bool:
+    """Return whether the valid rows of an array, in memory or on disk, are equal."""
+    first = None
+    # blocks are read one by one: an array on an accelerator or on disk is not copied as a whole
+    for start in range(0, len(valid), _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS)
+        block = np.asarray(array[rows])[valid[rows]]
+        if first is None and len(block):
+            first = block[:1]
+        if len(block) and not np.all(block == first):
+            return False
+    return True
