@@ -5,19 +5,27 @@ Public names: `corner`, `predictive`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sbi_flows.plots.style import COLOURS, as_columns, checked_labels, line_style
+from sbi_flows.plots.draws import DrawSets, as_draw_sets, as_truth
+from sbi_flows.plots.panels import (
+    Layout,
+    axis_ranges,
+    draw_marginal,
+    draw_pair,
+    draw_quantiles,
+    estimate,
+    format_panel,
+    set_title,
+)
+from sbi_flows.plots.style import COLOURS, checked_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-MARGINAL_BINS, PAIR_BINS = 80, 60
-"""Histogram bins along each axis of one- and two-dimensional marginals."""
 
 
 def corner(
@@ -27,157 +35,121 @@ def corner(
     truth: Any | None = None,
     levels: Sequence[float] = (0.5, 0.9),
     limits: Any | None = None,
+    quantiles: Sequence[float] = (),
+    titles: bool = False,
     figure: Figure | None = None,
 ) -> Figure:
     """Plot one- and two-dimensional marginals of one posterior, or of several overlaid.
 
+    Each density is smoothed by an amount that its own draws determine, so that narrow modes keep
+    their widths beside wide ones. The curves on the diagonal have the same peak height. A contour
+    encloses the stated fraction of the draws of its set.
+
     Args:
-        samples: Draws of shape (n, D), or a dict of such arrays by name. The first array is
-            drawn filled.
-        labels: Names of the D parameters, for example `posterior.prior.labels`.
-        truth: True parameters, shape (D,), drawn as lines.
+        samples: Draws in one of these forms. The first set is drawn filled.
+
+            - An array of shape (n, D).
+            - A dict of named parameters: arrays of shape (n, *event), as
+              `posterior.prior.unflatten(draws)` returns.
+            - A dict of sets: each an array (n, D), or each a dict of named parameters.
+
+            A dict whose arrays all have the shape (n, D) with one D is a dict of sets, unless the
+            number of labels fits only the entries of all arrays together. Any other dict of arrays
+            contains named parameters. Write `{"name": {...}}` to leave no doubt.
+        labels: Names of the D parameters, for example `posterior.prior.labels`. Named parameters
+            have the labels `alpha`, `beta[0]`, `beta[1]`, ... and are matched by name in all sets;
+            `labels` then states their order.
+        truth: True parameters, drawn as lines: an array of shape (D,), or a dict of numbers and
+            arrays by name, which is matched with the labels.
         levels: Probabilities of the highest-density regions that the contours enclose.
         limits: Lower and upper end of each parameter's axis, shape (D, 2); by default the range
             of nearly all draws.
+        quantiles: Probabilities of the quantiles of the first set, drawn as dashed lines on the
+            diagonal, for example (0.16, 0.5, 0.84).
+        titles: Whether to write the median of the first set and the distances to its 84% and 16%
+            quantiles above the diagonal, as in "alpha = 1.23 +0.10 -0.09".
         figure: Figure to draw on; a new figure by default.
 
     Returns:
         The figure, with D (D + 1) / 2 axes: row by row, up to the diagonal.
 
     Raises:
-        ValueError: Draws are not finite or not of shape (n, D), or sizes do not agree.
-    """
-    import matplotlib.pyplot as plt
+        ValueError: Draws are not finite or have none of these forms, sizes do not agree, names of
+            parameters differ, or a quantile is not between 0 and 1.
 
-    named = samples if isinstance(samples, Mapping) else {"": samples}
-    sets = {name: as_columns(f"samples {name}".strip(), draws) for name, draws in named.items()}
-    dim, truth, ranges = _checked_corner(sets, truth, limits)
-    labels = checked_labels(labels, dim)
-    if figure is None:
-        side = max(3.0, (1.7 if dim < 6 else 1.15) * dim + 0.8)
-        figure = plt.figure(figsize=(side, side))
-    width, height = figure.get_size_inches()
-    left, bottom, top = 0.75 / width, 0.75 / height, 1 - 0.4 / height
-    grid = figure.subplots(dim, dim, squeeze=False)
-    figure.subplots_adjust(left, bottom, 0.97, top, wspace=0.06, hspace=0.06)
-    for row, col in np.ndindex(dim, dim):
+    Example:
+        >>> import numpy as np
+        >>> normal = np.random.default_rng(0).normal
+        >>> draws = {"rate": normal(size=500), "place": normal(size=(500, 2))}
+        >>> figure = corner(draws, truth={"place": [0.0, 0.0], "rate": 0.0}, titles=True)
+        >>> [ax.get_xlabel() for ax in figure.axes[-3:]]
+        ['rate', 'place[0]', 'place[1]']
+    """
+    draws = as_draw_sets(samples, labels)
+    if not all(0 <= q <= 1 for q in quantiles):
+        raise ValueError(f"quantiles: expected probabilities from 0 to 1, got {tuple(quantiles)}")
+    values = as_truth(truth, draws)
+    layout = Layout(draws.labels, _checked_ranges(draws, values, limits))
+    figure, grid = _panel_grid(draws, figure, titles=titles)
+    estimates = {name: estimate(each, layout.ranges) for name, each in draws.sets.items()}
+    first = next(iter(draws.sets.values()))
+    for row, col in np.ndindex(draws.dim, draws.dim):
         ax: Any = grid[row, col]
         if col > row:
             ax.remove()
             continue
-        for i, (name, draws) in enumerate(sets.items()):
+        for i, (name, each) in enumerate(estimates.items()):
             if row == col:
-                _draw_marginal(ax, draws[:, col], ranges[col], i, name)
+                draw_marginal(ax, each, col, i, name)
             else:
-                _draw_pair(ax, draws[:, [col, row]], (ranges[col], ranges[row]), i, levels)
-        _format_panel(ax, row, col, ranges, labels)
-        if truth is not None:
-            ax.axvline(truth[col], color="black", lw=0.9)
-            if row != col:
-                ax.axhline(truth[row], color="black", lw=0.9)
+                draw_pair(ax, each, (col, row), i, levels)
+        format_panel(ax, row, col, layout)
+        if values is not None:
+            _draw_truth(ax, values, row, col)
+        if row == col:
+            draw_quantiles(ax, first[:, col], quantiles)
+    if titles:
+        for i, label in enumerate(draws.labels):
+            set_title(grid[i, i], label, first[:, i])
     figure.align_labels()
-    if any(sets):
+    if any(draws.sets):
         handles = grid[0, 0].get_legend_handles_labels()[0]
-        placement = {"loc": "upper right", "ncols": len(handles) if dim == 1 else 1}
+        placement = {"loc": "upper right", "ncols": len(handles) if draws.dim == 1 else 1}
         figure.legend(handles=handles, frameon=False, **placement)
     return figure
 
 
-def _checked_corner(
-    sets: Mapping[str, np.ndarray], truth: Any, limits: Any
-) -> tuple[int, np.ndarray | None, np.ndarray]:
-    """Check that all sizes agree.
-
-    Returns:
-        The number of parameters D, the true parameters (D,) or None, and axis ranges (D, 2).
-    """
-    dims = {draws.shape[1] for draws in sets.values()}
-    if len(dims) != 1:
-        raise ValueError(f"samples: expected draws of one dimension D, got {sorted(dims)}")
-    dim = dims.pop()
-    truth = None if truth is None else np.asarray(truth, float)
-    if truth is not None and truth.shape != (dim,):
-        raise ValueError(f"truth: expected shape ({dim},), got {truth.shape}")
+def _checked_ranges(draws: DrawSets, truth: np.ndarray | None, limits: Any) -> np.ndarray:
+    """Return the ends of each axis, shape (D, 2), from the user's limits or from the draws."""
     if limits is None:
-        return dim, truth, _axis_ranges(sets, truth)
-    if np.shape(limits) != (dim, 2):
-        raise ValueError(f"limits: expected shape ({dim}, 2), got {np.shape(limits)}")
-    return dim, truth, np.asarray(limits, float)
+        return axis_ranges(draws.sets, truth)
+    if np.shape(limits) != (draws.dim, 2):
+        raise ValueError(f"limits: expected shape ({draws.dim}, 2), got {np.shape(limits)}")
+    return np.asarray(limits, float)
 
 
-def _axis_ranges(sets: Mapping[str, np.ndarray], truth: np.ndarray | None) -> np.ndarray:
-    """Return axis ranges (D, 2) that hold the central 99.6% of all draws, and the truth."""
-    central = [np.quantile(draws, [0.002, 0.998], axis=0) for draws in sets.values()]
-    marks = np.concatenate(central if truth is None else [*central, truth[None]])
-    low, high = marks.min(axis=0), marks.max(axis=0)
-    pad = np.where(high > low, 0.06 * (high - low), 0.5)
-    padded = np.stack([low - pad, high + pad], axis=1)
-    # Padding stops at the outermost draw: at an edge of the prior's support the density jumps.
-    values = np.concatenate([*sets.values(), marks])
-    clipped = np.clip(padded, values.min(axis=0)[:, None], values.max(axis=0)[:, None])
-    return np.where((high > low)[:, None], clipped, padded)
+def _panel_grid(draws: DrawSets, figure: Figure | None, *, titles: bool) -> tuple[Figure, Any]:
+    """Return the figure and its axes (D, D), with margins for labels, titles and a legend."""
+    import matplotlib.pyplot as plt
+
+    dim = draws.dim
+    if figure is None:
+        side = max(3.0, (1.7 if dim < 6 else 1.15) * dim + 0.8)
+        figure = plt.figure(figsize=(side, side))
+    width, height = figure.get_size_inches()
+    # a single panel has its legend above the title
+    inches = 0.75 if titles and dim == 1 and any(draws.sets) else 0.4
+    grid = figure.subplots(dim, dim, squeeze=False)
+    left, bottom, top = 0.75 / width, 0.75 / height, 1 - inches / height
+    figure.subplots_adjust(left, bottom, 0.97, top, wspace=0.06, hspace=0.06)
+    return figure, grid
 
 
-def _draw_marginal(ax: Axes, draws: np.ndarray, ends: np.ndarray, i: int, name: str) -> None:
-    """Draw the smoothed histogram of one parameter's draws (n,) in the style of line i."""
-    from scipy.ndimage import gaussian_filter1d
-
-    counts, edges = np.histogram(draws, bins=MARGINAL_BINS, range=tuple(ends))
-    smooth = gaussian_filter1d(counts / len(draws), _smoothing_bins(len(draws), MARGINAL_BINS))
-    centers = (edges[1:] + edges[:-1]) / 2
-    ax.plot(centers, smooth, lw=1.4, label=name, **line_style(i))
-    if i == 0:
-        ax.fill_between(centers, smooth, color=COLOURS[0], alpha=0.2, lw=0)
-
-
-def _draw_pair(ax: Axes, draws: np.ndarray, ends: Any, i: int, levels: Sequence[float]) -> None:
-    """Draw highest-density contours of a smoothed histogram of draws (n, 2)."""
-    from scipy.ndimage import gaussian_filter
-
-    counts, xs, ys = np.histogram2d(*draws.T, bins=PAIR_BINS, range=[tuple(e) for e in ends])
-    density = gaussian_filter(counts, _smoothing_bins(len(draws), PAIR_BINS)).T
-    descending = np.sort(density.ravel())[::-1]
-    if descending[0] <= 0:
-        return  # no draw lies within the limits
-    mass = np.cumsum(descending) / descending.sum()
-    last = mass.size - 1
-    heights = np.unique(descending[np.searchsorted(mass, np.sort(levels)).clip(max=last)])
-    centers = (xs[1:] + xs[:-1]) / 2, (ys[1:] + ys[:-1]) / 2
-    style = line_style(i)
-    if i == 0:
-        ax.contourf(*centers, density, [*heights, np.inf], colors=style["color"], alpha=0.2)
-        ax.contourf(*centers, density, [heights[-1], np.inf], colors=style["color"], alpha=0.3)
-    ax.contour(*centers, density, heights, colors=style["color"], linestyles=style["ls"])
-
-
-def _smoothing_bins(num_draws: int, bins: int) -> float:
-    """Return the smoothing width in bins.
-
-    The width is 2.2% of the axis for 10,000 draws, and larger for fewer draws.
-    """
-    return 0.022 * bins * (10_000 / num_draws) ** 0.25
-
-
-def _format_panel(ax: Axes, row: int, col: int, ranges: Any, labels: Sequence[str]) -> None:
-    """Set limits, ticks and labels of one panel."""
-    from matplotlib.ticker import MaxNLocator
-
-    last, fontsize = len(labels) - 1, "small" if len(labels) < 6 else "x-small"
-    ax.set_xlim(*ranges[col])
-    ax.xaxis.set_major_locator(MaxNLocator(3, prune="both"))
-    ax.tick_params(labelsize=fontsize, length=2)
-    ax.tick_params(axis="x", labelrotation=45, labelbottom=row == last)
-    if row == last:
-        ax.set_xlabel(labels[col], fontsize=fontsize)
-    if row == col:
-        ax.set(yticks=[], ylim=(0, None))
-        ax.spines[["left", "right", "top"]].set_visible(False)
-        return
-    ax.set_ylim(*ranges[row])
-    ax.yaxis.set_major_locator(MaxNLocator(3, prune="both"))
-    ax.tick_params(axis="y", labelleft=col == 0)
-    if col == 0:
-        ax.set_ylabel(labels[row], fontsize=fontsize)
+def _draw_truth(ax: Axes, truth: np.ndarray, row: int, col: int) -> None:
+    """Draw the true parameters in one panel as lines."""
+    ax.axvline(truth[col], color="black", lw=0.9)
+    if row != col:
+        ax.axhline(truth[row], color="black", lw=0.9)
 
 
 def predictive(

@@ -36,11 +36,11 @@ from sbi_flows.core.checks import (
     require_real,
 )
 from sbi_flows.core.frames import column_names, reorder_columns
+from sbi_flows.core.labels import labels as labels
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.pytrees import is_traced
 from sbi_flows.core.typing import Key
 from sbi_flows.prior.layout import Layout
-from sbi_flows.prior.layout import labels as labels
 
 
 class Prior(abc.ABC):

@@ -1,6 +1,6 @@
 """Names and shapes of a prior's parameters, and the flat vector that holds them.
 
-Public names: `Layout`, `labels`.
+Public names: `Layout`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+from sbi_flows.core.labels import labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +66,6 @@ class Layout:
             parts.append(value.reshape(*batch, math.prod(shape)))
         on_host = all(isinstance(part, np.ndarray) for part in parts)
         return (np if on_host else jnp).concatenate(parts, axis=-1)
-
-
-def labels(name: str, shape: tuple[int, ...]) -> list[str]:
-    """Return the labels of a parameter's entries: `alpha`, or `beta[0]`, `beta[1]`."""
-    if not shape:
-        return [name]
-    return [f"{name}[{','.join(map(str, i))}]" for i in np.ndindex(*shape)]
 
 
 def _split(
