@@ -177,7 +177,7 @@ def smooth_surface(
         kernel_stds: Results of `bandwidth` for both parameters.
         num_draws: Number of different draws.
     """
-    counts, xs, ys = np.histogram2d(*draws.T, SURFACE_BINS, ends)
+    counts, xs, ys = np.histogram2d(draws[:, 0], draws[:, 1], SURFACE_BINS, list(ends))
     fractions = counts / len(draws)
     bins = np.array([end[1] - end[0] for end in ends]) / SURFACE_BINS
     stds = np.asarray(kernel_stds) / bins

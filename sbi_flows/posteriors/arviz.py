@@ -1,6 +1,9 @@
 """Conversion of posterior draws to ArviZ data, for ArviZ 0.x and 1.x.
 
-Public names: `Groups`, `arviz_groups`, `predictive_at`.
+Posterior draws are independent. They are divided into chains, because ArviZ compares chains to
+compute R-hat and effective sample sizes.
+
+Public names: `Groups`, `arviz_groups`, `predictive_at`, `require_chains`.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ import jax
 import numpy as np
 from jax import Array
 
-from sbi_flows.core.errors import SbiFlowsWarning
+from sbi_flows.core.checks import require_count
+from sbi_flows.core.errors import SbiFlowsWarning, SimulationFailed
 from sbi_flows.core.typing import Key, Obs, Simulator
 from sbi_flows.core.warn import warn_user
 from sbi_flows.prior.prior import Prior
@@ -29,7 +33,8 @@ class Groups(NamedTuple):
         log_prob: Log densities of the posterior draws, shape (n,).
         prior_draws: Prior draws, shape (m, D).
         x: The observation, an array or a pytree of arrays.
-        simulated: Simulations at posterior draws; None omits the group posterior_predictive.
+        simulated: Simulations at the first of the posterior draws, row by row, with failed rows;
+            None omits the group posterior_predictive.
     """
 
     draws: Array | np.ndarray
@@ -42,23 +47,36 @@ class Groups(NamedTuple):
 def predictive_at(
     key: Key, prior: Prior, simulator: Simulator, draws: Array | np.ndarray
 ) -> Simulations:
-    """Simulate once at each of the posterior draws (n, D); failed simulations are left out."""
-    sims = simulate_at(key, prior, simulator, draws, progress=False)
-    return sims.only_valid()
+    """Simulate once at each of the posterior draws (n, D)."""
+    return simulate_at(key, prior, simulator, draws, progress=False)
+
+
+def require_chains(n: int, chains: int) -> None:
+    """Raise ValueError unless n draws can be divided into chains of equal length."""
+    require_count(1, chains=chains)
+    if n % chains:
+        raise ValueError(f"n: expected a multiple of the number of chains, {chains}, got {n}")
 
 
 def arviz_groups(
     prior: Prior,
     groups: Groups,
     *,
+    chains: int = 4,
     coords: Mapping[str, Any] | None = None,
     dims: Mapping[str, Any] | None = None,
 ) -> Any:
     """Build ArviZ data with the groups posterior, sample_stats, prior, observed_data, ...
 
+    Draw d of chain c is row `d * chains + c` of the arrays. In the group posterior_predictive, draw
+    d of chain c is a simulation at draw d of chain c of the group posterior. If simulations failed,
+    the rows are permuted so that failures fall on the same draws of all chains, and the group
+    posterior_predictive is without these draws.
+
     Args:
         prior: The prior, which defines names and shapes of the parameters.
         groups: The arrays.
+        chains: Number of chains of equal length. Prior draws form one chain.
         coords: Coordinate values of each dimension, by the name of the dimension.
         dims: Names of the dimensions of each array, by the name of the parameter or array of x.
 
@@ -66,21 +84,24 @@ def arviz_groups(
         `arviz.InferenceData` on ArviZ 0.x, `xarray.DataTree` on ArviZ 1.x.
 
     Raises:
-        ValueError: `dims` has an unknown variable or a wrong number of axes, or `coords` has an
-            unknown dimension or a wrong number of values.
+        ValueError: `dims` has an unknown variable or a wrong number of axes, `coords` has an
+            unknown dimension or a wrong number of values, or the number of draws is not a multiple
+            of `chains`.
+        SimulationFailed: Fewer simulations than chains are valid.
     """
-    import arviz
-
+    require_chains(len(groups.draws), chains)
+    rows, simulated_draws = _chain_rows(groups, chains)
     names = _file_names(prior.names)
     observed = {k: np.asarray(v) for k, v in _named(groups.x).items()}
     arrays: dict[str, Any] = {
-        "posterior": _one_chain(_renamed(prior.unflatten(groups.draws), names)),
-        "sample_stats": {"lp": np.asarray(groups.log_prob)[None]},
+        "posterior": _by_chain(_renamed(prior.unflatten(groups.draws), names), rows),
+        "sample_stats": _by_chain({"lp": groups.log_prob}, rows),
         "prior": _one_chain(_renamed(prior.unflatten(groups.prior_draws), names)),
         "observed_data": observed,
     }
     if groups.simulated is not None:
-        arrays["posterior_predictive"] = _one_chain(_named(groups.simulated.x))
+        simulated_rows = rows[:, simulated_draws]
+        arrays["posterior_predictive"] = _by_chain(_named(groups.simulated.x), simulated_rows)
     event_shapes = _renamed(prior.event_shapes, names)
     shapes = {**event_shapes, **{name: value.shape for name, value in observed.items()}}
     named = {name: list(axes) for name, axes in (dims or {}).items()}
@@ -92,13 +113,71 @@ def arviz_groups(
                 f"x, got {event_shapes[name]} and {observed[name].shape}"
             )
     _require_dims(shapes, named, dict(coords or {}))
-    settings = {"coords": dict(coords or {}), "dims": named}
-    if int(arviz.__version__.split(".")[0]) < 1:
-        # ArviZ 0.x turns scalars into vectors of length 1: remove that axis, as in ArviZ 1.x
-        scalars = [f"{k}_dim_0" for k, v in observed.items() if v.ndim == 0]
-        data: Any = arviz.from_dict(**arrays, **settings)
-        return data.map(lambda group: group.squeeze(scalars, drop=True), groups="observed_data")
-    return arviz.from_dict(arrays, **settings)
+    data = _from_arrays(arrays, {"coords": dict(coords or {}), "dims": named})
+    if groups.simulated is not None:
+        data = _with_draw_numbers(data, simulated_draws)
+    return data
+
+
+def _from_arrays(arrays: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+    """Build ArviZ data from the arrays of each group."""
+    import arviz
+
+    if not _is_old_arviz():
+        return arviz.from_dict(arrays, **settings)
+    data: Any = arviz.from_dict(**arrays, **settings)
+    for group, values in arrays.items():  # ArviZ 0.x sorts the variables by name
+        data = data.map(lambda each, names=list(values): each[names], groups=group)
+    # ArviZ 0.x turns scalars into vectors of length 1: remove that axis, as in ArviZ 1.x
+    scalars = [f"{k}_dim_0" for k, v in arrays["observed_data"].items() if v.ndim == 0]
+    return data.map(lambda group: group.squeeze(scalars, drop=True), groups="observed_data")
+
+
+def _with_draw_numbers(data: Any, draws: np.ndarray) -> Any:
+    """Number the draws of the group posterior_predictive as in the group posterior."""
+    if np.array_equal(draws, np.arange(len(draws))):
+        return data
+    group = "posterior_predictive"
+    if _is_old_arviz():
+        return data.map(lambda each: each.assign_coords(draw=draws), groups=group)
+    data[group].dataset = data[group].to_dataset().assign_coords(draw=draws)
+    return data
+
+
+def _is_old_arviz() -> bool:
+    """Return whether ArviZ is of version 0.x."""
+    import arviz
+
+    return int(arviz.__version__.split(".")[0]) < 1
+
+
+def _chain_rows(groups: Groups, chains: int) -> tuple[np.ndarray, np.ndarray]:
+    """Divide the rows of the draws among chains.
+
+    Returns:
+        Row of each draw, shape (chains, n / chains); and numbers of the draws with a valid
+        simulation in every chain, in ascending order, empty without simulations.
+
+    Raises:
+        SimulationFailed: Fewer simulations than chains are valid.
+    """
+    rows = np.arange(len(groups.draws)).reshape(-1, chains)
+    if groups.simulated is None:
+        return rows.T, np.zeros(0, int)
+    count = len(groups.simulated) // chains
+    valid = np.asarray(groups.simulated.valid)[: count * chains]
+    if not valid.all():
+        # failures together in as few draws as possible, and these anywhere in the chains: a group
+        # of valid draws at the start would make chains that are not stationary
+        by_validity = np.argsort(~valid, kind="stable").reshape(count, chains)
+        rows[:count] = np.random.default_rng(0).permutation(by_validity)
+    draws = np.flatnonzero(valid[rows[:count]].all(axis=1))
+    if not draws.size:
+        raise SimulationFailed(
+            f"simulator: expected at least {chains} valid simulations, one for each chain, got "
+            f"{valid.sum()} of {len(groups.simulated)}"
+        )
+    return rows.T, draws
 
 
 def _require_dims(
@@ -148,6 +227,11 @@ def _file_names(names: Sequence[str]) -> dict[str, str]:
 
 def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     return {names[name]: value for name, value in values.items()}
+
+
+def _by_chain(values: Mapping[str, Any], rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Select the rows (chains, m) of arrays (n, *event): shapes (chains, m, *event)."""
+    return {name: np.asarray(value)[rows] for name, value in values.items()}
 
 
 def _one_chain(values: Mapping[str, Any]) -> dict[str, np.ndarray]:

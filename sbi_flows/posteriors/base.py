@@ -30,7 +30,7 @@ from sbi_flows.observations.misspecification import (
 )
 from sbi_flows.observations.standardise import entry_labels
 from sbi_flows.observations.typicality import Typicality
-from sbi_flows.posteriors.arviz import Groups, arviz_groups, predictive_at
+from sbi_flows.posteriors.arviz import Groups, arviz_groups, predictive_at, require_chains
 from sbi_flows.posteriors.bound import AtObservation, Bindable
 from sbi_flows.posteriors.gate import gate
 from sbi_flows.posteriors.writing import save
@@ -216,6 +216,7 @@ class AbstractPosterior(Bindable):
         x: Obs,
         *,
         n: int = 4000,
+        chains: int = 4,
         prior_draws: int = 1000,
         simulator: Any = None,
         predictive_draws: int = 1000,
@@ -227,24 +228,32 @@ class AbstractPosterior(Bindable):
         Args:
             key: Random key.
             x: One observation.
-            n: Number of posterior draws. They are independent and form one chain.
-            prior_draws: Number of prior draws.
+            n: Number of posterior draws, a multiple of `chains`.
+            chains: Number of chains. The draws are independent; ArviZ compares chains to compute
+                R-hat and effective sample sizes.
+            prior_draws: Number of prior draws, in one chain.
             simulator: The simulator, for the group posterior_predictive; if None, the group is left
-                out.
-            predictive_draws: Number of simulations in the group posterior_predictive, at most n.
+                out. Draw d of chain c is a simulation at draw d of chain c of the posterior.
+            predictive_draws: Number of simulations in the group posterior_predictive: at most n,
+                and rounded down to a multiple of `chains`. Draws whose simulation failed are left
+                out of this group, and up to `chains` - 1 others.
             coords: Coordinate values by the name of a dimension.
             dims: Names of dimensions by the name of an array parameter or of an array of x.
 
         Returns:
             `arviz.InferenceData` (ArviZ 0.x) or `xarray.DataTree` (ArviZ 1.x) with the groups
             posterior, sample_stats (`lp`), prior, observed_data and, with a simulator,
-            posterior_predictive.
+            posterior_predictive. Variables are in the order of the prior.
 
         Raises:
-            ValueError: x is a batch or is invalid (see `at`), a number of draws is not positive, or
+            ValueError: x is a batch or is invalid (see `at`), a number of draws is not positive, n
+                is not a multiple of `chains`, `predictive_draws` is smaller than `chains`, or
                 `dims` or `coords` does not match the variables.
+            SimulationFailed: Fewer simulations than chains are valid.
         """
-        require_count(1, n=n, prior_draws=prior_draws, predictive_draws=predictive_draws)
+        require_count(1, n=n, prior_draws=prior_draws)
+        require_chains(n, chains)
+        require_count(1 if simulator is None else chains, predictive_draws=predictive_draws)
         if not self.is_single(x):
             raise ValueError("x: expected one observation, got a batch")
         posterior_key, prior_key = jax.random.split(key)
@@ -252,10 +261,10 @@ class AbstractPosterior(Bindable):
         groups = Groups(draws, log_prob, self.prior.sample(prior_key, prior_draws), x)
         if simulator is not None:
             simulate_key = jax.random.fold_in(key, 2)
-            few = draws[:predictive_draws]
+            few = draws[: predictive_draws // chains * chains]
             simulated = predictive_at(simulate_key, self.prior, simulator, few)
             groups = groups._replace(simulated=simulated)
-        return arviz_groups(self.prior, groups, coords=coords, dims=dims)
+        return arviz_groups(self.prior, groups, chains=chains, coords=coords, dims=dims)
 
     def misspecification(self, x: Obs, *, level: float = 0.05) -> Misspecification | Anomalies:
         """Test whether each observation is typical of the training simulations.

@@ -304,17 +304,18 @@ def test_to_arviz_names_variables_and_keeps_the_draws(boxed):
     x = jax.tree.map(lambda leaf: leaf[0], SEEN)
     data = boxed.to_arviz(jax.random.key(0), x, n=200, prior_draws=150)
     for group, shapes in {
-        "posterior": {"level": (1, 200), "p": (1, 200, 2)},
+        "posterior": {"level": (4, 50), "p": (4, 50, 2)},
         "prior": {"level": (1, 150), "p": (1, 150, 2)},
-        "sample_stats": {"lp": (1, 200)},
+        "sample_stats": {"lp": (4, 50)},
         "observed_data": {"level": (), "seen": (2,)},
     }.items():
         assert {name: data[group][name].shape for name in data[group].data_vars} == shapes
     drawn = data["posterior"]
-    theta = np.concatenate([drawn["level"].values[0, :, None], drawn["p"].values[0]], axis=1)
+    theta = np.concatenate([drawn["level"].values[..., None], drawn["p"].values], axis=-1)
+    theta = theta.reshape(200, 3)
     assert np.all(BOX.contains(theta))
     log_prob = boxed.log_prob(theta, x)
-    np.testing.assert_allclose(data["sample_stats"]["lp"].values[0], log_prob, atol=0.02)
+    np.testing.assert_allclose(data["sample_stats"]["lp"].values.ravel(), log_prob, atol=0.02)
     np.testing.assert_array_equal(data["observed_data"]["seen"].values, x["seen"])
     # the posterior has learnt: it is narrower than the prior
     assert np.all(drawn["p"].values.std(axis=(0, 1)) < data["prior"]["p"].values.std(axis=(0, 1)))
@@ -330,7 +331,7 @@ def test_every_array_of_an_observation_has_a_name_in_arviz():
 
 def test_dimensions_of_a_parameter_and_an_observed_array_of_one_name_must_agree():
     prior = sf.as_prior({"x": dist.Normal(0.0, 1.0).expand([2])})
-    draws = jnp.zeros((3, 2))
+    draws = jnp.zeros((4, 2))
     groups = Groups(draws, draws[:, 0], draws, jnp.zeros(4))
     with pytest.raises(
         ValueError, match=r"dims: expected one shape for 'x', .* got \(2,\) and \(4,\)"
@@ -339,8 +340,8 @@ def test_dimensions_of_a_parameter_and_an_observed_array_of_one_name_must_agree(
 
 
 def test_to_arviz_takes_one_array_and_refuses_a_batch(gaussian):
-    data = gaussian.to_arviz(jax.random.key(0), ONE, n=10)
-    assert data["posterior"]["theta"].shape == (1, 10, 2)
+    data = gaussian.to_arviz(jax.random.key(0), ONE, n=10, chains=2)
+    assert data["posterior"]["theta"].shape == (2, 5, 2)
     np.testing.assert_array_equal(data["observed_data"]["x"].values, ONE)
     with pytest.raises(ValueError, match="x: expected one observation, got a batch"):
         gaussian.to_arviz(jax.random.key(0), BATCH)
@@ -351,27 +352,28 @@ def test_to_arviz_has_predictions_and_the_users_dimensions(boxed):
     data = boxed.to_arviz(
         jax.random.key(0),
         x,
-        n=50,
+        n=60,
+        chains=3,
         prior_draws=20,
         simulator=boxed_simulator,
-        predictive_draws=30,
+        predictive_draws=32,
         dims={"p": ["school"]},
         coords={"school": ["north", "south"]},
     )
     predicted = data["posterior_predictive"]
     assert {n: predicted[n].shape for n in predicted.data_vars} == {
-        "level": (1, 30),
-        "seen": (1, 30, 2),
+        "level": (3, 10),
+        "seen": (3, 10, 2),
     }
     assert data["posterior"]["p"].dims == ("chain", "draw", "school")
     assert list(data["prior"]["school"].values) == ["north", "south"]
     with pytest.raises(ValueError, match="dims: expected names among"):
-        boxed.to_arviz(jax.random.key(0), x, n=5, dims={"q": ["school"]})
+        boxed.to_arviz(jax.random.key(0), x, n=4, dims={"q": ["school"]})
     with pytest.raises(ValueError, match="dims: expected 1 names for 'p'"):
-        boxed.to_arviz(jax.random.key(0), x, n=5, dims={"p": ["a", "b"]})
+        boxed.to_arviz(jax.random.key(0), x, n=4, dims={"p": ["a", "b"]})
     with pytest.raises(ValueError, match="coords: expected 2 values for 'school', got 3"):
         boxed.to_arviz(
-            jax.random.key(0), x, n=5, dims={"p": ["school"]}, coords={"school": [1, 2, 3]}
+            jax.random.key(0), x, n=4, dims={"p": ["school"]}, coords={"school": [1, 2, 3]}
         )
 
 
