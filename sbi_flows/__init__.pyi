@@ -41,6 +41,7 @@ from .prior.circular import Circular as Circular
 from .prior.constrained import constrained as constrained
 from .prior.prior import Prior as Prior
 from .prior.prior import as_prior as as_prior
+from .simulations.concatenate import concatenate as concatenate
 from .simulations.executors import Dask as Dask
 from .simulations.executors import Processes as Processes
 from .simulations.simulate import simulate as simulate

@@ -1,6 +1,6 @@
-"""Registration of classes as JAX pytrees, and detection of tracers.
+"""Registration of classes as JAX pytrees, detection of tracers, and text that describes arrays.
 
-Public names: `register_pytree`, `is_traced`.
+Public names: `register_pytree`, `is_traced`, `describe_arrays`.
 """
 
 from __future__ import annotations
@@ -81,3 +81,18 @@ def is_traced(*trees: Any) -> bool:
         ([True], False)
     """
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def describe_arrays(tree: Any) -> str:
+    """Describe dtype and shape of a row of each array of a tree, with the keys of dicts.
+
+    Example:
+        >>> import numpy as np
+        >>> describe_arrays({"image": np.zeros((3, 8, 8)), "pair": (np.ones(3), np.ones((3, 2)))})
+        '{image: float64[8, 8], pair: (float64[], float64[2])}'
+    """
+    if isinstance(tree, Mapping):
+        return f"{{{', '.join(f'{key}: {describe_arrays(v)}' for key, v in tree.items())}}}"
+    if isinstance(tree, list | tuple):
+        return f"({', '.join(map(describe_arrays, tree))})"
+    return f"{tree.dtype}{list(tree.shape[1:])}"

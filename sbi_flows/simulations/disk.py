@@ -3,8 +3,8 @@
 An array on disk has the same dtype as it would have in memory. Integers stay integers if JAX can
 represent their values in its present precision; all other numbers become floats.
 
-Public names: `LazyArray`, `ON_DISK`, `is_on_disk`, `keep_on_disk`, `to_pickle`, `from_pickle`,
-`finite_rows_on_disk`.
+Public names: `LazyArray`, `JoinedArray`, `ON_DISK`, `is_on_disk`, `keep_on_disk`, `to_pickle`,
+`from_pickle`, `finite_rows_on_disk`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import abc
 import dataclasses
 import math
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -104,6 +104,37 @@ class _Converted(LazyArray):
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
             return np.asarray(self._array[rows]).astype(self.dtype)
+
+
+class JoinedArray(LazyArray):
+    """Arrays on disk or in memory, joined row by row.
+
+    Args:
+        arrays: Arrays (N_i, *event) with the same shape of a row.
+    """
+
+    def __init__(self, arrays: Sequence[Any]) -> None:
+        self._arrays = [a if isinstance(a, ON_DISK) else np.asarray(a) for a in arrays]
+        self._ends = np.cumsum([len(a) for a in arrays])
+        self.shape = (int(self._ends[-1]), *arrays[0].shape[1:])
+        self.dtype = np.result_type(*[a.dtype for a in arrays])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes for pickle and copy, with the arrays' locations in their files."""
+        return {**vars(self), "_arrays": [to_pickle(a) for a in self._arrays]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Set the attributes and open the files."""
+        vars(self).update(state, _arrays=[from_pickle(a) for a in state["_arrays"]])
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        numbers = np.arange(len(self))[rows]
+        array_of_row = np.searchsorted(self._ends, numbers, side="right")
+        values = np.empty((len(numbers), *self.shape[1:]), self.dtype)
+        for i in np.unique(array_of_row):
+            selected, array = array_of_row == i, self._arrays[i]
+            values[selected] = array[numbers[selected] - (self._ends[i] - len(array))]
+        return values
 
 
 def to_pickle(array: Any) -> Any:

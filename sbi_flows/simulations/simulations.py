@@ -29,6 +29,7 @@ from sbi_flows.core.compilation import compiled_per_size
 from sbi_flows.core.doubles import as_data_array
 from sbi_flows.core.errors import SbiFlowsWarning
 from sbi_flows.core.frames import frame_columns
+from sbi_flows.core.pytrees import describe_arrays
 from sbi_flows.core.typing import Obs
 from sbi_flows.core.warn import warn_user
 from sbi_flows.prior.base import Prior, labels
@@ -47,6 +48,9 @@ MAX_INDEX = 2**31 - 1
 
 MIN_WARNING_ROWS, MIN_WARNING_FRACTION = 10, 0.1
 """Number and fraction of rows with NaN or infinity. `Simulations` warns if both are exceeded."""
+
+MAX_SHOWN_NAMES = 8
+"""Maximum number of names of columns in the text of `Simulations`."""
 
 
 class Names(NamedTuple):
@@ -146,11 +150,13 @@ class Simulations:
         return jax.tree.map(lambda leaf: _as_leaf(leaf[rows]), self)
 
     def __repr__(self) -> str:
-        """Show the sizes, the shape of an observation and the number of failed rows."""
-        leaves = [f"{a.dtype}{list(a.shape[1:])}" for a in jax.tree.leaves(self.x)]
+        """Show the sizes, names and shapes of the arrays, and the number of failed rows."""
         n, d = self.theta.shape
+        columns = self.names.theta or ()
+        shown = [*columns[:MAX_SHOWN_NAMES], *(["..."] if len(columns) > MAX_SHOWN_NAMES else [])]
+        names = f" ({', '.join(shown)})" if shown else ""
         invalid = n - self.num_valid
-        return f"Simulations(N={n}, D={d}, x={', '.join(leaves)}, invalid={invalid})"
+        return f"Simulations(N={n}, D={d}{names}, x={describe_arrays(self.x)}, invalid={invalid})"
 
     @property
     def num_valid(self) -> int:

@@ -43,6 +43,18 @@ def test_simulations_follow_the_key():
     assert not np.any(first.x == other.x)
 
 
+def test_the_text_shows_keys_and_names():
+    x = {"image": np.zeros((3, 8, 8)), "spectrum": np.zeros((3, 20))}
+    x["spectrum"][1, 0] = np.nan
+    sims = sf.Simulations(np.zeros((3, 2)), x)
+    arrays = "x={image: float32[8, 8], spectrum: float32[20]}"
+    assert repr(sims) == f"Simulations(N=3, D=2, {arrays}, invalid=1)"
+    named = sf.Simulations({"b": np.zeros(3), "a": np.zeros(3)}, (np.ones(3), np.ones((3, 2))))
+    assert repr(named) == "Simulations(N=3, D=2 (b, a), x=(float32[], float32[2]), invalid=0)"
+    many = sf.Simulations({"z": np.zeros((1, 20))}, np.ones(1))
+    assert "D=20 (z[0], z[1], z[2], z[3], z[4], z[5], z[6], z[7], ...), x=float32[]" in repr(many)
+
+
 def test_rows_are_independent_and_belong_together():
     sims = sf.simulate(jax.random.key(0), PRIOR, noisy, 2000)
     noise = sims.x - sims.theta
@@ -83,7 +95,7 @@ def test_named_parameters_and_observations_stay_named():
     assert sims.x["counts"].shape == (30, 3)
     assert jnp.issubdtype(sims.x["counts"].dtype, jnp.integer)
     np.testing.assert_allclose(sims.x["total"], np.sum(sims.theta[:, 1:], axis=1), rtol=1e-5)
-    assert repr(sims) == "Simulations(N=30, D=3, x=int32[3], float32[], invalid=0)"
+    assert repr(sims) == "Simulations(N=30, D=3, x={counts: int32[3], total: float32[]}, invalid=0)"
 
 
 def test_failed_rows_are_kept_marked_and_counted():
