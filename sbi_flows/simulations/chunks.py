@@ -7,7 +7,9 @@ Public names: `SealedChunk`, `sealed_chunks`, `OpenChunk`, `open_chunks`, `read_
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -33,6 +35,8 @@ class SealedChunk(NamedTuple):
         checksum: Checksum of the arrays.
         failed: Dict from the row number of a failed row to the reason of the failure.
         group: Zarr group of the chunk.
+        extension: Name and number of rows of the extension that the chunk belongs to; None for a
+            chunk that the store simulated. An extension counts when all of its chunks are sealed.
     """
 
     start: int
@@ -40,6 +44,7 @@ class SealedChunk(NamedTuple):
     checksum: str
     failed: dict[int, str]
     group: Any
+    extension: tuple[str, int] | None = None
 
 
 @contextlib.contextmanager
@@ -97,13 +102,23 @@ def sealed_chunks(path: str, rows: Any) -> list[SealedChunk]:
     for name, group in groups:
         with spoilt_on_error(path, f"rows/{name:.40}"):
             seal = group.attrs.get("seal")
-            if seal is None:
-                continue
-            chunk = _sealed_chunk(name, seal, group)
-        if chunks and chunk.start < chunks[-1].start + chunks[-1].count:
+            if seal is not None:
+                chunks.append(_sealed_chunk(name, seal, group))
+    chunks = _without_incomplete(chunks)
+    for chunk, following in itertools.pairwise(chunks):
+        if following.start < chunk.start + chunk.count:
+            name = f"{following.start:012d}"
             raise StoreSpoilt(f"{path}: expected each row once, rows/{name} has some again")
-        chunks.append(chunk)
     return chunks
+
+
+def _without_incomplete(chunks: list[SealedChunk]) -> list[SealedChunk]:
+    """Leave out chunks of extensions of which other chunks are missing: a process was killed."""
+    rows: Counter[tuple[str, int]] = Counter()
+    for chunk in chunks:
+        if chunk.extension is not None:
+            rows[chunk.extension] += chunk.count
+    return [c for c in chunks if c.extension is None or rows[c.extension] == c.extension[1]]
 
 
 def open_chunks(path: str, chunks: list[SealedChunk]) -> list[OpenChunk]:
@@ -175,7 +190,10 @@ def _sealed_chunk(name: str, seal: Any, group: Any) -> SealedChunk:
         ValueError: The seal is invalid.
     """
     failed = {int(row): reason for row, reason in seal["failed"].items()}
-    chunk = SealedChunk(int(name), seal["rows"], seal["sha256"], failed, group)
+    extension = seal.get("extension")
+    if extension is not None:
+        extension = (str(extension["name"]), int(extension["rows"]))
+    chunk = SealedChunk(int(name), seal["rows"], seal["sha256"], failed, group, extension)
     rows = range(chunk.start, chunk.start + chunk.count)
     has_sizes = 0 <= chunk.start and 1 <= chunk.count <= MAX_INDEX
     has_reasons = all(row in rows and isinstance(reason, str) for row, reason in failed.items())

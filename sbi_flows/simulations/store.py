@@ -11,8 +11,8 @@ Public names: `SimulationStore`.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -36,6 +36,12 @@ from sbi_flows.simulations.chunks import (
 )
 from sbi_flows.simulations.constants import warn_constant
 from sbi_flows.simulations.executors import Executor, External
+from sbi_flows.simulations.extension import (
+    StoredLayout,
+    as_extension,
+    extension_chunks,
+    unknown_origin,
+)
 from sbi_flows.simulations.failures import Failures, report_failures
 from sbi_flows.simulations.numbered import Chunk, simulate_ranges
 from sbi_flows.simulations.outputs import (
@@ -44,10 +50,15 @@ from sbi_flows.simulations.outputs import (
     row_outputs,
     simulator_identity,
 )
+from sbi_flows.simulations.schema import (
+    FORMAT,
+    checked_schema,
+    prior_identity,
+    require_same_origin,
+    versions,
+)
 from sbi_flows.simulations.simulations import Simulations
 from sbi_flows.simulations.worker import from_named
-
-FORMAT = 1
 
 MAX_NAME_BYTES = 200
 """Maximum length of the name of an observation array in bytes. The name becomes a folder name."""
@@ -105,20 +116,7 @@ class SimulationStore:
         Raises:
             ValueError: The schema is invalid, or the store has another format version.
         """
-        schema = self._root.attrs.get("sbi_flows")
-        if schema is None:
-            return None
-        keys = {"format", "key", "prior", "simulator"}
-        if not isinstance(schema, Mapping) or schema.get("format", FORMAT) != FORMAT:
-            got = schema.get("format") if isinstance(schema, Mapping) else type(schema).__name__
-            raise ValueError(f"expected a store of format {FORMAT}, got {got!r:.80}")
-        prior = schema.get("prior")
-        labels = prior.get("labels") if isinstance(prior, Mapping) else None
-        if not keys <= schema.keys() or not isinstance(labels, list):
-            raise ValueError(f"expected a schema of {sorted(keys)}, got {sorted(schema)!r:.200}")
-        if not labels or not all(isinstance(label, str) for label in labels):
-            raise ValueError(f"expected labels of parameters, got {labels!r:.200}")
-        return schema
+        return checked_schema(self._root.attrs.get("sbi_flows"))
 
     def __len__(self) -> int:
         """Number of finished rows."""
@@ -178,6 +176,68 @@ class SimulationStore:
         report_failures(sims, reasons, stacklevel=3)
         warn_constant(sims.theta, sims.x, sims.valid)
         return sims
+
+    def extend(self, simulations: Simulations) -> Simulations:
+        """Add simulations that were made elsewhere, for example on another machine.
+
+        The rows follow those of the store. If the process is killed, the store is as it was before.
+        A later call of `simulate` counts these rows as finished. A store without rows takes its
+        layout from the simulations; `simulate` then accepts any key, and any prior and simulator
+        with the same names, shapes and dtypes.
+
+        Args:
+            simulations: Draws from the prior of the store and simulations of its simulator. Columns
+                of theta with names are matched with the parameters of the store, others are taken
+                in their order. Invalid rows stay invalid; the reasons of failures are not known.
+
+        Returns:
+            All rows of the store, with observations on disk.
+
+        Raises:
+            ValueError: Names, shapes or dtypes differ from those of the store; x is neither an
+                array nor a dict of arrays; or the simulations are of sequential rounds.
+            StoreBusy: Another process is simulating into the store.
+            StoreSpoilt: A file is damaged or was changed.
+
+        Example:
+            >>> import tempfile
+            >>> import numpy as np
+            >>> store = SimulationStore(tempfile.mkdtemp() + "/joined.zarr")
+            >>> for first in (0.0, 10.0):
+            ...     sims = store.extend(Simulations(first + np.ones((5, 1)), np.zeros((5, 3))))
+            >>> sims
+            Simulations(N=10, D=1, x=float32[3], invalid=0)
+        """
+        with self._locked():
+            sealed, schema = self._sealed(), self._schema()
+            if schema is None or (not sealed and schema["key"] is None):
+                extension = as_extension(simulations, StoredLayout())
+                origin = {"format": FORMAT, **unknown_origin(extension), "versions": versions()}
+                self._root.attrs["sbi_flows"] = origin
+            else:
+                extension = as_extension(simulations, self._stored_layout(schema, sealed))
+            start = max((chunk.start + chunk.count for chunk in sealed), default=0)
+            record = {"name": uuid.uuid4().hex, "rows": len(simulations)}
+            for chunk in extension_chunks(extension, start, self.chunk):
+                self._write(chunk, record)
+            return self._open(self._sealed())
+
+    def _stored_layout(self, schema: Mapping[str, Any], sealed: list[SealedChunk]) -> StoredLayout:
+        """Return the layout of the rows, from the chunks, or from the schema if there are none."""
+        labels = list(schema["prior"]["labels"])
+        if not sealed:
+            with spoilt_on_error(self.path, "a schema"):
+                outputs = dict(schema["simulator"]["outputs"]).items()
+                arrays = {n: (tuple(shape), np.dtype(dtype)) for n, (shape, dtype) in outputs}
+            return StoredLayout(labels, arrays)
+        chunks = open_chunks(self.path, sealed)
+        arrays = {
+            name[2:]: (tuple(array.shape[1:]), np.dtype(array.dtype))
+            for name, array in chunks[0].arrays.items()
+            if name.startswith("x.")
+        }
+        theta = np.concatenate([read_array(self.path, chunk, "theta") for chunk in chunks])
+        return StoredLayout(labels, arrays, theta)
 
     def _write_all(self, chunks: Iterable[Chunk], total: int, progress: bool) -> None:
         """Write each chunk when it is finished, and show a progress bar of `total` rows."""
@@ -256,13 +316,14 @@ class SimulationStore:
         for seal, chunk in zip(sealed, open_chunks(self.path, sealed), strict=True):
             arrays = {name: read_array(self.path, chunk, name) for name in chunk.arrays}
             if checksum(arrays) != seal.checksum:
+                what = "have them made" if seal.extension is None else "add the simulations"
                 raise StoreSpoilt(
                     f"{self.path}: the rows from {seal.start} on are not those that were written; "
-                    f"remove rows/{seal.start:012d} to have them made again"
+                    f"remove rows/{seal.start:012d} to {what} again"
                 )
 
-    def _write(self, chunk: Chunk) -> None:
-        """Write a chunk, and then its seal."""
+    def _write(self, chunk: Chunk, extension: Mapping[str, Any] | None = None) -> None:
+        """Write a chunk, and then its seal, with the extension that the chunk belongs to."""
         for name in chunk.x:
             # names of arrays become names of folders
             has_slash = bool(set(name) & set("/\\"))
@@ -280,7 +341,8 @@ class SimulationStore:
             group.create_array(name, data=array, chunks=array.shape)
         failed = {str(row): reason for row, reason in chunk.reasons.items()}
         count = len(chunk.theta)
-        group.attrs["seal"] = {"rows": count, "sha256": checksum(arrays), "failed": failed}
+        seal = {"rows": count, "sha256": checksum(arrays), "failed": failed}
+        group.attrs["seal"] = seal if extension is None else {**seal, "extension": extension}
 
     def _sealed(self) -> list[SealedChunk]:
         """Return complete chunks in the order of their rows."""
@@ -295,19 +357,16 @@ class SimulationStore:
         schema = {
             "format": FORMAT,
             "key": np.asarray(jax.random.key_data(key)).tolist(),
-            "prior": _prior_identity(prior),
+            "prior": prior_identity(prior),
             "simulator": identity,
         }
         stored = self._schema()
         if stored is None:
-            self._root.attrs["sbi_flows"] = {**schema, "versions": _versions()}
+            self._root.attrs["sbi_flows"] = {**schema, "versions": versions()}
             return
-        for name in ("prior", "simulator", "key"):
-            if not _is_same(stored[name], schema[name]):
-                raise ValueError(
-                    f"{name}: expected that of the store {self.path}, {_shorten(stored[name])}, "
-                    f"got {_shorten(schema[name])}"
-                )
+        require_same_origin(self.path, stored, schema)
+        if stored["key"] is None:
+            self._root.attrs["sbi_flows"] = {**schema, "versions": versions()}
 
 
 def _gaps(chunks: list[SealedChunk], n: int) -> Iterator[tuple[int, int]]:
@@ -317,35 +376,3 @@ def _gaps(chunks: list[SealedChunk], n: int) -> Iterator[tuple[int, int]]:
         if start < min(chunk.start, n):
             yield start, min(chunk.start, n)
         start = max(start, chunk.start + chunk.count)
-
-
-def _prior_identity(prior: Prior) -> dict[str, Any]:
-    """Describe a prior by its parameter names and a few draws with a fixed key."""
-    draws = np.asarray(prior.sample(jax.random.key(0), 4), float)
-    return {"labels": list(prior.labels), "draws": draws.tolist()}
-
-
-def _is_same(stored: Any, present: Any) -> bool:
-    """Return whether two descriptions are equal, except for rounding errors of draws."""
-    if not isinstance(present, Mapping) or "draws" not in present:
-        return stored == present
-    try:
-        first, second = (np.asarray(each["draws"], float) for each in (stored, present))
-    except (TypeError, ValueError, KeyError, OverflowError):
-        return False
-    if stored["labels"] != present["labels"] or first.shape != second.shape:
-        return False
-    return bool(np.all(np.abs(first - second) <= 1e-3 * first.std(axis=0)))
-
-
-def _shorten(description: Any) -> str:
-    """Convert a description to a short text for an error message."""
-    if isinstance(description, Mapping) and "labels" in description:
-        return f"of {', '.join(description['labels'])}"
-    return f"{json.dumps(description):.200}"
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("sbi-flows", "jax", "numpy", "numpyro", "zarr")}
