@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-CURVE_BINS, SURFACE_BINS, SELECTION_BINS = 1024, 256, 128
+CURVE_BINS, SURFACE_BINS, SELECTION_BINS = 4096, 256, 128
 """Histogram bins along each axis of curves and surfaces, and to choose a surface's kernel."""
 
 TAIL = 2e-4
@@ -84,7 +84,12 @@ def grid_ends(draws: np.ndarray, axis: np.ndarray) -> tuple[float, float] | None
     last = min(draws.max(), high + margin, axis[1] + width / 2)
     if first > last:
         return None
-    return (first, last) if first < last else (axis[0], axis[1])
+    # wide enough for floating-point numbers to separate the bins
+    gap = 2 * CURVE_BINS * np.spacing(max(abs(first), abs(last)))
+    if last - first >= gap:
+        return first, last
+    middle, half = (first + last) / 2, max(gap, axis[1] - axis[0]) / 2
+    return middle - half, middle + half
 
 
 def bandwidth(draws: np.ndarray, ends: tuple[float, float], num_draws: int) -> float:

@@ -25,6 +25,9 @@ from sbi_flows.plots.style import COLOURS, line_style
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+MAX_COPIES = 50
+"""Mean number of copies of a draw, as in Markov chains, above which values count as discrete."""
+
 MIN_FONT_SIZE = 4.0
 """Smallest font size of a title, in points."""
 
@@ -65,6 +68,8 @@ class Layout(NamedTuple):
 def estimate(draws: np.ndarray, ranges: np.ndarray) -> Estimates:
     """Choose grids and kernels for draws (n, D) on axes with the given ranges (D, 2)."""
     num_draws = max(len(np.unique(column)) for column in draws.T)
+    if len(draws) > MAX_COPIES * num_draws:
+        num_draws = len(draws)  # discrete values, which repeat without being copies
     ends = [grid_ends(column, axis) for column, axis in zip(draws.T, ranges, strict=True)]
     stds = [
         0.0 if end is None else bandwidth(column, end, num_draws)
@@ -78,7 +83,7 @@ def axis_ranges(sets: Mapping[str, np.ndarray], truth: np.ndarray | None) -> np.
     central = [np.quantile(draws, [0.002, 0.998], axis=0) for draws in sets.values()]
     marks = np.concatenate(central if truth is None else [*central, truth[None]])
     low, high = marks.min(axis=0), marks.max(axis=0)
-    pad = np.where(high > low, 0.06 * (high - low), 0.5)
+    pad = np.where(high > low, 0.06 * (high - low), np.maximum(0.5, 1e-3 * np.abs(low)))
     padded = np.stack([low - pad, high + pad], axis=1)
     # Padding stops at the outermost draw: at an edge of the prior's support the density jumps.
     values = np.concatenate([*sets.values(), marks])

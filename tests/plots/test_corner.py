@@ -121,6 +121,32 @@ def test_copies_of_draws_carry_no_information(rng):
     assert areas[1] == pytest.approx(areas[0], rel=0.05)
 
 
+def test_whole_numbers_are_not_taken_for_copies(rng):
+    line = plots.corner(rng.poisson(3.0, size=(5_000, 1))).axes[0].lines[0]
+    x, y = line.get_data()
+    heights = [y[np.argmin(np.abs(x - k))] for k in (1, 2, 3, 1.5)]
+    assert heights[:3] == pytest.approx([2 / 3, 1, 1], abs=0.1)
+    assert heights[3] < 0.6
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("scale", "offset"), [(1e-9, 2459000.5), (1e-200, 0.0), (1e200, 0.0), (0.0, 1.0)]
+)
+@pytest.mark.parametrize("n", [1, 2, 300])
+def test_draws_of_any_size_and_number_are_drawn(rng, scale, offset, n):
+    draws = offset + scale * rng.normal(size=(n, 2))
+    figure = plots.corner(draws, quantiles=(0.16, 0.84), titles=True, labels=["a", "b"])
+    figure.canvas.draw()
+    assert np.nanmax(figure.axes[0].lines[0].get_ydata()) == pytest.approx(1.0)
+
+
+def test_outliers_do_not_widen_a_mode(rng):
+    draws = rng.standard_cauchy(size=(20_000, 1))
+    line = plots.corner(draws).axes[0].lines[0]
+    assert half_maximum_width(line) == pytest.approx(2.0, rel=0.15)
+
+
 def test_a_region_beyond_the_limits_is_not_drawn(rng):
     draws = rng.normal(size=(4_000, 2))
     assert len(plots.corner(draws, limits=[(0, 0.5)] * 2).axes[1].collections) == 0
