@@ -56,6 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_folder(inside, "--results", "results")
     _add_rounds(commands)
+    verdict = _command(commands, "verdict", _verdict, "how often a check finds what it should")
+    _add_folder(verdict, "--results", "results")
+    verdict.add_argument("--repeats", type=int, default=40, help="checks of each posterior (40)")
+    verdict.add_argument("--fits", type=int, default=4, help="fits of each kind of data (4)")
     speed = _command(commands, "speed", _speed, "times of training, of a check, of a cold process")
     _add_folder(speed, "--results", "results")
     batches = _command(commands, "batches", _batches, "time to the same loss by batch size")
@@ -298,6 +302,12 @@ def _inside_jax(arguments: argparse.Namespace) -> None:
     from benchmarks.demonstrations import inside_jax
 
     inside_jax.run(folder)
+
+
+def _verdict(arguments: argparse.Namespace) -> None:
+    from benchmarks.demonstrations import verdict
+
+    verdict.run(arguments.results, arguments.repeats, arguments.fits)
 
 
 def _rounds(arguments: argparse.Namespace) -> None:

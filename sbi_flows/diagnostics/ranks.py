@@ -3,7 +3,7 @@
 All calibration checks need the same draws. `draw_pass` draws them once, for one chunk of data sets
 at a time, and keeps only a few numbers per data set.
 
-Internal names: `draw_pass`, `Ranks`.
+Internal names: `draw_pass`, `rank_valid`, `Ranks`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ lose little power, but coverage curves are smoothed.
 """
 
 
+MIN_VARIANCE = 1e-5
+"""Added to the variance of each standardised parameter, so that its Cholesky factor exists."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Ranks:
     """Ranks of true parameters among posterior draws for N data sets.
@@ -42,6 +46,9 @@ class Ranks:
     Attributes:
         theta: True parameters, shape (N, D), in the parameters' units.
         uniform: Continuous rank of each true parameter among its draws, shape (N, D).
+        residual: Continuous rank of each true residual among the residuals of the draws, shape (N,
+            D). The residual of a parameter is what its linear regression on all preceding
+            parameters leaves; the regression is computed from the draws of the same data set.
         density: Continuous share of draws with a higher posterior density than the truth, shape
             (N,); None if densities were not requested.
         distance: Continuous share of draws closer to the reference point than the truth is, shape
@@ -53,10 +60,13 @@ class Ranks:
         draws: Number of draws from each posterior.
         labels: Names of the D parameters.
         num_failed: Number of failed simulations that were left out.
+        whitening: Mean of the matrices that map standardised parameters (in posterior standard
+            deviations from the posterior mean) to residuals, shape (D, D).
     """
 
     theta: np.ndarray
     uniform: np.ndarray
+    residual: np.ndarray
     density: np.ndarray | None
     distance: np.ndarray | None
     log_prob: np.ndarray | None
@@ -65,6 +75,7 @@ class Ranks:
     draws: int
     labels: tuple[str, ...]
     num_failed: int
+    whitening: np.ndarray
 
 
 def draw_pass(
@@ -101,6 +112,31 @@ def draw_pass(
     """
     posterior = as_posterior(posterior, observation_shape(simulations.x))
     valid = usable(posterior, simulations, draws)
+    ranks = rank_valid(
+        key,
+        posterior,
+        valid,
+        draws=draws,
+        references=references,
+        scale=scale,
+        density=density,
+        progress=progress,
+    )
+    return dataclasses.replace(ranks, num_failed=len(simulations) - len(valid))
+
+
+def rank_valid(
+    key: Key,
+    posterior: AbstractPosterior,
+    valid: Simulations,
+    *,
+    draws: int,
+    references: Array | np.ndarray | None,
+    scale: Array | np.ndarray | None,
+    density: bool,
+    progress: bool,
+) -> Ranks:
+    """Rank truths like `draw_pass`, for any number of valid simulations."""
     n, dim = valid.theta.shape
     if references is not None and np.shape(references) != (n, dim):
         raise ValueError(f"references: expected shape {(n, dim)}, got {np.shape(references)}")
@@ -117,13 +153,14 @@ def draw_pass(
         chunks.append(jax.tree.map(lambda leaf, m=count: np.asarray(leaf)[:m], reduced))
     counts = {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
     _require_finite(counts["finite"])
-    below, denser, nearer = _uniform_ranks(tie_key, counts, draws, ranked)
+    below, denser, nearer, residual = _uniform_ranks(tie_key, counts, draws, ranked)
     if density and not ranked:
         level_key = jax.random.fold_in(tie_key, 3)
         denser = posterior.credible_levels(level_key, valid.theta, valid.x)
     return Ranks(
         theta=np.asarray(valid.theta),
         uniform=below,
+        residual=residual,
         density=denser if density else None,
         distance=None if references is None else nearer,
         log_prob=counts["log_prob"] if ranked else None,
@@ -131,7 +168,8 @@ def draw_pass(
         sd=counts["sd"],
         draws=draws,
         labels=tuple(posterior.prior.labels),
-        num_failed=len(simulations) - n,
+        num_failed=0,
+        whitening=counts["whitening"].mean(axis=0),
     )
 
 
@@ -152,10 +190,10 @@ def _uniform_ranks(
     """Convert counts of draws to continuous ranks.
 
     A count is the number of draws that are below the truth, have a higher density, or are nearer to
-    the reference point.
+    the reference point, or have a smaller residual.
     """
-    among = {"below": draws, "denser": ranked, "nearer": draws}
-    keys = jax.random.split(key, 3)
+    among = {"below": draws, "denser": ranked, "nearer": draws, "residual": draws}
+    keys = [*jax.random.split(key, 3), jax.random.fold_in(key, 4)]
     return [
         continuous_ranks(k, counts[name], counts[f"{name}_equal"], number)
         for k, (name, number) in zip(keys, among.items(), strict=True)
@@ -186,6 +224,7 @@ def _reduce(
     distance = jnp.sum(((sample - point) / unit) ** 2, axis=-1)
     truth_distance = jnp.sum(((truth - point) / unit) ** 2, axis=-1)
     finite = jnp.all(jnp.isfinite(sample), axis=(1, 2)) & ~jnp.any(jnp.isnan(log_prob), axis=1)
+    residual, true_residual, whitening = _residuals(sample, truth)
     return {
         "below": jnp.sum(sample < truth, axis=1),
         "below_equal": jnp.sum(sample == truth, axis=1),
@@ -193,11 +232,32 @@ def _reduce(
         "denser_equal": jnp.sum(log_prob == log_truth[:, None], axis=1),
         "nearer": jnp.sum(distance < truth_distance, axis=1),
         "nearer_equal": jnp.sum(distance == truth_distance, axis=1),
+        "residual": jnp.sum(residual < true_residual, axis=1),
+        "residual_equal": jnp.sum(residual == true_residual, axis=1),
+        "whitening": jnp.mean(whitening, axis=0, keepdims=True),
         "mean": jnp.mean(sample, axis=1),
         "sd": jnp.std(sample, axis=1),
         "log_prob": log_truth,
         "finite": finite & ~jnp.isnan(log_truth),
     }
+
+
+def _residuals(sample: Array, truth: Array) -> tuple[Array, Array, Array]:
+    """Whiten draws (B, L, D) and truths (B, 1, D) by the Cholesky factor of the draws' covariance.
+
+    Each whitened parameter is, up to its scale, the residual of its linear regression on all
+    preceding parameters.
+
+    Returns:
+        Residuals (B, L, D) and (B, 1, D), and the whitening matrices (B, D, D).
+    """
+    mean, sd = jnp.mean(sample, axis=1, keepdims=True), jnp.std(sample, axis=1, keepdims=True)
+    scale = jnp.where(sd > 0, sd, 1.0)
+    z, true_z = (sample - mean) / scale, (truth - mean) / scale
+    correlation = jnp.einsum("bli,blj->bij", z, z) / sample.shape[1]
+    factor = jnp.linalg.cholesky(correlation + MIN_VARIANCE * jnp.eye(sample.shape[2])[None])
+    inverse = jnp.linalg.inv(factor)
+    return z @ inverse.mT, true_z @ inverse.mT, inverse
 
 
 def _require_finite(finite: np.ndarray) -> None:

@@ -17,14 +17,25 @@ from sbi_flows.core.record import to_json_data
 from sbi_flows.core.tables import p_text, table
 from sbi_flows.diagnostics import sections
 from sbi_flows.diagnostics.coverage import Coverage
+from sbi_flows.diagnostics.glossary import explain
+from sbi_flows.diagnostics.information import Information
 from sbi_flows.diagnostics.page import document, environment, write_text
 from sbi_flows.diagnostics.sbc import SBC
 from sbi_flows.diagnostics.sharpness import Sharpness
 from sbi_flows.diagnostics.tarp import TARP
-from sbi_flows.diagnostics.verdict import Finding, Test
+from sbi_flows.diagnostics.verdict import BIASED, OVER, SHAPE, UNDER, Finding, Test
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+ADVICE = {
+    OVER: "fit with more simulations or members, or correct with sf.recalibrate or sf.conformal",
+    BIASED: "fit with more simulations, or correct with sf.recalibrate",
+    SHAPE: "fit with more simulations, or try another density; see the page choosing.md",
+    UNDER: "usable, but wider than necessary: fit with more simulations",
+}
+"""What to do, by the kind of a finding."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -32,11 +43,14 @@ class Report:
     """Result of `check`.
 
     Attributes:
-        verdict: One sentence: the posterior is calibrated, over-confident, under-confident, biased
-            or mis-shaped; in which parameters, by how much, and with which corrected p-values. If
-            some simulations failed, the sentence gives the number of simulations used.
-        calibrated: True if no test rejects. A correct posterior is rejected with a probability of
-            about `level`.
+        verdict: Two lines. The first says whether the posterior is calibrated, over-confident,
+            under-confident, biased or mis-shaped; in which parameters, by how much, and with which
+            corrected p-values; or that this number of data sets cannot tell. If some simulations
+            failed, it gives the number of simulations used. The second line says whether the
+            posterior uses the data (`information.verdict`).
+        calibrated: True if no test rejects and there are enough data sets to find errors that
+            matter (`least_width`). A correct posterior is rejected with a probability of about
+            `level`.
         conservative: True if the posterior is calibrated, or under-confident and not otherwise
             wrong.
         findings: Errors of the posterior, in order of their p-values; empty if calibrated.
@@ -45,6 +59,9 @@ class Report:
         tarp: Coverage around reference points.
         coverage: Coverage of highest-density regions and central intervals.
         sharpness: Width of the posterior relative to the prior.
+        information: Test whether the posterior uses the information in the data.
+        least_width: Smallest factor by which the width of a parameter must be wrong to be found,
+            in 95% of cases. If it is above 1.2 and no test rejects, the verdict is "cannot tell".
         level: Probability that any of the tests rejects a correct posterior.
         num_datasets: Number of data sets checked.
         num_failed: Number of failed simulations that were left out.
@@ -61,18 +78,41 @@ class Report:
     tarp: TARP
     coverage: Coverage
     sharpness: Sharpness
+    information: Information
+    least_width: float
     level: float
     num_datasets: int
     num_failed: int
     draws: int
     command: str
 
+    @property
+    def uses_data(self) -> bool | None:
+        """Whether the posterior uses the data; None if this number of data sets cannot tell."""
+        kind = self.information.kind
+        return None if kind == "cannot tell" else kind == "uses the data"
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What to do about each problem; empty if there is none."""
+        kinds = {f.kind for f in self.findings}
+        if self.information.kind == "unused":
+            kinds.discard(UNDER)  # its cause is then the unused information
+        lines = [ADVICE[kind] for kind in ADVICE if kind in kinds]
+        if not self.findings and not self.calibrated and self.uses_data is not None:
+            lines.append("check with more data sets")
+        return (*lines, *filter(None, [self.information.advice]))
+
+    def explain(self) -> str:
+        """Return an explanation of each term in the report."""
+        return explain(self.summary())
+
     def __repr__(self) -> str:
         """Return the text of `summary`."""
         return self.summary()
 
     def summary(self) -> str:
-        """Return the verdict, a table of parameters, the joint tests, and notes."""
+        """Return the verdict, what to do, a table of parameters, the joint tests, and notes."""
         p = {(t.parameter, t.name): p_text(t.adjusted) for t in self.tests}
         labels = self.sbc.labels
         columns = {
@@ -93,15 +133,16 @@ class Report:
         title = f"check of {self.num_datasets} data sets x {self.draws} draws"
         if self.num_failed:
             title += f"; {self.num_failed} simulations failed and were left out"
-        verdict = textwrap.fill(self.verdict, 100)
-        lines = [verdict, "", title, table(labels, columns), joint, *self.notes()]
+        verdict = _filled(self.verdict, 100)
+        advice = [_filled(f"to do: {line}", 100) for line in self.advice]
+        lines = [verdict, *advice, "", title, table(labels, columns), joint, *self.notes()]
         lines.append("p-values are corrected for the number of tests (Holm)")
         return "\n".join(lines)
 
     def notes(self) -> list[str]:
         """Return sentences on parameters that the data do not constrain."""
         unlearned = self.sharpness.unlearned
-        if not unlearned:
+        if not unlearned or self.information.kind == "nothing":
             return []
         if len(unlearned) == len(self.sbc.labels):
             return ["the posterior equals the prior (contraction about 0): the data taught nothing"]
@@ -123,18 +164,26 @@ class Report:
             "tarp": self.tarp.to_dict(),
             "coverage": self.coverage.to_dict(),
             "sharpness": self.sharpness.to_dict(),
+            "information": self.information.to_dict(),
+            "least_width": self.least_width,
+            "advice": list(self.advice),
         }
 
     def to_html(self) -> str:
         """Return the report as one self-contained HTML page that loads no other file."""
-        css = "verdict good" if self.calibrated else "verdict"
+        calibration, information = self.verdict.split("\n", 1)
+        judged = {calibration: self.calibrated, information: bool(self.uses_data)}
         failures = "no simulation failed"
         if self.num_failed:
             failures = f"{self.num_failed} simulations failed and were left out"
         draws = f"{self.draws} draws from the posterior of each"
         body = [
             "<h1>Can this posterior be trusted?</h1>",
-            f'<p class="{css}">{escape(self.verdict)}</p>',
+            *(
+                f'<p class="verdict{" good" * good}">{escape(line)}</p>'
+                for line, good in judged.items()
+            ),
+            *(f"<p>To do: {escape(line)}.</p>" for line in self.advice),
             f"<p>{self.num_datasets} data sets, {draws}; {failures}.</p>",
             *(f"<p>{escape(note)}</p>" for note in self.notes()),
             sections.tests_section(self.tests, self.level),
@@ -142,6 +191,8 @@ class Report:
             sections.coverage_section(self.coverage),
             sections.tarp_section(self.tarp),
             sections.sharpness_section(self.sharpness),
+            sections.information_section(self.information),
+            sections.glossary_section(self.explain()),
             sections.repeat_section(self.command),
         ]
         return document(f"check: {self.verdict.split(':')[0][:60]}", body)
@@ -155,7 +206,7 @@ class Report:
         self.sbc.plot(ranks).set_title("ranks (SBC)", fontsize="medium")
         self.coverage.plot(regions).set_title("highest-density regions", fontsize="medium")
         self.tarp.plot(points).set_title("regions around points (TARP)", fontsize="medium")
-        figure.suptitle(textwrap.fill(self.verdict, 110), fontsize="medium")
+        figure.suptitle(_filled(self.verdict, 110), fontsize="medium")
         return figure
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -187,3 +238,8 @@ class Report:
         data = {**self.to_dict(), "command": self.command, "versions": environment()}
         text = json.dumps(to_json_data(data), indent=1, allow_nan=False, ensure_ascii=False)
         return f"{text}\n"
+
+
+def _filled(text: str, width: int) -> str:
+    """Break each line of a text at the given width."""
+    return "\n".join(textwrap.fill(line, width) for line in text.splitlines())

@@ -1,7 +1,7 @@
 """Sections of the HTML page of a check: tests, ranks, coverage, TARP, sharpness, environment.
 
 Internal names: `tests_section`, `ranks_section`, `coverage_section`, `tarp_section`,
-`sharpness_section`, `repeat_section`.
+`sharpness_section`, `information_section`, `glossary_section`, `repeat_section`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from html import escape
 
 from sbi_flows.core.tables import p_text
 from sbi_flows.diagnostics.coverage import TABLE_LEVELS, Coverage
+from sbi_flows.diagnostics.information import Information
 from sbi_flows.diagnostics.page import environment, html_table, picture, section
 from sbi_flows.diagnostics.sbc import SBC
 from sbi_flows.diagnostics.sharpness import Sharpness
@@ -84,6 +85,34 @@ def sharpness_section(sharpness: Sharpness) -> str:
     )
     columns = ["parameter", "contraction", "posterior sd", "movement"]
     return section("Sharpness", explanation, html_table(columns, rows))
+
+
+def information_section(information: Information) -> str:
+    """Return the table of the test of information."""
+    rows = [
+        ["gained over the prior", f"{information.gain:.3g} ± {information.gain_error:.2g}"],
+        ["unused", f"{information.unused:.2g} ± {information.unused_error:.2g}"],
+        ["smallest amount that would be found", f"{information.detectable:.2g}"],
+    ]
+    if information.start_gain is not None:
+        rows.insert(1, ["gained over the linear start", f"{information.start_gain:.3g}"])
+    p_values = zip(information.labels, information.p_value, strict=True)
+    tests = [[label, p_text(float(p))] for label, p in p_values]
+    explanation = (
+        "Can other regressions predict from the data where the truth lies within the posterior? "
+        "What they predict is information that the posterior leaves unused. In nats."
+    )
+    tables = html_table(["information", "nats"], rows)
+    tables += html_table(["parameter", "p corrected"], tests)
+    return section("Use of the data", explanation, tables)
+
+
+def glossary_section(text: str) -> str:
+    """Return the explanations of terms; each starts with its term and a colon."""
+    entries = text.replace("\n    ", " ").splitlines()
+    pairs = [entry.split(": ", 1) for entry in entries]
+    body = "".join(f"<dt>{escape(t)}</dt><dd>{escape(m)}</dd>" for t, m in pairs)
+    return section("Glossary", "The terms of this report.", f"<dl>{body}</dl>")
 
 
 def repeat_section(command: str) -> str:

@@ -3,8 +3,8 @@
 For a correct posterior, the ranks, density ranks and TARP fractions that `continuous_ranks` returns
 are independent and exactly uniform. All calibration checks test this uniformity.
 
-Internal names: `ks_p_value`, `normal_p_values`, `log_gamma`, `gamma_quantile`, `ecdf_band`,
-`holm`.
+Internal names: `ks_p_value`, `normal_p_values`, `detectable_width`, `log_gamma`,
+`gamma_quantile`, `ecdf_band`, `holm`.
 """
 
 from __future__ import annotations
@@ -52,6 +52,20 @@ def normal_p_values(uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     squares = np.sum((v - v.mean(axis=0)) ** 2, axis=0)
     spread = 2.0 * np.minimum(special.chdtr(n - 1, squares), special.chdtrc(n - 1, squares))
     return np.asarray(location), np.asarray(np.minimum(spread, 1.0))
+
+
+def detectable_width(n: int, level: float, power: float = 0.95) -> float:
+    """Return the smallest factor by which a width must be wrong to be found.
+
+    This is the factor at which the test of the spread of n values by `normal_p_values`, at the
+    given level, rejects a posterior that is too narrow with the probability `power`.
+
+    Example:
+        >>> round(detectable_width(1_000, 0.05 / 8), 2), round(detectable_width(50, 0.05 / 8), 2)
+        (1.1, 1.58)
+    """
+    largest = special.chdtri(n - 1, level / 2)
+    return float(np.sqrt(largest / special.chdtri(n - 1, power)))
 
 
 def log_gamma(uniform: np.ndarray, draws: int, *, level: float = 0.05) -> float:

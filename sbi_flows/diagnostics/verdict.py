@@ -12,6 +12,7 @@ import numpy as np
 
 from sbi_flows.core.tables import p_text
 from sbi_flows.diagnostics.coverage import Coverage
+from sbi_flows.diagnostics.directions import JointWidth
 from sbi_flows.diagnostics.sbc import SBC
 from sbi_flows.diagnostics.tarp import TARP
 from sbi_flows.diagnostics.uniformity import holm, ks_p_value
@@ -20,6 +21,12 @@ OVER, UNDER, BIASED, SHAPE = "over-confident", "under-confident", "biased", "mis
 
 JOINT_TEST_TITLES = {"coverage": "HPD coverage", "tarp": "TARP", "classifier": "local C2ST"}
 """Names of tests of the joint posterior as they appear in a verdict."""
+
+MAX_DETECTABLE_WIDTH = 1.2
+"""If only larger errors of a width would be found, the verdict is "cannot tell"."""
+
+MIN_LOG_WIDTH = 0.03
+"""Smallest logarithm of a width, wrong over correct, that is reported for the joint posterior."""
 
 JOINT_KIND_LEVEL = 0.01
 """Level of the one-sided tests of whether the joint posterior is over- or under-confident."""
@@ -59,6 +66,9 @@ class Finding:
         test: Name of the test that found the error.
         at_least: True if the effect is a lower bound, because too many truths lie outside the
             range of all draws.
+        direction: For an error of the joint posterior, the combination of standardised parameters
+            to which the effect refers, for example "alpha - beta"; None if all directions are
+            about equally wrong, or for an error of one parameter.
     """
 
     kind: str
@@ -67,6 +77,7 @@ class Finding:
     effect: float | None
     test: str
     at_least: bool = False
+    direction: str | None = None
 
 
 def tests_of(sbc: SBC, tarp: TARP, coverage: Coverage) -> tuple[Test, ...]:
@@ -82,7 +93,12 @@ def tests_of(sbc: SBC, tarp: TARP, coverage: Coverage) -> tuple[Test, ...]:
 
 
 def findings_of(
-    tests: Sequence[Test], sbc: SBC, tarp: TARP, coverage: Coverage, level: float
+    tests: Sequence[Test],
+    sbc: SBC,
+    tarp: TARP,
+    coverage: Coverage,
+    level: float,
+    joint_width: JointWidth | None = None,
 ) -> tuple[Finding, ...]:
     """Translate tests that reject into findings, in order of their p-values.
 
@@ -90,6 +106,7 @@ def findings_of(
     rejects, the error is reported as mis-shaped. Joint tests are reported only if no parameter has
     a finding, because an error of one parameter makes the joint tests reject as well. Coverage has
     priority over TARP: it shows more reliably whether the posterior is too narrow or too wide.
+    `joint_width` gives the size and the direction of an error of the joint posterior.
     """
     rejected = {(t.parameter, t.name): t for t in tests if t.adjusted <= level}
     findings: list[Finding] = []
@@ -109,22 +126,49 @@ def findings_of(
     for name, values in joint.items():
         test = rejected.get((None, name))
         if test and not findings:
-            findings.append(Finding(_joint_kind(values), None, test.adjusted, None, name))
+            findings.append(_joint_finding(_joint_kind(values), test, joint_width))
     return tuple(sorted(findings, key=lambda f: f.p_value))
 
 
 def verdict_of(
-    findings: Sequence[Finding], tests: Sequence[Test], labels: Sequence[str], level: float
+    findings: Sequence[Finding],
+    tests: Sequence[Test],
+    labels: Sequence[str],
+    level: float,
+    least_width: float = 1.0,
 ) -> str:
-    """Return the findings as one sentence; `labels` are the names of all parameters."""
+    """Return the findings as one sentence.
+
+    Args:
+        findings: The findings.
+        tests: All tests.
+        labels: Names of all parameters.
+        level: Family-wise level of the tests.
+        least_width: Smallest factor by which a width must be wrong to be found.
+    """
     if not findings:
         smallest = min(t.adjusted for t in tests)
+        if least_width > MAX_DETECTABLE_WIDTH:
+            return (
+                f"cannot tell: none of {len(tests)} tests rejects, but a width is found to be "
+                f"wrong only if it is wrong by a factor of {least_width:.2g} or more; check with "
+                "more data sets"
+            )
         return (
             f"calibrated: none of {len(tests)} tests rejects at a family-wise level of {level:g} "
             f"(smallest corrected p {p_text(smallest)})"
         )
     kinds = list(dict.fromkeys(f.kind for f in findings))
     return "; ".join(_clause([f for f in findings if f.kind == k], labels) for k in kinds)
+
+
+def _joint_finding(kind: str, test: Test, joint_width: JointWidth | None) -> Finding:
+    """Return the finding of a joint test, with the width if that agrees with the kind of error."""
+    width, direction = joint_width or (1.0, None)
+    agrees = kind == SHAPE or (width < 1) == (kind == OVER)
+    if not agrees or abs(np.log(width)) < MIN_LOG_WIDTH:
+        return Finding(kind, None, test.adjusted, None, test.name)
+    return Finding(kind, None, test.adjusted, width, test.name, direction=direction)
 
 
 def _joint_kind(values: np.ndarray) -> str:
@@ -148,7 +192,7 @@ def _clause(findings: Sequence[Finding], labels: Sequence[str]) -> str:
     p = f"corrected p {'at most ' * (len(findings) > 1)}{p_text(max(f.p_value for f in findings))}"
     if findings[0].parameter is None:
         tests = " and ".join(JOINT_TEST_TITLES[f.test] for f in findings)
-        return f"{kind} as a whole, located in no single parameter ({tests}; {p})"
+        return f"{kind} jointly, no single parameter ({_joint_text(findings[0])}{tests}; {p})"
     affected = {f.parameter for f in findings}
     parameters = ", ".join(label for label in labels if label in affected)
     if len(affected) == len(labels) > 1:
@@ -157,6 +201,15 @@ def _clause(findings: Sequence[Finding], labels: Sequence[str]) -> str:
     if size and any(f.at_least for f in findings):
         size = f"at least {size}"
     return f"{kind} in {parameters} ({size}{p})"
+
+
+def _joint_text(finding: Finding) -> str:
+    """Describe the width and the direction of an error of the joint posterior; may be empty."""
+    if finding.effect is None:
+        return ""
+    size = _effect_text(OVER if finding.effect < 1 else UNDER, [finding.effect])
+    where = f" along {finding.direction}" if finding.direction else " in all directions"
+    return f"about {size.removesuffix('; ')}{where}; "
 
 
 def _effect_text(kind: str, effects: Sequence[float]) -> str:

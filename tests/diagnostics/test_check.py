@@ -9,11 +9,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import numpyro.distributions as dist
 import pytest
+from scipy import special
 
 from sbi_flows.core.errors import SbiFlowsWarning, SimulationFailed
 from sbi_flows.diagnostics import check
+from sbi_flows.diagnostics.glossary import GLOSSARY
+from sbi_flows.diagnostics.uniformity import detectable_width, normal_p_values
 from sbi_flows.diagnostics.verdict import _joint_kind
 from sbi_flows.prior.prior import as_prior
+from sbi_flows.simulations.simulate import simulate
 
 KEY = jax.random.key(0)
 SIZES = {"datasets": 400, "draws": 200, "progress": False}
@@ -31,6 +35,12 @@ def test_exact_posterior_is_calibrated(exact_report):
     assert exact_report.sharpness.contraction == pytest.approx([0.8, 0.8], abs=0.06)
     assert exact_report.sharpness.movement == pytest.approx([0.8, 0.8], abs=0.15)
     assert exact_report.sharpness.unlearned == ()
+    _, information = exact_report.verdict.splitlines()
+    assert exact_report.uses_data is True and exact_report.advice == ()
+    assert information.startswith("uses the data: 1.") and "no unused information" in information
+    # log 5 / 2 per parameter: the posterior variance is a fifth of the prior's
+    gain = exact_report.information.gain
+    assert gain == pytest.approx(np.log(5), abs=4 * exact_report.information.gain_error)
 
 
 def test_exact_posterior_passes_18_of_20(gaussian, simulator):
@@ -98,9 +108,11 @@ def test_errors_are_named_in_one_dimension_and_in_ten(gaussian, simulator, dim):
 
 def test_a_posterior_equal_to_the_prior_is_reported_as_such(gaussian, simulator):
     report = check(KEY, gaussian(blind=True), simulator, **SIZES)
-    assert report.verdict.startswith(
-        "under-confident as a whole, located in no single parameter (TARP"
-    )
+    assert report.verdict.startswith("under-confident jointly, no single parameter (TARP")
+    assert report.uses_data is False
+    assert report.information.unused == pytest.approx(np.log(5), abs=0.25)
+    assert report.information.unused_labels == ("theta[0]", "theta[1]")
+    assert report.advice == (report.information.advice,)
     assert "the posterior equals the prior (contraction about 0)" in report.summary()
     assert report.sharpness.unlearned == ("theta[0]", "theta[1]")
 
@@ -137,7 +149,7 @@ def test_failed_simulations_are_left_out_and_counted(gaussian, simulator):
     assert len(report.sbc.uniform) == len(report.tarp.fractions) == report.num_datasets
     assert f"{report.num_failed} simulations failed and were left out" in report.summary()
     about = f"; about the {report.num_datasets} of 400 simulations that did not fail"
-    assert report.verdict.endswith(about)
+    assert report.verdict.splitlines()[0].endswith(about)
 
     def hopeless(key, theta):
         return jnp.where(theta[0] < 1.5, jnp.nan, simulator(key, theta))
@@ -149,7 +161,7 @@ def test_failed_simulations_are_left_out_and_counted(gaussian, simulator):
 def test_report_as_text_and_as_json(exact_report):
     text = repr(exact_report)
     assert text == exact_report.summary()
-    assert exact_report.verdict in re.sub(r"\s+", " ", text)
+    assert " ".join(exact_report.verdict.split()) in re.sub(r"\s+", " ", text)
     assert "theta[0]" in text and "HPD coverage p" in text and "TARP p" in text
     stored = json.loads(json.dumps(exact_report.to_dict(), allow_nan=False))
     assert stored["calibrated"] is True and stored["num_datasets"] == 400
@@ -170,6 +182,100 @@ def test_report_draws_its_three_panels(exact_report):
     np.testing.assert_allclose(lines["HPD"], exact_report.coverage.expected)
     assert figure.get_suptitle().startswith("calibrated")
     plt.close(figure)
+
+
+@pytest.mark.parametrize("datasets", [50, 100, 200])
+def test_few_data_sets_cannot_tell(gaussian, simulator, datasets):
+    """A posterior that is 1.3 times too narrow is found, or the verdict says that it may be."""
+    posterior = gaussian(scale=1 / 1.3)
+    verdicts = set()
+    for key in jax.random.split(jax.random.key(datasets), 12):
+        report = check(key, posterior, simulator, datasets=datasets, draws=100, progress=False)
+        assert not report.calibrated and not report.conservative
+        verdicts.add(report.verdict.split(" ")[0].rstrip(":"))
+        if not report.findings:
+            factor = re.search(r"wrong by a factor of (\S+) or more", report.verdict)
+            assert factor is not None and float(factor[1]) == pytest.approx(report.least_width, 0.1)
+    assert {"over-confident"} <= verdicts <= {"over-confident", "mis-shaped", "cannot"}
+    right = check(KEY, gaussian(), simulator, datasets=datasets, draws=100, progress=False)
+    assert right.verdict.startswith("cannot tell: none of 8 tests rejects, but a width is found")
+    assert right.uses_data is None and right.advice == (right.information.advice,)
+
+
+def test_the_smallest_width_that_is_found(gaussian, simulator):
+    """The stated width is found in 95% of checks; clearly smaller errors are not."""
+    n, draws, width = 300, 400, check(KEY, gaussian(1), simulator, **SIZES).least_width
+    rng = np.random.default_rng(0)
+    least = detectable_width(n, 0.01)
+    found = [
+        normal_p_values(special.ndtr(least * rng.normal(size=(n, 1))))[1][0] <= 0.01
+        for _ in range(draws)
+    ]
+    assert np.mean(found) == pytest.approx(0.95, abs=0.04)
+    assert 1.1 < width < 1.2
+
+
+def test_held_out_simulations_take_the_place_of_a_simulator(gaussian, simulator):
+    posterior = gaussian()
+    sims = simulate(jax.random.key(5), posterior.prior, simulator, 400, progress=False)
+    report = check(KEY, posterior, simulations=sims, draws=200, progress=False)
+    assert report.calibrated and report.num_datasets == 400
+    assert "simulations=simulations, draws=200" in report.command
+    again = check(KEY, posterior, simulations=sims, draws=200, progress=False)
+    assert again.verdict == report.verdict
+
+
+def test_there_is_one_source_of_data_sets(gaussian, simulator):
+    posterior = gaussian()
+    sims = simulate(jax.random.key(5), posterior.prior, simulator, 60, progress=False)
+    with pytest.raises(ValueError, match="expected a simulator or simulations, got neither"):
+        check(KEY, posterior)
+    with pytest.raises(ValueError, match="expected a simulator or simulations, got both"):
+        check(KEY, posterior, simulator, simulations=sims)
+
+
+def test_a_wrong_correlation_is_described(gaussian):
+    """The joint error is given as a width along a combination of the parameters."""
+    prior = as_prior({"alpha": dist.Normal(0, 1), "beta": dist.Normal(0, 1)})
+
+    class Correlated(type(gaussian())):
+        """Correlation .6 between draws of independent parameters."""
+
+        def sample(self, key, x, n):
+            mean, sd = self.moments(x)
+            noise = jax.random.normal(key, (*mean.shape[:-1], n, 2))
+            second = 0.6 * noise[..., 0] + 0.8 * noise[..., 1]
+            noise = jnp.stack([noise[..., 0], second], axis=-1)
+            return mean[..., None, :] + sd[..., None, :] * noise
+
+        def log_prob(self, theta, x):
+            mean, sd = self.moments(jnp.asarray(x))
+            if jnp.ndim(theta) > mean.ndim:
+                mean, sd = mean[..., None, :], sd[..., None, :]
+            z = (theta - mean) / sd
+            return -0.5 * (z[..., 0] ** 2 + (z[..., 1] - 0.6 * z[..., 0]) ** 2 / 0.64)
+
+    def simulator(key, theta):
+        clean = jnp.stack([theta["alpha"], theta["beta"]])
+        return clean + 0.5 * jax.random.normal(key, (2,))
+
+    exact = gaussian(prior=prior)
+    report = check(KEY, Correlated(prior, exact.scale, exact.shift), simulator, **SIZES)
+    (finding,) = report.findings
+    assert finding.parameter is None and finding.direction == "alpha - beta"
+    # the variance of alpha - beta is .4 in place of 1
+    assert finding.effect == pytest.approx(0.4**0.5, rel=0.15)
+    size = rf"about {1 / finding.effect:.2f} times too narrow along alpha - beta"
+    assert size in report.verdict
+
+
+def test_every_term_of_the_report_is_explained(exact_report):
+    text = exact_report.explain()
+    for term in ("calibrated", "uses the data", "TARP", "ATC", "width", "contraction", "nats"):
+        assert f"{term}: {GLOSSARY[term][:30]}" in text
+    assert "over-confident:" not in text.replace("\n", " ").split("ATC:")[0]
+    columns = re.split(r"\s{2,}", exact_report.summary().split("\n\n")[1].splitlines()[1].strip())
+    assert {c for c in columns if c not in {"p", *GLOSSARY}} == set()
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_one_posterior_with_a_huge_variance_does_not_dominate_the_contraction():
     sd[7] = 1e6
     theta = rng.normal(size=(100, 1))
     none = np.zeros((100, 1))
-    ranks = Ranks(theta, none, None, None, None, theta, sd, 500, ("a",), 0)
+    ranks = Ranks(theta, none, none, None, None, None, theta, sd, 500, ("a",), 0, np.eye(1))
     assert sharpness_of(ranks).contraction[0] == pytest.approx(0.99, abs=0.01)
 
 

@@ -1,0 +1,159 @@
+"""`python -m benchmarks verdict`: how often `sf.check` finds what it should, and what it costs.
+
+Public names: `run`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm.auto import tqdm
+
+import sbi_flows as sf
+import simulators
+from benchmarks.demonstrations.verdict_cases import CASES, EXACT, Case, Narrow, make_exact
+from benchmarks.suite.records import provenance, writable_folder, write_json
+from sbi_flows.core.typing import Key
+
+SEED = 20
+FEW = (50, 100, 200)
+"""Small numbers of data sets."""
+
+HELD_OUT_ROWS = 1_000
+"""Number of simulations of the fits whose held-out rows are checked."""
+
+DRAWS = 300
+"""Number of draws for each data set, except for the measurement of the cost."""
+
+
+def run(folder: Path, repeats: int = 40, fits: int = 4) -> dict[str, Any]:
+    """Measure level, power and cost of the verdict, print them, and write `verdict.json`.
+
+    Args:
+        folder: Folder in which the record is written.
+        repeats: Number of checks of each posterior.
+        fits: Number of fits over which the checks of a fitted posterior are divided.
+
+    Returns:
+        The record.
+
+    Raises:
+        BadInput: The folder is not writable.
+    """
+    folder = writable_folder(folder, "--results")
+    key = jax.random.key(SEED)
+    results: dict[str, Any] = {"exact": {}, "unused": {}, "few": {}}
+    for i, name in enumerate(EXACT):
+        found = _checks(
+            jax.random.fold_in(key, i), [make_exact(name)], repeats + repeats // 4, name
+        )
+        results["exact"][name] = _share(found, "unused")
+        print(f"{name}: {results['exact'][name]}", flush=True)
+    for i, (name, make) in enumerate(CASES.items(), start=10):
+        case_key, check_key = jax.random.split(jax.random.fold_in(key, i))
+        count = fits if name.startswith(("raw", "trials")) else 1
+        cases = [make(k) for k in jax.random.split(case_key, count)]
+        found = _checks(check_key, cases, repeats, name)
+        results["unused"][name] = {
+            **_share(found, "unused"),
+            "exact_nats": [c.nats for c in cases],
+            "named": float(np.mean([_named(r, cases[0]) for r in found])),
+        }
+        print(f"{name}: {results['unused'][name]}", flush=True)
+    for n in FEW:
+        results["few"][str(n)] = _few(jax.random.fold_in(key, 20 + n), n, 5 * repeats)
+        print(f"{n} data sets, 1.3 times too narrow: {results['few'][str(n)]}", flush=True)
+    results["held_out"] = _optimism(jax.random.fold_in(key, 30), fits)
+    print(f"held-out rows and fresh ones: {results['held_out']}", flush=True)
+    record = {**provenance(), "kind": "verdict", **results}
+    write_json(folder / "verdict.json", record)
+    return record
+
+
+def _few(key: Key, datasets: int, repeats: int) -> dict[str, Any]:
+    """Check a posterior that is 1.3 times too narrow with few data sets; count first words."""
+    case = make_exact("gaussian 2")
+    narrow = Narrow(case.posterior, 1.3)
+    words: dict[str, int] = {}
+    least = 0.0
+    for r in range(repeats):
+        report = sf.check(
+            jax.random.fold_in(key, r),
+            narrow,
+            case.simulator,
+            datasets=datasets,
+            draws=DRAWS,
+            progress=False,
+        )
+        word = "cannot tell" if report.verdict.startswith("cannot tell") else "calibrated"
+        word = report.findings[0].kind if report.findings else word
+        words[word] = words.get(word, 0) + 1
+        least = report.least_width
+    return {"checks": repeats, "verdicts": words, "least_width": least}
+
+
+def _optimism(key: Key, fits: int) -> list[dict[str, float]]:
+    """Compare checks of members on rows that they held out with checks on fresh rows."""
+    task = simulators.two_moons()
+    rows = []
+    for fit in range(fits):
+        keys = jax.random.split(jax.random.fold_in(key, fit), 4)
+        sims = sf.simulate(keys[0], task.prior, task.simulator, HELD_OUT_ROWS, progress=False)
+        posterior, history = sf.NPE(task.prior).fit(keys[1], sims, progress=False)
+        own = sf.check(keys[2], posterior, simulations=sims, history=history, progress=False)
+        fresh = sf.check(keys[3], posterior, task.simulator, progress=False)
+        rows.append(
+            {
+                "gain_held_out": own.information.gain,
+                "gain_fresh_mixture": fresh.information.gain,
+                "width_held_out": float(np.mean(own.sbc.width)),
+                "width_fresh_mixture": float(np.mean(fresh.sbc.width)),
+            }
+        )
+        members = [_member_gain(keys[3], posterior, m, task) for m in range(posterior.members)]
+        rows[-1]["gain_fresh_members"] = float(np.mean([m[0] for m in members]))
+        rows[-1]["width_fresh_members"] = float(np.mean([m[1] for m in members]))
+    return rows
+
+
+def _member_gain(key: Key, posterior: sf.Posterior, member: int, task: Any) -> tuple[float, float]:
+    """Return gain over the prior and width of one member on fresh simulations."""
+    weights = jax.tree.map(lambda leaf: leaf[member : member + 1], posterior.weights)
+    alone = dataclasses.replace(posterior, weights=weights)
+    report = sf.check(key, alone, task.simulator, progress=False)
+    return report.information.gain, float(np.mean(report.sbc.width))
+
+
+def _checks(key: Key, cases: list[Case], repeats: int, name: str) -> list[sf.Report]:
+    """Check each case in turn, `repeats` times in all."""
+    return [
+        sf.check(
+            jax.random.fold_in(key, r),
+            cases[r % len(cases)].posterior,
+            cases[r % len(cases)].simulator,
+            draws=DRAWS,
+            progress=False,
+        )
+        for r in tqdm(range(repeats), desc=name)
+    ]
+
+
+def _share(reports: list[sf.Report], kind: str) -> dict[str, Any]:
+    """Return the fraction of reports of a kind, and the estimated nats."""
+    nats = np.array([r.information.unused for r in reports])
+    return {
+        "checks": len(reports),
+        kind: float(np.mean([r.information.kind == kind for r in reports])),
+        "calibrated": float(np.mean([r.calibrated for r in reports])),
+        "nats": float(nats.mean()),
+        "nats_range": [float(nats.min()), float(nats.max())],
+    }
+
+
+def _named(report: sf.Report, case: Case) -> bool:
+    """Whether the report names exactly the parameters about which information is unused."""
+    return set(report.information.unused_labels) == set(case.parameters)

@@ -1,0 +1,139 @@
+"""Cross-validated ranks: each member of an ensemble is tested on the rows that it held out.
+
+Internal names: `ranks_of_members`, `FitHistory`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+from sbi_flows.core.typing import Key
+from sbi_flows.diagnostics.ranks import Ranks, rank_valid
+from sbi_flows.diagnostics.references import crude_posterior, prior_scale
+from sbi_flows.estimators.stacking import StackHistory
+from sbi_flows.posteriors.direct import Posterior
+from sbi_flows.posteriors.passes import MIN_DATASETS
+from sbi_flows.simulations.simulations import Simulations
+from sbi_flows.training.history import History
+
+FitHistory: TypeAlias = History | StackHistory
+"""History that a fit returns."""
+
+
+def ranks_of_members(
+    key: Key,
+    posterior: Any,
+    simulations: Simulations,
+    history: FitHistory,
+    *,
+    datasets: int,
+    draws: int,
+    progress: bool,
+) -> tuple[Ranks, Simulations]:
+    """Rank truths that each member of a fit held out among draws of this member alone.
+
+    Args:
+        key: Random key.
+        posterior: The fitted posterior with M members.
+        simulations: The valid simulations of the fit.
+        history: History of the fit.
+        datasets: Maximum number of rows in all.
+        draws: Draws from each posterior.
+        progress: Show progress bars.
+
+    Returns:
+        The ranks, and the rows that were used, member by member.
+
+    Raises:
+        ValueError: The history, the posterior and the simulations are not of the same fit, the
+            posterior was not returned by an estimator, or fewer than `MIN_DATASETS` rows were held
+            out.
+    """
+    if not isinstance(posterior, Posterior):
+        raise ValueError(
+            "posterior: expected the posterior that `fit` returned with the history, got "
+            f"{type(posterior).__name__}"
+        )
+    row_key, reference_key, draw_key = jax.random.split(key, 3)
+    rows = _rows_of_members(row_key, posterior, simulations, history, datasets)
+    used = simulations[np.concatenate(rows)]
+    if len(used) < MIN_DATASETS:
+        raise ValueError(
+            f"history: expected at least {MIN_DATASETS} held-out rows, got {len(used)}; raise "
+            "Training(validation_fraction=...) or the number of members"
+        )
+    references, scale = crude_posterior(reference_key, used), prior_scale(used.theta)
+    parts, start = [], 0
+    for member, chosen in enumerate(rows):
+        stop = start + len(chosen)
+        if stop > start:
+            ranks = rank_valid(
+                jax.random.fold_in(draw_key, member),
+                _member(posterior, member),
+                simulations[chosen],
+                draws=draws,
+                references=references[start:stop],
+                scale=scale,
+                density=True,
+                progress=progress,
+            )
+            parts.append(ranks)
+        start = stop
+    return _joined(parts), used
+
+
+def _rows_of_members(
+    key: Key, posterior: Posterior, simulations: Simulations, history: FitHistory, datasets: int
+) -> list[np.ndarray]:
+    """Choose at most `datasets` held-out rows, each for one member; return row numbers."""
+    held_out = np.asarray(history.held_out)
+    members = {len(jax.tree.leaves(w)[0]) for w in posterior.weights}
+    if held_out.ndim != 2 or members != {len(held_out)}:
+        raise ValueError(
+            f"history: expected held-out rows of the posterior's members ({members}), got shape "
+            f"{held_out.shape}"
+        )
+    if held_out.size and held_out.max() >= len(simulations):
+        raise ValueError(
+            f"simulations: expected those of the fit, at least {held_out.max() + 1} valid rows, "
+            f"got {len(simulations)}"
+        )
+    rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,))))
+    owner = np.full(len(simulations), -1)
+    # members may share rows: each row goes to a random one of the members that held it out
+    for member, place in rng.permutation(_pairs(held_out)):
+        owner[held_out[member, place]] = member
+    rows = np.flatnonzero(owner >= 0)
+    chosen = rng.permutation(rows)[:datasets]
+    return [np.sort(chosen[owner[chosen] == m]) for m in range(len(held_out))]
+
+
+def _joined(parts: list[Ranks]) -> Ranks:
+    """Join the ranks of several members."""
+    arrays = {}
+    for name in _PER_ROW:
+        values = [getattr(part, name) for part in parts]
+        arrays[name] = None if values[0] is None else np.concatenate(values)
+    sizes = [len(part.theta) for part in parts]
+    whitening = np.average([part.whitening for part in parts], axis=0, weights=sizes)
+    return dataclasses.replace(parts[0], whitening=whitening, **arrays)
+
+
+_PER_ROW = ("theta", "uniform", "residual", "density", "distance", "log_prob", "mean", "sd")
+
+
+def _pairs(held_out: np.ndarray) -> np.ndarray:
+    """Return the index pairs of an array (M, V), shape (M V, 2)."""
+    return np.stack([i.ravel() for i in np.indices(held_out.shape)], axis=1)
+
+
+def _member(posterior: Posterior, member: int) -> Posterior:
+    """Return the posterior of one member; of a stack, the mixture of this member of each fit."""
+    weights = tuple(
+        jax.tree.map(lambda leaf: leaf[member : member + 1], each) for each in posterior.weights
+    )
+    return dataclasses.replace(posterior, weights=weights)

@@ -1,0 +1,241 @@
+"""Test whether a posterior uses the information in the data.
+
+A posterior that ignores the data can be calibrated. This test asks for the rest: do the data
+predict where the truth lies within the posterior?
+
+Public name: `Information`. Internal names: `information_of`, `start_gain`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from scipy import special
+from threadpoolctl import threadpool_limits
+
+from sbi_flows.core.tables import p_text
+from sbi_flows.core.typing import Key, Obs
+from sbi_flows.diagnostics.independence import Rows, dependence, detectable_nats
+from sbi_flows.diagnostics.ranks import Ranks
+from sbi_flows.diagnostics.summaries import summaries
+from sbi_flows.diagnostics.uniformity import holm
+
+MIN_UNUSED = 0.05
+"""Smallest amount of unused information that is reported, in nats: standard deviations 5% wide."""
+
+MAX_DETECTABLE = 0.25
+"""The test can tell if it finds this amount of unused information, in nats."""
+
+MIN_START_GAIN = 0.02
+"""Smallest gain of a network over its linear start, in nats, that counts as learned."""
+
+MAX_TEST_ROWS = 4_000
+"""Maximum number of data sets that the test uses."""
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Information:
+    """Information about the parameters that a posterior uses, and that it leaves unused.
+
+    For an exact posterior, the rank of the truth among posterior draws is independent of the data.
+    The test predicts normal scores of the ranks by regressions on the data and on summaries of the
+    data: ridge regression, boosted trees and a small network. They are trained on some data sets
+    and predict others. Scores that can be predicted contain information that the posterior does not
+    use.
+
+    Attributes:
+        kind: "uses the data", "unused", "nothing" (the posterior equals the prior and no regression
+            finds information either) or "cannot tell".
+        labels: Names of the D parameters.
+        unused_labels: Names of the parameters with unused information.
+        gain: Mean log density of the truth, posterior minus prior, in nats; NaN if the posterior
+            has no density.
+        gain_error: Standard error of `gain`.
+        start_gain: Gain over the linear-Gaussian start of the fit, in nats, on the rows that the
+            fit held out; None if it is not known.
+        unused: Estimate of the unused information about all parameters jointly, in nats. Its
+            expectation is a lower bound: other regressions may find more.
+        unused_error: Standard error of `unused`.
+        p_value: P-value of each parameter, corrected for the number of tests (Holm), shape (D,).
+        detectable: Amount of unused information, in nats, that the test finds in 95% of cases.
+        level: Probability of reporting unused information for an exact posterior.
+
+    References:
+        Ramdas et al. 2023, Game-Theoretic Statistics and Safe Anytime-Valid Inference,
+        arXiv:2210.01948 (the test, see `independence.dependence`).
+    """
+
+    kind: str
+    labels: tuple[str, ...]
+    unused_labels: tuple[str, ...]
+    gain: float
+    gain_error: float
+    start_gain: float | None
+    unused: float
+    unused_error: float
+    p_value: np.ndarray
+    detectable: float
+    level: float
+
+    @property
+    def only_linear(self) -> bool:
+        """Whether the network learned nothing beyond its linear-Gaussian start."""
+        return self.start_gain is not None and self.start_gain < MIN_START_GAIN
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: does the posterior use the data?"""
+        gain = "" if np.isnan(self.gain) else f"{self.gain:.2g} nats gained over the prior"
+        if self.kind == "unused":
+            found = (
+                f"leaves information unused: about {self.unused:.2g} nats, in "
+                f"{', '.join(self.unused_labels)} (corrected p "
+                f"{p_text(float(self.p_value.min()))}{'; ' * bool(gain)}{gain})"
+            )
+            return (
+                f"learned nothing beyond the linear start and {found}" * self.only_linear or found
+            )
+        if self.kind == "cannot tell":
+            return (
+                "cannot tell whether it uses the data: only "
+                f"{self.detectable:.2g} nats of unused information or more would be found"
+            )
+        limit = f"{self.detectable:.2g} nats of unused information would be found"
+        if self.kind == "nothing":
+            return (
+                f"the posterior equals the prior, and no information is found in the data ({limit})"
+            )
+        return f"uses the data: {gain}{', ' * bool(gain)}no unused information found ({limit})"
+
+    @property
+    def advice(self) -> str:
+        """What to do; empty if nothing has to be done."""
+        if self.kind == "unused":
+            return (
+                "give the estimator an embedding for this kind of data or summaries of x, a larger "
+                "network or more simulations; see the page trust.md"
+            )
+        if self.kind == "cannot tell":
+            return f"check with more data sets: {self._rows_needed} or more"
+        if self.kind == "nothing":
+            return "check that the simulator's output depends on the parameters"
+        return ""
+
+    @property
+    def _rows_needed(self) -> int:
+        return int(np.ceil(detectable_nats(1) / MAX_DETECTABLE / 10.0)) * 10
+
+    def __repr__(self) -> str:
+        """Return the verdict."""
+        return self.verdict
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all results as JSON data."""
+        names = ("kind", "gain", "gain_error", "start_gain", "unused", "unused_error", "detectable")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "verdict": self.verdict,
+            "unused_parameters": list(self.unused_labels),
+            "p_values": dict(zip(self.labels, self.p_value.tolist(), strict=True)),
+        }
+
+
+def information_of(
+    key: Key, ranks: Ranks, x: Obs, log_prior: np.ndarray, *, start: float | None, level: float
+) -> Information:
+    """Test whether the posterior uses the information in the data.
+
+    Args:
+        key: Random key.
+        ranks: Result of `draw_pass` with N data sets.
+        x: Their observations (N, *event).
+        log_prior: Prior log density of the true parameters in nats, shape (N,).
+        start: Gain over the linear start, from `start_gain`.
+        level: Probability of reporting unused information for an exact posterior.
+    """
+    rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,))))
+    first, dim = slice(0, MAX_TEST_ROWS), len(ranks.labels)
+    scores = special.ndtri(np.concatenate([ranks.residual, ranks.uniform[:, 1:]], axis=1)[first])
+    features = summaries(jax.tree.map(lambda a: np.asarray(a[first]), x))
+    moments = (np.asarray(a[first], float) for a in (ranks.theta, ranks.mean, ranks.sd))
+    # threads cost more than they gain for so few rows, and wait for each other on a busy machine
+    with threadpool_limits(1):
+        found = dependence(rng, Rows(features, scores, *moments))
+    # residuals describe the parameters jointly; the first residual is the first parameter
+    joint = found.terms[:, :dim].sum(axis=1)
+    unused, error = float(joint.mean()), float(joint.std() / np.sqrt(len(joint)))
+    detectable = detectable_nats(len(scores))
+    p_value, names = _by_parameter(holm(found.p_value), ranks.labels, found.nats, level)
+    gain, gain_error = _gain_over_prior(ranks, log_prior)
+    kind = "uses the data"
+    if names and max(unused, float(found.nats.max())) >= MIN_UNUSED:
+        kind = "unused"
+    elif detectable > MAX_DETECTABLE:
+        kind = "cannot tell"
+    elif gain < max(MIN_START_GAIN, 2.0 * gain_error):
+        kind = "nothing"
+    return Information(
+        kind=kind,
+        labels=ranks.labels,
+        unused_labels=names if kind == "unused" else (),
+        gain=gain,
+        gain_error=gain_error,
+        start_gain=start,
+        unused=max(unused, float(found.nats[dim:].max(initial=0.0))) if names else unused,
+        unused_error=error,
+        p_value=p_value,
+        detectable=detectable,
+        level=level,
+    )
+
+
+def start_gain(record: Mapping[str, Any]) -> float | None:
+    """Return the gain over the linear start from a posterior's record, in nats; None if unknown."""
+    history, estimator = record.get("history"), record.get("estimator")
+    if not isinstance(history, Mapping) or not isinstance(estimator, Mapping):
+        return None
+    if history.get("likelihood") is not True or estimator.get("linear_start") is not True:
+        return None
+    start, best = history.get("start_loss"), history.get("mean_held_out_loss")
+    try:
+        gain = float(np.mean(np.asarray(start, float))) - float(best)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # the record of a file may hold anything
+        return None
+    return gain if np.isfinite(gain) else None
+
+
+def _by_parameter(
+    p: np.ndarray, labels: Sequence[str], nats: np.ndarray, level: float
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Combine the tests of a parameter: of its residual, and of the parameter itself.
+
+    Returns:
+        The smaller p-value of each parameter (D,), and the names of the parameters with unused
+        information. If the test of some parameter itself rejects, those of residuals alone are not
+        named: a residual also reflects the parameters that precede it.
+    """
+    dim = len(labels)
+    residual, own = p[:dim], np.concatenate([p[:1], p[dim:]])
+    own_nats = np.concatenate([nats[:1], nats[dim:]])
+    smallest = np.minimum(residual, own)
+    rejected = own <= level if np.any(own <= level) else residual <= level
+    largest = own_nats[rejected].max(initial=0.0)
+    # with enough data sets, tiny amounts are found in every parameter: name the largest
+    named = rejected & ((own_nats >= 0.2 * largest) | (residual < own))
+    order = [i for i in range(dim) if named[i]]
+    return smallest, tuple(labels[i] for i in order)
+
+
+def _gain_over_prior(ranks: Ranks, log_prior: np.ndarray) -> tuple[float, float]:
+    """Return the mean log density of the truths, posterior minus prior, and its standard error."""
+    if ranks.log_prob is None:
+        return float("nan"), float("nan")
+    gains = np.asarray(ranks.log_prob, float) - np.asarray(log_prior, float)
+    gains = gains[np.isfinite(gains)]
+    if len(gains) < 2:
+        return float("nan"), float("nan")
+    return float(gains.mean()), float(gains.std(ddof=1) / np.sqrt(len(gains)))
