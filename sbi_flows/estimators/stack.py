@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from sbi_flows.estimators.stacking import StackHistory, fit_each
 from sbi_flows.observations.standardise import features_of
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.prior import Prior
+from sbi_flows.simulations.fingerprints import UsedRows
 from sbi_flows.simulations.simulations import Simulations
 from sbi_flows.training import FitKeys
 from sbi_flows.training.record import of_fit
@@ -171,10 +172,15 @@ def _mixture(parts: list[tuple[Posterior, float]]) -> Posterior:
             )
     return dataclasses.replace(
         first,
+        used_rows=reduce(_union, [p.used_rows for p, _ in parts]),
         blueprints=tuple(b for p, _ in parts for b in p.blueprints),
         weights=tuple(w for p, _ in parts for w in p.weights),
         shares=tuple(share * s for p, share in parts for s in p.shares),
     )
+
+
+def _union(a: UsedRows | None, b: UsedRows | None) -> UsedRows | None:
+    return b if a is None else a.union(b)
 
 
 def _is_equal(a: Any, b: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Fingerprints of simulations: one 64-bit hash for each row, to recognise rows that were used before.
+"""Fingerprints of simulations: one 64-bit hash per row, to recognise rows that were used before.
 
 Public names: `fingerprints`, `UsedRows`.
 """
