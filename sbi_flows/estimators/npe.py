@@ -30,6 +30,7 @@ from sbi_flows.densities.conditional import (
 )
 from sbi_flows.densities.flow import NSF
 from sbi_flows.estimators.emulator import Emulator, EmulatorFailed, Seen, emulate
+from sbi_flows.estimators.fit_warnings import outermost_fit, warn_after_fit, warn_before_fit
 from sbi_flows.estimators.rows import (
     contains,
     prepare,
@@ -44,6 +45,7 @@ from sbi_flows.observations.screening import dependent_features
 from sbi_flows.observations.standardise import Standardiser, flatten_rows
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
+from sbi_flows.simulations.fingerprints import UsedRows
 from sbi_flows.simulations.simulations import Simulations, observation_shape
 from sbi_flows.training import FitKeys, History, Training, TrainingData, fit
 from sbi_flows.training.record import of_fit
@@ -180,8 +182,32 @@ class NPE:
                 the last finite posterior.
             CheckpointSpoilt: A file in the checkpoint folder is damaged.
         """
+        with outermost_fit() as is_outermost:
+            checked = self._checked(simulations)
+            varies = warn_before_fit(self.prior, checked) if is_outermost else True
+            posterior, history = self._fit(key, simulations, checked, progress, summarise)
+            if is_outermost:
+                warn_after_fit(simulations, posterior, history, varies=varies)
+        return posterior, history
+
+    def _fit(
+        self,
+        key: Key,
+        given: Simulations,
+        simulations: Simulations,
+        progress: bool,
+        summarise: bool,
+    ) -> tuple[Posterior, History]:
+        """Fit like `fit`, without its warnings.
+
+        Args:
+            key: Random key.
+            given: The user's simulations.
+            simulations: The simulations relative to the prior.
+            progress: Show a progress bar.
+            summarise: Store a description of the training simulations.
+        """
         began = time.perf_counter()
-        given, simulations = simulations, self._checked(simulations)
         drop_old_programs((len(simulations), simulations.num_valid))
         keys = FitKeys.of(key)
         problem = self._problem(keys, simulations)
@@ -194,7 +220,7 @@ class NPE:
             except EmulatorFailed as error:
                 warn_user(f"trained without the emulator: {error}", SbiFlowsWarning)
                 plain = self._without_emulator()
-                return plain.fit(key, given, progress=progress, summarise=summarise)
+                return plain._fit(key, given, simulations, progress, summarise)
         complete = partial(problem.posterior, self.prior, key if summarise else None)
         blueprint, settings = problem.blueprint, {"members": self.members, "progress": progress}
         try:
@@ -208,8 +234,11 @@ class NPE:
             kept=problem.screened,
             seconds=time.perf_counter() - began,
         )
-        record = of_fit(self, given, history)
-        return dataclasses.replace(complete(weights), record=record), history
+        facts = {
+            "record": of_fit(self, given, history),
+            "used_rows": UsedRows.of(given, self.prior),
+        }
+        return dataclasses.replace(complete(weights), **facts), history
 
     @property
     def validation_fraction(self) -> float:

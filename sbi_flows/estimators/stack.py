@@ -15,6 +15,7 @@ import numpy as np
 
 from sbi_flows.core.typing import Key
 from sbi_flows.estimators.base import Estimator
+from sbi_flows.estimators.fit_warnings import outermost_fit, warn_after_fit, warn_before_fit
 from sbi_flows.estimators.rows import rows_in_memory, summarised
 from sbi_flows.estimators.stacking import StackHistory, fit_each
 from sbi_flows.observations.standardise import features_of
@@ -128,6 +129,17 @@ class Stack:
             KeyboardInterrupt: The fit was interrupted before the first estimator was fitted. After
                 a later interrupt, the mixture consists of the estimators fitted so far.
         """
+        with outermost_fit() as is_outermost:
+            varies = warn_before_fit(self.prior, simulations) if is_outermost else True
+            posterior, history = self._fit(key, simulations, progress, summarise)
+            if is_outermost:
+                warn_after_fit(simulations, posterior, history, varies=varies)
+        return posterior, history
+
+    def _fit(
+        self, key: Key, simulations: Simulations, progress: bool, summarise: bool
+    ) -> tuple[Posterior, StackHistory]:
+        """Fit like `fit`, without its warnings."""
         # the same key, so that the same rows are held out
         fits = [
             partial(
