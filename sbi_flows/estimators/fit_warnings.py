@@ -1,7 +1,7 @@
 """Warnings about fits that cannot give a good posterior. Each cause gives one warning per fit.
 
 Public names: `outermost_fit`, `warn_before_fit`, `warn_after_fit`, `few_rows`, `ended_early`,
-`still_falling`, `nothing_learned`, `is_constant_output`.
+`Fall`, `still_falling`, `Gain`, `nothing_learned`, `is_constant_output`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ MIN_ROWS, MIN_ROWS_PER_PARAMETER = 100, 10
 
 MIN_GAIN = 0.02
 """Minimum gain in log density over the prior, in nats, of a fit that learned something from x."""
+
+FEW_HELD_OUT = 100
+"""With fewer held-out rows, the gain must also exceed its standard error."""
 
 MIN_FALL, MIN_RELATIVE_FALL = 0.02, 0.02
 """Fall of the validation loss at the end of a fit that causes a warning.
@@ -89,7 +92,7 @@ def warn_after_fit(
     if varies:
         sentences.append(
             _constant_embeddings(simulations, posterior)
-            or nothing_learned(*_gain(simulations, posterior.prior, history))
+            or nothing_learned(_gain(simulations, posterior.prior, history))
         )
     for sentence in filter(None, sentences):
         warn_user(sentence, SbiFlowsWarning)
@@ -107,19 +110,32 @@ def few_rows(num_valid: int, dim: int) -> str | None:
     )
 
 
-def nothing_learned(gain: float, error: float) -> str | None:
+class Gain(NamedTuple):
+    """Mean gain in log density over the prior on held-out rows, in nats.
+
+    Attributes:
+        mean: Mean over the rows.
+        error: Standard error of the mean.
+        rows: Number of held-out rows.
+    """
+
+    mean: float
+    error: float
+    rows: int
+
+
+def nothing_learned(gain: Gain) -> str | None:
     """Return the warning about a fit that learned nothing; None if it learned something.
 
-    Args:
-        gain: Mean over held-out rows of the log density of theta under the posterior minus that
-            under the prior, in nats.
-        error: Standard error of the gain.
+    With few held-out rows, a gain
+    below its standard error may be chance.
     """
-    if not gain < max(MIN_GAIN, error):
+    least = max(MIN_GAIN, gain.error) if gain.rows < FEW_HELD_OUT else MIN_GAIN
+    if not gain.mean < least:
         return None
     return (
         "the fit learned nothing from x: the posterior is not better than the prior (gain "
-        f"{gain:+.2f} +- {error:.2f} nats on held-out rows). Check that x depends on theta; "
+        f"{gain.mean:+.2f} +- {gain.error:.2f} nats on held-out rows). Check that x depends on theta; "
         "otherwise use more simulations, summary statistics or an embedding"
     )
 
@@ -202,7 +218,7 @@ def _name_of(embedding: Any) -> str:
     return embedding.__name__ if is_function else type(embedding).__name__
 
 
-def _gain(simulations: Simulations, prior: Prior, history: FitHistory) -> tuple[float, float]:
+def _gain(simulations: Simulations, prior: Prior, history: FitHistory) -> Gain:
     """Return the mean gain over the prior on held-out rows, and its standard error, in nats."""
     log_prob = np.asarray(history.held_out_log_prob, float).ravel()
     rows, members = np.unique(np.asarray(history.held_out).ravel(), return_inverse=True)
@@ -218,8 +234,9 @@ def _gain(simulations: Simulations, prior: Prior, history: FitHistory) -> tuple[
     gains = (sums / np.bincount(members))[chosen] - prior_log_prob
     gains = gains[np.isfinite(gains)]
     if len(gains) < 2:
-        return np.nan, np.nan
-    return float(np.mean(gains)), float(np.std(gains, ddof=1) / np.sqrt(len(gains)))
+        return Gain(np.nan, np.nan, len(gains))
+    error = float(np.std(gains, ddof=1) / np.sqrt(len(gains)))
+    return Gain(float(np.mean(gains)), error, len(gains))
 
 
 @jax.jit

@@ -191,36 +191,23 @@ class NPE:
         return posterior, history
 
     def _fit(
-        self,
-        key: Key,
-        given: Simulations,
-        simulations: Simulations,
-        progress: bool,
-        summarise: bool,
+        self, key: Key, given: Simulations, checked: Simulations, progress: bool, summarise: bool
     ) -> tuple[Posterior, History]:
-        """Fit like `fit`, without its warnings.
-
-        Args:
-            key: Random key.
-            given: The user's simulations.
-            simulations: The simulations relative to the prior.
-            progress: Show a progress bar.
-            summarise: Store a description of the training simulations.
-        """
+        """Fit to `checked`, the given simulations relative to the prior; see `fit`."""
         began = time.perf_counter()
-        drop_old_programs((len(simulations), simulations.num_valid))
+        drop_old_programs((len(checked), checked.num_valid))
         keys = FitKeys.of(key)
-        problem = self._problem(keys, simulations)
+        problem = self._problem(keys, checked)
         data, emulator_history = problem.data, None
         if self.emulator is not None:
             try:
                 data, emulator_history = self._emulated(
-                    keys, self.emulator, problem, simulations, progress=progress
+                    keys, self.emulator, problem, checked, progress=progress
                 )
             except EmulatorFailed as error:
                 warn_user(f"trained without the emulator: {error}", SbiFlowsWarning)
                 plain = self._without_emulator()
-                return plain._fit(key, given, simulations, progress, summarise)
+                return plain._fit(key, given, checked, progress, summarise)
         complete = partial(problem.posterior, self.prior, key if summarise else None)
         blueprint, settings = problem.blueprint, {"members": self.members, "progress": progress}
         try:
@@ -234,11 +221,8 @@ class NPE:
             kept=problem.screened,
             seconds=time.perf_counter() - began,
         )
-        facts = {
-            "record": of_fit(self, given, history),
-            "used_rows": UsedRows.of(given, self.prior),
-        }
-        return dataclasses.replace(complete(weights), **facts), history
+        record, rows = of_fit(self, given, history), UsedRows.of(given, self.prior)
+        return dataclasses.replace(complete(weights), record=record, used_rows=rows), history
 
     @property
     def validation_fraction(self) -> float:

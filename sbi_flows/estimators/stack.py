@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sbi_flows.core.checks import require_object
 from sbi_flows.core.typing import Key
 from sbi_flows.estimators.base import Estimator
 from sbi_flows.estimators.fit_warnings import outermost_fit, warn_after_fit, warn_before_fit
@@ -129,6 +130,7 @@ class Stack:
             KeyboardInterrupt: The fit was interrupted before the first estimator was fitted. After
                 a later interrupt, the mixture consists of the estimators fitted so far.
         """
+        require_object("simulations", simulations, Simulations, "sf.Simulations")
         with outermost_fit() as is_outermost:
             varies = warn_before_fit(self.prior, simulations) if is_outermost else True
             posterior, history = self._fit(key, simulations, progress, summarise)
