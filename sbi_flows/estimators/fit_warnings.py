@@ -36,7 +36,7 @@ MIN_GAIN = 0.02
 FEW_HELD_OUT = 100
 """With fewer held-out rows, the gain must also exceed its standard error."""
 
-MIN_FALL, MIN_RELATIVE_FALL = 0.02, 0.02
+MIN_FALL, MIN_RELATIVE_FALL = 0.05, 0.05
 """Fall of the validation loss at the end of a fit that causes a warning.
 
 `MIN_FALL` is in nats. `MIN_RELATIVE_FALL` is a fraction of the loss, for losses that are not
@@ -135,8 +135,8 @@ def nothing_learned(gain: Gain) -> str | None:
         return None
     return (
         "the fit learned nothing from x: the posterior is not better than the prior (gain "
-        f"{gain.mean:+.2f} +- {gain.error:.2f} nats on held-out rows). Check that x depends on theta; "
-        "otherwise use more simulations, summary statistics or an embedding"
+        f"{gain.mean:+.2f} +- {gain.error:.2f} nats on held-out rows). Check that x depends on "
+        "theta; otherwise use more simulations, summary statistics or an embedding"
     )
 
 
