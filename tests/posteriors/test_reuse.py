@@ -1,7 +1,7 @@
 """Checks and corrections on rows that a posterior was trained on give one warning."""
 
+import copy
 import dataclasses
-import pickle
 import warnings
 
 import jax
@@ -89,8 +89,8 @@ def test_fresh_rows_never_warn():
 def test_a_copy_from_a_file_is_recognised(tmp_path):
     np.savez(tmp_path / "a.npz", theta=np.asarray(TRAIN.theta, float), x=TRAIN.x)
     file = np.load(tmp_path / "a.npz")
-    copy = sf.Simulations(file["theta"], file["x"])
-    assert "2,000 of 2,000" in said(lambda: warn_of_reuse(FITTED, copy, "simulations"))[0]
+    copied = sf.Simulations(file["theta"], file["x"])
+    assert "2,000 of 2,000" in said(lambda: warn_of_reuse(FITTED, copied, "simulations"))[0]
 
 
 def test_equal_keys_of_a_simulation_and_of_a_fit_give_the_same_first_rows():
@@ -151,17 +151,17 @@ def test_corrections_add_the_rows_that_they_used_and_a_composition_keeps_them():
     assert sf.composed(matched).used_rows is FITTED.used_rows
 
 
-def test_rows_are_kept_by_pickle_jax_and_files(tmp_path):
+def test_rows_are_kept_by_copies_jax_and_files(tmp_path):
     sets = sf.conformal(KEY, sf.recalibrate(KEY, FITTED, FRESH[:300], draws=20), FRESH[300:])
     for made in (FITTED, sets):
         made.save(tmp_path / "a.sbif")
         copies = (
-            pickle.loads(pickle.dumps(made)),
+            copy.deepcopy(made),
             jax.tree.map(lambda leaf: leaf, made),
             sf.load(tmp_path / "a.sbif"),
         )
-        for copy in copies:
-            np.testing.assert_array_equal(copy.used_rows.hashes, made.used_rows.hashes)
+        for again in copies:
+            np.testing.assert_array_equal(again.used_rows.hashes, made.used_rows.hashes)
     x = FRESH.x[0]
     drawn = jax.jit(lambda made: made.sample(KEY, x, 3))(FITTED)  # not a reason to compile again
     np.testing.assert_allclose(drawn, PLAIN.sample(KEY, x, 3), rtol=1e-5)
