@@ -33,7 +33,7 @@ MIN_SIMULATIONS, MIN_PERMUTATIONS = 400, 19
 NUM_DRAWS = 2_000
 """Number of posterior draws at the observation."""
 
-SIMULATE_TAG = 0x5CA1AB1E
+SIMULATE_TAG = 2024
 """Number folded into the key of the simulations.
 
 They then differ from simulations that the user makes with a key split from the same key.

@@ -208,7 +208,8 @@ class NPE:
                 warn_user(f"trained without the emulator: {error}", SbiFlowsWarning)
                 plain = self._without_emulator()
                 return plain._fit(key, given, checked, progress, summarise)
-        complete = partial(problem.posterior, self.prior, key if summarise else None)
+        rows = UsedRows.of(given, self.prior)
+        complete = partial(problem.posterior, self.prior, key if summarise else None, rows)
         blueprint, settings = problem.blueprint, {"members": self.members, "progress": progress}
         try:
             weights, history = fit(keys, blueprint, self.training, data, **settings)
@@ -221,8 +222,8 @@ class NPE:
             kept=problem.screened,
             seconds=time.perf_counter() - began,
         )
-        record, rows = of_fit(self, given, history), UsedRows.of(given, self.prior)
-        return dataclasses.replace(complete(weights), record=record, used_rows=rows), history
+        record = of_fit(self, given, history)
+        return dataclasses.replace(complete(weights), record=record), history
 
     @property
     def validation_fraction(self) -> float:
@@ -374,9 +375,17 @@ class _Problem(NamedTuple):
     features: Array
     screened: tuple[int, ...] | None
 
-    def posterior(self, prior: Prior, key: Key | None, weights: Weights) -> Posterior:
+    def posterior(
+        self, prior: Prior, key: Key | None, rows: UsedRows, weights: Weights
+    ) -> Posterior:
         """Return the posterior with these weights; a key adds a summary of the training rows."""
         posterior = Posterior(
-            prior, (self.blueprint,), (weights,), (1.0,), self.standardiser, self.observation
+            prior,
+            (self.blueprint,),
+            (weights,),
+            (1.0,),
+            self.standardiser,
+            self.observation,
+            used_rows=rows,
         )
         return posterior if key is None else summarised(key, posterior, self.features)
