@@ -104,8 +104,8 @@ def test_the_rows_of_the_teacher_and_of_the_distillation_are_known(teacher, simu
     brief = dataclasses.replace(BRIEF, max_epochs=1)
     fast, _ = sf.distil(jax.random.key(4), teacher, more, training=brief, progress=False)
     assert (teacher.used_rows.count, fast.used_rows.count) == (1_000, 1_100)
-    assert fast.used_rows.overlap(simulations, PRIOR) == 1_000
-    assert fast.used_rows.overlap(more, PRIOR) == 100
+    assert fast.used_rows.overlap(simulations, teacher.prior) == 1_000
+    assert fast.used_rows.overlap(more, teacher.prior) == 100
 
 
 @pytest.mark.slow
