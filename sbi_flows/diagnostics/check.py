@@ -32,6 +32,7 @@ from sbi_flows.diagnostics.verdict import (
 )
 from sbi_flows.posteriors.adapter import PosteriorLike, as_posterior
 from sbi_flows.posteriors.passes import MIN_DATASETS, MIN_DRAWS
+from sbi_flows.posteriors.reuse import warn_of_reuse
 from sbi_flows.simulations.simulate import simulate
 from sbi_flows.simulations.simulations import Simulations, observation_shape
 
@@ -124,6 +125,8 @@ def check(
         simulate_key = jax.random.split(key, 3)[0]
         sims = simulate(simulate_key, posterior.prior, simulator, datasets, progress=progress)
     sims = sims.aligned(posterior.prior)
+    if history is None:
+        warn_of_reuse(posterior, sims, "key" if simulations is None else "simulations")
     options = {"datasets": datasets, "draws": draws, "progress": progress}
     ranks, used = _ranks(key, posterior, sims, history, **options)
     known = as_posterior(posterior, observation_shape(used.x))

@@ -16,6 +16,7 @@ from sbi_flows.diagnostics.ranks import Ranks, draw_pass
 from sbi_flows.diagnostics.uniformity import ks_p_value
 from sbi_flows.plots.calibration import coverage_curve
 from sbi_flows.posteriors.adapter import PosteriorLike
+from sbi_flows.posteriors.reuse import warn_of_reuse
 from sbi_flows.simulations.simulations import Simulations
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ def coverage(
         Deistler et al. 2022, Truncated proposals for scalable and hassle-free simulation-based
         inference, arXiv:2210.04815, algorithm 2 (ranks of densities).
     """
+    warn_of_reuse(posterior, simulations, "simulations")
     return coverage_of(draw_pass(key, posterior, simulations, draws=draws, progress=progress))
 
 

@@ -25,12 +25,19 @@ from sbi_flows.observations.batches import as_batch
 from sbi_flows.posteriors.adapter import PosteriorLike, as_posterior, single_shape
 from sbi_flows.posteriors.base import AbstractPosterior
 from sbi_flows.posteriors.passes import usable
+from sbi_flows.posteriors.reuse import warn_of_reuse
 from sbi_flows.simulations.simulate import simulate
 from sbi_flows.simulations.simulations import Simulations, observation_shape
 
 MIN_SIMULATIONS, MIN_PERMUTATIONS = 400, 19
 NUM_DRAWS = 2_000
 """Number of posterior draws at the observation."""
+
+SIMULATE_TAG = 2024
+"""Number folded into the key of the simulations.
+
+They then differ from simulations that the user makes with a key split from the same key.
+"""
 
 
 def check_at(
@@ -101,17 +108,20 @@ def check_at(
     """
     _check_settings(simulator, simulations, permutations, level)
     posterior = as_posterior(posterior, single_shape(x_o))
-    simulate_key, sample_key, pair_key, train_key = jax.random.split(key, 4)
+    _, sample_key, pair_key, train_key = jax.random.split(key, 4)
     samples = posterior.sample(sample_key, x_o, NUM_DRAWS)
     if samples.ndim != 2:
         raise ValueError("x_o: expected one observation, got a batch")
     if not bool(jnp.all(jnp.isfinite(samples))):
         raise SbiFlowsError("the posterior gave draws at the observation that are not finite")
+    what = "simulations"
     if not isinstance(simulations, Simulations):
         assert simulator is not None  # `_check_settings` raises otherwise
         prior, number = posterior.prior, simulations
+        simulate_key, what = jax.random.fold_in(key, SIMULATE_TAG), "key"
         simulations = simulate(simulate_key, prior, simulator, number, progress=progress)
     valid = _valid(posterior, simulations)
+    warn_of_reuse(posterior, valid, what)
     observed = as_batch(reorder_columns("x", x_o, posterior.columns), observation_shape(valid.x))[0]
     local = local_pairs(pair_key, posterior, valid, observed, samples, progress=progress)
     output = classify(train_key, local.classifier, local.points, permutations)

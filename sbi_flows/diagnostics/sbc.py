@@ -17,6 +17,7 @@ from sbi_flows.diagnostics.ranks import Ranks, draw_pass
 from sbi_flows.diagnostics.uniformity import ecdf_band, ks_p_value, log_gamma, normal_p_values
 from sbi_flows.plots.calibration import rank_ecdf
 from sbi_flows.posteriors.adapter import PosteriorLike
+from sbi_flows.posteriors.reuse import warn_of_reuse
 from sbi_flows.simulations.simulations import Simulations
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ def sbc(
         Modrak et al. 2023, Simulation-Based Calibration Checking for Bayesian Computation,
         arXiv:2211.02383.
     """
+    warn_of_reuse(posterior, simulations, "simulations")
     ranks = draw_pass(key, posterior, simulations, draws=draws, density=False, progress=progress)
     return sbc_of(ranks)
 

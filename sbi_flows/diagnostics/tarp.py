@@ -20,6 +20,7 @@ from sbi_flows.diagnostics.uniformity import ecdf_band, ks_p_value
 from sbi_flows.plots.calibration import coverage_curve
 from sbi_flows.posteriors.adapter import PosteriorLike
 from sbi_flows.posteriors.passes import usable
+from sbi_flows.posteriors.reuse import warn_of_reuse
 from sbi_flows.simulations.simulations import Simulations
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def tarp(
         Inference, arXiv:2302.03026, algorithm 2 and theorem 3.
     """
     valid = usable(posterior, simulations, draws)
+    warn_of_reuse(posterior, simulations, "simulations")
     reference_key, draw_key = jax.random.split(key)
     if references is None:
         references = crude_posterior(reference_key, valid)

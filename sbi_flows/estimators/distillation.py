@@ -26,6 +26,7 @@ from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
 from sbi_flows.densities.distilled import Distilled, add_student
 from sbi_flows.densities.matching import Diffusion, FlowMatching
 from sbi_flows.posteriors.direct import Posterior
+from sbi_flows.simulations.fingerprints import UsedRows
 from sbi_flows.simulations.simulations import Simulations
 from sbi_flows.training import Training
 from sbi_flows.training.group import State
@@ -121,7 +122,8 @@ def distil(
     joined = np.concatenate([part_errors[:epochs] for part_errors in errors], axis=1)
     entry = {"steps": steps, "training": to_json_data(training), "errors": to_json_data(joined)}
     record = ReadOnlyDict({**posterior.record, "distilled": entry})
-    changed = {"blueprints": blueprints, "weights": weights, "record": record}
+    rows = UsedRows.of(simulations, posterior.prior).union(posterior.used_rows)
+    changed = {"blueprints": blueprints, "weights": weights, "record": record, "used_rows": rows}
     return dataclasses.replace(posterior, **changed), joined
 
 

@@ -30,6 +30,7 @@ from sbi_flows.densities.conditional import (
 )
 from sbi_flows.densities.flow import NSF
 from sbi_flows.estimators.emulator import Emulator, EmulatorFailed, Seen, emulate
+from sbi_flows.estimators.fit_warnings import outermost_fit, warn_after_fit, warn_before_fit
 from sbi_flows.estimators.rows import (
     contains,
     prepare,
@@ -44,6 +45,7 @@ from sbi_flows.observations.screening import dependent_features
 from sbi_flows.observations.standardise import Standardiser, flatten_rows
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
+from sbi_flows.simulations.fingerprints import UsedRows
 from sbi_flows.simulations.simulations import Simulations, observation_shape
 from sbi_flows.training import FitKeys, History, Training, TrainingData, fit
 from sbi_flows.training.record import of_fit
@@ -180,22 +182,34 @@ class NPE:
                 the last finite posterior.
             CheckpointSpoilt: A file in the checkpoint folder is damaged.
         """
+        with outermost_fit() as is_outermost:
+            checked = self._checked(simulations)
+            varies = warn_before_fit(self.prior, checked) if is_outermost else True
+            posterior, history = self._fit(key, simulations, checked, progress, summarise)
+            if is_outermost:
+                warn_after_fit(simulations, posterior, history, varies=varies)
+        return posterior, history
+
+    def _fit(
+        self, key: Key, given: Simulations, checked: Simulations, progress: bool, summarise: bool
+    ) -> tuple[Posterior, History]:
+        """Fit to `checked`, the given simulations relative to the prior; see `fit`."""
         began = time.perf_counter()
-        given, simulations = simulations, self._checked(simulations)
-        drop_old_programs((len(simulations), simulations.num_valid))
+        drop_old_programs((len(checked), checked.num_valid))
         keys = FitKeys.of(key)
-        problem = self._problem(keys, simulations)
+        problem = self._problem(keys, checked)
         data, emulator_history = problem.data, None
         if self.emulator is not None:
             try:
                 data, emulator_history = self._emulated(
-                    keys, self.emulator, problem, simulations, progress=progress
+                    keys, self.emulator, problem, checked, progress=progress
                 )
             except EmulatorFailed as error:
                 warn_user(f"trained without the emulator: {error}", SbiFlowsWarning)
                 plain = self._without_emulator()
-                return plain.fit(key, given, progress=progress, summarise=summarise)
-        complete = partial(problem.posterior, self.prior, key if summarise else None)
+                return plain._fit(key, given, checked, progress, summarise)
+        rows = UsedRows.of(given, self.prior)
+        complete = partial(problem.posterior, self.prior, key if summarise else None, rows)
         blueprint, settings = problem.blueprint, {"members": self.members, "progress": progress}
         try:
             weights, history = fit(keys, blueprint, self.training, data, **settings)
@@ -361,9 +375,17 @@ class _Problem(NamedTuple):
     features: Array
     screened: tuple[int, ...] | None
 
-    def posterior(self, prior: Prior, key: Key | None, weights: Weights) -> Posterior:
+    def posterior(
+        self, prior: Prior, key: Key | None, rows: UsedRows, weights: Weights
+    ) -> Posterior:
         """Return the posterior with these weights; a key adds a summary of the training rows."""
         posterior = Posterior(
-            prior, (self.blueprint,), (weights,), (1.0,), self.standardiser, self.observation
+            prior,
+            (self.blueprint,),
+            (weights,),
+            (1.0,),
+            self.standardiser,
+            self.observation,
+            used_rows=rows,
         )
         return posterior if key is None else summarised(key, posterior, self.features)

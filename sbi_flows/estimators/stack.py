@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
 import numpy as np
 
+from sbi_flows.core.checks import require_object
 from sbi_flows.core.typing import Key
 from sbi_flows.estimators.base import Estimator
+from sbi_flows.estimators.fit_warnings import outermost_fit, warn_after_fit, warn_before_fit
 from sbi_flows.estimators.rows import rows_in_memory, summarised
 from sbi_flows.estimators.stacking import StackHistory, fit_each
 from sbi_flows.observations.standardise import features_of
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.prior import Prior
+from sbi_flows.simulations.fingerprints import UsedRows
 from sbi_flows.simulations.simulations import Simulations
 from sbi_flows.training import FitKeys
 from sbi_flows.training.record import of_fit
@@ -127,6 +130,18 @@ class Stack:
             KeyboardInterrupt: The fit was interrupted before the first estimator was fitted. After
                 a later interrupt, the mixture consists of the estimators fitted so far.
         """
+        require_object("simulations", simulations, Simulations, "sf.Simulations")
+        with outermost_fit() as is_outermost:
+            varies = warn_before_fit(self.prior, simulations) if is_outermost else True
+            posterior, history = self._fit(key, simulations, progress, summarise)
+            if is_outermost:
+                warn_after_fit(simulations, posterior, history, varies=varies)
+        return posterior, history
+
+    def _fit(
+        self, key: Key, simulations: Simulations, progress: bool, summarise: bool
+    ) -> tuple[Posterior, StackHistory]:
+        """Fit like `fit`, without its warnings."""
         # the same key, so that the same rows are held out
         fits = [
             partial(
@@ -171,10 +186,15 @@ def _mixture(parts: list[tuple[Posterior, float]]) -> Posterior:
             )
     return dataclasses.replace(
         first,
+        used_rows=reduce(_union, [p.used_rows for p, _ in parts]),
         blueprints=tuple(b for p, _ in parts for b in p.blueprints),
         weights=tuple(w for p, _ in parts for w in p.weights),
         shares=tuple(share * s for p, share in parts for s in p.shares),
     )
+
+
+def _union(a: UsedRows | None, b: UsedRows | None) -> UsedRows | None:
+    return b if a is None else a.union(b)
 
 
 def _is_equal(a: Any, b: Any) -> bool:

@@ -97,6 +97,11 @@ class ExternalPosterior(AbstractPosterior):
         return None
 
     @property
+    def used_rows(self) -> None:
+        """None, because the training simulations are not known."""
+        return None
+
+    @property
     def origin(self) -> AbstractPosterior:
         """This posterior itself, because it is not derived from another one."""
         return self

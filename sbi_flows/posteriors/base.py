@@ -35,6 +35,7 @@ from sbi_flows.posteriors.bound import AtObservation, Bindable
 from sbi_flows.posteriors.gate import gate
 from sbi_flows.posteriors.writing import save
 from sbi_flows.prior.prior import Prior
+from sbi_flows.simulations.fingerprints import UsedRows
 
 
 class AbstractPosterior(Bindable):
@@ -54,11 +55,14 @@ class AbstractPosterior(Bindable):
             versions and, if the posterior was saved with a report, the check.
         observation: Shape and dtype of one observation (`jax.ShapeDtypeStruct` leaves).
         typicality: Distribution of the training simulations; None if it is not known.
+        used_rows: Fingerprints of the simulations that the fit and the corrections used; None if
+            they are not known.
     """
 
     record: Mapping[str, Any]
     observation: Obs
     typicality: Typicality | None
+    used_rows: UsedRows | None
 
     @property
     def solved(self) -> bool:
@@ -351,6 +355,11 @@ class Derived(AbstractPosterior):
     def typicality(self) -> Typicality | None:
         """Distribution of the training simulations; None if it is not known."""
         return self.posterior.typicality
+
+    @property
+    def used_rows(self) -> UsedRows | None:
+        """Fingerprints of the simulations that the fit and the corrections used."""
+        return self.posterior.used_rows
 
     @property
     def needs_ode(self) -> bool:

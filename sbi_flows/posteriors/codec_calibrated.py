@@ -5,7 +5,7 @@ stored random key and ranks values among them. The layer holds this key and the 
 that a loaded posterior gives the same results.
 
 Public names: `FIELD_NAMES`, `Calibration`, `calibrated_layer`, `require_calibration`,
-`calibration_of`.
+`require_calibration_arrays`, `calibration_of`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from sbi_flows.artefact.layers import Header, Layer, LayerCodec
 from sbi_flows.artefact.strict import expect_integer
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.core.typing import Key
+from sbi_flows.posteriors.codec_rows import ROWS, require_hashes, require_rows
 from sbi_flows.posteriors.passes import MIN_DRAWS
+from sbi_flows.simulations.fingerprints import UsedRows
 
 FIELD_NAMES = ("simulations", "failed", "draws", "key")
 
@@ -46,6 +48,7 @@ class Calibration(NamedTuple):
         draws: Number of posterior draws for each observation.
         key: Random key for the posterior draws.
         record: Attribute `record` of the posterior.
+        rows: Fingerprints of the calibration simulations; None if they are not known.
     """
 
     num_simulations: int
@@ -53,6 +56,7 @@ class Calibration(NamedTuple):
     draws: int
     key: Key
     record: Mapping[str, Any]
+    rows: UsedRows | None = None
 
 
 def calibrated_layer(codec: LayerCodec, calibration: Calibration, arrays: Tensors) -> Layer:
@@ -71,11 +75,20 @@ def calibrated_layer(codec: LayerCodec, calibration: Calibration, arrays: Tensor
         "key": str(jax.random.key_impl(key)),
     }
     tensors = {"key": np.asarray(jax.random.key_data(key)), **arrays}
+    if calibration.rows is not None:
+        tensors[ROWS] = calibration.rows.hashes
     return Layer(codec, fields, tensors, calibration.record)
 
 
-def require_calibration(header: Header, table: Mapping[str, Entry]) -> None:
-    """Raise ArtefactError if a field of `Calibration` is invalid or the key's tensor is missing."""
+def require_calibration(header: Header, table: Mapping[str, Entry]) -> tuple[str, ...]:
+    """Check the fields and tensors of `Calibration`.
+
+    Returns:
+        Names of the tensors, without the prefix of the layer.
+
+    Raises:
+        ArtefactError: A field or a tensor is invalid, or the key's tensor is missing.
+    """
     name, values = header.name, header.fields
     generator = values["key"]
     if not isinstance(generator, str) or generator not in _KEY_WORDS:
@@ -85,6 +98,14 @@ def require_calibration(header: Header, table: Mapping[str, Entry]) -> None:
     expect_integer(f"{name}.draws", values["draws"], MIN_DRAWS, MAX_DRAWS)
     wanted = Entry(np.dtype(np.uint32), (_KEY_WORDS[generator],), 0)
     require_entry(f"{header.prefix}/key", wanted, table)
+    has_rows = bool(require_rows(f"{header.prefix}/{ROWS}", table))
+    return ("key", ROWS) if has_rows else ("key",)
+
+
+def require_calibration_arrays(prefix: str, tensors: Tensors) -> None:
+    """Raise ArtefactError if the fingerprints of the calibration simulations are invalid."""
+    if ROWS in tensors:
+        require_hashes(f"{prefix}/{ROWS}", tensors[ROWS])
 
 
 def calibration_of(layer: Layer) -> Calibration:
@@ -92,4 +113,6 @@ def calibration_of(layer: Layer) -> Calibration:
     words, values = jnp.asarray(layer.tensors["key"]), layer.fields
     key = jax.random.wrap_key_data(words, impl=values["key"])
     counts = (values["simulations"], values["failed"], values["draws"])
-    return Calibration(*counts, key, layer.record)
+    hashes = layer.tensors.get(ROWS)
+    rows = None if hashes is None else UsedRows(hashes)
+    return Calibration(*counts, key, layer.record, rows)

@@ -37,8 +37,10 @@ from sbi_flows.densities.embedded import space_widths
 from sbi_flows.observations.origin import Origin
 from sbi_flows.observations.standardise import Standardiser
 from sbi_flows.observations.typicality import Typicality
+from sbi_flows.posteriors.codec_rows import ROWS, require_hashes, require_rows
 from sbi_flows.prior.checks import MAX_ENTRIES
 from sbi_flows.prior.prior import Prior
+from sbi_flows.simulations.fingerprints import UsedRows
 
 _PRECISIONS = ("float32", "float64")
 _STANDARDISER = ("standardiser/center", "standardiser/scale", "standardiser/floor")
@@ -63,6 +65,7 @@ class Contents(NamedTuple):
     observation: Obs
     record: Mapping[str, Any]
     typicality: Typicality | None
+    used_rows: UsedRows | None
 
 
 def encode(contents: Contents) -> SavedPosterior:
@@ -95,6 +98,8 @@ def encode(contents: Contents) -> SavedPosterior:
         "ensembles": written,
         "typicality": gates.encode(contents.typicality, tensors),
     }
+    if contents.used_rows is not None:
+        tensors[ROWS] = contents.used_rows.hashes
     if standardiser.origin is not None:  # written only if it is needed
         document["has_origin"] = True
     return SavedPosterior(document, tensors, contents.record)
@@ -194,6 +199,7 @@ def require_tensors(header: DirectHeader, table: Mapping[str, Entry]) -> set[str
         *origin,
         *priors.tensor_names(header.prior),
         *gates.names(header.spaces),
+        *require_rows(ROWS, table),
     }
     x64 = header.precision == "float64"
     for ensemble, is_users in zip(header.ensembles, header.needs_embedding, strict=True):
@@ -238,6 +244,7 @@ def decode(header: DirectHeader, file: ArtefactFile, user_prior: Prior | None) -
         observation=header.observation,
         record=ReadOnlyDict(header.record),
         typicality=gates.decode(header.spaces, sizes, file.table, file.tensor),
+        used_rows=require_hashes(ROWS, file.tensor(ROWS)) if ROWS in file.table else None,
     )
 
 

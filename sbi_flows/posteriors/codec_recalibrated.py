@@ -16,7 +16,11 @@ from sbi_flows.artefact.distributions import Tensors
 from sbi_flows.artefact.ensembles import require_entry
 from sbi_flows.artefact.layers import Header, Layer, LayerCodec
 from sbi_flows.core.errors import ArtefactError
-from sbi_flows.posteriors.codec_calibrated import FIELD_NAMES, require_calibration
+from sbi_flows.posteriors.codec_calibrated import (
+    FIELD_NAMES,
+    require_calibration,
+    require_calibration_arrays,
+)
 from sbi_flows.posteriors.quantile_maps import Quantiles, increasing
 
 
@@ -29,7 +33,7 @@ class RecalibratedCodec(LayerCodec):
 
     def require(self, header: Header, dim: int, table: Mapping[str, Entry]) -> tuple[str, ...]:
         """Check the fields and the tensors; see `LayerCodec.require`."""
-        require_calibration(header, table)
+        names = require_calibration(header, table)
         name = f"{header.prefix}/scores"
         entry = table.get(name)
         if (
@@ -44,10 +48,11 @@ class RecalibratedCodec(LayerCodec):
                 f"{entry or 'none'!s}"
             )
         require_entry(f"{header.prefix}/values", entry, table)
-        return ("key", "scores", "values")
+        return (*names, "scores", "values")
 
     def require_arrays(self, prefix: str, tensors: Tensors) -> None:
         """Raise ArtefactError unless the knots are finite and strictly increasing."""
+        require_calibration_arrays(prefix, tensors)
         for name in Quantiles._fields:
             knots = tensors[name]
             if not np.all(np.isfinite(knots)) or np.any(np.diff(knots, axis=1) <= 0.0):

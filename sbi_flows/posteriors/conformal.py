@@ -33,7 +33,9 @@ from sbi_flows.posteriors.codec_calibrated import Calibration, calibrated_layer,
 from sbi_flows.posteriors.codec_conformal import CONFORMAL
 from sbi_flows.posteriors.passes import chunks_of, continuous_ranks, usable
 from sbi_flows.posteriors.quantile_maps import quantiles_of
+from sbi_flows.posteriors.reuse import warn_of_reuse
 from sbi_flows.posteriors.writing import content_of
+from sbi_flows.simulations.fingerprints import UsedRows
 from sbi_flows.simulations.simulations import Simulations, observation_shape
 
 
@@ -51,6 +53,7 @@ class ConformalPosterior(Derived):
         draws: Number of posterior draws at each data set. The log density of given parameters is
             ranked among the log densities of these draws.
         record: Facts about the calibration, in addition to the base posterior's record.
+        calibration_rows: Fingerprints of the calibration simulations; None if not known.
     """
 
     posterior: AbstractPosterior
@@ -59,6 +62,7 @@ class ConformalPosterior(Derived):
     draws: int
     _key: Key
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    calibration_rows: UsedRows | None = None
 
     codec: ClassVar[LayerCodec] = CONFORMAL
 
@@ -77,6 +81,12 @@ class ConformalPosterior(Derived):
             f"ConformalPosterior({self.posterior}, calibrated on {self.num_simulations:,} "
             f"simulations, {self.num_failed:,} failed; regions of highest density: {sets})"
         )
+
+    @property
+    def used_rows(self) -> UsedRows | None:
+        """Fingerprints of the simulations that the fit and the corrections used."""
+        rows = self.posterior.used_rows
+        return rows if self.calibration_rows is None else self.calibration_rows.union(rows)
 
     @property
     def has_own_regions(self) -> bool:
@@ -98,7 +108,7 @@ class ConformalPosterior(Derived):
             ValueError: A part of the posterior cannot be saved.
         """
         counts = (self.num_simulations, self.num_failed, self.draws)
-        calibration = Calibration(*counts, self._key, self.record)
+        calibration = Calibration(*counts, self._key, self.record, self.calibration_rows)
         arrays = {"scores": np.asarray(self.scores, np.float64)}
         return content_of(self.posterior).derive(calibrated_layer(CONFORMAL, calibration, arrays))
 
@@ -110,9 +120,9 @@ class ConformalPosterior(Derived):
             posterior: The base posterior.
             layer: The layer.
         """
-        _, num_failed, draws, key, record = calibration_of(layer)
+        _, num_failed, draws, key, record, rows = calibration_of(layer)
         facts = ReadOnlyDict(record)
-        return cls(posterior, layer.tensors["scores"], num_failed, draws, key, facts)
+        return cls(posterior, layer.tensors["scores"], num_failed, draws, key, facts, rows)
 
     def _bind(self, x: Obs) -> tuple[Any, bool]:
         return self.posterior._bind(x)
@@ -226,7 +236,7 @@ register_pytree(
     ConformalPosterior,
     leaves=("posterior", "scores", "_key"),
     static=("draws", "num_failed"),
-    facts={"record": {}},
+    facts={"record": {}, "calibration_rows": None},
 )
 
 
@@ -286,9 +296,12 @@ def conformal(
     """
     posterior = as_posterior(posterior, observation_shape(simulations.x))
     valid = usable(posterior, simulations, draws)
+    warn_of_reuse(posterior, simulations, "simulations")
     rank_key, key = jax.random.split(key)
     scores = np.sort(_scores(key, posterior, valid, draws, progress=progress))
-    return ConformalPosterior(posterior, scores, len(simulations) - len(valid), draws, rank_key)
+    counts = (len(simulations) - len(valid), draws)
+    rows = UsedRows.of(valid, posterior.prior)
+    return ConformalPosterior(posterior, scores, *counts, rank_key, calibration_rows=rows)
 
 
 def order_of(level: float, n: int) -> int:

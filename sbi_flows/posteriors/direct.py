@@ -31,6 +31,7 @@ from sbi_flows.posteriors.base import AbstractPosterior
 from sbi_flows.posteriors.bound import in_chunks, split_draws
 from sbi_flows.prior.constrained import ConstrainedPrior
 from sbi_flows.prior.prior import Prior
+from sbi_flows.simulations.fingerprints import UsedRows
 
 MIN_ACCEPTANCE = 0.03
 """Smallest probability of a condition that is estimated with an error of at most 10%."""
@@ -71,6 +72,8 @@ class Posterior(AbstractPosterior):
         record: Facts about the fit as plain JSON data, read-only: settings, simulations, history,
             versions and, if the posterior was saved with a report, the check.
         typicality: Distribution of the training simulations; if None, observations are not tested.
+        used_rows: Fingerprints of the training simulations; checks warn if they are given the same
+            simulations. None if they are not known.
     """
 
     prior: Prior
@@ -81,6 +84,7 @@ class Posterior(AbstractPosterior):
     observation: Obs
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     typicality: Typicality | None = None
+    used_rows: UsedRows | None = None
 
     @property
     def members(self) -> int:
@@ -205,7 +209,7 @@ register_pytree(
     Posterior,
     leaves=("prior", "weights", "standardiser"),
     static=("blueprints", "shares", "observation"),
-    facts={"record": {}, "typicality": None},
+    facts={"record": {}, "typicality": None, "used_rows": None},
 )
 
 

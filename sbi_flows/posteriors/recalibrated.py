@@ -41,10 +41,12 @@ from sbi_flows.posteriors.codec_calibrated import Calibration, calibrated_layer,
 from sbi_flows.posteriors.codec_recalibrated import RECALIBRATED, quantiles_in
 from sbi_flows.posteriors.passes import chunks_of, usable
 from sbi_flows.posteriors.quantile_maps import Quantiles, quantile_map, quantiles_of
+from sbi_flows.posteriors.reuse import warn_of_reuse
 from sbi_flows.posteriors.writing import content_of
 from sbi_flows.prior.constrained import require_no_condition
 from sbi_flows.prior.maps import HALF_WIDTH
 from sbi_flows.prior.prior import Prior
+from sbi_flows.simulations.fingerprints import UsedRows
 from sbi_flows.simulations.simulations import Simulations, observation_shape
 
 SMOOTH = {"spacing": 0.75, "furthest": 1.5}
@@ -82,6 +84,7 @@ class RecalibratedPosterior(Derived):
         num_failed: Number of simulations that failed and were left out.
         draws: Number of draws at each data set, to which T_x is fitted.
         record: Facts about the calibration, in addition to the base posterior's record.
+        calibration_rows: Fingerprints of the calibration simulations; None if not known.
     """
 
     posterior: AbstractPosterior
@@ -91,6 +94,7 @@ class RecalibratedPosterior(Derived):
     draws: int
     _key: Key
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    calibration_rows: UsedRows | None = None
 
     codec: ClassVar[LayerCodec] = RECALIBRATED
 
@@ -110,6 +114,12 @@ class RecalibratedPosterior(Derived):
             f"RecalibratedPosterior({self.posterior}, ranks of {self.num_simulations:,} "
             f"simulations, {self.num_failed:,} failed)"
         )
+
+    @property
+    def used_rows(self) -> UsedRows | None:
+        """Fingerprints of the simulations that the fit and the corrections used."""
+        rows = self.posterior.used_rows
+        return rows if self.calibration_rows is None else self.calibration_rows.union(rows)
 
     @property
     def has_own_regions(self) -> bool:
@@ -135,7 +145,7 @@ class RecalibratedPosterior(Derived):
             ValueError: A part of the posterior cannot be saved.
         """
         counts = (self.num_simulations, self.num_failed, self.draws)
-        calibration = Calibration(*counts, self._key, self.record)
+        calibration = Calibration(*counts, self._key, self.record, self.calibration_rows)
         arrays = {name: np.asarray(knots) for name, knots in self.correction._asdict().items()}
         layer = calibrated_layer(RECALIBRATED, calibration, arrays)
         return content_of(self.posterior).derive(layer)
@@ -148,10 +158,10 @@ class RecalibratedPosterior(Derived):
             posterior: The base posterior.
             layer: The layer.
         """
-        num_simulations, num_failed, draws, key, record = calibration_of(layer)
+        num_simulations, num_failed, draws, key, record, rows = calibration_of(layer)
         counts = (num_simulations, num_failed, draws)
         facts = ReadOnlyDict(record)
-        return cls(posterior, quantiles_in(layer), *counts, key, facts)
+        return cls(posterior, quantiles_in(layer), *counts, key, facts, rows)
 
     def _bind(self, x: Obs) -> tuple[_Bound, bool]:
         inner, single = self.posterior._bind(x)
@@ -181,7 +191,7 @@ register_pytree(
     RecalibratedPosterior,
     leaves=("posterior", "correction", "_key"),
     static=("draws", "num_simulations", "num_failed"),
-    facts={"record": {}},
+    facts={"record": {}, "calibration_rows": None},
 )
 
 
@@ -242,6 +252,7 @@ def recalibrate(
     posterior = as_posterior(posterior, observation_shape(simulations.x))
     require_no_condition(posterior.prior, "correct its regions by sf.conformal")
     valid = usable(posterior, simulations, draws)
+    warn_of_reuse(posterior, simulations, "simulations")
     map_key, key = jax.random.split(key)
     entries, chunks = draws * valid.theta.shape[1], []
     for chunk_key, rows, count in chunks_of(key, len(valid), entries, "calibrate", progress):
@@ -259,7 +270,9 @@ def recalibrate(
     drawn = by_coordinate[:, :, 1:].reshape(len(by_coordinate), -1)
     correction = quantile_map(drawn, by_coordinate[:, :, 0])
     failed = len(simulations) - len(valid)
-    return RecalibratedPosterior(posterior, correction, len(valid), failed, draws, map_key)
+    counts = (len(valid), failed, draws)
+    rows = UsedRows.of(valid, posterior.prior)
+    return RecalibratedPosterior(posterior, correction, *counts, map_key, calibration_rows=rows)
 
 
 @jax.jit

@@ -21,7 +21,7 @@ _BLOCK_ROWS = 1024
 """Number of rows that are compared at once. The first block usually contains different values."""
 
 
-def warn_constant(theta: Any, x: Obs, valid: Any) -> None:
+def warn_constant(theta: Any, x: Obs, valid: Any) -> bool:
     """Warn if all entries of an array of x are the same in all valid rows, although theta varies.
 
     Arrays of which only some entries are constant, such as padding or the start of a time series,
@@ -31,15 +31,19 @@ def warn_constant(theta: Any, x: Obs, valid: Any) -> None:
         theta: Parameters, shape (N, D).
         x: Observations, shape (N, *event), or a dict of such arrays.
         valid: Whether each row is valid, shape (N,).
+
+    Returns:
+        Whether there was a warning, and all arrays of x are constant.
     """
     valid = np.asarray(valid)
     count = int(np.sum(valid))
     if count < MIN_ROWS or _is_constant(theta, valid):
-        return
+        return False
+    leaves = [(p, a) for p, a in jax.tree_util.tree_leaves_with_path(x) if a.size]
     names = [
         jax.tree_util.keystr(path, simple=True, separator=".") or "x"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(x)
-        if leaf.size and _is_constant(leaf, valid)
+        for path, leaf in leaves
+        if _is_constant(leaf, valid)
     ]
     if names:
         warn_user(
@@ -47,6 +51,7 @@ def warn_constant(theta: Any, x: Obs, valid: Any) -> None:
             f"all {count:,}; compute them from theta and key, or leave constants out of x",
             SbiFlowsWarning,
         )
+    return len(names) == len(leaves)
 
 
 def _is_constant(array: Any, valid: np.ndarray) -> bool:

@@ -4,7 +4,7 @@ An array on disk has the same dtype as it would have in memory. Integers stay in
 represent their values in its present precision; all other numbers become floats.
 
 Public names: `LazyArray`, `JoinedArray`, `ON_DISK`, `is_on_disk`, `keep_on_disk`, `to_pickle`,
-`from_pickle`, `finite_rows_on_disk`.
+`from_pickle`, `finite_rows_on_disk`, `row_slices`.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def _dtype_in_memory(array: DiskArray) -> np.dtype:
     if without_entries.kind not in "iu" or without_entries == array.dtype.newbyteorder("="):
         return without_entries
     # 64-bit integers stay integers only if all values fit into 32 bits, so all must be read
-    dtypes = {as_real_array("x", array[rows]).dtype for rows in _slices([array])}
+    dtypes = {as_real_array("x", array[rows]).dtype for rows in row_slices([array])}
     return without_entries if dtypes <= {without_entries} else np.dtype(jnp.result_type(float))
 
 
@@ -204,11 +204,11 @@ def _sample_of(array: DiskArray) -> np.ndarray:
 def finite_rows_on_disk(x: Obs, finite_rows: Callable[[Obs], Array]) -> Array:
     """Return whether each row of x is finite, shape (N,): apply `finite_rows` to blocks of rows."""
     leaves = jax.tree.leaves(x)
-    parts = [finite_rows([np.asarray(a[rows]) for a in leaves]) for rows in _slices(leaves)]
+    parts = [finite_rows([np.asarray(a[rows]) for a in leaves]) for rows in row_slices(leaves)]
     return jnp.concatenate(parts)
 
 
-def _slices(leaves: list[Any]) -> Iterator[slice]:
+def row_slices(leaves: list[Any]) -> Iterator[slice]:
     """Yield slices that cover all rows, each with at most `MAX_READ_ENTRIES` entries."""
     row_entries = sum(math.prod(a.shape[1:]) for a in leaves)
     size = max(1, MAX_READ_ENTRIES // max(1, row_entries))

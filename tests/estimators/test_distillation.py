@@ -99,6 +99,16 @@ def test_the_same_key_gives_the_same_student(teacher, simulations):
 
 
 @pytest.mark.slow
+def test_the_rows_of_the_teacher_and_of_the_distillation_are_known(teacher, simulations):
+    more = sf.simulate(jax.random.key(9), PRIOR, folded, 100, progress=False)
+    brief = dataclasses.replace(BRIEF, max_epochs=1)
+    fast, _ = sf.distil(jax.random.key(4), teacher, more, training=brief, progress=False)
+    assert (teacher.used_rows.count, fast.used_rows.count) == (1_000, 1_100)
+    assert fast.used_rows.overlap(simulations, teacher.prior) == 1_000
+    assert fast.used_rows.overlap(more, teacher.prior) == 100
+
+
+@pytest.mark.slow
 def test_an_interrupt_keeps_what_was_learned(simulations, teacher, monkeypatch):
     from sbi_flows.estimators import distillation
 

@@ -156,6 +156,7 @@ def test_the_check_draws_from_the_prior_that_was_cut():
     # new ones, and those of the first round that lie in the box
     assert rounds[1].mass < 0.1
     assert 300 < rounds[1].rows < 400
+    assert posterior.used_rows.count == rounds[1].rows
     draws = np.asarray(posterior.sample(jax.random.key(1), SEEN, 2000))
     np.testing.assert_allclose(draws.mean(axis=0), SEEN, atol=0.15)
     assert np.all(posterior.prior.contains(draws))

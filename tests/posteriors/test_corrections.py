@@ -54,12 +54,12 @@ def test_corrected_posteriors_come_back_bit_for_bit(corrected, tmp_path):
 @pytest.mark.slow
 def test_what_the_library_corrected_comes_back(tmp_path):
     plain = posterior(PRIOR, ensemble(MIXTURE, PRIOR.bounded))
-    x = np.random.default_rng(0).normal(size=(60, 3))
+    x = np.random.default_rng(0).normal(size=(180, 3))
     x[7] = np.nan
-    sims = sf.Simulations(PRIOR.sample(KEY, 60), x)
-    right = sf.recalibrate(jax.random.key(1), plain, sims, draws=20)
-    sets = sf.conformal(jax.random.key(2), right, sims, draws=20)
-    above = sf.recalibrate(jax.random.key(3), sets, sims, draws=20)
+    sims = sf.Simulations(PRIOR.sample(KEY, 180), x)
+    right = sf.recalibrate(jax.random.key(1), plain, sims[:60], draws=20)
+    sets = sf.conformal(jax.random.key(2), right, sims[60:120], draws=20)
+    above = sf.recalibrate(jax.random.key(3), sets, sims[120:], draws=20)
     for made in (right, sets, above):
         again = returned(made, tmp_path)
         assert said(again) == said(made)

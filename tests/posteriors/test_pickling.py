@@ -113,6 +113,8 @@ def test_copies_of_a_fit_and_of_all_that_it_needs_are_the_same(fitted):
     require_equal_copies(history, lambda h: (h.train_loss, h.held_out, h.best_epoch))
     require_equal_copies(posterior, lambda p: p.sample_and_log_prob(KEY, X, 5))
     require_equal_copies(posterior, lambda p: p.misspecification(X).p_value)
+    assert posterior.used_rows.count == 300
+    require_equal_copies(posterior, lambda p: p.used_rows.hashes)
     again = COPIES["pickle"](estimator)
     assert again.density == estimator.density
     refitted, _ = again.fit(KEY, simulations, progress=False)
