@@ -26,8 +26,8 @@ FEW = (50, 100, 200)
 HELD_OUT_ROWS = 1_000
 """Number of simulations of the fits whose held-out rows are checked."""
 
-DRAWS = 300
-"""Number of draws for each data set, except for the measurement of the cost."""
+DATASETS, DRAWS = 1_000, 300
+"""Number of data sets of a check, and of draws for each."""
 
 
 def run(folder: Path, repeats: int = 40, fits: int = 4) -> dict[str, Any]:
@@ -130,16 +130,19 @@ def _member_gain(key: Key, posterior: sf.Posterior, member: int, task: Any) -> t
 
 def _checks(key: Key, cases: list[Case], repeats: int, name: str) -> list[sf.Report]:
     """Check each case in turn, `repeats` times in all."""
-    return [
-        sf.check(
-            jax.random.fold_in(key, r),
-            cases[r % len(cases)].posterior,
-            cases[r % len(cases)].simulator,
-            draws=DRAWS,
-            progress=False,
+    reports = []
+    for r in tqdm(range(repeats), desc=name):
+        case, (simulate_key, check_key) = (
+            cases[r % len(cases)],
+            jax.random.split(jax.random.fold_in(key, r)),
         )
-        for r in tqdm(range(repeats), desc=name)
-    ]
+        posterior, simulator = case.posterior, case.simulator
+        sims = sf.simulate(simulate_key, posterior.prior, simulator, DATASETS, progress=False)
+        if case.is_defined is not None:
+            sims = sims[np.flatnonzero(case.is_defined(sims.x))]
+        report = sf.check(check_key, posterior, simulations=sims, draws=DRAWS, progress=False)
+        reports.append(report)
+    return reports
 
 
 def _share(reports: list[sf.Report], kind: str) -> dict[str, Any]:

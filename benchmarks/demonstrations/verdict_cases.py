@@ -45,12 +45,15 @@ class Case:
         simulator: The simulator `(key, theta) -> x`.
         nats: Unused information in nats.
         parameters: Names of the parameters about which the information is.
+        is_defined: Function from observations (N, *event) to whether the posterior can be drawn
+            from there, bool (N,); None if it can everywhere.
     """
 
     posterior: Any
     simulator: Callable[[Key, Any], Array]
     nats: float
     parameters: tuple[str, ...]
+    is_defined: Callable[[Any], np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +137,11 @@ class ExactDraws:
         keys = jax.random.split(key, len(x))
         return jax.lax.map(lambda each: jnp.asarray(draw(each[0], each[1], n)), (keys, x))
 
+    def is_defined(self, x: Array) -> np.ndarray:
+        """Return whether the sampler, which rejects proposals, finds draws at each observation."""
+        draws = self.sample(jax.random.key(0), jnp.asarray(x), 20)
+        return np.asarray(jnp.all(jnp.isfinite(draws), axis=(1, 2)))
+
     def log_prob(self, theta: Array, x: Array) -> Array:
         """Return an arbitrary function of theta, which suffices for ranks."""
         return -jnp.sum(theta**2, axis=-1)
@@ -164,7 +172,8 @@ def make_exact(name: str) -> Case:
     """Return an exact posterior: "gaussian 2", "gaussian 10", "two_moons" or "slcp"."""
     if not name.startswith("gaussian"):
         task = simulators.get(name)
-        return Case(ExactDraws(sf.as_prior(task.prior), task), task.simulator, 0.0, ())
+        exact = ExactDraws(sf.as_prior(task.prior), task)
+        return Case(exact, task.simulator, 0.0, (), exact.is_defined)
     dim = int(name.split()[1])
     posterior = LinearGaussian(_normal_prior(dim), np.eye(10)[:, :dim], np.eye(10))
     return Case(posterior, partial(_linear, posterior.design), 0.0, ())
