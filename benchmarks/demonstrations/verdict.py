@@ -138,8 +138,6 @@ def _checks(key: Key, cases: list[Case], repeats: int, name: str) -> list[sf.Rep
         )
         posterior, simulator = case.posterior, case.simulator
         sims = sf.simulate(simulate_key, posterior.prior, simulator, DATASETS, progress=False)
-        if case.is_defined is not None:
-            sims = sims[np.flatnonzero(case.is_defined(sims.x))]
         report = sf.check(check_key, posterior, simulations=sims, draws=DRAWS, progress=False)
         reports.append(report)
     return reports
