@@ -47,10 +47,8 @@ def run(folder: Path, repeats: int = 40, fits: int = 4) -> dict[str, Any]:
     folder = writable_folder(folder, "--results")
     key = jax.random.key(SEED)
     results: dict[str, Any] = {"exact": {}, "unused": {}, "few": {}}
-    for i, name in enumerate(EXACT):
-        found = _checks(
-            jax.random.fold_in(key, i), [make_exact(name)], repeats + repeats // 4, name
-        )
+    for i, (name, count) in enumerate(EXACT.items()):
+        found = _checks(jax.random.fold_in(key, i), [make_exact(name)], count, name)
         results["exact"][name] = _share(found, "unused")
         print(f"{name}: {results['exact'][name]}", flush=True)
     for i, (name, make) in enumerate(CASES.items(), start=10):

@@ -24,6 +24,7 @@ from sbi_flows.core.precision import full_precision
 from sbi_flows.core.pytrees import is_traced, register_pytree
 from sbi_flows.core.typing import Key
 from sbi_flows.posteriors.numpyro import PosteriorDistribution
+from sbi_flows.posteriors.strays import warn_of_strays
 from sbi_flows.prior.circular import HALF_WIDTH, wrap
 from sbi_flows.prior.constrained import ConstrainedPrior
 from sbi_flows.prior.prior import Prior
@@ -223,6 +224,8 @@ class AtObservation:
 
     def _draw(self, key: Key, n: int, *, with_log_prob: bool) -> tuple[Array | np.ndarray, Array]:
         draws, log_prob = self._draw_relative(key, n, with_log_prob=with_log_prob)
+        if self.is_single and not is_traced(draws):
+            warn_of_strays(self.posterior, self.prior, draws)
         return self.prior.add_offset(draws), log_prob
 
     def _draw_relative(self, key: Key, n: int, *, with_log_prob: bool) -> tuple[Array, Array]:
