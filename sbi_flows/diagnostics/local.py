@@ -131,7 +131,7 @@ def check_at(
     labels = tuple(posterior.prior.labels)
     findings = findings_of(errors, labels, p_value, level)
     return LocalCheck(
-        verdict=verdict_of(findings, labels, p_value, level),
+        verdict=verdict_of(findings, errors, labels, p_value, level),
         p_value=p_value,
         statistic=float(output.statistic[0]),
         null=output.statistic[1:],

@@ -198,12 +198,18 @@ def findings_of(
 
 
 def verdict_of(
-    findings: Sequence[Finding], labels: Sequence[str], p_value: float, level: float
+    findings: Sequence[Finding],
+    errors: LocalErrors,
+    labels: Sequence[str],
+    p_value: float,
+    level: float,
 ) -> str:
     """Return the findings as one sentence."""
     test = f"local C2ST p {p_text(p_value)}, level {level:g}"
     if not findings:
         return f"consistent with the true posterior at this observation ({test})"
+    if findings[0].test == "classifier":
+        return f"not the true posterior at this observation ({test}): {_shape_text(errors, labels)}"
     pairs = [f for f in findings if f.test == "correlation"]
     others = [f for f in findings if f.test != "correlation"]
     clauses = [verdict.verdict_of(others, (), labels, level)] if others else []
@@ -214,3 +220,15 @@ def verdict_of(
     rest = len(pairs) - MAX_NAMED_PAIRS
     more = f", and of {rest} other pairs" if rest > 0 else ""
     return f"not the true posterior at this observation ({test}): {'; '.join(clauses)}{more}"
+
+
+def _shape_text(errors: LocalErrors, labels: Sequence[str]) -> str:
+    """Describe an error that is no shift, width or correlation: where draws are missing."""
+    above, below = errors.curve - errors.band[1], errors.band[0] - errors.curve
+    i, k = np.unravel_index(np.argmax(np.maximum(above, below)), above.shape)
+    if max(above[i, k], below[i, k]) <= 0.0:
+        return "mis-shaped jointly; shifts, widths, correlations and single parameters are right"
+    amount = "few" if above[i, k] > below[i, k] else "many"
+    return (
+        f"mis-shaped, for example too {amount} draws near {labels[i]} = {errors.points[i, k]:.3g}"
+    )

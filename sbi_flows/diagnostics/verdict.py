@@ -19,7 +19,7 @@ from sbi_flows.diagnostics.uniformity import holm, ks_p_value
 
 OVER, UNDER, BIASED, SHAPE = "over-confident", "under-confident", "biased", "mis-shaped"
 
-JOINT_TEST_TITLES = {"coverage": "HPD coverage", "tarp": "TARP", "classifier": "local C2ST"}
+JOINT_TEST_TITLES = {"coverage": "HPD coverage", "tarp": "TARP"}
 """Names of tests of the joint posterior as they appear in a verdict."""
 
 MAX_DETECTABLE_WIDTH = 1.2

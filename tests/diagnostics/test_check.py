@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -292,3 +293,9 @@ def test_bad_sizes_are_refused_before_any_simulation(gaussian, change, message):
 
     with pytest.raises(ValueError, match=message):
         check(KEY, gaussian(), never, **{**SIZES, **change})
+
+
+def test_the_glossary_page_has_the_explanations_of_the_report():
+    page = (Path(__file__).parents[2] / "docs" / "glossary.md").read_text()
+    rows = dict(re.findall(r"^\| (.+?) \| (.+) \|$", page, flags=re.MULTILINE)[2:])
+    assert rows == GLOSSARY

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from functools import partial
 from typing import Any
 
@@ -158,7 +159,9 @@ def test_a_wrong_correlation_is_named(gaussian, simulator):
 def test_a_wrong_shape_with_correct_moments_is_found(gaussian, simulator):
     found = check_at(Bent(gaussian(), two_humps), simulator)
     assert [(f.kind, f.parameter) for f in found.findings] == [("mis-shaped", None)]
-    assert "located in no single parameter (local C2ST; corrected p 0.010)" in found.verdict
+    assert re.search(
+        r"\): mis-shaped, for example too (few|many) draws near theta\[", found.verdict
+    )
 
 
 def test_a_posterior_that_ignores_the_data_is_found(gaussian, simulator):

@@ -1,4 +1,4 @@
-"""Stray draws that determine a standard deviation are reported once; heavy tails and modes are not."""
+"""Stray draws that determine an sd are reported once; heavy tails and modes are not."""
 
 import warnings
 
