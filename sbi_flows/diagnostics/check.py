@@ -15,7 +15,7 @@ from sbi_flows.core.typing import Key, Simulator
 from sbi_flows.diagnostics.coverage import coverage_of
 from sbi_flows.diagnostics.directions import joint_width
 from sbi_flows.diagnostics.held_out import FitHistory, ranks_of_members
-from sbi_flows.diagnostics.information import Information, information_of, start_gain
+from sbi_flows.diagnostics.information import Information, information_of
 from sbi_flows.diagnostics.ranks import Ranks, draw_pass
 from sbi_flows.diagnostics.references import crude_posterior, prior_scale
 from sbi_flows.diagnostics.report import Report
@@ -135,7 +135,7 @@ def check(
         ranks,
         used.x,
         np.asarray(known.prior.log_prob(used.theta)),
-        start=start_gain(known.origin.record),
+        record=known.origin.record,
         level=level,
     )
     sizes = f"datasets={datasets}, draws={draws}, level={level!r}"

@@ -3,7 +3,8 @@
 A posterior that ignores the data can be calibrated. This test asks for the rest: do the data
 predict where the truth lies within the posterior?
 
-Public name: `Information`. Internal names: `information_of`, `start_gain`.
+Public name: `Information`. Internal names: `information_of`, `start_gain`,
+`late_gain`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from sbi_flows.diagnostics.independence import Rows, dependence, detectable_nats
 from sbi_flows.diagnostics.ranks import Ranks
 from sbi_flows.diagnostics.summaries import summaries
 from sbi_flows.diagnostics.uniformity import holm
+from sbi_flows.estimators.fit_warnings import MIN_FALL, fall_of
 
 MIN_UNUSED = 0.05
 """Smallest amount of unused information that is reported, in nats: standard deviations 5% wide."""
@@ -57,6 +59,8 @@ class Information:
         gain_error: Standard error of `gain`.
         start_gain: Gain over the linear-Gaussian start of the fit, in nats, on the rows that the
             fit held out; None if it is not known.
+        late_gain: Increase of the held-out log density in the last tenth of the epochs, in nats,
+            if training ended at `max_epochs`; None if it is not known.
         unused: Estimate of the unused information about all parameters jointly, in nats. Its
             expectation is a lower bound: other regressions may find more.
         unused_error: Standard error of `unused`.
@@ -75,6 +79,7 @@ class Information:
     gain: float
     gain_error: float
     start_gain: float | None
+    late_gain: float | None
     unused: float
     unused_error: float
     p_value: np.ndarray
@@ -112,8 +117,18 @@ class Information:
         return f"uses the data: {gain}{', ' * bool(gain)}no unused information found ({limit})"
 
     @property
-    def advice(self) -> str:
+    def advice(self) -> tuple[str, ...]:
         """What to do; empty if nothing has to be done."""
+        late = ()
+        if self.late_gain is not None and self.late_gain > MIN_FALL:
+            late = (
+                f"train longer: the held-out log density still rose by {self.late_gain:.2g} nats "
+                "in the last epochs",
+            )
+        return (*filter(None, [self._advice]), *late)
+
+    @property
+    def _advice(self) -> str:
         if self.kind == "unused":
             return (
                 "give the estimator an embedding for this kind of data or summaries of x, a larger "
@@ -135,7 +150,8 @@ class Information:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all results as JSON data."""
-        names = ("kind", "gain", "gain_error", "start_gain", "unused", "unused_error", "detectable")
+        names = ("kind", "gain", "gain_error", "start_gain", "late_gain", "unused")
+        names += ("unused_error", "detectable")
         return {
             **{name: getattr(self, name) for name in names},
             "verdict": self.verdict,
@@ -145,7 +161,13 @@ class Information:
 
 
 def information_of(
-    key: Key, ranks: Ranks, x: Obs, log_prior: np.ndarray, *, start: float | None, level: float
+    key: Key,
+    ranks: Ranks,
+    x: Obs,
+    log_prior: np.ndarray,
+    *,
+    record: Mapping[str, Any],
+    level: float,
 ) -> Information:
     """Test whether the posterior uses the information in the data.
 
@@ -154,7 +176,7 @@ def information_of(
         ranks: Result of `draw_pass` with N data sets.
         x: Their observations (N, *event).
         log_prior: Prior log density of the true parameters in nats, shape (N,).
-        start: Gain over the linear start, from `start_gain`.
+        record: Record of the posterior's fit; empty if there is none.
         level: Probability of reporting unused information for an exact posterior.
     """
     rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,))))
@@ -184,7 +206,8 @@ def information_of(
         unused_labels=names if kind == "unused" else (),
         gain=gain,
         gain_error=gain_error,
-        start_gain=start,
+        start_gain=start_gain(record),
+        late_gain=late_gain(record),
         unused=max(unused, float(found.nats[dim:].max(initial=0.0))) if names else unused,
         unused_error=error,
         p_value=p_value,
@@ -206,6 +229,24 @@ def start_gain(record: Mapping[str, Any]) -> float | None:
     except (TypeError, ValueError):  # the record of a file may hold anything
         return None
     return gain if np.isfinite(gain) else None
+
+
+def late_gain(record: Mapping[str, Any]) -> float | None:
+    """Return the increase of the held-out log density at the end of training, from a record.
+
+    None if it is unknown, or if training ended for another reason than `max_epochs`.
+    """
+    history = record.get("history")
+    if not isinstance(history, Mapping) or history.get("likelihood") is not True:
+        return None
+    if history.get("stop_reason") != "max_epochs":
+        return None
+    try:
+        start = np.asarray(history.get("start_loss"), float)
+        fall = fall_of(start, np.asarray(history.get("validation_loss"), float)).size
+    except (TypeError, ValueError):  # the record of a file may hold anything
+        return None
+    return fall if np.isfinite(fall) else None
 
 
 def _by_parameter(

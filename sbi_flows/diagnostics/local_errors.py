@@ -225,7 +225,8 @@ def verdict_of(
 def _shape_text(errors: LocalErrors, labels: Sequence[str]) -> str:
     """Describe an error that is no shift, width or correlation: where draws are missing."""
     above, below = errors.curve - errors.band[1], errors.band[0] - errors.curve
-    i, k = np.unravel_index(np.argmax(np.maximum(above, below)), above.shape)
+    worst = int(np.argmax(np.maximum(above, below)))
+    i, k = divmod(worst, above.shape[1])
     if max(above[i, k], below[i, k]) <= 0.0:
         return "mis-shaped jointly; shifts, widths, correlations and single parameters are right"
     amount = "few" if above[i, k] > below[i, k] else "many"

@@ -101,7 +101,7 @@ class Report:
         lines = [ADVICE[kind] for kind in ADVICE if kind in kinds]
         if not self.findings and not self.calibrated and self.uses_data is not None:
             lines.append("check with more data sets")
-        return (*lines, *filter(None, [self.information.advice]))
+        return (*lines, *self.information.advice)
 
     def explain(self) -> str:
         """Return an explanation of each term in the report."""

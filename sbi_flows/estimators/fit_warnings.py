@@ -1,7 +1,7 @@
 """Warnings about fits that cannot give a good posterior. Each cause gives one warning per fit.
 
 Public names: `outermost_fit`, `warn_before_fit`, `warn_after_fit`, `few_rows`, `ended_early`,
-`Fall`, `still_falling`, `Gain`, `nothing_learned`, `is_constant_output`.
+`Fall`, `still_falling`, `fall_of`, `Gain`, `nothing_learned`, `is_constant_output`.
 """
 
 from __future__ import annotations
@@ -127,8 +127,7 @@ class Gain(NamedTuple):
 def nothing_learned(gain: Gain) -> str | None:
     """Return the warning about a fit that learned nothing; None if it learned something.
 
-    With few held-out rows, a gain
-    below its standard error may be chance.
+    With few held-out rows, a gain below its standard error may be chance.
     """
     least = max(MIN_GAIN, gain.error) if gain.rows < FEW_HELD_OUT else MIN_GAIN
     if not gain.mean < least:
@@ -171,8 +170,13 @@ class Fall(NamedTuple):
 
 def still_falling(history: History) -> Fall:
     """Return the fall of the validation loss in the last tenth of the epochs, two at least."""
-    epochs = max(2, -(-history.epochs // 10))
-    losses = np.concatenate([history.start_loss[None], history.validation_loss])
+    return fall_of(history.start_loss, history.validation_loss)
+
+
+def fall_of(start_loss: np.ndarray, validation_loss: np.ndarray) -> Fall:
+    """Return the fall of losses: before the first epoch (M,), and after each of E epochs (E, M)."""
+    epochs = max(2, -(-len(validation_loss) // 10))
+    losses = np.concatenate([start_loss[None], validation_loss])
     if len(losses) <= epochs:
         return Fall(0.0, epochs)
     fall = np.min(losses[:-epochs], axis=0) - np.min(losses, axis=0)

@@ -6,7 +6,7 @@ import pytest
 from scipy import special
 
 from sbi_flows.diagnostics.independence import Rows, _sequential_scores, dependence
-from sbi_flows.diagnostics.information import start_gain
+from sbi_flows.diagnostics.information import late_gain, start_gain
 from sbi_flows.diagnostics.predictors import predict_all
 from sbi_flows.diagnostics.summaries import summaries
 from sbi_flows.diagnostics.uniformity import ks_p_value
@@ -130,6 +130,28 @@ def test_the_gain_over_the_linear_start_is_read_from_the_record(change, gain):
     assert start_gain(record) == gain
     assert start_gain({**record, "estimator": {"linear_start": False}}) is None
     assert start_gain({}) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "gain"),
+    [
+        ({}, 0.3),
+        ({"stop_reason": "patience"}, None),
+        ({"validation_loss": "none"}, None),
+        ({"likelihood": False}, None),
+    ],
+)
+def test_the_gain_of_the_last_epochs_is_read_from_the_record(change, gain):
+    losses = [[2.0, 2.0], [1.0, 1.5], [0.9, 1.0]]
+    history = {
+        "likelihood": True,
+        "stop_reason": "max_epochs",
+        "start_loss": [1.2, 1.3],
+        "validation_loss": losses,
+        **change,
+    }
+    found = late_gain({"history": history})
+    assert found == (None if gain is None else pytest.approx(gain))
 
 
 def test_the_test_repeats_with_the_same_random_numbers():
