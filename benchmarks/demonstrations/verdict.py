@@ -1,4 +1,4 @@
-"""`python -m benchmarks verdict`: how often `sf.check` finds what it should, and what it costs.
+"""`python -m benchmarks verdict`: level and power of the verdict of `sf.check`.
 
 Public names: `run`.
 """
@@ -31,7 +31,7 @@ DATASETS, DRAWS = 1_000, 300
 
 
 def run(folder: Path, repeats: int = 40, fits: int = 4) -> dict[str, Any]:
-    """Measure level, power and cost of the verdict, print them, and write `verdict.json`.
+    """Measure level and power of the verdict, print them, and write `verdict.json`.
 
     Args:
         folder: Folder in which the record is written.
@@ -49,7 +49,7 @@ def run(folder: Path, repeats: int = 40, fits: int = 4) -> dict[str, Any]:
     results: dict[str, Any] = {"exact": {}, "unused": {}, "few": {}}
     for i, (name, count) in enumerate(EXACT.items()):
         found = _checks(jax.random.fold_in(key, i), [make_exact(name)], count, name)
-        results["exact"][name] = _share(found, "unused")
+        results["exact"][name] = _share(found, "unused information")
         print(f"{name}: {results['exact'][name]}", flush=True)
     for i, (name, make) in enumerate(CASES.items(), start=10):
         case_key, check_key = jax.random.split(jax.random.fold_in(key, i))
@@ -57,7 +57,7 @@ def run(folder: Path, repeats: int = 40, fits: int = 4) -> dict[str, Any]:
         cases = [make(k) for k in jax.random.split(case_key, count)]
         found = _checks(check_key, cases, repeats, name)
         results["unused"][name] = {
-            **_share(found, "unused"),
+            **_share(found, "unused information"),
             "exact_nats": [c.nats for c in cases],
             "named": float(np.mean([_named(r, cases[0]) for r in found])),
         }
@@ -73,7 +73,7 @@ def run(folder: Path, repeats: int = 40, fits: int = 4) -> dict[str, Any]:
 
 
 def _few(key: Key, datasets: int, repeats: int) -> dict[str, Any]:
-    """Check a posterior that is 1.3 times too narrow with few data sets; count first words."""
+    """Check a posterior that is 1.3 times too narrow with few data sets; count the verdicts."""
     case = make_exact("gaussian 2")
     narrow = Narrow(case.posterior, 1.3)
     words: dict[str, int] = {}

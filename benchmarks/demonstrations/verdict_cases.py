@@ -33,7 +33,7 @@ SIZE, LENGTH, TRIALS = 32, 1_000, 20
 
 PIXEL_NOISE, BLOB_SD = 0.5, 3.0
 SCALES = np.array([0.5, 2.0, 0.5, 2.0, 1.0, 1.0, 1.0, 1.0, 0.7, 1.5])
-"""Noise of the ten entries of the Gaussian simulators."""
+"""Standard deviations of the noise of the ten entries of the Gaussian simulators."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Case:
         posterior: The posterior.
         simulator: The simulator `(key, theta) -> x`.
         nats: Unused information in nats.
-        parameters: Names of the parameters about which the information is.
+        parameters: Names of the parameters with unused information.
     """
 
     posterior: Any

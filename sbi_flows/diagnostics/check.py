@@ -37,8 +37,7 @@ from sbi_flows.simulations.simulate import simulate
 from sbi_flows.simulations.simulations import Simulations, observation_shape
 
 INFORMATION_TAG, MEMBERS_TAG = 5, 6
-"""Numbers that make the keys of the test of information, and of a check of members, from the
-user's key."""
+"""Numbers folded into the user's key: keys of the test of information and of a check of members."""
 
 
 def check(
@@ -65,7 +64,7 @@ def check(
     independent of the posterior's network test at the same level whether the data, or summaries of
     them, predict where the truth lies within the posterior (see `Information`).
 
-    Both hold on average over data sets simulated from the prior. Use `check_at` to check
+    Both results are averages over data sets simulated from the prior. Use `check_at` to check
     the posterior at one observation. Use `predictive_check` and `misspecification` to test whether
     the simulator describes the real data. If some simulations fail, the verdict holds for
     parameters from the prior conditional on success; the posterior was trained on parameters from
@@ -77,9 +76,8 @@ def check(
     - `simulations`: simulations from the prior that the posterior was not trained on.
     - `simulations` and `history`: the simulations of the fit and the history that the fit returned.
       Each member of the ensemble is tested on the rows that it held out. This needs no further
-      simulation, but it is about single members, which are less accurate than their mixture, and it
-      is optimistic: the members stopped at the epoch that was best for these rows (docs/trust.md
-      gives the size of both effects).
+      simulation. The result is about single members, which are less accurate than their mixture.
+      It is optimistic, because each member stopped at the epoch that was best for these rows.
 
     Args:
         key: Random key.
@@ -100,8 +98,8 @@ def check(
     Raises:
         ValueError: There is neither a simulator nor simulations, or both; there are too few data
             sets or draws, the level is outside (0, 1), JAX cannot trace the simulator, or the
-            history is that of another fit.
-        SimulationFailed: Fewer than 50 simulations succeeded.
+            sizes of the history do not match the posterior and the simulations.
+        SimulationFailed: Fewer than 50 simulations are valid.
         SbiFlowsError: The posterior returned NaN, or draws that are not finite.
 
     Example:
@@ -163,8 +161,8 @@ def _ranks(
     valid = sims.only_valid()
     if len(valid) < MIN_DATASETS:
         raise SimulationFailed(
-            f"{len(sims) - len(valid)} of {len(sims)} simulations failed: too few left for a "
-            f"check, which needs {MIN_DATASETS}"
+            f"simulations: expected at least {MIN_DATASETS} valid rows, got {len(valid)} "
+            f"({len(sims) - len(valid)} of {len(sims)} failed): too few left for a check"
         )
     sizes = {"draws": draws, "progress": progress}
     if history is not None:
@@ -254,7 +252,9 @@ def _check_settings(
     if isinstance(simulator, Simulations):
         raise ValueError("simulator: expected a function, got sf.Simulations; use simulations=")
     if history is not None and simulations is None:
-        raise ValueError("history: expected it with the simulations of the fit, got none")
+        raise ValueError(
+            "history: expected simulations=, the simulations of the fit, as well, got none"
+        )
 
 
 def _check_sizes(datasets: int, draws: int, level: float) -> None:

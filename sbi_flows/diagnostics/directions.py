@@ -14,7 +14,7 @@ from scipy import special
 from sbi_flows.diagnostics.ranks import Ranks
 
 MIN_CONTRAST = 0.08
-"""Smallest difference of log widths, along a direction and overall, for which it is named."""
+"""Smallest difference of a direction's log width and the mean one for the direction to be named."""
 
 MIN_COEFFICIENT, MAX_NAMED = 0.4, 3
 """Smallest coefficient, relative to the largest, of a parameter that a direction names; and the
@@ -35,7 +35,7 @@ class JointWidth(NamedTuple):
 
 
 def joint_width(ranks: Ranks) -> JointWidth | None:
-    """Return the direction whose width is most wrong; None for a single parameter.
+    """Return the most wrong width and its direction; None for a single parameter.
 
     Residuals of the truths are whitened by the posterior's covariance, so that for a correct
     posterior their normal scores have the identity as covariance matrix. Directions are

@@ -14,8 +14,8 @@ GLOSSARY: dict[str, str] = {
         "'uses the data'."
     ),
     "cannot tell": (
-        "No test finds an error, but there are too few data sets to find errors that matter. The "
-        "report gives the smallest error that would be found. Check with more data sets."
+        "There are too few data sets: an error, or unused information, that matters could be "
+        "missed. The report gives the smallest one that would be found. Check with more data sets."
     ),
     "over-confident": (
         "The posterior is too narrow: the truth lies in its tails too often. Use more simulations "
@@ -24,20 +24,20 @@ GLOSSARY: dict[str, str] = {
     "under-confident": (
         "The posterior is too wide. Statements from it are true but vaguer than they could be."
     ),
-    "conservative": "Calibrated, or under-confident and not otherwise wrong.",
+    "conservative": "Calibrated, or too wide without any other error.",
     "biased": "The posterior lies too high or too low, on average over data sets.",
     "mis-shaped": (
-        "Neither shifted nor of a wrong width, but of a wrong shape: for example skewed the wrong "
-        "way, or with a wrong correlation."
+        "The shape is wrong, although the tests of shift and width pass: for example skewed the "
+        "wrong way, or with a wrong correlation."
     ),
     "jointly": (
-        "Every single parameter is right, but their joint distribution is not. The report names "
+        "The tests of single parameters find no error, but the joint tests do. The report names "
         "the combination of parameters, in posterior standard deviations, whose width is most "
         "wrong."
     ),
     "uses the data": (
-        "Regressions that are independent of the network find no information in the data that the "
-        "posterior does not use already."
+        "The posterior uses all the information that regressions, independent of the network, "
+        "find in the data."
     ),
     "leaves information unused": (
         "The data predict where the truth lies within the posterior. A better posterior exists, "
@@ -58,7 +58,7 @@ GLOSSARY: dict[str, str] = {
         "p-values allow for the number of tests (Holm): if any is below the level, the posterior "
         "is rejected."
     ),
-    "level": "Probability of rejecting a correct posterior.",
+    "level": "Probability of rejecting a correct posterior, for each line of the verdict.",
     "shift (sd)": (
         "Posterior mean minus truth on average, in posterior standard deviations. Positive: too "
         "high."

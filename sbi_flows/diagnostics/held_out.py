@@ -34,7 +34,7 @@ def ranks_of_members(
     draws: int,
     progress: bool,
 ) -> tuple[Ranks, Simulations]:
-    """Rank truths that each member of a fit held out among draws of this member alone.
+    """Rank the truths of held-out rows among draws of the member that held them out.
 
     Args:
         key: Random key.
@@ -49,7 +49,7 @@ def ranks_of_members(
         The ranks, and the rows that were used, member by member.
 
     Raises:
-        ValueError: The history, the posterior and the simulations are not of the same fit, the
+        ValueError: The sizes of history, posterior and simulations do not match, the
             posterior was not returned by an estimator, or fewer than `MIN_DATASETS` rows were held
             out.
     """
@@ -94,8 +94,8 @@ def _rows_of_members(
     members = {len(jax.tree.leaves(w)[0]) for w in posterior.weights}
     if held_out.ndim != 2 or members != {len(held_out)}:
         raise ValueError(
-            f"history: expected held-out rows of the posterior's members ({members}), got shape "
-            f"{held_out.shape}"
+            "history: expected held-out rows of the posterior's "
+            f"{', '.join(map(str, sorted(members)))} members, got shape {held_out.shape}"
         )
     if held_out.size and held_out.max() >= len(simulations):
         raise ValueError(

@@ -14,13 +14,13 @@ from scipy import special
 from sbi_flows.diagnostics.predictors import best_regression, predict_all
 
 STARTS = (0.25, 0.5, 0.75)
-"""Fractions of the rows that precede each predicted block of rows; the blocks are adjacent."""
+"""Fraction of the rows that the regressions are trained on before each block is predicted."""
 
-DETECTABLE_PER_ROW = 100.0
-"""Total information, in nats over all rows, that the test finds in 95% of cases (measured)."""
+DETECTABLE_TOTAL_NATS = 100.0
+"""Smallest sum of the information over all rows that the test finds in 95% of cases (measured)."""
 
 
-MAX_GUESS = 10.0
+MAX_STANDARDISED = 10.0
 """Limit of a standardised feature; values beyond it are clipped."""
 
 
@@ -30,10 +30,10 @@ class Dependence(NamedTuple):
     Attributes:
         p_value: P-values of the hypothesis that a score is independent of the features, not
             corrected for the number T, shape (T,).
-        nats: Mean log density of the second half of the rows by the predictions, relative to
-            the standard normal distribution, shape (T,). Its expectation is a lower bound of the
+        nats: Predicted log density of a score minus its standard normal log density, mean over
+            the second half of the rows, shape (T,). Its expectation is a lower bound of the
             mutual information of score and features.
-        terms: The log density of each row of the second half, shape (N / 2, T).
+        terms: The same for each row of the second half, shape (N / 2, T).
     """
 
     p_value: np.ndarray
@@ -64,7 +64,7 @@ class Rows(NamedTuple):
 
 
 def dependence(rng: np.random.Generator, rows: Rows) -> Dependence:
-    """Test whether scores are independent of the data, and estimate how many nats they share.
+    """Test whether scores are independent of the data, and estimate their mutual information.
 
     Rows are put in random order. Several regressions are trained on the first rows, and predict the
     next block; then they are trained on all rows so far. The likelihood ratio of their mixture
@@ -92,7 +92,7 @@ def dependence(rng: np.random.Generator, rows: Rows) -> Dependence:
     gains = []
     for start, stop in itertools.pairwise(cuts):
         known, new = rows.at(slice(0, start)), rows.at(slice(start, stop))
-        features, points = _with_guesses(known, new)
+        features, points = _with_predictions(known, new)
         predictions = predict_all(rng, features, known.scores, points)
         each = np.stack([p.log_prob(new.scores) for p in predictions])
         totals = np.zeros(each[:, 0].shape) if totals is None else totals
@@ -104,7 +104,7 @@ def dependence(rng: np.random.Generator, rows: Rows) -> Dependence:
     return Dependence(np.exp(-np.maximum(log_ratio, 0.0)), terms.mean(axis=0), terms)
 
 
-def _with_guesses(known: Rows, new: Rows) -> tuple[np.ndarray, np.ndarray]:
+def _with_predictions(known: Rows, new: Rows) -> tuple[np.ndarray, np.ndarray]:
     """Add features that relate the data to the posterior, shape (n, P + 3 D) and (m, P + 3 D).
 
     They are posterior means, logarithms of standard deviations, and the predictions of theta by a
@@ -113,20 +113,20 @@ def _with_guesses(known: Rows, new: Rows) -> tuple[np.ndarray, np.ndarray]:
     """
     center, scale = known.theta.mean(axis=0), known.theta.std(axis=0)
     scale = np.where(scale > 0, scale, 1.0)
-    targets = np.clip((known.theta - center) / scale, -MAX_GUESS, MAX_GUESS)
-    guesses = best_regression(known.features, targets, new.features)
+    targets = np.clip((known.theta - center) / scale, -MAX_STANDARDISED, MAX_STANDARDISED)
+    predictions = best_regression(known.features, targets, new.features)
     both = []
-    for rows, guess in zip((known, new), guesses, strict=True):
+    for rows, predicted in zip((known, new), predictions, strict=True):
         sd = np.maximum(rows.sd / scale, np.finfo(np.float32).tiny)
-        mean = np.clip((rows.mean - center) / scale, -MAX_GUESS, MAX_GUESS)
-        distance = np.clip((guess - mean) / sd, -MAX_GUESS, MAX_GUESS)
+        mean = np.clip((rows.mean - center) / scale, -MAX_STANDARDISED, MAX_STANDARDISED)
+        distance = np.clip((predicted - mean) / sd, -MAX_STANDARDISED, MAX_STANDARDISED)
         both.append(np.concatenate([rows.features, mean, np.log(sd), distance], axis=1))
     return both[0], both[1]
 
 
 def detectable_nats(rows: int) -> float:
     """Return the smallest information that `dependence` finds in 95% of cases."""
-    return DETECTABLE_PER_ROW / rows
+    return DETECTABLE_TOTAL_NATS / rows
 
 
 def _sequential_scores(rng: np.random.Generator, values: np.ndarray) -> np.ndarray:

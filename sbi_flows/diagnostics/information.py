@@ -1,7 +1,7 @@
 """Test whether a posterior uses the information in the data.
 
-A posterior that ignores the data can be calibrated. This test asks for the rest: do the data
-predict where the truth lies within the posterior?
+A posterior that ignores the data can be calibrated. This test finds it: do the data predict where
+the truth lies within the posterior?
 
 Public name: `Information`. Internal names: `information_of`, `start_gain`,
 `late_gain`.
@@ -27,13 +27,13 @@ from sbi_flows.diagnostics.uniformity import holm
 from sbi_flows.estimators.fit_warnings import MIN_FALL, fall_of
 
 MIN_UNUSED = 0.05
-"""Smallest amount of unused information that is reported, in nats: standard deviations 5% wide."""
+"""Smallest unused information that is reported, in nats; one width is then about 5% too large."""
 
 MAX_DETECTABLE = 0.25
-"""The test can tell if it finds this amount of unused information, in nats."""
+"""If only larger amounts of unused information would be found, in nats, the test cannot tell."""
 
-MIN_START_GAIN = 0.02
-"""Smallest gain of a network over its linear start, in nats, that counts as learned."""
+MIN_GAIN = 0.02
+"""Smallest gain over the linear start, or over the prior, that counts as learned, in nats."""
 
 MAX_TEST_ROWS = 4_000
 """Maximum number of data sets that the test uses."""
@@ -50,8 +50,8 @@ class Information:
     use.
 
     Attributes:
-        kind: "uses the data", "unused", "nothing" (the posterior equals the prior and no regression
-            finds information either) or "cannot tell".
+        kind: "uses the data", "unused information", "no information" (the posterior equals the
+            prior and no regression finds information either) or "cannot tell".
         labels: Names of the D parameters.
         unused_labels: Names of the parameters with unused information.
         gain: Mean log density of the truth, posterior minus prior, in nats; NaN if the posterior
@@ -61,9 +61,9 @@ class Information:
             fit held out; None if it is not known.
         late_gain: Increase of the held-out log density in the last tenth of the epochs, in nats,
             if training ended at `max_epochs`; None if it is not known.
-        unused: Estimate of the unused information about all parameters jointly, in nats. Its
-            expectation is a lower bound: other regressions may find more.
-        unused_error: Standard error of `unused`.
+        unused: Estimate of the unused information in nats: about all parameters jointly, or about
+            one parameter if that is larger. Other regressions may find more.
+        unused_error: Standard error of the joint estimate.
         p_value: P-value of each parameter, corrected for the number of tests (Holm), shape (D,).
         detectable: Amount of unused information, in nats, that the test finds in 95% of cases.
         level: Probability of reporting unused information for an exact posterior.
@@ -89,13 +89,13 @@ class Information:
     @property
     def only_linear(self) -> bool:
         """Whether the network learned nothing beyond its linear-Gaussian start."""
-        return self.start_gain is not None and self.start_gain < MIN_START_GAIN
+        return self.start_gain is not None and self.start_gain < MIN_GAIN
 
     @property
     def verdict(self) -> str:
         """One sentence: does the posterior use the data?"""
         gain = "" if np.isnan(self.gain) else f"{self.gain:.2g} nats gained over the prior"
-        if self.kind == "unused":
+        if self.kind == "unused information":
             found = (
                 f"leaves information unused: about {self.unused:.2g} nats, in "
                 f"{', '.join(self.unused_labels)} (corrected p "
@@ -106,11 +106,11 @@ class Information:
             )
         if self.kind == "cannot tell":
             return (
-                "cannot tell whether it uses the data: only "
-                f"{self.detectable:.2g} nats of unused information or more would be found"
+                "cannot tell whether it uses the data: the test finds unused information only if "
+                f"it is at least {self.detectable:.2g} nats"
             )
-        limit = f"{self.detectable:.2g} nats of unused information would be found"
-        if self.kind == "nothing":
+        limit = f"the test finds {self.detectable:.2g} nats or more"
+        if self.kind == "no information":
             return (
                 f"the posterior equals the prior, and no information is found in the data ({limit})"
             )
@@ -129,14 +129,14 @@ class Information:
 
     @property
     def _advice(self) -> str:
-        if self.kind == "unused":
+        if self.kind == "unused information":
             return (
                 "give the estimator an embedding for this kind of data or summaries of x, a larger "
                 "network or more simulations; see the page trust.md"
             )
         if self.kind == "cannot tell":
             return f"check with more data sets: {self._rows_needed} or more"
-        if self.kind == "nothing":
+        if self.kind == "no information":
             return "check that the simulator's output depends on the parameters"
         return ""
 
@@ -195,15 +195,15 @@ def information_of(
     gain, gain_error = _gain_over_prior(ranks, log_prior)
     kind = "uses the data"
     if names and max(unused, float(found.nats.max())) >= MIN_UNUSED:
-        kind = "unused"
+        kind = "unused information"
     elif detectable > MAX_DETECTABLE:
         kind = "cannot tell"
-    elif gain < max(MIN_START_GAIN, 2.0 * gain_error):
-        kind = "nothing"
+    elif gain < max(MIN_GAIN, 2.0 * gain_error):
+        kind = "no information"
     return Information(
         kind=kind,
         labels=ranks.labels,
-        unused_labels=names if kind == "unused" else (),
+        unused_labels=names if kind == "unused information" else (),
         gain=gain,
         gain_error=gain_error,
         start_gain=start_gain(record),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-MIN_ROWS, MIN_BOOSTED_ROWS = 40, 120
+MIN_NETWORK_ROWS, MIN_BOOSTED_ROWS = 40, 120
 """Minimum number of training rows for the network, and for boosted trees."""
 
 RIDGES = tuple(10.0 ** np.arange(-1.0, 5.0))
@@ -21,7 +21,7 @@ MAX_SQUARED_COLUMNS = 64
 """Maximum number of features whose squares are features of the ridge regression as well."""
 
 SCREENED_COLUMNS = (4, 12, 40)
-"""Numbers of features of the regressions on the features that correlate best."""
+"""Ridge regressions also use only this number of features: those that correlate best."""
 
 MAX_COMPONENTS = 40
 """Maximum number of principal components that the network reads."""
@@ -68,9 +68,11 @@ class _Rows(NamedTuple):
 def predict_all(
     rng: np.random.Generator, features: np.ndarray, scores: np.ndarray, points: np.ndarray
 ) -> list[Prediction]:
-    """Predict scores by five regressions, of which the first is the standard normal distribution.
+    """Return five predictions of the scores, each a normal distribution.
 
-    With few rows, some of them also give the standard normal distribution.
+    They are: the standard normal distribution, ridge regression, a network, boosted trees for the
+    mean, and boosted trees for mean and standard deviation. With too few rows, those of the network
+    and of the trees are standard normal.
 
     Args:
         rng: Random numbers: they choose the rows that are left out, and initial weights.
@@ -88,7 +90,7 @@ def predict_all(
     network, boosted = nothing, (nothing, nothing)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scikit-learn: the number of epochs is intended
-        if len(features) >= MIN_ROWS:
+        if len(features) >= MIN_NETWORK_ROWS:
             network = _network(int(rng.integers(2**31)), rows)
         if len(features) >= MIN_BOOSTED_ROWS:
             boosted = _boosted(rows, nothing)
@@ -256,8 +258,8 @@ def _shrunk(left_out: np.ndarray, scores: np.ndarray, mean: np.ndarray) -> Predi
 def _variance_factor(squares: np.ndarray, left_out: np.ndarray, new: np.ndarray) -> np.ndarray:
     """Return factors on the variances of new rows, shape (m,).
 
-    A factor is a power of the predicted variance. The power, between 0 and 1, and a constant are
-    those that fit the squares at the rows left out.
+    A factor is c v^p, where v is the predicted variance. The power p, one of 0, 0.25, ..., 1, and
+    the constant c maximise the likelihood of the rows left out. If p is 0, all factors are 1.
     """
     powers = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
     logs = np.log(np.maximum(left_out, 1e-6))

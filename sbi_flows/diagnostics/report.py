@@ -43,11 +43,10 @@ class Report:
     """Result of `check`.
 
     Attributes:
-        verdict: Two lines. The first says whether the posterior is calibrated, over-confident,
-            under-confident, biased or mis-shaped; in which parameters, by how much, and with which
-            corrected p-values; or that this number of data sets cannot tell. If some simulations
-            failed, it gives the number of simulations used. The second line says whether the
-            posterior uses the data (`information.verdict`).
+        verdict: Two lines. The first says "calibrated", "cannot tell" (too few data sets), or the
+            errors: their kinds, parameters, sizes and corrected p-values. If some simulations
+            failed, it gives the number used. The second line says whether the posterior uses the
+            data (`information.verdict`).
         calibrated: True if no test rejects and there are enough data sets to find errors that
             matter (`least_width`). A correct posterior is rejected with a probability of about
             `level`.
@@ -62,11 +61,12 @@ class Report:
         information: Test whether the posterior uses the information in the data.
         least_width: Smallest factor by which the width of a parameter must be wrong to be found,
             in 95% of cases. If it is above 1.2 and no test rejects, the verdict is "cannot tell".
-        level: Probability that any of the tests rejects a correct posterior.
+        level: Probability of rejecting a correct posterior, for each line of the verdict.
         num_datasets: Number of data sets checked.
         num_failed: Number of failed simulations that were left out.
         draws: Number of draws from each posterior.
-        command: Python code that repeats the check, given the posterior and the simulator.
+        command: Python code that repeats the check, given the posterior and the simulator
+            or the simulations.
     """
 
     verdict: str
@@ -88,7 +88,7 @@ class Report:
 
     @property
     def uses_data(self) -> bool | None:
-        """Whether the posterior uses the data; None if this number of data sets cannot tell."""
+        """Whether the posterior uses the data; None if there are too few data sets to tell."""
         kind = self.information.kind
         return None if kind == "cannot tell" else kind == "uses the data"
 
@@ -96,7 +96,7 @@ class Report:
     def advice(self) -> tuple[str, ...]:
         """What to do about each problem; empty if there is none."""
         kinds = {f.kind for f in self.findings}
-        if self.information.kind == "unused":
+        if self.information.kind == "unused information":
             kinds.discard(UNDER)  # its cause is then the unused information
         lines = [ADVICE[kind] for kind in ADVICE if kind in kinds]
         if not self.findings and not self.calibrated and self.uses_data is not None:
@@ -142,10 +142,10 @@ class Report:
     def notes(self) -> list[str]:
         """Return sentences on parameters that the data do not constrain."""
         unlearned = self.sharpness.unlearned
-        if not unlearned or self.information.kind == "nothing":
+        if not unlearned or self.information.kind == "no information":
             return []
         if len(unlearned) == len(self.sbc.labels):
-            return ["the posterior equals the prior (contraction about 0): the data taught nothing"]
+            return ["the posterior equals the prior in every parameter (contraction about 0)"]
         return [f"not learned from the data (contraction about 0): {', '.join(unlearned)}"]
 
     def to_dict(self) -> dict[str, Any]:

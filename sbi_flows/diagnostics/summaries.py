@@ -23,12 +23,12 @@ BLOCKS = 8
 """Number of blocks along an axis within which entries are averaged."""
 
 MIN_SERIES = 12
-"""Minimum length of an axis for autocovariances and spectra."""
+"""Minimum length of an axis for autocorrelations and spectra."""
 
 LAGS = (1, 2, 3, 5, 8, 13)
 
 MAX_CHANNELS = 8
-"""Maximum length of an axis whose positions are summarised separately."""
+"""Maximum length of the last axis for its entries to be channels with moments of their own."""
 
 MAX_DEVIATION = 5.0
 """Limit of a standardised summary; values beyond it are clipped."""
@@ -39,10 +39,10 @@ MAX_BLOCK_BYTES = 2**27
 def summaries(x: Obs) -> np.ndarray:
     """Compute entries and summary statistics of N observations, shape (N, P).
 
-    Each array contributes its entries. An array with many entries also contributes moments,
-    quantiles and averages of blocks, and for each axis: the position of the highest and the lowest
-    region, autocovariances and the spectrum. Columns are standardised and outliers are clipped;
-    constant columns are omitted.
+    Each array contributes its entries. An array with at least `MIN_SERIES` entries also contributes
+    moments, quantiles and averages of blocks, and for each axis: the position of the highest and
+    the lowest region, autocorrelations and the spectrum. Columns are standardised and outliers are
+    clipped; constant columns are omitted.
 
     Args:
         x: Observations (N, *event), or a pytree of such arrays.

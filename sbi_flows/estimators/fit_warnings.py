@@ -54,7 +54,7 @@ _is_inside_fit: ContextVar[bool] = ContextVar("_is_inside_fit", default=False)
 
 @contextlib.contextmanager
 def outermost_fit() -> Iterator[bool]:
-    """Mark the body as a fit; yield whether it is not part of another fit, such as a stack's."""
+    """Mark the body as a fit; yield True for the outermost fit, False for a fit inside a stack."""
     is_inside = _is_inside_fit.get()
     token = _is_inside_fit.set(True)
     try:
@@ -84,7 +84,7 @@ def warn_after_fit(
         simulations: Simulations of the fit, in the user's units.
         posterior: The fitted posterior.
         history: History of the fit.
-        varies: Whether x varies. Otherwise the user has been told why the fit learned nothing.
+        varies: False if `warn_before_fit` has already warned that x is constant.
     """
     if history.interrupted:
         return
@@ -104,7 +104,7 @@ def few_rows(num_valid: int, dim: int) -> str | None:
     if num_valid >= least:
         return None
     return (
-        f"simulations: expected at least {least:,} valid rows ({MIN_ROWS}, and "
+        f"simulations: expected at least {least:,} valid rows (the larger of {MIN_ROWS} and "
         f"{MIN_ROWS_PER_PARAMETER} for each parameter), got {num_valid:,}; the posterior will be "
         "inaccurate. Simulate more"
     )
@@ -135,7 +135,7 @@ def nothing_learned(gain: Gain) -> str | None:
     return (
         "the fit learned nothing from x: the posterior is not better than the prior (gain "
         f"{gain.mean:+.2f} +- {gain.error:.2f} nats on held-out rows). Check that x depends on "
-        "theta; otherwise use more simulations, summary statistics or an embedding"
+        "theta; if it does, use more simulations, summary statistics or an embedding"
     )
 
 

@@ -1,7 +1,7 @@
 """Warn once if a few draws, far from all others, determine the standard deviation.
 
-Where a flow compresses its noise to a narrow posterior, the outermost noise may stay far outside:
-a few draws in a thousand. Quantiles are hardly affected, means and standard deviations are.
+A flow compresses its noise to a narrow posterior. It may leave a few draws in a thousand far
+outside. They change means and standard deviations much, and quantiles hardly.
 
 Public names: `warn_of_strays`, `strays_of`.
 """
@@ -19,10 +19,10 @@ from sbi_flows.core.errors import SbiFlowsWarning
 from sbi_flows.core.warn import warn_user
 from sbi_flows.prior.prior import Prior
 
-MIN_DRAWS, MAX_DRAWS = 4_000, 20_000
+MIN_EXAMINED_DRAWS, MAX_EXAMINED_DRAWS = 4_000, 20_000
 """Minimum number of draws that are examined, and maximum number."""
 
-FAR = 6.0
+MIN_STRAY_DISTANCE = 6.0
 """Distance from the median, in robust standard deviations, beyond which a draw is a stray."""
 
 MIN_FRACTION, MAX_FRACTION = 2e-4, 0.02
@@ -41,14 +41,14 @@ def warn_of_strays(posterior: Any, prior: Prior, draws: Array) -> None:
     Draws are in the prior's relative units. Parameters are examined in the prior's standard
     coordinates as well, in which a heavy-tailed prior is normal.
     """
-    if len(draws) < MIN_DRAWS or posterior in _warned:
+    if len(draws) < MIN_EXAMINED_DRAWS or posterior in _warned:
         return
-    some = np.asarray(draws[:MAX_DRAWS], np.float64)
+    some = np.asarray(draws[:MAX_EXAMINED_DRAWS], np.float64)
     ratio, fraction = strays_of(some)
     if not np.any(fraction > 0):
         return
     if prior.dim == len(prior.bounded):
-        standard = np.asarray(prior.unchecked_to_standard(draws[:MAX_DRAWS]), np.float64)
+        standard = np.asarray(prior.unchecked_to_standard(draws[:MAX_EXAMINED_DRAWS]), np.float64)
         fraction = np.where(strays_of(standard)[1] > 0, fraction, 0.0)
     if np.any(fraction > 0):
         _warned.add(posterior)
@@ -67,7 +67,7 @@ def strays_of(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     scale = (high - low) / 2
     scale = np.where(scale > 0, scale, np.inf)
     ratio = draws.std(axis=0) / scale
-    fraction = np.mean(np.abs(draws - middle) > FAR * scale, axis=0)
+    fraction = np.mean(np.abs(draws - middle) > MIN_STRAY_DISTANCE * scale, axis=0)
     is_stray = (fraction >= MIN_FRACTION) & (fraction <= MAX_FRACTION) & (ratio >= MIN_RATIO)
     return ratio, np.where(is_stray, fraction, 0.0)
 
@@ -78,7 +78,7 @@ def _text(labels: Sequence[str], ratio: np.ndarray, fraction: np.ndarray) -> str
     also = f" (and of {others} other parameter{'s' * (others > 1)})" * (others > 0)
     return (
         f"{100 * fraction[worst]:.2g}% of the draws of {labels[worst]}{also} lie more than "
-        f"{FAR:g} standard deviations from the median; they make its standard deviation "
-        f"{ratio[worst]:.2g} times as large. Report quantiles, which they hardly affect, or fit "
-        "with more simulations"
+        f"{MIN_STRAY_DISTANCE:g} robust standard deviations from the median; the standard "
+        f"deviation is {ratio[worst]:.2g} times the robust one. Report quantiles, which these draws hardly "
+        "affect, or fit with more simulations"
     )

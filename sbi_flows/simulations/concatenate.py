@@ -24,8 +24,8 @@ def concatenate(parts: Sequence[Any], *, prior: PriorLike | None = None) -> Simu
     """Join simulations row by row, for example those of several machines.
 
     Failed rows stay invalid and rounds are kept. Columns with names are matched by name and put in
-    the order of the first part. An array is in double precision if it is in any part. Arrays on
-    disk stay there: the result reads the rows of each part from its own files.
+    the order of the first part. A joined array is in double precision if the array of any part is.
+    Arrays on disk stay on disk: the result reads the rows of each part from its own files.
 
     Args:
         parts: List of `Simulations` of one simulator; their observations have the same arrays and
