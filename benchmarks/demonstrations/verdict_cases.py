@@ -177,7 +177,7 @@ def make_exact(name: str) -> Case:
     return Case(posterior, partial(_linear, posterior.design), 0.0, ())
 
 
-EXACT = {"gaussian 2": 70, "gaussian 10": 60, "two_moons": 60, "slcp": 10}
+EXACT = {"gaussian 2": 70, "gaussian 10": 60, "two_moons": 60, "slcp": 3}
 """Number of checks of each exact posterior; exact draws of slcp take a minute for each check."""
 
 

@@ -5,6 +5,8 @@ Public name: `check`.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,12 +33,13 @@ from sbi_flows.diagnostics.verdict import (
     verdict_of,
 )
 from sbi_flows.posteriors.adapter import PosteriorLike, as_posterior
+from sbi_flows.posteriors.composed import ComposedPosterior
 from sbi_flows.posteriors.passes import MIN_DATASETS, MIN_DRAWS
 from sbi_flows.posteriors.reuse import warn_of_reuse
 from sbi_flows.simulations.simulate import simulate
 from sbi_flows.simulations.simulations import Simulations, observation_shape
 
-INFORMATION_TAG, MEMBERS_TAG = 5, 6
+INFORMATION_TAG, MEMBERS_TAG, ROWS_TAG = 5, 6, 7
 """Numbers folded into the user's key: keys of the test of information and of a check of members."""
 
 
@@ -86,7 +89,7 @@ def check(
         simulations: Simulations that take the place of the simulator, at least 50 valid rows.
         history: History of the fit, if `simulations` are those of the fit.
         datasets: Number of fresh simulations, at least 50; failed simulations are left out and
-            counted. With `history`, the maximum number of held-out rows.
+            counted. With `simulations`, the maximum number of rows, which are chosen at random.
         draws: Independent draws from each posterior, at least 20.
         level: Probability of rejecting a correct posterior, for each of the two parts.
         progress: Show progress bars.
@@ -123,22 +126,24 @@ def check(
         simulate_key = jax.random.split(key, 3)[0]
         sims = simulate(simulate_key, posterior.prior, simulator, datasets, progress=progress)
     sims = sims.aligned(posterior.prior)
+    if history is None and (sims.on_disk or len(sims) > datasets):
+        sims = _random_rows(jax.random.fold_in(key, ROWS_TAG), sims, datasets)
     if history is None:
         warn_of_reuse(posterior, sims, "key" if simulations is None else "simulations")
     options = {"datasets": datasets, "draws": draws, "progress": progress}
     ranks, used = _ranks(key, posterior, sims, history, **options)
     known = as_posterior(posterior, observation_shape(used.x))
+    if isinstance(known, ComposedPosterior):  # its density is not normalised
+        ranks = dataclasses.replace(ranks, log_prob=None)
     information = information_of(
         jax.random.fold_in(key, INFORMATION_TAG),
         ranks,
         used.x,
         np.asarray(known.prior.log_prob(used.theta)),
-        record=known.origin.record,
+        record={} if isinstance(known, ComposedPosterior) else known.origin.record,
         level=level,
     )
-    sizes = f"datasets={datasets}, draws={draws}, level={level!r}"
-    if simulations is not None and history is None:
-        sizes = f"draws={draws}, level={level!r}"
+    sizes = f"datasets={datasets}, draws={draws}, level={float(level)!r}"
     command = _command(key, f"{_source_code(simulations, history)}, {sizes}")
     return _report(ranks, information, level, _subject_text(sims, history), command)
 
@@ -160,18 +165,28 @@ def _ranks(
     """
     valid = sims.only_valid()
     if len(valid) < MIN_DATASETS:
-        raise SimulationFailed(
+        kind = SimulationFailed if len(sims) >= MIN_DATASETS else ValueError
+        raise kind(
             f"simulations: expected at least {MIN_DATASETS} valid rows, got {len(valid)} "
             f"({len(sims) - len(valid)} of {len(sims)} failed): too few left for a check"
         )
     sizes = {"draws": draws, "progress": progress}
     if history is not None:
         rank_key = jax.random.fold_in(key, MEMBERS_TAG)
-        return ranks_of_members(rank_key, posterior, valid, history, datasets=datasets, **sizes)
+        ranks, used = ranks_of_members(
+            rank_key, posterior, valid, history, datasets=datasets, **sizes
+        )
+        return dataclasses.replace(ranks, num_failed=len(sims) - len(valid)), used
     _, reference_key, draw_key = jax.random.split(key, 3)
     references, scale = crude_posterior(reference_key, valid), prior_scale(valid.theta)
     ranks = draw_pass(draw_key, posterior, sims, references=references, scale=scale, **sizes)
     return ranks, valid
+
+
+def _random_rows(key: Key, sims: Simulations, count: int) -> Simulations:
+    """Return random rows in their order, loaded into memory."""
+    rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,))))
+    return sims[np.sort(rng.permutation(len(sims))[:count])]
 
 
 def _report(
@@ -230,11 +245,10 @@ def _command(key: Key, arguments: str) -> str:
 
 def _subject_text(sims: Simulations, history: FitHistory | None) -> str:
     """Return a clause that says what the verdict is about; empty if no simulation failed."""
-    if history is not None:
-        return "; about single members, each on rows that it held out"
+    members = "; about members, each on rows that it held out" * (history is not None)
     if sims.num_valid == len(sims):
-        return ""
-    return f"; about the {sims.num_valid} of {len(sims)} simulations that did not fail"
+        return members
+    return f"{members}; about the {sims.num_valid} of {len(sims)} simulations that did not fail"
 
 
 def _check_settings(

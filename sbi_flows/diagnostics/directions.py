@@ -38,22 +38,23 @@ def joint_width(ranks: Ranks) -> JointWidth | None:
     """Return the most wrong width and its direction; None for a single parameter.
 
     Residuals of the truths are whitened by the posterior's covariance, so that for a correct
-    posterior their normal scores have the identity as covariance matrix. Directions are
-    eigenvectors of the covariance matrix of one half of the data sets. Widths are measured on the
-    other half, because the largest eigenvalue of a noisy matrix is too large.
+    posterior their normal scores have the identity as covariance matrix. The direction
+    is the eigenvector of the covariance matrix of one half of the data sets whose eigenvalue is the
+    most wrong. Widths are measured on the other half, because the largest eigenvalue of a noisy
+    matrix is too large.
     """
-    scores = special.ndtri(ranks.residual)
+    scores = special.ndtri(ranks.half.residual)
     if scores.shape[1] < 2:
         return None
     halves = scores[::2], scores[1::2]
-    vectors = np.linalg.eigh(np.cov(halves[0].T))[1]
-    variances = np.var(halves[1] @ vectors, axis=0)
-    overall = -0.5 * float(np.mean(np.log(variances)))
-    log_widths = -0.5 * np.log(variances)
-    worst = int(np.argmax(np.abs(log_widths)))
-    if abs(log_widths[worst] - overall) < MIN_CONTRAST:
+    values, vectors = np.linalg.eigh(np.cov(halves[0].T))
+    worst = int(np.argmax(np.abs(np.log(np.maximum(values, np.finfo(float).tiny)))))
+    log_widths = -0.5 * np.log(np.var(halves[1] @ vectors, axis=0))
+    overall = float(np.mean(log_widths))
+    # three standard errors of the logarithm of a width that half of the data sets give
+    if abs(log_widths[worst] - overall) < max(MIN_CONTRAST, 3.0 / np.sqrt(len(scores))):
         return JointWidth(float(np.exp(overall)), None)
-    coefficients = vectors[:, worst] @ ranks.whitening
+    coefficients = vectors[:, worst] @ ranks.half.whitening
     return JointWidth(float(np.exp(log_widths[worst])), _combination(coefficients, ranks.labels))
 
 

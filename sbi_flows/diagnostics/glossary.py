@@ -5,6 +5,7 @@ Internal names: `GLOSSARY`, `explain`.
 
 from __future__ import annotations
 
+import re
 import textwrap
 
 GLOSSARY: dict[str, str] = {
@@ -24,7 +25,6 @@ GLOSSARY: dict[str, str] = {
     "under-confident": (
         "The posterior is too wide. Statements from it are true but vaguer than they could be."
     ),
-    "conservative": "Calibrated, or too wide without any other error.",
     "biased": "The posterior lies too high or too low, on average over data sets.",
     "mis-shaped": (
         "The shape is wrong, although the tests of shift and width pass: for example skewed the "
@@ -93,11 +93,17 @@ GLOSSARY: dict[str, str] = {
 """Explanations by term."""
 
 
+VERDICTS = ("calibrated", "uses the data")
+"""Terms that begin a line of the report."""
+
+
 def explain(text: str) -> str:
     """Explain the terms of the glossary that occur in a text."""
     lines = []
     for term, meaning in GLOSSARY.items():
-        words = [word.strip() for word in term.split(",")]
-        if any(word in text for word in words):
+        words = "|".join(re.escape(word.strip()) for word in term.split(","))
+        # verdicts begin a line; the words of one may occur within another
+        start = "^" if term in VERDICTS else ""
+        if re.search(f"{start}({words})", text, flags=re.MULTILINE):
             lines.append(textwrap.fill(f"{term}: {meaning}", 100, subsequent_indent="    "))
     return "\n".join(lines)

@@ -12,13 +12,16 @@ import jax
 import numpy as np
 
 from sbi_flows.core.typing import Key
-from sbi_flows.diagnostics.ranks import Ranks, rank_valid
+from sbi_flows.diagnostics.ranks import HalfRanks, Ranks, rank_valid
 from sbi_flows.diagnostics.references import crude_posterior, prior_scale
 from sbi_flows.estimators.stacking import StackHistory
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.posteriors.passes import MIN_DATASETS
 from sbi_flows.simulations.simulations import Simulations
 from sbi_flows.training.history import History
+
+MIN_SPREAD, MIN_CORRELATION = 0.2, 0.5
+"""Densities of held-out rows, in nats, must correlate with those in the history if they vary."""
 
 FitHistory: TypeAlias = History | StackHistory
 """History that a fit returns."""
@@ -58,8 +61,10 @@ def ranks_of_members(
             "posterior: expected the posterior that `fit` returned with the history, got "
             f"{type(posterior).__name__}"
         )
+    _require_same_rows(posterior, simulations)
     row_key, reference_key, draw_key = jax.random.split(key, 3)
     rows = _rows_of_members(row_key, posterior, simulations, history, datasets)
+    _require_same_order(posterior, simulations, history)
     used = simulations[np.concatenate(rows)]
     if len(used) < MIN_DATASETS:
         raise ValueError(
@@ -112,6 +117,37 @@ def _rows_of_members(
     return [np.sort(chosen[owner[chosen] == m]) for m in range(len(held_out))]
 
 
+def _require_same_rows(posterior: Posterior, simulations: Simulations) -> None:
+    """Raise ValueError if some simulations are not those of the fit."""
+    if posterior.used_rows is None or posterior.used_rows.fraction < 1.0:
+        return
+    new = int(np.sum(~np.asarray(posterior.used_rows.among(simulations, posterior.prior))))
+    if new:
+        raise ValueError(
+            f"simulations: expected those of the fit, got {new:,} other rows of "
+            f"{len(simulations):,}"
+        )
+
+
+def _require_same_order(
+    posterior: Posterior, simulations: Simulations, history: FitHistory
+) -> None:
+    """Raise ValueError if the rows are in another order than in the fit.
+
+    Then the densities of held-out rows differ from those in the history.
+    """
+    rows, known = history.held_out[0], np.asarray(history.held_out_log_prob[0], float)
+    now = np.asarray(_member(posterior, 0).log_prob(simulations.theta[rows], simulations.x[rows]))
+    finite = np.isfinite(now) & np.isfinite(known)
+    if np.sum(finite) < 20 or np.std(known[finite]) < MIN_SPREAD:
+        return
+    if np.corrcoef(now[finite], known[finite])[0, 1] < MIN_CORRELATION:
+        raise ValueError(
+            "simulations: expected the rows in the order of the fit, got another order: the "
+            "densities of held-out rows are not those in the history"
+        )
+
+
 def _joined(parts: list[Ranks]) -> Ranks:
     """Join the ranks of several members."""
     arrays = {}
@@ -119,11 +155,13 @@ def _joined(parts: list[Ranks]) -> Ranks:
         values = [getattr(part, name) for part in parts]
         arrays[name] = None if values[0] is None else np.concatenate(values)
     sizes = [len(part.theta) for part in parts]
-    whitening = np.average([part.whitening for part in parts], axis=0, weights=sizes)
-    return dataclasses.replace(parts[0], whitening=whitening, **arrays)
+    whitening = np.average([part.half.whitening for part in parts], axis=0, weights=sizes)
+    rows = zip(*(part.half[:-1] for part in parts), strict=True)
+    half = HalfRanks._make([*map(np.concatenate, rows), whitening])
+    return dataclasses.replace(parts[0], half=half, **arrays)
 
 
-_PER_ROW = ("theta", "uniform", "residual", "density", "distance", "log_prob", "mean", "sd")
+_PER_ROW = ("theta", "uniform", "density", "distance", "log_prob", "mean", "sd")
 
 
 def _pairs(held_out: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from sbi_flows.core.tables import p_text
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.diagnostics.independence import Rows, dependence, detectable_nats
 from sbi_flows.diagnostics.ranks import Ranks
+from sbi_flows.diagnostics.sharpness import sharpness_of
 from sbi_flows.diagnostics.summaries import summaries
 from sbi_flows.diagnostics.uniformity import holm
 from sbi_flows.estimators.fit_warnings import MIN_FALL, fall_of
@@ -55,7 +56,7 @@ class Information:
         labels: Names of the D parameters.
         unused_labels: Names of the parameters with unused information.
         gain: Mean log density of the truth, posterior minus prior, in nats; NaN if the posterior
-            has no density.
+            has no normalised density, -inf if its density is zero at some truths.
         gain_error: Standard error of `gain`.
         start_gain: Gain over the linear-Gaussian start of the fit, in nats, on the rows that the
             fit held out; None if it is not known.
@@ -94,10 +95,10 @@ class Information:
     @property
     def verdict(self) -> str:
         """One sentence: does the posterior use the data?"""
-        gain = "" if np.isnan(self.gain) else f"{self.gain:.2g} nats gained over the prior"
+        gain = _gain_text(self.gain)
         if self.kind == "unused information":
             found = (
-                f"leaves information unused: about {self.unused:.2g} nats, in "
+                f"leaves information unused: about {_nats(self.unused)} nats, in "
                 f"{', '.join(self.unused_labels)} (corrected p "
                 f"{p_text(float(self.p_value.min()))}{'; ' * bool(gain)}{gain})"
             )
@@ -109,7 +110,7 @@ class Information:
                 "cannot tell whether it uses the data: the test finds unused information only if "
                 f"it is at least {self.detectable:.2g} nats"
             )
-        limit = f"the test finds {self.detectable:.2g} nats or more"
+        limit = f"a smooth dependence of {self.detectable:.2g} nats would be found"
         if self.kind == "no information":
             return (
                 f"the posterior equals the prior, and no information is found in the data ({limit})"
@@ -180,10 +181,11 @@ def information_of(
         level: Probability of reporting unused information for an exact posterior.
     """
     rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,))))
-    first, dim = slice(0, MAX_TEST_ROWS), len(ranks.labels)
-    scores = special.ndtri(np.concatenate([ranks.residual, ranks.uniform[:, 1:]], axis=1)[first])
-    features = summaries(jax.tree.map(lambda a: np.asarray(a[first]), x))
-    moments = (np.asarray(a[first], float) for a in (ranks.theta, ranks.mean, ranks.sd))
+    half, dim = ranks.half, len(ranks.labels)
+    some = np.sort(rng.permutation(len(half.theta))[:MAX_TEST_ROWS])
+    scores = special.ndtri(np.concatenate([half.residual, half.uniform[:, 1:]], axis=1)[some])
+    features = summaries(jax.tree.map(lambda a: np.asarray(a[some]), x))
+    moments = (np.asarray(a[some], float) for a in (half.theta, half.mean, half.sd))
     # threads cost more than they gain for so few rows, and wait for each other on a busy machine
     with threadpool_limits(1):
         found = dependence(rng, Rows(features, scores, *moments))
@@ -194,11 +196,14 @@ def information_of(
     p_value, names = _by_parameter(holm(found.p_value), ranks.labels, found.nats, level)
     gain, gain_error = _gain_over_prior(ranks, log_prior)
     kind = "uses the data"
-    if names and max(unused, float(found.nats.max())) >= MIN_UNUSED:
+    rejected = found.nats[holm(found.p_value) <= level]
+    if names:
+        unused = max(unused, float(rejected.max()))
+    if names and unused >= MIN_UNUSED:
         kind = "unused information"
     elif detectable > MAX_DETECTABLE:
         kind = "cannot tell"
-    elif gain < max(MIN_GAIN, 2.0 * gain_error):
+    elif len(sharpness_of(ranks).unlearned) == dim:
         kind = "no information"
     return Information(
         kind=kind,
@@ -208,7 +213,7 @@ def information_of(
         gain_error=gain_error,
         start_gain=start_gain(record),
         late_gain=late_gain(record),
-        unused=max(unused, float(found.nats[dim:].max(initial=0.0))) if names else unused,
+        unused=unused,
         unused_error=error,
         p_value=p_value,
         detectable=detectable,
@@ -271,12 +276,29 @@ def _by_parameter(
     return smallest, tuple(labels[i] for i in order)
 
 
+def _gain_text(gain: float) -> str:
+    """Describe the gain over the prior; empty if it is unknown."""
+    if np.isnan(gain):
+        return ""
+    if gain == -np.inf:
+        return "its density is zero at some truths"
+    if gain < 0:
+        return f"{_nats(-gain)} nats lost against the prior, because of its errors"
+    return f"{_nats(gain)} nats gained over the prior"
+
+
+def _nats(value: float) -> str:
+    return f"{value:.2g}" if value < 100 else f"{value:.0f}"
+
+
 def _gain_over_prior(ranks: Ranks, log_prior: np.ndarray) -> tuple[float, float]:
     """Return the mean log density of the truths, posterior minus prior, and its standard error."""
     if ranks.log_prob is None:
         return float("nan"), float("nan")
-    gains = np.asarray(ranks.log_prob, float) - np.asarray(log_prior, float)
-    gains = gains[np.isfinite(gains)]
-    if len(gains) < 2:
+    finite = np.isfinite(log_prior)
+    gains = (np.asarray(ranks.log_prob, float) - log_prior)[finite]
+    if len(gains) < 2 or np.any(np.isnan(gains)):
         return float("nan"), float("nan")
+    if np.any(gains == -np.inf):
+        return -float("inf"), float("nan")
     return float(gains.mean()), float(gains.std(ddof=1) / np.sqrt(len(gains)))

@@ -3,12 +3,13 @@
 All calibration checks need the same draws. `draw_pass` draws them once, for one chunk of data sets
 at a time, and keeps only a few numbers per data set.
 
-Internal names: `draw_pass`, `rank_valid`, `Ranks`.
+Internal names: `draw_pass`, `rank_valid`, `Ranks`, `HalfRanks`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,32 @@ MIN_VARIANCE = 1e-5
 """Added to the variance of each standardised parameter, so that its Cholesky factor exists."""
 
 
+class HalfRanks(NamedTuple):
+    """Ranks among one half of the draws, and moments of the other half.
+
+    For a correct posterior and given data, truth and ranked draws are exchangeable, and independent
+    of the moments. Ranks are therefore uniform and independent of the moments.
+
+    Attributes:
+        uniform: Continuous rank of each true parameter, shape (N, D).
+        residual: Continuous rank of each true residual, shape (N, D). The residual of a parameter
+            is what its linear regression on all preceding parameters leaves. The regression is
+            computed from the other half of the draws.
+        mean: Means of the other half, shape (N, D), relative to the prior's offset.
+        sd: Standard deviations of the other half, shape (N, D).
+        theta: True parameters, shape (N, D), relative to the prior's offset.
+        whitening: Mean of the matrices that map standardised parameters (in posterior standard
+            deviations from the posterior mean) to residuals, shape (D, D).
+    """
+
+    uniform: np.ndarray
+    residual: np.ndarray
+    mean: np.ndarray
+    sd: np.ndarray
+    theta: np.ndarray
+    whitening: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class Ranks:
     """Ranks of true parameters among posterior draws for N data sets.
@@ -46,9 +73,7 @@ class Ranks:
     Attributes:
         theta: True parameters, shape (N, D), in the parameters' units.
         uniform: Continuous rank of each true parameter among its draws, shape (N, D).
-        residual: Continuous rank of each true residual among the residuals of the draws, shape (N,
-            D). The residual of a parameter is what its linear regression on all preceding
-            parameters leaves; the regression is computed from the draws of the same data set.
+        half: Ranks among the first half of the draws; the other half is independent of them.
         density: Continuous share of draws with a higher posterior density than the truth, shape
             (N,); None if densities were not requested.
         distance: Continuous share of draws closer to the reference point than the truth is, shape
@@ -60,13 +85,11 @@ class Ranks:
         draws: Number of draws from each posterior.
         labels: Names of the D parameters.
         num_failed: Number of failed simulations that were left out.
-        whitening: Mean of the matrices that map standardised parameters (in posterior standard
-            deviations from the posterior mean) to residuals, shape (D, D).
     """
 
     theta: np.ndarray
     uniform: np.ndarray
-    residual: np.ndarray
+    half: HalfRanks
     density: np.ndarray | None
     distance: np.ndarray | None
     log_prob: np.ndarray | None
@@ -75,7 +98,6 @@ class Ranks:
     draws: int
     labels: tuple[str, ...]
     num_failed: int
-    whitening: np.ndarray
 
 
 def draw_pass(
@@ -153,14 +175,21 @@ def rank_valid(
         chunks.append(jax.tree.map(lambda leaf, m=count: np.asarray(leaf)[:m], reduced))
     counts = {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
     _require_finite(counts["finite"])
-    below, denser, nearer, residual = _uniform_ranks(tie_key, counts, draws, ranked)
+    below, denser, nearer, first, residual = _uniform_ranks(tie_key, counts, draws, ranked)
     if density and not ranked:
         level_key = jax.random.fold_in(tie_key, 3)
         denser = posterior.credible_levels(level_key, valid.theta, valid.x)
     return Ranks(
         theta=np.asarray(valid.theta),
         uniform=below,
-        residual=residual,
+        half=HalfRanks(
+            first,
+            residual,
+            counts["other_mean"],
+            counts["other_sd"],
+            np.asarray(posterior.prior.subtract_offset(valid.theta)),
+            counts["whitening"].mean(axis=0),
+        ),
         density=denser if density else None,
         distance=None if references is None else nearer,
         log_prob=counts["log_prob"] if ranked else None,
@@ -169,7 +198,6 @@ def rank_valid(
         draws=draws,
         labels=tuple(posterior.prior.labels),
         num_failed=0,
-        whitening=counts["whitening"].mean(axis=0),
     )
 
 
@@ -192,8 +220,9 @@ def _uniform_ranks(
     A count is the number of draws that are below the truth, have a higher density, or are nearer to
     the reference point, or have a smaller residual.
     """
-    among = {"below": draws, "denser": ranked, "nearer": draws, "residual": draws}
-    keys = [*jax.random.split(key, 3), jax.random.fold_in(key, 4)]
+    among = {"below": draws, "denser": ranked, "nearer": draws}
+    among |= {"half": draws // 2, "residual": draws // 2}
+    keys = [*jax.random.split(key, 3), jax.random.fold_in(key, 4), jax.random.fold_in(key, 5)]
     return [
         continuous_ranks(k, counts[name], counts[f"{name}_equal"], number)
         for k, (name, number) in zip(keys, among.items(), strict=True)
@@ -224,7 +253,8 @@ def _reduce(
     distance = jnp.sum(((sample - point) / unit) ** 2, axis=-1)
     truth_distance = jnp.sum(((truth - point) / unit) ** 2, axis=-1)
     finite = jnp.all(jnp.isfinite(sample), axis=(1, 2)) & ~jnp.any(jnp.isnan(log_prob), axis=1)
-    residual, true_residual, whitening = _residuals(sample, truth)
+    first, other = jnp.split(sample, [sample.shape[1] // 2], axis=1)
+    residual, true_residual, whitening = _residuals(first, truth, other)
     return {
         "below": jnp.sum(sample < truth, axis=1),
         "below_equal": jnp.sum(sample == truth, axis=1),
@@ -232,6 +262,10 @@ def _reduce(
         "denser_equal": jnp.sum(log_prob == log_truth[:, None], axis=1),
         "nearer": jnp.sum(distance < truth_distance, axis=1),
         "nearer_equal": jnp.sum(distance == truth_distance, axis=1),
+        "half": jnp.sum(first < truth, axis=1),
+        "half_equal": jnp.sum(first == truth, axis=1),
+        "other_mean": jnp.mean(other, axis=1),
+        "other_sd": jnp.std(other, axis=1),
         "residual": jnp.sum(residual < true_residual, axis=1),
         "residual_equal": jnp.sum(residual == true_residual, axis=1),
         "whitening": jnp.mean(whitening, axis=0, keepdims=True),
@@ -242,8 +276,8 @@ def _reduce(
     }
 
 
-def _residuals(sample: Array, truth: Array) -> tuple[Array, Array, Array]:
-    """Whiten draws (B, L, D) and truths (B, 1, D) by the Cholesky factor of the draws' covariance.
+def _residuals(sample: Array, truth: Array, other: Array) -> tuple[Array, Array, Array]:
+    """Whiten draws (B, L, D) and truths (B, 1, D) by the covariance of other draws (B, M, D).
 
     Each whitened parameter is, up to its scale, the residual of its linear regression on all
     preceding parameters.
@@ -251,10 +285,10 @@ def _residuals(sample: Array, truth: Array) -> tuple[Array, Array, Array]:
     Returns:
         Residuals (B, L, D) and (B, 1, D), and the whitening matrices (B, D, D).
     """
-    mean, sd = jnp.mean(sample, axis=1, keepdims=True), jnp.std(sample, axis=1, keepdims=True)
+    mean, sd = jnp.mean(other, axis=1, keepdims=True), jnp.std(other, axis=1, keepdims=True)
     scale = jnp.where(sd > 0, sd, 1.0)
-    z, true_z = (sample - mean) / scale, (truth - mean) / scale
-    correlation = jnp.einsum("bli,blj->bij", z, z) / sample.shape[1]
+    z, true_z, other_z = ((values - mean) / scale for values in (sample, truth, other))
+    correlation = jnp.einsum("bli,blj->bij", other_z, other_z) / other.shape[1]
     factor = jnp.linalg.cholesky(correlation + MIN_VARIANCE * jnp.eye(sample.shape[2])[None])
     inverse = jnp.linalg.inv(factor)
     return z @ inverse.mT, true_z @ inverse.mT, inverse

@@ -62,6 +62,7 @@ def _standardised(values: np.ndarray) -> np.ndarray:
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75], axis=0)
     width = (high - low) / NORMAL_IQR
     scale = np.where(width > 0, width, values.std(axis=0))
+    scale = np.where(scale > 0, scale, 1.0)
     return np.clip((values - middle) / scale, -MAX_DEVIATION, MAX_DEVIATION)
 
 

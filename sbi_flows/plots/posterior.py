@@ -88,6 +88,8 @@ def corner(
     draws = as_draw_sets(samples, labels)
     if not all(0 <= q <= 1 for q in quantiles):
         raise ValueError(f"quantiles: expected probabilities from 0 to 1, got {tuple(quantiles)}")
+    if not all(0 < level < 1 for level in levels):
+        raise ValueError(f"levels: expected probabilities between 0 and 1, got {tuple(levels)}")
     values = as_truth(truth, draws)
     layout = Layout(draws.labels, _checked_ranges(draws, values, limits))
     figure, grid = _panel_grid(draws, figure, titles=titles)
@@ -125,7 +127,10 @@ def _checked_ranges(draws: DrawSets, truth: np.ndarray | None, limits: Any) -> n
         return axis_ranges(draws.sets, truth)
     if np.shape(limits) != (draws.dim, 2):
         raise ValueError(f"limits: expected shape ({draws.dim}, 2), got {np.shape(limits)}")
-    return np.asarray(limits, float)
+    ends = np.asarray(limits, float)
+    if not np.all(np.isfinite(ends)) or not np.all(ends[:, 0] < ends[:, 1]):
+        raise ValueError(f"limits: expected finite lower ends below upper ends, got {limits}")
+    return ends
 
 
 def _panel_grid(draws: DrawSets, figure: Figure | None, *, titles: bool) -> tuple[Figure, Any]:

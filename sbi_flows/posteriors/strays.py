@@ -25,11 +25,14 @@ MIN_EXAMINED_DRAWS, MAX_EXAMINED_DRAWS = 4_000, 20_000
 MIN_STRAY_DISTANCE = 6.0
 """Distance from the median, in robust standard deviations, beyond which a draw is a stray."""
 
+GAP_START = 4.0
+"""Between this distance and that of strays there must be fewer draws than strays."""
+
 MIN_FRACTION, MAX_FRACTION = 2e-4, 0.02
-"""Range of the fraction of strays; more draws than that form a mode or a heavy tail."""
+"""Range of the fraction of strays; more draws than that are a second mode."""
 
 MIN_RATIO = 1.2
-"""Smallest ratio of the standard deviation to the robust one that causes a warning."""
+"""Smallest ratio of the standard deviations with and without strays that causes a warning."""
 
 _warned: weakref.WeakSet[Any] = weakref.WeakSet()
 """Posteriors that have caused a warning; each warns once."""
@@ -59,17 +62,22 @@ def strays_of(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Find strays among draws (n, D).
 
     Returns:
-        The standard deviation relative to half the distance of the 16% and 84% quantiles, shape
-        (D,), and the fraction of strays, shape (D,); zero unless strays determine the standard
-        deviation.
+        The standard deviation of all draws relative to that without the strays, shape (D,); and the
+        fraction of strays, shape (D,), which is zero unless they determine the standard deviation
+        and are separate from the other draws: a tail, in contrast, has more draws at a smaller
+        distance.
     """
     low, middle, high = np.quantile(draws, [0.16, 0.5, 0.84], axis=0)
     scale = (high - low) / 2
     scale = np.where(scale > 0, scale, np.inf)
-    ratio = draws.std(axis=0) / scale
-    fraction = np.mean(np.abs(draws - middle) > MIN_STRAY_DISTANCE * scale, axis=0)
-    is_stray = (fraction >= MIN_FRACTION) & (fraction <= MAX_FRACTION) & (ratio >= MIN_RATIO)
-    return ratio, np.where(is_stray, fraction, 0.0)
+    distance = np.abs(draws - middle) / scale
+    is_far = distance > MIN_STRAY_DISTANCE
+    inner = np.std(draws, axis=0, where=~is_far)
+    ratio = draws.std(axis=0) / np.where(inner > 0, inner, 1.0)
+    fraction = np.mean(is_far, axis=0)
+    nearby = np.mean((distance > GAP_START) & ~is_far, axis=0)
+    is_stray = (fraction >= MIN_FRACTION) & (fraction <= MAX_FRACTION) & (fraction > nearby)
+    return ratio, np.where(is_stray & (ratio >= MIN_RATIO), fraction, 0.0)
 
 
 def _text(labels: Sequence[str], ratio: np.ndarray, fraction: np.ndarray) -> str:
@@ -78,7 +86,7 @@ def _text(labels: Sequence[str], ratio: np.ndarray, fraction: np.ndarray) -> str
     also = f" (and of {others} other parameter{'s' * (others > 1)})" * (others > 0)
     return (
         f"{100 * fraction[worst]:.2g}% of the draws of {labels[worst]}{also} lie more than "
-        f"{MIN_STRAY_DISTANCE:g} robust standard deviations from the median; the standard "
-        f"deviation is {ratio[worst]:.2g} times the robust one. Report quantiles, which these draws hardly "
-        "affect, or fit with more simulations"
+        f"{MIN_STRAY_DISTANCE:g} robust standard deviations from the median; they make the "
+        f"standard deviation {ratio[worst]:.2g} times as large. Report quantiles, which they "
+        "hardly affect, or fit with more simulations"
     )

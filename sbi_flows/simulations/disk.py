@@ -53,6 +53,10 @@ class LazyArray(abc.ABC):
         """Number of entries."""
         return math.prod(self.shape)
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Read all rows, for NumPy."""
+        return np.asarray(self[:], dtype)
+
     def __len__(self) -> int:
         """Number of rows."""
         return self.shape[0]

@@ -60,6 +60,8 @@ def as_extension(simulations: Simulations, stored: StoredLayout) -> Extension:
         ValueError: Names, shapes or dtypes differ from those of the store; x is neither an array
             nor a dict of arrays; or the simulations are of sequential rounds.
     """
+    if not isinstance(simulations, Simulations):
+        raise ValueError(f"simulations: expected Simulations, got {type(simulations).__name__}")
     if np.any(np.asarray(simulations.round) != 0):
         raise ValueError(
             "simulations: expected draws from the prior of the store, got rounds of sequential "

@@ -18,7 +18,9 @@ from sbi_flows.diagnostics.glossary import GLOSSARY
 from sbi_flows.diagnostics.uniformity import detectable_width, normal_p_values
 from sbi_flows.diagnostics.verdict import _joint_kind
 from sbi_flows.prior.prior import as_prior
+from sbi_flows.simulations.concatenate import concatenate
 from sbi_flows.simulations.simulate import simulate
+from sbi_flows.simulations.simulations import Simulations
 
 KEY = jax.random.key(0)
 SIZES = {"datasets": 400, "draws": 200, "progress": False}
@@ -224,7 +226,7 @@ def test_held_out_simulations_take_the_place_of_a_simulator(gaussian, simulator)
     sims = simulate(jax.random.key(5), posterior.prior, simulator, 400, progress=False)
     report = check(KEY, posterior, simulations=sims, draws=200, progress=False)
     assert report.calibrated and report.num_datasets == 400
-    assert "simulations=simulations, draws=200" in report.command
+    assert "simulations=simulations, datasets=1000, draws=200" in report.command
     again = check(KEY, posterior, simulations=sims, draws=200, progress=False)
     assert again.verdict == report.verdict
 
@@ -236,6 +238,33 @@ def test_there_is_one_source_of_data_sets(gaussian, simulator):
         check(KEY, posterior)
     with pytest.raises(ValueError, match="expected a simulator or simulations, got both"):
         check(KEY, posterior, simulator, simulations=sims)
+
+
+def test_a_bad_posterior_is_not_called_the_prior(gaussian, simulator):
+    report = check(KEY, gaussian(scale=1 / 5), simulator, **SIZES)
+    assert report.information.kind == "uses the data"
+    assert "nats lost against the prior, because of its errors" in report.verdict
+
+
+def test_a_posterior_equal_to_the_prior_without_information_says_so(gaussian):
+    def deaf(key, theta):
+        return jax.random.normal(key, (2,))
+
+    report = check(KEY, gaussian(blind=True), deaf, **SIZES)
+    assert report.calibrated and report.uses_data is False
+    assert "the posterior equals the prior, and no information is found" in report.verdict
+    assert "output depends on the parameters" in report.advice[0]
+
+
+def test_simulations_on_disk_are_checked(gaussian, simulator, tmp_path):
+    posterior = gaussian()
+    sims = simulate(jax.random.key(5), posterior.prior, simulator, 400, progress=False)
+    np.save(tmp_path / "x.npy", np.asarray(sims.x))
+    stored = Simulations(sims.theta, np.load(tmp_path / "x.npy", mmap_mode="r"))
+    joined = concatenate([stored, stored[np.arange(10)]])
+    for each, count in ((stored, 400), (joined, 300)):
+        report = check(KEY, posterior, simulations=each, datasets=count, draws=100, progress=False)
+        assert report.findings == () and report.num_datasets == count
 
 
 def test_a_wrong_correlation_is_described(gaussian):

@@ -42,7 +42,7 @@ def test_the_members_of_a_linear_gaussian_fit_are_right(fitted):
         CHECK_KEY, posterior, simulations=sims, history=history, draws=200, progress=False
     )
     assert report.num_datasets == len(np.unique(history.held_out))
-    assert report.findings == () and "about single members" in report.verdict
+    assert report.findings == () and "about members" in report.verdict
     assert report.sbc.width == pytest.approx(1.0, abs=0.12)
     assert "simulations=simulations, history=history" in report.command
 
@@ -58,9 +58,14 @@ def test_a_member_is_the_mixture_of_one(fitted):
 
 def test_a_history_of_another_fit_is_refused(fitted, gaussian):
     npe, sims, posterior, history = fitted
-    few = sims[np.arange(50)]
-    with pytest.raises(ValueError, match="simulations: expected those of the fit, at least"):
-        sf.check(CHECK_KEY, posterior, simulations=few, history=history, progress=False)
+    other = sf.simulate(CHECK_KEY, npe.prior, noisy, 1_000, progress=False)
+    for wrong, message in (
+        (sims[np.arange(50)], "simulations: expected those of the fit, at least"),
+        (other, "simulations: expected those of the fit, got 1,000 other rows of 1,000"),
+        (sims[::-1], "simulations: expected the rows in the order of the fit"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sf.check(CHECK_KEY, posterior, simulations=wrong, history=history, progress=False)
     with pytest.raises(ValueError, match="posterior: expected the posterior that `fit` returned"):
         sf.check(CHECK_KEY, gaussian(), simulations=sims, history=history, progress=False)
     other = sf.NPE(npe.prior, npe.density, members=2, training=npe.training)

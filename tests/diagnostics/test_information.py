@@ -1,15 +1,20 @@
 """Unused information is found, measured and named; an exact posterior passes."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import pytest
 from scipy import special
 
 from sbi_flows.diagnostics.independence import Rows, _sequential_scores, dependence
-from sbi_flows.diagnostics.information import late_gain, start_gain
+from sbi_flows.diagnostics.information import information_of, late_gain, start_gain
 from sbi_flows.diagnostics.predictors import predict_all
+from sbi_flows.diagnostics.ranks import draw_pass
 from sbi_flows.diagnostics.summaries import summaries
 from sbi_flows.diagnostics.uniformity import ks_p_value
+from sbi_flows.prior.prior import as_prior
+from sbi_flows.simulations.simulations import Simulations
 
 N = 600
 
@@ -152,6 +157,31 @@ def test_the_gain_of_the_last_epochs_is_read_from_the_record(change, gain):
     }
     found = late_gain({"history": history})
     assert found == (None if gain is None else pytest.approx(gain))
+
+
+def test_few_draws_of_an_exact_posterior_pass():
+    """Errors of moments that the draws give are not information about the truth."""
+    rng = np.random.default_rng(10)
+    n, draws = 2_000, 20
+    x = rng.normal(size=(n, 2)) * 1.12
+    sample = 0.8 * x[:, None] + 0.45 * rng.normal(size=(n, draws + 1, 2))
+    simulations = Simulations(sample[:, 0], x)
+    ranks = draw_pass(jax.random.key(0), _Fixed(sample[:, 1:]), simulations, draws=draws)
+    found = information_of(jax.random.key(1), ranks, x, np.zeros(n), record={}, level=0.05)
+    assert found.kind == "uses the data" and found.p_value.min() > 0.05
+
+
+class _Fixed:
+    """Posterior whose draws are given, for all data sets in their order."""
+
+    def __init__(self, sample):
+        self.prior, self.rows = as_prior(dist.Normal(0.0, 1.0).expand([2])), sample
+
+    def sample(self, key, x, n):
+        return jnp.asarray(self.rows)
+
+    def log_prob(self, theta, x):
+        return -jnp.sum(theta**2, axis=-1)
 
 
 def test_the_test_repeats_with_the_same_random_numbers():

@@ -11,7 +11,7 @@ from jax import Array
 
 from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.diagnostics import ranks
-from sbi_flows.diagnostics.ranks import Ranks, draw_pass
+from sbi_flows.diagnostics.ranks import HalfRanks, Ranks, draw_pass
 from sbi_flows.diagnostics.references import crude_posterior, prior_scale
 from sbi_flows.diagnostics.sharpness import sharpness_of
 from sbi_flows.posteriors import passes
@@ -160,7 +160,8 @@ def test_one_posterior_with_a_huge_variance_does_not_dominate_the_contraction():
     sd[7] = 1e6
     theta = rng.normal(size=(100, 1))
     none = np.zeros((100, 1))
-    ranks = Ranks(theta, none, none, None, None, None, theta, sd, 500, ("a",), 0, np.eye(1))
+    half = HalfRanks(none, none, theta, sd, theta, np.eye(1))
+    ranks = Ranks(theta, none, half, None, None, None, theta, sd, 500, ("a",), 0)
     assert sharpness_of(ranks).contraction[0] == pytest.approx(0.99, abs=0.01)
 
 
