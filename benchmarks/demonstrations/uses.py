@@ -125,7 +125,7 @@ def costs(record: dict[str, Any]) -> list[str]:
         use = record[name]
         seconds = [f"{use['seconds'][part]:.0f}" for part in ("simulate", "fit", "draw", "check")]
         total = f"{use['simulations']['total']:,}"
-        lines.append([f"`{name}`", total, *seconds, use["check"]["verdict"]])
+        lines.append([f"`{name}`", total, *seconds, use["check"]["verdict"].splitlines()[0]])
     return [f"| {' | '.join(line)} |" for line in lines]
 
 

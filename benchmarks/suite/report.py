@@ -77,10 +77,19 @@ class Cell:
         """Calibration verdict of the worst run, such as "calibrated" or "conservative: ..."."""
         checks = [record["check"] for record in self.records]
         worst = min(checks, key=lambda check: (check["calibrated"], check["conservative"]))
+        # records of earlier versions have no information
+        unused = max(_unused_nats(check) for check in checks)
+        suffix = f"; leaves {unused:.2g} nats unused" * (unused > 0)
         if worst["calibrated"]:
-            return "calibrated"
-        text = re.sub(r" \([^()]*\)", "", worst["verdict"])
-        return f"conservative: {text}" if worst["conservative"] else text
+            return f"calibrated{suffix}"
+        text = re.sub(r" \([^()]*\)", "", worst["verdict"].splitlines()[0])
+        return f"conservative: {text}{suffix}" if worst["conservative"] else f"{text}{suffix}"
+
+
+def _unused_nats(check: dict[str, Any]) -> float:
+    """Return the unused information that a check found, in nats; 0 if it found none."""
+    information = check.get("information", {})
+    return information["unused"] if information.get("kind") == "unused information" else 0.0
 
 
 def run(results: Path, out: Path | None = None) -> Path:
