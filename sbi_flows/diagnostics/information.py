@@ -10,6 +10,7 @@ Public name: `Information`. Internal names: `information_of`, `start_gain`,
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,7 @@ class Information:
             prior and no regression finds information either) or "cannot tell".
         labels: Names of the D parameters.
         unused_labels: Names of the parameters with unused information.
+        unlearned: Names of the parameters whose posterior equals the prior.
         gain: Mean log density of the truth, posterior minus prior, in nats; NaN if the posterior
             has no normalised density, -inf if its density is zero at some truths.
         gain_error: Standard error of `gain`.
@@ -77,6 +79,7 @@ class Information:
     kind: str
     labels: tuple[str, ...]
     unused_labels: tuple[str, ...]
+    unlearned: tuple[str, ...]
     gain: float
     gain_error: float
     start_gain: float | None
@@ -98,7 +101,7 @@ class Information:
         gain = _gain_text(self.gain)
         if self.kind == "unused information":
             found = (
-                f"leaves information unused: about {_nats(self.unused)} nats, in "
+                f"leaves information unused: about {_nats(self.unused)} nats or more, in "
                 f"{', '.join(self.unused_labels)} (corrected p "
                 f"{p_text(float(self.p_value.min()))}{'; ' * bool(gain)}{gain})"
             )
@@ -107,15 +110,17 @@ class Information:
             )
         if self.kind == "cannot tell":
             return (
-                "cannot tell whether it uses the data: the test finds unused information only if "
-                f"it is at least {self.detectable:.2g} nats"
+                "cannot tell whether it uses the data: with so few data sets, less than "
+                f"{self.detectable:.2g} nats of unused information may be missed"
             )
         limit = f"a smooth dependence of {self.detectable:.2g} nats would be found"
         if self.kind == "no information":
             return (
                 f"the posterior equals the prior, and no information is found in the data ({limit})"
             )
-        return f"uses the data: {gain}{', ' * bool(gain)}no unused information found ({limit})"
+        nothing = f"; nothing learned about {', '.join(self.unlearned)}" * bool(self.unlearned)
+        found = f"{gain}{', ' * bool(gain)}no unused information found ({limit})"
+        return f"uses the data: {found}{nothing}"
 
     @property
     def advice(self) -> tuple[str, ...]:
@@ -133,7 +138,7 @@ class Information:
         if self.kind == "unused information":
             return (
                 "give the estimator an embedding for this kind of data or summaries of x, a larger "
-                "network or more simulations; see the page trust.md"
+                "network or more simulations; see docs/trust.md"
             )
         if self.kind == "cannot tell":
             return f"check with more data sets: {self._rows_needed} or more"
@@ -186,7 +191,10 @@ def information_of(
     scores = special.ndtri(np.concatenate([half.residual, half.uniform[:, 1:]], axis=1)[some])
     features = summaries(jax.tree.map(lambda a: np.asarray(a[some]), x))
     moments = (np.asarray(a[some], float) for a in (half.theta, half.mean, half.sd))
-    # threads cost more than they gain for so few rows, and wait for each other on a busy machine
+    # threads cost more than they gain for so few rows, and wait for each other on a busy machine;
+    # the limit holds only for libraries that are loaded before
+    importlib.import_module("sklearn.ensemble")
+    importlib.import_module("sklearn.neural_network")
     with threadpool_limits(1):
         found = dependence(rng, Rows(features, scores, *moments))
     # residuals describe the parameters jointly; the first residual is the first parameter
@@ -195,7 +203,7 @@ def information_of(
     detectable = detectable_nats(len(scores))
     p_value, names = _by_parameter(holm(found.p_value), ranks.labels, found.nats, level)
     gain, gain_error = _gain_over_prior(ranks, log_prior)
-    kind = "uses the data"
+    kind, unlearned = "uses the data", sharpness_of(ranks).unlearned
     rejected = found.nats[holm(found.p_value) <= level]
     if names:
         unused = max(unused, float(rejected.max()))
@@ -203,11 +211,12 @@ def information_of(
         kind = "unused information"
     elif detectable > MAX_DETECTABLE:
         kind = "cannot tell"
-    elif len(sharpness_of(ranks).unlearned) == dim:
+    elif len(unlearned) == dim:
         kind = "no information"
     return Information(
         kind=kind,
         labels=ranks.labels,
+        unlearned=unlearned,
         unused_labels=names if kind == "unused information" else (),
         gain=gain,
         gain_error=gain_error,

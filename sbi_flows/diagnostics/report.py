@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import textwrap
 from html import escape
 from pathlib import Path
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 ADVICE = {
     OVER: "fit with more simulations or members, or correct with sf.recalibrate or sf.conformal",
     BIASED: "fit with more simulations, or correct with sf.recalibrate",
-    SHAPE: "fit with more simulations, or try another density; see the page choosing.md",
+    SHAPE: "fit with more simulations, or try another density; see docs/choosing.md",
     UNDER: "usable, but wider than necessary: fit with more simulations",
 }
 """What to do, by the kind of a finding."""
@@ -96,9 +97,10 @@ class Report:
     def advice(self) -> tuple[str, ...]:
         """What to do about each problem; empty if there is none."""
         kinds = {f.kind for f in self.findings}
-        if self.information.kind == "unused information":
-            kinds.discard(UNDER)  # its cause is then the unused information
         lines = [ADVICE[kind] for kind in ADVICE if kind in kinds]
+        if self.information.kind == "unused information":
+            # a better posterior comes first: other errors may then disappear
+            return self.information.advice
         if not self.findings and not self.calibrated and self.uses_data is not None:
             lines.append("check with more data sets")
         return (*lines, *self.information.advice)
@@ -195,7 +197,7 @@ class Report:
             sections.glossary_section(self.explain()),
             sections.repeat_section(self.command),
         ]
-        return document(f"check: {self.verdict.split(':')[0][:60]}", body)
+        return document(f"check: {re.split('[:(]', self.verdict)[0].strip()[:60]}", body)
 
     def plot(self) -> Figure:
         """Plot ranks, highest-density coverage and TARP side by side."""
@@ -241,5 +243,6 @@ class Report:
 
 
 def _filled(text: str, width: int) -> str:
-    """Break each line of a text at the given width."""
-    return "\n".join(textwrap.fill(line, width) for line in text.splitlines())
+    """Break each line of a text at the given width, and indent what follows."""
+    lines = (textwrap.fill(line, width, subsequent_indent="  ") for line in text.splitlines())
+    return "\n".join(lines)

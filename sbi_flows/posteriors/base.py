@@ -262,6 +262,9 @@ class AbstractPosterior(Bindable):
             raise ValueError("x: expected one observation, got a batch")
         posterior_key, prior_key = jax.random.split(key)
         draws, log_prob = self.sample_and_log_prob(posterior_key, x, n)
+        # the draws of the members alternate: each chain must have draws of all members
+        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, 3), n))
+        draws, log_prob = draws[order], log_prob[order]
         groups = Groups(draws, log_prob, self.prior.sample(prior_key, prior_draws), x)
         if simulator is not None:
             simulate_key = jax.random.fold_in(key, 2)

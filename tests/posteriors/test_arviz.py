@@ -1,12 +1,15 @@
 """Chains and groups of ArviZ data, and names that ArviZ or netCDF files reserve or forbid."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
 
 import sbi_flows as sf
+from sbi_flows.posteriors.adapter import as_posterior
 from sbi_flows.posteriors.arviz import Groups, arviz_groups
+from sbi_flows.prior.prior import as_prior
 
 
 def groups(prior):
@@ -115,3 +118,30 @@ def test_chains_of_other_lengths_are_refused():
     prior, groups = simulated_groups(lambda theta: np.arange(len(theta)) < 3, n=16, m=8)
     with pytest.raises(sf.SimulationFailed, match=r"at least 4 valid simulations, .* got 3 of 8"):
         arviz_groups(prior, groups)
+
+
+class Alternating:
+    """Draws of two members that alternate, as those of an ensemble do."""
+
+    def __init__(self):
+        self.prior = as_prior({"a": dist.Normal(0.0, 1.0)})
+
+    def sample(self, key, x, n):
+        return self.sample_and_log_prob(key, x, n)[0]
+
+    def sample_and_log_prob(self, key, x, n):
+        noise = 0.5 * jax.random.normal(key, (*jnp.shape(x)[:-1], n, 1))
+        sign = jnp.reshape(jnp.where(jnp.arange(n) % 2 == 0, 1.0, -1.0), (n, 1))
+        draws = noise + jnp.broadcast_to(sign, noise.shape)
+        return draws, self.log_prob(draws, x)
+
+    def log_prob(self, theta, x):
+        return -0.5 * theta[..., 0] ** 2
+
+
+def test_each_chain_has_draws_of_all_members():
+    posterior = as_posterior(Alternating(), jax.ShapeDtypeStruct((2,), jnp.float32))
+    data = posterior.to_arviz(jax.random.key(0), jnp.zeros(2), n=2_000)
+    chains = np.asarray(data["posterior"]["a"])
+    np.testing.assert_allclose(chains.mean(axis=1), 0.0, atol=0.2)
+    np.testing.assert_allclose(data["sample_stats"]["lp"], -0.5 * chains**2, rtol=1e-5)
