@@ -50,7 +50,7 @@ def summaries(x: Obs) -> np.ndarray:
     Example:
         >>> series = np.random.default_rng(0).normal(size=(50, 100))
         >>> summaries(series).shape
-        (50, 157)
+        (50, 137)
     """
     columns = [part for leaf in jax.tree.leaves(x) for part in _leaf_summaries(leaf)]
     flat = np.concatenate([c.reshape(len(c), -1) for c in columns], axis=1)

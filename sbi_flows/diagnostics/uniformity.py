@@ -62,7 +62,7 @@ def detectable_width(n: int, level: float, power: float = 0.95) -> float:
 
     Example:
         >>> round(detectable_width(1_000, 0.05 / 8), 2), round(detectable_width(50, 0.05 / 8), 2)
-        (1.1, 1.58)
+        (1.1, 1.54)
     """
     largest = special.chdtri(n - 1, level / 2)
     return float(np.sqrt(largest / special.chdtri(n - 1, power)))
