@@ -154,5 +154,5 @@ def _share(reports: list[sf.Report], kind: str) -> dict[str, Any]:
 
 
 def _named(report: sf.Report, case: Case) -> bool:
-    """Whether the report names exactly the parameters about which information is unused."""
+    """Return True if the report names the right parameters with unused information."""
     return set(report.information.unused_labels) == set(case.parameters)

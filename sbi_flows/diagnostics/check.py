@@ -16,10 +16,10 @@ from sbi_flows.core.errors import SimulationFailed
 from sbi_flows.core.typing import Key, Simulator
 from sbi_flows.diagnostics.coverage import coverage_of
 from sbi_flows.diagnostics.directions import joint_width
-from sbi_flows.diagnostics.held_out import FitHistory, ranks_of_members
+from sbi_flows.diagnostics.held_out import ranks_of_members
 from sbi_flows.diagnostics.information import Information, information_of
 from sbi_flows.diagnostics.ranks import Ranks, draw_pass
-from sbi_flows.diagnostics.references import crude_posterior, prior_scale
+from sbi_flows.diagnostics.references import crude_references
 from sbi_flows.diagnostics.report import Report
 from sbi_flows.diagnostics.sbc import sbc_of
 from sbi_flows.diagnostics.sharpness import sharpness_of
@@ -32,7 +32,9 @@ from sbi_flows.diagnostics.verdict import (
     tests_of,
     verdict_of,
 )
+from sbi_flows.estimators.base import FitHistory
 from sbi_flows.posteriors.adapter import PosteriorLike, as_posterior
+from sbi_flows.posteriors.base import AbstractPosterior
 from sbi_flows.posteriors.composed import ComposedPosterior
 from sbi_flows.posteriors.passes import MIN_DATASETS, MIN_DRAWS
 from sbi_flows.posteriors.reuse import warn_of_reuse
@@ -40,7 +42,7 @@ from sbi_flows.simulations.simulate import simulate
 from sbi_flows.simulations.simulations import Simulations, observation_shape
 
 INFORMATION_TAG, MEMBERS_TAG, ROWS_TAG = 5, 6, 7
-"""Numbers folded into the user's key: keys of the test of information and of a check of members."""
+"""Numbers folded into the user's key: for the test of information, members, and random rows."""
 
 
 def check(
@@ -126,21 +128,23 @@ def check(
         simulate_key = jax.random.split(key, 3)[0]
         sims = simulate(simulate_key, posterior.prior, simulator, datasets, progress=progress)
     sims = sims.aligned(posterior.prior)
-    if history is None and (sims.on_disk or len(sims) > datasets):
-        sims = _random_rows(jax.random.fold_in(key, ROWS_TAG), sims, datasets)
+    posterior = as_posterior(posterior, observation_shape(sims.x))
     if history is None:
+        if sims.on_disk or len(sims) > datasets:
+            sims = _random_rows(jax.random.fold_in(key, ROWS_TAG), sims, datasets)
         warn_of_reuse(posterior, sims, "key" if simulations is None else "simulations")
     options = {"datasets": datasets, "draws": draws, "progress": progress}
     ranks, used = _ranks(key, posterior, sims, history, **options)
-    known = as_posterior(posterior, observation_shape(used.x))
-    if isinstance(known, ComposedPosterior):  # its density is not normalised
-        ranks = dataclasses.replace(ranks, log_prob=None)
+    record = posterior.origin.record
+    if isinstance(posterior, ComposedPosterior):
+        # its density is not normalised, and the record is about another kind of observation
+        ranks, record = dataclasses.replace(ranks, log_prob=None), {}
     information = information_of(
         jax.random.fold_in(key, INFORMATION_TAG),
         ranks,
         used.x,
-        np.asarray(known.prior.log_prob(used.theta)),
-        record={} if isinstance(known, ComposedPosterior) else known.origin.record,
+        np.asarray(posterior.prior.log_prob(used.theta)),
+        record=record,
         level=level,
     )
     sizes = f"datasets={datasets}, draws={draws}, level={float(level)!r}"
@@ -150,7 +154,7 @@ def check(
 
 def _ranks(
     key: Key,
-    posterior: PosteriorLike,
+    posterior: AbstractPosterior,
     sims: Simulations,
     history: FitHistory | None,
     *,
@@ -178,8 +182,8 @@ def _ranks(
         )
         return dataclasses.replace(ranks, num_failed=len(sims) - len(valid)), used
     _, reference_key, draw_key = jax.random.split(key, 3)
-    references, scale = crude_posterior(reference_key, valid), prior_scale(valid.theta)
-    ranks = draw_pass(draw_key, posterior, sims, references=references, scale=scale, **sizes)
+    references = crude_references(reference_key, valid)
+    ranks = draw_pass(draw_key, posterior, sims, references=references, halves=True, **sizes)
     return ranks, valid
 
 

@@ -35,7 +35,9 @@ class JointWidth(NamedTuple):
 
 
 def joint_width(ranks: Ranks) -> JointWidth | None:
-    """Return the most wrong width and its direction; None for a single parameter.
+    """Return the most wrong width and its direction.
+
+    The result is None for a single parameter, or without ranks among halves of the draws.
 
     Residuals of the truths are whitened by the posterior's covariance, so that for a correct
     posterior their normal scores have the identity as covariance matrix. The direction
@@ -43,9 +45,10 @@ def joint_width(ranks: Ranks) -> JointWidth | None:
     most wrong. Widths are measured on the other half, because the largest eigenvalue of a noisy
     matrix is too large.
     """
-    scores = special.ndtri(ranks.half.residual)
-    if scores.shape[1] < 2:
+    half = ranks.half
+    if half is None or len(ranks.labels) < 2:
         return None
+    scores = special.ndtri(half.residual)
     halves = scores[::2], scores[1::2]
     values, vectors = np.linalg.eigh(np.cov(halves[0].T))
     worst = int(np.argmax(np.abs(np.log(np.maximum(values, np.finfo(float).tiny)))))
@@ -54,7 +57,7 @@ def joint_width(ranks: Ranks) -> JointWidth | None:
     # three standard errors of the logarithm of a width that half of the data sets give
     if abs(log_widths[worst] - overall) < max(MIN_CONTRAST, 3.0 / np.sqrt(len(scores))):
         return JointWidth(float(np.exp(overall)), None)
-    coefficients = vectors[:, worst] @ ranks.half.whitening
+    coefficients = vectors[:, worst] @ half.whitening
     return JointWidth(float(np.exp(log_widths[worst])), _combination(coefficients, ranks.labels))
 
 

@@ -1,30 +1,27 @@
 """Cross-validated ranks: each member of an ensemble is tested on the rows that it held out.
 
-Internal names: `ranks_of_members`, `FitHistory`.
+Internal name: `ranks_of_members`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import numpy as np
 
 from sbi_flows.core.typing import Key
 from sbi_flows.diagnostics.ranks import HalfRanks, Ranks, rank_valid
-from sbi_flows.diagnostics.references import crude_posterior, prior_scale
-from sbi_flows.estimators.stacking import StackHistory
+from sbi_flows.diagnostics.references import References, crude_references
+from sbi_flows.estimators.base import FitHistory
+from sbi_flows.posteriors import mixtures
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.posteriors.passes import MIN_DATASETS
 from sbi_flows.simulations.simulations import Simulations
-from sbi_flows.training.history import History
 
 MIN_SPREAD, MIN_CORRELATION = 0.2, 0.5
 """Densities of held-out rows, in nats, must correlate with those in the history if they vary."""
-
-FitHistory: TypeAlias = History | StackHistory
-"""History that a fit returns."""
 
 
 def ranks_of_members(
@@ -71,7 +68,7 @@ def ranks_of_members(
             f"history: expected at least {MIN_DATASETS} held-out rows, got {len(used)}; raise "
             "Training(validation_fraction=...) or the number of members"
         )
-    references, scale = crude_posterior(reference_key, used), prior_scale(used.theta)
+    references = crude_references(reference_key, used)
     parts, start = [], 0
     for member, chosen in enumerate(rows):
         stop = start + len(chosen)
@@ -81,9 +78,9 @@ def ranks_of_members(
                 _member(posterior, member),
                 simulations[chosen],
                 draws=draws,
-                references=references[start:stop],
-                scale=scale,
+                references=References(references.points[start:stop], references.scale),
                 density=True,
+                halves=True,
                 progress=progress,
             )
             parts.append(ranks)
@@ -96,7 +93,7 @@ def _rows_of_members(
 ) -> list[np.ndarray]:
     """Choose at most `datasets` held-out rows, each for one member; return row numbers."""
     held_out = np.asarray(history.held_out)
-    members = {len(jax.tree.leaves(w)[0]) for w in posterior.weights}
+    members = set(map(mixtures.count, posterior.weights))
     if held_out.ndim != 2 or members != {len(held_out)}:
         raise ValueError(
             "history: expected held-out rows of the posterior's "
@@ -110,8 +107,8 @@ def _rows_of_members(
     rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,))))
     owner = np.full(len(simulations), -1)
     # members may share rows: each row goes to a random one of the members that held it out
-    for member, place in rng.permutation(_pairs(held_out)):
-        owner[held_out[member, place]] = member
+    order = rng.permutation(held_out.size)
+    owner[held_out.ravel()[order]] = order // held_out.shape[1]
     rows = np.flatnonzero(owner >= 0)
     chosen = rng.permutation(rows)[:datasets]
     return [np.sort(chosen[owner[chosen] == m]) for m in range(len(held_out))]
@@ -136,8 +133,8 @@ def _require_same_order(
 
     Then the densities of held-out rows differ from those in the history.
     """
-    rows, known = history.held_out[0], np.asarray(history.held_out_log_prob[0], float)
-    now = np.asarray(_member(posterior, 0).log_prob(simulations.theta[rows], simulations.x[rows]))
+    some, known = simulations[history.held_out[0]], np.asarray(history.held_out_log_prob[0], float)
+    now = np.asarray(_member(posterior, 0).log_prob(some.theta, some.x))
     finite = np.isfinite(now) & np.isfinite(known)
     if np.sum(finite) < 20 or np.std(known[finite]) < MIN_SPREAD:
         return
@@ -155,18 +152,14 @@ def _joined(parts: list[Ranks]) -> Ranks:
         values = [getattr(part, name) for part in parts]
         arrays[name] = None if values[0] is None else np.concatenate(values)
     sizes = [len(part.theta) for part in parts]
-    whitening = np.average([part.half.whitening for part in parts], axis=0, weights=sizes)
-    rows = zip(*(part.half[:-1] for part in parts), strict=True)
+    halves = [part.half for part in parts if part.half is not None]
+    whitening = np.average([half.whitening for half in halves], axis=0, weights=sizes)
+    rows = zip(*(half[:-1] for half in halves), strict=True)
     half = HalfRanks._make([*map(np.concatenate, rows), whitening])
     return dataclasses.replace(parts[0], half=half, **arrays)
 
 
 _PER_ROW = ("theta", "uniform", "density", "distance", "log_prob", "mean", "sd")
-
-
-def _pairs(held_out: np.ndarray) -> np.ndarray:
-    """Return the index pairs of an array (M, V), shape (M V, 2)."""
-    return np.stack([i.ravel() for i in np.indices(held_out.shape)], axis=1)
 
 
 def _member(posterior: Posterior, member: int) -> Posterior:

@@ -3,8 +3,7 @@
 A posterior that ignores the data can be calibrated. This test finds it: do the data predict where
 the truth lies within the posterior?
 
-Public name: `Information`. Internal names: `information_of`, `start_gain`,
-`late_gain`.
+Public name: `Information`. Internal names: `information_of`, `start_gain`, `late_gain`.
 """
 
 from __future__ import annotations
@@ -26,16 +25,13 @@ from sbi_flows.diagnostics.ranks import Ranks
 from sbi_flows.diagnostics.sharpness import sharpness_of
 from sbi_flows.diagnostics.summaries import summaries
 from sbi_flows.diagnostics.uniformity import holm
-from sbi_flows.estimators.fit_warnings import MIN_FALL, fall_of
+from sbi_flows.estimators.fit_warnings import MIN_FALL, MIN_GAIN, fall_of
 
 MIN_UNUSED = 0.05
 """Smallest unused information that is reported, in nats; one width is then about 5% too large."""
 
 MAX_DETECTABLE = 0.25
 """If only larger amounts of unused information would be found, in nats, the test cannot tell."""
-
-MIN_GAIN = 0.02
-"""Smallest gain over the linear start, or over the prior, that counts as learned, in nats."""
 
 MAX_TEST_ROWS = 4_000
 """Maximum number of data sets that the test uses."""
@@ -92,7 +88,7 @@ class Information:
 
     @property
     def only_linear(self) -> bool:
-        """Whether the network learned nothing beyond its linear-Gaussian start."""
+        """Return True if the network is not better than its linear-Gaussian start."""
         return self.start_gain is not None and self.start_gain < MIN_GAIN
 
     @property
@@ -124,7 +120,7 @@ class Information:
 
     @property
     def advice(self) -> tuple[str, ...]:
-        """What to do; empty if nothing has to be done."""
+        """Recommended actions; empty if there are none."""
         late = ()
         if self.late_gain is not None and self.late_gain > MIN_FALL:
             late = (
@@ -179,7 +175,7 @@ def information_of(
 
     Args:
         key: Random key.
-        ranks: Result of `draw_pass` with N data sets.
+        ranks: Result of `draw_pass` with N data sets and `halves`.
         x: Their observations (N, *event).
         log_prior: Prior log density of the true parameters in nats, shape (N,).
         record: Record of the posterior's fit; empty if there is none.
@@ -187,6 +183,8 @@ def information_of(
     """
     rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,))))
     half, dim = ranks.half, len(ranks.labels)
+    if half is None:
+        raise ValueError("ranks: expected a draw pass with halves, got one without")
     some = np.sort(rng.permutation(len(half.theta))[:MAX_TEST_ROWS])
     scores = special.ndtri(np.concatenate([half.residual, half.uniform[:, 1:]], axis=1)[some])
     features = summaries(jax.tree.map(lambda a: np.asarray(a[some]), x))
@@ -201,12 +199,12 @@ def information_of(
     joint = found.terms[:, :dim].sum(axis=1)
     unused, error = float(joint.mean()), float(joint.std() / np.sqrt(len(joint)))
     detectable = detectable_nats(len(scores))
-    p_value, names = _by_parameter(holm(found.p_value), ranks.labels, found.nats, level)
+    adjusted = holm(found.p_value)
+    p_value, names = _by_parameter(adjusted, ranks.labels, found.nats, level)
     gain, gain_error = _gain_over_prior(ranks, log_prior)
     kind, unlearned = "uses the data", sharpness_of(ranks).unlearned
-    rejected = found.nats[holm(found.p_value) <= level]
     if names:
-        unused = max(unused, float(rejected.max()))
+        unused = max(unused, float(found.nats[adjusted <= level].max()))
     if names and unused >= MIN_UNUSED:
         kind = "unused information"
     elif detectable > MAX_DETECTABLE:

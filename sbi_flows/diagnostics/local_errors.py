@@ -228,7 +228,7 @@ def _shape_text(errors: LocalErrors, labels: Sequence[str]) -> str:
     worst = int(np.argmax(np.maximum(above, below)))
     i, k = divmod(worst, above.shape[1])
     if max(above[i, k], below[i, k]) <= 0.0:
-        return "mis-shaped jointly; shifts, widths, correlations and single parameters are right"
+        return "mis-shaped jointly; no test of a single parameter or of a correlation rejects"
     amount = "few" if above[i, k] > below[i, k] else "many"
     return (
         f"mis-shaped, for example too {amount} draws near {labels[i]} = {errors.points[i, k]:.3g}"

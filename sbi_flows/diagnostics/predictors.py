@@ -85,8 +85,6 @@ def predict_all(
     rows = _Rows(features, scores, is_fit, points)
     shape = (len(points), scores.shape[1])
     nothing = Prediction(np.zeros(shape), np.ones(shape))
-    if not features.shape[1]:
-        return [nothing] * 5
     network, boosted = nothing, (nothing, nothing)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scikit-learn: the number of epochs is intended

@@ -18,9 +18,11 @@ from jax import Array
 
 from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.core.typing import Key
+from sbi_flows.diagnostics.references import References
 from sbi_flows.posteriors.adapter import PosteriorLike, as_posterior
 from sbi_flows.posteriors.base import AbstractPosterior
 from sbi_flows.posteriors.passes import chunks_of, continuous_ranks, usable
+from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.simulations import Simulations, observation_shape
 
 DENSITY_DRAWS, ODE_DENSITY_DRAWS = 100, 7
@@ -39,8 +41,8 @@ MIN_VARIANCE = 1e-5
 class HalfRanks(NamedTuple):
     """Ranks among one half of the draws, and moments of the other half.
 
-    For a correct posterior and given data, truth and ranked draws are exchangeable, and independent
-    of the moments. Ranks are therefore uniform and independent of the moments.
+    For a correct posterior and given data, truth and ranked draws are exchangeable and independent
+    of the moments. The ranks are therefore uniform and independent of the moments.
 
     Attributes:
         uniform: Continuous rank of each true parameter, shape (N, D).
@@ -73,7 +75,8 @@ class Ranks:
     Attributes:
         theta: True parameters, shape (N, D), in the parameters' units.
         uniform: Continuous rank of each true parameter among its draws, shape (N, D).
-        half: Ranks among the first half of the draws; the other half is independent of them.
+        half: Ranks among the first half of the draws, which the other half does not affect; None
+            if they were not requested.
         density: Continuous share of draws with a higher posterior density than the truth, shape
             (N,); None if densities were not requested.
         distance: Continuous share of draws closer to the reference point than the truth is, shape
@@ -89,7 +92,7 @@ class Ranks:
 
     theta: np.ndarray
     uniform: np.ndarray
-    half: HalfRanks
+    half: HalfRanks | None
     density: np.ndarray | None
     distance: np.ndarray | None
     log_prob: np.ndarray | None
@@ -106,9 +109,9 @@ def draw_pass(
     simulations: Simulations,
     *,
     draws: int = 1_000,
-    references: Array | np.ndarray | None = None,
-    scale: Array | np.ndarray | None = None,
+    references: References | None = None,
     density: bool = True,
+    halves: bool = False,
     progress: bool = False,
 ) -> Ranks:
     """Rank the true parameters of N data sets among draws from the posterior of each.
@@ -118,10 +121,10 @@ def draw_pass(
         posterior: The posterior to check.
         simulations: Pairs (theta, x) from the prior and the simulator; failed rows are left out.
         draws: Draws from each posterior. They must be independent (thin Markov chains).
-        references: Reference points for the distances of TARP, shape (N, D), one per valid row;
-            without them, no distances are computed.
-        scale: Unit of each parameter in the distances of TARP, shape (D,); ones by default.
+        references: Reference points for the distances of TARP, one per valid row; without them, no
+            distances are computed.
         density: Rank posterior densities as well.
+        halves: Rank the truths among one half of the draws as well (`HalfRanks`).
         progress: Show a progress bar over chunks of data sets.
 
     Returns:
@@ -140,8 +143,8 @@ def draw_pass(
         valid,
         draws=draws,
         references=references,
-        scale=scale,
         density=density,
+        halves=halves,
         progress=progress,
     )
     return dataclasses.replace(ranks, num_failed=len(simulations) - len(valid))
@@ -153,17 +156,17 @@ def rank_valid(
     valid: Simulations,
     *,
     draws: int,
-    references: Array | np.ndarray | None,
-    scale: Array | np.ndarray | None,
+    references: References | None,
     density: bool,
+    halves: bool,
     progress: bool,
 ) -> Ranks:
     """Rank truths like `draw_pass`, for any number of valid simulations."""
     n, dim = valid.theta.shape
-    if references is not None and np.shape(references) != (n, dim):
-        raise ValueError(f"references: expected shape {(n, dim)}, got {np.shape(references)}")
-    points = np.zeros((n, dim)) if references is None else np.asarray(references)
-    units = jnp.ones(dim) if scale is None else jnp.asarray(scale)
+    points, units = references or References(np.zeros((n, dim)), np.ones(dim))
+    if np.shape(points) != (n, dim):
+        raise ValueError(f"references: expected shape {(n, dim)}, got {np.shape(points)}")
+    points, units = np.asarray(points), jnp.asarray(units)
     draw_key, tie_key = jax.random.split(key)
     ranked = _num_density_draws(posterior, draws) if density else 0
     chunks = []
@@ -171,25 +174,21 @@ def rank_valid(
         part = valid[rows]
         arrays = _draws_and_densities(chunk_key, posterior, part, draws, ranked)
         relative = map(posterior.prior.subtract_offset, (arrays[0], part.theta, points[rows]))
-        reduced = _reduce(*relative, *arrays[1:], units)
+        sample, truth, point = relative
+        reduced = _reduce(sample, truth, point, *arrays[1:], units)
+        if halves:
+            reduced |= _reduce_halves(sample, truth)
         chunks.append(jax.tree.map(lambda leaf, m=count: np.asarray(leaf)[:m], reduced))
     counts = {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
     _require_finite(counts["finite"])
-    below, denser, nearer, first, residual = _uniform_ranks(tie_key, counts, draws, ranked)
+    below, denser, nearer = _uniform_ranks(tie_key, counts, draws, ranked)
     if density and not ranked:
         level_key = jax.random.fold_in(tie_key, 3)
         denser = posterior.credible_levels(level_key, valid.theta, valid.x)
     return Ranks(
         theta=np.asarray(valid.theta),
         uniform=below,
-        half=HalfRanks(
-            first,
-            residual,
-            counts["other_mean"],
-            counts["other_sd"],
-            np.asarray(posterior.prior.subtract_offset(valid.theta)),
-            counts["whitening"].mean(axis=0),
-        ),
+        half=_half_ranks(tie_key, counts, posterior.prior, valid, draws) if halves else None,
         density=denser if density else None,
         distance=None if references is None else nearer,
         log_prob=counts["log_prob"] if ranked else None,
@@ -218,15 +217,29 @@ def _uniform_ranks(
     """Convert counts of draws to continuous ranks.
 
     A count is the number of draws that are below the truth, have a higher density, or are nearer to
-    the reference point, or have a smaller residual.
+    the reference point.
     """
     among = {"below": draws, "denser": ranked, "nearer": draws}
-    among |= {"half": draws // 2, "residual": draws // 2}
-    keys = [*jax.random.split(key, 3), jax.random.fold_in(key, 4), jax.random.fold_in(key, 5)]
+    keys = jax.random.split(key, 3)
     return [
         continuous_ranks(k, counts[name], counts[f"{name}_equal"], number)
         for k, (name, number) in zip(keys, among.items(), strict=True)
     ]
+
+
+def _half_ranks(
+    key: Key, counts: dict[str, np.ndarray], prior: Prior, valid: Simulations, draws: int
+) -> HalfRanks:
+    """Convert the result of `_reduce_halves` to ranks. `key` has given the keys of other ranks."""
+    uniform, residual = (
+        continuous_ranks(
+            jax.random.fold_in(key, tag), counts[name], counts[f"{name}_equal"], draws // 2
+        )
+        for tag, name in ((4, "half"), (5, "residual"))
+    )
+    theta = np.asarray(prior.subtract_offset(valid.theta))
+    whitening = counts["whitening"].mean(axis=0)
+    return HalfRanks(uniform, residual, counts["other_mean"], counts["other_sd"], theta, whitening)
 
 
 def _draws_and_densities(
@@ -253,8 +266,6 @@ def _reduce(
     distance = jnp.sum(((sample - point) / unit) ** 2, axis=-1)
     truth_distance = jnp.sum(((truth - point) / unit) ** 2, axis=-1)
     finite = jnp.all(jnp.isfinite(sample), axis=(1, 2)) & ~jnp.any(jnp.isnan(log_prob), axis=1)
-    first, other = jnp.split(sample, [sample.shape[1] // 2], axis=1)
-    residual, true_residual, whitening = _residuals(first, truth, other)
     return {
         "below": jnp.sum(sample < truth, axis=1),
         "below_equal": jnp.sum(sample == truth, axis=1),
@@ -262,6 +273,20 @@ def _reduce(
         "denser_equal": jnp.sum(log_prob == log_truth[:, None], axis=1),
         "nearer": jnp.sum(distance < truth_distance, axis=1),
         "nearer_equal": jnp.sum(distance == truth_distance, axis=1),
+        "mean": jnp.mean(sample, axis=1),
+        "sd": jnp.std(sample, axis=1),
+        "log_prob": log_truth,
+        "finite": finite & ~jnp.isnan(log_truth),
+    }
+
+
+@jax.jit
+def _reduce_halves(sample: Array, theta: Array) -> dict[str, Array]:
+    """Reduce draws (B, L, D) to counts among one half, and moments of the other half."""
+    truth = theta[:, None]
+    first, other = jnp.split(sample, [sample.shape[1] // 2], axis=1)
+    residual, true_residual, whitening = _residuals(first, truth, other)
+    return {
         "half": jnp.sum(first < truth, axis=1),
         "half_equal": jnp.sum(first == truth, axis=1),
         "other_mean": jnp.mean(other, axis=1),
@@ -269,10 +294,6 @@ def _reduce(
         "residual": jnp.sum(residual < true_residual, axis=1),
         "residual_equal": jnp.sum(residual == true_residual, axis=1),
         "whitening": jnp.mean(whitening, axis=0, keepdims=True),
-        "mean": jnp.mean(sample, axis=1),
-        "sd": jnp.std(sample, axis=1),
-        "log_prob": log_truth,
-        "finite": finite & ~jnp.isnan(log_truth),
     }
 
 

@@ -1,9 +1,11 @@
 """Reference points for TARP: draws from a crude posterior, fitted to the simulations alone.
 
-Internal names: `crude_posterior`, `prior_scale`.
+Internal names: `References`, `crude_references`, `crude_posterior`, `prior_scale`.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,6 +22,23 @@ RIDGE = 0.1
 
 NORMAL_IQR = 1.349
 """Interquartile range of a standard normal distribution."""
+
+
+class References(NamedTuple):
+    """Reference points of TARP.
+
+    Attributes:
+        points: One point for each data set, shape (N, D).
+        scale: Unit of each parameter in the distances, shape (D,).
+    """
+
+    points: np.ndarray
+    scale: np.ndarray
+
+
+def crude_references(key: Key, simulations: Simulations) -> References:
+    """Return draws of `crude_posterior`, with the width of the prior as unit."""
+    return References(crude_posterior(key, simulations), prior_scale(simulations.theta))
 
 
 def prior_scale(theta: Array | np.ndarray) -> np.ndarray:

@@ -36,7 +36,7 @@ ADVICE = {
     SHAPE: "fit with more simulations, or try another density; see docs/choosing.md",
     UNDER: "usable, but wider than necessary: fit with more simulations",
 }
-"""What to do, by the kind of a finding."""
+"""Recommended action for each kind of finding."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -89,18 +89,18 @@ class Report:
 
     @property
     def uses_data(self) -> bool | None:
-        """Whether the posterior uses the data; None if there are too few data sets to tell."""
+        """Return True if the posterior uses the data; None if too few data sets were checked."""
         kind = self.information.kind
         return None if kind == "cannot tell" else kind == "uses the data"
 
     @property
     def advice(self) -> tuple[str, ...]:
-        """What to do about each problem; empty if there is none."""
+        """Recommended action for each problem; empty if there is none."""
         kinds = {f.kind for f in self.findings}
-        lines = [ADVICE[kind] for kind in ADVICE if kind in kinds]
         if self.information.kind == "unused information":
             # a better posterior comes first: other errors may then disappear
             return self.information.advice
+        lines = [ADVICE[kind] for kind in ADVICE if kind in kinds]
         if not self.findings and not self.calibrated and self.uses_data is not None:
             lines.append("check with more data sets")
         return (*lines, *self.information.advice)

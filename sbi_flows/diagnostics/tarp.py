@@ -15,7 +15,7 @@ from jax import Array
 from sbi_flows.core.tables import p_text
 from sbi_flows.core.typing import Key
 from sbi_flows.diagnostics.ranks import Ranks, draw_pass
-from sbi_flows.diagnostics.references import crude_posterior, prior_scale
+from sbi_flows.diagnostics.references import References, crude_posterior, prior_scale
 from sbi_flows.diagnostics.uniformity import ecdf_band, ks_p_value
 from sbi_flows.plots.calibration import coverage_curve
 from sbi_flows.posteriors.adapter import PosteriorLike
@@ -117,15 +117,13 @@ def tarp(
     valid = usable(posterior, simulations, draws)
     warn_of_reuse(posterior, simulations, "simulations")
     reference_key, draw_key = jax.random.split(key)
-    if references is None:
-        references = crude_posterior(reference_key, valid)
+    points = crude_posterior(reference_key, valid) if references is None else references
     ranks = draw_pass(
         draw_key,
         posterior,
         simulations,
         draws=draws,
-        references=references,
-        scale=prior_scale(valid.theta),
+        references=References(np.asarray(points), prior_scale(valid.theta)),
         density=False,
         progress=progress,
     )

@@ -1,7 +1,7 @@
 """Warnings about fits that cannot give a good posterior. Each cause gives one warning per fit.
 
 Public names: `outermost_fit`, `warn_before_fit`, `warn_after_fit`, `few_rows`, `ended_early`,
-`Fall`, `still_falling`, `fall_of`, `Gain`, `nothing_learned`, `is_constant_output`.
+`Fall`, `fall_of`, `Gain`, `nothing_learned`, `is_constant_output`.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def ended_early(history: FitHistory) -> str | None:
         return next(filter(None, sentences), None)
     if not isinstance(history, History) or history.stop_reason != "max_epochs":
         return None
-    fall = still_falling(history)
+    fall = fall_of(history.start_loss, history.validation_loss)
     least = MIN_FALL
     if not history.likelihood:
         least = MIN_RELATIVE_FALL * float(np.mean(np.abs(history.best_loss)))
@@ -168,13 +168,13 @@ class Fall(NamedTuple):
     epochs: int
 
 
-def still_falling(history: History) -> Fall:
-    """Return the fall of the validation loss in the last tenth of the epochs, two at least."""
-    return fall_of(history.start_loss, history.validation_loss)
-
-
 def fall_of(start_loss: np.ndarray, validation_loss: np.ndarray) -> Fall:
-    """Return the fall of losses: before the first epoch (M,), and after each of E epochs (E, M)."""
+    """Return the fall of the validation loss in the last tenth of the epochs, two at least.
+
+    Args:
+        start_loss: Losses before the first epoch, shape (M,).
+        validation_loss: Losses after each of E epochs, shape (E, M).
+    """
     epochs = max(2, -(-len(validation_loss) // 10))
     losses = np.concatenate([start_loss[None], validation_loss])
     if len(losses) <= epochs:

@@ -17,7 +17,7 @@ import numpy as np
 
 from sbi_flows.core.checks import require_memory
 from sbi_flows.core.errors import SbiFlowsError, StoreSpoilt
-from sbi_flows.simulations.disk import LazyArray
+from sbi_flows.simulations.disk import PartedArray
 from sbi_flows.simulations.simulations import MAX_INDEX
 
 CODECS = {"BytesCodec", "ZstdCodec", "GzipCodec", "BloscCodec", "Crc32cCodec"}
@@ -153,7 +153,7 @@ def read_array(path: str, chunk: OpenChunk, name: str) -> np.ndarray:
         return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
-class Column(LazyArray):
+class Column(PartedArray):
     """One array of the observations on disk, with the rows of all chunks.
 
     Args:
@@ -169,18 +169,9 @@ class Column(LazyArray):
         self.shape = (int(self._ends[-1]), *first.shape[1:])
         self.dtype = first.dtype.newbyteorder("=")
 
-    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        """Read the rows of a slice or of an index array."""
-        numbers = np.arange(len(self))[rows]
-        chunk_of_row = np.searchsorted(self._ends, numbers, side="right")
-        values = np.empty((len(numbers), *self.shape[1:]), self.dtype)
-        for c in np.unique(chunk_of_row):
-            in_chunk, chunk = chunk_of_row == c, self._chunks[c]
-            first = self._ends[c] - chunk.count
-            # zarr stores the array of a chunk as one object, and always reads all of it
-            array = read_array(self._path, chunk, self._name)
-            values[in_chunk] = array[numbers[in_chunk] - first]
-        return values
+    def _read(self, part: int, rows: np.ndarray) -> np.ndarray:
+        # zarr stores the array of a chunk as one object, and always reads all of it
+        return read_array(self._path, self._chunks[part], self._name)[rows]
 
 
 def _sealed_chunk(name: str, seal: Any, group: Any) -> SealedChunk:

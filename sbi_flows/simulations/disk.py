@@ -3,8 +3,8 @@
 An array on disk has the same dtype as it would have in memory. Integers stay integers if JAX can
 represent their values in its present precision; all other numbers become floats.
 
-Public names: `LazyArray`, `JoinedArray`, `ON_DISK`, `is_on_disk`, `keep_on_disk`, `to_pickle`,
-`from_pickle`, `finite_rows_on_disk`, `row_slices`.
+Public names: `LazyArray`, `PartedArray`, `JoinedArray`, `ON_DISK`, `is_on_disk`, `keep_on_disk`,
+`to_pickle`, `from_pickle`, `finite_rows_on_disk`, `row_slices`.
 """
 
 from __future__ import annotations
@@ -110,7 +110,30 @@ class _Converted(LazyArray):
             return np.asarray(self._array[rows]).astype(self.dtype)
 
 
-class JoinedArray(LazyArray):
+class PartedArray(LazyArray):
+    """An array on disk whose rows lie in several parts, one after the other."""
+
+    _ends: np.ndarray
+
+    @abc.abstractmethod
+    def _read(self, part: int, rows: np.ndarray) -> np.ndarray:
+        """Read rows of one part; they are counted from the part's first row."""
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        if isinstance(rows, slice):
+            numbers = np.arange(*rows.indices(len(self)))
+        else:
+            numbers = np.flatnonzero(rows) if rows.dtype == bool else rows
+            numbers = np.where(numbers < 0, numbers + len(self), numbers)
+        part_of_row = np.searchsorted(self._ends, numbers, side="right")
+        values = np.empty((len(numbers), *self.shape[1:]), self.dtype)
+        for part in np.unique(part_of_row).tolist():
+            selected, first = part_of_row == part, self._ends[part - 1] if part else 0
+            values[selected] = self._read(part, numbers[selected] - first)
+        return values
+
+
+class JoinedArray(PartedArray):
     """Arrays on disk or in memory, joined row by row.
 
     Args:
@@ -131,14 +154,8 @@ class JoinedArray(LazyArray):
         """Set the attributes and open the files."""
         vars(self).update(state, _arrays=[from_pickle(a) for a in state["_arrays"]])
 
-    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        numbers = np.arange(len(self))[rows]
-        array_of_row = np.searchsorted(self._ends, numbers, side="right")
-        values = np.empty((len(numbers), *self.shape[1:]), self.dtype)
-        for i in np.unique(array_of_row):
-            selected, array = array_of_row == i, self._arrays[i]
-            values[selected] = array[numbers[selected] - (self._ends[i] - len(array))]
-        return values
+    def _read(self, part: int, rows: np.ndarray) -> np.ndarray:
+        return self._arrays[part][rows]
 
 
 def to_pickle(array: Any) -> Any:

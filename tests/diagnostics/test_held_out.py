@@ -47,6 +47,16 @@ def test_the_members_of_a_linear_gaussian_fit_are_right(fitted):
     assert "simulations=simulations, history=history" in report.command
 
 
+def test_observations_in_a_dict(fitted):
+    npe, sims, _, _ = fitted
+    named = sf.Simulations(sims.theta, {"a": sims.x[:, 0], "b": sims.x[:, 1]})
+    posterior, history = npe.fit(FIT_KEY, named, progress=False)
+    report = sf.check(
+        CHECK_KEY, posterior, simulations=named, history=history, draws=50, progress=False
+    )
+    assert report.num_datasets == len(np.unique(history.held_out))
+
+
 def test_a_member_is_the_mixture_of_one(fitted):
     _, sims, posterior, _ = fitted
     densities = np.stack(

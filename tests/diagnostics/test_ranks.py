@@ -11,8 +11,8 @@ from jax import Array
 
 from sbi_flows.core.errors import SbiFlowsError
 from sbi_flows.diagnostics import ranks
-from sbi_flows.diagnostics.ranks import HalfRanks, Ranks, draw_pass
-from sbi_flows.diagnostics.references import crude_posterior, prior_scale
+from sbi_flows.diagnostics.ranks import Ranks, draw_pass
+from sbi_flows.diagnostics.references import References, crude_posterior, prior_scale
 from sbi_flows.diagnostics.sharpness import sharpness_of
 from sbi_flows.posteriors import passes
 from sbi_flows.prior.prior import Prior, as_prior
@@ -59,7 +59,12 @@ def simulations():
 def test_pass_is_what_numpy_counts(posterior, simulations):
     points, scale = np.ones((N, D)), np.array([1.0, 3.0])
     result = draw_pass(
-        jax.random.key(0), posterior, simulations, draws=DRAWS, references=points, scale=scale
+        jax.random.key(0),
+        posterior,
+        simulations,
+        draws=DRAWS,
+        references=References(points, scale),
+        halves=True,
     )
     valid = simulations.only_valid()
     theta, x = np.asarray(valid.theta)[:, None], np.asarray(valid.x)
@@ -77,6 +82,19 @@ def test_pass_is_what_numpy_counts(posterior, simulations):
     np.testing.assert_allclose(result.mean, draws.mean(axis=1), atol=1e-5)
     np.testing.assert_allclose(result.sd, draws.std(axis=1), rtol=1e-5)
     np.testing.assert_allclose(result.log_prob, log_truth, rtol=1e-5)
+    first, other = draws[:, : DRAWS // 2], draws[:, DRAWS // 2 :]
+    half = np.floor(result.half.uniform * (DRAWS // 2 + 1)).astype(int)
+    assert (half == np.sum(first < theta, axis=1)).all()
+    # the first residual is the first parameter; the second is the residual of a regression
+    slope = [np.cov(each.T)[0, 1] / np.var(each[:, 0], ddof=1) for each in other]
+    slope = np.array(slope)[:, None]
+    second = first[..., 1] - slope * first[..., 0]
+    residual = np.floor(result.half.residual * (DRAWS // 2 + 1)).astype(int)
+    below = np.sum(second < theta[..., 1] - slope * theta[..., 0], axis=1)
+    assert (residual[:, 0] == half[:, 0]).mean() > 0.99
+    assert np.abs(residual[:, 1] - below).max() <= 1
+    np.testing.assert_allclose(result.half.mean, other.mean(axis=1), atol=1e-5)
+    np.testing.assert_allclose(result.half.sd, other.std(axis=1), rtol=1e-4)
 
 
 def test_chunks_of_one_shape_change_nothing(posterior, simulations, monkeypatch):
@@ -115,8 +133,9 @@ def test_bad_input_is_refused(posterior, simulations):
         draw_pass(key, posterior, simulations, draws=10)
     with pytest.raises(ValueError, match="at least 50 that succeeded, got 37 of 41"):
         draw_pass(key, posterior, simulations[:41], draws=DRAWS)
+    wrong = References(np.zeros((75, D)), np.ones(D))
     with pytest.raises(ValueError, match=r"references: expected shape \(70, 2\), got \(75, 2\)"):
-        draw_pass(key, posterior, simulations, draws=DRAWS, references=np.zeros((75, D)))
+        draw_pass(key, posterior, simulations, draws=DRAWS, references=wrong)
     narrow = Simulations(np.zeros((60, 1)), np.zeros((60, 1)))
     with pytest.raises(ValueError, match=r"expected 2 parameters .*theta\[1\].* got 1"):
         draw_pass(key, posterior, narrow, draws=DRAWS)
@@ -160,8 +179,7 @@ def test_one_posterior_with_a_huge_variance_does_not_dominate_the_contraction():
     sd[7] = 1e6
     theta = rng.normal(size=(100, 1))
     none = np.zeros((100, 1))
-    half = HalfRanks(none, none, theta, sd, theta, np.eye(1))
-    ranks = Ranks(theta, none, half, None, None, None, theta, sd, 500, ("a",), 0)
+    ranks = Ranks(theta, none, None, None, None, None, theta, sd, 500, ("a",), 0)
     assert sharpness_of(ranks).contraction[0] == pytest.approx(0.99, abs=0.01)
 
 

@@ -15,10 +15,10 @@ from sbi_flows.estimators.fit_warnings import (
     Gain,
     _gain,
     ended_early,
+    fall_of,
     few_rows,
     is_constant_output,
     nothing_learned,
-    still_falling,
     warn_after_fit,
 )
 from sbi_flows.training import History
@@ -162,7 +162,7 @@ def history(validation, start, **settings):
 
 def test_a_fall_is_that_of_the_best_loss_in_the_last_tenth():
     falling = history([[3.0, 3.0]] * 36 + [[2.9, 3.0], [2.8, 3.1], [2.7, 3.2], [2.6, 3.3]], [4, 4])
-    assert still_falling(falling) == (pytest.approx(0.2), 4)
+    assert fall_of(falling.start_loss, falling.validation_loss) == (pytest.approx(0.2), 4)
     assert "by 0.2 nats in the last 4" in ended_early(falling)
     assert ended_early(dataclasses.replace(falling, stop_reason="patience")) is None
     noisy = history([[3.0, 3.0]] * 38 + [[3.2, 3.0], [2.95, 3.0]], [4, 4])
@@ -188,7 +188,10 @@ def test_an_interrupted_fit_says_nothing(good, fitted):
 
 def test_few_valid_rows_are_counted_in_total_and_for_each_parameter(good):
     assert few_rows(100, 2) is None and few_rows(300, 30) is None
-    assert "at least 100 valid rows (100, and 10 for each parameter), got 99" in few_rows(99, 2)
+    assert (
+        "at least 100 valid rows (the larger of 100 and 10 for each parameter), got 99"
+        in few_rows(99, 2)
+    )
     assert "at least 300 valid rows" in few_rows(299, 30)
     messages = fit(stack(npe(), npe()), good[:60])[0]
     assert len([m for m in messages if "at least 100 valid rows" in m]) == 1
