@@ -97,8 +97,8 @@ def check(
         progress: Show progress bars.
 
     Returns:
-        The report; printing it shows the verdict and a table. Its method `explain` explains every
-        term.
+        The report; printing it shows the verdict and a table. Its method `explain` explains the
+        terms.
 
     Raises:
         ValueError: There is neither a simulator nor simulations, or both; there are too few data

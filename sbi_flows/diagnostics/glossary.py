@@ -41,7 +41,7 @@ GLOSSARY: dict[str, str] = {
     ),
     "leaves information unused": (
         "The data predict where the truth lies within the posterior. A better posterior exists, "
-        "with a higher log density of the truth by about the given number of nats. Use an "
+        "with a log density of the truth that is higher by the given nats or more. Use an "
         "embedding or summaries for this kind of data, a larger network or more simulations."
     ),
     "learned nothing beyond the linear start": (
@@ -76,6 +76,11 @@ GLOSSARY: dict[str, str] = {
     "contraction": (
         "1 - posterior variance / prior variance at a typical data set. 0: nothing is learned; 1: "
         "the parameter is known exactly."
+    ),
+    "not learned from the data": (
+        "The posterior of the parameter is about as wide as the prior and does not move with x: "
+        "contraction below 0.1, and the variance of the posterior mean below 5% of that of the "
+        "prior."
     ),
     "HPD coverage": (
         "Fraction of truths inside the joint region of highest posterior density (HPD) of a given "

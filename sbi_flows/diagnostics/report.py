@@ -106,7 +106,7 @@ class Report:
         return (*lines, *self.information.advice)
 
     def explain(self) -> str:
-        """Return an explanation of each term in the report."""
+        """Return an explanation of each term of the glossary that occurs in the report."""
         return explain(self.summary())
 
     def __repr__(self) -> str:

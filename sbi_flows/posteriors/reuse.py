@@ -42,7 +42,7 @@ def warn_of_reuse(posterior: PosteriorLike, simulations: Simulations, what: str)
     found = rows.among(simulations, posterior.prior)
     if not np.any(found):
         return
-    count = min(round(np.sum(found) / rows.fraction), simulations.num_valid)
+    count = rows.count_among(found, simulations)
     chance = _expected_by_chance(posterior, rows, simulations, found)
     if count <= chance + 4.0 * math.sqrt(chance):
         return

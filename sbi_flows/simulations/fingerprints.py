@@ -87,8 +87,11 @@ class UsedRows(NamedTuple):
         The number is exact for fewer than `MAX_HASHES` used rows. Otherwise it is estimated from
         the sample.
         """
-        found = int(np.sum(self.among(simulations, prior)))
-        return min(round(found / self.fraction), simulations.num_valid)
+        return self.count_among(self.among(simulations, prior), simulations)
+
+    def count_among(self, found: np.ndarray, simulations: Simulations) -> int:
+        """Return the number of used rows, as `overlap` does, given the result of `among`."""
+        return min(round(int(np.sum(found)) / self.fraction), simulations.num_valid)
 
 
 def fingerprints(simulations: Simulations) -> np.ndarray:
