@@ -8,6 +8,7 @@ import numpyro.distributions as dist
 import pytest
 
 import sbi_flows as sf
+from sbi_flows.core.compilation import drop_old_programs
 from sbi_flows.estimators import truncated
 from tests.training.test_training import COMPILED
 
@@ -64,6 +65,8 @@ KINDS = {
 def test_a_second_fit_with_a_prior_made_anew_compiles_nothing(kind):
     """An equal prior, and one with other parameters."""
     first, second = simulations(), simulations(2.0, seed=3)
+    # after fits to many sizes in this process, the first fit would drop programs
+    drop_old_programs((200, 200))
     posterior, _ = fit(KINDS[kind](1.0), first)
     posterior.sample(jax.random.key(2), first.x[0], 50)
     again, others = KINDS[kind](1.0), KINDS[kind](2.0)
