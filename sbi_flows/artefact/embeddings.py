@@ -1,9 +1,9 @@
 """Codec of embeddings.
 
-For an embedding of this library, the file contains the class and its arguments. For an embedding of
-the user's own class, the file contains its outputs for two fixed observations. The user must then
-supply the embedding again when the file is loaded, and its outputs are compared with the saved
-outputs.
+For an embedding of this library, the file contains its settings, or its class and arguments. For an
+embedding of the user's own class, the file contains its outputs for two fixed observations. The
+user must then supply the embedding again when the file is loaded, and its outputs are compared with
+the saved outputs.
 
 Public names: `encode`, `decode`, `is_users`, `LibraryEmbedding`, `probe_outputs`,
 `require_same_outputs`.
@@ -20,11 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sbi_flows.artefact import settings
 from sbi_flows.artefact.settings import MAX_INTEGER, MAX_LAYERS
 from sbi_flows.artefact.strict import expect_fields, expect_integer, expect_type
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.core.precision import full_precision
 from sbi_flows.densities.conditional import Blueprint, Embedding, Weights, graph_of
+from sbi_flows.networks.embeddings import EmbeddingSettings
 from sbi_flows.networks.graph import PointCloud
 from sbi_flows.networks.mlp import ResidualMLP
 
@@ -65,6 +67,8 @@ def encode(embedding: Embedding | None) -> Any:
     """
     if embedding is None:
         return None
+    if isinstance(embedding, EmbeddingSettings):
+        return settings.encode("embedding", embedding)
     module: Any = embedding
     if not isinstance(module, nnx.Module):
         module = nnx.eval_shape(lambda: embedding(nnx.Rngs(0)))  # type: ignore[operator]
@@ -92,6 +96,8 @@ def decode(value: Any, user_embedding: Embedding | None) -> Embedding | None:
     """
     if value is None:
         return None
+    if isinstance(value, dict) and "fields" in value:
+        return settings.decode("embedding", value, *settings.EMBEDDINGS)
     kind, arguments = expect_fields("embedding", value, "type", "arguments")
     if kind is None:
         (name,) = expect_fields("embedding.arguments", arguments, "name")
@@ -145,11 +151,13 @@ def probe_outputs(blueprint: Blueprint, weights: Weights) -> jax.Array:
     Returns:
         Outputs, shape (M, 2, F), for M members and F outputs of an embedding.
     """
-    count = 2 * blueprint.sizes.feature_count
-    features = jnp.cos(jnp.arange(1.0, count + 1.0)).reshape(2, -1)
+    sizes = blueprint.sizes
+    features = jnp.cos(jnp.arange(1.0, 2 * sizes.entry_count + 1.0)).reshape(2, -1)
+    if sizes.has_mask:
+        features = jnp.concatenate([features, jnp.ones_like(features)], axis=1)
 
     def embed(member: Weights) -> jax.Array:
-        return nnx.merge(graph_of(blueprint), *member).context(features)
+        return nnx.merge(graph_of(blueprint), *member).context(blueprint.inputs(features))
 
     return jax.lax.map(embed, weights)
 

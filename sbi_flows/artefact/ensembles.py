@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,15 @@ from sbi_flows.artefact.distributions import Tensors
 from sbi_flows.artefact.strict import expect_fields, expect_integer, expect_list, expect_type
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.core.typing import Obs
-from sbi_flows.densities.conditional import Blueprint, Embedding, Sizes, Weights, initial_weights
+from sbi_flows.densities.conditional import (
+    Blueprint,
+    Embedding,
+    Sizes,
+    Weights,
+    initial_weights,
+    summary_count,
+)
+from sbi_flows.networks.embeddings import EmbeddingSettings
 
 MAX_ENSEMBLES = 64
 MAX_MEMBERS = 2**12
@@ -87,7 +95,10 @@ def encode(
     ensemble = Ensemble(blueprint, members, f"ensembles/{i}")
     sizes = blueprint.sizes
     coordinates = Coordinates(sizes.bounded, sizes.circular)
-    if sizes != _sizes(coordinates, observation, blueprint.feature_indices):
+    wanted = _sizes(
+        coordinates, observation, blueprint.feature_indices, blueprint.embedding, sizes.has_mask
+    )
+    if sizes != wanted:
         raise ValueError(f"blueprints[{i}]: expected the sizes of the observation, got others")
     embedding = embeddings.encode(blueprint.embedding)
     data = {
@@ -98,6 +109,8 @@ def encode(
     }
     if not blueprint.linear_start:  # written only if it differs from the default
         data["linear_start"] = False
+    if blueprint.missing is not None:
+        data["missing"] = settings.encode("missing", blueprint.missing)
     leaves = _leaves_by_path(weights)
     arrays = {f"{ensemble.prefix}/{name}": np.asarray(leaf) for name, leaf in leaves.items()}
     entries = {name: (array.dtype, array.shape) for name, array in arrays.items()}
@@ -117,6 +130,7 @@ def decode(
     coordinates: Coordinates,
     observation: Obs,
     user_embedding: Embedding | None,
+    has_mask: bool = False,
 ) -> Ensemble:
     """Check the JSON data of an ensemble.
 
@@ -126,6 +140,7 @@ def decode(
         coordinates: The standard coordinates of the prior.
         observation: Shape and dtype of one observation.
         user_embedding: Embedding that the user supplied for this ensemble, or None.
+        has_mask: Whether entries of an observation can be missing.
 
     Raises:
         ArtefactError: The data are malformed, or the user did not supply a needed embedding.
@@ -135,6 +150,12 @@ def decode(
     linear_start = expect_type(
         f"{name}.linear_start", value.pop("linear_start", True), bool, "a flag"
     )
+    missing = value.pop("missing", None)
+    if missing is not None:
+        missing = settings.decode(f"{name}.missing", missing, *settings.PATTERNS)
+        if not has_mask:
+            raise ArtefactError(f"{name}.missing: expected none for complete observations, got one")
+        _fitting(missing.check, observation)
     density, embedding, kept, members = expect_fields(
         name, value, "density", "embedding", "kept", "members"
     )
@@ -145,10 +166,13 @@ def decode(
         kept = tuple(expect_integer(f"{name}.kept", place, 0, size - 1) for place in places)
         if not kept or any(a >= b for a, b in itertools.pairwise(kept)):
             raise ArtefactError(f"{name}.kept: expected indices in increasing order")
-    sizes = _sizes(coordinates, observation, kept)
-    blueprint = Blueprint(
-        density, embeddings.decode(embedding, user_embedding), sizes, kept, linear_start
-    )
+        if has_mask:
+            raise ArtefactError(f"{name}.kept: expected none with missing entries, got some")
+    embedding = embeddings.decode(embedding, user_embedding)
+    if isinstance(embedding, EmbeddingSettings):
+        _fitting(embedding.check, observation)
+    sizes = _sizes(coordinates, observation, kept, embedding, has_mask)
+    blueprint = Blueprint(density, embedding, sizes, kept, linear_start, missing)
     members = expect_integer(f"{name}.members", members, 1, MAX_MEMBERS)
     return Ensemble(blueprint, members, f"ensembles/{i}")
 
@@ -230,13 +254,28 @@ def _step(key: Any) -> str:
     return str(next(getattr(key, n) for n in ("key", "name", "idx") if hasattr(key, n)))
 
 
-def _sizes(coordinates: Coordinates, observation: Obs, kept: Sequence[int] | None) -> Sizes:
+def _fitting(check: Callable[[Obs], None], observation: Obs) -> None:
+    """Raise ArtefactError if settings do not suit the observation."""
+    try:
+        check(observation)
+    except ValueError as error:
+        raise ArtefactError(str(error)) from None
+
+
+def _sizes(
+    coordinates: Coordinates,
+    observation: Obs,
+    kept: Sequence[int] | None,
+    embedding: Embedding | None,
+    has_mask: bool,
+) -> Sizes:
     """Return the sizes of a model for all features of an observation, or for those in `kept`."""
     bounded, circular = coordinates
     if kept is not None:
         return Sizes(bounded, jax.tree.structure(0), ((len(kept),),), circular)
     shapes = tuple(tuple(leaf.shape) for leaf in jax.tree.leaves(observation))
-    return Sizes(bounded, jax.tree.structure(observation), shapes, circular)
+    summaries = summary_count(embedding, observation)
+    return Sizes(bounded, jax.tree.structure(observation), shapes, circular, has_mask, summaries)
 
 
 def encode_observation(like: Obs) -> Any:

@@ -5,7 +5,7 @@ The settings of a density, or of a part of a density, are written as
 a Python module. Each value must have the annotated type of its field; the constructor of the class
 then checks the value as usual.
 
-Public names: `encode`, `decode`, `DENSITIES`.
+Public names: `encode`, `decode`, `DENSITIES`, `EMBEDDINGS`, `PATTERNS`.
 """
 
 from __future__ import annotations
@@ -36,20 +36,34 @@ from sbi_flows.densities.mixture import GaussianMixture
 from sbi_flows.densities.ode import Solver
 from sbi_flows.densities.paths import EDM, VE, VP, Path, Straight
 from sbi_flows.densities.samplers import Ancestral, Heun, Sampler
+from sbi_flows.networks.embeddings import (
+    ConvNet,
+    DeepSet,
+    EmbeddingSettings,
+    Fusion,
+    SeriesNet,
+    SetTransformer,
+)
 from sbi_flows.networks.tokens import Tokens
 from sbi_flows.networks.velocity import Film, VelocitySettings
+from sbi_flows.observations.missing import RandomEntries, RandomParts, RandomSubset
 
 DENSITIES = (NSF, MAF, GaussianMixture, CNF, FlowMatching, Diffusion, Distilled)
+EMBEDDINGS = (DeepSet, SetTransformer, SeriesNet, ConvNet, Fusion)
+PATTERNS = (RandomEntries, RandomSubset, RandomParts)
 
 _KINDS: dict[Any, tuple[type, ...]] = {
     VelocitySettings: (Film, Tokens),
     Path: (Straight, EDM, VP, VE),
     Sampler: (Heun, Ancestral),
+    EmbeddingSettings: EMBEDDINGS,
 }
 """Dict from each protocol that annotates a field to the classes that implement it."""
 
 SETTINGS = {
-    kind.__name__: kind for kinds in (DENSITIES, (Solver,), *_KINDS.values()) for kind in kinds
+    kind.__name__: kind
+    for kinds in (DENSITIES, PATTERNS, (Solver,), *_KINDS.values())
+    for kind in kinds
 }
 
 # solvers and adjoints of diffrax for ordinary differential equations
@@ -65,7 +79,7 @@ MAX_LAYERS = 128
 MAX_TUPLE_LENGTH = 2**16
 MAX_INTEGER = 2**31 - 1
 
-_LAYER_FIELDS = {"blocks", "context_blocks", "hidden", "rounds"}
+_LAYER_FIELDS = {"blocks", "context_blocks", "hidden", "layers", "parts", "rounds"}
 
 
 def encode(name: str, value: Any) -> Any:
@@ -143,8 +157,14 @@ def _value(name: str, field: str, value: Any, hint: Any) -> Any:
         return value
     if origin is tuple:
         most = MAX_LAYERS if field in _LAYER_FIELDS else MAX_TUPLE_LENGTH
-        values = enumerate(expect_list(name, value, most))
-        return tuple(_value(f"{name}[{i}]", "", part, parts[0]) for i, part in values)
+        values = expect_list(name, value, most)
+        hints = parts[:1] * len(values) if parts[1:] == (...,) else parts
+        if len(hints) != len(values):
+            raise ArtefactError(f"{name}: expected {len(hints)} values, got {len(values)}")
+        pairs = enumerate(zip(values, hints, strict=True))
+        return tuple(_value(f"{name}[{i}]", "", part, own) for i, (part, own) in pairs)
+    if hint is str:
+        return expect_type(name, value, str, "a string")
     if hint is bool:
         return expect_type(name, value, bool, "a truth value")
     if hint is int:
@@ -162,8 +182,9 @@ def _any_of(name: str, field: str, value: Any, hints: tuple) -> Any:
     if value is None and type(None) in hints:
         return None
     hints = tuple(hint for hint in hints if hint is not type(None))
-    if all(isinstance(hint, type) and hint in SETTINGS.values() for hint in hints):
-        return decode(name, value, *hints)
+    kinds = [kind for hint in hints for kind in _KINDS.get(hint, (hint,))]
+    if all(isinstance(kind, type) and kind in SETTINGS.values() for kind in kinds):
+        return decode(name, value, *kinds)
     for hint in hints[:-1]:
         try:
             return _value(name, field, value, hint)

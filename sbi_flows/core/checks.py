@@ -301,6 +301,13 @@ def require_fraction(**settings: Any) -> None:
             raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}")
 
 
+def require_flag(**settings: Any) -> None:
+    """Raise ValueError unless all settings are True or False."""
+    for name, value in settings.items():
+        if not isinstance(value, bool | np.bool_):
+            raise ValueError(f"{name}: expected True or False, got {value!r:.80}")
+
+
 def require_object(name: str, value: Any, kind: type | tuple[type, ...], wanted: str) -> None:
     """Raise ValueError unless a value is an instance of a class.
 

@@ -1,9 +1,11 @@
 """Labels of the entries of named arrays.
 
-Public names: `labels`.
+Public names: `labels`, `first_names`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,3 +15,8 @@ def labels(name: str, shape: tuple[int, ...]) -> list[str]:
     if not shape:
         return [name]
     return [f"{name}[{','.join(map(str, i))}]" for i in np.ndindex(*shape)]
+
+
+def first_names(names: Sequence[str]) -> str:
+    """Join the first five names for a message."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,6 +1,7 @@
 """Model of the posterior in standard coordinates: embedding, linear start and density.
 
-Public names: `Conditional`, `Blueprint`, `Sizes`, `Weights`, `Embedding`, `check_embedding`,
+Public names: `Conditional`, `Blueprint`, `Sizes`, `Weights`, `Embedding`, `summary_count`,
+`check_embedding`,
 `graph_of`, `has_likelihood_loss`, `needs_ode`, `initial_weights`, `ravel_weights`,
 `unravel_weights`.
 """
@@ -21,26 +22,31 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from sbi_flows.core.typing import Key
+from sbi_flows.core.typing import Key, Obs
 from sbi_flows.densities.base import Density, DensitySettings, TransformedDistribution
 from sbi_flows.densities.ode import OdeFlow, SolverStats
 from sbi_flows.densities.start import LinearStart, standard_truncation
+from sbi_flows.networks.embeddings import EmbeddingSettings
 from sbi_flows.networks.mlp import fast_key, split_key
+from sbi_flows.observations.missing import MissingPattern
 from sbi_flows.observations.standardise import Shapes, unflatten_rows
 
-Embedding = nnx.Module | Callable[[nnx.Rngs], nnx.Module]
-"""Flax module that maps observations (B, *event) to (B, F), or function `rngs -> module`."""
+Embedding = EmbeddingSettings | nnx.Module | Callable[[nnx.Rngs], nnx.Module]
+"""Settings of an embedding, flax module that maps observations (B, *event) to (B, F), or function
+`rngs -> module`."""
 
 
 class Conditional(nnx.Module):
     """Model of one ensemble member: p(standard coordinates | features).
 
-    Features are standardised observations, flattened to shape (B, C).
+    Inputs are rows of three parts: standardised observations, flattened to shape (B, C); if entries
+    can be missing, a mask of zeros and ones, shape (B, C); and the fixed summaries of an embedding,
+    shape (B, K). `Blueprint.inputs` makes them from features.
 
     Args:
         start: Linear start, which training does not change; None for a model without one.
         density: Conditional density of the noise, which the start maps to standard coordinates.
-        embedding: Network from observations to contexts; None to condition on the features.
+        embedding: Network from observations to contexts; None to condition on the inputs.
         sizes: Sizes of the data.
     """
 
@@ -57,39 +63,39 @@ class Conditional(nnx.Module):
         self.embedding = nnx.data(embedding)
         self.sizes = sizes
 
-    def __call__(self, features: Array) -> distrax.Distribution:
-        """Return the distribution over standard coordinates given features (B, C)."""
-        density = self.density(self.context(features))
-        return TransformedDistribution(density, self.start_bijector(features))
+    def __call__(self, inputs: Array) -> distrax.Distribution:
+        """Return the distribution over standard coordinates given inputs (B, I)."""
+        density = self.density(self.context(inputs))
+        return TransformedDistribution(density, self.start_bijector(inputs))
 
-    def whiten(self, y: Array, features: Array) -> tuple[Array, Array]:
+    def whiten(self, y: Array, inputs: Array) -> tuple[Array, Array]:
         """Map standard coordinates to the noise that the density models.
 
         Training does not change the linear start, so a fit calls this once for all steps.
 
         Args:
             y: Standard coordinates (B, d).
-            features: Shape (B, C).
+            inputs: Shape (B, I).
 
         Returns:
             Noise (B, d) and log determinants (B,).
         """
-        return self.start_bijector(features).inverse_and_log_det(y)
+        return self.start_bijector(inputs).inverse_and_log_det(y)
 
-    def loss(self, key: Key | None, noise: Array, features: Array) -> Array:
-        """Compute the training loss (B,) of noise (B, d) given features (B, C).
+    def loss(self, key: Key | None, noise: Array, inputs: Array) -> Array:
+        """Compute the training loss (B,) of noise (B, d) given inputs (B, I).
 
         A key turns dropout on; see `Density.loss`.
         """
         embedding_key, density_key = split_key(key, 2)
-        return self.density.loss(density_key, noise, self.context(features, embedding_key))
+        return self.density.loss(density_key, noise, self.context(inputs, embedding_key))
 
-    def negative_log_prob(self, noise: Array, features: Array) -> tuple[Array, SolverStats]:
+    def negative_log_prob(self, noise: Array, inputs: Array) -> tuple[Array, SolverStats]:
         """Compute the negative log density of an ODE density, and the solver statistics.
 
         Args:
             noise: Shape (B, d).
-            features: Shape (B, C).
+            inputs: Shape (B, I).
 
         Returns:
             Negative log densities (B,) in nats, and solver statistics (B,).
@@ -97,49 +103,51 @@ class Conditional(nnx.Module):
         Raises:
             TypeError: The density does not solve an ODE.
         """
-        flow = self.density(self.context(features))
+        flow = self.density(self.context(inputs))
         if not isinstance(flow, OdeFlow):
             raise TypeError(f"expected a density that needs an ODE, got {type(self.density)}")
         log_prob, stats = flow.log_prob_and_stats(noise)
         return -log_prob, stats
 
-    def start_bijector(self, features: Array, *, at_mean: bool = False) -> distrax.Bijector:
+    def start_bijector(self, inputs: Array, *, at_mean: bool = False) -> distrax.Bijector:
         """Return the bijector from noise to standard coordinates of the linear start.
 
         Without a start, the bijector is the identity for unbounded coordinates, and maps noise to a
         standard normal truncated to the prior's box for bounded coordinates.
 
         Args:
-            features: Shape (B, C).
-            at_mean: Condition on the mean of the features, so that the bijector has no batch shape.
+            inputs: Shape (B, I).
+            at_mean: Condition on the mean of the inputs, so that the bijector has no batch shape.
         """
         bounded = self.sizes.bounded
         if self.start is None:
-            batch_shape = () if at_mean else features.shape[:-1]
-            return standard_truncation(batch_shape, bounded, features.dtype)
-        start = self.start.get_value()
-        predictor = features @ start.weight
+            batch_shape = () if at_mean else inputs.shape[:-1]
+            return standard_truncation(batch_shape, bounded, inputs.dtype)
+        start, regressors = self.start.get_value(), self.sizes.regressors(inputs)
+        predictor = regressors @ start.weight
         predictor = jnp.mean(predictor, axis=0) if at_mean else predictor
         bijector = start.from_predictor(predictor, bounded)
         if start.turn is None:
             return bijector
-        rotation = start.turn.rotation(features, self.sizes.circular, at_mean=at_mean)
+        rotation = start.turn.rotation(regressors, self.sizes.circular, at_mean=at_mean)
         return distrax.Chain([rotation, bijector])
 
-    def context(self, features: Array, key: Key | None = None) -> Array:
-        """Return the context of the density: embedded observations, or features.
+    def context(self, inputs: Array, key: Key | None = None) -> Array:
+        """Return the context of the density: embedded observations and summaries, or inputs.
 
         Args:
-            features: Shape (B, C).
+            inputs: Shape (B, I).
             key: Random key of the embedding's dropout; None turns dropout off.
 
         Returns:
-            Contexts (B, F), or (B, C) without an embedding.
+            Contexts (B, F + K) of an embedding with F outputs and K fixed summaries; or inputs
+            (B, I) without an embedding.
         """
         if self.embedding is None:
-            return features
-        x = unflatten_rows(features, self.sizes.tree, self.sizes.shapes)
-        return _embed(self.embedding, x, key)
+            return inputs
+        x, mask = self.sizes.observations(inputs)
+        out = _embed(self.embedding, x, mask, key)
+        return jnp.concatenate([out, self.sizes.summaries_of(inputs)], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,12 +159,16 @@ class Sizes:
         tree: Pytree structure of one observation.
         shapes: Shape of each array of the observation.
         circular: Which of the d standard coordinates are circular; empty if none is.
+        has_mask: Whether entries can be missing, so that a mask follows the observation.
+        summaries: Number K of fixed summaries of an embedding.
     """
 
     bounded: tuple[bool, ...]
     tree: Any
     shapes: Shapes
     circular: tuple[bool, ...] = ()
+    has_mask: bool = False
+    summaries: int = 0
 
     @property
     def dim(self) -> int:
@@ -165,8 +177,45 @@ class Sizes:
 
     @property
     def feature_count(self) -> int:
-        """Number C of features, the length of the flattened observation."""
+        """Number of features: length C of the flattened observation, twice that with a mask."""
+        return self.entry_count * (2 if self.has_mask else 1)
+
+    @property
+    def entry_count(self) -> int:
+        """Length C of the flattened observation."""
         return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def input_count(self) -> int:
+        """Number I of inputs: features and summaries."""
+        return self.feature_count + self.summaries
+
+    @property
+    def regressor_count(self) -> int:
+        """Number of inputs that the linear start reads: the summaries, or all without summaries."""
+        return self.summaries or self.feature_count
+
+    def observations(self, inputs: Array) -> tuple[Obs, Obs | None]:
+        """Return observations (B, *event) from inputs (B, I), and masks; None without a mask."""
+        c = self.entry_count
+        x = unflatten_rows(inputs[:, :c], self.tree, self.shapes)
+        if not self.has_mask:
+            return x, None
+        return x, unflatten_rows(inputs[:, c : 2 * c] > 0.5, self.tree, self.shapes)
+
+    def summaries_of(self, inputs: Array) -> Array:
+        """Return the summaries (B, K) among inputs (B, I)."""
+        return inputs[..., self.feature_count :]
+
+    def regressors(self, inputs: Array) -> Array:
+        """Return the inputs that the linear start reads."""
+        return self.summaries_of(inputs) if self.summaries else inputs
+
+    @property
+    def like(self) -> Obs:
+        """Shape and dtype of one observation, as the networks see it."""
+        leaves = [jax.ShapeDtypeStruct(shape, jnp.result_type(float)) for shape in self.shapes]
+        return jax.tree.unflatten(self.tree, leaves)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +229,7 @@ class Blueprint:
         feature_indices: Indices of the features that the model uses; None for all.
         linear_start: Whether the model has a `LinearStart`, which a fit sets before training.
             Without one, `Conditional.start` is None.
+        missing: Pattern by which a fit hides entries, other ones in every batch; None to hide none.
     """
 
     density: DensitySettings
@@ -187,12 +237,35 @@ class Blueprint:
     sizes: Sizes
     feature_indices: tuple[int, ...] | None = None
     linear_start: bool = True
+    missing: MissingPattern | None = None
 
-    def select_features(self, features: Array) -> Array:
-        """Select the features that the model uses from all features (*, C)."""
-        if self.feature_indices is None:
+    def inputs(self, features: Array) -> Array:
+        """Return the inputs (*, I) of the model for features (*, C), or (*, 2 C) with a mask.
+
+        They are the selected features, or all features and the fixed summaries of an embedding.
+        """
+        if self.feature_indices is not None:
+            return features[..., np.asarray(self.feature_indices)]
+        if not self.sizes.summaries:
             return features
-        return features[..., np.asarray(self.feature_indices)]
+        flat = features.reshape(-1, features.shape[-1])
+        summaries = self.settings.summarise(*self.sizes.observations(flat))
+        return jnp.concatenate([features, summaries.reshape(*features.shape[:-1], -1)], axis=-1)
+
+    @property
+    def settings(self) -> EmbeddingSettings:
+        """The settings of the embedding; only for an embedding that is given by its settings."""
+        assert isinstance(self.embedding, EmbeddingSettings)
+        return self.embedding
+
+    def hide(self, key: Key, inputs: Array) -> Array:
+        """Hide entries of inputs (B, I) by the pattern `missing`, and renew their summaries."""
+        assert self.missing is not None and self.sizes.has_mask
+        c = self.sizes.entry_count
+        keep = self.missing.keep(key, self.sizes.like, len(inputs))
+        mask = jnp.where(keep, inputs[:, c : 2 * c], 0.0)
+        values = jnp.where(mask > 0.5, inputs[:, :c], 0.0)
+        return self.inputs(jnp.concatenate([values, mask], axis=-1))
 
     def build(self, key: Key) -> Conditional:
         """Build the model with its initial weights; its start ignores the observation.
@@ -201,23 +274,25 @@ class Blueprint:
             ValueError: The output of the embedding is not of shape (B, F).
         """
         embedding_key, density_key = jax.random.split(key)
-        dim, features = self.sizes.dim, self.sizes.feature_count
-        embedding, context_dim = self._build_embedding(embedding_key), features
+        dim, sizes = self.sizes.dim, self.sizes
+        embedding, context_dim = self._build_embedding(embedding_key), sizes.input_count
         if embedding is not None:
-            x = unflatten_rows(jnp.zeros((2, features)), self.sizes.tree, self.sizes.shapes)
-            out = nnx.eval_shape(lambda m: _embed(m, x, None), embedding)
+            x, mask = sizes.observations(jnp.zeros((2, sizes.input_count)))
+            out = nnx.eval_shape(lambda m: _embed(m, x, mask, None), embedding)
             if out.ndim != 2 or out.shape[0] != 2:
                 raise ValueError(f"embedding: expected output (B, F), got {out.shape} for B = 2")
-            context_dim = out.shape[1]
+            context_dim = out.shape[1] + sizes.summaries
         start = None
         if self.linear_start:
-            start = LinearStart.standard(features, dim, self.sizes.circular)
+            start = LinearStart.standard(sizes.regressor_count, dim, sizes.circular)
         density = self.density.build(density_key, dim, context_dim)
-        return Conditional(start, density, embedding, self.sizes)
+        return Conditional(start, density, embedding, sizes)
 
     def _build_embedding(self, key: Key) -> nnx.Module | None:
         if self.embedding is None:
             return None
+        if isinstance(self.embedding, EmbeddingSettings):
+            return _as_trainable(self.embedding.build(nnx.Rngs(key), self.sizes.like))
         if isinstance(self.embedding, nnx.Module):
             return nnx.clone(self.embedding)
         return _as_trainable(self.embedding(nnx.Rngs(key)))
@@ -229,6 +304,13 @@ class Blueprint:
         return nnx.as_pure(nnx.state(self.embedding, nnx.Param))
 
 
+def summary_count(embedding: Embedding | None, like: Obs) -> int:
+    """Return the number K of fixed summaries of an embedding, given one observation's shapes."""
+    if not isinstance(embedding, EmbeddingSettings):
+        return 0
+    return len(embedding.summary_labels(like))
+
+
 def check_embedding(embedding: Any) -> None:
     """Raise ValueError if a value cannot be an embedding.
 
@@ -238,6 +320,8 @@ def check_embedding(embedding: Any) -> None:
         ValueError: The value is a module with state other than parameters, or is neither a module
             nor a function of one `nnx.Rngs`.
     """
+    if isinstance(embedding, EmbeddingSettings):
+        return
     if isinstance(embedding, nnx.Module):
         _as_trainable(embedding)
         return
@@ -357,8 +441,18 @@ def unravel_weights(blueprint: Blueprint, vector: Array | np.ndarray) -> Any:
     return jax.tree.unflatten(tree, leaves)
 
 
-def _embed(embedding: nnx.Module, x: Any, key: Key | None) -> Array:
-    """Call the embedding, with a dropout key if it accepts one."""
+def _embed(embedding: nnx.Module, x: Obs, mask: Obs | None, key: Key | None) -> Array:
+    """Call the embedding, with a mask and a dropout key if it accepts them.
+
+    Raises:
+        ValueError: Entries can be missing, but the embedding does not accept a mask.
+    """
     parameters = inspect.signature(type(embedding).__call__).parameters
+    if mask is not None and "mask" not in parameters:
+        raise ValueError(
+            "embedding: expected a module that accepts an argument `mask` in __call__, True where "
+            f"an entry is present, because entries can be missing, got {type(embedding).__name__}"
+        )
     call: Any = embedding  # nnx.Module does not declare __call__
-    return call(x, key=key) if "key" in parameters else call(x)
+    given = {"mask": mask, "key": key}
+    return call(x, **{name: value for name, value in given.items() if name in parameters})

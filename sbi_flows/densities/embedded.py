@@ -1,6 +1,6 @@
-"""Features and embeddings of observations, as NumPy arrays.
+"""Observations in the spaces where they are compared with simulations, and inputs of many rows.
 
-Public names: `spaces_of`, `space_widths`.
+Public names: `spaces_of`, `space_widths`, `space_labels`, `inputs_of_rows`.
 """
 
 from __future__ import annotations
@@ -9,42 +9,105 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
 
+from sbi_flows.core.compilation import compiled_per_size
 from sbi_flows.core.precision import full_precision
+from sbi_flows.core.typing import Obs
 from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
+from sbi_flows.observations.standardise import entry_labels
 
 BATCH_ROWS = 256
 """Number of rows that are embedded in one compiled call."""
 
 
 def spaces_of(blueprint: Blueprint, weights: Weights, features: Any) -> tuple[np.ndarray, ...]:
-    """Return features (B, C) and, with an embedding, the first member's embedding (B, F)."""
+    """Return the values of observations in each space where they are compared with simulations.
+
+    Args:
+        blueprint: Description of the model.
+        weights: Arrays of the members.
+        features: Features of the observations, shape (B, C), or (B, 2 C) with a mask.
+
+    Returns:
+        First, the features without the mask, shape (B, C), or the fixed summaries of an embedding,
+        shape (B, K). With an embedding, second, the first member's output, shape (B, F).
+    """
     rows = np.asarray(features)
     if blueprint.embedding is None:
-        return (rows,)
+        return (rows[:, : _width(blueprint, rows.shape[1])],)
     size = min(BATCH_ROWS, len(rows))
     parts = []
     for start in range(0, len(rows), size):
         # the last batch repeats rows, so that all batches have one compiled shape
         indices = np.arange(start, start + size) % len(rows)
-        parts.append(np.asarray(_embedded(blueprint, weights, rows[indices])))
-    return rows, np.concatenate(parts)[: len(rows)]
+        parts.append(jax.tree.map(np.asarray, _spaces(blueprint, weights, rows[indices])))
+    return tuple(np.concatenate(values)[: len(rows)] for values in zip(*parts, strict=True))
 
 
 def space_widths(blueprint: Blueprint, weights: Weights, features: int) -> tuple[int, ...]:
-    """Return the row length of each array from `spaces_of`: (C,), or (C, F) with an embedding."""
+    """Return the row length of each array from `spaces_of`, given the number of features."""
     if blueprint.embedding is None:
-        return (features,)
+        return (_width(blueprint, features),)
     like = jax.ShapeDtypeStruct((1, features), float)
-    return features, jax.eval_shape(partial(_embedded, blueprint), weights, like).shape[1]
+    return tuple(a.shape[1] for a in jax.eval_shape(partial(_spaces, blueprint), weights, like))
+
+
+def space_labels(blueprint: Blueprint, observation: Obs) -> tuple[str, ...]:
+    """Return the names of the columns of the first space."""
+    if blueprint.sizes.summaries:
+        return blueprint.settings.summary_labels(blueprint.sizes.like)
+    return entry_labels(observation)
+
+
+def _width(blueprint: Blueprint, features: int) -> int:
+    """Return the number of features without the mask."""
+    return features // 2 if blueprint.sizes.has_mask else features
 
 
 @partial(jax.jit, static_argnums=0)
 @full_precision
-def _embedded(blueprint: Blueprint, weights: Weights, features: Array) -> Array:
-    """Return the output (B, F) of the first member's embedding for features (B, C)."""
+def _spaces(blueprint: Blueprint, weights: Weights, features: Array) -> tuple[Array, Array]:
+    """Return the first space, and the output (B, F) of the first member's embedding."""
     first = jax.tree.map(lambda leaf: leaf[0], weights)
-    return nnx.merge(graph_of(blueprint), *first).context(blueprint.select_features(features))
+    inputs, sizes = blueprint.inputs(features), blueprint.sizes
+    context = nnx.merge(graph_of(blueprint), *first).context(inputs)
+    if sizes.summaries:
+        return sizes.summaries_of(inputs), context[:, : -sizes.summaries]
+    return features[:, : _width(blueprint, features.shape[1])], context
+
+
+def inputs_of_rows(blueprint: Blueprint, features: Array, key: Any = None) -> Array:
+    """Return the inputs (N, I) of many rows, in blocks that limit the memory.
+
+    Args:
+        blueprint: Description of the model.
+        features: Features (N, C), or inputs (N, I) if a key is given.
+        key: Random key with which entries are hidden by `blueprint.missing`; None to hide none.
+    """
+    if key is None and not blueprint.sizes.summaries:
+        return blueprint.inputs(features)
+    return _inputs_of_rows(blueprint, features, key)
+
+
+@compiled_per_size
+@partial(jax.jit, static_argnums=0)
+@full_precision
+def _inputs_of_rows(blueprint: Blueprint, features: Array, key: Any) -> Array:
+    n, count = len(features), -(-len(features) // BATCH_ROWS)
+    starts = jnp.minimum(jnp.arange(count) * BATCH_ROWS, max(n - BATCH_ROWS, 0))
+    size = min(BATCH_ROWS, n)
+    out = jnp.zeros((n, blueprint.sizes.input_count), features.dtype)
+
+    def block(i: Array, out: Array) -> Array:
+        rows = jax.lax.dynamic_slice_in_dim(features, starts[i], size)
+        if key is None:
+            part = blueprint.inputs(rows)
+        else:
+            part = blueprint.hide(jax.random.fold_in(key, i), rows)
+        return jax.lax.dynamic_update_slice_in_dim(out, part, starts[i], 0)
+
+    return jax.lax.fori_loop(0, count, block, out)

@@ -36,9 +36,9 @@ from sbi_flows.estimators.base import FitHistory
 from sbi_flows.posteriors.adapter import PosteriorLike, as_posterior
 from sbi_flows.posteriors.base import AbstractPosterior
 from sbi_flows.posteriors.composed import ComposedPosterior
+from sbi_flows.posteriors.fresh import fresh_simulations
 from sbi_flows.posteriors.passes import MIN_DATASETS, MIN_DRAWS
 from sbi_flows.posteriors.reuse import warn_of_reuse
-from sbi_flows.simulations.simulate import simulate
 from sbi_flows.simulations.simulations import Simulations, observation_shape
 
 INFORMATION_TAG, MEMBERS_TAG, ROWS_TAG = 5, 6, 7
@@ -126,7 +126,7 @@ def check(
     if sims is None:
         assert simulator is not None  # `_check_settings` raises otherwise
         simulate_key = jax.random.split(key, 3)[0]
-        sims = simulate(simulate_key, posterior.prior, simulator, datasets, progress=progress)
+        sims = fresh_simulations(simulate_key, posterior, simulator, datasets, progress=progress)
     sims = sims.aligned(posterior.prior)
     posterior = as_posterior(posterior, observation_shape(sims.x))
     if history is None:

@@ -17,6 +17,7 @@ from sbi_flows.diagnostics.references import References, crude_references
 from sbi_flows.estimators.base import FitHistory
 from sbi_flows.posteriors import mixtures
 from sbi_flows.posteriors.direct import Posterior
+from sbi_flows.posteriors.fresh import hidden_as_in_fit
 from sbi_flows.posteriors.passes import MIN_DATASETS
 from sbi_flows.simulations.simulations import Simulations
 
@@ -61,7 +62,9 @@ def ranks_of_members(
     _require_same_rows(posterior, simulations)
     row_key, reference_key, draw_key = jax.random.split(key, 3)
     rows = _rows_of_members(row_key, posterior, simulations, history, datasets)
-    _require_same_order(posterior, simulations, history)
+    if posterior.missing.pattern is None:  # the history is about hidden entries otherwise
+        _require_same_order(posterior, simulations, history)
+    simulations = hidden_as_in_fit(key, posterior, simulations)
     used = simulations[np.concatenate(rows)]
     if len(used) < MIN_DATASETS:
         raise ValueError(

@@ -24,9 +24,9 @@ from sbi_flows.diagnostics.local_report import LocalCheck
 from sbi_flows.observations.batches import as_batch
 from sbi_flows.posteriors.adapter import PosteriorLike, as_posterior, single_shape
 from sbi_flows.posteriors.base import AbstractPosterior
+from sbi_flows.posteriors.fresh import fresh_simulations
 from sbi_flows.posteriors.passes import usable
 from sbi_flows.posteriors.reuse import warn_of_reuse
-from sbi_flows.simulations.simulate import simulate
 from sbi_flows.simulations.simulations import Simulations, observation_shape
 
 MIN_SIMULATIONS, MIN_PERMUTATIONS = 400, 19
@@ -117,12 +117,14 @@ def check_at(
     what = "simulations"
     if not isinstance(simulations, Simulations):
         assert simulator is not None  # `_check_settings` raises otherwise
-        prior, number = posterior.prior, simulations
         simulate_key, what = jax.random.fold_in(key, SIMULATE_TAG), "key"
-        simulations = simulate(simulate_key, prior, simulator, number, progress=progress)
+        simulations = fresh_simulations(
+            simulate_key, posterior, simulator, simulations, progress=progress
+        )
     valid = _valid(posterior, simulations)
     warn_of_reuse(posterior, valid, what)
-    observed = as_batch(reorder_columns("x", x_o, posterior.columns), observation_shape(valid.x))[0]
+    columns = reorder_columns("x", x_o, posterior.columns)
+    observed = as_batch(columns, observation_shape(valid.x), posterior.missing)[0]
     local = local_pairs(pair_key, posterior, valid, observed, samples, progress=progress)
     output = classify(train_key, local.classifier, local.points, permutations)
     p_value = float(1 + np.sum(output.statistic[1:] >= output.statistic[0])) / (1 + permutations)

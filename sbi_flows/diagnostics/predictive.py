@@ -31,12 +31,20 @@ from sbi_flows.diagnostics.discrepancies import (
     two_sided_p_values,
 )
 from sbi_flows.observations.batches import as_batch
-from sbi_flows.observations.standardise import entry_labels, fit_standardiser, flatten_rows
+from sbi_flows.observations.standardise import (
+    entry_labels,
+    fit_standardiser,
+    flatten_rows,
+    rows_on_host,
+)
 from sbi_flows.posteriors.adapter import PosteriorLike, as_posterior, single_shape
 from sbi_flows.posteriors.base import AbstractPosterior
-from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.simulate import simulate_at
-from sbi_flows.simulations.simulations import Simulations, observation_shape
+from sbi_flows.simulations.simulations import (
+    Simulations,
+    observation_shape,
+    unchecked_simulations,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -188,8 +196,12 @@ def predictive_check(
     theta = posterior.sample(draw_key, x, draws)
     if theta.ndim != 2:
         raise ValueError("x: expected one observation, got a batch")
-    valid = simulate_at_draws(simulate_key, posterior.prior, simulator, theta, progress)
-    batch, _ = as_batch(reorder_columns("x", x, posterior.columns), observation_shape(valid.x))
+    valid = simulate_at_draws(simulate_key, posterior, simulator, theta, progress)
+    columns = reorder_columns("x", x, posterior.columns)
+    batch, _ = as_batch(columns, observation_shape(valid.x), posterior.missing)
+    if posterior.missing.can_miss is not None:
+        lacking = jax.tree.map(_lacking_as, valid.x, batch)
+        valid = unchecked_simulations(valid.theta, lacking, valid.valid, missing=True)
     return dataclasses.replace(
         _compare(valid.x, batch, draws - len(valid)),
         embedding_p=_embedding_p(posterior, valid.x, batch),
@@ -197,8 +209,18 @@ def predictive_check(
     )
 
 
+def _lacking_as(simulated: Any, observed: Any) -> Any:
+    """Hide the entries of simulations (n, *event) that an observation (1, *event) lacks."""
+    missing = np.isnan(np.asarray(observed, float))
+    return np.where(missing, np.nan, np.asarray(simulated)) if missing.any() else simulated
+
+
 def simulate_at_draws(
-    key: Key, prior: Prior, simulator: Simulator, theta: Array | np.ndarray, progress: bool
+    key: Key,
+    posterior: AbstractPosterior,
+    simulator: Simulator,
+    theta: Array | np.ndarray,
+    progress: bool,
 ) -> Simulations:
     """Simulate at posterior draws (n, D); return the simulations that succeeded.
 
@@ -206,7 +228,14 @@ def simulate_at_draws(
         SimulationFailed: Fewer than half of the simulations succeeded, or fewer than 100.
     """
     draws = len(theta)
-    valid = simulate_at(key, prior, simulator, theta, progress=progress).only_valid()
+    valid = simulate_at(
+        key,
+        posterior.prior,
+        simulator,
+        theta,
+        missing=posterior.missing.can_miss is not None,
+        progress=progress,
+    ).only_valid()
     if len(valid) < max(MIN_DRAWS, draws // 2):
         raise SimulationFailed(
             f"{draws - len(valid)} of {draws} simulations at draws of the posterior failed: too "
@@ -217,17 +246,24 @@ def simulate_at_draws(
 
 def _compare(simulated: Obs, observed: Obs, num_failed: int) -> Predictive:
     """Compare one observation (1, *event) with simulations (n, *event)."""
-    standardiser = fit_standardiser(simulated)
+    present = ~np.isnan(rows_on_host(observed)[0])
+    if not present.any():
+        raise ValueError("x: expected at least one entry that is present, got none")
+    has_missing = bool(np.isnan(rows_on_host(simulated)).any())
+    standardiser = fit_standardiser(simulated, has_missing=has_missing)
     # a common offset and scale do not change the ranks
     simulated = standardiser.subtract_origin(simulated)
     observed = standardiser.subtract_origin(observed)
     standardiser = standardiser._replace(origin=None)
-    simulated_rows, observed_row = flatten_rows(simulated), flatten_rows(observed)
-    features = np.asarray(standardiser(simulated))
-    observed_features = np.asarray(standardiser(observed))[0]
+    simulated_rows, observed_row = map(np.asarray, map(flatten_rows, (simulated, observed)))
+    # an entry that a simulation lacks counts half as below and half as above
+    simulated_rows = np.where(np.isnan(simulated_rows), observed_row, simulated_rows)
+    features = np.asarray(standardiser(simulated))[:, : len(present)][:, present]
+    observed_features = np.asarray(standardiser(observed))[0, : len(present)][present]
+    names = entry_labels(observation_shape(observed))
     return Predictive(
-        labels=entry_labels(observation_shape(observed)),
-        entry_p=two_sided_p_values(np.asarray(simulated_rows), np.asarray(observed_row)),
+        labels=tuple(names[int(i)] for i in np.flatnonzero(present)),
+        entry_p=two_sided_p_values(simulated_rows[:, present], observed_row[:, present]),
         distance_p=_distance_p(features, observed_features),
         observed=observed_features,
         simulated=features,

@@ -105,7 +105,16 @@ def _normal_scores(rng: np.random.Generator, x: Obs) -> np.ndarray:
     flat = np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
     if flat.shape[1] > MAX_FEATURES:
         flat = flat[:, rng.choice(flat.shape[1], MAX_FEATURES, replace=False)]
+    missing = np.isnan(flat)
+    if missing.any():  # missing entries get the middle rank
+        flat = np.where(missing, _medians(flat), flat)
     return special.ndtri((stats.rankdata(flat, axis=0) - 0.5) / len(flat))
+
+
+def _medians(flat: np.ndarray) -> np.ndarray:
+    """Return the median (1, P) of the present entries of each column; 0 for an empty column."""
+    is_empty = np.isnan(flat).all(axis=0, keepdims=True)
+    return np.nanmedian(np.where(is_empty, 0.0, flat), axis=0, keepdims=True)
 
 
 def _kernel_ridge(features: np.ndarray, target: np.ndarray, points: np.ndarray) -> np.ndarray:

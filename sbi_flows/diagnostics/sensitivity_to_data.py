@@ -21,7 +21,7 @@ from sbi_flows.core.frames import reorder_columns
 from sbi_flows.core.tables import table
 from sbi_flows.core.typing import Key, Obs, Simulator
 from sbi_flows.diagnostics.predictive import MIN_DRAWS, simulate_at_draws
-from sbi_flows.observations.batches import as_batch
+from sbi_flows.observations.batches import COMPLETE, Missing, as_batch
 from sbi_flows.observations.standardise import (
     Standardiser,
     entry_labels,
@@ -198,7 +198,7 @@ def data_sensitivity(
         raise ValueError("unit: expected units or a simulator for this posterior, got neither")
     shapes = posterior.observation
     x = reorder_columns("x", x, posterior.columns)
-    batch = _as_single(x, shapes)
+    batch = _as_single(x, shapes, posterior.missing)
     scales = None if unit is None else _unit_of_entries(unit, shapes)
 
     draw_key, simulate_key = jax.random.split(key)
@@ -211,21 +211,33 @@ def data_sensitivity(
         low, high = _standardised_steps(standardiser, batch, step)
         unit_text = "the training simulations' sd"
     else:
-        valid = simulate_at_draws(simulate_key, posterior.prior, simulator, samples, progress)
+        valid = simulate_at_draws(simulate_key, posterior, simulator, samples, progress)
         low, high = _simulated_steps(valid.x, batch, step)
         unit_text = "the sd of simulations at draws"
     low, high = _representable(shapes, batch, low, high)
 
     effects = []
-    for i in tqdm(range(len(low)), desc="move", disable=not progress):
+    present = np.flatnonzero(~np.isnan(rows_on_host(batch)[0]))
+    for i in tqdm(present.tolist(), desc="move", disable=not progress):
         at_low, at_high = (
             np.asarray(posterior.sample(draw_key, changed, draws))[0]
             for changed in _with_entry(batch, i, (low[i], high[i]))
         )
         effects.append(_effects(samples, at_low, at_high))
     shift, width, distance = (np.stack(part, axis=1) for part in zip(*effects, strict=True))
-    names = tuple(posterior.prior.labels), entry_labels(shapes)
-    return DataSensitivity(*names, low, high, shift, width, distance, float(step), unit_text, draws)
+    entries = entry_labels(shapes)
+    return DataSensitivity(
+        tuple(posterior.prior.labels),
+        tuple(entries[i] for i in present.tolist()),
+        low[present],
+        high[present],
+        shift,
+        width,
+        distance,
+        float(step),
+        unit_text,
+        draws,
+    )
 
 
 def _standardiser_of(posterior: AbstractPosterior) -> Standardiser | None:
@@ -234,19 +246,22 @@ def _standardiser_of(posterior: AbstractPosterior) -> Standardiser | None:
     return origin.standardiser if isinstance(origin, Posterior) else None
 
 
-def _as_single(x: Obs, shapes: Obs) -> Obs:
+def _as_single(x: Obs, shapes: Obs, missing: Missing) -> Obs:
     """Return a batch of the one observation in the dtypes of training observations.
 
     Args:
         x: One observation.
         shapes: Shapes and dtypes of a training observation.
+        missing: Entries that may be missing.
 
     Raises:
         ValueError: x is a batch, or has another shape.
     """
-    batch, is_single = as_batch(x, shapes)
+    batch, is_single = as_batch(x, shapes, missing)
     if not is_single:
         raise ValueError("x: expected one observation, got a batch")
+    if missing.can_miss is not None:  # integers cannot hold NaN
+        return jax.tree.map(np.array, batch)
     return jax.tree.map(lambda a, b: np.asarray(a).astype(b.dtype), batch, shapes)
 
 
@@ -279,8 +294,11 @@ def _standardised_steps(
 
     The values lie `step` standardised units below and above the observed entry.
     """
-    features = standardiser(batch)
-    ends = (standardiser.inverse(features + sign * step) for sign in (-1.0, 1.0))
+    features, mask = jnp.split(standardiser(batch), [len(standardiser.center)], axis=-1)
+    ends = (
+        standardiser.inverse(jnp.concatenate([features + sign * step, mask], axis=-1))
+        for sign in (-1.0, 1.0)
+    )
     low, high = (np.asarray(rows, float)[0] for rows in ends)
     return low, high
 
@@ -291,8 +309,10 @@ def _simulated_steps(simulated: Obs, batch: Obs, step: float) -> tuple[np.ndarra
     The values lie `step` units below and above the observed entry; the unit is the scatter of the
     simulations (n, *event). Entries that are equal in all simulations do not change.
     """
-    as_batch(batch, observation_shape(simulated))  # raises if the shapes differ
-    low, high = _standardised_steps(fit_standardiser(simulated), batch, step)
+    missing = bool(np.isnan(rows_on_host(simulated)).any() or np.isnan(rows_on_host(batch)).any())
+    allowed = Missing(np.ones(rows_on_host(batch).shape[1], bool)) if missing else COMPLETE
+    as_batch(batch, observation_shape(simulated), allowed)  # raises if the shapes differ
+    low, high = _standardised_steps(fit_standardiser(simulated, has_missing=missing), batch, step)
     rows, row = (rows_on_host(x) for x in (simulated, batch))
     is_constant = rows.min(axis=0) == rows.max(axis=0)
     return np.where(is_constant, row[0], low), np.where(is_constant, row[0], high)

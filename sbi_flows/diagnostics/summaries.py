@@ -70,18 +70,28 @@ def _leaf_summaries(leaf: np.ndarray) -> list[np.ndarray]:
     """Return columns (N, P) of one array (N, *event), computed for some rows at a time."""
     event = leaf.shape[1:]
     rows = max(1, MAX_BLOCK_BYTES // (8 * max(1, int(np.prod(event)))))
+    lacks = bool(np.isnan(np.asarray(leaf)).any())
     parts = [
-        [c.reshape(len(c), -1) for c in _columns(np.asarray(leaf[i : i + rows], np.float64))]
+        [c.reshape(len(c), -1) for c in _columns(np.asarray(leaf[i : i + rows], np.float64), lacks)]
         for i in range(0, len(leaf), rows)
     ]
     return [np.concatenate(columns) for columns in zip(*parts, strict=True)]
 
 
-def _columns(values: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the summaries of an array (N, *event), each of shape (N, *)."""
+def _columns(values: np.ndarray, has_missing: bool) -> Iterator[np.ndarray]:
+    """Yield the summaries of an array (N, *event), each of shape (N, *); NaN is missing."""
     n, size = len(values), int(np.prod(values.shape[1:]))
     flat = values.reshape(n, size)
-    yield flat[:, np.unique(np.linspace(0, size - 1, min(size, MAX_ENTRIES)).astype(int))]
+    places = np.unique(np.linspace(0, size - 1, min(size, MAX_ENTRIES)).astype(int))
+    if has_missing:
+        missing = np.isnan(flat)
+        yield (~missing[:, places]).astype(float)
+        yield np.mean(~missing, axis=1)
+        if size >= MIN_SERIES:
+            yield from _moments_of_present(flat, ~missing)
+        flat = _filled(flat, missing)
+        values = flat.reshape(values.shape)
+    yield flat[:, places]
     if size < MIN_SERIES:
         return
     yield from _moments(flat, 1)
@@ -96,6 +106,27 @@ def _columns(values: np.ndarray) -> Iterator[np.ndarray]:
         yield from _channels(
             np.moveaxis(values, axes[-1], -1).reshape(n, -1, values.shape[axes[-1]])
         )
+
+
+def _filled(flat: np.ndarray, missing: np.ndarray) -> np.ndarray:
+    """Fill missing entries of rows (N, C) by the mean of the row's present entries, or by zero."""
+    count = np.maximum(np.sum(~missing, axis=1, keepdims=True), 1)
+    mean = np.sum(np.where(missing, 0.0, flat), axis=1, keepdims=True) / count
+    return np.where(missing, mean, flat)
+
+
+def _moments_of_present(flat: np.ndarray, present: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield log standard deviation, skewness and quantiles of the present entries of each row."""
+    count = np.maximum(np.sum(present, axis=1, keepdims=True), 1)
+    filled = _filled(flat, ~present)
+    centred = filled - np.sum(np.where(present, flat, 0.0), axis=1, keepdims=True) / count
+    variance = np.sum(np.where(present, centred**2, 0.0), axis=1, keepdims=True) / count
+    z = centred / np.sqrt(np.where(variance > 0, variance, 1.0))
+    yield np.log(np.sqrt(variance) + np.finfo(float).tiny ** 0.5)
+    yield np.sum(np.where(present, z**3, 0.0), axis=1, keepdims=True) / count
+    is_empty = ~present.any(axis=1, keepdims=True)
+    some = np.where(is_empty, 0.0, np.where(present, flat, np.nan))
+    yield np.nanquantile(some, [0.1, 0.25, 0.5, 0.75, 0.9], axis=1).T
 
 
 def _moments(values: np.ndarray, axis: int) -> Iterator[np.ndarray]:

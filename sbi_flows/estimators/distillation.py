@@ -106,7 +106,7 @@ def distil(
     ):
         density = Distilled(teacher=blueprint.density, steps=steps)  # type: ignore[arg-type]  # checked above
         student = _Student(dataclasses.replace(blueprint, density=density), training)
-        selected, part_key = blueprint.select_features(features), jax.random.fold_in(key, i)
+        selected, part_key = blueprint.inputs(features), jax.random.fold_in(key, i)
         weights, part_errors = student.train(part_key, teacher, selected, epochs, progress=progress)
         epochs = len(part_errors)  # an interrupt ends the training of all parts
         if not np.all(np.isfinite(part_errors)):

@@ -15,7 +15,12 @@ import jax
 import numpy as np
 from jax import Array
 
-from sbi_flows.core.checks import require_count, require_fraction, require_positive
+from sbi_flows.core.checks import (
+    require_count,
+    require_fraction,
+    require_object,
+    require_positive,
+)
 from sbi_flows.core.compilation import drop_old_programs
 from sbi_flows.core.errors import SbiFlowsWarning, SimulationFailed, TrainingDiverged
 from sbi_flows.core.typing import Key, Obs
@@ -27,7 +32,9 @@ from sbi_flows.densities.conditional import (
     Sizes,
     Weights,
     check_embedding,
+    summary_count,
 )
+from sbi_flows.densities.embedded import inputs_of_rows
 from sbi_flows.densities.flow import NSF
 from sbi_flows.estimators.emulator import Emulator, EmulatorFailed, Seen, emulate
 from sbi_flows.estimators.fit_warnings import outermost_fit, warn_after_fit, warn_before_fit
@@ -41,8 +48,10 @@ from sbi_flows.estimators.rows import (
     with_emulated,
 )
 from sbi_flows.estimators.stacking import StackHistory
+from sbi_flows.networks.embeddings import EmbeddingSettings
+from sbi_flows.observations.missing import MissingPattern
 from sbi_flows.observations.screening import dependent_features
-from sbi_flows.observations.standardise import Standardiser, flatten_rows
+from sbi_flows.observations.standardise import SharedAxes, Standardiser, flatten_rows
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
 from sbi_flows.simulations.fingerprints import UsedRows
@@ -72,8 +81,10 @@ class NPE:
             a shorter fit for every density.
         members: Number of models in the ensemble. They are trained together, and the posterior is
             their mixture.
-        embedding: A flax module that maps standardised observations (B, *event) to (B, F), or a
-            function `rngs -> module`. With a function, each member has other initial weights.
+        embedding: Settings such as `ConvNet()`, `SeriesNet()` or `DeepSet()`: see
+            docs/observations.md. Or a flax module of your own that maps standardised observations
+            (B, *event) to (B, F), or a function `rngs -> module`; with a function, each member has
+            other initial weights.
         emulator: Settings of an emulator. It learns the density of the observation first, and the
             posterior is then trained on its draws as well. This is far more accurate if there are
             few simulations and their noise is simple. None, the default, uses no emulator.
@@ -83,7 +94,11 @@ class NPE:
             together with others. To check this, use a `Stack` with an estimator that uses all
             entries. None, the default, selects all entries.
         linear_start: Whether training starts from a linear-Gaussian posterior, which is fitted in
-            closed form. Otherwise it starts from the prior.
+            closed form. Otherwise it starts from the prior. With the settings of an embedding, it
+            is fitted to the embedding's fixed summaries, such as moments.
+        missing: Random pattern of missing entries, for example `RandomEntries(0.2)`: the fit hides
+            other entries in every batch, and the posterior accepts observations with NaN. None
+            hides nothing; NaN of the simulator (`Simulations(..., missing=True)`) is read as well.
 
     References:
         Fast epsilon-free Inference of Simulation Models, arXiv:1605.06376.
@@ -107,6 +122,7 @@ class NPE:
     emulator: Emulator | None
     screening: float | None
     linear_start: bool
+    missing: MissingPattern | None
 
     def __init__(
         self,
@@ -119,12 +135,14 @@ class NPE:
         emulator: Emulator | None = None,
         screening: float | None = None,
         linear_start: bool = True,
+        missing: MissingPattern | None = None,
     ) -> None:
         """Check the settings.
 
         Raises:
-            ValueError: `members` is not positive; `density`, `training` or `emulator` has a
-                wrong type; `screening` is not between 0 and 1, or is combined with an embedding.
+            ValueError: `members` is not positive; a setting has a wrong type; `screening` is not
+                between 0 and 1, or is combined with an embedding; or `missing` is combined with
+                `screening` or `emulator`.
         """
         require_count(1, members=members)
         if screening is not None:
@@ -132,6 +150,11 @@ class NPE:
             require_fraction(screening=screening)
             if embedding is not None:
                 raise ValueError("screening: expected none with an embedding, got both")
+        if missing is not None:
+            require_object("missing", missing, MissingPattern, "one such as sf.RandomEntries(0.2)")
+            for name, other in {"screening": screening, "emulator": emulator}.items():
+                if other is not None:
+                    raise ValueError(f"{name}: expected none with missing entries, got one")
         if emulator is not None and not isinstance(emulator, Emulator):
             raise ValueError(f"emulator: expected sf.Emulator, got {type(emulator).__name__}")
         if density is not None:
@@ -152,6 +175,7 @@ class NPE:
             "emulator": emulator,
             "screening": screening,
             "linear_start": linear_start,
+            "missing": missing,
         }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
@@ -242,19 +266,47 @@ class NPE:
     def _problem(self, keys: FitKeys, simulations: Simulations) -> _Problem:
         """Prepare the rows and the blueprint of a fit."""
         rows, sample = rows_in_memory(keys.sample, simulations)
-        data, standardiser, relative = prepare(self.prior, rows.theta, rows.x)
-        screened = self._screened(data)
         observation = observation_shape(rows.x)
-        blueprint = self._blueprint(observation, screened)
+        data, standardiser, relative = prepare(
+            self.prior,
+            rows.theta,
+            rows.x,
+            self._shared_axes(observation),
+            has_missing=simulations.missing or self.missing is not None,
+        )
+        if self.missing is not None and standardiser.can_miss is not None:
+            can_miss = standardiser.can_miss | self.missing.can_hide(observation)
+            standardiser = standardiser._replace(can_miss=can_miss)
+        screened = self._screened(data)
+        blueprint = self._blueprint(observation, screened, standardiser)
         stream = None
         if sample is not None:
             stream = stream_of(self.prior, blueprint, standardiser, simulations, sample)
         selected = dataclasses.replace(
-            data, features=blueprint.select_features(data.features), stream=stream
+            data, features=inputs_of_rows(blueprint, data.features), stream=stream
         )
+        features = data.features
+        if self.missing is not None:
+            hidden = inputs_of_rows(blueprint, selected.features, keys.masks)
+            selected = dataclasses.replace(selected, hidden=hidden)
+            features = hidden[:, : blueprint.sizes.feature_count]
         return _Problem(
-            blueprint, standardiser, observation, selected, relative, data.features, screened
+            blueprint, standardiser, observation, selected, relative, features, screened
         )
+
+    def _shared_axes(self, observation: Obs) -> SharedAxes | None:
+        """Return the axes whose entries share a standardisation; None if the embedding says none.
+
+        Raises:
+            ValueError: The embedding, or the pattern of missing entries, does not suit the
+                observation.
+        """
+        if self.missing is not None:
+            self.missing.check(observation)
+        if not isinstance(self.embedding, EmbeddingSettings):
+            return None
+        self.embedding.check(observation)
+        return self.embedding.shared(observation)
 
     def _screened(self, data: TrainingData) -> tuple[int, ...] | None:
         """Return the indices of the entries that the screening selects; None means all entries."""
@@ -269,13 +321,23 @@ class NPE:
             return None
         return tuple(places.tolist())
 
-    def _blueprint(self, observation: Obs, screened: tuple[int, ...] | None) -> Blueprint:
+    def _blueprint(
+        self, observation: Obs, screened: tuple[int, ...] | None, standardiser: Standardiser
+    ) -> Blueprint:
         """Return the description of the model for the observation, or for its screened entries."""
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(observation))
         bounded, circular = self.prior.bounded, self.prior.circular
-        sizes = Sizes(bounded, jax.tree.structure(observation), shapes, circular)
-        if screened is None or len(screened) == sizes.feature_count:
-            return Blueprint(self.density, self.embedding, sizes, None, self.linear_start)
+        sizes = Sizes(
+            bounded,
+            jax.tree.structure(observation),
+            shapes,
+            circular,
+            has_mask=standardiser.can_miss is not None,
+            summaries=summary_count(self.embedding, observation),
+        )
+        if screened is None or len(screened) == sizes.entry_count:
+            start = self.linear_start
+            return Blueprint(self.density, self.embedding, sizes, None, start, self.missing)
         sizes = Sizes(bounded, jax.tree.structure(0), ((len(screened),),), circular)
         return Blueprint(self.density, None, sizes, screened, self.linear_start)
 
@@ -298,7 +360,7 @@ class NPE:
             keys,
             emulator,
             self.prior,
-            Seen(data.y, blueprint.select_features(flatten_rows(problem.x)), failed),
+            Seen(data.y, blueprint.inputs(flatten_rows(problem.x)), failed),
             problem.standardiser.of(blueprint.feature_indices)._replace(origin=None),
             members=self.members,
             training=self.training,
@@ -320,6 +382,7 @@ class NPE:
             embedding=self.embedding,
             screening=self.screening,
             linear_start=self.linear_start,
+            missing=self.missing,
         )
         is_default = self.training.without_checkpoint == training
         training = self.training
@@ -349,6 +412,9 @@ class NPE:
                 "expected at least 10 finite simulations to train on, got "
                 f"{simulations.num_valid} of {len(simulations)}"
             )
+        if simulations.missing and (self.emulator or self.screening):
+            name = "emulator" if self.emulator else "screening"
+            raise ValueError(f"{name}: expected none with missing entries, got one")
         if simulations.on_disk and self.emulator is not None:
             raise ValueError("emulator: expected none with observations on disk, got one")
         return simulations

@@ -25,7 +25,7 @@ from sbi_flows.densities.conditional import Blueprint
 from sbi_flows.densities.embedded import spaces_of
 from sbi_flows.estimators.emulator import Emulated
 from sbi_flows.observations.origin import fit_origin
-from sbi_flows.observations.standardise import Standardiser, fit_standardiser
+from sbi_flows.observations.standardise import SharedAxes, Standardiser, fit_standardiser
 from sbi_flows.observations.typicality import fit_typicality
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.prior import Prior
@@ -51,19 +51,37 @@ def standard_coordinates(prior: Prior, theta: Array) -> Array:
     return prior.unchecked_to_standard(theta)
 
 
-def prepare(prior: Prior, theta: Any, x: Obs) -> tuple[TrainingData, Standardiser, Obs]:
-    """Return the training rows, the standardiser fitted to x, and x relative to its origin."""
+def prepare(
+    prior: Prior,
+    theta: Any,
+    x: Obs,
+    shared: SharedAxes | None = None,
+    *,
+    has_missing: bool = False,
+) -> tuple[TrainingData, Standardiser, Obs]:
+    """Return the training rows, the standardiser fitted to x, and x relative to its origin.
+
+    Args:
+        prior: The prior.
+        theta: Parameters, shape (N, D).
+        x: Observations, shape (N, *event).
+        shared: For each array of x, the axes whose entries have one location and one scale.
+        has_missing: Whether entries can be missing.
+    """
     origin = fit_origin(x)
     relative = x if origin is None else origin.subtract(x)
-    data, standardiser = _prepared(prior, theta, relative)
+    data, standardiser = _prepared(prior, theta, relative, shared, has_missing)
     return data, standardiser._replace(origin=origin), relative
 
 
 @compiled_per_size
-@jax.jit
+@partial(jax.jit, static_argnums=(3, 4))
 @full_precision
-def _prepared(prior: Prior, theta: Array, x: Obs) -> tuple[TrainingData, Standardiser]:
-    y, standardiser = prior.unchecked_to_standard(theta), fit_standardiser(x)
+def _prepared(
+    prior: Prior, theta: Array, x: Obs, shared: SharedAxes | None, has_missing: bool
+) -> tuple[TrainingData, Standardiser]:
+    y = prior.unchecked_to_standard(theta)
+    standardiser = fit_standardiser(x, shared, has_missing=has_missing)
     return TrainingData(y, standardiser(x), prior.unchecked_log_det(y, theta)), standardiser
 
 
@@ -135,7 +153,7 @@ def stream_of(
 def _read(
     prior: Prior, blueprint: Blueprint, standardiser: Standardiser, theta: Array, x: Obs
 ) -> tuple[Array, Array]:
-    return prior.unchecked_to_standard(theta), blueprint.select_features(standardiser(x))
+    return prior.unchecked_to_standard(theta), blueprint.inputs(standardiser(x))
 
 
 def summarised(key: Key, posterior: Posterior, features: Array) -> Posterior:
@@ -148,5 +166,6 @@ def summarised(key: Key, posterior: Posterior, features: Array) -> Posterior:
     """
     blueprint, weights = posterior.blueprints[0], posterior.weights[0]
     spaces = partial(spaces_of, blueprint, weights)
-    typicality = fit_typicality(key, spaces, posterior.standardiser, features)
+    standardiser = None if blueprint.sizes.summaries else posterior.standardiser
+    typicality = fit_typicality(key, spaces, standardiser, features)
     return dataclasses.replace(posterior, typicality=typicality)

@@ -1,12 +1,12 @@
 """Checks of observations: a single one, or a batch.
 
-Public names: `as_batch`, `require_single`.
+Public names: `as_batch`, `require_single`, `Missing`, `COMPLETE`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,43 @@ from jax import Array
 
 from sbi_flows.core.checks import as_array, as_real_array, as_tree, require_real
 from sbi_flows.core.doubles import is_single_precision
+from sbi_flows.core.labels import first_names
 from sbi_flows.core.pytrees import is_traced
 from sbi_flows.core.typing import Obs
+from sbi_flows.observations.missing import MissingPattern
+from sbi_flows.observations.standardise import SharedAxes, entry_labels
 
 
-def as_batch(x: Obs, like: Obs) -> tuple[Obs, bool]:
+class Missing(NamedTuple):
+    """Entries that an observation may lack.
+
+    Attributes:
+        can_miss: Whether each entry of the flattened observation can be missing (NaN), shape (C,);
+            None if all entries must be present.
+        growing: For each array, the axes along which an observation may be shorter than the
+            training rows, such as the trials of a set. Empty if there are none.
+        pattern: Pattern by which the fit hid entries at random; None if it did not.
+    """
+
+    can_miss: Any = None
+    growing: SharedAxes = ()
+    pattern: MissingPattern | None = None
+
+
+COMPLETE = Missing()
+"""No entry may be missing."""
+
+
+def as_batch(x: Obs, like: Obs, missing: Missing = COMPLETE) -> tuple[Obs, bool]:
     """Return observations as a batch (B, *event); B = 1 for a single observation.
 
     If x is traced (inside `jit`, for example), its shape is checked, but not its values.
 
     Args:
-        x: One observation (*event), a batch (B, *event), or a tree of such arrays.
+        x: One observation (*event), a batch (B, *event), or a tree of such arrays. An array that is
+            shorter along an axis of `missing.growing` is padded with NaN at the end of the axis.
         like: Shape and dtype of one observation (`jax.ShapeDtypeStruct` leaves).
+        missing: Entries that may be missing.
 
     Returns:
         The batch, and whether x was a single observation. An array whose dtype in `like` is float64
@@ -34,7 +59,7 @@ def as_batch(x: Obs, like: Obs) -> tuple[Obs, bool]:
 
     Raises:
         ValueError: The shape or structure of x differs from `like`, or x has entries that are not
-            real numbers, or contains NaN or infinity.
+            real numbers, or contains infinity, or NaN where no entry may be missing.
     """
     expected = [tuple(leaf.shape) for leaf in jax.tree.leaves(like)]
     x = as_tree("x", x, _as_exact_array, like)
@@ -43,9 +68,10 @@ def as_batch(x: Obs, like: Obs) -> tuple[Obs, bool]:
     x = jax.tree.map(_as_dtype_of, x, like)
     if not is_traced(x):
         x = jax.tree.map(np.asarray, x)
-        if not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(x)):
-            raise ValueError("x: expected finite values, got NaN or infinity")
+        _require_finite(x, allows_nan=missing.can_miss is not None)
     leaves = jax.tree.leaves(x)
+    if missing.growing:
+        leaves = list(map(_padded, leaves, expected, missing.growing))
     shapes = [leaf.shape for leaf in leaves]
     single = shapes == expected
     lengths = {s[:1] for s in shapes}
@@ -56,8 +82,54 @@ def as_batch(x: Obs, like: Obs) -> tuple[Obs, bool]:
     if not single and () not in lengths and lengths == {(0,)}:
         raise ValueError("x: expected at least one observation, got an empty batch")
     batch = [leaf[None] if single else leaf for leaf in leaves]
+    if missing.can_miss is not None and not is_traced(batch):
+        _require_present(batch, like, np.asarray(missing.can_miss))
     tree = jax.tree.unflatten(jax.tree.structure(like), batch)
     return jax.tree.map(lambda a, b: a if _stays_on_host(b) else jnp.asarray(a), tree, like), single
+
+
+def _require_finite(x: Obs, *, allows_nan: bool) -> None:
+    """Raise ValueError if x contains infinity, or NaN that is not allowed."""
+    leaves = [leaf for leaf in jax.tree.leaves(x) if leaf.dtype.kind not in "iub"]
+    if any(np.any(np.isinf(leaf)) for leaf in leaves):
+        raise ValueError("x: expected finite values, got NaN or infinity")
+    if not allows_nan and any(np.any(np.isnan(leaf)) for leaf in leaves):
+        raise ValueError(
+            "x: expected finite values, got NaN or infinity; if NaN marks a missing entry, fit to "
+            "sf.Simulations(theta, x, missing=True), or with missing=sf.RandomEntries(...)"
+        )
+
+
+def _require_present(batch: list[Any], like: Obs, can_miss: np.ndarray) -> None:
+    """Raise ValueError if an entry is missing that is present in all training rows."""
+    rows = [np.asarray(leaf, float).reshape(len(leaf), -1) for leaf in batch]
+    lacks = np.isnan(np.concatenate(rows, axis=1)).any(axis=0) & ~can_miss
+    if lacks.any():
+        names = entry_labels(like)
+        lacking = [names[int(i)] for i in np.flatnonzero(lacks)]
+        raise ValueError(
+            f"x: expected entries that are missing in some training simulations, got NaN in "
+            f"{first_names(lacking)}, never missing there; fit with missing=sf.RandomEntries(...)"
+        )
+
+
+def _padded(leaf: Any, shape: tuple[int, ...], axes: tuple[int, ...]) -> Any:
+    """Pad one array with NaN at the end of axes along which it is shorter than `shape`.
+
+    An array that does not fit is returned unchanged.
+    """
+    first = leaf.ndim - len(shape)
+    if not axes or first not in (0, 1):
+        return leaf
+    lengths = leaf.shape[first:]
+    pairs = enumerate(zip(lengths, shape, strict=True))
+    differing = [i for i, (a, b) in pairs if a != b]
+    if not differing or not all(i in axes and lengths[i] < shape[i] for i in differing):
+        return leaf
+    widths = [(0, 0)] * first + [(0, b - a) for a, b in zip(lengths, shape, strict=True)]
+    array = jnp if isinstance(leaf, jax.Array) else np
+    kind = leaf.dtype if leaf.dtype.kind == "f" else jnp.result_type(float)
+    return array.pad(leaf.astype(kind), widths, constant_values=np.nan)
 
 
 def require_single(x: Obs, like: Obs, *, instead: str = "") -> None:

@@ -1,7 +1,6 @@
 """Test whether an observation is typical of the training simulations; find its unusual entries.
 
-Public names: `Misspecification`, `Anomalies`, `test_one`, `test_many`, `require_level`,
-`first_names`.
+Public names: `Misspecification`, `Anomalies`, `test_one`, `test_many`, `require_level`.
 
 Source: Schmitt et al. 2021, "Detecting Model Misspecification in Amortized Bayesian Inference with
 Neural Networks" (arXiv:2112.08866).
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr
 
+from sbi_flows.core.labels import first_names
 from sbi_flows.core.tables import p_text, table
 from sbi_flows.observations.typicality import Typicality
 from sbi_flows.plots.typicality import entries
@@ -214,8 +214,3 @@ def require_level(level: float) -> None:
     """Raise ValueError unless the level is a number between 0 and 1."""
     if not isinstance(level, int | float | np.number) or not 0 < level < 1:
         raise ValueError(f"level: expected a number between 0 and 1, got {level}")
-
-
-def first_names(names: Sequence[str]) -> str:
-    """Join the first five names for a message."""
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

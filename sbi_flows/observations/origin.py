@@ -112,10 +112,15 @@ def _offset_and_exponent(leaf: Any) -> tuple[np.ndarray, np.ndarray]:
     if not is_double(leaf):
         return np.zeros(width), np.zeros(width, np.int32)
     rows = leaf.reshape(len(leaf), -1)
-    low, middle, high = np.quantile(rows, [0.25, 0.5, 0.75], axis=0)
-    largest = np.max(np.abs(rows - middle), axis=0)
+    missing = np.isnan(rows)
+    rows = np.where(missing.all(axis=0)[None], 0.0, rows)  # a column without any value
+    has_missing = bool(missing.any())
+    quantile = np.nanquantile if has_missing else np.quantile
+    most, mean = (np.nanmax, np.nanmean) if has_missing else (np.max, np.mean)
+    low, middle, high = quantile(rows, [0.25, 0.5, 0.75], axis=0)
+    largest = most(np.abs(rows - middle), axis=0)
     unit = np.where(largest > 0, largest, 1.0)
-    deviation = unit * np.sqrt(np.mean(((rows - middle) / unit) ** 2, axis=0))
+    deviation = unit * np.sqrt(mean(((rows - middle) / unit) ** 2, axis=0))
     spread = np.where(high > low, high - low, deviation)
     # without an offset, positive values stay positive, so that their logarithm can be taken
     is_far = HALF_ULP * np.abs(middle) > 0.1 * MAX_ROUNDING * spread

@@ -1,12 +1,18 @@
 """Standardisation: map observations to flat feature vectors with a robust location and scale.
 
+Missing entries are NaN in an observation. Their features are zero, and a mask of zeros and ones
+follows the features. Entries along a shared axis (pixels, time steps, trials) have one location and
+one scale.
+
 Public names: `Standardiser`, `fit_standardiser`, `features_of`, `flatten_rows`, `rows_on_host`,
-`unflatten_rows`, `entry_labels`.
+`unflatten_rows`, `entry_labels`, `SharedAxes`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -21,6 +27,12 @@ from sbi_flows.core.typing import Obs
 from sbi_flows.observations.origin import Origin, fit_origin
 
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
+
+SharedAxes: TypeAlias = tuple[tuple[int, ...], ...]
+"""For each array of an observation, the axes whose entries have one location and one scale."""
+
+MAX_SHARED_ENTRIES = 2**23
+"""Number of entries of an array with shared axes from which location and scale are computed."""
 
 _NORMAL_IQR = 1.349
 _LESS_SKEW = 0.7
@@ -46,6 +58,9 @@ class Standardiser(NamedTuple):
         linear: Half-width of the linear range, in units of `scale`.
         origin: Location and scale that are removed first, in double precision; None if the
             observations are in JAX's precision.
+        can_miss: Whether each entry can be missing (NaN), bool of shape (C,); None if observations
+            must be complete. If it is not None, features have shape (B, 2 C): the standardised
+            entries, zero where missing, then the mask, one where present.
     """
 
     center: Array
@@ -53,10 +68,20 @@ class Standardiser(NamedTuple):
     floor: Array
     linear: float = 3.0
     origin: Origin | None = None
+    can_miss: Array | None = None
 
     def __call__(self, x: Obs) -> Array:
-        """Map a batch of observations (B, *event) to features (B, C)."""
-        rows = _logarithms(flatten_rows(self.subtract_origin(x)), self.floor)
+        """Map a batch of observations (B, *event) to features (B, C), or (B, 2 C) with a mask."""
+        rows = flatten_rows(self.subtract_origin(x))
+        if self.can_miss is None:
+            return self._standardised(rows)
+        present = ~jnp.isnan(rows)
+        # filled before the arithmetic, so that gradients are finite as well
+        s = self._standardised(jnp.where(present, rows, 1.0))
+        return jnp.concatenate([jnp.where(present, s, 0.0), present.astype(s.dtype)], axis=-1)
+
+    def _standardised(self, rows: Array) -> Array:
+        rows = _logarithms(rows, self.floor)
         s = (rows - self.center[None]) / self.scale[None]
         # a finite number divided by a small scale may overflow
         largest = jnp.finfo(s.dtype).max
@@ -70,29 +95,43 @@ class Standardiser(NamedTuple):
             return self
         at = np.asarray(places)
         origin = None if self.origin is None else self.origin.of(at)
-        return Standardiser(self.center[at], self.scale[at], self.floor[at], self.linear, origin)
+        can_miss = None if self.can_miss is None else self.can_miss[at]
+        arrays = self.center[at], self.scale[at], self.floor[at]
+        return Standardiser(*arrays, self.linear, origin, can_miss)
 
     def subtract_origin(self, x: Obs) -> Obs:
         """Subtract the origin from observations (B, *event); the result is in JAX's precision."""
         return x if self.origin is None else self.origin.subtract(x)
 
     def inverse(self, features: Array) -> Array | np.ndarray:
-        """Map features (B, C) back to flattened observations (B, C).
+        """Map features back to flattened observations (B, C); missing entries are NaN.
 
         With an origin, the result is a NumPy array of float64, unless the features are traced.
         """
+        features, mask = jnp.split(features, [len(self.center)], axis=-1)
         beyond = jnp.maximum(jnp.abs(features) - self.linear, 0.0)
         s = jnp.clip(features, -self.linear, self.linear) + jnp.sign(features) * jnp.expm1(beyond)
         rows = s * self.scale[None] + self.center[None]
         rows = _exponentials(rows, self.floor)
+        rows = rows if self.can_miss is None else jnp.where(mask > 0.5, rows, jnp.nan)
         return rows if self.origin is None else self.origin.restore(rows)
 
 
-def fit_standardiser(x: Obs) -> Standardiser:
-    """Fit a standardiser to a batch of finite observations (N, *event)."""
+def fit_standardiser(
+    x: Obs, shared: SharedAxes | None = None, *, has_missing: bool = False
+) -> Standardiser:
+    """Fit a standardiser to a batch of observations (N, *event).
+
+    Args:
+        x: The observations; finite, except for missing entries, which are NaN.
+        shared: For each array, the axes of one observation whose entries have one location and one
+            scale; None if each entry has its own.
+        has_missing: Whether entries can be missing.
+    """
     origin = fit_origin(x)
     relative = x if origin is None else origin.subtract(x)
-    return Standardiser(*_fitted(relative), origin=origin)
+    *arrays, can_miss = _fitted(relative, shared, has_missing)
+    return Standardiser(*arrays, origin=origin, can_miss=can_miss)
 
 
 def features_of(standardiser: Standardiser, x: Obs) -> Array:
@@ -161,15 +200,20 @@ def _exponentials(rows: Array, floor: Array) -> Array:
     return jnp.where(taken, exponentials, rows)
 
 
-def _floors(rows: Array) -> Array:
+def _floors(rows: Array, minimum: Callable[..., Array], quantile: Callable[..., Array]) -> Array:
     """Choose whether to take logarithms of one array, given as rows (N, C).
+
+    Args:
+        rows: The array.
+        minimum: Function such as `jnp.min`, which may ignore missing entries.
+        quantile: Function such as `jnp.quantile`, which may ignore missing entries.
 
     Returns:
         Floor of each column, shape (C,): half the minimum of the column if logarithms are to be
         taken, otherwise zero.
     """
-    least = jnp.min(rows, axis=0)
-    tails = jnp.quantile(rows, jnp.asarray([0.01, 0.5, 0.99]), axis=0)
+    least = minimum(rows, axis=0)
+    tails = quantile(rows, jnp.asarray([0.01, 0.5, 0.99]), axis=0)
     logarithms = jnp.log(jnp.maximum(tails, jnp.finfo(rows.dtype).tiny))
     # one decision for all columns keeps the entries of a series or an image comparable
     better = jnp.mean(_skewness(logarithms)) < _LESS_SKEW * jnp.mean(_skewness(tails))
@@ -191,17 +235,55 @@ def _features(standardiser: Standardiser, x: Obs) -> Array:
 
 
 @compiled_per_size
-@jax.jit
-def _fitted(x: Obs) -> tuple[Array, Array, Array]:
-    floor = jnp.concatenate([_floors(flatten_rows(leaf)) for leaf in jax.tree.leaves(x)])
-    rows = _logarithms(flatten_rows(x), floor)
-    low, center, high = jnp.quantile(rows, jnp.asarray([0.25, 0.5, 0.75]), axis=0)
+@partial(jax.jit, static_argnums=(1, 2))
+def _fitted(
+    x: Obs, shared: SharedAxes | None, has_missing: bool
+) -> tuple[Array, Array, Array, Array | None]:
+    """Return center, scale, floor and, with missing entries, `can_miss`, shape (C,) each."""
+    leaves = jax.tree.leaves(x)
+    axes = ((),) * len(leaves) if shared is None else shared
+    parts = [_fitted_leaf(leaf, own, has_missing) for leaf, own in zip(leaves, axes, strict=True)]
+    joined = tuple(jnp.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    center, scale, floor, can_miss = joined
+    return center, scale, floor, can_miss if has_missing else None
+
+
+def _fitted_leaf(
+    leaf: Array, shared: tuple[int, ...], has_missing: bool
+) -> tuple[Array, Array, Array, Array]:
+    """Fit one array (N, *event); return center, scale, floor and `can_miss`, flattened to (C,)."""
+    event = leaf.shape[1:]
+    like = [1 if axis in shared else n for axis, n in enumerate(event)]
+    rows = jnp.moveaxis(leaf, [1 + a for a in shared], range(1, 1 + len(shared)))
+    rows = rows.reshape(-1, math.prod(like))
+    if len(rows) > max(MAX_SHARED_ENTRIES // rows.shape[1], len(leaf)):
+        rows = rows[: max(MAX_SHARED_ENTRIES // rows.shape[1], len(leaf))]
+    rows = rows.astype(jnp.result_type(float))
+    missing = jnp.any(jnp.isnan(leaf), axis=(0, *(1 + a for a in shared)), keepdims=True)
+    fitted = _location_and_scale(rows, has_missing)
+    parts = (*fitted, missing.reshape(-1)) if has_missing else (*fitted, fitted[0])
+
+    def spread(array: Array) -> Array:
+        return jnp.broadcast_to(array.reshape(like), event).reshape(-1)
+
+    return tuple(map(spread, parts))  # type: ignore[return-value]  # four arrays
+
+
+def _location_and_scale(rows: Array, has_missing: bool) -> tuple[Array, Array, Array]:
+    """Return center, scale and floor (C,) of rows (N, C); NaN is missing if `has_missing`."""
+    quantile, mean = (jnp.nanquantile, jnp.nanmean) if has_missing else (jnp.quantile, jnp.mean)
+    least, most = (jnp.nanmin, jnp.nanmax) if has_missing else (jnp.min, jnp.max)
+    if has_missing:  # an entry that is never present gets location 0 and scale 1
+        rows = jnp.where(jnp.all(jnp.isnan(rows), axis=0, keepdims=True), 0.0, rows)
+    floor = _floors(rows, least, quantile)
+    rows = _logarithms(rows, floor)
+    low, center, high = quantile(rows, jnp.asarray([0.25, 0.5, 0.75]), axis=0)
     # root mean square deviation from the median, scaled so that it cannot overflow
     spread = (high - low) / _NORMAL_IQR
     smallest = 8.0 * jnp.finfo(rows.dtype).tiny
-    size = jnp.maximum(jnp.max(jnp.abs(rows - center[None]), axis=0), smallest)
-    deviation = size * jnp.sqrt(jnp.mean(((rows - center[None]) / size[None]) ** 2, axis=0))
+    size = jnp.maximum(most(jnp.abs(rows - center[None]), axis=0), smallest)
+    deviation = size * jnp.sqrt(mean(((rows - center[None]) / size[None]) ** 2, axis=0))
     # differences as small as the rounding error of the values carry no information
-    least = 1e-6 * jnp.abs(center)
-    scale = jnp.where(spread > least, spread, deviation)
-    return center, jnp.where(scale > jnp.maximum(least, smallest), scale, 1.0), floor
+    bound = 1e-6 * jnp.abs(center)
+    scale = jnp.where(spread > bound, spread, deviation)
+    return center, jnp.where(scale > jnp.maximum(bound, smallest), scale, 1.0), floor

@@ -34,6 +34,9 @@ MAX_REFERENCE_ROWS, MAX_RANK_ROWS, MAX_MOMENT_ROWS = 2_000, 2_000, 4_000
 MAX_PART_ENTRIES = 2**20
 """Maximum number of entries (rows times features) in each part; a few rows are always allowed."""
 
+MAX_LOADED_ENTRIES = 2**26
+"""Maximum number of entries of features in all parts; a thousand rows are always allowed."""
+
 MIN_RELATIVE_SCALE = 1e-5
 """Minimum standard deviation relative to a feature's magnitude; below it, rounding dominates."""
 
@@ -43,7 +46,8 @@ BATCH_ROWS = 256
 Summarise = Callable[[np.ndarray], tuple[np.ndarray, ...]]
 """Function that takes features (B, C) and returns the values in each space.
 
-The values are the features and, if there is an embedding, the embedding's output (B, F).
+The values are the features, or the fixed summaries of an embedding, and, if there is an embedding,
+the embedding's output (B, F).
 """
 
 
@@ -168,26 +172,33 @@ def _statistics(spaces: Sequence[Space], values: Sequence[np.ndarray]) -> np.nda
 
 
 def fit_typicality(
-    key: Key, summarise: Summarise, standardiser: Standardiser, features: Array | np.ndarray
+    key: Key,
+    summarise: Summarise,
+    standardiser: Standardiser | None,
+    features: Array | np.ndarray,
 ) -> Typicality:
     """Fit the distribution of the training simulations.
 
     Args:
         key: Random key, which determines how the rows are split into parts.
         summarise: Function of features (B, C) that returns the values in each space.
-        standardiser: Standardiser from which the features were computed.
+        standardiser: Standardiser from which the features were computed; None if the first space
+            has summaries in place of features.
         features: Features of all training rows, shape (N, C); N must be at least 4.
     """
     rng = np.random.default_rng([*np.asarray(jax.random.key_data(key)).ravel(), 8])
-    width = features.shape[1]
-    references, ranks, moments = _part_sizes(len(features), width)
+    width = summarise(np.asarray(features[:1]))[0].shape[1]
+    count = min(len(features), max(1_000, MAX_LOADED_ENTRIES // features.shape[1]))
+    references, ranks, moments = _part_sizes(count, width)
     rows = rng.permutation(len(features))[: references + ranks + moments]
     values = summarise(np.asarray(features)[rows])
-    size = 1.0 + np.abs(np.asarray(standardiser.center, float) / np.asarray(standardiser.scale))
     spaces = []
     for i, part in enumerate(values):
         part = np.asarray(part, float)
-        least = MIN_RELATIVE_SCALE * (size if i == 0 else np.ones(part.shape[1]))
+        size = np.ones(part.shape[1])
+        if i == 0 and standardiser is not None:
+            size += np.abs(np.asarray(standardiser.center, float) / np.asarray(standardiser.scale))
+        least = MIN_RELATIVE_SCALE * size
         spaces.append(fit_space(part[references + ranks :], part[references:][:ranks], least))
     reference = statistics(spaces, [part[:references] for part in values])
     return Typicality(tuple(spaces), reference)

@@ -20,7 +20,7 @@ from sbi_flows.core.checks import as_array, as_tree
 from sbi_flows.core.doubles import as_data_array
 from sbi_flows.core.pytrees import register_pytree
 from sbi_flows.core.typing import Key, Obs
-from sbi_flows.observations.batches import as_batch
+from sbi_flows.observations.batches import COMPLETE, Missing, as_batch
 from sbi_flows.posteriors.base import AbstractPosterior
 from sbi_flows.prior.prior import Prior
 
@@ -95,6 +95,16 @@ class ExternalPosterior(AbstractPosterior):
     def typicality(self) -> None:
         """None, because the training simulations are not known."""
         return None
+
+    @property
+    def space_labels(self) -> tuple[str, ...]:
+        """An empty tuple, because features are not known."""
+        return ()
+
+    @property
+    def missing(self) -> Missing:
+        """No entry may be missing, because the training simulations are not known."""
+        return COMPLETE
 
     @property
     def used_rows(self) -> None:

@@ -3,7 +3,7 @@
 Posterior draws are independent. They are divided into chains, because ArviZ compares chains to
 compute R-hat and effective sample sizes.
 
-Public names: `Groups`, `arviz_groups`, `predictive_at`, `require_chains`.
+Public names: `Groups`, `arviz_groups`, `require_chains`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from jax import Array
 
 from sbi_flows.core.checks import require_count
 from sbi_flows.core.errors import SbiFlowsWarning, SimulationFailed
-from sbi_flows.core.typing import Key, Obs, Simulator
+from sbi_flows.core.typing import Obs
 from sbi_flows.core.warn import warn_user
 from sbi_flows.prior.prior import Prior
-from sbi_flows.simulations.simulate import simulate_at
 from sbi_flows.simulations.simulations import Simulations
 
 
@@ -42,13 +41,6 @@ class Groups(NamedTuple):
     prior_draws: Array | np.ndarray
     x: Obs
     simulated: Simulations | None = None
-
-
-def predictive_at(
-    key: Key, prior: Prior, simulator: Simulator, draws: Array | np.ndarray
-) -> Simulations:
-    """Simulate once at each of the posterior draws (n, D)."""
-    return simulate_at(key, prior, simulator, draws, progress=False)
 
 
 def require_chains(n: int, chains: int) -> None:

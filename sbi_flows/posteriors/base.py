@@ -21,6 +21,7 @@ from jax import Array
 from sbi_flows.artefact.layers import SavedPosterior
 from sbi_flows.core.checks import require_count
 from sbi_flows.core.typing import Key, Obs
+from sbi_flows.observations.batches import Missing
 from sbi_flows.observations.misspecification import (
     Anomalies,
     Misspecification,
@@ -28,14 +29,14 @@ from sbi_flows.observations.misspecification import (
     test_many,
     test_one,
 )
-from sbi_flows.observations.standardise import entry_labels
 from sbi_flows.observations.typicality import Typicality
-from sbi_flows.posteriors.arviz import Groups, arviz_groups, predictive_at, require_chains
+from sbi_flows.posteriors.arviz import Groups, arviz_groups, require_chains
 from sbi_flows.posteriors.bound import AtObservation, Bindable
 from sbi_flows.posteriors.gate import gate
 from sbi_flows.posteriors.writing import save
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.fingerprints import UsedRows
+from sbi_flows.simulations.simulate import simulate_at
 
 
 class AbstractPosterior(Bindable):
@@ -113,9 +114,22 @@ class AbstractPosterior(Bindable):
     def spaces(self, x: Obs) -> tuple[np.ndarray, ...]:
         """Return features (B, C) and, if there is an embedding, its output (B, F).
 
+        Missing entries are zero. For an embedding with fixed summaries, the summaries (B, K) take
+        the place of the features.
+
         If the members have different embeddings, the output is computed by the embedding of
         the first member.
         """
+
+    @property
+    @abc.abstractmethod
+    def space_labels(self) -> tuple[str, ...]:
+        """Names of the columns of the first array of `spaces`."""
+
+    @property
+    @abc.abstractmethod
+    def missing(self) -> Missing:
+        """Entries that an observation may lack."""
 
     @abc.abstractmethod
     def _bind(self, x: Obs) -> tuple[Any, bool]:
@@ -141,13 +155,13 @@ class AbstractPosterior(Bindable):
             single observation, `to_numpyro`. They are pure functions of keys and parameters.
 
         Raises:
-            ValueError: The shape of x differs from that of a training row, or x contains NaN,
-                infinity or entries that are not real numbers.
+            ValueError: The shape of x differs from that of a training row, or x contains infinity
+                or entries that are not real numbers, or NaN where no entry may be missing.
         """
         bound, single = self._bind(x)
         if single:
-            labels = partial(entry_labels, self.observation)
-            gate(self.typicality, self._features_of(bound), labels, partial(self.spaces, x))
+            names = partial(getattr, self, "space_labels")
+            gate(self.typicality, self._features_of(bound), names, partial(self.spaces, x))
         return AtObservation(self, bound, single)
 
     def sample(self, key: Key, x: Obs, n: int) -> Array | np.ndarray:
@@ -269,7 +283,10 @@ class AbstractPosterior(Bindable):
         if simulator is not None:
             simulate_key = jax.random.fold_in(key, 2)
             few = draws[: predictive_draws // chains * chains]
-            simulated = predictive_at(simulate_key, self.prior, simulator, few)
+            missing = self.missing.can_miss is not None
+            simulated = simulate_at(
+                simulate_key, self.prior, simulator, few, missing=missing, progress=False
+            )
             groups = groups._replace(simulated=simulated)
         return arviz_groups(self.prior, groups, chains=chains, coords=coords, dims=dims)
 
@@ -304,7 +321,7 @@ class AbstractPosterior(Bindable):
             raise ValueError("posterior: expected one that knows its simulations, got none")
         values = self.spaces(x)
         if self.is_single(x) and len(values[0]) == 1:
-            return test_one(self.typicality, values, entry_labels(self.observation), level)
+            return test_one(self.typicality, values, self.space_labels, level)
         return test_many(self.typicality, values)
 
     def save(self, path: str | os.PathLike[str], *, report: Any = None) -> None:
@@ -358,6 +375,16 @@ class Derived(AbstractPosterior):
     def typicality(self) -> Typicality | None:
         """Distribution of the training simulations; None if it is not known."""
         return self.posterior.typicality
+
+    @property
+    def space_labels(self) -> tuple[str, ...]:
+        """Names of the columns of the first array of `spaces`."""
+        return self.posterior.space_labels
+
+    @property
+    def missing(self) -> Missing:
+        """Entries that an observation may lack."""
+        return self.posterior.missing
 
     @property
     def used_rows(self) -> UsedRows | None:

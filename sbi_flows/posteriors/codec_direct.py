@@ -47,6 +47,7 @@ _STANDARDISER = ("standardiser/center", "standardiser/scale", "standardiser/floo
 MAX_FLOAT_EXPONENT = 1100
 """Largest absolute exponent of an origin: float64 has exponents from -1074 to 1023."""
 
+_CAN_MISS = "standardiser/can_miss"
 _ORIGIN = {"high": "float32", "low": "float32", "exponent": "int32"}
 _FIELD_NAMES = (
     *("format", "written_by", "precision", "prior", "observation", "linear"),
@@ -100,8 +101,12 @@ def encode(contents: Contents) -> SavedPosterior:
     }
     if contents.used_rows is not None:
         tensors[ROWS] = contents.used_rows.hashes
-    if standardiser.origin is not None:  # written only if it is needed
+    # written only if they are needed
+    if standardiser.origin is not None:
         document["has_origin"] = True
+    if standardiser.can_miss is not None:
+        document["has_missing"] = True
+        tensors[_CAN_MISS] = np.asarray(standardiser.can_miss)
     return SavedPosterior(document, tensors, contents.record)
 
 
@@ -115,6 +120,7 @@ class DirectHeader(NamedTuple):
         observation: Shape and dtype of one observation.
         linear: Half-width of the standardiser's linear range.
         has_origin: Whether the standardiser removes an origin in double precision.
+        has_missing: Whether entries of an observation can be missing.
         ensembles: Description of each ensemble of networks.
         shares: Weight of each ensemble in the mixture.
         needs_embedding: For each ensemble, whether the user must supply its embedding.
@@ -128,6 +134,7 @@ class DirectHeader(NamedTuple):
     observation: Obs
     linear: float
     has_origin: bool
+    has_missing: bool
     ensembles: tuple[ensembles.Ensemble, ...]
     shares: tuple[float, ...]
     needs_embedding: tuple[bool, ...]
@@ -149,6 +156,7 @@ def require_header(
     """
     document = dict(document)
     has_origin = expect_type("has_origin", document.pop("has_origin", False), bool, "a flag")
+    has_missing = expect_type("has_missing", document.pop("has_missing", False), bool, "a flag")
     _, _, precision, prior, observation, linear, parts, spaces, record = expect_fields(
         "document", document, *_FIELD_NAMES
     )
@@ -162,7 +170,7 @@ def require_header(
     bounded = _bounded(prior)
     coordinates = ensembles.Coordinates(bounded, priors.circular_of(prior))
     ensemble_parts = tuple(
-        ensembles.decode(i, part, coordinates, observation, embedding)
+        ensembles.decode(i, part, coordinates, observation, embedding, has_missing)
         for i, (part, embedding) in enumerate(
             zip(parts, _embedding_of_each(user_embeddings, needs_embedding), strict=True)
         )
@@ -174,6 +182,7 @@ def require_header(
         observation=observation,
         linear=expect_number("linear", linear),
         has_origin=has_origin,
+        has_missing=has_missing,
         ensembles=ensemble_parts,
         shares=shares,
         needs_embedding=needs_embedding,
@@ -194,9 +203,13 @@ def require_tensors(header: DirectHeader, table: Mapping[str, Entry]) -> set[str
     origin = {f"standardiser/{n}": np.dtype(d) for n, d in _ORIGIN.items() if header.has_origin}
     for name, dtype in origin.items():
         ensembles.require_entry(name, Entry(dtype, (size,), 0), table)
+    masks = {_CAN_MISS} if header.has_missing else set()
+    for name in masks:
+        ensembles.require_entry(name, Entry(np.dtype(bool), (size,), 0), table)
     names = {
         *_STANDARDISER,
         *origin,
+        *masks,
         *priors.tensor_names(header.prior),
         *gates.names(header.spaces),
         *require_rows(ROWS, table),
@@ -234,13 +247,16 @@ def decode(header: DirectHeader, file: ArtefactFile, user_prior: Prior | None) -
                 ensemble.blueprint, stacked, file.tensor(ensemble.probe_name)
             )
     blueprints = tuple(ensemble.blueprint for ensemble in header.ensembles)
-    sizes = space_widths(blueprints[0], weights[0], len(center)) if header.spaces else ()
+    can_miss = jnp.asarray(file.tensor(_CAN_MISS)) if header.has_missing else None
+    features = len(center) * (2 if header.has_missing else 1)
+    sizes = space_widths(blueprints[0], weights[0], features) if header.spaces else ()
+    origin = _origin(header, file)
     return Contents(
         prior=prior,
         blueprints=blueprints,
         weights=weights,
         shares=header.shares,
-        standardiser=Standardiser(center, scale, floor, header.linear, _origin(header, file)),
+        standardiser=Standardiser(center, scale, floor, header.linear, origin, can_miss),
         observation=header.observation,
         record=ReadOnlyDict(header.record),
         typicality=gates.decode(header.spaces, sizes, file.table, file.tensor),

@@ -187,7 +187,7 @@ class ComposedPosterior(Derived):
             plan = _Plan(
                 blueprint, math.ceil(count / mixtures.count(weights)), self.levels, self.steps
             )
-            given = blueprint.select_features(features)
+            given = blueprint.inputs(features)
             joined = _ensemble(plan, posterior.prior, weights, given, keys[i])
             # draws left over by equal shares come from any member with equal probability
             part_key = order_key if len(keys) == 1 else jax.random.fold_in(order_key, i)

@@ -22,9 +22,10 @@ from sbi_flows.core.pytrees import is_traced, register_pytree
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.core.warn import warn_user
 from sbi_flows.densities.conditional import Blueprint, Weights, needs_ode
-from sbi_flows.densities.embedded import spaces_of
-from sbi_flows.observations.batches import as_batch
-from sbi_flows.observations.standardise import Standardiser, features_of
+from sbi_flows.densities.embedded import space_labels, spaces_of
+from sbi_flows.networks.embeddings import EmbeddingSettings
+from sbi_flows.observations.batches import Missing, as_batch
+from sbi_flows.observations.standardise import SharedAxes, Standardiser, features_of
 from sbi_flows.observations.typicality import Typicality
 from sbi_flows.posteriors import codec_direct, mixtures
 from sbi_flows.posteriors.base import AbstractPosterior
@@ -120,12 +121,32 @@ class Posterior(AbstractPosterior):
         ]
         return f"Posterior({self.prior}, {' + '.join(parts)}, members={self.members})"
 
+    @property
+    def missing(self) -> Missing:
+        """Entries that an observation may lack."""
+        blueprint = self.blueprints[0]
+        growing: SharedAxes = ()
+        if isinstance(blueprint.embedding, EmbeddingSettings):
+            growing = blueprint.embedding.growing(blueprint.sizes.like)
+        return Missing(self.standardiser.can_miss, growing, blueprint.missing)
+
+    @property
+    def space_labels(self) -> tuple[str, ...]:
+        """Names of the columns of the first array of `spaces`."""
+        return space_labels(self.blueprints[0], self.observation)
+
     def features(self, x: Obs) -> Array:
-        """Compute the standardised features (B, C) of observations; B = 1 for a single one."""
+        """Compute the standardised features (B, C) of observations; B = 1 for a single one.
+
+        If entries can be missing, they are zero, and a mask follows: shape (B, 2 C).
+        """
         return self._standardised(x)[0]
 
     def spaces(self, x: Obs) -> tuple[np.ndarray, ...]:
         """Return features (B, C) and, if there is an embedding, its output (B, F).
+
+        Missing entries are zero. For an embedding with fixed summaries, the summaries (B, K) take
+        the place of the features.
 
         If the members have different embeddings, the output is computed by the embedding of
         the first member.
@@ -134,7 +155,12 @@ class Posterior(AbstractPosterior):
 
     def is_single(self, x: Obs) -> bool:
         """Return whether x is one observation, not a batch; raise ValueError if it is neither."""
-        return as_batch(reorder_columns("x", x, self.columns), self.observation)[1]
+        return self._batch(x)[1]
+
+    def _batch(self, x: Obs) -> tuple[Obs, bool]:
+        """Return checked observations, and whether x was a single observation."""
+        columns = reorder_columns("x", x, self.columns)
+        return as_batch(columns, self.observation, self.missing)
 
     def to_saved(self) -> SavedPosterior:
         """Return the data that `save` writes to the file.
@@ -160,7 +186,7 @@ class Posterior(AbstractPosterior):
 
     def _standardised(self, x: Obs) -> tuple[Array, bool]:
         """Return features (B, C), and whether x was a single observation."""
-        batch, single = as_batch(reorder_columns("x", x, self.columns), self.observation)
+        batch, single = self._batch(x)
         return features_of(self.standardiser, batch), single
 
     def _features_of(self, bound: _Bound) -> Array:

@@ -13,9 +13,9 @@ from jax import Array
 from scipy.stats import binom
 
 from sbi_flows.core.errors import SbiFlowsWarning
+from sbi_flows.core.labels import first_names
 from sbi_flows.core.pytrees import is_traced
 from sbi_flows.core.warn import warn_user
-from sbi_flows.observations.misspecification import first_names
 from sbi_flows.observations.typicality import Typicality
 
 LEVEL = 0.01

@@ -46,7 +46,7 @@ def count(weights: Weights) -> int:
 
 def _member(blueprint: Blueprint, weights: Weights, features: Array) -> distrax.Distribution:
     """Return one member's distribution of standard coordinates given features (B, C)."""
-    return nnx.merge(graph_of(blueprint), *weights)(blueprint.select_features(features))
+    return nnx.merge(graph_of(blueprint), *weights)(blueprint.inputs(features))
 
 
 def standard_log_prob(

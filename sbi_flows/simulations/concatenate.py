@@ -79,6 +79,11 @@ def _matching_leaves(
     same = jax.tree.structure(part.x) == jax.tree.structure(first.x)
     if not same or not all(jax.tree.leaves(jax.tree.map(_has_row_shape, part.x, first.x))):
         raise ValueError(f"parts[{i}]: expected x={expected} as in the first part, got x={shapes}")
+    if part.missing != first.missing:
+        raise ValueError(
+            f"parts[{i}]: expected missing={first.missing} as in the first part, got "
+            f"missing={part.missing}"
+        )
     columns, dim = part.theta.shape[1], first.theta.shape[1]
     if columns != dim:
         raise ValueError(f"parts[{i}]: expected {dim} columns of theta, got {columns}")

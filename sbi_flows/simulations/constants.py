@@ -63,6 +63,6 @@ def _is_constant(array: Any, valid: np.ndarray) -> bool:
         block = np.asarray(array[rows])[valid[rows]]
         if first is None and len(block):
             first = block[:1]
-        if len(block) and not np.all(block == first):
+        if len(block) and not np.all((block == first) | ((block != block) & (first != first))):
             return False
     return True

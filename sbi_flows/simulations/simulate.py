@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from tqdm.auto import tqdm
 
-from sbi_flows.core.checks import as_random_key, require_count
+from sbi_flows.core.checks import as_random_key, require_count, require_flag
 from sbi_flows.core.typing import Key, Simulator
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
 from sbi_flows.simulations.batching import plan_calls, simulate_call, with_current_state
@@ -33,6 +33,7 @@ def simulate(
     n: int,
     *,
     executor: Executor | None = None,
+    missing: bool = False,
     progress: bool = True,
 ) -> Simulations:
     """Draw n parameter vectors from the prior, and run the simulator once for each.
@@ -48,11 +49,13 @@ def simulate(
         n: Number of simulations.
         executor: Executor of an external simulator, for example `Processes` or `Dask`. The default
             is the executor that belongs to the simulator. The result does not depend on it.
+        missing: Whether NaN in x marks a missing entry; otherwise it marks a failed simulation.
         progress: Show a progress bar. For a JAX function, the bar appears only if more than one
             compiled call is needed.
 
     Returns:
-        Simulations with n rows. Rows with NaN or infinity in x are marked invalid.
+        Simulations with n rows. Rows with NaN or infinity in x are marked invalid; with `missing`,
+        rows with infinity or with nothing but NaN.
 
     Raises:
         ValueError: n is not positive; JAX cannot trace the simulator; the simulator does not return
@@ -67,6 +70,7 @@ def simulate(
         Simulations(N=100, D=1, x=float32[], invalid=0)
     """
     require_count(1, n=n)
+    require_flag(missing=missing)
     prior = as_prior(prior)
     check_executor(simulator, executor)
     prior_key, noise_key = jax.random.split(as_random_key("key", key))
@@ -74,7 +78,8 @@ def simulate(
     not_finite = n - int(np.sum(np.isfinite(theta).all(axis=1)))
     if not_finite:
         raise ValueError(f"prior: expected finite draws, got {not_finite} of {n} with NaN or inf")
-    return _simulate(noise_key, prior, simulator, theta, executor, progress)
+    x, failed = _observations(noise_key, prior, simulator, theta, executor, progress)
+    return _reported(theta, x, failed, missing)
 
 
 def simulate_at(
@@ -84,6 +89,7 @@ def simulate_at(
     theta: Any,
     *,
     executor: Executor | None = None,
+    missing: bool = False,
     progress: bool = True,
 ) -> Simulations:
     """Run the simulator once for each of the user's parameter vectors, such as posterior draws.
@@ -95,11 +101,12 @@ def simulate_at(
         simulator: As for `simulate`.
         theta: Parameters, shape (n, D); a dict or a table is matched by name.
         executor: As for `simulate`.
+        missing: As for `simulate`.
         progress: As for `simulate`.
 
     Returns:
         Simulations with one row for each row of theta. Rows with NaN or infinity in x are marked
-        invalid.
+        invalid; with `missing`, rows with infinity or with nothing but NaN.
 
     Raises:
         ValueError: theta does not have D columns, or the simulator is not accepted (see
@@ -112,6 +119,7 @@ def simulate_at(
         >>> simulate_at(jax.random.key(0), dist.Normal(0, 1), noisy, [[0.0], [1.0]])
         Simulations(N=2, D=1, x=float32[], invalid=0)
     """
+    require_flag(missing=missing)
     prior = as_prior(prior)
     theta = as_parameters(prior.by_name(theta), is_double=bool(prior.layout.offset))
     if theta.shape[1] != prior.dim:
@@ -119,26 +127,36 @@ def simulate_at(
             f"theta: expected {prior.dim} columns for {prior.labels}, got {theta.shape[1]}"
         )
     check_executor(simulator, executor)
-    return _simulate(as_random_key("key", key), prior, simulator, theta, executor, progress)
+    key = as_random_key("key", key)
+    x, failed = _observations(key, prior, simulator, theta, executor, progress)
+    return _reported(theta, x, failed, missing)
 
 
-def _simulate(
+def _observations(
     key: Key,
     prior: Prior,
     simulator: Simulator,
     theta: Array | np.ndarray,
     executor: Executor | None,
     progress: bool,
-) -> Simulations:
-    """Simulate at parameters (n, D) that have already been checked."""
-    reasons: dict[int, str] = {}
+) -> tuple[Any, dict[int, str]]:
+    """Simulate at parameters (n, D) that have already been checked.
+
+    Returns:
+        The observations, and a dict from the row number of a failed row to the reason.
+    """
     if isinstance(simulator, External):
-        x, reasons = _simulate_externally(key, prior, simulator, theta, executor, progress)
-    else:
-        x = _simulate_in_calls(key, prior, simulator, theta, progress)
+        return _simulate_externally(key, prior, simulator, theta, executor, progress)
+    return _simulate_in_calls(key, prior, simulator, theta, progress), {}
+
+
+def _reported(
+    theta: Array | np.ndarray, x: Any, reasons: dict[int, str], missing: bool
+) -> Simulations:
+    """Return the simulations; warn of failed rows and of constant observations."""
     failed = np.zeros(len(theta), bool)
     failed[list(reasons)] = True
-    simulations = unchecked_simulations(theta, x, ~failed)
+    simulations = unchecked_simulations(theta, x, ~failed, missing=missing)
     report_failures(simulations, reasons.values(), stacklevel=4)
     warn_constant(simulations.theta, simulations.x, simulations.valid)
     return simulations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from sbi_flows.core.checks import (
     as_array,
     as_real_array,
     as_tree,
+    require_flag,
     require_memory,
     require_real,
 )
@@ -30,8 +32,9 @@ from sbi_flows.core.doubles import as_data_array
 from sbi_flows.core.errors import SbiFlowsWarning
 from sbi_flows.core.frames import frame_columns
 from sbi_flows.core.pytrees import describe_arrays
-from sbi_flows.core.typing import Obs
+from sbi_flows.core.typing import Key, Obs
 from sbi_flows.core.warn import warn_user
+from sbi_flows.observations.missing import MissingPattern
 from sbi_flows.prior.base import Prior, labels
 from sbi_flows.simulations.disk import (
     ON_DISK,
@@ -60,6 +63,13 @@ class Names(NamedTuple):
     x: tuple[str, ...] | None = None
 
 
+class Facts(NamedTuple):
+    """Attributes of simulations that are not arrays; see `Simulations`."""
+
+    names: Names
+    missing: bool
+
+
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class Simulations:
     """Pairs of parameters and simulated observations.
@@ -86,6 +96,8 @@ class Simulations:
         round: Round of sequential inference in which each row was simulated, shape (N,). It is zero
             if the inference is not sequential.
         names: Names of the columns of theta and x, if they were given as tables or dicts.
+        missing: Whether NaN in x marks a missing entry. A row is then invalid only if it contains
+            infinity, or nothing but NaN. Otherwise NaN marks a failed simulation.
 
     Raises:
         ValueError: The arrays have different numbers of rows, theta is not a finite (N, D) array, x
@@ -96,6 +108,8 @@ class Simulations:
         >>> sims = Simulations(np.zeros((3, 2)), np.array([[1.0], [np.nan], [2.0]]))
         >>> sims
         Simulations(N=3, D=2, x=float32[1], invalid=1)
+        >>> Simulations(np.zeros((2, 2)), np.array([[1.0, np.nan], [2.0, 3.0]]), missing=True)
+        Simulations(N=2, D=2, x=float32[2], invalid=0, missing=1)
     """
 
     theta: Array | np.ndarray
@@ -103,11 +117,19 @@ class Simulations:
     valid: Array
     round: Array
     names: Names
+    missing: bool
 
     def __init__(
-        self, theta: Any, x: Obs, *, valid: Any | None = None, round: Any | None = None
+        self,
+        theta: Any,
+        x: Obs,
+        *,
+        valid: Any | None = None,
+        round: Any | None = None,
+        missing: bool = False,
     ) -> None:
-        """Check the user's arrays, and mark rows of x with NaN or infinity as invalid."""
+        """Check the user's arrays, and mark failed rows of x as invalid."""
+        require_flag(missing=missing)
         theta, theta_names = _named_columns(theta)
         theta, names = as_parameters(theta), Names(theta_names, frame_columns(x))
         n = len(theta)
@@ -115,12 +137,14 @@ class Simulations:
         _require_rows(x, n)
         valid = np.ones(n, bool) if valid is None else _integers("valid", valid, n, 1)
         round = np.zeros(n, np.int32) if round is None else _integers("round", round, n, MAX_INDEX)
-        _set_fields(self, theta, x, valid, round, names)
+        _set_fields(self, theta, x, valid, round, Facts(names, bool(missing)))
         not_finite = int(np.sum(np.asarray(valid, bool))) - self.num_valid
         if not_finite > max(MIN_WARNING_ROWS, MIN_WARNING_FRACTION * n):
+            what = "infinity, or nothing but NaN" if missing else "NaN or infinity"
+            advice = "" if missing else ". If NaN marks a missing entry, give missing=True"
             warn_user(
-                f"x: {not_finite:,} of {n:,} rows contain NaN or infinity; a fit uses the other "
-                f"{self.num_valid:,}",
+                f"x: {not_finite:,} of {n:,} rows contain {what}; a fit uses the other "
+                f"{self.num_valid:,}{advice}",
                 SbiFlowsWarning,
             )
 
@@ -156,7 +180,16 @@ class Simulations:
         shown = [*columns[:MAX_SHOWN_NAMES], *(["..."] if len(columns) > MAX_SHOWN_NAMES else [])]
         names = f" ({', '.join(shown)})" if shown else ""
         invalid = n - self.num_valid
-        return f"Simulations(N={n}, D={d}{names}, x={describe_arrays(self.x)}, invalid={invalid})"
+        missing = f", missing={self._num_lacking}" if self.missing and not self.on_disk else ""
+        shapes = describe_arrays(self.x)
+        return f"Simulations(N={n}, D={d}{names}, x={shapes}, invalid={invalid}{missing})"
+
+    @property
+    def _num_lacking(self) -> int:
+        """Number of valid rows with missing entries."""
+        arrays = [np.asarray(a, float).reshape(len(self), -1) for a in jax.tree.leaves(self.x)]
+        lacks = np.isnan(np.concatenate(arrays, axis=1)).any(axis=1)
+        return int(np.sum(lacks & np.asarray(self.valid)))
 
     @property
     def num_valid(self) -> int:
@@ -188,8 +221,8 @@ class Simulations:
                 f"{', '.join(parameters)}, got {', '.join(columns)}; rename or select the columns"
             )
         order = np.array([columns.index(label) for label in parameters])
-        names = self.names._replace(theta=tuple(parameters))
-        return _from_children(names, (self.theta[:, order], self.x, self.valid, self.round))
+        facts = Facts(self.names._replace(theta=tuple(parameters)), self.missing)
+        return _from_children(facts, (self.theta[:, order], self.x, self.valid, self.round))
 
     def relative_to(self, prior: Prior) -> Simulations:
         """Return the simulations for internal use: aligned, with theta minus the prior's offset.
@@ -202,7 +235,30 @@ class Simulations:
         if not has_columns or not (prior.layout.offset or doubles.is_double(aligned.theta)):
             return aligned
         theta = prior.subtract_offset(aligned.theta)
-        return _from_children(aligned.names, (theta, self.x, self.valid, self.round))
+        facts = Facts(aligned.names, self.missing)
+        return _from_children(facts, (theta, self.x, self.valid, self.round))
+
+    def hide(self, key: Key, pattern: MissingPattern) -> Simulations:
+        """Return the simulations with entries of x hidden at random: replaced by NaN.
+
+        Args:
+            key: Random key.
+            pattern: Pattern such as `sf.RandomEntries(0.2)`.
+
+        Raises:
+            ValueError: The pattern does not suit x, or x is on disk.
+
+        Example:
+            >>> import jax, numpy as np, sbi_flows as sf
+            >>> sims = sf.Simulations(np.zeros((3, 2)), np.ones((3, 10)))
+            >>> sims.hide(jax.random.key(0), sf.RandomEntries(0.5)).missing
+            True
+        """
+        if self.on_disk:
+            raise ValueError("x: expected observations in memory, got observations on disk")
+        # a row without any entry stays valid: it is hidden, not failed
+        children = (self.theta, pattern(key, self.x), self.valid, self.round)
+        return _from_children(Facts(self.names, True), children)
 
     def only_valid(self) -> Simulations:
         """Return simulations with the valid rows only."""
@@ -212,16 +268,19 @@ class Simulations:
 _LEAVES = ("theta", "x", "valid", "round")
 
 
-def unchecked_simulations(theta: Array | np.ndarray, x: Obs, valid: Any) -> Simulations:
+def unchecked_simulations(
+    theta: Array | np.ndarray, x: Obs, valid: Any, *, missing: bool = False
+) -> Simulations:
     """Create simulations from arrays without a check.
 
     The caller ensures that theta (N, D) is finite and that x has N rows.
 
-    Rows of x with NaN or infinity are marked invalid, as in `Simulations`.
+    Failed rows of x are marked invalid, as in `Simulations`.
     """
     simulations = object.__new__(Simulations)
     x = jax.tree.map(lambda a: as_data_array("x", a) if doubles.is_double(a) else a, x)
-    _set_fields(simulations, theta, x, valid, np.zeros(len(theta), np.int32), Names())
+    facts = Facts(Names(), missing)
+    _set_fields(simulations, theta, x, valid, np.zeros(len(theta), np.int32), facts)
     return simulations
 
 
@@ -231,27 +290,28 @@ def _set_fields(
     x: Obs,
     valid: Any,
     round: Any,
-    names: Names,
+    facts: Facts,
 ) -> None:
     x = jax.tree.map(_as_leaf, x)
-    finite = finite_rows_on_disk(x, finite_rows) if is_on_disk(x) else finite_rows(x)
+    test = partial(finite_rows, missing=facts.missing)
+    finite = finite_rows_on_disk(x, test) if is_on_disk(x) else test(x)
     # operations on the host, and copies by device_put, compile no program for the number of rows
     valid = np.asarray(valid, bool) & np.asarray(finite)
     round = np.array(round, jnp.result_type(int))
-    values = (theta, x, *jax.device_put((valid, round)), names)
-    for name, value in zip((*_LEAVES, "names"), values, strict=True):
+    values = (theta, x, *jax.device_put((valid, round)), *facts)
+    for name, value in zip((*_LEAVES, *Facts._fields), values, strict=True):
         object.__setattr__(simulations, name, value)
 
 
-def _children(simulations: Simulations) -> tuple[list[tuple[Any, Any]], Names]:
+def _children(simulations: Simulations) -> tuple[list[tuple[Any, Any]], Facts]:
     leaves = [(jax.tree_util.GetAttrKey(n), getattr(simulations, n)) for n in _LEAVES]
-    return leaves, simulations.names
+    return leaves, Facts(simulations.names, simulations.missing)
 
 
-def _from_children(names: Names, children: Any) -> Simulations:
+def _from_children(facts: Facts, children: Any) -> Simulations:
     # without the constructor: it checks values, but the leaves may be tracers here
     simulations = object.__new__(Simulations)
-    for name, value in zip((*_LEAVES, "names"), (*children, names), strict=True):
+    for name, value in zip((*_LEAVES, *Facts._fields), (*children, *facts), strict=True):
         object.__setattr__(simulations, name, value)
     return simulations
 
@@ -266,24 +326,36 @@ def _as_leaf(leaf: Any) -> Array | np.ndarray | LazyArray:
     return leaf if doubles.is_double(leaf) else jnp.asarray(as_real_array("x", leaf))
 
 
-def finite_rows(x: Obs) -> Array:
-    """Return whether each of the N rows is finite in all leaves of x, shape (N,)."""
+def finite_rows(x: Obs, *, missing: bool = False) -> Array:
+    """Return whether each of the N rows of x is usable, shape (N,).
+
+    A row is usable if all leaves are finite; with `missing`, if no entry is infinite and at least
+    one is present.
+    """
     # JAX would round numbers in double precision, possibly to infinity
-    return _finite_rows(jax.tree.map(_finiteness, x))
+    return _finite_rows(jax.tree.map(_finiteness, x), missing)
 
 
 def _finiteness(array: Any) -> Any:
-    """Return 0 and NaN for finite and other numbers in double precision; other arrays unchanged."""
+    """Replace numbers in double precision: 0 if finite, infinity, or NaN; keep other arrays."""
     if not doubles.is_double(array):
         return array
-    return np.where(np.isfinite(array), np.float32(0.0), np.float32(np.nan))
+    return np.where(np.isfinite(array), 0.0, array).astype(np.float32)
 
 
 @compiled_per_size
-@jax.jit
-def _finite_rows(x: Obs) -> Array:
-    rows = [jnp.all(jnp.isfinite(a), axis=tuple(range(1, a.ndim))) for a in jax.tree.leaves(x)]
-    return jnp.all(jnp.stack(rows), axis=0)
+@partial(jax.jit, static_argnums=1)
+def _finite_rows(x: Obs, missing: bool) -> Array:
+    leaves = jax.tree.leaves(x)
+
+    def rows(test: Any, join: Any) -> Array:
+        return join(
+            jnp.stack([join(test(a), axis=tuple(range(1, a.ndim))) for a in leaves]), axis=0
+        )
+
+    if not missing:
+        return rows(jnp.isfinite, jnp.all)
+    return ~rows(jnp.isinf, jnp.any) & rows(lambda a: ~jnp.isnan(a), jnp.any)
 
 
 def observation_shape(x: Obs) -> Obs:

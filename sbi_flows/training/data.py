@@ -1,6 +1,6 @@
 """Training data and random keys of a fit.
 
-Public names: `TrainingData`, `FitKeys`.
+Public names: `TrainingData`, `Rows`, `FitKeys`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,22 @@ from sbi_flows.core.typing import Key
 from sbi_flows.training.stream import Stream
 
 
+class Rows(NamedTuple):
+    """Inputs of the model for all rows.
+
+    Attributes:
+        training: Inputs from which a training step takes its batch, shape (N, I).
+        validation: Inputs for linear starts and validation, shape (N, I). The same array, unless
+            the model hides entries at random.
+    """
+
+    training: Array
+    validation: Array
+
+
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("y", "features", "log_det"),
+    data_fields=("y", "features", "log_det", "hidden"),
     meta_fields=("member_rows", "stream"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,7 +42,8 @@ class TrainingData:
 
     Attributes:
         y: Parameters in standard coordinates, shape (N, d).
-        features: Standardised observations, shape (N, C).
+        features: Inputs of the model: standardised observations, perhaps with a mask and summaries,
+            shape (N, I).
         log_det: Log absolute determinant of the Jacobian of the map from y to theta at each row,
             shape (N,). It is only used to convert the reported losses to the units of theta.
         member_rows: Number of additional training rows for each of the M members, which no other
@@ -38,6 +52,8 @@ class TrainingData:
         stream: Training rows on disk, or None. With a stream, `y`, `features` and `log_det` are a
             sample of the rows on disk. The linear starts are fitted to this sample. The
             validation rows are chosen from it, the same for all members.
+        hidden: `features` with entries hidden by the random pattern of the model, shape (N, I), for
+            linear starts and validation; a training step hides other entries. None without one.
     """
 
     y: Array
@@ -45,6 +61,7 @@ class TrainingData:
     log_det: Array
     member_rows: int = 0
     stream: Stream | None = None
+    hidden: Array | None = None
 
     @classmethod
     def of_rows(cls, y: Array, features: Array, log_det: Array | None = None) -> TrainingData:
@@ -55,13 +72,19 @@ class TrainingData:
 
     @property
     def arrays(self) -> dict[str, Array]:
-        """Dict of the arrays `y`, `features` and `log_det`."""
-        return {"y": self.y, "features": self.features, "log_det": self.log_det}
+        """Dict of the arrays `y`, `features`, `log_det` and, if there are any, `hidden`."""
+        arrays = {"y": self.y, "features": self.features, "log_det": self.log_det}
+        return arrays if self.hidden is None else {**arrays, "hidden": self.hidden}
+
+    @property
+    def rows(self) -> Rows:
+        """Inputs for training, and inputs for validation."""
+        return Rows(self.features, self.features if self.hidden is None else self.hidden)
 
     @property
     def in_memory(self) -> TrainingData:
         """The same training data without the stream, for compiled programs."""
-        return TrainingData(self.y, self.features, self.log_det)
+        return TrainingData(self.y, self.features, self.log_det, hidden=self.hidden)
 
     def shared_rows(self, members: int) -> int:
         """Return the number of rows that all members share. They precede all other rows."""
@@ -83,6 +106,7 @@ class FitKeys(NamedTuple):
             `jax.random.fold_in` with the number of the epoch.
         emulator: Key for the noise and the draws of an emulator.
         sample: Key for the choice of the simulations on disk that are kept in memory.
+        masks: Key for the entries that are hidden in validation.
     """
 
     user: Key
@@ -91,6 +115,7 @@ class FitKeys(NamedTuple):
     epochs: Key
     emulator: Key
     sample: Key
+    masks: Key
 
     @classmethod
     def of(cls, key: Key) -> FitKeys:
@@ -103,4 +128,5 @@ def _derived_keys(key: Key) -> tuple[Key, ...]:
     start_key, epoch_key = jax.random.split(key)
     fold_key, weight_key = jax.random.split(start_key)
     # not the numbers 0 and 1: they would give the same keys as `split`
-    return fold_key, weight_key, epoch_key, jax.random.fold_in(key, 2), jax.random.fold_in(key, 3)
+    others = (jax.random.fold_in(key, number) for number in (2, 3, 4))
+    return fold_key, weight_key, epoch_key, *others

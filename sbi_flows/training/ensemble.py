@@ -96,7 +96,7 @@ class Ensemble:
         settings = dataclasses.replace(settings, learning_rate=1.0, devices=None)
         self._plan = Plan(blueprint, settings, mesh)
         self._slices = _slices(members, together=mesh is not None)
-        self._features = place_on_mesh(mesh, data.features, over_members=False)
+        self._features = place_on_mesh(mesh, data.rows, over_members=False)
         threads = min(os.cpu_count() or 1, len(self._slices))
         self._pool = ThreadPoolExecutor(threads, initializer=inherit_precision())
         member_keys = jax.random.split(keys.weights, members)
@@ -266,7 +266,8 @@ class Ensemble:
         order_key, *keys = jax.random.split(key, 1 + members * count)
         chunk_keys = jnp.stack(keys).reshape(count, members)
         states = {i: self._states[i] for i in active}
-        train = {i: np.zeros(len(self._groups[i].train_rows), self._features.dtype) for i in active}
+        dtype = self._features.training.dtype
+        train = {i: np.zeros(len(self._groups[i].train_rows), dtype) for i in active}
         for member_keys, rows in zip(chunk_keys, stream.chunks(order_key), strict=True):
             advance = partial(self._advance_chunk, states, member_keys, self._on_devices(rows))
             for i, (state, mean) in zip(active, self._pool.map(advance, active), strict=True):
@@ -311,8 +312,8 @@ class Ensemble:
             programs.epoch.lower(plan, state, group, features, keys, True).compile()
             return
         rows = tuple(
-            jax.ShapeDtypeStruct((self._stream.chunk_size, width), features.dtype)
-            for width in (plan.blueprint.sizes.dim, features.shape[1])
+            jax.ShapeDtypeStruct((self._stream.chunk_size, width), features.training.dtype)
+            for width in (plan.blueprint.sizes.dim, features.training.shape[1])
         )
         programs.chunk.lower(plan, self._stream.num_chunks, state, group, rows, keys).compile()
         programs.score.lower(plan, state, group, features).compile()

@@ -24,6 +24,7 @@ from jax import Array
 
 from sbi_flows.core.typing import Key
 from sbi_flows.densities.conditional import Blueprint, graph_of, initial_weights
+from sbi_flows.networks.embeddings import EmbeddingSettings
 from sbi_flows.training.devices import to_numeric
 from sbi_flows.training.settings import Training
 
@@ -129,7 +130,12 @@ def _density(blueprint: Blueprint) -> dict[str, Any]:
     }
     if blueprint.sizes.circular:
         described["circular"] = repr(blueprint.sizes.circular)
-    if blueprint.embedding is None and " at 0x" not in described["density"]:
+    if blueprint.missing is not None:
+        described["missing"] = repr(blueprint.missing)
+    if isinstance(blueprint.embedding, EmbeddingSettings):
+        described["embedding"] = repr(blueprint.embedding)
+    has_settings = blueprint.embedding is None or "embedding" in described
+    if has_settings and " at 0x" not in described["density"]:
         return described
     described = {name: _without_addresses(text) for name, text in described.items()}
     embedding_weights = blueprint.embedding_weights()
@@ -149,7 +155,7 @@ def _programs(blueprint: Blueprint, embedding_weights: Any) -> str:
         return nnx.merge(graph_of(blueprint), params, rest).loss(key, whitened, features)
 
     params, rest = jax.eval_shape(make, key)
-    row = [jax.ShapeDtypeStruct((2, width), float) for width in (sizes.dim, sizes.feature_count)]
+    row = [jax.ShapeDtypeStruct((2, width), float) for width in (sizes.dim, sizes.input_count)]
     return _program(make, key) + _program(loss, params, rest, key, *row)
 
 

@@ -74,7 +74,8 @@ class Group(NamedTuple):
         best: The best weights so far.
         rest: Arrays of the model that are not trained.
         whitened: Parameters, whitened by the linear start, shape (N, d): first the training rows,
-            then the validation rows. The density models the whitened parameters.
+            then the validation rows. The density models the whitened parameters. If the model hides
+            entries at random, the training rows are in standard coordinates instead.
         offsets: See `LossOffsets`.
         train_rows: Row numbers of the training rows.
         validation_rows: Row numbers of the validation rows, shape (V,).

@@ -34,7 +34,7 @@ from sbi_flows.densities.conditional import (
 from sbi_flows.densities.ode import SolverStats
 from sbi_flows.densities.start import fit_linear_start
 from sbi_flows.networks.mlp import hashed_words, split_keys
-from sbi_flows.training.data import TrainingData
+from sbi_flows.training.data import Rows, TrainingData
 from sbi_flows.training.devices import MEMBERS, shard_rows
 from sbi_flows.training.group import Best, Group, LossOffsets, Plan, Source, State, updated
 from sbi_flows.training.settings import Training
@@ -127,15 +127,16 @@ def _start_of_member(
     train_rows: Array,
     validation_rows: Array,
 ) -> tuple[Array, Any, Array, LossOffsets]:
-    y, features, rest = data.y, data.features, dict(rest)
+    y, features, rest, sizes = data.y, data.rows.validation, dict(rest), blueprint.sizes
     if blueprint.linear_start:
-        bounded, circular = blueprint.sizes.bounded, blueprint.sizes.circular
-        start = fit_linear_start(y, features, train_rows, validation_rows, bounded, circular)
-        rest["start"] = start
+        regressors, flags = sizes.regressors(features), (sizes.bounded, sizes.circular)
+        rest["start"] = fit_linear_start(y, regressors, train_rows, validation_rows, *flags)
     rows = jnp.concatenate([train_rows, validation_rows])
     model = nnx.merge(graph_of(blueprint), params, rest)
     whitened, log_det = _by_rows(lambda places: model.whiten(y[places], features[places]), rows)
     offsets, n = data.log_det[rows] - log_det, len(train_rows)
+    if blueprint.missing is not None:  # each training step whitens what it hides
+        whitened = jnp.concatenate([y[train_rows], whitened[n:]])
     return ravel_weights(params), rest, whitened, LossOffsets(offsets[:n].mean(), offsets[n:])
 
 
@@ -146,7 +147,7 @@ def epoch(
     plan: Plan,
     state: State,
     group: Group,
-    features: Array,
+    features: Rows,
     keys: Key,
     is_active: bool | Array,
 ) -> tuple[State, Best, Array, Array]:
@@ -156,7 +157,7 @@ def epoch(
         plan: Static settings of the fit.
         state: State of the members. The call overwrites it, so do not use it afterwards.
         group: Arrays of the members.
-        features: Features of all rows, shape (N, C).
+        features: Inputs of all rows.
         keys: A random key for each member.
         is_active: Whether to train; False only validates. Both cases use the same compiled program.
 
@@ -172,11 +173,11 @@ def epoch(
 
         def data(places: Array) -> tuple[Array, Array]:
             places = shard_rows(plan.mesh, places)
-            return group.whitened[places], features[group.train_rows[places]]
+            return group.whitened[places], features.training[group.train_rows[places]]
 
         loop = _Loop(plan, steps * plan.training.max_epochs, jnp.where(is_active, steps, 0))
         state, total = loop.run(state, group, key, data, (rows, batch_size))
-        best, validation = _score(plan, state, group, features)
+        best, validation = _score(plan, state, group, features.validation)
         return state, best, total / steps, validation
 
     return _over_members(one, plan.mesh)(state, group, keys)
@@ -211,8 +212,9 @@ def chunk(
     steps = len(y) // batch_size
 
     def one(state: State, group: Group, key: Key) -> tuple[State, Array]:
-        model = _model(plan.blueprint, state.params, group.rest)
-        whitened = model.whiten(y, features)[0]
+        whitened = y
+        if plan.blueprint.missing is None:
+            whitened = _model(plan.blueprint, state.params, group.rest).whiten(y, features)[0]
 
         def data(places: Array) -> tuple[Array, Array]:
             places = shard_rows(plan.mesh, places)
@@ -228,16 +230,16 @@ def chunk(
 @compiled_per_size
 @partial(jax.jit, static_argnums=0)
 @full_precision
-def score(plan: Plan, state: State, group: Group, features: Array) -> tuple[Best, Array]:
+def score(plan: Plan, state: State, group: Group, features: Rows) -> tuple[Best, Array]:
     """Validate a group; return the best weights so far and the mean validation losses (m,)."""
-    one = partial(_score, plan, features=features)
+    one = partial(_score, plan, features=features.validation)
     return _over_members(one, plan.mesh)(state, group)
 
 
 @compiled_per_size
 @partial(jax.jit, static_argnums=0)
 @full_precision
-def densities(plan: Plan, best: Best, group: Group, features: Array) -> tuple[Array, SolverStats]:
+def densities(plan: Plan, best: Best, group: Group, features: Rows) -> tuple[Array, SolverStats]:
     """Compute negative log densities (m, V) of whitened validation rows by solving an ODE."""
 
     def one(best: Best, group: Group) -> tuple[Array, SolverStats]:
@@ -245,7 +247,7 @@ def densities(plan: Plan, best: Best, group: Group, features: Array) -> tuple[Ar
         whitened = group.whitened[len(group.train_rows) :]
         return _by_rows(
             lambda places: model.negative_log_prob(
-                whitened[places], features[group.validation_rows[places]]
+                whitened[places], features.validation[group.validation_rows[places]]
             ),
             jnp.arange(len(whitened)),
         )
@@ -274,7 +276,8 @@ class _Loop(NamedTuple):
             group: Arrays of the member.
             key: Random key.
             data: Function that maps indices (B,) of the rows of a batch to whitened parameters
-                (B, d) and features (B, C).
+                (B, d) and inputs (B, I). If the model hides entries at random, the parameters are
+                standard coordinates, which a step whitens after it has hidden entries.
             sizes: Number of rows, and batch size.
 
         Returns:
@@ -289,8 +292,14 @@ class _Loop(NamedTuple):
         steps = rows // batch_size
         order = jnp.argsort(hashed_words(order_key, (rows,)))[: steps * batch_size]
         order, keys = order.reshape(steps, batch_size), split_keys(dropout_key, steps)
+        hides = self.plan.blueprint.missing is not None
 
         def loss(params: Array, key: Key, whitened: Array, features: Array) -> Array:
+            if hides:
+                key, mask_key = split_keys(key, 2)
+                features = self.plan.blueprint.hide(mask_key, features)
+                model = _model(self.plan.blueprint, params, group.rest)
+                whitened = jax.lax.stop_gradient(model.whiten(whitened, features)[0])
             return jnp.mean(_losses(self.plan, params, group.rest)(key, whitened, features))
 
         def step(i: Array, carry: tuple[State, Array]) -> tuple[State, Array]:

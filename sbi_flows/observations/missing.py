@@ -1,0 +1,243 @@
+"""Random patterns of missing entries, with which a posterior is trained for any of them.
+
+Public names: `MissingPattern`, `RandomEntries`, `RandomSubset`, `RandomParts`.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sbi_flows.core.checks import as_random_key, require_count, require_fraction
+from sbi_flows.core.typing import Key, Obs
+
+COMPLETE_SHARE, EMPTY_SHARE = 0.1, 0.05
+"""Fraction of the rows of `RandomEntries` in which no entry, and every entry, is missing."""
+
+
+class MissingPattern(abc.ABC):
+    """Random choice of the entries that are missing.
+
+    A fit hides other entries in every batch. `keep` is used inside compiled programs; calling the
+    object hides entries of observations once, for checks and tests.
+    """
+
+    @abc.abstractmethod
+    def check(self, like: Obs) -> None:
+        """Raise ValueError if the pattern does not suit one observation, given by its shapes."""
+
+    @abc.abstractmethod
+    def keep(self, key: Key, like: Obs, n: int) -> Array:
+        """Draw which entries of n observations are kept.
+
+        Args:
+            key: Random key.
+            like: Shape and dtype of one observation (`jax.ShapeDtypeStruct` leaves).
+            n: Number of observations.
+
+        Returns:
+            True where an entry is kept, bool of shape (n, C), for flattened observations.
+        """
+
+    def can_hide(self, like: Obs) -> Array:
+        """Return whether each entry can be hidden, bool of shape (C,)."""
+        return jnp.any(~self.keep(jax.random.key(0), like, 200), axis=0)
+
+    def __call__(self, key: Key, x: Obs) -> Obs:
+        """Hide entries of observations (N, *event): replace them by NaN.
+
+        Args:
+            key: Random key.
+            x: Observations, or a dict of them.
+
+        Returns:
+            The observations in floating point, with NaN where an entry is hidden.
+
+        Raises:
+            ValueError: The pattern does not suit the shapes of x.
+        """
+        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a)[1:], float), x)
+        self.check(like)
+        leaves, tree = jax.tree.flatten(x)
+        keep = self.keep(as_random_key("key", key), like, len(leaves[0]))
+        parts, start = [], 0
+        for leaf in leaves:
+            size = math.prod(np.shape(leaf)[1:])
+            own = keep[:, start : start + size].reshape(np.shape(leaf))
+            array = np if isinstance(leaf, np.ndarray) else jnp
+            parts.append(array.where(array.asarray(own), leaf, array.nan))
+            start += size
+        return jax.tree.unflatten(tree, parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomEntries(MissingPattern):
+    """Hide each entry at random, independently of the others.
+
+    In 85% of the rows, the fraction of hidden entries is drawn from a beta distribution with the
+    mean `rate` and the precision 4. In 10% of the rows nothing is hidden, and in 5% everything. The
+    posterior then also knows complete observations, observations with far fewer entries, and the
+    prior.
+
+    Attributes:
+        rate: Mean fraction of hidden entries in the other rows, between 0 and 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> hidden = RandomEntries(0.2)(jax.random.key(0), jnp.ones((1000, 30)))
+        >>> hidden.shape
+        (1000, 30)
+    """
+
+    rate: float
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless the rate is between 0 and 1."""
+        require_fraction(rate=self.rate)
+
+    def check(self, like: Obs) -> None:
+        """Accept any observation."""
+
+    def keep(self, key: Key, like: Obs, n: int) -> Array:
+        """Draw which entries are kept; see `MissingPattern.keep`."""
+        entry_key, rate_key, kind_key = jax.random.split(key, 3)
+        rate = jax.random.beta(rate_key, 4.0 * self.rate, 4.0 * (1.0 - self.rate), (n, 1))
+        kind = jax.random.uniform(kind_key, (n, 1))
+        rate = jnp.where(kind < COMPLETE_SHARE, 0.0, rate)
+        rate = jnp.where(kind > 1.0 - EMPTY_SHARE, 1.0, rate)
+        return jax.random.uniform(entry_key, (n, _entries(like))) >= rate
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomSubset(MissingPattern):
+    """Keep a random number of elements along an axis: trials of a set, or points of a series.
+
+    The number is drawn uniformly on a logarithmic scale between `smallest` and `largest`.
+
+    Attributes:
+        smallest: Smallest number of elements, at least zero. With zero, one row in twenty is empty.
+        largest: Largest number of elements, at most the length of the axis.
+        axis: Axis of one observation.
+        part: Name of the array in a dict of arrays; None for an observation that is one array.
+        order: "random" keeps elements that follow each other from a random place on (after the
+            last comes the first): for exchangeable elements, a random subset. "first" keeps the
+            first elements, as in a series that ends early.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> hidden = RandomSubset(5, 20)(jax.random.key(0), jnp.ones((3, 20, 2)))
+        >>> hidden.shape
+        (3, 20, 2)
+    """
+
+    smallest: int
+    largest: int
+    axis: int = 0
+    part: str | None = None
+    order: Literal["random", "first"] = "random"
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if a number is out of range."""
+        require_count(0, smallest=self.smallest, axis=self.axis)
+        require_count(1, largest=self.largest)
+        if self.smallest > self.largest:
+            raise ValueError(
+                f"smallest: expected at most largest={self.largest}, got {self.smallest}"
+            )
+        if self.order not in ("random", "first"):
+            raise ValueError(f'order: expected "random" or "first", got {self.order!r}')
+
+    def check(self, like: Obs) -> None:
+        """Raise ValueError unless the array has the axis, with at least `largest` elements."""
+        shape = self._shape(like)
+        if self.axis >= len(shape) or shape[self.axis] < self.largest:
+            raise ValueError(
+                f"missing: expected an observation with at least {self.largest} elements along "
+                f"axis {self.axis}, got shape {shape}"
+            )
+
+    def keep(self, key: Key, like: Obs, n: int) -> Array:
+        """Draw which entries are kept; see `MissingPattern.keep`."""
+        parts = []
+        for path, leaf in jax.tree_util.tree_leaves_with_path(like):
+            if self.part is None or self.part == _name(path):
+                keep = self._elements(key, n, leaf.shape[self.axis])
+                shape = [n, *(1 for _ in leaf.shape)]
+                shape[1 + self.axis] = leaf.shape[self.axis]
+                keep = jnp.broadcast_to(keep.reshape(shape), (n, *leaf.shape)).reshape(n, -1)
+            else:
+                keep = jnp.ones((n, math.prod(leaf.shape)), bool)
+            parts.append(keep)
+        return jnp.concatenate(parts, axis=1)
+
+    def _elements(self, key: Key, n: int, length: int) -> Array:
+        """Draw which elements are kept, bool of shape (n, length)."""
+        count_key, place_key = jax.random.split(key)
+        low = math.log(max(self.smallest, 0.5))
+        ratio = jax.random.uniform(count_key, (n, 1)) * (math.log(self.largest + 1) - low) + low
+        count = jnp.clip(jnp.floor(jnp.exp(ratio)), self.smallest, self.largest)
+        number = jnp.arange(length)[None]
+        if self.order == "random":
+            number = (number + jax.random.randint(place_key, (n, 1), 0, length)) % length
+        return number < count
+
+    def _shape(self, like: Obs) -> tuple[int, ...]:
+        """Return the shape of the array; raise ValueError if there is no such array."""
+        leaves = jax.tree_util.tree_leaves_with_path(like)
+        names = [_name(path) for path, _ in leaves]
+        if self.part is None and len(leaves) > 1:
+            raise ValueError(f"missing: expected part=, one of {names}, got None")
+        if self.part is not None and self.part not in names:
+            raise ValueError(f"missing: expected part= to be one of {names}, got {self.part!r}")
+        return leaves[0 if self.part is None else names.index(self.part)][1].shape
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomParts(MissingPattern):
+    """Hide whole arrays of a dict at random, as when an instrument was off.
+
+    Attributes:
+        rate: Probability that an array is hidden, independently of the others. A row in which all
+            are hidden gives the prior.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> x = {"image": jnp.ones((5, 4, 4)), "redshift": jnp.ones(5)}
+        >>> RandomParts(0.5)(jax.random.key(0), x)["redshift"].shape
+        (5,)
+    """
+
+    rate: float
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless the rate is between 0 and 1."""
+        require_fraction(rate=self.rate)
+
+    def check(self, like: Obs) -> None:
+        """Raise ValueError unless the observation has several arrays."""
+        count = len(jax.tree.leaves(like))
+        if count < 2:
+            raise ValueError(f"missing: expected an observation of several arrays, got {count}")
+
+    def keep(self, key: Key, like: Obs, n: int) -> Array:
+        """Draw which entries are kept; see `MissingPattern.keep`."""
+        sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(like)]
+        keep = jax.random.uniform(key, (n, len(sizes))) >= self.rate
+        return jnp.repeat(keep, np.asarray(sizes), axis=1, total_repeat_length=sum(sizes))
+
+
+def _entries(like: Obs) -> int:
+    """Number C of entries of a flattened observation."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(like))
+
+
+def _name(path: Any) -> str:
+    """Name of an array of an observation, such as "image"."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")

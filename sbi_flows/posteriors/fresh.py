@@ -1,0 +1,33 @@
+"""Fresh simulations that lack entries as the training simulations did.
+
+Internal names: `fresh_simulations`, `hidden_as_in_fit`.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from sbi_flows.core.typing import Key, Simulator
+from sbi_flows.posteriors.adapter import PosteriorLike
+from sbi_flows.posteriors.base import AbstractPosterior
+from sbi_flows.simulations.simulate import simulate
+from sbi_flows.simulations.simulations import Simulations
+
+HIDE_TAG = 24
+"""Number that is folded into a random key to hide entries."""
+
+
+def fresh_simulations(
+    key: Key, posterior: PosteriorLike, simulator: Simulator, n: int, *, progress: bool
+) -> Simulations:
+    """Simulate n data sets from the prior, with entries hidden by the pattern of the fit."""
+    can_miss = isinstance(posterior, AbstractPosterior) and posterior.missing.can_miss is not None
+    sims = simulate(key, posterior.prior, simulator, n, missing=can_miss, progress=progress)
+    return hidden_as_in_fit(key, posterior, sims)
+
+
+def hidden_as_in_fit(key: Key, posterior: PosteriorLike, sims: Simulations) -> Simulations:
+    """Hide entries by the pattern of the fit; return simulations unchanged if there is none."""
+    if not isinstance(posterior, AbstractPosterior) or posterior.missing.pattern is None:
+        return sims
+    return sims.hide(jax.random.fold_in(key, HIDE_TAG), posterior.missing.pattern)
