@@ -192,9 +192,10 @@ class _ConvNet(nnx.Module):
                 h = keep(h + self.position(_coordinates(h)), present)
             for block in blocks:
                 h = block(h, present, key=next(keys))
-        h = h.reshape(h.shape[0], -1, h.shape[-1])
+        points = math.prod(h.shape[1:-1])
+        h = h.reshape(h.shape[0], points, h.shape[-1])
         if present is not None:
-            present = present.reshape(present.shape[0], -1)
+            present = present.reshape(present.shape[0], points)
         listed = None if present is None else present[..., None]
         pooled = jnp.concatenate([masked_mean(h, listed, 1), self.pool(h, present)], axis=-1)
         return self.leave(pooled, key=next(keys))

@@ -29,7 +29,7 @@ from sbi_flows.networks.embeddings.layers import Entry
 from sbi_flows.networks.embeddings.summaries import evaluate, labels_of, set_statistics
 
 
-def require_each(each: EmbeddingSettings | None) -> None:
+def require_each(each: Any) -> None:
     """Raise ValueError unless the embedding of the elements is None or settings."""
     if each is not None:
         require_object("each", each, EmbeddingSettings, "an embedding, such as SeriesNet()")

@@ -29,18 +29,24 @@ _INPUT_SCALE = 5.0
 class Entry(nnx.Module):
     """Linear layer for inputs with missing entries.
 
-    It adds a learned vector for each missing entry. Without missing entries it is a linear layer.
+    It adds a learned vector for each missing channel. Without missing entries it is a linear layer.
+    With one channel there is no such vector: callers ignore points that are entirely missing.
     """
 
     def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs) -> None:
         """Create the weights of values and of missing entries."""
         self.value = nnx.Linear(channels, width, rngs=rngs)
-        self.missing = nnx.Linear(channels, width, use_bias=False, rngs=rngs)
+        if channels > 1:
+            self.missing = nnx.Linear(channels, width, use_bias=False, rngs=rngs)
+        else:
+            self.missing = None
 
     def __call__(self, x: Array, mask: Array | None) -> Array:
         """Map (*, channels) to (*, width)."""
         h = self.value(soft_clip(fill(x, mask), _INPUT_SCALE))
-        return h if mask is None else h + self.missing((~mask).astype(x.dtype))
+        if mask is None or self.missing is None:
+            return h
+        return h + self.missing((~mask).astype(x.dtype))
 
 
 def space_to_depth(
@@ -71,7 +77,7 @@ def _join(x: Array, pads: list[int], factors: tuple[int, ...]) -> Array:
     split = itertools.chain(*zip(coarse, factors, strict=True))
     x = x.reshape(x.shape[0], *split, x.shape[-1])
     order = (0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)
-    return x.transpose(order).reshape(x.shape[0], *coarse, -1)
+    return x.transpose(order).reshape(x.shape[0], *coarse, math.prod(factors) * x.shape[-1])
 
 
 def _neighbours(x: Array) -> Array:
@@ -150,7 +156,7 @@ def attend(query: Array, keys: Array, values: Array, mask: Array | None, heads: 
     Returns:
         Weighted means of the values, shape (B, Q, W).
     """
-    q, k, v = (a.reshape(*a.shape[:2], heads, -1) for a in (query, keys, values))
+    q, k, v = (a.reshape(*a.shape[:2], heads, a.shape[2] // heads) for a in (query, keys, values))
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
     weights = masked_softmax(scores, None if mask is None else mask[:, None, None, :])
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(query.shape)
@@ -210,5 +216,5 @@ class AttentionPool(nnx.Module):
         """Pool (B, T, width) to (B, width)."""
         scores = jnp.swapaxes(self.score(h), 1, 2)
         weights = masked_softmax(scores, None if present is None else present[:, None, :])
-        values = self.value(h).reshape(*h.shape[:2], self.heads, -1)
+        values = self.value(h).reshape(*h.shape[:2], self.heads, h.shape[2] // self.heads)
         return jnp.einsum("bht,bthd->bhd", weights, values).reshape(h.shape[0], h.shape[-1])

@@ -60,7 +60,8 @@ class SeriesNet(EmbeddingSettings):
     that series of different lengths can be padded to one length.
 
     Attributes:
-        width: Width of the first convolutions; each stage doubles it, up to 2 * `width`.
+        width: Width of the first convolutions. If `stride` exceeds 16, all layers after them have
+            the width 2 * `width`.
         stride: Number of points in one token, a power of two; None chooses the smallest one that
             leaves at most 128 tokens.
         blocks: Number of attention layers.

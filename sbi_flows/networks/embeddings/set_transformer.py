@@ -9,6 +9,7 @@ Neural Networks" (arXiv:1810.00825).
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -127,7 +128,7 @@ class _SetTransformer(nnx.Module):
         for block, k in zip(self.blocks, keys[3:], strict=True):
             h = block(h, present, key=k)
         pooled = self.pool(_repeat(self.seeds, h), h, present, key=keys[1])
-        pooled = pooled.reshape(h.shape[0], -1)
+        pooled = pooled.reshape(h.shape[0], math.prod(pooled.shape[1:]))
         return self.leave(jnp.concatenate([pooled, log_count(h, present)], axis=-1), key=keys[2])
 
 

@@ -56,7 +56,7 @@ def log_power(x: Array, bins: np.ndarray, fraction: Array) -> Array:
     """
     axes = tuple(range(1, x.ndim - 1))
     modes = jnp.fft.rfftn(x, axes=axes)
-    power = (modes.real**2 + modes.imag**2).reshape(x.shape[0], -1, x.shape[-1])
+    power = (modes.real**2 + modes.imag**2).reshape(x.shape[0], len(bins), x.shape[-1])
     power = power / math.prod(x.shape[1:-1])
     means = jnp.einsum("bfc,fk->bkc", power, jnp.asarray(bins, x.dtype))
     count = jnp.maximum(fraction, 0.1 / math.prod(x.shape[1:-1]))[:, None, :]
