@@ -1,0 +1,150 @@
+"""Settings of embeddings, and helpers for arrays with missing entries.
+
+An observation has zeros where an entry is missing. A boolean array of the same shape, the mask, is
+True where an entry is present. None instead of a mask means that all entries are present; it gives
+the same result as a mask of True, at a lower cost.
+
+Public names: `EmbeddingSettings`, `event_of`, `leaf_shape`, `as_channels`, `fill`, `any_present`,
+`masked_mean`, `log_count`, `soft_clip`.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+MAX_SUMMARIES = 64
+"""Maximum number of fixed summaries of one array."""
+
+
+class EmbeddingSettings(abc.ABC):
+    """Settings of an embedding; the network is built once the shape of an observation is known.
+
+    All settings are frozen and hashable. In all methods, `like` is one observation: a
+    `jax.ShapeDtypeStruct` without a batch axis, or a dict of them for `Fusion`.
+
+    Attributes:
+        features: Length of the embedding.
+    """
+
+    features: int
+
+    @abc.abstractmethod
+    def check(self, like: Any) -> None:
+        """Raise ValueError if one observation does not suit this embedding."""
+
+    @abc.abstractmethod
+    def shared(self, like: Any) -> tuple[tuple[int, ...], ...]:
+        """Return the axes of each array along which all entries share one standardisation.
+
+        There is one tuple of axes for each array, in the order of `jax.tree.leaves(like)`. Axes
+        are those of one observation, without the batch axis.
+        """
+
+    @abc.abstractmethod
+    def summary_labels(self, like: Any) -> tuple[str, ...]:
+        """Return the names of the K fixed summaries."""
+
+    @abc.abstractmethod
+    def summarise(self, x: Any, mask: Any) -> Array:
+        """Compute fixed summaries (B, K) of observations (B, *event); all are finite."""
+
+    @abc.abstractmethod
+    def build(self, rngs: nnx.Rngs, like: Any) -> nnx.Module:
+        """Create the network `module(x, mask, *, key=None)` with output (B, features)."""
+
+
+def event_of(x: Any) -> Any:
+    """Return the shape and dtype of one observation in a batch (B, *event)."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), x)
+
+
+def leaf_shape(kind: str, expected: str, like: Any, ranks: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of an observation that must be one array with at least one entry.
+
+    Args:
+        kind: Name of the embedding, for error messages.
+        expected: Description of the expected observation, for error messages.
+        like: The observation.
+        ranks: Allowed numbers of axes; empty if any positive number is allowed.
+
+    Raises:
+        ValueError: The observation is not one array, or has another number of axes, or is empty.
+    """
+    if not hasattr(like, "shape"):
+        names = f" with names {', '.join(map(str, like))}" if isinstance(like, dict) else ""
+        raise ValueError(
+            f"embedding: {kind} expects {expected}, got several arrays{names}; use Fusion to give "
+            "each array its own embedding"
+        )
+    shape = tuple(like.shape)
+    if len(shape) not in (ranks or range(1, 100)) or math.prod(shape) == 0:
+        raise ValueError(f"embedding: {kind} expects {expected}, got shape {shape}")
+    return shape
+
+
+def as_channels(x: Array, mask: Array | None, axes: int) -> tuple[Array, Array | None]:
+    """Set missing entries to zero, and append a channel axis if there is none.
+
+    Args:
+        x: Observations (B, *grid) or (B, *grid, C).
+        mask: Mask of the same shape, or None.
+        axes: Number of axes of the grid.
+
+    Returns:
+        Observations and mask, both of shape (B, *grid, C).
+    """
+    shape = x.shape if x.ndim == axes + 2 else (*x.shape, 1)
+    x = fill(x, mask).reshape(shape)
+    return x, None if mask is None else mask.reshape(shape)
+
+
+def fill(x: Array, mask: Array | None) -> Array:
+    """Set missing entries to zero."""
+    return x if mask is None else jnp.where(mask, x, jnp.zeros_like(x))
+
+
+def any_present(mask: Array | None, ndim: int) -> Array | None:
+    """Return whether any entry is present along all axes after the first `ndim`."""
+    return None if mask is None else jnp.any(mask, axis=tuple(range(ndim, mask.ndim)))
+
+
+def masked_mean(
+    x: Array, mask: Array | None, axis: int | tuple[int, ...], *, keepdims: bool = False
+) -> Array:
+    """Average present entries over some axes; the mean of no entries is zero."""
+    if mask is None:
+        return jnp.mean(x, axis=axis, keepdims=keepdims)
+    total = jnp.sum(fill(x, mask), axis=axis, keepdims=keepdims)
+    return total / jnp.maximum(jnp.sum(mask, axis=axis, keepdims=keepdims), 1).astype(x.dtype)
+
+
+def log_count(x: Array, present: Array | None) -> Array:
+    """Compute (log(1 + n) - 4) / 2 for the number n of present elements.
+
+    The result is of order one for n between 1 and 100,000.
+
+    Args:
+        x: Array (B, *grid, C), for the number of elements if all are present.
+        present: Whether each element is present, shape (B, *grid), or None.
+
+    Returns:
+        Array (B, 1).
+    """
+    if present is None:
+        count = jnp.full((x.shape[0], 1), math.prod(x.shape[1:-1]), x.dtype)
+    else:
+        axes = tuple(range(1, present.ndim))
+        count = jnp.sum(present, axis=axes).astype(x.dtype)[:, None]
+    return (jnp.log1p(count) - 4.0) / 2.0
+
+
+def soft_clip(x: Array, scale: float = 1.0) -> Array:
+    """Compute scale * arcsinh(x / scale): linear for small numbers, logarithmic for large ones."""
+    return scale * jnp.arcsinh(x / scale)

@@ -1,0 +1,130 @@
+"""Elements of sets: shapes, first layer and fixed summaries, shared by all embeddings of sets.
+
+Public names: `Elements`, `require_each`, `check_set`, `element_of`, `set_shared`, `set_labels`,
+`set_summaries`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sbi_flows.core.checks import require_object
+from sbi_flows.core.typing import Key
+from sbi_flows.networks.embeddings.base import (
+    MAX_SUMMARIES,
+    EmbeddingSettings,
+    any_present,
+    as_channels,
+    fill,
+    leaf_shape,
+    log_count,
+    masked_mean,
+)
+from sbi_flows.networks.embeddings.layers import Entry
+from sbi_flows.networks.embeddings.summaries import evaluate, labels_of, set_statistics
+
+
+def require_each(each: Any) -> None:
+    """Raise ValueError unless the embedding of the elements is None or settings."""
+    if each is not None:
+        require_object("each", each, EmbeddingSettings, "an embedding, such as SeriesNet()")
+
+
+def check_set(kind: str, each: EmbeddingSettings | None, like: Any) -> None:
+    """Raise ValueError unless an observation is a set whose elements suit their embedding."""
+    if each is None:
+        leaf_shape(kind, "a set (n,) or (n, C)", like, (1, 2))
+        return
+    expected = f"a set (n, *element) of elements for {type(each).__name__}"
+    leaf_shape(kind, expected, like, ())
+    each.check(element_of(like))
+
+
+def element_of(like: Any) -> jax.ShapeDtypeStruct:
+    """Return the shape and dtype of one element."""
+    return jax.ShapeDtypeStruct(like.shape[1:], like.dtype)
+
+
+def set_shared(each: EmbeddingSettings | None, like: Any) -> tuple[tuple[int, ...], ...]:
+    """Return the axis of the set and the axes that share a standardisation in each element."""
+    if each is None:
+        return ((0,),)
+    (inner,) = each.shared(element_of(like))
+    return ((0, *(axis + 1 for axis in inner)),)
+
+
+def set_labels(each: EmbeddingSettings | None, like: Any) -> tuple[str, ...]:
+    """Return the names of the fixed summaries of a set.
+
+    If elements have an embedding, these are means and variances over the elements of the summaries
+    of each element.
+    """
+    if each is None:
+        return labels_of(set_statistics(_with_column(like.shape)))
+    inner = each.summary_labels(element_of(like))
+    variances = [f"variance of {label}" for label in inner] if _has_variances(len(inner)) else []
+    return ("n", *(f"mean of {label}" for label in inner), *variances)
+
+
+def set_summaries(each: EmbeddingSettings | None, x: Array, mask: Array | None) -> Array:
+    """Compute the fixed summaries (B, K) of sets (B, n, *element)."""
+    if each is None:
+        x, mask = as_channels(x, mask, 1)
+        return evaluate(set_statistics(x.shape[1:]), x, mask)
+    present = any_present(mask, 2)
+    values = _split(each.summarise(*_joined(x, mask)), x)
+    listed = None if present is None else present[..., None]
+    parts = [log_count(values, present), masked_mean(values, listed, 1)]
+    if _has_variances(values.shape[-1]):
+        deviations = values - parts[1][:, None, :]
+        parts.append(masked_mean(deviations**2, listed, 1))
+    return jnp.concatenate(parts, axis=1)
+
+
+def _has_variances(count: int) -> bool:
+    return 2 * count < MAX_SUMMARIES
+
+
+def _with_column(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape if len(shape) == 2 else (*shape, 1)
+
+
+def _joined(x: Array, mask: Array | None) -> tuple[Array, Array | None]:
+    """Turn the elements of all sets into one batch: (B, n, *element) to (B * n, *element)."""
+    x = fill(x, mask)
+    shape = (x.shape[0] * x.shape[1], *x.shape[2:])
+    return x.reshape(shape), None if mask is None else mask.reshape(shape)
+
+
+def _split(values: Array, x: Array) -> Array:
+    """Split a batch of elements (B * n, F) into sets (B, n, F)."""
+    return values.reshape(*x.shape[:2], values.shape[-1])
+
+
+class Elements(nnx.Module):
+    """First layer of the embedding of a set: a vector for each element."""
+
+    def __init__(
+        self, each: EmbeddingSettings | None, width: int, *, rngs: nnx.Rngs, like: Any
+    ) -> None:
+        """Create the layers."""
+        if each is None:
+            self.enter = Entry(_with_column(like.shape)[-1], width, rngs=rngs)
+        else:
+            self.each = each.build(rngs, element_of(like))
+            self.enter = nnx.Linear(each.features, width, rngs=rngs)
+
+    def __call__(
+        self, x: Array, mask: Array | None, *, key: Key | None = None
+    ) -> tuple[Array, Array | None]:
+        """Map sets (B, n, *element) to vectors (B, n, width), and return who is present (B, n)."""
+        present = any_present(mask, 2)
+        if isinstance(self.enter, Entry):
+            return self.enter(*as_channels(x, mask, 1)), present
+        elements, entries = _joined(x, mask)
+        return self.enter(_split(self.each(elements, entries, key=key), x)), present

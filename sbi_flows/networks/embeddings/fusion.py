@@ -1,0 +1,226 @@
+"""Embedding of observations that consist of several arrays.
+
+Public names: `Fusion`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sbi_flows.core.checks import require_count, require_fraction, require_object
+from sbi_flows.core.typing import Key
+from sbi_flows.networks.embeddings.base import (
+    MAX_SUMMARIES,
+    EmbeddingSettings,
+    fill,
+    leaf_shape,
+    soft_clip,
+)
+from sbi_flows.networks.embeddings.layers import Entry
+from sbi_flows.networks.mlp import ResidualMLP, split_key
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Fusion(EmbeddingSettings):
+    """Embedding of a dict of arrays, each of which has its own embedding.
+
+    A learned vector replaces the embedding of a part without any entry. A network combines the
+    embeddings of all parts.
+
+    Args:
+        parts: Dict from the names of the arrays to their embeddings, or pairs of both. None as an
+            embedding means a network of the array's entries, for example for a few numbers.
+        width: Width of the hidden layers.
+        blocks: Number of residual blocks of the network that combines the parts.
+        features: Length of the embedding.
+        dropout: Fraction of hidden units that dropout sets to zero in training.
+
+    Attributes:
+        parts: Pairs of names and embeddings, in the order of the names.
+
+    References:
+        Radev et al. 2023, "BayesFlow: Amortized Bayesian Workflows With Neural Networks",
+        arXiv:2306.16015, for networks that combine several sources of data.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from sbi_flows.networks.embeddings import SeriesNet
+        >>> settings = Fusion({"spectrum": SeriesNet(width=8), "redshift": None}, features=4)
+        >>> x = {"spectrum": jnp.ones((5, 20)), "redshift": jnp.ones((5,))}
+        >>> like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), x)
+        >>> settings.build(nnx.Rngs(0), like)(x, None).shape
+        (5, 4)
+    """
+
+    parts: tuple[tuple[str, EmbeddingSettings | None], ...]
+    width: int = 64
+    blocks: int = 1
+    features: int = 32
+    dropout: float = 0.0
+
+    def __init__(
+        self,
+        parts: Mapping[str, EmbeddingSettings | None]
+        | tuple[tuple[str, EmbeddingSettings | None], ...],
+        *,
+        width: int = 64,
+        blocks: int = 1,
+        features: int = 32,
+        dropout: float = 0.0,
+    ) -> None:
+        """Store the parts in the order of their names."""
+        require_count(1, width=width, features=features)
+        require_count(0, blocks=blocks)
+        require_fraction(dropout=dropout)
+        values = {"width": width, "blocks": blocks, "features": features, "dropout": dropout}
+        for name, value in {"parts": _sorted_parts(parts), **values}.items():
+            object.__setattr__(self, name, value)
+
+    def check(self, like: Any) -> None:
+        """Raise ValueError unless the observation is a dict with the names of the parts."""
+        names = [name for name, _ in self.parts]
+        if not isinstance(like, Mapping):
+            got = f"shape {tuple(like.shape)}" if hasattr(like, "shape") else type(like).__name__
+            raise ValueError(f"embedding: Fusion expects a dict of arrays {names}, got {got}")
+        if sorted(like, key=str) != names:
+            raise ValueError(
+                f"embedding: Fusion expects a dict of arrays {names}, got {sorted(like, key=str)}"
+            )
+        for name, part in self.parts:
+            try:
+                _flat_size(like[name]) if part is None else part.check(like[name])
+            except ValueError as error:
+                raise ValueError(f"{error} (part {name!r})") from None
+
+    def shared(self, like: Any) -> tuple[tuple[int, ...], ...]:
+        """Return the axes of each array along which all entries share one standardisation."""
+        axes = [((),) if part is None else part.shared(like[name]) for name, part in self.parts]
+        return tuple(leaf for part in axes for leaf in part)
+
+    def summary_labels(self, like: Any) -> tuple[str, ...]:
+        """Return the names of the fixed summaries of all parts."""
+        labels: list[str] = []
+        for name, part in self.parts:
+            if part is None:
+                labels += _flat_labels(name, _flat_size(like[name]))
+            else:
+                labels += [f"{name}: {label}" for label in part.summary_labels(like[name])]
+        return tuple(labels)
+
+    def summarise(self, x: Any, mask: Any) -> Array:
+        """Compute the fixed summaries (B, K) of all parts; those of a part None are its entries."""
+        values = []
+        for name, part in self.parts:
+            present = None if mask is None else mask[name]
+            if part is not None:
+                values.append(part.summarise(x[name], present))
+            elif math.prod(x[name].shape[1:]) <= MAX_SUMMARIES:
+                values.append(soft_clip(_flatten(fill(x[name], present))))
+        batch = jax.tree.leaves(x)[0]
+        return jnp.concatenate([jnp.zeros((batch.shape[0], 0), batch.dtype), *values], axis=1)
+
+    def build(self, rngs: nnx.Rngs, like: Any) -> nnx.Module:
+        """Create the network."""
+        self.check(like)
+        return _Fusion(self, rngs, like)
+
+
+def _sorted_parts(parts: Any) -> tuple[tuple[str, EmbeddingSettings | None], ...]:
+    """Check the parts, and return them as pairs in the order of the names."""
+    require_object("parts", parts, (Mapping, tuple, list), "a dict from names to embeddings")
+    pairs = dict(parts)
+    if not pairs or len(pairs) != len(parts):
+        raise ValueError(f"parts: expected one or more different names, got {len(pairs)}")
+    for name, part in pairs.items():
+        if not isinstance(name, str):
+            raise ValueError(f"parts: expected names as keys, got {name!r}")
+        if part is not None:
+            require_object(f"parts[{name!r}]", part, EmbeddingSettings, "an embedding or None")
+    return tuple((name, pairs[name]) for name in sorted(pairs))
+
+
+def _flat_size(like: Any) -> int:
+    """Return the number of entries of a part without an embedding of its own."""
+    ranks = tuple(range(100))
+    return math.prod(leaf_shape("a part None", "one array", like, ranks))
+
+
+def _flat_labels(name: str, size: int) -> list[str]:
+    if size > MAX_SUMMARIES:
+        return []
+    return [name] if size == 1 else [f"{name}[{i}]" for i in range(size)]
+
+
+class _Fusion(nnx.Module):
+    def __init__(self, settings: Fusion, rngs: nnx.Rngs, like: Any) -> None:
+        width, rate = settings.width, settings.dropout
+        self.names = tuple(name for name, _ in settings.parts)
+        self.parts = nnx.List(
+            [
+                _Flat(_flat_size(like[name]), settings, rngs)
+                if part is None
+                else part.build(rngs, like[name])
+                for name, part in settings.parts
+            ]
+        )
+        sizes = [width if part is None else part.features for _, part in settings.parts]
+        self.tokens = nnx.List([_zeros(size) for size in sizes])
+        self.absent = nnx.Linear(len(sizes), width, use_bias=False, rngs=rngs)
+        self.enter = nnx.Linear(sum(sizes), width, rngs=rngs)
+        self.leave = ResidualMLP(
+            width, settings.features, width=width, blocks=settings.blocks, dropout=rate, rngs=rngs
+        )
+
+    def __call__(self, x: Any, mask: Any, *, key: Key | None = None) -> Array:
+        """Map dicts of arrays (B, *event) to embeddings (B, features)."""
+        keys = split_key(key, len(self.names) + 1)
+        embedded, flags = [], []
+        for name, part, token, k in zip(self.names, self.parts, self.tokens, keys[1:], strict=True):
+            h = part(x[name], None if mask is None else mask[name], key=k)
+            if mask is not None:
+                is_present = _any_leaf(mask[name])
+                h = jnp.where(is_present, h, token[...][None])
+                flags.append(~is_present)
+            embedded.append(h)
+        h = self.enter(jnp.concatenate(embedded, axis=-1))
+        if flags:
+            h = h + self.absent(jnp.concatenate(flags, axis=-1).astype(h.dtype))
+        return self.leave(h, key=keys[0])
+
+
+class _Flat(nnx.Module):
+    """Network of the entries of an array."""
+
+    def __init__(self, size: int, settings: Fusion, rngs: nnx.Rngs) -> None:
+        width, rate = settings.width, settings.dropout
+        self.enter = Entry(size, width, rngs=rngs)
+        self.leave = ResidualMLP(width, width, width=width, blocks=1, dropout=rate, rngs=rngs)
+
+    def __call__(self, x: Array, mask: Array | None, *, key: Key | None = None) -> Array:
+        """Map arrays (B, *event) to (B, width)."""
+        h = self.enter(_flatten(x), None if mask is None else _flatten(mask))
+        return self.leave(h, key=key)
+
+
+def _flatten(x: Array) -> Array:
+    """Flatten arrays (B, *event) to (B, N)."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+
+
+def _zeros(size: int) -> nnx.Param:
+    return nnx.Param(jnp.zeros(size, jnp.float32))
+
+
+def _any_leaf(mask: Any) -> Array:
+    """Return whether any entry is present in each row, shape (B, 1)."""
+    flags = [jnp.any(_flatten(leaf), axis=1) for leaf in jax.tree.leaves(mask)]
+    return jnp.any(jnp.stack(flags, axis=-1), axis=-1, keepdims=True)

@@ -1,0 +1,252 @@
+"""Fixed summaries of sets, series and images with missing entries.
+
+Summaries are not learned. Each is passed through arcsinh, which leaves small numbers unchanged and
+bounds large ones; all are finite, also if no entry is present. Groups of summaries are taken in
+the order of their importance as long as there are at most `MAX_SUMMARIES` in total.
+
+Public names: `Statistic`, `set_statistics`, `series_statistics`, `grid_statistics`, `labels_of`,
+`evaluate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+from jax import Array
+
+from sbi_flows.networks.embeddings.base import (
+    MAX_SUMMARIES,
+    any_present,
+    fill,
+    log_count,
+    masked_mean,
+    soft_clip,
+)
+from sbi_flows.networks.embeddings.spectrum import coarse_means, frequency_bins, log_power
+
+_LAGS = (1, 2, 3, 5, 8, 13, 21, 34)
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_MOMENTS = ("mean", "mean square", "mean cube")
+_COARSE = {1: (8, 4, 2), 2: (4, 2), 3: (2,)}
+"""Numbers of cells along each axis of the coarse version of a grid, by the number of axes."""
+
+_BINS = {1: 8, 2: 10, 3: 8}
+_MAX_COLUMNS_OF_PRODUCTS = 8
+_MAX_VALUE = 1e4
+"""Magnitude at which standardised values are clipped, so that their cubes do not overflow."""
+
+Compute = Callable[[Array, Array | None], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistic:
+    """A group of summaries.
+
+    Attributes:
+        labels: Name of each summary.
+        compute: Function that maps arrays (B, *grid, C), with zeros at missing entries, and their
+            mask to (B, len(labels)).
+    """
+
+    labels: tuple[str, ...]
+    compute: Compute
+
+
+def labels_of(statistics: Sequence[Statistic]) -> tuple[str, ...]:
+    """Return the names of all summaries."""
+    return tuple(label for statistic in statistics for label in statistic.labels)
+
+
+def evaluate(statistics: Sequence[Statistic], x: Array, mask: Array | None) -> Array:
+    """Compute all summaries.
+
+    Args:
+        statistics: Groups of summaries.
+        x: Standardised observations (B, *grid, C).
+        mask: Mask of the same shape, or None.
+
+    Returns:
+        Summaries (B, K).
+    """
+    x = fill(jnp.clip(x, -_MAX_VALUE, _MAX_VALUE), mask)
+    values = [s.compute(x, mask).reshape(x.shape[0], len(s.labels)) for s in statistics]
+    return soft_clip(jnp.concatenate(values, axis=1))
+
+
+def set_statistics(shape: tuple[int, ...]) -> list[Statistic]:
+    """Return the summaries of a set (n, C); they do not depend on the order of its elements."""
+    columns = shape[-1]
+    moments = [[_moment(power, columns)] for power in (1, 2, 3)]
+    groups = [[_count()], *moments[:2], [_products(columns)], [_quantiles(columns)], moments[2]]
+    return _choose(groups)
+
+
+def series_statistics(shape: tuple[int, ...]) -> list[Statistic]:
+    """Return the summaries of a series (T, C)."""
+    length, columns = shape
+    names = {lag: f"autocovariance lag {lag}" for lag in _LAGS if lag < length}
+    lags = [[_lagged(0, lag, name, columns)] for lag, name in names.items()]
+    differences = [[_difference(order, columns)] for order in (1, 2) if order < length]
+    groups = [
+        [_count()],
+        *([_moment(power, columns)] for power in (1, 2)),
+        *differences,
+        *lags[:3],
+        [_spectrum(shape)],
+        [_moment(3, columns)],
+        _coarse(shape),
+        [_products(columns)],
+        *lags[3:],
+    ]
+    return _choose(groups)
+
+
+def grid_statistics(shape: tuple[int, ...]) -> list[Statistic]:
+    """Return the summaries of an array on a grid, (*grid, C)."""
+    columns, grid = shape[-1], shape[:-1]
+    neighbours = [
+        [_lagged(axis, 1, f"neighbour product axis {axis}", columns)]
+        for axis, n in enumerate(grid)
+        if n > 1
+    ]
+    moments = [[_moment(power, columns)] for power in (1, 2, 3)]
+    return _choose([[_count()], *moments, *neighbours, [_spectrum(shape)], _coarse(shape)])
+
+
+def _choose(groups: Sequence[Sequence[Statistic]]) -> list[Statistic]:
+    """Take from each group the first alternative that fits into the rest of the budget."""
+    chosen, budget = [], MAX_SUMMARIES
+    for group in groups:
+        fitting = [s for s in group if 0 < len(s.labels) <= budget]
+        chosen += fitting[:1]
+        budget -= len(fitting[0].labels) if fitting else 0
+    return chosen
+
+
+def _named(name: str, columns: int) -> tuple[str, ...]:
+    return tuple(f"{name}[{i}]" for i in range(columns)) if columns > 1 else (name,)
+
+
+def _grid(x: Array) -> tuple[int, ...]:
+    """Return the axes of the grid of an array (B, *grid, C)."""
+    return tuple(range(1, x.ndim - 1))
+
+
+def _count() -> Statistic:
+    def compute(x: Array, mask: Array | None) -> Array:
+        return log_count(x, any_present(mask, x.ndim - 1))
+
+    return Statistic(("n",), compute)
+
+
+def _moment(power: int, columns: int) -> Statistic:
+    def compute(x: Array, mask: Array | None) -> Array:
+        return masked_mean(x**power, mask, _grid(x))
+
+    return Statistic(_named(_MOMENTS[power - 1], columns), compute)
+
+
+def _products(columns: int) -> Statistic:
+    """Mean products of each pair of columns, over the points where both are present."""
+    is_small = columns <= _MAX_COLUMNS_OF_PRODUCTS
+    pairs = [(i, j) for i in range(columns) for j in range(i)] if is_small else []
+
+    def compute(x: Array, mask: Array | None) -> Array:
+        first, second = (jnp.asarray(side) for side in zip(*pairs, strict=True))
+        both = None if mask is None else mask[..., first] & mask[..., second]
+        return masked_mean(x[..., first] * x[..., second], both, _grid(x))
+
+    return Statistic(tuple(f"mean product[{j}, {i}]" for i, j in pairs), compute)
+
+
+def _quantiles(columns: int) -> Statistic:
+    names = [_named(f"quantile {q}", columns) for q in _QUANTILES]
+    return Statistic(tuple(name for each in names for name in each), _masked_quantiles)
+
+
+def _masked_quantiles(x: Array, mask: Array | None) -> Array:
+    """Compute quantiles (B, Q, C) over axis 1 of the present entries; zeros if there are none."""
+    if mask is None:
+        mask = jnp.ones((1, *x.shape[1:]), bool)
+    ordered = jnp.sort(jnp.where(mask, x, jnp.full_like(x, _MAX_VALUE)), axis=1)
+    count = jnp.sum(mask, axis=1, keepdims=True)
+    last = jnp.maximum(count - 1, 0)
+    levels = jnp.asarray(_QUANTILES, x.dtype)[None, :, None]
+    position = levels * last.astype(x.dtype)
+    position = jnp.broadcast_to(position, (x.shape[0], *position.shape[1:]))
+    lower = jnp.floor(position).astype(last.dtype)
+    upper = jnp.minimum(lower + 1, last)
+    below, above = (jnp.take_along_axis(ordered, index, axis=1) for index in (lower, upper))
+    return fill(below + (position - lower.astype(x.dtype)) * (above - below), count > 0)
+
+
+def _lagged(axis: int, lag: int, name: str, columns: int) -> Statistic:
+    """Mean product of deviations from the mean at points that are `lag` apart along an axis."""
+
+    def compute(x: Array, mask: Array | None) -> Array:
+        deviations = _deviations(x, mask)
+        pair = [_shifted(deviations, axis, start, lag) for start in (0, lag)]
+        both = None
+        if mask is not None:
+            both = _shifted(mask, axis, 0, lag) & _shifted(mask, axis, lag, lag)
+        return masked_mean(pair[0] * pair[1], both, _grid(x))
+
+    return Statistic(_named(name, columns), compute)
+
+
+def _shifted(x: Array, axis: int, start: int, lag: int) -> Array:
+    """Return the part of an axis of the grid that starts at `start` and is `lag` points shorter."""
+    index = [slice(None)] * x.ndim
+    index[axis + 1] = slice(start, start + x.shape[axis + 1] - lag)
+    return x[tuple(index)]
+
+
+def _deviations(x: Array, mask: Array | None) -> Array:
+    """Subtract the mean of the present entries; missing entries stay zero."""
+    return fill(x - masked_mean(x, mask, _grid(x), keepdims=True), mask)
+
+
+def _difference(order: int, columns: int) -> Statistic:
+    """Mean square of the first or second differences of a series, on a logarithmic scale."""
+
+    def compute(x: Array, mask: Array | None) -> Array:
+        for _ in range(order):
+            x = _shifted(x, 0, 1, 1) - _shifted(x, 0, 0, 1)
+            if mask is not None:
+                mask = _shifted(mask, 0, 1, 1) & _shifted(mask, 0, 0, 1)
+        return jnp.log(masked_mean(x**2, mask, 1) + 1e-6) / 4.0
+
+    return Statistic(_named(f"log mean square difference {order}", columns), compute)
+
+
+def _spectrum(shape: tuple[int, ...]) -> Statistic:
+    """Logarithm of the power in bins of the frequency; missing entries count as the mean."""
+    columns, grid = shape[-1], shape[:-1]
+    bins = frequency_bins(grid, min(_BINS[len(grid)], MAX_SUMMARIES // (2 * columns)))
+
+    def compute(x: Array, mask: Array | None) -> Array:
+        present = jnp.ones((1,) * x.ndim, x.dtype) if mask is None else mask.astype(x.dtype)
+        fraction = jnp.mean(present, axis=_grid(x))
+        return log_power(_deviations(x, mask), bins, fraction)
+
+    names = [_named(f"spectrum {i}", columns) for i in range(bins.shape[-1])]
+    return Statistic(tuple(name for each in names for name in each), compute)
+
+
+def _coarse(shape: tuple[int, ...]) -> list[Statistic]:
+    """Means over the cells of a coarse grid, in several resolutions from fine to coarse."""
+    columns, grid = shape[-1], shape[:-1]
+    return [_cells(tuple(min(k, n) for n in grid), columns) for k in _COARSE[len(grid)]]
+
+
+def _cells(counts: tuple[int, ...], columns: int) -> Statistic:
+    def compute(x: Array, mask: Array | None) -> Array:
+        return coarse_means(x, mask, counts)
+
+    cells = [()]
+    for n in counts:
+        cells = [(*cell, i) for cell in cells for i in range(n)]
+    names = [_named(f"cell {' '.join(map(str, cell))}", columns) for cell in cells]
+    return Statistic(tuple(name for each in names for name in each), compute)
