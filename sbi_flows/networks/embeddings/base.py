@@ -48,6 +48,13 @@ class EmbeddingSettings(abc.ABC):
         """
 
     @abc.abstractmethod
+    def growing(self, like: Any) -> tuple[tuple[int, ...], ...]:
+        """Return the axes of each array along which an observation may be shorter than `like`.
+
+        A shorter observation is padded with missing entries. The order is that of `shared`.
+        """
+
+    @abc.abstractmethod
     def summary_labels(self, like: Any) -> tuple[str, ...]:
         """Return the names of the K fixed summaries."""
 

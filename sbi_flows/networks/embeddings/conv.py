@@ -111,6 +111,10 @@ class ConvNet(EmbeddingSettings):
         """Return the axes of the grid, whose entries share one standardisation."""
         return (tuple(range(self.axes)),)
 
+    def growing(self, like: Any) -> tuple[tuple[int, ...], ...]:
+        """Return no axes: an image has the size of the simulated ones."""
+        return ((),)
+
     def summary_labels(self, like: Any) -> tuple[str, ...]:
         """Return the names of the fixed summaries."""
         return labels_of(grid_statistics(self._shape(like)))

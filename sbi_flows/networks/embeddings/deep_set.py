@@ -21,6 +21,7 @@ from sbi_flows.networks.embeddings.elements import (
     Elements,
     check_set,
     require_each,
+    set_growing,
     set_labels,
     set_shared,
     set_summaries,
@@ -82,6 +83,10 @@ class DeepSet(EmbeddingSettings):
     def shared(self, like: Any) -> tuple[tuple[int, ...], ...]:
         """Return the axes along which all entries share one standardisation."""
         return set_shared(self.each, like)
+
+    def growing(self, like: Any) -> tuple[tuple[int, ...], ...]:
+        """Return the axis of the set, and the axes along which an element may be shorter."""
+        return set_growing(self.each, like)
 
     def summary_labels(self, like: Any) -> tuple[str, ...]:
         """Return the names of the fixed summaries."""

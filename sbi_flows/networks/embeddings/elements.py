@@ -58,6 +58,14 @@ def set_shared(each: EmbeddingSettings | None, like: Any) -> tuple[tuple[int, ..
     return ((0, *(axis + 1 for axis in inner)),)
 
 
+def set_growing(each: EmbeddingSettings | None, like: Any) -> tuple[tuple[int, ...], ...]:
+    """Return the axis of the set, and the axes along which an element may be shorter."""
+    if each is None:
+        return ((0,),)
+    (inner,) = each.growing(element_of(like))
+    return ((0, *(axis + 1 for axis in inner)),)
+
+
 def set_labels(each: EmbeddingSettings | None, like: Any) -> tuple[str, ...]:
     """Return the names of the fixed summaries of a set.
 

@@ -106,6 +106,11 @@ class Fusion(EmbeddingSettings):
         axes = [((),) if part is None else part.shared(like[name]) for name, part in self.parts]
         return tuple(leaf for part in axes for leaf in part)
 
+    def growing(self, like: Any) -> tuple[tuple[int, ...], ...]:
+        """Return the axes of each array along which it may be shorter."""
+        axes = [((),) if part is None else part.growing(like[name]) for name, part in self.parts]
+        return tuple(leaf for part in axes for leaf in part)
+
     def summary_labels(self, like: Any) -> tuple[str, ...]:
         """Return the names of the fixed summaries of all parts."""
         labels: list[str] = []

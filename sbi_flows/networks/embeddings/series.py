@@ -108,6 +108,10 @@ class SeriesNet(EmbeddingSettings):
         """Return the time axis, whose entries share one standardisation."""
         return ((0,),)
 
+    def growing(self, like: Any) -> tuple[tuple[int, ...], ...]:
+        """Return the time axis: a series may end early."""
+        return ((0,),)
+
     def summary_labels(self, like: Any) -> tuple[str, ...]:
         """Return the names of the fixed summaries."""
         return labels_of(series_statistics(self._shape(like)))
