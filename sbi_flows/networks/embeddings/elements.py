@@ -1,7 +1,7 @@
 """Elements of sets: shapes, first layer and fixed summaries, shared by all embeddings of sets.
 
-Public names: `Elements`, `require_each`, `check_set`, `element_of`, `set_shared`, `set_labels`,
-`set_summaries`.
+Public names: `Elements`, `require_each`, `check_set`, `element_of`, `set_shared`, `set_growing`,
+`set_labels`, `set_summaries`.
 """
 
 from __future__ import annotations
