@@ -43,7 +43,7 @@ from sbi_flows.networks.mlp import ResidualMLP, split_key
 MAX_TOKENS = 128
 """Maximum number of tokens in the attention layers, if the stride is chosen automatically."""
 
-_MAX_FIRST_FACTOR = 16
+_MAX_FIRST_FACTOR = 32
 _FACTOR = 4
 _OCTAVES = 8
 """Number of frequencies of the features of position; the longest period is 512 tokens."""
@@ -60,7 +60,7 @@ class SeriesNet(EmbeddingSettings):
     that series of different lengths can be padded to one length.
 
     Attributes:
-        width: Width of the first convolutions. If `stride` exceeds 16, all layers after them have
+        width: Width of the first convolutions. If `stride` exceeds 32, all layers after them have
             the width 2 * `width`.
         stride: Number of points in one token, a power of two; None chooses the smallest one that
             leaves at most 128 tokens.
