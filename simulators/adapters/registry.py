@@ -19,9 +19,12 @@ from simulators.tasks.gaussian_linear import gaussian_linear
 from simulators.tasks.gaussian_linear_uniform import gaussian_linear_uniform
 from simulators.tasks.gaussian_mixture import gaussian_mixture
 from simulators.tasks.lotka_volterra import lotka_volterra
+from simulators.tasks.normal_set import normal_set
+from simulators.tasks.sensors import sensors
 from simulators.tasks.sir import sir
 from simulators.tasks.slcp import slcp
 from simulators.tasks.slcp_distractors import slcp_distractors
+from simulators.tasks.two_instruments import two_instruments
 from simulators.tasks.two_moons import two_moons
 
 _CONSTRUCTORS: dict[str, Callable[[], Task]] = {
@@ -40,6 +43,9 @@ _CONSTRUCTORS: dict[str, Callable[[], Task]] = {
         sir,
         slcp,
         slcp_distractors,
+        normal_set,
+        sensors,
+        two_instruments,
         two_moons,
     )
 }
