@@ -30,6 +30,7 @@ from simulators.tasks.gaussian_linear_uniform import (
 from simulators.tasks.gaussian_mixture import gaussian_mixture as gaussian_mixture
 from simulators.tasks.lotka_volterra import lotka_volterra as lotka_volterra
 from simulators.tasks.normal_set import normal_set as normal_set
+from simulators.tasks.random_field import random_field as random_field
 from simulators.tasks.sensors import sensors as sensors
 from simulators.tasks.sir import sir as sir
 from simulators.tasks.slcp import slcp as slcp

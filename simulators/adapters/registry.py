@@ -20,6 +20,7 @@ from simulators.tasks.gaussian_linear_uniform import gaussian_linear_uniform
 from simulators.tasks.gaussian_mixture import gaussian_mixture
 from simulators.tasks.lotka_volterra import lotka_volterra
 from simulators.tasks.normal_set import normal_set
+from simulators.tasks.random_field import random_field
 from simulators.tasks.sensors import sensors
 from simulators.tasks.sir import sir
 from simulators.tasks.slcp import slcp
@@ -40,11 +41,12 @@ _CONSTRUCTORS: dict[str, Callable[[], Task]] = {
         influenza_ode,
         lotka_volterra,
         lynx_hare,
+        normal_set,
+        random_field,
+        sensors,
         sir,
         slcp,
         slcp_distractors,
-        normal_set,
-        sensors,
         two_instruments,
         two_moons,
     )

@@ -23,6 +23,7 @@ SHAPES = {  # flat theta and x
     "lotka_volterra": ((4,), (20,)),
     "lynx_hare": ((8,), (21, 2)),
     "normal_set": ((2,), (100,)),
+    "random_field": ((2,), (64, 64)),
     "sensors": ((5,), (30,)),
     "sir": ((2,), (10,)),
     "slcp": ((5,), (8,)),

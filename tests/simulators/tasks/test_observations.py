@@ -10,8 +10,10 @@ from scipy import stats
 
 import simulators
 from sbi_flows.prior import as_prior
+from simulators import Task
 from simulators.adapters import missing
-from simulators.tasks import normal_set, sensors, two_instruments
+from simulators.adapters.grid import sample_grid
+from simulators.tasks import normal_set, random_field, sensors, two_instruments
 
 DATASETS = 200
 DRAWS = 99
@@ -21,13 +23,12 @@ def nothing(key, x):
     return x
 
 
-def ranks(name: str, mask: Callable = nothing, distort: Callable = lambda draws: draws):
+def ranks(task: Task, mask: Callable = nothing, distort: Callable = lambda draws: draws):
     """Return the ranks, as numbers in (0, 1), of true parameters in the draws of the reference.
 
     `mask` is a function of a random key and an observation that removes entries of it. `distort`
     changes the draws.
     """
-    task = simulators.get(name)
     prior = as_prior(task.prior)
     theta = prior.sample(jax.random.key(1), DATASETS)
 
@@ -57,16 +58,17 @@ def drop_instruments(key, x):
 
 
 MASKED = [
-    ("normal_set", drop_entries),
-    ("sensors", drop_entries),
-    ("two_instruments", drop_instruments),
+    (simulators.normal_set(), drop_entries),
+    (simulators.random_field(size=16), nothing),
+    (simulators.sensors(), drop_entries),
+    (simulators.two_instruments(), drop_instruments),
 ]
 
 
 @pytest.mark.promotes
-@pytest.mark.parametrize(("name", "mask"), MASKED, ids=[name for name, _ in MASKED])
-def test_ranks_of_true_parameters_are_uniform(name, mask):
-    for values in ranks(name, mask).T:
+@pytest.mark.parametrize(("task", "mask"), MASKED, ids=[task.name for task, _ in MASKED])
+def test_ranks_of_true_parameters_are_uniform(task, mask):
+    for values in ranks(task, mask).T:
         assert stats.kstest(values, "uniform").pvalue > 1e-3
 
 
@@ -76,7 +78,7 @@ def test_ranks_in_draws_that_are_too_narrow_are_not_uniform():
         centre = jnp.mean(draws, axis=0, keepdims=True)
         return centre + 0.6 * (draws - centre)
 
-    values = ranks("sensors", drop_entries, narrow)
+    values = ranks(simulators.sensors(), drop_entries, narrow)
     assert stats.kstest(values.ravel(), "uniform").pvalue < 1e-3
 
 
@@ -164,3 +166,75 @@ def test_wrong_numbers_of_entries():
     for wrong in (("camera",), "redshift"):
         with pytest.raises(ValueError, match="instruments: expected names out of"):
             two_instruments.observation(1, wrong)
+
+
+def simulated(name: str, theta: dict[str, float], count: int) -> np.ndarray:
+    """Simulate at one parameter vector, shape (count, *event)."""
+    simulator, keys = simulators.get(name).simulator, jax.random.split(jax.random.key(7), count)
+    values = {name: jnp.float32(value) for name, value in theta.items()}
+    return np.asarray(jax.jit(jax.vmap(lambda key: simulator(key, values)))(keys), float)
+
+
+def test_the_modes_of_a_random_field_have_its_power_spectrum():
+    theta = {"log_amplitude": 2.0, "index": -2.5}
+    modes = np.fft.fft2(simulated("random_field", theta, 400), norm="ortho")
+    k = np.fft.fftfreq(64) * 64
+    radius = np.hypot(k[:, None], k)
+    radius[0, 0] = np.inf
+    expected = np.exp(2.0) * (radius / 8) ** -2.5 + 1.0
+    assert stats.kstest(modes[:, 0, 0].real, "norm").pvalue > 1e-3  # the white noise alone
+    half = modes[:, :, 1:32] / np.sqrt(expected[:, 1:32] / 2)  # no conjugate pair in this half
+    assert stats.kstest(half.real[:, ::4].ravel(), "norm").pvalue > 1e-3
+    assert stats.kstest(half.imag[:, ::4].ravel(), "norm").pvalue > 1e-3
+    ratio = np.mean(np.abs(half) ** 2, axis=0) / 2
+    assert np.abs(ratio - 1).max() < 5 / np.sqrt(400)
+
+
+def test_the_likelihood_of_a_random_field_is_that_of_its_pixels():
+    """Compare differences of log likelihoods with the multivariate normal density of 256 pixels."""
+    task, size = simulators.random_field(size=16), 16
+    x = task.observation(1)
+    k = np.fft.fftfreq(size) * size
+    radius = np.hypot(k[:, None], k)
+    thetas, expected, got = [(0.0, -2.0), (1.5, -3.5), (2.0, -1.0)], [], []
+    for amplitude, index in thetas:
+        with np.errstate(divide="ignore"):
+            power = np.where(radius > 0, np.exp(amplitude) * (radius / 2) ** index, 0.0)
+        kernel = np.fft.ifft2(power + 1.0).real
+        rows = np.arange(size)
+        shift = (rows[:, None] - rows) % size
+        covariance = kernel[shift[:, None, :, None], shift[None, :, None, :]]
+        normal = stats.multivariate_normal(cov=covariance.reshape(256, 256))
+        expected.append(normal.logpdf(np.asarray(x, float).ravel()))
+        got.append(float(random_field.log_likelihood(jnp.array([amplitude, index]), x)))
+    np.testing.assert_allclose(np.diff(got), np.diff(expected), rtol=1e-3)
+
+
+def test_sizes_of_a_random_field():
+    assert simulators.random_field(size=16).name == "random_field_16"
+    with pytest.raises(ValueError, match="expected an even number >= 16, got 17"):
+        simulators.random_field(size=17)
+
+
+@pytest.mark.parametrize("scale", [0.03, 5.0])
+def test_draws_from_a_grid(scale):
+    """A narrow correlated normal density, and one that the rectangle truncates."""
+    factor = np.array([[1.0, 0.0], [0.8, 0.6]])
+
+    def log_density(theta):
+        return -0.5 * jnp.sum(
+            (jnp.asarray(np.linalg.inv(factor), jnp.float32) @ theta / scale) ** 2
+        )
+
+    low, high, n = jnp.array([-1.0, -2.0]), jnp.array([1.0, 0.5]), 20_000
+    draws = np.asarray(sample_grid(jax.random.key(0), log_density, low, high, n), float)
+    axes = [np.linspace(low[i], high[i], 2002)[1:-1:2] for i in range(2)]
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
+    mass = np.exp(-0.5 * np.sum((grid @ np.linalg.inv(factor).T / scale) ** 2, axis=-1))
+    for axis in range(2):
+        marginal = mass.sum(axis=1 - axis)
+        cdf = (np.cumsum(marginal) - marginal / 2) / marginal.sum()
+        exact = np.interp(draws[:, axis], axes[axis], cdf)
+        assert stats.kstest(exact, "uniform").statistic < 1.95 / np.sqrt(n)  # p = .001
+    if scale < 1:
+        assert np.corrcoef(draws.T)[0, 1] == pytest.approx(0.8, abs=0.01)
