@@ -15,7 +15,6 @@ from simulators.adapters import missing
 from simulators.adapters.grid import sample_grid
 from simulators.tasks import normal_set, random_field, sensors, two_instruments
 
-DATASETS = 200
 DRAWS = 99
 
 
@@ -23,21 +22,27 @@ def nothing(key, x):
     return x
 
 
-def ranks(task: Task, mask: Callable = nothing, distort: Callable = lambda draws: draws):
+def ranks(
+    task: Task,
+    mask: Callable = nothing,
+    distort: Callable = lambda draws: draws,
+    datasets: int = 200,
+) -> np.ndarray:
     """Return the ranks, as numbers in (0, 1), of true parameters in the draws of the reference.
 
     `mask` is a function of a random key and an observation that removes entries of it. `distort`
     changes the draws.
     """
     prior = as_prior(task.prior)
-    theta = prior.sample(jax.random.key(1), DATASETS)
+    theta = prior.sample(jax.random.key(1), datasets)
 
     def draw(key, theta):
         simulator_key, mask_key, reference_key = jax.random.split(key, 3)
         x = mask(mask_key, task.simulator(simulator_key, prior.structured(theta)))
         return distort(task.sample_reference(reference_key, x, DRAWS))
 
-    draws = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(2), DATASETS), theta)
+    keys = jax.random.split(jax.random.key(2), datasets)
+    draws = jax.jit(lambda args: jax.lax.map(lambda row: draw(*row), args))((keys, theta))
     below = np.sum(np.asarray(draws) < np.asarray(theta)[:, None], axis=1)
     jitter = np.random.default_rng(3).uniform(size=below.shape)
     return (below + jitter) / (DRAWS + 1)
@@ -69,6 +74,25 @@ MASKED = [
 @pytest.mark.parametrize(("task", "mask"), MASKED, ids=[task.name for task, _ in MASKED])
 def test_ranks_of_true_parameters_are_uniform(task, mask):
     for values in ranks(task, mask).T:
+        assert stats.kstest(values, "uniform").pvalue > 1e-3
+
+
+def drop_trials(key, x):
+    return jnp.where((jnp.arange(300) < jax.random.randint(key, (), 5, 301))[:, None], x, jnp.nan)
+
+
+MASKED_SLOWLY = [
+    (simulators.drift_diffusion(), drop_trials),
+    (simulators.lens(), nothing),
+    (simulators.ornstein_uhlenbeck(), nothing),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.promotes
+@pytest.mark.parametrize(("task", "mask"), MASKED_SLOWLY, ids=[t.name for t, _ in MASKED_SLOWLY])
+def test_ranks_of_true_parameters_are_uniform_with_many_parameters(task, mask):
+    for values in ranks(task, mask, datasets=60).T:
         assert stats.kstest(values, "uniform").pvalue > 1e-3
 
 
