@@ -24,6 +24,7 @@ from simulators.gallery.lynx_hare import lynx_hare as lynx_hare
 from simulators.tasks.bernoulli_glm import bernoulli_glm as bernoulli_glm
 from simulators.tasks.bernoulli_glm import bernoulli_glm_raw as bernoulli_glm_raw
 from simulators.tasks.drift_diffusion import drift_diffusion as drift_diffusion
+from simulators.tasks.g_and_k import g_and_k as g_and_k
 from simulators.tasks.gaussian_linear import gaussian_linear as gaussian_linear
 from simulators.tasks.gaussian_linear_uniform import (
     gaussian_linear_uniform as gaussian_linear_uniform,

@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpyro.distributions as dist
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
+from jax.scipy.linalg import solve_triangular
+from jax.scipy.special import logsumexp
 from numpyro.infer.util import constrain_fn, potential_energy
 
 from sbi_flows.core.precision import full_precision
@@ -26,9 +27,13 @@ MIN_PROPOSALS = 4096
 MIN_EFFICIENCY = 0.1
 """Minimum ratio of the effective sample size to the number of proposals."""
 DEGREES = 5.0
-"""Degrees of freedom of the proposal, a multivariate t distribution."""
+"""Degrees of freedom of the components of the proposal, multivariate t distributions."""
+COMPONENTS = 64
+"""Number of narrow components of the proposal."""
 INFLATION = 1.3
-"""Factor by which the proposal's squared scale exceeds the posterior covariance."""
+"""Ratio of the squared scale of the broad component to the posterior covariance."""
+NARROWING = 0.4
+"""Ratio of the squared scale of the narrow components to the posterior covariance."""
 BATCH_SIZE = 1024
 START_SIZE = 1024
 """Number of draws in each round of population Monte Carlo."""
@@ -39,8 +44,8 @@ START_ROUNDS = 24
 class ImportanceReference:
     """Reference sampler that resamples draws of a proposal near the posterior.
 
-    The proposal is a multivariate t distribution in unconstrained coordinates, with the mean and
-    the covariance of the posterior as estimated by population Monte Carlo (see `mcmc.starts`). It
+    The proposal is a mixture of multivariate t distributions in unconstrained coordinates. Its
+    places and scales come from population Monte Carlo (see `mcmc.starts`). The sampler
     needs no gradients, is faster than NUTS, and works under `jit` and `vmap`. The posterior should
     have about ten parameters at most, and one mode.
 
@@ -89,14 +94,13 @@ def _resample(
     first, covariance = mcmc.starts(start_key, model, x, n=START_SIZE, rounds=START_ROUNDS)
     unravel = ravel_pytree({m: v[0] for m, v in first.items()})[1]
     rows = jax.vmap(lambda u: ravel_pytree(u)[0])(first)
-    factor = jnp.linalg.cholesky(INFLATION * covariance)
-    proposal = dist.MultivariateStudentT(DEGREES, jnp.mean(rows, axis=0), factor)
-    u = proposal.sample(draw_key, (max(MIN_PROPOSALS, PROPOSALS_PER_DRAW * n),))
+    count = max(MIN_PROPOSALS, PROPOSALS_PER_DRAW * n)
+    u, log_proposal = _propose(draw_key, rows, covariance, count)
 
     def log_joint(u: Array) -> Array:
         return -potential_energy(model, (x,), {}, unravel(u))
 
-    log_weight = lax.map(log_joint, u, batch_size=BATCH_SIZE) - proposal.log_prob(u)
+    log_weight = lax.map(log_joint, u, batch_size=BATCH_SIZE) - log_proposal
     weight = jax.nn.softmax(jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight))
     efficiency = 1.0 / jnp.sum(weight**2) / len(u)
     # systematic resampling: one uniform number in each of n intervals of equal probability
@@ -111,3 +115,38 @@ def _resample(
 
     draws = jax.vmap(constrain)(u[chosen])
     return jnp.where(efficiency >= MIN_EFFICIENCY, draws, jnp.nan), efficiency
+
+
+def _propose(key: Key, rows: Array, covariance: Array, count: int) -> tuple[Array, Array]:
+    """Draw from the proposal and return its log density at the draws, up to a constant.
+
+    The proposal is a mixture of t distributions in equal parts: a broad one at the mean of the
+    rows, and narrow ones at the first rows, which follow a skewed or curved posterior.
+
+    Args:
+        key: Random key.
+        rows: Approximate draws of the posterior, in random order, shape (rows, D).
+        covariance: Covariance of the posterior, shape (D, D).
+        count: Number of proposals.
+
+    Returns:
+        Proposals, shape (count, D), and log densities, shape (count,).
+    """
+    part_key, noise_key, radius_key = jax.random.split(key, 3)
+    dim, mean = rows.shape[1], jnp.mean(rows, axis=0)
+    factor = jnp.linalg.cholesky(covariance)
+    narrow = solve_triangular(factor, (rows[:COMPONENTS] - mean[None]).T, lower=True).T
+    centres = jnp.concatenate([jnp.zeros((1, dim)), narrow])
+    squared_scale = jnp.full(COMPONENTS + 1, NARROWING).at[0].set(INFLATION)
+    log_part = jnp.full(COMPONENTS + 1, -jnp.log(2.0 * COMPONENTS)).at[0].set(-jnp.log(2.0))
+    part = jax.random.categorical(part_key, log_part, shape=(count,))
+    radius = jnp.sqrt(DEGREES / jax.random.chisquare(radius_key, DEGREES, (count,)))
+    noise = radius[:, None] * jax.random.normal(noise_key, (count, dim))
+    white = centres[part] + jnp.sqrt(squared_scale[part])[:, None] * noise
+
+    def log_density(row: Array) -> Array:
+        squares = jnp.sum((row[None] - centres) ** 2, axis=-1) / squared_scale
+        log_t = -0.5 * (DEGREES + dim) * jnp.log1p(squares / DEGREES)
+        return logsumexp(log_part + log_t - 0.5 * dim * jnp.log(squared_scale))
+
+    return mean[None] + white @ factor.T, lax.map(log_density, white, batch_size=BATCH_SIZE)

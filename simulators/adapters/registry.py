@@ -16,6 +16,7 @@ from simulators.gallery.influenza import influenza, influenza_ode
 from simulators.gallery.lynx_hare import lynx_hare
 from simulators.tasks.bernoulli_glm import bernoulli_glm, bernoulli_glm_raw
 from simulators.tasks.drift_diffusion import drift_diffusion
+from simulators.tasks.g_and_k import g_and_k
 from simulators.tasks.gaussian_linear import gaussian_linear
 from simulators.tasks.gaussian_linear_uniform import gaussian_linear_uniform
 from simulators.tasks.gaussian_mixture import gaussian_mixture
@@ -38,6 +39,7 @@ _CONSTRUCTORS: dict[str, Callable[[], Task]] = {
         bernoulli_glm_raw,
         drift_diffusion,
         eight_schools,
+        g_and_k,
         gaussian_linear,
         gaussian_linear_uniform,
         gaussian_mixture,

@@ -16,6 +16,7 @@ SHAPES = {  # flat theta and x
     "bernoulli_glm_raw": ((10,), (100,)),
     "drift_diffusion": ((4,), (300, 2)),
     "eight_schools": ((10,), (8,)),
+    "g_and_k": ((4,), (1000,)),
     "gaussian_linear": ((10,), (10,)),
     "gaussian_linear_uniform": ((10,), (10,)),
     "gaussian_mixture": ((2,), (2,)),

@@ -10,7 +10,7 @@ from scipy.integrate import cumulative_trapezoid
 import simulators
 from simulators.adapters import mcmc
 from simulators.adapters.importance import ImportanceReference
-from simulators.tasks import drift_diffusion, lens, ornstein_uhlenbeck
+from simulators.tasks import drift_diffusion, g_and_k, lens, ornstein_uhlenbeck
 
 
 def numbers(theta: dict[str, float]) -> dict[str, jax.Array]:
@@ -152,8 +152,47 @@ def test_simulated_paths_have_the_covariance_of_the_process():
         assert abs(means.mean() - expected) < 4 * means.std() / 20
 
 
+QUANTILES = [
+    {"a": 3.0, "b": 1.0, "g": 2.0, "k": 0.5},
+    {"a": 0.0, "b": 0.1, "g": 4.0, "k": 0.0},
+    {"a": 10.0, "b": 10.0, "g": 0.0, "k": 1.0},
+]
+
+
+def quantile(theta: dict[str, float], z: np.ndarray) -> np.ndarray:
+    """Rayner and MacGillivray 2002, with (1 - exp(-g z)) / (1 + exp(-g z))."""
+    skew = (1 - np.exp(-theta["g"] * z)) / (1 + np.exp(-theta["g"] * z))
+    return theta["a"] + theta["b"] * (1 + 0.8 * skew) * (1 + z**2) ** theta["k"] * z
+
+
+@pytest.mark.parametrize("theta", QUANTILES)
+def test_the_density_and_the_draws_of_g_and_k(theta):
+    z, step = np.linspace(-4.5, 4.5, 301), 1e-5
+    slope = (quantile(theta, z + step) - quantile(theta, z - step)) / (2 * step)
+    x = jnp.asarray(quantile(theta, z), jnp.float32)
+    got = np.asarray(g_and_k.log_density(numbers(theta), x), float)
+    np.testing.assert_allclose(got, stats.norm.logpdf(z) - np.log(slope), atol=2e-3)
+    fine = np.linspace(-6, 6, 4001)
+    draws = simulated("g_and_k", theta, 20).ravel()
+    levels = stats.norm.cdf(np.interp(draws, quantile(theta, fine), fine))
+    assert stats.kstest(levels, "uniform").pvalue > 1e-3
+
+
+def test_the_gradient_of_the_density_of_g_and_k_and_missing_draws():
+    """NUTS needs the gradient through the numerical inversion."""
+    theta, x = numbers(QUANTILES[0]), jnp.array([2.0, jnp.nan, 3.5, 9.0])
+    density = g_and_k.log_density(theta, x)
+    assert density[1] == 0.0
+    np.testing.assert_array_equal(density[0], g_and_k.log_density(theta, x[:1])[0])
+    slopes = jax.jacfwd(lambda theta: g_and_k.log_density(theta, x))(theta)
+    for name, slope in slopes.items():
+        moved = [g_and_k.log_density({**theta, name: theta[name] + d}, x) for d in (0.01, -0.01)]
+        np.testing.assert_allclose(slope, (moved[0] - moved[1]) / 0.02, atol=5e-3)
+
+
 MODELS = {
     "drift_diffusion": (drift_diffusion._model, drift_diffusion._importance.sites),
+    "g_and_k": (g_and_k._model, tuple(g_and_k.BOUNDS)),
     "lens": (lens._model, tuple(lens.BOUNDS)),
     "ornstein_uhlenbeck": (ornstein_uhlenbeck._model, tuple(PATH)),
 }

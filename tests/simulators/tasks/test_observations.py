@@ -83,6 +83,7 @@ def drop_trials(key, x):
 
 MASKED_SLOWLY = [
     (simulators.drift_diffusion(), drop_trials),
+    (simulators.g_and_k(), nothing),
     (simulators.lens(), nothing),
     (simulators.ornstein_uhlenbeck(), nothing),
 ]
