@@ -35,6 +35,8 @@ INFLATION = 1.3
 NARROWING = 0.4
 """Ratio of the squared scale of the narrow components to the posterior covariance."""
 BATCH_SIZE = 1024
+REFINEMENTS = 2
+"""Number of times that draws of the proposal are resampled to make the next proposal."""
 START_SIZE = 1024
 """Number of draws in each round of population Monte Carlo."""
 START_ROUNDS = 24
@@ -94,14 +96,25 @@ def _resample(
     first, covariance = mcmc.starts(start_key, model, x, n=START_SIZE, rounds=START_ROUNDS)
     unravel = ravel_pytree({m: v[0] for m, v in first.items()})[1]
     rows = jax.vmap(lambda u: ravel_pytree(u)[0])(first)
-    count = max(MIN_PROPOSALS, PROPOSALS_PER_DRAW * n)
-    u, log_proposal = _propose(draw_key, rows, covariance, count)
 
     def log_joint(u: Array) -> Array:
         return -potential_energy(model, (x,), {}, unravel(u))
 
-    log_weight = lax.map(log_joint, u, batch_size=BATCH_SIZE) - log_proposal
-    weight = jax.nn.softmax(jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight))
+    def propose(key: Key, rows: Array, covariance: Array, count: int) -> tuple[Array, Array]:
+        u, log_proposal = _propose(key, rows, covariance, count)
+        log_weight = lax.map(log_joint, u, batch_size=BATCH_SIZE) - log_proposal
+        return u, jax.nn.softmax(jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight))
+
+    def refine(state: tuple[Array, Array], key: Key) -> tuple[tuple[Array, Array], None]:
+        propose_key, choice_key = jax.random.split(key)
+        u, weight = propose(propose_key, *state, MIN_PROPOSALS)
+        rows = u[jax.random.choice(choice_key, len(u), (len(state[0]),), p=weight)]
+        return (rows, jnp.atleast_2d(jnp.cov(rows.T)) + 1e-6 * jnp.eye(rows.shape[1])), None
+
+    refine_key, draw_key = jax.random.split(draw_key)
+    keys = jax.random.split(refine_key, REFINEMENTS)
+    (rows, covariance), _ = lax.scan(refine, (rows, covariance), keys)
+    u, weight = propose(draw_key, rows, covariance, max(MIN_PROPOSALS, PROPOSALS_PER_DRAW * n))
     efficiency = 1.0 / jnp.sum(weight**2) / len(u)
     # systematic resampling: one uniform number in each of n intervals of equal probability
     level = (jnp.arange(n) + jax.random.uniform(choice_key, (n,))) / n
