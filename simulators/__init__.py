@@ -23,13 +23,21 @@ from simulators.gallery.influenza import influenza_ode as influenza_ode
 from simulators.gallery.lynx_hare import lynx_hare as lynx_hare
 from simulators.tasks.bernoulli_glm import bernoulli_glm as bernoulli_glm
 from simulators.tasks.bernoulli_glm import bernoulli_glm_raw as bernoulli_glm_raw
+from simulators.tasks.drift_diffusion import drift_diffusion as drift_diffusion
+from simulators.tasks.g_and_k import g_and_k as g_and_k
 from simulators.tasks.gaussian_linear import gaussian_linear as gaussian_linear
 from simulators.tasks.gaussian_linear_uniform import (
     gaussian_linear_uniform as gaussian_linear_uniform,
 )
 from simulators.tasks.gaussian_mixture import gaussian_mixture as gaussian_mixture
+from simulators.tasks.lens import lens as lens
 from simulators.tasks.lotka_volterra import lotka_volterra as lotka_volterra
+from simulators.tasks.normal_set import normal_set as normal_set
+from simulators.tasks.ornstein_uhlenbeck import ornstein_uhlenbeck as ornstein_uhlenbeck
+from simulators.tasks.random_field import random_field as random_field
+from simulators.tasks.sensors import sensors as sensors
 from simulators.tasks.sir import sir as sir
 from simulators.tasks.slcp import slcp as slcp
 from simulators.tasks.slcp_distractors import slcp_distractors as slcp_distractors
+from simulators.tasks.two_instruments import two_instruments as two_instruments
 from simulators.tasks.two_moons import two_moons as two_moons

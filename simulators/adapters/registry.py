@@ -15,13 +15,21 @@ from simulators.gallery.eight_schools import eight_schools
 from simulators.gallery.influenza import influenza, influenza_ode
 from simulators.gallery.lynx_hare import lynx_hare
 from simulators.tasks.bernoulli_glm import bernoulli_glm, bernoulli_glm_raw
+from simulators.tasks.drift_diffusion import drift_diffusion
+from simulators.tasks.g_and_k import g_and_k
 from simulators.tasks.gaussian_linear import gaussian_linear
 from simulators.tasks.gaussian_linear_uniform import gaussian_linear_uniform
 from simulators.tasks.gaussian_mixture import gaussian_mixture
+from simulators.tasks.lens import lens
 from simulators.tasks.lotka_volterra import lotka_volterra
+from simulators.tasks.normal_set import normal_set
+from simulators.tasks.ornstein_uhlenbeck import ornstein_uhlenbeck
+from simulators.tasks.random_field import random_field
+from simulators.tasks.sensors import sensors
 from simulators.tasks.sir import sir
 from simulators.tasks.slcp import slcp
 from simulators.tasks.slcp_distractors import slcp_distractors
+from simulators.tasks.two_instruments import two_instruments
 from simulators.tasks.two_moons import two_moons
 
 _CONSTRUCTORS: dict[str, Callable[[], Task]] = {
@@ -29,17 +37,25 @@ _CONSTRUCTORS: dict[str, Callable[[], Task]] = {
     for constructor in (
         bernoulli_glm,
         bernoulli_glm_raw,
+        drift_diffusion,
         eight_schools,
+        g_and_k,
         gaussian_linear,
         gaussian_linear_uniform,
         gaussian_mixture,
         influenza,
         influenza_ode,
+        lens,
         lotka_volterra,
         lynx_hare,
+        normal_set,
+        ornstein_uhlenbeck,
+        random_field,
+        sensors,
         sir,
         slcp,
         slcp_distractors,
+        two_instruments,
         two_moons,
     )
 }

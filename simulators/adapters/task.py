@@ -21,7 +21,7 @@ from sbi_flows.core.typing import Key, Obs, Simulator
 from sbi_flows.prior import Prior, PriorLike, as_prior
 from simulators.adapters import stored
 
-SampleReference: TypeAlias = Callable[[Key, Array, int], Array]
+SampleReference: TypeAlias = Callable[[Key, Any, int], Array]
 """Function `(key, x, n)` that returns draws of the exact posterior given x, shape (n, D)."""
 
 OBSERVATION_SEED = 2101_04653
