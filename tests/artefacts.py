@@ -11,7 +11,8 @@ from safetensors import safe_open
 
 import sbi_flows as sf
 from sbi_flows.artefact.container import pack
-from sbi_flows.densities.conditional import Blueprint, Sizes, Weights, initial_weights
+from sbi_flows.densities.conditional import Blueprint, Weights, initial_weights
+from sbi_flows.densities.sizes import Sizes
 from sbi_flows.observations.standardise import Standardiser
 from tests.cases import perturbed
 

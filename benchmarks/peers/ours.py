@@ -15,7 +15,8 @@ import optax
 import sbi_flows as sf
 from benchmarks.peers.contestant import Fit, Recipe, Watch
 from sbi_flows.core.typing import Obs
-from sbi_flows.densities.conditional import Blueprint, Sizes, Weights
+from sbi_flows.densities.conditional import Blueprint, Weights
+from sbi_flows.densities.sizes import Sizes
 from sbi_flows.observations.standardise import fit_standardiser
 from sbi_flows.simulations.simulations import observation_shape
 from sbi_flows.training import FitKeys, TrainingData

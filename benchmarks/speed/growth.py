@@ -16,7 +16,8 @@ import numpy as np
 import sbi_flows as sf
 from benchmarks.peers.measure import interleaved
 from sbi_flows.core.tables import table
-from sbi_flows.densities.conditional import Blueprint, Sizes
+from sbi_flows.densities.conditional import Blueprint
+from sbi_flows.densities.sizes import Sizes
 from sbi_flows.training import FitKeys, TrainingData
 from sbi_flows.training.ensemble import Ensemble
 

@@ -25,7 +25,8 @@ from sbi_flows.artefact.settings import MAX_INTEGER, MAX_LAYERS
 from sbi_flows.artefact.strict import expect_fields, expect_integer, expect_type
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.core.precision import full_precision
-from sbi_flows.densities.conditional import Blueprint, Embedding, Weights, graph_of
+from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
+from sbi_flows.densities.embedding import Embedding
 from sbi_flows.networks.embeddings import EmbeddingSettings
 from sbi_flows.networks.graph import PointCloud
 from sbi_flows.networks.mlp import ResidualMLP

@@ -26,14 +26,9 @@ from sbi_flows.artefact.distributions import Tensors
 from sbi_flows.artefact.strict import expect_fields, expect_integer, expect_list, expect_type
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.core.typing import Obs
-from sbi_flows.densities.conditional import (
-    Blueprint,
-    Embedding,
-    Sizes,
-    Weights,
-    initial_weights,
-    summary_count,
-)
+from sbi_flows.densities.conditional import Blueprint, Weights, initial_weights
+from sbi_flows.densities.embedding import Embedding, summary_count
+from sbi_flows.densities.sizes import Sizes
 from sbi_flows.networks.embeddings import EmbeddingSettings
 
 MAX_ENSEMBLES = 64

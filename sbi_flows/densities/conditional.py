@@ -1,18 +1,14 @@
 """Model of the posterior in standard coordinates: embedding, linear start and density.
 
-Public names: `Conditional`, `Blueprint`, `Sizes`, `Weights`, `Embedding`, `summary_count`,
-`check_embedding`,
-`graph_of`, `has_likelihood_loss`, `needs_ode`, `initial_weights`, `ravel_weights`,
-`unravel_weights`.
+Public names: `Conditional`, `Blueprint`, `Weights`, `graph_of`, `has_likelihood_loss`, `needs_ode`,
+`initial_weights`, `ravel_weights`, `unravel_weights`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import distrax
@@ -22,18 +18,15 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from sbi_flows.core.typing import Key, Obs
+from sbi_flows.core.typing import Key
 from sbi_flows.densities.base import Density, DensitySettings, TransformedDistribution
+from sbi_flows.densities.embedding import Embedding, as_trainable, embed
 from sbi_flows.densities.ode import OdeFlow, SolverStats
+from sbi_flows.densities.sizes import Sizes
 from sbi_flows.densities.start import LinearStart, standard_truncation
 from sbi_flows.networks.embeddings import EmbeddingSettings
 from sbi_flows.networks.mlp import fast_key, split_key
 from sbi_flows.observations.missing import MissingPattern
-from sbi_flows.observations.standardise import Shapes, unflatten_rows
-
-Embedding = EmbeddingSettings | nnx.Module | Callable[[nnx.Rngs], nnx.Module]
-"""Settings of an embedding, flax module that maps observations (B, *event) to (B, F), or function
-`rngs -> module`."""
 
 
 class Conditional(nnx.Module):
@@ -146,76 +139,8 @@ class Conditional(nnx.Module):
         if self.embedding is None:
             return inputs
         x, mask = self.sizes.observations(inputs)
-        out = _embed(self.embedding, x, mask, key)
+        out = embed(self.embedding, x, mask, key)
         return jnp.concatenate([out, self.sizes.summaries_of(inputs)], axis=-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Sizes of the data that determine the shapes of a model's weights.
-
-    Attributes:
-        bounded: Which of the d standard coordinates are bounded.
-        tree: Pytree structure of one observation.
-        shapes: Shape of each array of the observation.
-        circular: Which of the d standard coordinates are circular; empty if none is.
-        has_mask: Whether entries can be missing, so that a mask follows the observation.
-        summaries: Number K of fixed summaries of an embedding.
-    """
-
-    bounded: tuple[bool, ...]
-    tree: Any
-    shapes: Shapes
-    circular: tuple[bool, ...] = ()
-    has_mask: bool = False
-    summaries: int = 0
-
-    @property
-    def dim(self) -> int:
-        """Number d of standard coordinates."""
-        return len(self.bounded)
-
-    @property
-    def feature_count(self) -> int:
-        """Number of features: length C of the flattened observation, twice that with a mask."""
-        return self.entry_count * (2 if self.has_mask else 1)
-
-    @property
-    def entry_count(self) -> int:
-        """Length C of the flattened observation."""
-        return sum(math.prod(shape) for shape in self.shapes)
-
-    @property
-    def input_count(self) -> int:
-        """Number I of inputs: features and summaries."""
-        return self.feature_count + self.summaries
-
-    @property
-    def regressor_count(self) -> int:
-        """Number of inputs that the linear start reads: the summaries, or all without summaries."""
-        return self.summaries or self.feature_count
-
-    def observations(self, inputs: Array) -> tuple[Obs, Obs | None]:
-        """Return observations (B, *event) from inputs (B, I), and masks; None without a mask."""
-        c = self.entry_count
-        x = unflatten_rows(inputs[:, :c], self.tree, self.shapes)
-        if not self.has_mask:
-            return x, None
-        return x, unflatten_rows(inputs[:, c : 2 * c] > 0.5, self.tree, self.shapes)
-
-    def summaries_of(self, inputs: Array) -> Array:
-        """Return the summaries (B, K) among inputs (B, I)."""
-        return inputs[..., self.feature_count :]
-
-    def regressors(self, inputs: Array) -> Array:
-        """Return the inputs that the linear start reads."""
-        return self.summaries_of(inputs) if self.summaries else inputs
-
-    @property
-    def like(self) -> Obs:
-        """Shape and dtype of one observation, as the networks see it."""
-        leaves = [jax.ShapeDtypeStruct(shape, jnp.result_type(float)) for shape in self.shapes]
-        return jax.tree.unflatten(self.tree, leaves)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +203,7 @@ class Blueprint:
         embedding, context_dim = self._build_embedding(embedding_key), sizes.input_count
         if embedding is not None:
             x, mask = sizes.observations(jnp.zeros((2, sizes.input_count)))
-            out = nnx.eval_shape(lambda m: _embed(m, x, mask, None), embedding)
+            out = nnx.eval_shape(lambda m: embed(m, x, mask, None), embedding)
             if out.ndim != 2 or out.shape[0] != 2:
                 raise ValueError(f"embedding: expected output (B, F), got {out.shape} for B = 2")
             context_dim = out.shape[1] + sizes.summaries
@@ -292,72 +217,16 @@ class Blueprint:
         if self.embedding is None:
             return None
         if isinstance(self.embedding, EmbeddingSettings):
-            return _as_trainable(self.embedding.build(nnx.Rngs(key), self.sizes.like))
+            return as_trainable(self.embedding.build(nnx.Rngs(key), self.sizes.like))
         if isinstance(self.embedding, nnx.Module):
             return nnx.clone(self.embedding)
-        return _as_trainable(self.embedding(nnx.Rngs(key)))
+        return as_trainable(self.embedding(nnx.Rngs(key)))
 
     def embedding_weights(self) -> Any:
         """Return the current weights of the embedding if it is a module, and None otherwise."""
         if not isinstance(self.embedding, nnx.Module):
             return None
         return nnx.as_pure(nnx.state(self.embedding, nnx.Param))
-
-
-def summary_count(embedding: Embedding | None, like: Obs) -> int:
-    """Return the number K of fixed summaries of an embedding, given one observation's shapes."""
-    if not isinstance(embedding, EmbeddingSettings):
-        return 0
-    return len(embedding.summary_labels(like))
-
-
-def check_embedding(embedding: Any) -> None:
-    """Raise ValueError if a value cannot be an embedding.
-
-    The shape of its output is checked later, by `Blueprint.build`.
-
-    Raises:
-        ValueError: The value is a module with state other than parameters, or is neither a module
-            nor a function of one `nnx.Rngs`.
-    """
-    if isinstance(embedding, EmbeddingSettings):
-        return
-    if isinstance(embedding, nnx.Module):
-        _as_trainable(embedding)
-        return
-    try:  # the metaclass of flax modules hides the signature of the class
-        if isinstance(embedding, type):
-            inspect.signature(embedding.__init__).bind(None, None)
-        else:
-            inspect.signature(embedding).bind(None)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"embedding: expected a module or a function of one nnx.Rngs, got {embedding!r}: "
-            f"{error}; other arguments can be set by functools.partial"
-        ) from None
-
-
-def _as_trainable(module: Any) -> nnx.Module:
-    """Return the module if all of its state is trainable parameters; otherwise raise ValueError.
-
-    State such as running statistics or random streams is rejected: it changes with every call, and
-    a fitted posterior must not change.
-    """
-    if not isinstance(module, nnx.Module):
-        raise ValueError(f"embedding: expected a flax nnx.Module, got {type(module).__name__}")
-    other = nnx.state(module, nnx.Not(nnx.Param))
-    kinds = {type(v).__name__ for v in jax.tree.leaves(other, is_leaf=_is_variable)}
-    if kinds:
-        raise ValueError(
-            f"embedding: expected a module whose state is parameters (nnx.Param) only, got "
-            f"{', '.join(sorted(kinds))}. Use LayerNorm in place of BatchNorm; for dropout, accept "
-            "an argument `key` in __call__, as sf.ResidualMLP does; it is None outside training"
-        )
-    return module
-
-
-def _is_variable(node: Any) -> bool:
-    return isinstance(node, nnx.Variable)
 
 
 class Weights(NamedTuple):
@@ -439,20 +308,3 @@ def unravel_weights(blueprint: Blueprint, vector: Array | np.ndarray) -> Any:
     parts = zip(split(vector, ends, axis=-1), shapes, strict=True)
     leaves = [p.reshape(*vector.shape[:-1], *s.shape).astype(s.dtype) for p, s in parts]
     return jax.tree.unflatten(tree, leaves)
-
-
-def _embed(embedding: nnx.Module, x: Obs, mask: Obs | None, key: Key | None) -> Array:
-    """Call the embedding, with a mask and a dropout key if it accepts them.
-
-    Raises:
-        ValueError: Entries can be missing, but the embedding does not accept a mask.
-    """
-    parameters = inspect.signature(type(embedding).__call__).parameters
-    if mask is not None and "mask" not in parameters:
-        raise ValueError(
-            "embedding: expected a module that accepts an argument `mask` in __call__, True where "
-            f"an entry is present, because entries can be missing, got {type(embedding).__name__}"
-        )
-    call: Any = embedding  # nnx.Module does not declare __call__
-    given = {"mask": mask, "key": key}
-    return call(x, **{name: value for name, value in given.items() if name in parameters})

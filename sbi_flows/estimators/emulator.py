@@ -31,8 +31,9 @@ from sbi_flows.core.errors import SbiFlowsError, TrainingDiverged
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key
 from sbi_flows.densities.base import DensitySettings, check_density
-from sbi_flows.densities.conditional import Blueprint, Sizes, Weights, graph_of
+from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
 from sbi_flows.densities.flow import MAF, NSF
+from sbi_flows.densities.sizes import Sizes
 from sbi_flows.estimators.stacking import StackHistory, fit_each
 from sbi_flows.observations.quantised import Grid, dequantised, find_grid, quantised
 from sbi_flows.observations.standardise import Standardiser

@@ -26,16 +26,11 @@ from sbi_flows.core.errors import SbiFlowsWarning, SimulationFailed, TrainingDiv
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.core.warn import warn_user
 from sbi_flows.densities.base import DensitySettings, check_density
-from sbi_flows.densities.conditional import (
-    Blueprint,
-    Embedding,
-    Sizes,
-    Weights,
-    check_embedding,
-    summary_count,
-)
+from sbi_flows.densities.conditional import Blueprint, Weights
 from sbi_flows.densities.embedded import inputs_of_rows
+from sbi_flows.densities.embedding import Embedding, check_embedding, summary_count
 from sbi_flows.densities.flow import NSF
+from sbi_flows.densities.sizes import Sizes
 from sbi_flows.estimators.emulator import Emulator, EmulatorFailed, Seen, emulate
 from sbi_flows.estimators.fit_warnings import outermost_fit, warn_after_fit, warn_before_fit
 from sbi_flows.estimators.rows import (

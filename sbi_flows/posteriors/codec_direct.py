@@ -32,8 +32,9 @@ from sbi_flows.core.doubles import HALF_ULP, MAX_ROUNDING, is_single_precision
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.core.record import ReadOnlyDict
 from sbi_flows.core.typing import Obs
-from sbi_flows.densities.conditional import Blueprint, Embedding, Weights
+from sbi_flows.densities.conditional import Blueprint, Weights
 from sbi_flows.densities.embedded import space_widths
+from sbi_flows.densities.embedding import Embedding
 from sbi_flows.observations.origin import Origin
 from sbi_flows.observations.standardise import Standardiser
 from sbi_flows.observations.typicality import Typicality

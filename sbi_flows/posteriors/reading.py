@@ -17,7 +17,7 @@ from sbi_flows.artefact.container import ArtefactFile
 from sbi_flows.artefact.layers import Header, read_layer, require_layers
 from sbi_flows.artefact.strict import expect_integer
 from sbi_flows.core.errors import ArtefactError
-from sbi_flows.densities.conditional import Embedding, check_embedding
+from sbi_flows.densities.embedding import Embedding, check_embedding
 from sbi_flows.posteriors import codec_direct
 from sbi_flows.posteriors.composed import ComposedPosterior
 from sbi_flows.posteriors.conformal import ConformalPosterior

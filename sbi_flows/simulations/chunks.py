@@ -17,8 +17,8 @@ import numpy as np
 
 from sbi_flows.core.checks import require_memory
 from sbi_flows.core.errors import SbiFlowsError, StoreSpoilt
+from sbi_flows.simulations.arrays import MAX_INDEX
 from sbi_flows.simulations.disk import PartedArray
-from sbi_flows.simulations.simulations import MAX_INDEX
 
 CODECS = {"BytesCodec", "ZstdCodec", "GzipCodec", "BloscCodec", "Crc32cCodec"}
 """Allowed zarr codecs. They only convert bytes to numbers and never run code from the file."""

@@ -16,8 +16,9 @@ from sbi_flows.core import doubles
 from sbi_flows.core.doubles import as_data_array
 from sbi_flows.core.pytrees import describe_arrays
 from sbi_flows.prior.prior import PriorLike, as_prior
+from sbi_flows.simulations.arrays import MAX_INDEX
 from sbi_flows.simulations.disk import ON_DISK, JoinedArray, keep_on_disk
-from sbi_flows.simulations.simulations import MAX_INDEX, Simulations
+from sbi_flows.simulations.simulations import Simulations
 
 
 def concatenate(parts: Sequence[Any], *, prior: PriorLike | None = None) -> Simulations:

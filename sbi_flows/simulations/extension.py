@@ -13,6 +13,7 @@ import numpy as np
 from sbi_flows.core.errors import SbiFlowsWarning
 from sbi_flows.core.labels import labels as entry_labels
 from sbi_flows.core.warn import warn_user
+from sbi_flows.simulations.arrays import usable_rows
 from sbi_flows.simulations.numbered import Chunk
 from sbi_flows.simulations.simulations import Simulations
 from sbi_flows.simulations.worker import to_named
@@ -44,6 +45,7 @@ class Extension(NamedTuple):
         x: Arrays of the observations, by name; they may be on disk.
         dtypes: Dtype in which each array of x is stored, by name.
         valid: Whether each row is valid, shape (n,).
+        missing: Whether NaN in x marks a missing entry.
     """
 
     labels: list[str]
@@ -51,6 +53,7 @@ class Extension(NamedTuple):
     x: dict[str, Any]
     dtypes: dict[str, np.dtype]
     valid: np.ndarray
+    missing: bool
 
 
 def as_extension(simulations: Simulations, stored: StoredLayout) -> Extension:
@@ -60,8 +63,6 @@ def as_extension(simulations: Simulations, stored: StoredLayout) -> Extension:
         ValueError: Names, shapes or dtypes differ from those of the store; x is neither an array
             nor a dict of arrays; or the simulations are of sequential rounds.
     """
-    if not isinstance(simulations, Simulations):
-        raise ValueError(f"simulations: expected Simulations, got {type(simulations).__name__}")
     if np.any(np.asarray(simulations.round) != 0):
         raise ValueError(
             "simulations: expected draws from the prior of the store, got rounds of sequential "
@@ -83,7 +84,7 @@ def as_extension(simulations: Simulations, stored: StoredLayout) -> Extension:
     for name, (_, dtype) in expected.items():
         _require_cast(f"x {name}".strip(), np.dtype(x[name].dtype), dtype)
     dtypes = {name: dtype for name, (_, dtype) in expected.items()}
-    return Extension(labels, theta, x, dtypes, np.asarray(simulations.valid))
+    return Extension(labels, theta, x, dtypes, np.asarray(simulations.valid), simulations.missing)
 
 
 def extension_chunks(extension: Extension, start: int, chunk_rows: int) -> Iterator[Chunk]:
@@ -97,8 +98,8 @@ def extension_chunks(extension: Extension, start: int, chunk_rows: int) -> Itera
     for first in range(0, len(extension.theta), chunk_rows):
         rows = slice(first, min(first + chunk_rows, len(extension.theta)))
         x = {n: np.asarray(a[rows]).astype(extension.dtypes[n]) for n, a in extension.x.items()}
-        finite = [np.isfinite(a.reshape(len(a), -1)).all(axis=1) for a in x.values()]
-        marked = np.flatnonzero(~extension.valid[rows] & np.all(finite, axis=0))
+        usable = usable_rows(x, missing=extension.missing)
+        marked = np.flatnonzero(~extension.valid[rows] & usable)
         reasons = {start + first + int(row): MARKED_INVALID for row in marked}
         yield Chunk(start + first, extension.theta[rows], x, reasons)
 

@@ -16,13 +16,14 @@ from tqdm.auto import tqdm
 from sbi_flows.core.checks import as_random_key, require_count, require_flag
 from sbi_flows.core.typing import Key, Simulator
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
+from sbi_flows.simulations.arrays import as_parameters
 from sbi_flows.simulations.batching import plan_calls, simulate_call, with_current_state
 from sbi_flows.simulations.constants import warn_constant
 from sbi_flows.simulations.executors import Executor, External
 from sbi_flows.simulations.external import empty_outputs, external_tasks, put_row
 from sbi_flows.simulations.failures import report_failures
 from sbi_flows.simulations.outputs import check_executor, check_outputs
-from sbi_flows.simulations.simulations import Simulations, as_parameters, unchecked_simulations
+from sbi_flows.simulations.simulations import Simulations, unchecked_simulations
 from sbi_flows.simulations.worker import from_named
 
 

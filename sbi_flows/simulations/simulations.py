@@ -1,14 +1,11 @@
 """Simulations: a frozen pytree of parameters and observations, in memory or on disk.
 
-Public names: `Simulations`, `unchecked_simulations`, `observation_shape`, `as_parameters`,
-`finite_rows`.
+Public names: `Simulations`, `unchecked_simulations`, `observation_shape`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,14 +17,10 @@ from jax.core import Tracer
 
 from sbi_flows.core import doubles
 from sbi_flows.core.checks import (
-    as_array,
     as_real_array,
     as_tree,
     require_flag,
-    require_memory,
-    require_real,
 )
-from sbi_flows.core.compilation import compiled_per_size
 from sbi_flows.core.doubles import as_data_array
 from sbi_flows.core.errors import SbiFlowsWarning
 from sbi_flows.core.frames import frame_columns
@@ -35,7 +28,16 @@ from sbi_flows.core.pytrees import describe_arrays
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.core.warn import warn_user
 from sbi_flows.observations.missing import MissingPattern
-from sbi_flows.prior.base import Prior, labels
+from sbi_flows.prior.base import Prior
+from sbi_flows.simulations.arrays import (
+    MAX_INDEX,
+    as_parameters,
+    finite_rows,
+    named_columns,
+    require_rows,
+    row_index,
+    whole_numbers,
+)
 from sbi_flows.simulations.disk import (
     ON_DISK,
     LazyArray,
@@ -45,9 +47,6 @@ from sbi_flows.simulations.disk import (
     keep_on_disk,
     to_pickle,
 )
-
-MAX_INDEX = 2**31 - 1
-"""Maximum number of rows, and of entries in a row: the largest 32-bit index."""
 
 MIN_WARNING_ROWS, MIN_WARNING_FRACTION = 10, 0.1
 """Number and fraction of rows with NaN or infinity. `Simulations` warns if both are exceeded."""
@@ -130,13 +129,14 @@ class Simulations:
     ) -> None:
         """Check the user's arrays, and mark failed rows of x as invalid."""
         require_flag(missing=missing)
-        theta, theta_names = _named_columns(theta)
+        theta, theta_names = named_columns(theta)
         theta, names = as_parameters(theta), Names(theta_names, frame_columns(x))
         n = len(theta)
         x = as_tree("x", x, as_data_array, kept=ON_DISK)
-        _require_rows(x, n)
-        valid = np.ones(n, bool) if valid is None else _integers("valid", valid, n, 1)
-        round = np.zeros(n, np.int32) if round is None else _integers("round", round, n, MAX_INDEX)
+        require_rows(x, n)
+        valid = np.ones(n, bool) if valid is None else whole_numbers("valid", valid, n, 1)
+        zeros = np.zeros(n, np.int32)
+        round = zeros if round is None else whole_numbers("round", round, n, MAX_INDEX)
         _set_fields(self, theta, x, valid, round, Facts(names, bool(missing)))
         not_finite = int(np.sum(np.asarray(valid, bool))) - self.num_valid
         if not_finite > max(MIN_WARNING_ROWS, MIN_WARNING_FRACTION * n):
@@ -170,7 +170,7 @@ class Simulations:
             ValueError: `rows` has another type, or a row number is out of range.
         """
         if not isinstance(rows, Tracer):
-            rows = _row_index(rows, len(self))
+            rows = row_index(rows, len(self))
         return jax.tree.map(lambda leaf: _as_leaf(leaf[rows]), self)
 
     def __repr__(self) -> str:
@@ -326,144 +326,6 @@ def _as_leaf(leaf: Any) -> Array | np.ndarray | LazyArray:
     return leaf if doubles.is_double(leaf) else jnp.asarray(as_real_array("x", leaf))
 
 
-def finite_rows(x: Obs, *, missing: bool = False) -> Array:
-    """Return whether each of the N rows of x is usable, shape (N,).
-
-    A row is usable if all leaves are finite; with `missing`, if no entry is infinite and at least
-    one is present.
-    """
-    # JAX would round numbers in double precision, possibly to infinity
-    return _finite_rows(jax.tree.map(_finiteness, x), missing)
-
-
-def _finiteness(array: Any) -> Any:
-    """Replace numbers in double precision: 0 if finite, infinity, or NaN; keep other arrays."""
-    if not doubles.is_double(array):
-        return array
-    return np.where(np.isfinite(array), 0.0, array).astype(np.float32)
-
-
-@compiled_per_size
-@partial(jax.jit, static_argnums=1)
-def _finite_rows(x: Obs, missing: bool) -> Array:
-    leaves = jax.tree.leaves(x)
-
-    def rows(test: Any, join: Any) -> Array:
-        return join(
-            jnp.stack([join(test(a), axis=tuple(range(1, a.ndim))) for a in leaves]), axis=0
-        )
-
-    if not missing:
-        return rows(jnp.isfinite, jnp.all)
-    return ~rows(jnp.isinf, jnp.any) & rows(lambda a: ~jnp.isnan(a), jnp.any)
-
-
 def observation_shape(x: Obs) -> Obs:
     """Return shape and dtype of one row of x, as a tree of `jax.ShapeDtypeStruct`."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), x)
-
-
-def _named_columns(theta: Any) -> tuple[Any, tuple[str, ...] | None]:
-    """Return theta as one array or table, and the names of its columns; None without names.
-
-    Raises:
-        ValueError: theta is a dict of arrays with different numbers of rows.
-    """
-    if not isinstance(theta, Mapping):
-        return theta, frame_columns(theta)
-    if not all(isinstance(name, str) for name in theta):
-        raise ValueError(f"theta: expected names as keys, got {list(theta)!s:.80}")
-    arrays = {name: np.asarray(as_array(f"theta: {name}", a)) for name, a in theta.items()}
-    rows = {a.shape[:1] for a in arrays.values()}
-    if len(rows) != 1 or rows == {()}:
-        shapes = {name: a.shape for name, a in arrays.items()}
-        raise ValueError(
-            f"theta: expected arrays with the same number of rows, got the shapes {shapes}"
-        )
-    for a in arrays.values():
-        _require_sizes("theta", a.shape)
-    columns = [a.reshape(len(a), math.prod(a.shape[1:])) for a in arrays.values()]
-    names = [label for name, a in arrays.items() for label in labels(name, a.shape[1:])]
-    return np.concatenate(columns, axis=1), tuple(names)
-
-
-def as_parameters(theta: Any, *, is_double: bool = False) -> Array | np.ndarray:
-    """Convert theta to a finite float array (N, D).
-
-    Args:
-        theta: The parameters.
-        is_double: Whether to keep float64 on the host in any case. Otherwise it is kept if single
-            precision loses information.
-
-    Raises:
-        ValueError: theta is not a finite numeric array with two axes, or it is empty.
-    """
-    array = as_array("theta", theta)
-    if array.ndim != 2 or array.dtype == np.bool_:
-        raise ValueError(f"theta: expected a numeric array (N, D), got {array.dtype}{array.shape}")
-    if not array.size:
-        raise ValueError(f"theta: expected at least one row and column, got shape {array.shape}")
-    require_real("theta", array.dtype)
-    _require_sizes("theta", array.shape)
-    values = np.asarray(array, float) if is_double else np.asarray(as_data_array("theta", array))
-    if not doubles.is_double(values):
-        values = values.astype(jnp.result_type(float), copy=False)
-    not_finite = int(np.sum(~np.isfinite(values).all(axis=-1)))
-    if not_finite:
-        raise ValueError(f"theta: expected finite values, got {not_finite} rows with NaN or inf")
-    return values if doubles.is_double(values) else jnp.asarray(values)
-
-
-def _require_rows(x: Obs, n: int) -> None:
-    """Raise ValueError unless each leaf of x has n rows, and a row has at least one number."""
-    leaves = jax.tree.leaves(x)
-    for leaf in leaves:
-        if leaf.ndim < 1 or len(leaf) != n:
-            raise ValueError(f"x: expected {n} rows as in theta, got shape {leaf.shape}")
-        _require_sizes("x", leaf.shape)
-    if not any(leaf.size for leaf in leaves):
-        raise ValueError("x: expected at least one number in each row, got none")
-
-
-def _require_sizes(name: str, shape: tuple[int, ...]) -> None:
-    """Raise ValueError if the number of rows, or of entries in a row, exceeds `MAX_INDEX`."""
-    if max(shape[0], math.prod(map(int, shape[1:]))) > MAX_INDEX:
-        raise ValueError(
-            f"{name}: expected at most {MAX_INDEX:,} rows, and numbers in each, got {shape}"
-        )
-    require_memory(f"{name}: a row", shape[1:], jnp.result_type(float))
-
-
-def _integers(name: str, value: Any, n: int, most: int) -> np.ndarray:
-    """Check and return n integers from 0 to `most`."""
-    array = np.asarray(as_real_array(name, value))
-    if array.shape != (n,):
-        raise ValueError(f"{name}: expected shape ({n},), got {array.shape}")
-    if not np.all((array >= 0) & (array <= most) & (array == np.floor(array))):
-        raise ValueError(f"{name}: expected whole numbers from 0 to {most:,}, got others")
-    return array
-
-
-def _row_index(rows: Any, n: int) -> np.ndarray | slice:
-    """Convert an index array or a mask of n rows to an index array; return a slice unchanged."""
-    if isinstance(rows, slice):
-        try:
-            rows.indices(n)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"rows: expected a slice of whole numbers, got {error}") from None
-        return rows
-    array = as_array("rows", rows)
-    require_real("rows", array.dtype)
-    array = np.asarray(array)
-    if array.dtype == bool and array.shape == (n,):
-        return np.flatnonzero(array)
-    is_integer = array.dtype.kind in "iu" or not array.size
-    if array.ndim != 1 or not is_integer:
-        raise ValueError(
-            f"rows: expected a slice or an index array, or {n} truth values, got "
-            f"{array.dtype}{list(array.shape)}"
-        )
-    beyond = array[(array < -n) | (array >= n)]
-    if beyond.size:
-        raise ValueError(f"rows: expected numbers from {-n} to {n - 1}, got {beyond[0]}")
-    return array.astype(np.int64)

@@ -20,11 +20,12 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from sbi_flows.core.checks import as_random_key, require_count
+from sbi_flows.core.checks import as_random_key, require_count, require_flag, require_object
 from sbi_flows.core.checksums import checksum
 from sbi_flows.core.errors import StoreBusy, StoreSpoilt
 from sbi_flows.core.typing import Key, Simulator
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
+from sbi_flows.simulations.arrays import usable_rows
 from sbi_flows.simulations.batching import plan_store_calls, with_current_state
 from sbi_flows.simulations.chunks import (
     Column,
@@ -74,13 +75,16 @@ class SimulationStore:
             if the process is killed, the rows of unfinished chunks are lost. One compiled call of a
             JAX simulator simulates at least 256 rows, which may be several small chunks. Chunks
             that are already in the store may have another size.
+        missing: Whether NaN in x marks a missing entry; otherwise it marks a failed simulation.
 
     Attributes:
         path: The folder or address.
         chunk: Number of rows in a new chunk.
+        missing: Whether NaN in x marks a missing entry.
 
     Raises:
-        ValueError: `chunk` is not positive, or the folder is neither empty nor a store.
+        ValueError: `chunk` is not positive, the folder is neither empty nor a store, or the store
+            was made with another value of `missing`.
 
     Example:
         >>> import jax, tempfile, numpyro.distributions as dist
@@ -91,24 +95,30 @@ class SimulationStore:
         (100, True, 100)
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, chunk: int = 1024) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, chunk: int = 1024, missing: bool = False
+    ) -> None:
         """Open the store and read its schema."""
         import zarr
 
         require_count(1, chunk=chunk)
+        require_flag(missing=missing)
         if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
             raise ValueError(f"path: expected a path, got {type(path).__name__}")
         if not os.fspath(path):
             raise ValueError("path: expected the path of a folder, got an empty string")
-        self.path, self.chunk = os.fspath(path), chunk
+        self.path, self.chunk, self.missing = os.fspath(path), chunk, bool(missing)
         try:
             # `Any` avoids narrowing zarr's types at every use. Only zarr format 3 is accepted,
             # because codecs of format 2 may run code.
             self._root: Any = zarr.open_group(self.path, mode="a", zarr_format=3)
             self._rows: Any = self._root.require_group("rows")
-            self._schema()
+            schema = self._schema()
         except Exception as error:
             raise ValueError(f"path: expected a store or none, got {self.path}: {error}") from error
+        stored = self.missing if schema is None else schema.get("missing", False)
+        if stored != self.missing:
+            raise ValueError(f"missing: expected {stored} as in the store, got {self.missing}")
 
     def _schema(self) -> Mapping[str, Any] | None:
         """Return the schema of the store; None for a new store.
@@ -208,12 +218,18 @@ class SimulationStore:
             >>> sims
             Simulations(N=10, D=1, x=float32[3], invalid=0)
         """
+        require_object("simulations", simulations, Simulations, "Simulations")
+        if simulations.missing != self.missing:
+            raise ValueError(
+                f"simulations: expected missing={self.missing} as in the store, got "
+                f"missing={simulations.missing}"
+            )
         with self._locked():
             sealed, schema = self._sealed(), self._schema()
             if schema is None or (not sealed and schema["key"] is None):
                 extension = as_extension(simulations, StoredLayout())
-                origin = {"format": FORMAT, **unknown_origin(extension), "versions": versions()}
-                self._root.attrs["sbi_flows"] = origin
+                origin = {"format": FORMAT, **unknown_origin(extension)}
+                self._write_schema(origin)
             else:
                 extension = as_extension(simulations, self._stored_layout(schema, sealed))
             start = max((chunk.start + chunk.count for chunk in sealed), default=0)
@@ -281,7 +297,7 @@ class SimulationStore:
             for n in ("theta", "valid")
         )
         with spoilt_on_error(self.path, "rows"):
-            return Simulations(theta, from_named(x), valid=valid)
+            return Simulations(theta, from_named(x), valid=valid, missing=self.missing)
 
     def failures(self) -> Failures:
         """Return the failed rows, the reasons of the failures, and the parameters of all rows.
@@ -334,8 +350,7 @@ class SimulationStore:
                 )
         group = self._rows.create_group(f"{chunk.start:012d}", overwrite=True)
         arrays = {"theta": chunk.theta, **{f"x.{name}": a for name, a in chunk.x.items()}}
-        finite = [np.isfinite(a.reshape(len(a), -1)).all(axis=1) for a in chunk.x.values()]
-        arrays["valid"] = np.all(finite, axis=0)
+        arrays["valid"] = usable_rows(chunk.x, missing=self.missing)
         arrays["valid"][[row - chunk.start for row in chunk.reasons]] = False
         for name, array in arrays.items():
             group.create_array(name, data=array, chunks=array.shape)
@@ -361,12 +376,14 @@ class SimulationStore:
             "simulator": identity,
         }
         stored = self._schema()
-        if stored is None:
-            self._root.attrs["sbi_flows"] = {**schema, "versions": versions()}
-            return
-        require_same_origin(self.path, stored, schema)
-        if stored["key"] is None:
-            self._root.attrs["sbi_flows"] = {**schema, "versions": versions()}
+        if stored is not None:
+            require_same_origin(self.path, stored, schema)
+        if stored is None or stored["key"] is None:
+            self._write_schema(schema)
+
+    def _write_schema(self, schema: Mapping[str, Any]) -> None:
+        missing = {"missing": True} if self.missing else {}  # written only if it is needed
+        self._root.attrs["sbi_flows"] = {**schema, **missing, "versions": versions()}
 
 
 def _gaps(chunks: list[SealedChunk], n: int) -> Iterator[tuple[int, int]]:

@@ -45,8 +45,9 @@ from sbi_flows.core.errors import WeightsUneven
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
+from sbi_flows.simulations.arrays import as_parameters
 from sbi_flows.simulations.classifier import Network, fit_classifier, mean_probability
-from sbi_flows.simulations.simulations import Simulations, as_parameters
+from sbi_flows.simulations.simulations import Simulations
 
 MIN_SIMULATIONS = 20
 """Minimum number of failed simulations, and minimum number of valid simulations."""

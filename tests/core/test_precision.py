@@ -11,7 +11,8 @@ from jax.extend import core
 
 import sbi_flows as sf
 from sbi_flows.core.precision import inherit_precision, precision_context
-from sbi_flows.densities.conditional import Blueprint, Sizes, Weights, initial_weights
+from sbi_flows.densities.conditional import Blueprint, Weights, initial_weights
+from sbi_flows.densities.sizes import Sizes
 from sbi_flows.posteriors import mixtures
 from sbi_flows.training import TrainingData, members
 from sbi_flows.training.group import Plan, Source

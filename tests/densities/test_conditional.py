@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sbi_flows.densities.conditional import Blueprint, Sizes, initial_weights
+from sbi_flows.densities.conditional import Blueprint, initial_weights
+from sbi_flows.densities.sizes import Sizes
 from tests.cases import DENSITIES
 
 pytestmark = pytest.mark.promotes

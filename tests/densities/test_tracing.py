@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 import sbi_flows as sf
-from sbi_flows.densities.conditional import Blueprint, Sizes, graph_of, initial_weights
+from sbi_flows.densities.conditional import Blueprint, graph_of, initial_weights
 from sbi_flows.densities.distilled import Distilled
+from sbi_flows.densities.sizes import Sizes
 from tests.cases import DENSITIES, perturbed
 
 pytestmark = pytest.mark.promotes

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 from jax import Array
 
-from sbi_flows.densities.conditional import Blueprint, Sizes, graph_of, initial_weights
+from sbi_flows.densities.conditional import Blueprint, graph_of, initial_weights
+from sbi_flows.densities.sizes import Sizes
 from sbi_flows.densities.start import fit_linear_start
 from sbi_flows.densities.turn import Turn
 from sbi_flows.prior.circular import HALF_WIDTH

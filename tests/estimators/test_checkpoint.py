@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 import sbi_flows as sf
-from sbi_flows.densities.conditional import Blueprint, Sizes
+from sbi_flows.densities.conditional import Blueprint
+from sbi_flows.densities.sizes import Sizes
 from sbi_flows.estimators import rows as estimator_rows
 from sbi_flows.estimators import truncated
 from sbi_flows.prior.box import BoxPrior

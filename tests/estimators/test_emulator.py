@@ -11,7 +11,8 @@ import pytest
 
 import sbi_flows as sf
 from sbi_flows.core.errors import SbiFlowsWarning
-from sbi_flows.densities.conditional import Blueprint, Sizes, Weights
+from sbi_flows.densities.conditional import Blueprint, Weights
+from sbi_flows.densities.sizes import Sizes
 from sbi_flows.estimators import emulator as module
 from sbi_flows.observations.quantised import find_grid
 from sbi_flows.observations.standardise import fit_standardiser

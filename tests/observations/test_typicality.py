@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 import sbi_flows as sf
-from sbi_flows.densities.conditional import Blueprint, Sizes
+from sbi_flows.densities.conditional import Blueprint
+from sbi_flows.densities.sizes import Sizes
 from sbi_flows.observations.spaces import normal_scores
 from sbi_flows.observations.standardise import fit_standardiser, flatten_rows
 from sbi_flows.observations.typicality import Typicality, fit_typicality

@@ -9,7 +9,8 @@ import pytest
 import sbi_flows as sf
 from sbi_flows import training
 from sbi_flows.core.errors import SbiFlowsError, TrainingDiverged
-from sbi_flows.densities.conditional import Blueprint, Sizes, Weights
+from sbi_flows.densities.conditional import Blueprint, Weights
+from sbi_flows.densities.sizes import Sizes
 from sbi_flows.training import FitKeys, TrainingData, ensemble, fitting, members
 from sbi_flows.training.group import Best, updated
 
