@@ -9,11 +9,9 @@ from __future__ import annotations
 import dataclasses
 import time
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax import Array
 
 from sbi_flows.core.checks import (
     require_count,
@@ -22,11 +20,11 @@ from sbi_flows.core.checks import (
     require_positive,
 )
 from sbi_flows.core.compilation import drop_old_programs
-from sbi_flows.core.errors import SbiFlowsWarning, SimulationFailed, TrainingDiverged
+from sbi_flows.core.errors import SbiFlowsWarning, TrainingDiverged
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.core.warn import warn_user
 from sbi_flows.densities.base import DensitySettings, check_density
-from sbi_flows.densities.conditional import Blueprint, Weights
+from sbi_flows.densities.conditional import Blueprint
 from sbi_flows.densities.embedded import inputs_of_rows
 from sbi_flows.densities.embedding import Embedding, check_embedding, summary_count
 from sbi_flows.densities.flow import NSF
@@ -34,12 +32,12 @@ from sbi_flows.densities.sizes import Sizes
 from sbi_flows.estimators.emulator import Emulator, EmulatorFailed, Seen, emulate
 from sbi_flows.estimators.fit_warnings import outermost_fit, warn_after_fit, warn_before_fit
 from sbi_flows.estimators.rows import (
-    contains,
+    Problem,
+    checked_simulations,
     prepare,
     rows_in_memory,
     standard_coordinates,
     stream_of,
-    summarised,
     with_emulated,
 )
 from sbi_flows.estimators.stacking import StackHistory
@@ -258,7 +256,7 @@ class NPE:
         training = self.training.with_checkpoint_of(self.training, name)
         return dataclasses.replace(self, training=training)
 
-    def _problem(self, keys: FitKeys, simulations: Simulations) -> _Problem:
+    def _problem(self, keys: FitKeys, simulations: Simulations) -> Problem:
         """Prepare the rows and the blueprint of a fit."""
         rows, sample = rows_in_memory(keys.sample, simulations)
         observation = observation_shape(rows.x)
@@ -285,9 +283,7 @@ class NPE:
             hidden = inputs_of_rows(blueprint, selected.features, keys.masks)
             selected = dataclasses.replace(selected, hidden=hidden)
             features = hidden[:, : blueprint.sizes.feature_count]
-        return _Problem(
-            blueprint, standardiser, observation, selected, relative, features, screened
-        )
+        return Problem(blueprint, standardiser, observation, selected, relative, features, screened)
 
     def _shared_axes(self, observation: Obs) -> SharedAxes | None:
         """Return the axes whose entries share a standardisation; None if the embedding says none.
@@ -340,7 +336,7 @@ class NPE:
         self,
         keys: FitKeys,
         emulator: Emulator,
-        problem: _Problem,
+        problem: Problem,
         simulations: Simulations,
         *,
         progress: bool,
@@ -387,66 +383,10 @@ class NPE:
 
     def _checked(self, simulations: Simulations) -> Simulations:
         """Return the simulations relative to the prior; raise an error if they do not fit."""
-        if not isinstance(simulations, Simulations):
-            raise ValueError(
-                f"simulations: expected sf.Simulations, got {type(simulations).__name__}"
-            )
-        simulations = simulations.relative_to(self.prior)
-        dim = simulations.theta.shape[1]
-        if dim != self.prior.dim:
-            raise ValueError(
-                f"theta: expected {self.prior.dim} columns for {self.prior.labels}, got {dim}"
-            )
-        outside = int(np.sum(~np.asarray(contains(self.prior, simulations.theta))))
-        if outside:
-            raise ValueError(
-                f"theta: expected values inside the prior's support, got {outside} rows outside"
-            )
-        if simulations.num_valid < 10:
-            raise SimulationFailed(
-                "expected at least 10 finite simulations to train on, got "
-                f"{simulations.num_valid} of {len(simulations)}"
-            )
-        if simulations.missing and (self.emulator or self.screening):
-            name = "emulator" if self.emulator else "screening"
-            raise ValueError(f"{name}: expected none with missing entries, got one")
-        if simulations.on_disk and self.emulator is not None:
+        checked = checked_simulations(self.prior, simulations)
+        for name in ("emulator", "screening"):
+            if checked.missing and getattr(self, name) is not None:
+                raise ValueError(f"{name}: expected none with missing entries, got one")
+        if checked.on_disk and self.emulator is not None:
             raise ValueError("emulator: expected none with observations on disk, got one")
-        return simulations
-
-
-class _Problem(NamedTuple):
-    """Data and model of a fit, prepared from the simulations.
-
-    Attributes:
-        blueprint: Description of the model.
-        standardiser: Standardiser of all entries of the observation.
-        observation: Shape and dtype of one observation.
-        data: Training rows, with the features that the model uses.
-        x: Observations of the training rows, relative to the origin of the standardiser.
-        features: All features of the training rows, shape (N, C).
-        screened: Indices of the entries that the screening selected; None without screening.
-    """
-
-    blueprint: Blueprint
-    standardiser: Standardiser
-    observation: Obs
-    data: TrainingData
-    x: Obs
-    features: Array
-    screened: tuple[int, ...] | None
-
-    def posterior(
-        self, prior: Prior, key: Key | None, rows: UsedRows, weights: Weights
-    ) -> Posterior:
-        """Return the posterior with these weights; a key adds a summary of the training rows."""
-        posterior = Posterior(
-            prior,
-            (self.blueprint,),
-            (weights,),
-            (1.0,),
-            self.standardiser,
-            self.observation,
-            used_rows=rows,
-        )
-        return posterior if key is None else summarised(key, posterior, self.features)
+        return checked

@@ -1,7 +1,7 @@
 """Conversion of simulations to training rows: standard coordinates and features.
 
 Public names: `contains`, `standard_coordinates`, `prepare`, `with_emulated`, `rows_in_memory`,
-`stream_of`, `summarised`.
+`stream_of`, `summarised`, `checked_simulations`, `Problem`.
 
 Each function is compiled as one program. Without this, a new process would compile about thirty
 programs, one for each operation.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,10 @@ import numpy as np
 from jax import Array
 
 from sbi_flows.core.compilation import compiled_per_size
+from sbi_flows.core.errors import SimulationFailed
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key, Obs
-from sbi_flows.densities.conditional import Blueprint
+from sbi_flows.densities.conditional import Blueprint, Weights
 from sbi_flows.densities.embedded import spaces_of
 from sbi_flows.estimators.emulator import Emulated
 from sbi_flows.observations.origin import fit_origin
@@ -29,6 +30,7 @@ from sbi_flows.observations.standardise import SharedAxes, Standardiser, fit_sta
 from sbi_flows.observations.typicality import fit_typicality
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.prior import Prior
+from sbi_flows.simulations.fingerprints import UsedRows
 from sbi_flows.simulations.simulations import Simulations
 from sbi_flows.training import Stream, TrainingData
 
@@ -169,3 +171,66 @@ def summarised(key: Key, posterior: Posterior, features: Array) -> Posterior:
     standardiser = None if blueprint.sizes.summaries else posterior.standardiser
     typicality = fit_typicality(key, spaces, standardiser, features)
     return dataclasses.replace(posterior, typicality=typicality)
+
+
+def checked_simulations(prior: Prior, simulations: Simulations) -> Simulations:
+    """Return the simulations relative to the prior.
+
+    Raises:
+        ValueError: theta has the wrong shape or lies outside the prior's support.
+        SimulationFailed: Fewer than 10 rows are valid.
+    """
+    if not isinstance(simulations, Simulations):
+        raise ValueError(f"simulations: expected sf.Simulations, got {type(simulations).__name__}")
+    simulations = simulations.relative_to(prior)
+    dim = simulations.theta.shape[1]
+    if dim != prior.dim:
+        raise ValueError(f"theta: expected {prior.dim} columns for {prior.labels}, got {dim}")
+    outside = int(np.sum(~np.asarray(contains(prior, simulations.theta))))
+    if outside:
+        raise ValueError(
+            f"theta: expected values inside the prior's support, got {outside} rows outside"
+        )
+    if simulations.num_valid < 10:
+        raise SimulationFailed(
+            "expected at least 10 finite simulations to train on, got "
+            f"{simulations.num_valid} of {len(simulations)}"
+        )
+    return simulations
+
+
+class Problem(NamedTuple):
+    """Data and model of a fit, prepared from the simulations.
+
+    Attributes:
+        blueprint: Description of the model.
+        standardiser: Standardiser of all entries of the observation.
+        observation: Shape and dtype of one observation.
+        data: Training rows, with the features that the model uses.
+        x: Observations of the training rows, relative to the origin of the standardiser.
+        features: All features of the training rows, shape (N, C).
+        screened: Indices of the entries that the screening selected; None without screening.
+    """
+
+    blueprint: Blueprint
+    standardiser: Standardiser
+    observation: Obs
+    data: TrainingData
+    x: Obs
+    features: Array
+    screened: tuple[int, ...] | None
+
+    def posterior(
+        self, prior: Prior, key: Key | None, rows: UsedRows, weights: Weights
+    ) -> Posterior:
+        """Return the posterior with these weights; a key adds a summary of the training rows."""
+        posterior = Posterior(
+            prior,
+            (self.blueprint,),
+            (weights,),
+            (1.0,),
+            self.standardiser,
+            self.observation,
+            used_rows=rows,
+        )
+        return posterior if key is None else summarised(key, posterior, self.features)
