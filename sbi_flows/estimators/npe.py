@@ -19,7 +19,6 @@ from sbi_flows.core.checks import (
     require_object,
     require_positive,
 )
-from sbi_flows.core.compilation import drop_old_programs
 from sbi_flows.core.errors import SbiFlowsWarning, TrainingDiverged
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.core.warn import warn_user
@@ -212,7 +211,6 @@ class NPE:
     ) -> tuple[Posterior, History]:
         """Fit to `checked`, the given simulations relative to the prior; see `fit`."""
         began = time.perf_counter()
-        drop_old_programs((len(checked), checked.num_valid))
         keys = FitKeys.of(key)
         problem = self._problem(keys, checked)
         data, emulator_history = problem.data, None

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sbi_flows.core.compilation import compiled_per_size
+from sbi_flows.core.compilation import compiled_per_size, drop_old_programs
 from sbi_flows.core.errors import SimulationFailed
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key, Obs
