@@ -182,6 +182,8 @@ def checked_simulations(prior: Prior, simulations: Simulations) -> Simulations:
     """
     if not isinstance(simulations, Simulations):
         raise ValueError(f"simulations: expected sf.Simulations, got {type(simulations).__name__}")
+    # before the first program of this size is compiled
+    drop_old_programs((len(simulations), simulations.num_valid))
     simulations = simulations.relative_to(prior)
     dim = simulations.theta.shape[1]
     if dim != prior.dim:

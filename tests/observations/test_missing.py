@@ -1,4 +1,4 @@
-"""Random patterns of missing entries, shared standardisation, and observations that lack entries."""
+"""Random patterns of missing entries, shared standardisation, observations that lack entries."""
 
 import jax
 import jax.numpy as jnp

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import sbi_flows as sf
-from sbi_flows.core.compilation import drop_old_programs
 import simulators
 from benchmarks.__main__ import main
 from benchmarks.suite import description, methods, runner
 from benchmarks.suite.settings import Settings
+from sbi_flows.core.compilation import drop_old_programs
 from sbi_flows.estimators.stacking import StackHistory
 
 ROOT = Path(__file__).parents[3]
