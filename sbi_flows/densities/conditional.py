@@ -169,13 +169,18 @@ class Blueprint:
 
         They are the selected features, or all features and the fixed summaries of an embedding.
         """
-        if self.feature_indices is not None:
-            return features[..., np.asarray(self.feature_indices)]
+        features = self.select(features)
         if not self.sizes.summaries:
             return features
         flat = features.reshape(-1, features.shape[-1])
         summaries = self.settings.summarise(*self.sizes.observations(flat))
         return jnp.concatenate([features, summaries.reshape(*features.shape[:-1], -1)], axis=-1)
+
+    def select(self, features: Array) -> Array:
+        """Select the features (*, C) that the model uses."""
+        if self.feature_indices is None:
+            return features
+        return features[..., np.asarray(self.feature_indices)]
 
     @property
     def settings(self) -> EmbeddingSettings:

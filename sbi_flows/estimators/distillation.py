@@ -26,6 +26,7 @@ from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
 from sbi_flows.densities.distilled import Distilled, add_student
 from sbi_flows.densities.matching import Diffusion, FlowMatching
 from sbi_flows.posteriors.direct import Posterior
+from sbi_flows.posteriors.fresh import hidden_as_in_fit
 from sbi_flows.simulations.fingerprints import UsedRows
 from sbi_flows.simulations.simulations import Simulations
 from sbi_flows.training import Training
@@ -99,7 +100,8 @@ def distil(
     """
     training = DEFAULT_TRAINING if training is None else training
     _check(posterior, simulations, steps, training)
-    features = posterior.features(simulations.only_valid().x)
+    valid = hidden_as_in_fit(key, posterior, simulations.only_valid())
+    features = posterior.features(valid.x)
     parts, errors, epochs = [], [], training.max_epochs
     for i, (blueprint, teacher) in enumerate(
         zip(posterior.blueprints, posterior.weights, strict=True)

@@ -262,7 +262,7 @@ class NPE:
             self.prior,
             rows.theta,
             rows.x,
-            self._shared_axes(observation),
+            self.shared_axes(observation),
             has_missing=simulations.missing or self.missing is not None,
         )
         if self.missing is not None and standardiser.can_miss is not None:
@@ -283,7 +283,7 @@ class NPE:
             features = hidden[:, : blueprint.sizes.feature_count]
         return Problem(blueprint, standardiser, observation, selected, relative, features, screened)
 
-    def _shared_axes(self, observation: Obs) -> SharedAxes | None:
+    def shared_axes(self, observation: Obs) -> SharedAxes | None:
         """Return the axes whose entries share a standardisation; None if the embedding says none.
 
         Raises:
@@ -349,12 +349,14 @@ class NPE:
             keys,
             emulator,
             self.prior,
-            Seen(data.y, blueprint.inputs(flatten_rows(problem.x)), failed),
+            Seen(data.y, blueprint.select(flatten_rows(problem.x)), failed),
             problem.standardiser.of(blueprint.feature_indices)._replace(origin=None),
             members=self.members,
             training=self.training,
             progress=progress,
         )
+        if blueprint.sizes.summaries:
+            draws = draws._replace(features=inputs_of_rows(blueprint, draws.features))
         return with_emulated(self.prior, data, draws, emulator.simulations), history
 
     def _without_emulator(self) -> NPE:

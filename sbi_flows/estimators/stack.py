@@ -17,13 +17,15 @@ from sbi_flows.core.checks import require_object
 from sbi_flows.core.typing import Key
 from sbi_flows.estimators.base import Estimator
 from sbi_flows.estimators.fit_warnings import outermost_fit, warn_after_fit, warn_before_fit
+from sbi_flows.estimators.npe import NPE
 from sbi_flows.estimators.rows import rows_in_memory, summarised
 from sbi_flows.estimators.stacking import StackHistory, fit_each
 from sbi_flows.observations.standardise import features_of
 from sbi_flows.posteriors.direct import Posterior
+from sbi_flows.posteriors.fresh import hidden_as_in_fit
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.fingerprints import UsedRows
-from sbi_flows.simulations.simulations import Simulations
+from sbi_flows.simulations.simulations import Simulations, observation_shape
 from sbi_flows.training import FitKeys
 from sbi_flows.training.record import of_fit
 
@@ -131,12 +133,30 @@ class Stack:
                 a later interrupt, the mixture consists of the estimators fitted so far.
         """
         require_object("simulations", simulations, Simulations, "sf.Simulations")
+        self._require_one_standardiser(simulations)
         with outermost_fit() as is_outermost:
             varies = warn_before_fit(self.prior, simulations) if is_outermost else True
             posterior, history = self._fit(key, simulations, progress, summarise)
             if is_outermost:
                 warn_after_fit(simulations, posterior, history, varies=varies)
         return posterior, history
+
+    def _require_one_standardiser(self, simulations: Simulations) -> None:
+        """Raise ValueError if estimators would standardise or hide the observations differently.
+
+        Posteriors of a mixture share one standardiser.
+        """
+        like = observation_shape(simulations.x)
+        alone = [e for e in self.estimators if isinstance(e, NPE)]
+        axes = {e.shared_axes(like) or tuple(() for _ in jax.tree.leaves(like)) for e in alone}
+        if len(axes) > 1:
+            raise ValueError(
+                "estimators: expected embeddings that standardise the same axes together, got "
+                f"{sorted(axes)}; give all estimators an embedding of the same kind"
+            )
+        patterns = {e.missing for e in alone}
+        if len(patterns) > 1:
+            raise ValueError(f"estimators: expected the same missing=, got {patterns}")
 
     def _fit(
         self, key: Key, simulations: Simulations, progress: bool, summarise: bool
@@ -157,6 +177,7 @@ class Stack:
         posterior = _mixture(parts)
         if summarise:
             rows, _ = rows_in_memory(FitKeys.of(key).sample, simulations)
+            rows = hidden_as_in_fit(key, posterior, rows)
             features = features_of(posterior.standardiser, rows.x)
             posterior = summarised(key, posterior, features)
         record = of_fit(self, simulations, history)

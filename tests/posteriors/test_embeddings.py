@@ -229,3 +229,38 @@ def test_modules_of_the_user_read_masks_or_are_refused():
     )
     with pytest.raises(ValueError, match="accepts an argument `mask`"):
         plain.fit(jax.random.key(1), sims, progress=False)
+
+
+def test_stacks_mix_embeddings_of_one_kind():
+    sims = sf.simulate(jax.random.key(0), PRIOR, trials, 100, progress=False)
+    settings = {"members": 1, "training": sf.Training(max_epochs=1)}
+    pattern = sf.RandomSubset(2, TRIALS)
+    small = sf.DeepSet(width=8, layers=0, features=2)
+    pair = [sf.NPE(PRIOR, SMALL, embedding=small, missing=pattern, **settings)]
+    pair.append(sf.NPE(PRIOR, sf.GaussianMixture(), embedding=small, missing=pattern, **settings))
+    posterior, _ = sf.Stack(pair).fit(jax.random.key(1), sims, progress=False)
+    assert np.all(np.isfinite(posterior.sample(jax.random.key(2), first(sims)[:4], 10)))
+    assert not posterior.misspecification(first(sims)[:4]).flagged
+    for other, message in (
+        (sf.NPE(PRIOR, SMALL, missing=pattern, **settings), "same axes together"),
+        (sf.NPE(PRIOR, SMALL, embedding=small, **settings), "the same missing="),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sf.Stack([pair[0], other]).fit(jax.random.key(1), sims, progress=False)
+
+
+def test_an_emulator_adds_rows_with_their_summaries():
+    sims = sf.simulate(jax.random.key(0), PRIOR, trials, 150, progress=False)
+    quick = sf.Training(max_epochs=1)
+    emulator = sf.Emulator(densities=(SMALL,), training=quick, simulations=200)
+    npe = sf.NPE(
+        PRIOR,
+        SMALL,
+        embedding=sf.DeepSet(width=8, layers=0, features=2),
+        emulator=emulator,
+        members=1,
+        training=quick,
+    )
+    posterior, history = npe.fit(jax.random.key(1), sims, progress=False)
+    assert history.emulator is not None
+    assert np.all(np.isfinite(posterior.sample(jax.random.key(2), first(sims), 10)))
