@@ -56,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_folder(inside, "--results", "results")
     _add_rounds(commands)
+    observations = _command(
+        commands, "observations", _observations, "sets, series, images, missing entries"
+    )
+    _add_folder(observations, "--results", "results")
+    observations.add_argument("--cases", nargs="+", help="names of the cases (all)")
     verdict = _command(commands, "verdict", _verdict, "how often a check finds what it should")
     _add_folder(verdict, "--results", "results")
     verdict.add_argument("--repeats", type=int, default=40, help="checks of each posterior (40)")
@@ -302,6 +307,12 @@ def _inside_jax(arguments: argparse.Namespace) -> None:
     from benchmarks.demonstrations import inside_jax
 
     inside_jax.run(folder)
+
+
+def _observations(arguments: argparse.Namespace) -> None:
+    from benchmarks.demonstrations import observations
+
+    observations.run(arguments.results, arguments.cases)
 
 
 def _verdict(arguments: argparse.Namespace) -> None:

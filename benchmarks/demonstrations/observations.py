@@ -1,0 +1,232 @@
+"""`python -m benchmarks observations`: sets, series, images, missing entries; exact posteriors.
+
+Public names: `run`, `CASES`, `Case`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import sbi_flows as sf
+import simulators
+from benchmarks.suite.records import BadInput, provenance, writable_folder, write_json
+from sbi_flows.core.typing import Key, Obs
+from simulators.tasks import drift_diffusion, normal_set, sensors, two_instruments
+
+SEED = 24
+OBSERVATIONS = 5
+"""Number of observations of each kind; the C2ST is averaged over them."""
+
+DRAWS = 2_500
+"""Number of draws of each posterior in a C2ST."""
+
+DATASETS, CHECK_DRAWS = 500, 300
+"""Number of data sets of a check, and of draws for each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A task, the settings of its fit, and the kinds of observations that are scored.
+
+    Attributes:
+        task: Name of the task.
+        simulations: Number of simulations.
+        settings: Arguments of `sf.NPE`.
+        kinds: For each kind of observation, a function from the number of an observation, from 1
+            on, to the observation.
+        groups: For each group of data sets, the pattern that hides entries in a check; None hides
+            nothing.
+        own_gaps: Whether the simulator itself returns NaN for missing entries.
+    """
+
+    task: str
+    simulations: int
+    settings: dict[str, Any]
+    kinds: dict[str, Callable[[int], Obs]]
+    groups: dict[str, Any]
+    own_gaps: bool = False
+
+
+def _plain(name: str) -> dict[str, Callable[[int], Obs]]:
+    return {"all": simulators.get(name).observation}
+
+
+def _sizes(observation: Callable[..., Obs], *sizes: int) -> dict[str, Callable[[int], Obs]]:
+    return {f"{n} trials": partial(observation, trials=n) for n in sizes}
+
+
+def _exactly(*sizes: int) -> dict[str, Any]:
+    return {f"{n} trials": sf.RandomSubset(n, n) for n in sizes}
+
+
+BRIEF = sf.Training(max_epochs=30, patience=6)
+
+CASES: dict[str, Case] = {
+    "normal_set": Case(
+        "normal_set",
+        20_000,
+        {
+            "embedding": sf.DeepSet(),
+            "missing": sf.RandomSubset(5, 100),
+            "members": 2,
+            "training": BRIEF,
+        },
+        _sizes(normal_set.observation, 5, 20, 100),
+        _exactly(5, 10, 20, 50, 100),
+    ),
+    "drift_diffusion": Case(
+        "drift_diffusion",
+        20_000,
+        {
+            "embedding": sf.DeepSet(),
+            "missing": sf.RandomSubset(20, 300),
+            "members": 2,
+            "training": BRIEF,
+        },
+        _sizes(drift_diffusion.observation, 20, 100, 300),
+        _exactly(20, 50, 100, 300),
+    ),
+    "sensors": Case(
+        "sensors",
+        50_000,
+        {
+            "density": sf.MAF(),
+            "missing": sf.RandomEntries(0.2),
+            "members": 2,
+            "training": dataclasses.replace(BRIEF, max_epochs=60),
+        },
+        {f"{30 - n} of 30 missing": partial(sensors.observation, present=n) for n in (30, 24, 0)},
+        {f"rate {rate:g}": sf.RandomEntries(rate) for rate in (0.1, 0.2, 0.4, 0.6)},
+    ),
+    "two_instruments": Case(
+        "two_instruments",
+        20_000,
+        {
+            "density": sf.MAF(),
+            "embedding": sf.Fusion({"spectrum": None, "redshift": None}),
+            "missing": sf.RandomParts(0.3),
+            "members": 2,
+            "training": BRIEF,
+        },
+        {
+            "both": two_instruments.observation,
+            "no redshift": partial(two_instruments.observation, instruments=("spectrum",)),
+            "no spectrum": partial(two_instruments.observation, instruments=("redshift",)),
+        },
+        {"both": None, "each absent in turn": sf.RandomParts(0.5)},
+    ),
+    "random_field": Case(
+        "random_field",
+        20_000,
+        {"embedding": sf.ConvNet(), "members": 1, "training": BRIEF},
+        _plain("random_field"),
+        {"all": None},
+    ),
+    "lens": Case(
+        "lens",
+        20_000,
+        {"embedding": sf.ConvNet(), "members": 1, "training": BRIEF},
+        _plain("lens"),
+        {"all": None},
+    ),
+    "ornstein_uhlenbeck": Case(
+        "ornstein_uhlenbeck",
+        20_000,
+        {"embedding": sf.SeriesNet(), "members": 1, "training": BRIEF},
+        _plain("ornstein_uhlenbeck"),
+        {"all": None},
+        own_gaps=True,
+    ),
+}
+"""Cases by name. All settings were chosen on simulations with other keys."""
+
+
+def run(folder: Path, names: list[str] | None = None) -> dict[str, Any]:
+    """Fit each case, and compare its posteriors with exact ones; write `observations.json`.
+
+    Args:
+        folder: Folder in which the record is written; cases that are already in the record of this
+            folder, and are not named, are kept.
+        names: Names of the cases; None for all.
+
+    Returns:
+        The record.
+
+    Raises:
+        BadInput: A name is unknown, or the folder is not writable.
+    """
+    unknown = sorted(set(names or ()) - set(CASES))
+    if unknown:
+        raise BadInput(f"--cases: expected names out of {', '.join(CASES)}; got {unknown[0]}")
+    path = writable_folder(folder, "--results") / "observations.json"
+    results = _earlier(path)
+    for i, (name, case) in enumerate(CASES.items()):
+        if names and name not in names:
+            continue
+        results[name] = _score(jax.random.fold_in(jax.random.key(SEED), i), case)
+        print(f"{name}: {results[name]}", flush=True)
+        record = {**provenance(), "kind": "observations", "cases": results}
+        write_json(path, record)
+    return {**provenance(), "kind": "observations", "cases": results}
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    """Return the cases of an earlier record; none if there is no record."""
+    return json.loads(path.read_text())["cases"] if path.exists() else {}
+
+
+def _score(key: Key, case: Case) -> dict[str, Any]:
+    """Fit, draw, compare and check one case."""
+    task = simulators.get(case.task)
+    keys = jax.random.split(key, 5)
+    simulate = partial(sf.simulate, missing=case.own_gaps, progress=False)
+    sims = simulate(keys[0], task.prior, task.simulator, case.simulations)
+    began = time.perf_counter()
+    posterior, history = sf.NPE(task.prior, **case.settings).fit(keys[1], sims)
+    seconds = time.perf_counter() - began
+    scores = {
+        kind: _c2st(jax.random.fold_in(keys[2], j), task, posterior, observe)
+        for j, (kind, observe) in enumerate(case.kinds.items())
+    }
+    fresh = simulate(keys[3], task.prior, task.simulator, DATASETS)
+    checks = {}
+    for j, (group, pattern) in enumerate(case.groups.items()):
+        hide_key, check_key = jax.random.split(jax.random.fold_in(keys[4], j))
+        held_out = fresh if pattern is None else fresh.hide(hide_key, pattern)
+        report = sf.check(
+            check_key, posterior, simulations=held_out, draws=CHECK_DRAWS, progress=False
+        )
+        checks[group] = report.verdict.splitlines()
+    return {
+        "simulations": case.simulations,
+        "fit_seconds": seconds,
+        "epochs": history.epochs,
+        "linear_start_loss": float(np.mean(history.start_loss)),
+        "held_out_loss": float(np.mean(np.min(history.validation_loss, axis=0))),
+        "c2st": scores,
+        "checks": checks,
+    }
+
+
+def _c2st(
+    key: Key, task: simulators.Task, posterior: sf.Posterior, observe: Callable[[int], Obs]
+) -> dict[str, Any]:
+    """Return the C2ST at each observation of a kind, and their mean."""
+    assert task.sample_reference is not None
+    values = []
+    for i in range(1, OBSERVATIONS + 1):
+        draw_key, reference_key = jax.random.split(jax.random.fold_in(key, i))
+        x = observe(i)
+        reference = np.asarray(task.sample_reference(reference_key, x, DRAWS))
+        draws = np.asarray(posterior.sample(draw_key, x, DRAWS))
+        values.append(sf.c2st(reference, draws))
+    return {"mean": float(np.mean(values)), "values": values}
