@@ -6,6 +6,9 @@ Public names: `run`.
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from tqdm.auto import tqdm
 import sbi_flows as sf
 import simulators
 from benchmarks.demonstrations.verdict_cases import CASES, EXACT, Case, Narrow, make_exact
-from benchmarks.suite.records import provenance, writable_folder, write_json
+from benchmarks.suite.records import BadInput, provenance, writable_folder, write_json
 from sbi_flows.core.typing import Key
 
 SEED = 20
@@ -33,43 +36,68 @@ DATASETS, DRAWS = 1_000, 300
 def run(folder: Path, repeats: int = 40, fits: int = 4) -> dict[str, Any]:
     """Measure level and power of the verdict, print them, and write `verdict.json`.
 
+    The record is written after each part; an interrupted run goes on with the next one.
+
     Args:
         folder: Folder in which the record is written.
         repeats: Number of checks of each posterior.
         fits: Number of fits over which the checks of a fitted posterior are divided.
 
     Returns:
-        The record.
+        The results by part and name.
 
     Raises:
-        BadInput: The folder is not writable.
+        BadInput: The folder is not writable, or holds a record with other settings.
     """
-    folder = writable_folder(folder, "--results")
+    path = writable_folder(folder, "--results") / "verdict.json"
     key = jax.random.key(SEED)
-    results: dict[str, Any] = {"exact": {}, "unused": {}, "few": {}}
+    parts: list[tuple[str, str, Callable[[], Any]]] = []
     for i, (name, count) in enumerate(EXACT.items()):
-        found = _checks(jax.random.fold_in(key, i), [make_exact(name)], count, name)
-        results["exact"][name] = _share(found, "unused information")
-        print(f"{name}: {results['exact'][name]}", flush=True)
-    for i, (name, make) in enumerate(CASES.items(), start=10):
-        case_key, check_key = jax.random.split(jax.random.fold_in(key, i))
-        count = fits if name.startswith(("raw", "trials")) else 1
-        cases = [make(k) for k in jax.random.split(case_key, count)]
-        found = _checks(check_key, cases, repeats, name)
-        results["unused"][name] = {
-            **_share(found, "unused information"),
-            "exact_nats": [c.nats for c in cases],
-            "named": float(np.mean([_named(r, cases[0]) for r in found])),
-        }
-        print(f"{name}: {results['unused'][name]}", flush=True)
+        parts.append(("exact", name, partial(_exact, jax.random.fold_in(key, i), name, count)))
+    for i, name in enumerate(CASES, start=10):
+        case = partial(_unused, jax.random.fold_in(key, i), name, repeats, fits)
+        parts.append(("unused", name, case))
     for n in FEW:
-        results["few"][str(n)] = _few(jax.random.fold_in(key, 20 + n), n, 5 * repeats)
-        print(f"{n} data sets, 1.3 times too narrow: {results['few'][str(n)]}", flush=True)
-    results["held_out"] = _optimism(jax.random.fold_in(key, 30), fits)
-    print(f"held-out rows and fresh ones: {results['held_out']}", flush=True)
-    record = {**provenance(), "kind": "verdict", **results}
-    write_json(folder / "verdict.json", record)
-    return record
+        parts.append(("few", str(n), partial(_few, jax.random.fold_in(key, 20 + n), n, repeats)))
+    optimism = partial(_optimism, jax.random.fold_in(key, 30), fits)
+    parts.append(("held_out", "two_moons", optimism))
+    settings = {"repeats": repeats, "fits": fits}
+    results = _earlier(path, settings)
+    for part, name, measure in parts:
+        if name not in results.setdefault(part, {}):
+            results[part][name] = measure()
+            # after each part, so that an interrupted run goes on
+            write_json(path, {**provenance(), "kind": "verdict", **settings, **results})
+        print(f"{part}, {name}: {results[part][name]}", flush=True)
+    return results
+
+
+def _earlier(path: Path, settings: dict[str, int]) -> dict[str, Any]:
+    """Return the parts of an unfinished record with the same settings; none without a record."""
+    if not path.exists():
+        return {}
+    record = json.loads(path.read_text())
+    if any(record.get(name) != value for name, value in settings.items()):
+        raise BadInput(f"--results: {path} was made with other settings; remove it first")
+    return {name: record[name] for name in ("exact", "unused", "few", "held_out") if name in record}
+
+
+def _exact(key: Key, name: str, count: int) -> dict[str, Any]:
+    """Check an exact posterior."""
+    return _share(_checks(key, [make_exact(name)], count, name), "unused information")
+
+
+def _unused(key: Key, name: str, repeats: int, fits: int) -> dict[str, Any]:
+    """Check posteriors that leave information unused."""
+    case_key, check_key = jax.random.split(key)
+    count = fits if name.startswith(("raw", "trials")) else 1
+    cases = [CASES[name](k) for k in jax.random.split(case_key, count)]
+    found = _checks(check_key, cases, repeats, name)
+    return {
+        **_share(found, "unused information"),
+        "exact_nats": [c.nats for c in cases],
+        "named": float(np.mean([_named(r, cases[0]) for r in found])),
+    }
 
 
 def _few(key: Key, datasets: int, repeats: int) -> dict[str, Any]:
