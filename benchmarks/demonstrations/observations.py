@@ -1,4 +1,6 @@
-"""`python -m benchmarks observations`: sets, series, images, missing entries; exact posteriors.
+"""`python -m benchmarks observations`: posteriors given sets, series, images, or missing entries.
+
+Fits of the library are compared with exact or importance-sampled reference posteriors.
 
 Public names: `run`, `CASES`, `Case`.
 """
@@ -24,7 +26,7 @@ from simulators.tasks import drift_diffusion, normal_set, sensors, two_instrumen
 
 SEED = 24
 OBSERVATIONS = 5
-"""Number of observations of each kind; the C2ST is averaged over them."""
+"""Number of observations of each kind, over which the C2ST is averaged."""
 
 DRAWS = 2_500
 """Number of draws of each posterior in a C2ST."""
@@ -41,10 +43,10 @@ class Case:
         task: Name of the task.
         simulations: Number of simulations.
         settings: Arguments of `sf.NPE`.
-        kinds: For each kind of observation, a function from the number of an observation, from 1
-            on, to the observation.
-        groups: For each group of data sets, the pattern that hides entries in a check; None hides
-            nothing.
+        kinds: For each kind of observation, a function from the number i = 1, 2, ... to
+            observation i.
+        groups: For each group of data sets that is checked, the pattern that hides entries; None
+            hides nothing.
         own_gaps: Whether the simulator itself returns NaN for missing entries.
     """
 
@@ -147,15 +149,15 @@ CASES: dict[str, Case] = {
         own_gaps=True,
     ),
 }
-"""Cases by name. All settings were chosen on simulations with other keys."""
+"""Cases by name. The settings were chosen on simulations with different random keys."""
 
 
 def run(folder: Path, names: list[str] | None = None) -> dict[str, Any]:
-    """Fit each case, and compare its posteriors with exact ones; write `observations.json`.
+    """Fit each case, compare its posteriors with the references, and write `observations.json`.
 
     Args:
-        folder: Folder in which the record is written; cases that are already in the record of this
-            folder, and are not named, are kept.
+        folder: Folder of the record. If it contains a record, the cases that are not run again are
+            kept.
         names: Names of the cases; None for all.
 
     Returns:

@@ -32,9 +32,9 @@ from sbi_flows.observations.missing import MissingPattern
 class Conditional(nnx.Module):
     """Model of one ensemble member: p(standard coordinates | features).
 
-    Inputs are rows of three parts: standardised observations, flattened to shape (B, C); if entries
-    can be missing, a mask of zeros and ones, shape (B, C); and the fixed summaries of an embedding,
-    shape (B, K). `Blueprint.inputs` makes them from features.
+    A row of the inputs consists of up to three parts: the standardised observation, flattened to C
+    entries; if entries can be missing, a mask of C zeros and ones; and the K fixed summaries of an
+    embedding. `Blueprint.inputs` computes the inputs from features.
 
     Args:
         start: Linear start, which training does not change; None for a model without one.
@@ -149,12 +149,12 @@ class Blueprint:
 
     Attributes:
         density: Settings of the density.
-        embedding: Network from observations to contexts; None to condition on the features.
+        embedding: Network from observations to contexts; None to condition on the inputs.
         sizes: Sizes of the data, after the selection of features by `feature_indices`.
         feature_indices: Indices of the features that the model uses; None for all.
         linear_start: Whether the model has a `LinearStart`, which a fit sets before training.
             Without one, `Conditional.start` is None.
-        missing: Pattern by which a fit hides entries, other ones in every batch; None to hide none.
+        missing: Pattern by which a fit hides different entries in every batch; None to hide none.
     """
 
     density: DensitySettings
@@ -184,12 +184,12 @@ class Blueprint:
 
     @property
     def settings(self) -> EmbeddingSettings:
-        """The settings of the embedding; only for an embedding that is given by its settings."""
+        """The embedding, which must be `EmbeddingSettings`."""
         assert isinstance(self.embedding, EmbeddingSettings)
         return self.embedding
 
     def hide(self, key: Key, inputs: Array) -> Array:
-        """Hide entries of inputs (B, I) by the pattern `missing`, and renew their summaries."""
+        """Hide entries of inputs (B, I) by the pattern `missing`, and recompute the summaries."""
         assert self.missing is not None and self.sizes.has_mask
         c = self.sizes.entry_count
         keep = self.missing.keep(key, self.sizes.like, len(inputs))

@@ -1,4 +1,4 @@
-"""Observations in the spaces where they are compared with simulations, and inputs of many rows.
+"""Spaces in which observations are compared with simulations, and model inputs of many rows.
 
 Public names: `spaces_of`, `space_widths`, `space_labels`, `inputs_of_rows`.
 """
@@ -33,8 +33,9 @@ def spaces_of(blueprint: Blueprint, weights: Weights, features: Any) -> tuple[np
         features: Features of the observations, shape (B, C), or (B, 2 C) with a mask.
 
     Returns:
-        First, the features without the mask, shape (B, C), or the fixed summaries of an embedding,
-        shape (B, K). With an embedding, second, the first member's output, shape (B, F).
+        The first array contains the features without the mask, shape (B, C), or the fixed summaries
+        of an embedding, shape (B, K). With an embedding, a second array contains the output of the
+        first member's embedding, shape (B, F).
     """
     rows = np.asarray(features)
     if blueprint.embedding is None:
@@ -81,12 +82,12 @@ def _spaces(blueprint: Blueprint, weights: Weights, features: Array) -> tuple[Ar
 
 
 def inputs_of_rows(blueprint: Blueprint, features: Array, key: Any = None) -> Array:
-    """Return the inputs (N, I) of many rows, in blocks that limit the memory.
+    """Compute the inputs (N, I) of many rows in blocks, to limit memory.
 
     Args:
         blueprint: Description of the model.
         features: Features (N, C), or inputs (N, I) if a key is given.
-        key: Random key with which entries are hidden by `blueprint.missing`; None to hide none.
+        key: Random key for hiding entries by `blueprint.missing`; None to hide none.
     """
     if key is None and not blueprint.sizes.summaries:
         return blueprint.inputs(features)

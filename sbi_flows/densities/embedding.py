@@ -1,4 +1,4 @@
-"""Embeddings in a model: settings of this library, and flax modules of the user.
+"""Embeddings of a model: settings of this library, or flax modules of the user.
 
 Public names: `Embedding`, `summary_count`, `check_embedding`, `as_trainable`, `embed`.
 """
@@ -17,8 +17,8 @@ from sbi_flows.core.typing import Key, Obs
 from sbi_flows.networks.embeddings import EmbeddingSettings
 
 Embedding = EmbeddingSettings | nnx.Module | Callable[[nnx.Rngs], nnx.Module]
-"""Settings of an embedding, flax module that maps observations (B, *event) to (B, F), or function
-`rngs -> module`."""
+"""Settings of an embedding; or a flax module that maps observations (B, *event) to (B, F); or a
+function `rngs -> module`."""
 
 
 def summary_count(embedding: Embedding | None, like: Obs) -> int:

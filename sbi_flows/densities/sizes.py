@@ -1,4 +1,4 @@
-"""Sizes of the data that determine the shapes of a model, and the parts of its inputs.
+"""Sizes of the data, which determine the shapes of a model and the parts of its inputs.
 
 Public names: `Sizes`.
 """
@@ -59,11 +59,11 @@ class Sizes:
 
     @property
     def regressor_count(self) -> int:
-        """Number of inputs that the linear start reads: the summaries, or all without summaries."""
+        """Number of inputs that the linear start reads: the summaries, or all if there are none."""
         return self.summaries or self.feature_count
 
     def observations(self, inputs: Array) -> tuple[Obs, Obs | None]:
-        """Return observations (B, *event) from inputs (B, I), and masks; None without a mask."""
+        """Return the observations (B, *event) in inputs (B, I), and their masks or None."""
         c = self.entry_count
         x = unflatten_rows(inputs[:, :c], self.tree, self.shapes)
         if not self.has_mask:

@@ -73,10 +73,10 @@ class NPE:
             a shorter fit for every density.
         members: Number of models in the ensemble. They are trained together, and the posterior is
             their mixture.
-        embedding: Settings such as `ConvNet()`, `SeriesNet()` or `DeepSet()`: see
-            docs/observations.md. Or a flax module of your own that maps standardised observations
-            (B, *event) to (B, F), or a function `rngs -> module`; with a function, each member has
-            other initial weights.
+        embedding: Network that reads the observation: settings such as `ConvNet()`, `SeriesNet()`
+            or `DeepSet()`, see docs/observations.md; or your own flax module, which maps
+            standardised observations (B, *event) to (B, F); or a function `rngs -> module`. With
+            settings or a function, the members have different initial weights.
         emulator: Settings of an emulator. It learns the density of the observation first, and the
             posterior is then trained on its draws as well. This is far more accurate if there are
             few simulations and their noise is simple. None, the default, uses no emulator.
@@ -86,11 +86,13 @@ class NPE:
             together with others. To check this, use a `Stack` with an estimator that uses all
             entries. None, the default, selects all entries.
         linear_start: Whether training starts from a linear-Gaussian posterior, which is fitted in
-            closed form. Otherwise it starts from the prior. With the settings of an embedding, it
-            is fitted to the embedding's fixed summaries, such as moments.
-        missing: Random pattern of missing entries, for example `RandomEntries(0.2)`: the fit hides
-            other entries in every batch, and the posterior accepts observations with NaN. None
-            hides nothing; NaN of the simulator (`Simulations(..., missing=True)`) is read as well.
+            closed form; otherwise it starts from the prior. If `embedding` is one of the settings,
+            the linear-Gaussian posterior is conditioned on the fixed summaries of the embedding,
+            such as moments.
+        missing: Random pattern of missing entries, for example `RandomEntries(0.2)`. The fit hides
+            different entries in every batch, and the posterior accepts observations with NaN. With
+            None, the fit hides nothing. In both cases, NaN in `Simulations(..., missing=True)`
+            marks a missing entry.
 
     References:
         Fast epsilon-free Inference of Simulation Models, arXiv:1605.06376.
@@ -190,9 +192,11 @@ class NPE:
             The posterior and the history of the fit.
 
         Raises:
-            ValueError: theta has the wrong shape or lies outside the prior's support, an emulator
-                is combined with observations on disk, or the checkpoint folder holds a fit with
-                other simulations, keys or settings.
+            ValueError: theta has the wrong shape or lies outside the prior's support; an emulator
+                is combined with observations on disk; an emulator or screening is combined with
+                simulations that have missing entries; the embedding or `missing` does not suit the
+                observations; or the checkpoint folder holds a fit with other simulations, keys or
+                settings.
             SimulationFailed: Fewer than 10 rows are valid.
             TrainingDiverged: A loss was not finite. The attribute `state` of the exception holds
                 the last finite posterior.
@@ -284,7 +288,7 @@ class NPE:
         return Problem(blueprint, standardiser, observation, selected, relative, features, screened)
 
     def shared_axes(self, observation: Obs) -> SharedAxes | None:
-        """Return the axes whose entries share a standardisation; None if the embedding says none.
+        """Return the axes along which entries share one standardisation; None if there are none.
 
         Raises:
             ValueError: The embedding, or the pattern of missing entries, does not suit the
@@ -382,7 +386,7 @@ class NPE:
         return dataclasses.replace(plain, training=training)
 
     def _checked(self, simulations: Simulations) -> Simulations:
-        """Return the simulations relative to the prior; raise an error if they do not fit."""
+        """Return the simulations relative to the prior; raise ValueError if they are unsuitable."""
         checked = checked_simulations(self.prior, simulations)
         for name in ("emulator", "screening"):
             if checked.missing and getattr(self, name) is not None:

@@ -1,4 +1,4 @@
-"""Checks of observations: a single one, or a batch.
+"""Checks of a single observation or of a batch.
 
 Public names: `as_batch`, `require_single`, `Missing`, `COMPLETE`.
 """
@@ -23,14 +23,14 @@ from sbi_flows.observations.standardise import SharedAxes, entry_labels
 
 
 class Missing(NamedTuple):
-    """Entries that an observation may lack.
+    """Which entries of an observation may be missing.
 
     Attributes:
         can_miss: Whether each entry of the flattened observation can be missing (NaN), shape (C,);
             None if all entries must be present.
-        growing: For each array, the axes along which an observation may be shorter than the
-            training rows, such as the trials of a set. Empty if there are none.
-        pattern: Pattern by which the fit hid entries at random; None if it did not.
+        growing: For each array, the axes along which an observation may be shorter than in the
+            training rows, such as the axis of the trials. Empty if there are none.
+        pattern: Random pattern by which the fit hid entries; None if it hid none.
     """
 
     can_miss: Any = None
@@ -101,7 +101,7 @@ def _require_finite(x: Obs, *, allows_nan: bool) -> None:
 
 
 def _require_present(batch: list[Any], like: Obs, can_miss: np.ndarray) -> None:
-    """Raise ValueError if an entry is missing that is present in all training rows."""
+    """Raise ValueError if an entry is missing that is present in all training simulations."""
     rows = [np.asarray(leaf, float).reshape(len(leaf), -1) for leaf in batch]
     lacks = np.isnan(np.concatenate(rows, axis=1)).any(axis=0) & ~can_miss
     if lacks.any():

@@ -1,4 +1,4 @@
-"""Random patterns of missing entries, with which a posterior is trained for any of them.
+"""Random patterns of missing entries, which a fit applies to its training simulations.
 
 Public names: `MissingPattern`, `RandomEntries`, `RandomSubset`, `RandomParts`.
 """
@@ -25,13 +25,13 @@ COMPLETE_SHARE, EMPTY_SHARE = 0.1, 0.05
 class MissingPattern(abc.ABC):
     """Random choice of the entries that are missing.
 
-    A fit hides other entries in every batch. `keep` is used inside compiled programs; calling the
-    object hides entries of observations once, for checks and tests.
+    A fit hides different entries in every batch; compiled programs call `keep`. Calling the object
+    hides entries of observations once, for checks and tests.
     """
 
     @abc.abstractmethod
     def check(self, like: Obs) -> None:
-        """Raise ValueError if the pattern does not suit one observation, given by its shapes."""
+        """Raise ValueError if the pattern does not suit an observation of these shapes."""
 
     @abc.abstractmethod
     def keep(self, key: Key, like: Obs, n: int) -> Array:
@@ -47,11 +47,11 @@ class MissingPattern(abc.ABC):
         """
 
     def can_hide(self, like: Obs) -> Array:
-        """Return whether each entry can be hidden, bool of shape (C,)."""
+        """Return whether each entry is hidden in any of 200 random rows, bool of shape (C,)."""
         return jnp.any(~self.keep(jax.random.key(0), like, 200), axis=0)
 
     def __call__(self, key: Key, x: Obs) -> Obs:
-        """Hide entries of observations (N, *event): replace them by NaN.
+        """Replace entries of observations (N, *event) by NaN.
 
         Args:
             key: Random key.
@@ -81,13 +81,14 @@ class MissingPattern(abc.ABC):
 class RandomEntries(MissingPattern):
     """Hide each entry at random, independently of the others.
 
-    In 85% of the rows, the fraction of hidden entries is drawn from a beta distribution with the
-    mean `rate` and the precision 4. In 10% of the rows nothing is hidden, and in 5% everything. The
-    posterior then also knows complete observations, observations with far fewer entries, and the
-    prior.
+    In 10% of the rows nothing is hidden, and in 5% everything. In the other 85%, the probability of
+    hiding an entry differs between rows: it is drawn from the distribution
+    Beta(4 rate, 4 (1 - rate)), whose mean is `rate`. Thus the posterior is also trained for
+    complete observations, for observations with few entries, and to return the prior if there are
+    none.
 
     Attributes:
-        rate: Mean fraction of hidden entries in the other rows, between 0 and 1.
+        rate: Mean fraction of hidden entries in the 85% of the rows, in [0, 1).
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -99,7 +100,7 @@ class RandomEntries(MissingPattern):
     rate: float
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless the rate is between 0 and 1."""
+        """Raise ValueError unless the rate is in [0, 1)."""
         require_fraction(rate=self.rate)
 
     def check(self, like: Obs) -> None:
@@ -122,13 +123,14 @@ class RandomSubset(MissingPattern):
     The number is drawn uniformly on a logarithmic scale between `smallest` and `largest`.
 
     Attributes:
-        smallest: Smallest number of elements, at least zero. With zero, one row in twenty is empty.
+        smallest: Smallest number of elements, at least zero. With zero, the fraction
+            log(2) / log(2 (largest + 1)) of the rows is empty: 13% for `largest` = 100.
         largest: Largest number of elements, at most the length of the axis.
         axis: Axis of one observation.
         part: Name of the array in a dict of arrays; None for an observation that is one array.
-        order: "random" keeps elements that follow each other from a random place on (after the
-            last comes the first): for exchangeable elements, a random subset. "first" keeps the
-            first elements, as in a series that ends early.
+        order: "random" keeps consecutive elements from a random position on, and continues with the
+            first element after the last one. For exchangeable elements, this is a random subset.
+            "first" keeps the first elements, as in a series that ends early.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -204,8 +206,8 @@ class RandomParts(MissingPattern):
     """Hide whole arrays of a dict at random, as when an instrument was off.
 
     Attributes:
-        rate: Probability that an array is hidden, independently of the others. A row in which all
-            are hidden gives the prior.
+        rate: Probability in [0, 1) of hiding an array, independently of the others. If all arrays
+            are hidden, the posterior is trained to return the prior.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -217,7 +219,7 @@ class RandomParts(MissingPattern):
     rate: float
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless the rate is between 0 and 1."""
+        """Raise ValueError unless the rate is in [0, 1)."""
         require_fraction(rate=self.rate)
 
     def check(self, like: Obs) -> None:

@@ -137,8 +137,8 @@ def row_index(rows: Any, n: int) -> np.ndarray | slice:
 def finite_rows(x: Obs, *, missing: bool = False) -> Array:
     """Return whether each of the N rows of x is usable, shape (N,).
 
-    A row is usable if all leaves are finite; with `missing`, if no entry is infinite and at least
-    one is present.
+    A row is usable if all entries are finite. With `missing`, it is usable if no entry is infinite
+    and at least one entry is not NaN.
     """
     # JAX would round numbers in double precision, possibly to infinity
     return _finite_rows(jax.tree.map(_finiteness, x), missing)
@@ -167,7 +167,7 @@ def _finite_rows(x: Obs, missing: bool) -> Array:
 
 
 def usable_rows(x: Mapping[str, np.ndarray], *, missing: bool) -> np.ndarray:
-    """Return the result of `finite_rows` for a dict of arrays on the host, shape (N,)."""
+    """Return `finite_rows` for a dict of NumPy arrays, computed on the host, shape (N,)."""
     rows = [array.reshape(len(array), -1) for array in x.values()]
     if not missing:
         return np.all([np.isfinite(array).all(axis=1) for array in rows], axis=0)

@@ -90,13 +90,13 @@ class Simulations:
         x: Observations, shape (N, *event), or a dict of such arrays. The dtype is the same whether
             the arrays are in memory or on disk. An array that single precision cannot represent,
             such as Julian dates, is a NumPy array of float64.
-        valid: Whether each row is valid, shape (N,). A row is valid if its observation is finite
-            and the argument `valid`, if given, is true for the row.
+        valid: Whether each row is valid, shape (N,). A row is valid if its observation is finite,
+            apart from missing entries, and the argument `valid`, if given, is true for the row.
         round: Round of sequential inference in which each row was simulated, shape (N,). It is zero
             if the inference is not sequential.
         names: Names of the columns of theta and x, if they were given as tables or dicts.
-        missing: Whether NaN in x marks a missing entry. A row is then invalid only if it contains
-            infinity, or nothing but NaN. Otherwise NaN marks a failed simulation.
+        missing: Whether NaN in x marks a missing entry; a row is then invalid only if it contains
+            infinity, or nothing but NaN. If False, NaN marks a failed simulation.
 
     Raises:
         ValueError: The arrays have different numbers of rows, theta is not a finite (N, D) array, x
@@ -239,7 +239,9 @@ class Simulations:
         return _from_children(facts, (theta, self.x, self.valid, self.round))
 
     def hide(self, key: Key, pattern: MissingPattern) -> Simulations:
-        """Return the simulations with entries of x hidden at random: replaced by NaN.
+        """Return a copy in which random entries of x are replaced by NaN, with `missing` True.
+
+        A valid row stays valid, even if all of its entries are hidden.
 
         Args:
             key: Random key.

@@ -26,14 +26,14 @@ BOUNDS = {
 }
 """Bounds of the uniform priors."""
 SWITCH = 0.3
-"""Time, in units of boundary^2, at which the short-time series gives way to the long-time series.
+"""Time in units of boundary^2: before it the short-time series is used, after it the long-time one.
 
-The terms that both series leave out are less than 1e-7 of the density for biases in [0.3, 0.7].
+The omitted terms of either series are less than 1e-7 of the density for biases in [0.3, 0.7].
 """
 LOG_TIMES = (math.log(1.5e-3), math.log(8.0))
 """Logs of the first and the last decision time of a simulation, in units of boundary^2.
 
-The probability of a time outside is below 1e-12.
+The probability of a time outside this range is below 1e-12.
 """
 CELLS = 1024
 """Number of cells of the table from which decision times are drawn, for each choice."""
@@ -57,8 +57,8 @@ def drift_diffusion() -> Task:
 
     Returns:
         The task: theta named `drift`, `boundary`, `bias`, `non_decision`; x of shape (300, 2): the
-        reaction time and the choice of each trial. The reference is importance
-        resampling with the exact density.
+        reaction time and the choice of each trial. The reference is importance resampling with the
+        exact density.
 
     References:
         Ratcliff 1978, Psychol. Rev. 85:59; Navarro and Fuss 2009, J. Math. Psychol. 53:222.

@@ -22,7 +22,7 @@ OVERALL_ASYMMETRY = 0.8
 BOUNDS = {"a": (0.0, 10.0), "b": (0.1, 10.0), "g": (0.0, 4.0), "k": (0.0, 1.0)}
 """Bounds of the uniform priors."""
 MAX_Z = 8.0
-"""Bound of the standard normal quantiles in the inversion."""
+"""Bound of |z| in the inversion of the quantile function."""
 BISECTIONS = 16
 NEWTON_STEPS = 1
 
@@ -36,7 +36,7 @@ CITATION = (
 def g_and_k() -> Task:
     """Make the g-and-k task: four parameters of the distribution of 1,000 independent draws.
 
-    A draw is the quantile function at a standard normal number z,
+    A draw is Q(z) for a standard normal number z, where
 
         Q(z) = a + b (1 + 0.8 tanh(g z / 2)) (1 + z^2)^k z.
 
@@ -45,8 +45,9 @@ def g_and_k() -> Task:
 
     Returns:
         The task: theta named `a`, `b`, `g`, `k`; x of shape (1000,). The reference is importance
-        resampling; the density is the numerical inverse of the quantile function. For about one
-        simulation in ten, with g close to 4 and k close to 0, all reference draws are NaN.
+        resampling; the density comes from the numerical inverse of the quantile function. For about
+        one simulation in ten, with g close to 4 and k close to 0, importance resampling fails, and
+        all reference draws are NaN.
 
     References:
         Rayner and MacGillivray 2002, Stat. Comput. 12:57.
@@ -80,8 +81,8 @@ def observation(i: int, trials: int = TRIALS) -> Array:
 def log_density(theta: dict[str, Array], x: Array) -> Array:
     """Compute the log density of each draw, shape of x; 0 for missing draws.
 
-    The standard normal quantile of x is found by bisection on (-8, 8), and by Newton steps, through
-    which the density can be differentiated once. The density is phi(z) / Q'(z).
+    The z with Q(z) = x is found by bisection on (-8, 8) and then by one Newton step. The density is
+    phi(z) / Q'(z). The Newton step makes the first derivatives correct; second ones are not.
 
     Example:
         >>> theta = {"a": 3.0, "b": 1.0, "g": 0.0, "k": 0.0}  # N(3, 1)

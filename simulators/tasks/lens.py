@@ -41,15 +41,15 @@ def lens() -> Task:
     """Make the lens task: an image of 32 x 32 pixels of arcs around a gravitational lens.
 
     The lens is a singular isothermal sphere at the centre of the image. A ray seen at angle
-    a = (a_x, a_y) comes from b = a - einstein_radius a / |a|. The source at (x, y) is a Gaussian,
-    so that the image is
+    a = (a_x, a_y) comes from b = a - einstein_radius a / |a|. The source is a Gaussian centred at
+    (x, y), so the image is
 
         brightness exp(-|b - (x, y)|^2 / (2 source_radius^2)) + noise
 
     at the centres of the pixels, which are 0.16 arc seconds wide. The noise has standard
     deviation 1. The priors are uniform: x, y in (-0.5, 0.5), einstein_radius in (0.8, 1.6),
-    source_radius in (0.15, 0.4), all in arc seconds, and brightness in (3, 10). A missing pixel is
-    NaN.
+    source_radius in (0.15, 0.4), all in arc seconds, and brightness in (3, 10). The reference
+    leaves out pixels that are NaN.
 
     Returns:
         The task: theta named `x`, `y`, `einstein_radius`, `source_radius`, `brightness`; x of shape

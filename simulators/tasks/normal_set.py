@@ -21,7 +21,7 @@ SHAPE = 3.0
 SCALE = 2.0
 """Scale of the inverse-gamma prior of the variance, whose prior mean is 1."""
 PRIOR_TRIALS = 0.25
-"""Number of trials that the prior of the mean is worth: its variance is 4 times `variance`."""
+"""Ratio of `variance` to the prior variance of the mean: the equivalent number of trials."""
 
 CITATION = (
     "Gelman et al. 2013, Bayesian Data Analysis, third edition, section 3.3 (normal data with a "
@@ -33,9 +33,9 @@ CITATION = (
 def normal_set() -> Task:
     """Make the normal set task: x_t ~ N(mean, variance), for up to 100 exchangeable trials.
 
-    The prior is conjugate: variance ~ InverseGamma(3, 2), mean ~ N(0, 4 variance), where 4 variance
-    is a variance. A missing trial is NaN. The posterior given the other trials is
-    normal-inverse-gamma; it is the prior if all trials are missing.
+    The prior is conjugate: variance ~ InverseGamma(3, 2), and the prior of the mean, given the
+    variance, is normal with mean 0 and variance 4 * variance. A missing trial is NaN. The posterior
+    given the other trials is normal-inverse-gamma; it is the prior if all trials are missing.
 
     Returns:
         The task: theta named `variance`, `mean`; x of shape (100,).

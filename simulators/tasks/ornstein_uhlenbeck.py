@@ -29,9 +29,10 @@ def ornstein_uhlenbeck() -> Task:
     """Make the Ornstein-Uhlenbeck task: a stationary series of 1,000 points, half of them missing.
 
     The process dy = rate (mean - y) dt + sigma dW is observed without noise at t = 0, 0.1, ...,
-    99.9, each time with probability 1/2. The other points are NaN. The first point has the
-    stationary distribution N(mean, sigma^2 / (2 rate)). The priors are log_rate ~ N(0, 1),
-    mean ~ N(0, 1) and log_sigma ~ N(0, 0.5), where the second argument is the standard deviation.
+    99.9. Each point is observed with probability 1/2; the others are NaN. The first point has the
+    stationary distribution, with mean `mean` and variance sigma^2 / (2 rate). The priors are
+    log_rate ~ N(0, 1), mean ~ N(0, 1) and log_sigma ~ N(0, 0.5), where the second argument is the
+    standard deviation.
 
     Returns:
         The task: theta named `log_rate`, `mean`, `log_sigma`; x of shape (1000,), of which about
@@ -56,9 +57,9 @@ def ornstein_uhlenbeck() -> Task:
 def log_likelihood(theta: dict[str, Array], x: Array) -> Array:
     """Compute the log likelihood of the points of x (points,) that are not NaN.
 
-    Given the last observed point before it, at a distance d, a point has mean
-    m + (x_last - m) exp(-rate d) and variance s^2 (1 - exp(-2 rate d)), where N(m, s^2) is the
-    stationary distribution.
+    Let x_last be the last observed point before a point, d the time between them, and m and s^2 the
+    mean and variance of the stationary distribution. Given x_last, the point has mean
+    m + (x_last - m) exp(-rate d) and variance s^2 (1 - exp(-2 rate d)).
 
     Example:
         >>> theta = {name: jnp.zeros(()) for name in _prior()}

@@ -22,7 +22,7 @@ HIGH = (3.0, -1.0)
 NOISE = 1.0
 """Standard deviation of the white noise of a pixel."""
 PIVOT = 8
-"""The amplitude is the power at the wave number size / 8."""
+"""The amplitude is the power at the wave number `size` / `PIVOT`."""
 
 CITATION = (
     "Peacock 1999, Cosmological Physics, chapter 16 (Gaussian random fields and their power "
@@ -39,9 +39,9 @@ def random_field(size: int = SIZE) -> Task:
 
         P(k) = exp(log_amplitude) (|k| / (size / 8))^index    for k != 0,    P(0) = 0,
 
-    k is in cycles per image, and 1 is the variance of white noise. The priors are
-    log_amplitude ~ U(-1, 3) and index ~ U(-4, -1). The modes are independent, so that the
-    likelihood is exact. No pixel may be missing.
+    k is in cycles per image, and the term 1 is the variance of the white noise. The priors are
+    log_amplitude ~ U(-1, 3) and index ~ U(-4, -1). The modes are independent, so the likelihood is
+    known exactly. No pixel may be missing.
 
     Args:
         size: Number of pixels along each side of the image; even, and at least 16.
@@ -101,7 +101,7 @@ def mode_powers(x: Array) -> Array:
 
 @cache
 def _wave_numbers(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return all |k|^2 that occur, how many modes have each, and the index of each mode's |k|^2."""
+    """Return the distinct |k|^2, the number of modes with each, and the index of each mode."""
     k = np.rint(np.fft.fftfreq(size) * size).astype(int)
     squares, index, counts = np.unique(
         k[:, None] ** 2 + k**2, return_inverse=True, return_counts=True

@@ -31,9 +31,9 @@ CITATION = (
 def sensors() -> Task:
     """Make the sensors task: x = H theta + noise, theta ~ N(0, I) in five dimensions.
 
-    H is a fixed matrix of shape (30, 5) with entries drawn from N(0, 1/5), and the noise has
-    standard deviation 0.5. A missing sensor is NaN. The posterior is Gaussian; it is the prior if
-    all sensors are missing.
+    H is a fixed matrix of shape (30, 5), whose entries were drawn with mean 0 and variance 1/5. The
+    noise has standard deviation 0.5. A missing sensor is NaN. The posterior is Gaussian; it is the
+    prior if all sensors are missing.
 
     Returns:
         The task: theta of shape (5,), x of shape (30,).
@@ -57,7 +57,7 @@ def sensors() -> Task:
 def observation(i: int, present: int = SENSORS) -> Array:
     """Return observation i with all but `present` sensors missing, shape (30,).
 
-    The sensors go missing in a fixed random order, which differs between observations.
+    The sensors are removed in a fixed random order, which differs between observations.
 
     Raises:
         ValueError: i is out of range, or `present` is not between 0 and 30.

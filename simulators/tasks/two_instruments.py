@@ -1,4 +1,4 @@
-"""Two instruments: infer a galaxy's brightness, colour and redshift from a spectrum and a redshift.
+"""Two instruments: infer amplitude, slope and redshift from a spectrum and a measured redshift.
 
 Either instrument may be missing.
 """
@@ -42,10 +42,11 @@ def two_instruments() -> Task:
 
         spectrum(u) = amplitude + slope u - 0.03 redshift g'(u) + noise,    g(u) = 3 exp(-50 u^2).
 
-    The last term but one is the shift of a spectral line, g(u - 0.03 redshift) - g(u), to first
-    order. The second instrument measures the redshift itself. The noise has standard deviation 1
-    and 0.3. The priors are N(0, 1), in the units of a survey's spread. All entries of a missing
-    instrument are NaN. The posterior is Gaussian; it is the prior if both are missing.
+    The term with g' is, to first order, the effect of shifting a spectral line:
+    g(u - 0.03 redshift) - g(u). The second instrument measures the redshift itself. The standard
+    deviation of the noise is 1 for the spectrum and 0.3 for the redshift. The priors are N(0, 1).
+    All entries of a missing instrument are NaN. The posterior is Gaussian; it is the prior if both
+    are missing.
 
     Returns:
         The task: theta named `amplitude`, `slope`, `redshift`; x a dict of `spectrum` (100,) and
@@ -69,7 +70,7 @@ def two_instruments() -> Task:
 
 
 def observation(i: int, instruments: Collection[str] = tuple(NOISE)) -> dict[str, Array]:
-    """Return observation i, in which the instruments that are not named are missing (NaN).
+    """Return observation i with NaN for the instruments that are not in `instruments`.
 
     Raises:
         ValueError: i is out of range, or an instrument is unknown.
@@ -87,9 +88,9 @@ def observation(i: int, instruments: Collection[str] = tuple(NOISE)) -> dict[str
 
 @cache
 def design_matrix() -> np.ndarray:
-    """Return the means of all 101 measurements per unit of each parameter, shape (101, 3), float32.
+    """Return the derivatives of the means of all 101 measurements, shape (101, 3), float32.
 
-    The last row is that of the redshift.
+    Columns are amplitude, slope and redshift. The last row is the measured redshift.
 
     Example:
         >>> print(design_matrix()[-1])

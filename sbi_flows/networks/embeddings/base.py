@@ -1,8 +1,8 @@
 """Settings of embeddings, and helpers for arrays with missing entries.
 
-An observation has zeros where an entry is missing. A boolean array of the same shape, the mask, is
-True where an entry is present. None instead of a mask means that all entries are present; it gives
-the same result as a mask of True, at a lower cost.
+Missing entries of an observation are zero. The mask, a boolean array of the same shape, is True
+where an entry is present. The mask None means that all entries are present; it gives the same
+result as a mask of True, at a lower cost.
 
 Public names: `EmbeddingSettings`, `event_of`, `leaf_shape`, `as_channels`, `fill`, `any_present`,
 `masked_mean`, `log_count`, `soft_clip`.
@@ -24,7 +24,7 @@ MAX_SUMMARIES = 64
 
 
 class EmbeddingSettings(abc.ABC):
-    """Settings of an embedding; the network is built once the shape of an observation is known.
+    """Settings of an embedding; a fit builds the network from the shape of the observations.
 
     All settings are frozen and hashable. In all methods, `like` is one observation: a
     `jax.ShapeDtypeStruct` without a batch axis, or a dict of them for `Fusion`.

@@ -57,19 +57,21 @@ _COSINES = 4
 class ConvNet(EmbeddingSettings):
     """Embedding of an array on a grid by residual convolutions; any size of the grid is allowed.
 
-    An observation has the shape of the grid, or of the grid and a last axis of channels. The stem
-    joins neighbouring pixels. Each following stage halves the grid, until it has at most 8 points
-    along each axis, and doubles the width, up to 4 * `width` (2 * `width` on three axes). A plain
-    mean and a learned weighted mean over the last grid enter the output network. An image of 64 x
-    64 pixels costs about 10 million multiplications.
+    An observation has the shape of the grid, or of the grid and a last axis of channels. The first
+    stage joins neighbouring pixels. Each following stage halves the long axes, until the grid has
+    at most 8 points along each axis. The last stage has the width 4 * `width` (2 * `width` on three
+    axes). Each earlier stage has half the width of the next one, but at least `width`. A plain mean
+    and learned weighted means over the last grid enter the output network. An image of 64 x 64
+    pixels costs about 10 million multiplications.
 
     Attributes:
         axes: Number of axes of the grid: 1, 2 or 3.
-        width: Width of the first convolutions.
+        width: Width of the first stage on large grids. Small grids have fewer stages, of which the
+            first is wider.
         blocks: Number of residual blocks of each stage.
         heads: Number of learned weighted means, a divisor of `width`.
-        is_located: Whether the network knows the coordinates of the last grid. Without them, the
-            embedding changes little if the content of an image moves.
+        is_located: Whether the network reads the coordinates of the last grid. Without them, the
+            embedding changes little if the content of an image is shifted.
         features: Length of the embedding.
         dropout: Fraction of hidden units that dropout sets to zero in training.
 
@@ -112,7 +114,7 @@ class ConvNet(EmbeddingSettings):
         return (tuple(range(self.axes)),)
 
     def growing(self, like: Any) -> tuple[tuple[int, ...], ...]:
-        """Return no axes: an image has the size of the simulated ones."""
+        """Return no axes: an image must have the size of the simulated images."""
         return ((),)
 
     def summary_labels(self, like: Any) -> tuple[str, ...]:

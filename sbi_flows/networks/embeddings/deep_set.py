@@ -36,14 +36,14 @@ class DeepSet(EmbeddingSettings):
 
     Axis 0 of an observation is the set: (n,), (n, C), or (n, *element) with `each`. A network maps
     each element to a vector. The mean, the maximum and a learned weighted mean of these vectors,
-    together with the number of elements, enter a second network. Elements without any entry are
-    left out, so the number of elements may differ between observations.
+    together with the number of elements, enter a second network. Elements whose entries are all
+    missing are left out, so the number of elements may differ between observations.
 
     Attributes:
         each: Embedding of one element, for example `SeriesNet()`; None if an element is a number
             or a vector.
         width: Width of the hidden layers.
-        layers: Number of residual blocks of the network of the elements.
+        layers: Number of residual blocks of the network that maps each element.
         heads: Number of learned weighted means, a divisor of `width`.
         features: Length of the embedding.
         dropout: Fraction of hidden units that dropout sets to zero in training.

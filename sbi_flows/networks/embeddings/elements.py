@@ -51,7 +51,7 @@ def element_of(like: Any) -> jax.ShapeDtypeStruct:
 
 
 def set_shared(each: EmbeddingSettings | None, like: Any) -> tuple[tuple[int, ...], ...]:
-    """Return the axis of the set and the axes that share a standardisation in each element."""
+    """Return the axes along which all entries share one standardisation; axis 0 is the set."""
     if each is None:
         return ((0,),)
     (inner,) = each.shared(element_of(like))
@@ -69,8 +69,8 @@ def set_growing(each: EmbeddingSettings | None, like: Any) -> tuple[tuple[int, .
 def set_labels(each: EmbeddingSettings | None, like: Any) -> tuple[str, ...]:
     """Return the names of the fixed summaries of a set.
 
-    If elements have an embedding, these are means and variances over the elements of the summaries
-    of each element.
+    If elements have an embedding, its summaries are computed for each element. The summaries of the
+    set are their means over the elements and, if there are at most 31 of them, their variances.
     """
     if each is None:
         return labels_of(set_statistics(_with_column(like.shape)))
@@ -130,7 +130,7 @@ class Elements(nnx.Module):
     def __call__(
         self, x: Array, mask: Array | None, *, key: Key | None = None
     ) -> tuple[Array, Array | None]:
-        """Map sets (B, n, *element) to vectors (B, n, width), and return who is present (B, n)."""
+        """Map sets (B, n, *element) to vectors (B, n, width) and a mask of the elements (B, n)."""
         present = any_present(mask, 2)
         if isinstance(self.enter, Entry):
             return self.enter(*as_channels(x, mask, 1)), present

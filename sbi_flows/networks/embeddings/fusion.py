@@ -32,19 +32,20 @@ from sbi_flows.networks.mlp import ResidualMLP, split_key
 class Fusion(EmbeddingSettings):
     """Embedding of a dict of arrays, each of which has its own embedding.
 
-    A learned vector replaces the embedding of a part without any entry. A network combines the
-    embeddings of all parts.
+    A part is one array with its embedding. If all entries of a part are missing, a learned vector
+    replaces its embedding. A network combines the embeddings of all parts.
 
     Args:
-        parts: Dict from the names of the arrays to their embeddings, or pairs of both. None as an
-            embedding means a network of the array's entries, for example for a few numbers.
+        parts: Dict from the names of the arrays to their embeddings, or pairs (name, embedding).
+            None suits an array of a few numbers: a residual network reads its entries. The entries
+            are also the fixed summaries of the part, if there are at most 64.
         width: Width of the hidden layers.
         blocks: Number of residual blocks of the network that combines the parts.
         features: Length of the embedding.
         dropout: Fraction of hidden units that dropout sets to zero in training.
 
     Attributes:
-        parts: Pairs of names and embeddings, in the order of the names.
+        parts: Pairs (name, embedding), sorted by name.
 
     References:
         Radev et al. 2023, "BayesFlow: Amortized Bayesian Workflows With Neural Networks",
@@ -107,7 +108,7 @@ class Fusion(EmbeddingSettings):
         return tuple(leaf for part in axes for leaf in part)
 
     def growing(self, like: Any) -> tuple[tuple[int, ...], ...]:
-        """Return the axes of each array along which it may be shorter."""
+        """Return the axes of each array along which an observation may be shorter."""
         axes = [((),) if part is None else part.growing(like[name]) for name, part in self.parts]
         return tuple(leaf for part in axes for leaf in part)
 
@@ -122,7 +123,10 @@ class Fusion(EmbeddingSettings):
         return tuple(labels)
 
     def summarise(self, x: Any, mask: Any) -> Array:
-        """Compute the fixed summaries (B, K) of all parts; those of a part None are its entries."""
+        """Compute the fixed summaries (B, K) of all parts.
+
+        Those of a part None are its entries; there are none for more than 64 entries.
+        """
         values = []
         for name, part in self.parts:
             present = None if mask is None else mask[name]
@@ -154,7 +158,7 @@ def _sorted_parts(parts: Any) -> tuple[tuple[str, EmbeddingSettings | None], ...
 
 
 def _flat_size(like: Any) -> int:
-    """Return the number of entries of a part without an embedding of its own."""
+    """Return the number of entries of a part whose embedding is None."""
     ranks = tuple(range(100))
     return math.prod(leaf_shape("a part None", "one array", like, ranks))
 

@@ -54,16 +54,17 @@ class SeriesNet(EmbeddingSettings):
     """Embedding of a regularly sampled time series, for up to 100,000 points.
 
     An observation has shape (T,) or (T, C). Strided convolutions reduce the series to tokens of
-    `stride` points. Attention layers combine the tokens, which know their position from the start
-    of the series. A learned weighted mean and a plain mean of the tokens enter the output network.
-    Missing points are allowed anywhere. Additional missing points at the end change nothing, so
-    that series of different lengths can be padded to one length.
+    `stride` points. Each token contains its position, counted from the start of the series.
+    Attention layers combine the tokens. A learned weighted mean and a plain mean of the tokens
+    enter the output network, with the number of points. Missing points are allowed anywhere.
+    Additional missing points at the end do not change the output of the network, so series of
+    different lengths can be padded to one length.
 
     Attributes:
         width: Width of the first convolutions. If `stride` exceeds 32, all layers after them have
             the width 2 * `width`.
-        stride: Number of points in one token, a power of two; None chooses the smallest one that
-            leaves at most 128 tokens.
+        stride: Number of points in one token, a power of two. None chooses the smallest stride that
+            gives at most 128 tokens.
         blocks: Number of attention layers.
         heads: Number of attention heads, a divisor of `width`.
         features: Length of the embedding.
@@ -117,7 +118,7 @@ class SeriesNet(EmbeddingSettings):
         return labels_of(series_statistics(self._shape(like)))
 
     def summarise(self, x: Any, mask: Any) -> Array:
-        """Compute fixed summaries (B, K); those of cells and the spectrum depend on the length."""
+        """Compute fixed summaries (B, K); coarse means and spectrum depend on the padded length."""
         x, mask = as_channels(x, mask, 1)
         return evaluate(series_statistics(x.shape[1:]), x, mask)
 

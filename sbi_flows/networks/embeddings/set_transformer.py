@@ -40,16 +40,16 @@ class SetTransformer(EmbeddingSettings):
     Axis 0 of an observation is the set: (n,), (n, C), or (n, *element) with `each`. In each block,
     a few learned inducing points attend to the elements, and the elements attend to the inducing
     points, so that the cost is proportional to the number of elements. Learned seeds attend to the
-    result. Elements without any entry are left out.
+    result. Elements whose entries are all missing are left out.
 
     Attributes:
         each: Embedding of one element, for example `SeriesNet()`; None if an element is a number
             or a vector.
-        width: Width of an element in the network.
+        width: Length of the vector of each element.
         blocks: Number of induced set attention blocks.
         heads: Number of attention heads, a divisor of `width`.
         inducing: Number of inducing points of a block.
-        seeds: Number of seeds.
+        seeds: Number of learned seeds, whose outputs are concatenated.
         features: Length of the embedding.
         dropout: Fraction of hidden units that dropout sets to zero in training.
 

@@ -1,8 +1,9 @@
 """Fixed summaries of sets, series and images with missing entries.
 
-Summaries are not learned. Each is passed through arcsinh, which leaves small numbers unchanged and
-bounds large ones; all are finite, also if no entry is present. Groups of summaries are taken in
-the order of their importance as long as there are at most `MAX_SUMMARIES` in total.
+Summaries are not learned. Each is passed through arcsinh, which is linear for small numbers and
+logarithmic for large ones. All are finite, also if no entry is present. Groups of summaries are
+taken in the order of their importance. A group that would exceed `MAX_SUMMARIES` in total is
+replaced by a smaller one, if there is one, or left out.
 
 Public names: `Statistic`, `set_statistics`, `series_statistics`, `grid_statistics`, `labels_of`,
 `evaluate`.
