@@ -1,6 +1,6 @@
 """Spaces in which observations are compared with simulations, and model inputs of many rows.
 
-Public names: `spaces_of`, `space_widths`, `space_labels`, `inputs_of_rows`.
+Public names: `spaces_of`, `space_widths`, `space_labels`, `inputs_of_rows`, `training_inputs`.
 """
 
 from __future__ import annotations
@@ -81,12 +81,21 @@ def _spaces(blueprint: Blueprint, weights: Weights, features: Array) -> tuple[Ar
     return features[:, : _width(blueprint, features.shape[1])], context
 
 
+def training_inputs(blueprint: Blueprint, features: Array) -> Array:
+    """Return what training steps read.
+
+    If the model hides entries at random, these are the features: a step computes summaries after it
+    has hidden entries. Otherwise they are the inputs (N, I).
+    """
+    return features if blueprint.missing is not None else inputs_of_rows(blueprint, features)
+
+
 def inputs_of_rows(blueprint: Blueprint, features: Array, key: Any = None) -> Array:
     """Compute the inputs (N, I) of many rows in blocks, to limit memory.
 
     Args:
         blueprint: Description of the model.
-        features: Features (N, C), or inputs (N, I) if a key is given.
+        features: Features of the rows, shape (N, C), or (N, 2 C) with a mask.
         key: Random key for hiding entries by `blueprint.missing`; None to hide none.
     """
     if key is None and not blueprint.sizes.summaries:

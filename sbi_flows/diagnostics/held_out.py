@@ -64,8 +64,7 @@ def ranks_of_members(
     rows = _rows_of_members(row_key, posterior, simulations, history, datasets)
     if posterior.missing.pattern is None:  # the history is about hidden entries otherwise
         _require_same_order(posterior, simulations, history)
-    simulations = hidden_as_in_fit(key, posterior, simulations)
-    used = simulations[np.concatenate(rows)]
+    used = hidden_as_in_fit(key, posterior, simulations[np.concatenate(rows)])
     if len(used) < MIN_DATASETS:
         raise ValueError(
             f"history: expected at least {MIN_DATASETS} held-out rows, got {len(used)}; raise "
@@ -79,7 +78,7 @@ def ranks_of_members(
             ranks = rank_valid(
                 jax.random.fold_in(draw_key, member),
                 _member(posterior, member),
-                simulations[chosen],
+                used[start:stop],
                 draws=draws,
                 references=References(references.points[start:stop], references.scale),
                 density=True,

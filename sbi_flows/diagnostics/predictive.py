@@ -233,7 +233,7 @@ def simulate_at_draws(
         posterior.prior,
         simulator,
         theta,
-        missing=posterior.missing.can_miss is not None,
+        missing=posterior.missing.simulates_gaps,
         progress=progress,
     ).only_valid()
     if len(valid) < max(MIN_DRAWS, draws // 2):
@@ -258,7 +258,7 @@ def _compare(simulated: Obs, observed: Obs, num_failed: int) -> Predictive:
     simulated_rows, observed_row = map(np.asarray, map(flatten_rows, (simulated, observed)))
     # an entry that a simulation lacks counts half as below and half as above
     simulated_rows = np.where(np.isnan(simulated_rows), observed_row, simulated_rows)
-    features = np.asarray(standardiser(simulated))[:, : len(present)][:, present]
+    features = _filled(np.asarray(standardiser(simulated)), present)
     observed_features = np.asarray(standardiser(observed))[0, : len(present)][present]
     names = entry_labels(observation_shape(observed))
     return Predictive(
@@ -269,6 +269,22 @@ def _compare(simulated: Obs, observed: Obs, num_failed: int) -> Predictive:
         simulated=features,
         num_failed=num_failed,
     )
+
+
+def _filled(features: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Return the features of the entries that the observation has, shape (n, P).
+
+    A feature that a simulation lacks is that of another simulation, so that its spread is right.
+    """
+    values, masks = features[:, : len(present)], features[:, len(present) :]
+    if not masks.shape[1]:
+        return values[:, present]
+    filled = values.copy()
+    for column in np.flatnonzero(present & (masks == 0.0).any(axis=0)):
+        lacks = masks[:, column] == 0.0
+        others = values[~lacks, column]
+        filled[lacks, column] = np.resize(others, lacks.sum()) if len(others) else 0.0
+    return filled[:, present]
 
 
 def _embedding_p(posterior: AbstractPosterior, simulated: Obs, observed: Obs) -> float | None:

@@ -11,6 +11,7 @@ import time
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sbi_flows.core.checks import (
@@ -24,7 +25,7 @@ from sbi_flows.core.typing import Key, Obs
 from sbi_flows.core.warn import warn_user
 from sbi_flows.densities.base import DensitySettings, check_density
 from sbi_flows.densities.conditional import Blueprint
-from sbi_flows.densities.embedded import inputs_of_rows
+from sbi_flows.densities.embedded import inputs_of_rows, training_inputs
 from sbi_flows.densities.embedding import Embedding, check_embedding, summary_count
 from sbi_flows.densities.flow import NSF
 from sbi_flows.densities.sizes import Sizes
@@ -43,7 +44,13 @@ from sbi_flows.estimators.stacking import StackHistory
 from sbi_flows.networks.embeddings import EmbeddingSettings
 from sbi_flows.observations.missing import MissingPattern
 from sbi_flows.observations.screening import dependent_features
-from sbi_flows.observations.standardise import SharedAxes, Standardiser, flatten_rows
+from sbi_flows.observations.standardise import (
+    HIDDEN,
+    NEVER,
+    SharedAxes,
+    Standardiser,
+    flatten_rows,
+)
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
 from sbi_flows.simulations.fingerprints import UsedRows
@@ -270,15 +277,16 @@ class NPE:
             has_missing=simulations.missing or self.missing is not None,
         )
         if self.missing is not None and standardiser.can_miss is not None:
-            can_miss = standardiser.can_miss | self.missing.can_hide(observation)
-            standardiser = standardiser._replace(can_miss=can_miss)
+            codes = np.where(self.missing.can_hide(observation), HIDDEN, NEVER).astype(np.uint8)
+            codes = jnp.maximum(standardiser.can_miss, codes)
+            standardiser = standardiser._replace(can_miss=codes)
         screened = self._screened(data)
         blueprint = self._blueprint(observation, screened, standardiser)
         stream = None
         if sample is not None:
             stream = stream_of(self.prior, blueprint, standardiser, simulations, sample)
         selected = dataclasses.replace(
-            data, features=inputs_of_rows(blueprint, data.features), stream=stream
+            data, features=training_inputs(blueprint, data.features), stream=stream
         )
         features = data.features
         if self.missing is not None:

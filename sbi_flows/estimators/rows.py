@@ -23,7 +23,7 @@ from sbi_flows.core.errors import SimulationFailed
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.densities.conditional import Blueprint, Weights
-from sbi_flows.densities.embedded import spaces_of
+from sbi_flows.densities.embedded import spaces_of, training_inputs
 from sbi_flows.estimators.emulator import Emulated
 from sbi_flows.observations.origin import fit_origin
 from sbi_flows.observations.standardise import SharedAxes, Standardiser, fit_standardiser
@@ -70,7 +70,7 @@ def prepare(
         shared: For each array of x, the axes whose entries have one location and one scale.
         has_missing: Whether entries can be missing.
     """
-    origin = fit_origin(x)
+    origin = fit_origin(x, shared)
     relative = x if origin is None else origin.subtract(x)
     data, standardiser = _prepared(prior, theta, relative, shared, has_missing)
     return data, standardiser._replace(origin=origin), relative
@@ -155,7 +155,7 @@ def stream_of(
 def _read(
     prior: Prior, blueprint: Blueprint, standardiser: Standardiser, theta: Array, x: Obs
 ) -> tuple[Array, Array]:
-    return prior.unchecked_to_standard(theta), blueprint.inputs(standardiser(x))
+    return prior.unchecked_to_standard(theta), training_inputs(blueprint, standardiser(x))
 
 
 def summarised(key: Key, posterior: Posterior, features: Array) -> Posterior:

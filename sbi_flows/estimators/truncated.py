@@ -159,6 +159,11 @@ def truncated_rounds(
     # raises ValueError for a prior that cannot be truncated
     BoxPrior(prior, np.full(prior.standard_dim, -1.0), np.full(prior.standard_dim, 1.0))
     outputs = row_outputs(simulator, prior)
+    if any(np.isnan(np.asarray(leaf, float)).any() for leaf in jax.tree.leaves(x)):
+        raise ValueError(
+            "x: expected a complete observation, as rounds know no missing entries, got NaN; fit "
+            "one posterior to simulations from the prior, sf.NPE(prior, missing=...)"
+        )
     if not as_batch(x, outputs)[1]:
         raise ValueError("x: expected one observation, got a batch")
     saved = RoundFolder(folder, estimator, (simulator, outputs), x, simulations)

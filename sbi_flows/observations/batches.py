@@ -31,11 +31,13 @@ class Missing(NamedTuple):
         growing: For each array, the axes along which an observation may be shorter than in the
             training rows, such as the axis of the trials. Empty if there are none.
         pattern: Random pattern by which the fit hid entries; None if it hid none.
+        simulates_gaps: Whether simulations of the fit lacked entries before any were hidden.
     """
 
     can_miss: Any = None
     growing: SharedAxes = ()
     pattern: MissingPattern | None = None
+    simulates_gaps: bool = False
 
 
 COMPLETE = Missing()
@@ -82,7 +84,7 @@ def as_batch(x: Obs, like: Obs, missing: Missing = COMPLETE) -> tuple[Obs, bool]
     if not single and () not in lengths and lengths == {(0,)}:
         raise ValueError("x: expected at least one observation, got an empty batch")
     batch = [leaf[None] if single else leaf for leaf in leaves]
-    if missing.can_miss is not None and not is_traced(batch):
+    if missing.can_miss is not None and not is_traced((batch, missing.can_miss)):
         _require_present(batch, like, np.asarray(missing.can_miss))
     tree = jax.tree.unflatten(jax.tree.structure(like), batch)
     return jax.tree.map(lambda a, b: a if _stays_on_host(b) else jnp.asarray(a), tree, like), single
@@ -92,11 +94,12 @@ def _require_finite(x: Obs, *, allows_nan: bool) -> None:
     """Raise ValueError if x contains infinity, or NaN that is not allowed."""
     leaves = [leaf for leaf in jax.tree.leaves(x) if leaf.dtype.kind not in "iub"]
     if any(np.any(np.isinf(leaf)) for leaf in leaves):
-        raise ValueError("x: expected finite values, got NaN or infinity")
+        raise ValueError("x: expected finite values, got infinity")
     if not allows_nan and any(np.any(np.isnan(leaf)) for leaf in leaves):
         raise ValueError(
-            "x: expected finite values, got NaN or infinity; if NaN marks a missing entry, fit to "
-            "sf.Simulations(theta, x, missing=True), or with missing=sf.RandomEntries(...)"
+            "x: expected finite values, got NaN; if NaN marks a missing entry, fit to "
+            "sf.Simulations(theta, x, missing=True), or with a pattern such as "
+            "missing=sf.RandomEntries(0.2) or sf.RandomSubset(5, 100)"
         )
 
 

@@ -46,9 +46,9 @@ class MissingPattern(abc.ABC):
             True where an entry is kept, bool of shape (n, C), for flattened observations.
         """
 
-    def can_hide(self, like: Obs) -> Array:
-        """Return whether each entry is hidden in any of 200 random rows, bool of shape (C,)."""
-        return jnp.any(~self.keep(jax.random.key(0), like, 200), axis=0)
+    @abc.abstractmethod
+    def can_hide(self, like: Obs) -> np.ndarray:
+        """Return whether each entry of one observation can be hidden, bool of shape (C,)."""
 
     def __call__(self, key: Key, x: Obs) -> Obs:
         """Replace entries of observations (N, *event) by NaN.
@@ -106,6 +106,10 @@ class RandomEntries(MissingPattern):
     def check(self, like: Obs) -> None:
         """Accept any observation."""
 
+    def can_hide(self, like: Obs) -> np.ndarray:
+        """Return True for each entry; see `MissingPattern.can_hide`."""
+        return np.ones(_entries(like), bool)
+
     def keep(self, key: Key, like: Obs, n: int) -> Array:
         """Draw which entries are kept; see `MissingPattern.keep`."""
         entry_key, rate_key, kind_key = jax.random.split(key, 3)
@@ -123,8 +127,8 @@ class RandomSubset(MissingPattern):
     The number is drawn uniformly on a logarithmic scale between `smallest` and `largest`.
 
     Attributes:
-        smallest: Smallest number of elements, at least zero. With zero, the fraction
-            log(2) / log(2 (largest + 1)) of the rows is empty: 13% for `largest` = 100.
+        smallest: Smallest number of elements. With zero, one row in twenty is empty, and the others
+            have at least one element.
         largest: Largest number of elements, at most the length of the axis.
         axis: Axis of one observation.
         part: Name of the array in a dict of arrays; None for an observation that is one array.
@@ -165,11 +169,22 @@ class RandomSubset(MissingPattern):
                 f"axis {self.axis}, got shape {shape}"
             )
 
+    def can_hide(self, like: Obs) -> np.ndarray:
+        """Return whether each entry can be hidden; see `MissingPattern.can_hide`."""
+        parts = []
+        for path, leaf in jax.tree_util.tree_leaves_with_path(like):
+            can_hide = np.zeros(leaf.shape, bool)
+            if self._is_chosen(path) and self.smallest < leaf.shape[self.axis]:
+                first = self.smallest if self.order == "first" else 0
+                np.moveaxis(can_hide, self.axis, 0)[first:] = True
+            parts.append(can_hide.reshape(-1))
+        return np.concatenate(parts)
+
     def keep(self, key: Key, like: Obs, n: int) -> Array:
         """Draw which entries are kept; see `MissingPattern.keep`."""
         parts = []
         for path, leaf in jax.tree_util.tree_leaves_with_path(like):
-            if self.part is None or self.part == _name(path):
+            if self._is_chosen(path):
                 keep = self._elements(key, n, leaf.shape[self.axis])
                 shape = [n, *(1 for _ in leaf.shape)]
                 shape[1 + self.axis] = leaf.shape[self.axis]
@@ -182,13 +197,20 @@ class RandomSubset(MissingPattern):
     def _elements(self, key: Key, n: int, length: int) -> Array:
         """Draw which elements are kept, bool of shape (n, length)."""
         count_key, place_key = jax.random.split(key)
-        low = math.log(max(self.smallest, 0.5))
-        ratio = jax.random.uniform(count_key, (n, 1)) * (math.log(self.largest + 1) - low) + low
-        count = jnp.clip(jnp.floor(jnp.exp(ratio)), self.smallest, self.largest)
+        low = math.log(max(self.smallest, 1))
+        share = jax.random.uniform(count_key, (n, 1))
+        is_empty = share < (EMPTY_SHARE if self.smallest == 0 else 0.0)
+        logarithm = share * (math.log(self.largest + 1) - low) + low
+        count = jnp.clip(jnp.floor(jnp.exp(logarithm)), max(self.smallest, 1), self.largest)
+        count = jnp.where(is_empty, 0, count)
         number = jnp.arange(length)[None]
         if self.order == "random":
             number = (number + jax.random.randint(place_key, (n, 1), 0, length)) % length
         return number < count
+
+    def _is_chosen(self, path: Any) -> bool:
+        """Return whether the pattern is about the array with this path."""
+        return self.part is None or self.part == _name(path)
 
     def _shape(self, like: Obs) -> tuple[int, ...]:
         """Return the shape of the array; raise ValueError if there is no such array."""
@@ -227,6 +249,10 @@ class RandomParts(MissingPattern):
         count = len(jax.tree.leaves(like))
         if count < 2:
             raise ValueError(f"missing: expected an observation of several arrays, got {count}")
+
+    def can_hide(self, like: Obs) -> np.ndarray:
+        """Return True for each entry; see `MissingPattern.can_hide`."""
+        return np.ones(_entries(like), bool)
 
     def keep(self, key: Key, like: Obs, n: int) -> Array:
         """Draw which entries are kept; see `MissingPattern.keep`."""

@@ -78,8 +78,13 @@ class Origin(NamedTuple):
         return jax.tree.unflatten(tree, parts)
 
 
-def fit_origin(x: Obs) -> Origin | None:
+def fit_origin(x: Obs, shared: tuple[tuple[int, ...], ...] | None = None) -> Origin | None:
     """Compute offset and exponent of each entry of a batch of observations (N, *event).
+
+    Args:
+        x: The observations.
+        shared: For each array, the axes of one observation whose entries have one offset and one
+            exponent; None if each entry has its own.
 
     Returns:
         The origin; None if no array is in double precision on the host (see `is_double`).
@@ -87,7 +92,8 @@ def fit_origin(x: Obs) -> Origin | None:
     leaves = jax.tree.leaves(x)
     if is_traced(x) or not any(map(is_double, leaves)):
         return None
-    parts = [_offset_and_exponent(leaf) for leaf in leaves]
+    axes = ((),) * len(leaves) if shared is None else shared
+    parts = [_offset_and_exponent(leaf, own) for leaf, own in zip(leaves, axes, strict=True)]
     offset, exponent = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     high = offset.astype(np.float32)
     low = (offset - high.astype(float)).astype(np.float32)
@@ -106,12 +112,15 @@ def _subtract_on_host(leaf: Any, high: np.ndarray, low: np.ndarray, exponent: np
     return jnp.asarray(np.clip(z, -largest, largest), jnp.float32)
 
 
-def _offset_and_exponent(leaf: Any) -> tuple[np.ndarray, np.ndarray]:
+def _offset_and_exponent(leaf: Any, shared: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Return offset and exponent of each entry of one array (N, *shape), shape (C,) each."""
     width = math.prod(leaf.shape[1:])
     if not is_double(leaf):
         return np.zeros(width), np.zeros(width, np.int32)
-    rows = leaf.reshape(len(leaf), -1)
+    event = leaf.shape[1:]
+    like = [1 if axis in shared else n for axis, n in enumerate(event)]
+    rows = np.moveaxis(leaf, [1 + axis for axis in shared], range(1, 1 + len(shared)))
+    rows = rows.reshape(-1, math.prod(like))
     missing = np.isnan(rows)
     rows = np.where(missing.all(axis=0)[None], 0.0, rows)  # a column without any value
     has_missing = bool(missing.any())
@@ -128,4 +137,6 @@ def _offset_and_exponent(leaf: Any) -> tuple[np.ndarray, np.ndarray]:
     exponent = np.frexp(np.where(size > 0, size, 1.0))[1]
     exponent = np.where(np.abs(exponent) > _MAX_EXPONENT, exponent, 0)
     offset = np.where(is_far, np.ldexp(middle, -exponent), 0.0)
-    return offset, exponent.astype(np.int32)
+    pair = (offset, exponent.astype(np.int32))
+    spread_out = [np.broadcast_to(a.reshape(like), event).reshape(-1) for a in pair]
+    return spread_out[0], spread_out[1]

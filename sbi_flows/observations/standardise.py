@@ -5,7 +5,7 @@ follows the features. Entries along a shared axis (pixels, time steps, trials) h
 one scale.
 
 Public names: `Standardiser`, `fit_standardiser`, `features_of`, `flatten_rows`, `rows_on_host`,
-`unflatten_rows`, `entry_labels`, `SharedAxes`.
+`unflatten_rows`, `entry_labels`, `SharedAxes`, `NEVER`, `HIDDEN`, `LACKING`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ SharedAxes: TypeAlias = tuple[tuple[int, ...], ...]
 MAX_SHARED_ENTRIES = 2**23
 """Number of entries of an array with shared axes from which location and scale are computed."""
 
+NEVER, HIDDEN, LACKING = 0, 1, 2
+"""Codes that say whether and why an entry can be missing."""
+
 _NORMAL_IQR = 1.349
 _LESS_SKEW = 0.7
 """Logarithms are taken if they reduce the skewness to less than this fraction of its value."""
@@ -58,7 +61,8 @@ class Standardiser(NamedTuple):
         linear: Half-width of the linear range, in units of `scale`.
         origin: Location and scale that are removed first, in double precision; None if the
             observations are in JAX's precision.
-        can_miss: Whether each entry can be missing (NaN), bool of shape (C,); None if observations
+        can_miss: Whether each entry can be missing (NaN): `NEVER`, `HIDDEN` (only by the random
+            pattern of the fit) or `LACKING` (in simulations), shape (C,); None if observations
             must be complete. If it is not None, features have shape (B, 2 C): the standardised
             entries, zero where missing, then the mask, one where present.
     """
@@ -128,7 +132,7 @@ def fit_standardiser(
             scale; None if each entry has its own.
         has_missing: Whether entries can be missing.
     """
-    origin = fit_origin(x)
+    origin = fit_origin(x, shared)
     relative = x if origin is None else origin.subtract(x)
     *arrays, can_miss = _fitted(relative, shared, has_missing)
     return Standardiser(*arrays, origin=origin, can_miss=can_miss)
@@ -200,11 +204,17 @@ def _exponentials(rows: Array, floor: Array) -> Array:
     return jnp.where(taken, exponentials, rows)
 
 
-def _floors(rows: Array, minimum: Callable[..., Array], quantile: Callable[..., Array]) -> Array:
+def _floors(
+    rows: Array,
+    is_empty: Array,
+    minimum: Callable[..., Array],
+    quantile: Callable[..., Array],
+) -> Array:
     """Choose whether to take logarithms of one array, given as rows (N, C).
 
     Args:
         rows: The array.
+        is_empty: Whether a column has no present entry; it does not influence the choice.
         minimum: Function such as `jnp.min`, which may ignore missing entries.
         quantile: Function such as `jnp.quantile`, which may ignore missing entries.
 
@@ -216,8 +226,10 @@ def _floors(rows: Array, minimum: Callable[..., Array], quantile: Callable[..., 
     tails = quantile(rows, jnp.asarray([0.01, 0.5, 0.99]), axis=0)
     logarithms = jnp.log(jnp.maximum(tails, jnp.finfo(rows.dtype).tiny))
     # one decision for all columns keeps the entries of a series or an image comparable
-    better = jnp.mean(_skewness(logarithms)) < _LESS_SKEW * jnp.mean(_skewness(tails))
-    return jnp.where(jnp.all(least > 0) & better, 0.5 * least, 0.0)
+    before, after = (jnp.where(is_empty, 0.0, _skewness(t)) for t in (tails, logarithms))
+    better = jnp.mean(after) < _LESS_SKEW * jnp.mean(before)
+    is_positive = jnp.all((least > 0) | is_empty)
+    return jnp.where(is_positive & better & ~is_empty, 0.5 * least, 0.0)
 
 
 def _skewness(tails: Array) -> Array:
@@ -261,7 +273,8 @@ def _fitted_leaf(
     rows = rows.astype(jnp.result_type(float))
     missing = jnp.any(jnp.isnan(leaf), axis=(0, *(1 + a for a in shared)), keepdims=True)
     fitted = _location_and_scale(rows, has_missing)
-    parts = (*fitted, missing.reshape(-1)) if has_missing else (*fitted, fitted[0])
+    codes = jnp.where(missing, LACKING, NEVER).astype(jnp.uint8)
+    parts = (*fitted, codes.reshape(-1)) if has_missing else (*fitted, fitted[0])
 
     def spread(array: Array) -> Array:
         return jnp.broadcast_to(array.reshape(like), event).reshape(-1)
@@ -273,9 +286,11 @@ def _location_and_scale(rows: Array, has_missing: bool) -> tuple[Array, Array, A
     """Return center, scale and floor (C,) of rows (N, C); NaN is missing if `has_missing`."""
     quantile, mean = (jnp.nanquantile, jnp.nanmean) if has_missing else (jnp.quantile, jnp.mean)
     least, most = (jnp.nanmin, jnp.nanmax) if has_missing else (jnp.min, jnp.max)
+    is_empty = jnp.zeros(rows.shape[1], bool)
     if has_missing:  # an entry that is never present gets location 0 and scale 1
-        rows = jnp.where(jnp.all(jnp.isnan(rows), axis=0, keepdims=True), 0.0, rows)
-    floor = _floors(rows, least, quantile)
+        is_empty = jnp.all(jnp.isnan(rows), axis=0)
+        rows = jnp.where(is_empty[None], 0.0, rows)
+    floor = _floors(rows, is_empty, least, quantile)
     rows = _logarithms(rows, floor)
     low, center, high = quantile(rows, jnp.asarray([0.25, 0.5, 0.75]), axis=0)
     # root mean square deviation from the median, scaled so that it cannot overflow

@@ -7,13 +7,13 @@ Other packages of the library import from the modules of this package. Users wri
 from sbi_flows.posteriors.adapter import ExternalPosterior as ExternalPosterior
 from sbi_flows.posteriors.adapter import as_posterior as as_posterior
 from sbi_flows.posteriors.base import AbstractPosterior as AbstractPosterior
-from sbi_flows.posteriors.base import Derived as Derived
 from sbi_flows.posteriors.bound import AtObservation as AtObservation
 from sbi_flows.posteriors.composed import ComposedPosterior as ComposedPosterior
 from sbi_flows.posteriors.composed import composed as composed
 from sbi_flows.posteriors.composed import sample_composed as sample_composed
 from sbi_flows.posteriors.conformal import ConformalPosterior as ConformalPosterior
 from sbi_flows.posteriors.conformal import conformal as conformal
+from sbi_flows.posteriors.derived import Derived as Derived
 from sbi_flows.posteriors.direct import Posterior as Posterior
 from sbi_flows.posteriors.numpyro import PosteriorDistribution as PosteriorDistribution
 from sbi_flows.posteriors.reading import load as load

@@ -1,6 +1,6 @@
 """Abstract posterior, and posteriors derived from another one.
 
-Public names: `AbstractPosterior`, `Derived`.
+Public names: `AbstractPosterior`.
 
 A class of posteriors implements a few private methods for batches of bound observations (see
 `bound`). The base class checks observations, handles batches and warns about atypical data.
@@ -34,7 +34,6 @@ from sbi_flows.posteriors.arviz import Groups, arviz_groups, require_chains
 from sbi_flows.posteriors.bound import AtObservation, Bindable
 from sbi_flows.posteriors.gate import gate
 from sbi_flows.posteriors.writing import save
-from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.fingerprints import UsedRows
 from sbi_flows.simulations.simulate import simulate_at
 
@@ -283,7 +282,7 @@ class AbstractPosterior(Bindable):
         if simulator is not None:
             simulate_key = jax.random.fold_in(key, 2)
             few = draws[: predictive_draws // chains * chains]
-            missing = self.missing.can_miss is not None
+            missing = self.missing.simulates_gaps
             simulated = simulate_at(
                 simulate_key, self.prior, simulator, few, missing=missing, progress=False
             )
@@ -348,55 +347,3 @@ class AbstractPosterior(Bindable):
         Raises:
             ValueError: A part of the posterior cannot be saved.
         """
-
-
-class Derived(AbstractPosterior):
-    """Abstract posterior that is derived from another posterior, called its base posterior.
-
-    Attributes:
-        posterior: The base posterior.
-        record: Facts about the derivation, in addition to the base posterior's record; plain JSON
-            data.
-    """
-
-    posterior: AbstractPosterior
-
-    @property
-    def prior(self) -> Prior:
-        """Prior of the parameters; it defines their names."""
-        return self.posterior.prior
-
-    @property
-    def observation(self) -> Obs:
-        """Shape and dtype of one observation (`jax.ShapeDtypeStruct` leaves)."""
-        return self.posterior.observation
-
-    @property
-    def typicality(self) -> Typicality | None:
-        """Distribution of the training simulations; None if it is not known."""
-        return self.posterior.typicality
-
-    @property
-    def space_labels(self) -> tuple[str, ...]:
-        """Names of the columns of the first array of `spaces`."""
-        return self.posterior.space_labels
-
-    @property
-    def missing(self) -> Missing:
-        """Entries that an observation may lack."""
-        return self.posterior.missing
-
-    @property
-    def used_rows(self) -> UsedRows | None:
-        """Fingerprints of the simulations that the fit and the corrections used."""
-        return self.posterior.used_rows
-
-    @property
-    def needs_ode(self) -> bool:
-        """Whether a density is computed by solving an ODE, which evaluates a network many times."""
-        return self.posterior.needs_ode
-
-    @property
-    def origin(self) -> AbstractPosterior:
-        """The posterior from which this one was derived, in one or more steps."""
-        return self.posterior.origin

@@ -107,7 +107,7 @@ def encode(contents: Contents) -> SavedPosterior:
         document["has_origin"] = True
     if standardiser.can_miss is not None:
         document["has_missing"] = True
-        tensors[_CAN_MISS] = np.asarray(standardiser.can_miss)
+        tensors[_CAN_MISS] = np.asarray(standardiser.can_miss, np.uint8)
     return SavedPosterior(document, tensors, contents.record)
 
 
@@ -206,7 +206,7 @@ def require_tensors(header: DirectHeader, table: Mapping[str, Entry]) -> set[str
         ensembles.require_entry(name, Entry(dtype, (size,), 0), table)
     masks = {_CAN_MISS} if header.has_missing else set()
     for name in masks:
-        ensembles.require_entry(name, Entry(np.dtype(bool), (size,), 0), table)
+        ensembles.require_entry(name, Entry(np.dtype(np.uint8), (size,), 0), table)
     names = {
         *_STANDARDISER,
         *origin,

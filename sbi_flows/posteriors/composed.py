@@ -41,9 +41,10 @@ from sbi_flows.densities.matching import Diffusion, FlowMatching, Matching
 from sbi_flows.densities.paths import Path
 from sbi_flows.densities.samplers import VelocityFunction, score
 from sbi_flows.posteriors import mixtures
-from sbi_flows.posteriors.base import AbstractPosterior, Derived
+from sbi_flows.posteriors.base import AbstractPosterior
 from sbi_flows.posteriors.bound import MAX_CALL_ENTRIES
 from sbi_flows.posteriors.codec_composed import COMPOSED
+from sbi_flows.posteriors.derived import Derived
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.posteriors.writing import content_of
 from sbi_flows.prior.constrained import require_no_condition

@@ -28,9 +28,10 @@ from sbi_flows.core.pytrees import is_traced, register_pytree
 from sbi_flows.core.record import ReadOnlyDict
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.posteriors.adapter import PosteriorLike, as_posterior
-from sbi_flows.posteriors.base import AbstractPosterior, Derived
+from sbi_flows.posteriors.base import AbstractPosterior
 from sbi_flows.posteriors.codec_calibrated import Calibration, calibrated_layer, calibration_of
 from sbi_flows.posteriors.codec_conformal import CONFORMAL
+from sbi_flows.posteriors.derived import Derived
 from sbi_flows.posteriors.passes import chunks_of, continuous_ranks, usable
 from sbi_flows.posteriors.quantile_maps import quantiles_of
 from sbi_flows.posteriors.reuse import warn_of_reuse

@@ -24,8 +24,14 @@ from sbi_flows.core.warn import warn_user
 from sbi_flows.densities.conditional import Blueprint, Weights, needs_ode
 from sbi_flows.densities.embedded import space_labels, spaces_of
 from sbi_flows.networks.embeddings import EmbeddingSettings
-from sbi_flows.observations.batches import Missing, as_batch
-from sbi_flows.observations.standardise import SharedAxes, Standardiser, features_of
+from sbi_flows.observations.batches import COMPLETE, Missing, as_batch
+from sbi_flows.observations.standardise import (
+    LACKING,
+    NEVER,
+    SharedAxes,
+    Standardiser,
+    features_of,
+)
 from sbi_flows.observations.typicality import Typicality
 from sbi_flows.posteriors import codec_direct, mixtures
 from sbi_flows.posteriors.base import AbstractPosterior
@@ -33,6 +39,9 @@ from sbi_flows.posteriors.bound import in_chunks, split_draws
 from sbi_flows.prior.constrained import ConstrainedPrior
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.fingerprints import UsedRows
+
+MAX_SHORT_INPUTS = 1024
+"""Number of inputs up to which the memory for the draws limits a compiled call."""
 
 MIN_ACCEPTANCE = 0.03
 """Smallest probability of a condition that is estimated with an error of at most 10%."""
@@ -126,9 +135,15 @@ class Posterior(AbstractPosterior):
         """Entries that an observation may lack."""
         blueprint = self.blueprints[0]
         growing: SharedAxes = ()
+        codes = self.standardiser.can_miss
+        if codes is None:
+            return COMPLETE
         if isinstance(blueprint.embedding, EmbeddingSettings):
             growing = blueprint.embedding.growing(blueprint.sizes.like)
-        return Missing(self.standardiser.can_miss, growing, blueprint.missing)
+        if is_traced(codes):
+            return Missing(codes, growing, blueprint.missing)
+        codes = np.asarray(codes)
+        return Missing(codes != NEVER, growing, blueprint.missing, bool(np.any(codes == LACKING)))
 
     @property
     def space_labels(self) -> tuple[str, ...]:
@@ -202,7 +217,7 @@ class Posterior(AbstractPosterior):
         evaluate = partial(
             mixtures.sample, self._parts, each, with_log_prob, self.prior, self.weights
         )
-        draws, log_prob = in_chunks(evaluate, each * self.prior.dim, repeated, keys)
+        draws, log_prob = in_chunks(evaluate, self._entries(each), repeated, keys)
         draws = draws.reshape(len(features), -1, self.prior.dim)[:, :n]
         log_prob = log_prob.reshape(len(features), -1)[:, :n]
         return draws, _normalised(log_prob, bound) if with_log_prob else log_prob
@@ -214,7 +229,7 @@ class Posterior(AbstractPosterior):
         padded = _pad(theta, pieces * each).reshape(-1, each, self.prior.dim)
         repeated = jnp.repeat(features, pieces, axis=0)
         evaluate = partial(mixtures.log_prob, self._parts, self.prior, self.weights)
-        log_prob = in_chunks(evaluate, each * self.prior.dim, repeated, padded)[0]
+        log_prob = in_chunks(evaluate, self._entries(each), repeated, padded)[0]
         return _normalised(log_prob.reshape(len(features), -1)[:, :n], bound)
 
     def _standard_log_prob(self, y: Array, bound: _Bound) -> Array:
@@ -225,6 +240,14 @@ class Posterior(AbstractPosterior):
             inside = self.prior.unchecked_contains(theta)
             log_prob = jnp.where(inside, log_prob - bound.log_acceptance, -jnp.inf)
         return log_prob
+
+    def _entries(self, n: int) -> int:
+        """Return the number of entries that n draws of one observation add to a compiled call.
+
+        Long observations count as well, because a network that reads them needs memory.
+        """
+        long = max(self.blueprints[0].sizes.input_count - MAX_SHORT_INPUTS, 0)
+        return n * self.prior.dim + long
 
     @property
     def _parts(self) -> mixtures.Parts:

@@ -21,8 +21,8 @@ def fresh_simulations(
     key: Key, posterior: PosteriorLike, simulator: Simulator, n: int, *, progress: bool
 ) -> Simulations:
     """Simulate n data sets from the prior, with entries hidden by the pattern of the fit."""
-    can_miss = isinstance(posterior, AbstractPosterior) and posterior.missing.can_miss is not None
-    sims = simulate(key, posterior.prior, simulator, n, missing=can_miss, progress=progress)
+    has_gaps = isinstance(posterior, AbstractPosterior) and posterior.missing.simulates_gaps
+    sims = simulate(key, posterior.prior, simulator, n, missing=has_gaps, progress=progress)
     return hidden_as_in_fit(key, posterior, sims)
 
 

@@ -36,9 +36,10 @@ from sbi_flows.core.pytrees import register_pytree
 from sbi_flows.core.record import ReadOnlyDict
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.posteriors.adapter import PosteriorLike, as_posterior
-from sbi_flows.posteriors.base import AbstractPosterior, Derived
+from sbi_flows.posteriors.base import AbstractPosterior
 from sbi_flows.posteriors.codec_calibrated import Calibration, calibrated_layer, calibration_of
 from sbi_flows.posteriors.codec_recalibrated import RECALIBRATED, quantiles_in
+from sbi_flows.posteriors.derived import Derived
 from sbi_flows.posteriors.passes import chunks_of, usable
 from sbi_flows.posteriors.quantile_maps import Quantiles, quantile_map, quantiles_of
 from sbi_flows.posteriors.reuse import warn_of_reuse

@@ -154,7 +154,8 @@ class Simulations:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Set the attributes and open the files of arrays on disk."""
-        vars(self).update(state, x=jax.tree.map(from_pickle, state["x"]))
+        # pickles of earlier versions do not say whether entries are missing
+        vars(self).update({"missing": False, **state}, x=jax.tree.map(from_pickle, state["x"]))
 
     def __len__(self) -> int:
         """Number of rows N, including failed rows."""

@@ -39,8 +39,8 @@ from sbi_flows.training.devices import MEMBERS, shard_rows
 from sbi_flows.training.group import Best, Group, LossOffsets, Plan, Source, State, updated
 from sbi_flows.training.settings import Training
 
-MAX_ROWS = 2**14
-"""Maximum number of rows that are evaluated at once outside training steps, to save memory."""
+MAX_ROWS, MAX_ENTRIES = 2**14, 2**24
+"""Maximum number of rows, and of inputs in them, in one evaluation outside training steps."""
 
 
 def prepare(
@@ -133,7 +133,9 @@ def _start_of_member(
         rest["start"] = fit_linear_start(y, regressors, train_rows, validation_rows, *flags)
     rows = jnp.concatenate([train_rows, validation_rows])
     model = nnx.merge(graph_of(blueprint), params, rest)
-    whitened, log_det = _by_rows(lambda places: model.whiten(y[places], features[places]), rows)
+    whitened, log_det = _by_rows(
+        lambda places: model.whiten(y[places], features[places]), rows, features
+    )
     offsets, n = data.log_det[rows] - log_det, len(train_rows)
     if blueprint.missing is not None:  # each training step whitens what it hides
         whitened = jnp.concatenate([y[train_rows], whitened[n:]])
@@ -250,6 +252,7 @@ def densities(plan: Plan, best: Best, group: Group, features: Rows) -> tuple[Arr
                 whitened[places], features.validation[group.validation_rows[places]]
             ),
             jnp.arange(len(whitened)),
+            features.validation,
         )
 
     return _over_members(one, plan.mesh)(best, group)
@@ -321,18 +324,26 @@ def _score(plan: Plan, state: State, group: Group, features: Array) -> tuple[Bes
     losses = _by_rows(
         lambda places: losses_at(whitened[places], features[group.validation_rows[places]]),
         jnp.arange(len(whitened)),
+        features,
     )
     # the program also computes members of the group that have stopped
     is_running = group.best.age < plan.training.patience
     return updated(group.best, state.average, losses, is_running), jnp.mean(losses)
 
 
-def _by_rows(function: Callable[[Array], Any], places: Array) -> Any:
-    """Apply a function to row numbers in blocks of at most `MAX_ROWS`, and join the results."""
-    n, count = len(places), -(-len(places) // MAX_ROWS)
+def _by_rows(function: Callable[[Array], Any], places: Array, features: Array) -> Any:
+    """Apply a function to row numbers in blocks, and join the results.
+
+    Args:
+        function: Function of row numbers (B,).
+        places: Row numbers.
+        features: Inputs of the rows (N, I), whose length determines the size of a block.
+    """
+    size = min(MAX_ROWS, max(64, MAX_ENTRIES // features.shape[1]))
+    n, count = len(places), -(-len(places) // size)
     if count == 1:
         return function(places)
-    out = jax.lax.map(function, jnp.resize(places, (count, MAX_ROWS)))
+    out = jax.lax.map(function, jnp.resize(places, (count, size)))
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], out)
 
 

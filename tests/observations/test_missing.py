@@ -112,7 +112,7 @@ def test_entries_that_are_never_present_have_finite_features():
     x = np.where(np.arange(4) == 2, np.nan, np.random.default_rng(0).normal(size=(50, 4)))
     standardiser = fit_standardiser(x, has_missing=True)
     assert np.all(np.isfinite(standardiser(x)))
-    assert standardiser.can_miss.tolist() == [False, False, True, False]
+    assert standardiser.can_miss.tolist() == [0, 0, 2, 0]
 
 
 def test_nan_is_refused_where_no_training_row_lacks_it():
@@ -136,3 +136,39 @@ def test_shorter_sets_are_padded_and_other_shapes_are_refused():
     for wrong in ((11, 2), (4, 3), (2,)):
         with pytest.raises(ValueError, match=r"expected shape \(10, 2\)"):
             as_batch(np.ones(wrong), like(10, 2), missing)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (sf.RandomEntries(0.01), [True] * 6),
+        (sf.RandomSubset(2, 3), [True] * 6),
+        (sf.RandomSubset(2, 3, order="first"), [False, False, False, False, True, True]),
+        (sf.RandomSubset(3, 3), [False] * 6),
+        (sf.RandomSubset(1, 2, axis=1, order="first"), [False, True] * 3),
+    ],
+)
+def test_patterns_know_what_they_can_hide(pattern, expected):
+    assert pattern.can_hide(like(3, 2)).tolist() == expected
+    hidden = ~np.asarray(pattern.keep(KEY, like(3, 2), 2000))
+    assert not np.any(hidden & ~np.array(expected))
+
+
+def test_empty_sets_are_one_in_twenty():
+    counts = np.asarray(sf.RandomSubset(0, 9).keep(KEY, like(10), 4000)).sum(axis=1)
+    assert abs(np.mean(counts == 0) - 0.05) < 0.015 and counts.max() == 9
+
+
+def test_a_column_that_is_never_present_does_not_stop_the_logarithm():
+    x = np.exp(np.random.default_rng(0).normal(size=(300, 4)) * 2.0)
+    x[:, 2] = np.nan
+    floor = np.asarray(fit_standardiser(x, has_missing=True).floor)
+    assert np.all((floor > 0) == [True, True, False, True])
+
+
+def test_double_precision_keeps_the_symmetry_of_a_shared_axis():
+    x = 2_460_000.0 + 1e-3 * np.random.default_rng(0).normal(size=(200, 5))
+    standardiser = fit_standardiser(x, ((0,),))
+    assert standardiser.origin is not None
+    np.testing.assert_array_equal(standardiser(x[:, ::-1]), np.asarray(standardiser(x))[:, ::-1])
+    np.testing.assert_allclose(np.asarray(standardiser(x)).std(), 1.0, rtol=0.1)

@@ -264,3 +264,18 @@ def test_an_emulator_adds_rows_with_their_summaries():
     posterior, history = npe.fit(jax.random.key(1), sims, progress=False)
     assert history.emulator is not None
     assert np.all(np.isfinite(posterior.sample(jax.random.key(2), first(sims), 10)))
+
+
+def test_shorter_observations_need_a_fit_that_knows_them():
+    sims = sf.simulate(jax.random.key(0), PRIOR, trials, 100, progress=False)
+    small = sf.DeepSet(width=8, layers=0, features=2)
+    npe = sf.NPE(PRIOR, SMALL, embedding=small, members=1, training=sf.Training(max_epochs=1))
+    posterior, _ = npe.fit(jax.random.key(1), sims, progress=False)
+    with pytest.raises(ValueError, match=r"expected shape \(12,\), or a batch of it, got \(4,\)"):
+        posterior.sample(jax.random.key(2), first(sims)[:4], 10)
+
+
+def test_checks_of_patterns_accept_every_size(fits):
+    posterior, _, _ = fits("set")
+    report = sf.check(jax.random.key(1), posterior, trials, datasets=60, draws=20, progress=False)
+    assert report.num_failed == 0

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -26,6 +27,9 @@ from sbi_flows.networks.embeddings.base import (
 )
 from sbi_flows.networks.embeddings.layers import Entry
 from sbi_flows.networks.mlp import ResidualMLP, split_key
+
+MAX_FLAT = 512
+"""Number of entries of a part None up to which they are summaries as they are."""
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -125,15 +129,15 @@ class Fusion(EmbeddingSettings):
     def summarise(self, x: Any, mask: Any) -> Array:
         """Compute the fixed summaries (B, K) of all parts.
 
-        Those of a part None are its entries; there are none for more than 64 entries.
+        Those of a part None are its entries; of more than 512 entries, 64 fixed projections.
         """
         values = []
         for name, part in self.parts:
             present = None if mask is None else mask[name]
             if part is not None:
                 values.append(part.summarise(x[name], present))
-            elif math.prod(x[name].shape[1:]) <= MAX_SUMMARIES:
-                values.append(soft_clip(_flatten(fill(x[name], present))))
+            else:
+                values.append(_flat_summaries(_flatten(fill(x[name], present))))
         batch = jax.tree.leaves(x)[0]
         return jnp.concatenate([jnp.zeros((batch.shape[0], 0), batch.dtype), *values], axis=1)
 
@@ -164,9 +168,18 @@ def _flat_size(like: Any) -> int:
 
 
 def _flat_labels(name: str, size: int) -> list[str]:
-    if size > MAX_SUMMARIES:
-        return []
+    if size > MAX_FLAT:
+        return [f"{name}, projection {i}" for i in range(MAX_SUMMARIES)]
     return [name] if size == 1 else [f"{name}[{i}]" for i in range(size)]
+
+
+def _flat_summaries(rows: Array) -> Array:
+    """Return the entries of rows (B, C), or fixed random projections of many entries."""
+    size = rows.shape[1]
+    if size > MAX_FLAT:
+        directions = np.random.default_rng(size).normal(size=(size, MAX_SUMMARIES))
+        rows = rows @ jnp.asarray(directions / math.sqrt(size), rows.dtype)
+    return soft_clip(rows)
 
 
 class _Fusion(nnx.Module):

@@ -1,12 +1,13 @@
 """Power spectra and coarse versions of arrays on a regular grid.
 
-Public names: `frequency_bins`, `log_power`, `coarse_means`.
+Public names: `bin_edges`, `log_power`, `coarse_means`.
 """
 
 from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -15,51 +16,60 @@ _LOG_FLOOR = 1e-6
 _LOG_SCALE = 4.0
 
 
-def frequency_bins(grid: tuple[int, ...], bins: int) -> np.ndarray:
-    """Return the averaging weights of logarithmic bins of the frequency.
+def bin_edges(grid: tuple[int, ...], bins: int) -> np.ndarray:
+    """Return the lower edges of logarithmic bins of the frequency, ascending, shape (K,).
 
     The frequency of a Fourier mode is the length of its wave vector, in cycles per grid point. The
-    bins cover frequencies from one cycle per longest axis to 1/2; the last bin includes all higher
-    ones. Bins without modes are left out.
+    bins cover frequencies from one cycle per longest axis on; the last bin includes all higher
+    ones. Each bin contains a mode along the longest axis.
 
     Args:
         grid: Shape of the grid.
         bins: Maximum number of bins.
-
-    Returns:
-        Weights (modes, bins), with one row for each mode of `jnp.fft.rfftn`.
     """
+    longest = max(grid)
+    frequencies = np.arange(1, longest // 2 + 1) / longest
+    if not bins or not frequencies.size:
+        return np.zeros(0)
+    edges = np.geomspace(1.0 / longest, 0.5, bins + 1)[:-1] * (1.0 - 1e-9)
+    return edges[np.unique(_bin_of(frequencies, edges))]
+
+
+def _bin_of(frequencies: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    return np.maximum(np.searchsorted(edges, frequencies, side="right") - 1, 0)
+
+
+def _bins_of_modes(grid: tuple[int, ...], edges: np.ndarray) -> np.ndarray:
+    """Return the bin of each mode of `jnp.fft.rfftn`; K, the number of bins, for the mean."""
     axes = [np.fft.fftfreq(n) for n in grid[:-1]] + [np.fft.rfftfreq(grid[-1])]
-    squares = [axis**2 for axis in np.meshgrid(*axes, indexing="ij")]
-    frequency = np.sqrt(sum(squares)).reshape(-1)
-    lowest = 1.0 / max(2, *grid, 2)
-    edges = np.geomspace(lowest, 0.5, bins + 1) if bins else np.array([lowest])
-    index = np.searchsorted(edges * (1.0 - 1e-9), frequency, side="right") - 1
-    index = np.where(frequency > 0.0, np.clip(index, 0, bins - 1), -1)
-    members = [index == i for i in range(bins)]
-    weights = [member / member.sum() for member in members if member.any()]
-    return np.stack(weights, axis=-1) if weights else np.zeros((frequency.size, 0))
+    squares = np.zeros(())
+    for axis in axes:
+        squares = np.add.outer(squares, axis**2)
+    frequency = np.sqrt(squares.reshape(-1))
+    return np.where(frequency > 0.0, _bin_of(frequency, edges), len(edges)).astype(np.int32)
 
 
-def log_power(x: Array, bins: np.ndarray, fraction: Array) -> Array:
+def log_power(x: Array, edges: np.ndarray, fraction: Array) -> Array:
     """Compute the logarithm of the mean power in each bin of the frequency.
 
     White noise of variance 1 has power 1 at each frequency, also if entries are missing.
 
     Args:
         x: Array (B, *grid, C), with zeros at missing entries.
-        bins: Weights of the modes in each bin, from `frequency_bins`.
+        edges: Lower edges of the K bins, from `bin_edges`.
         fraction: Fraction of entries that are present, shape (1 or B, 1 or C).
 
     Returns:
-        Array (B, bins, C), divided by 4 so that it is of order one.
+        Array (B, K, C), divided by 4 so that it is of order one.
     """
-    axes = tuple(range(1, x.ndim - 1))
-    modes = jnp.fft.rfftn(x, axes=axes)
-    power = (modes.real**2 + modes.imag**2).reshape(x.shape[0], len(bins), x.shape[-1])
-    power = power / math.prod(x.shape[1:-1])
-    means = jnp.einsum("bfc,fk->bkc", power, jnp.asarray(bins, x.dtype))
-    count = jnp.maximum(fraction, 0.1 / math.prod(x.shape[1:-1]))[:, None, :]
+    grid = x.shape[1:-1]
+    modes = jnp.fft.rfftn(x, axes=tuple(range(1, x.ndim - 1)))
+    power = (modes.real**2 + modes.imag**2).reshape(x.shape[0], -1, x.shape[-1])
+    index = _bins_of_modes(grid, edges)
+    sums = jax.ops.segment_sum(jnp.moveaxis(power, 1, 0), jnp.asarray(index), len(edges) + 1)
+    counts = np.bincount(index, minlength=len(edges) + 1) * math.prod(grid)
+    means = jnp.moveaxis(sums[:-1], 0, 1) / jnp.asarray(counts[None, :-1, None], x.dtype)
+    count = jnp.maximum(fraction, 0.1 / math.prod(grid))[:, None, :]
     return jnp.log(means / count + _LOG_FLOOR) / _LOG_SCALE
 
 

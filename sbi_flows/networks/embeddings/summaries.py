@@ -3,7 +3,7 @@
 Summaries are not learned. Each is passed through arcsinh, which is linear for small numbers and
 logarithmic for large ones. All are finite, also if no entry is present. Groups of summaries are
 taken in the order of their importance. A group that would exceed `MAX_SUMMARIES` in total is
-replaced by a smaller one, if there is one, or left out.
+replaced by a smaller one or by projections, if there are any, or left out.
 
 Public names: `Statistic`, `set_statistics`, `series_statistics`, `grid_statistics`, `labels_of`,
 `evaluate`.
@@ -12,9 +12,11 @@ Public names: `Statistic`, `set_statistics`, `series_statistics`, `grid_statisti
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from sbi_flows.networks.embeddings.base import (
@@ -25,11 +27,15 @@ from sbi_flows.networks.embeddings.base import (
     masked_mean,
     soft_clip,
 )
-from sbi_flows.networks.embeddings.spectrum import coarse_means, frequency_bins, log_power
+from sbi_flows.networks.embeddings.spectrum import bin_edges, coarse_means, log_power
 
 _LAGS = (1, 2, 3, 5, 8, 13, 21, 34)
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _MOMENTS = ("mean", "mean square", "mean cube")
+_FIRST_MOMENTS = (("mean[0]",), ("mean square[0]",))
+PROJECTIONS = 24
+"""Number of directions onto which the moments of many columns are projected."""
+
 _COARSE = {1: (8, 4, 2), 2: (4, 2), 3: (2,)}
 """Numbers of cells along each axis of the coarse version of a grid, by the number of axes."""
 
@@ -117,13 +123,33 @@ def grid_statistics(shape: tuple[int, ...]) -> list[Statistic]:
 
 
 def _choose(groups: Sequence[Sequence[Statistic]]) -> list[Statistic]:
-    """Take from each group the first alternative that fits into the rest of the budget."""
+    """Take from each group the first alternative that fits into the rest of the budget.
+
+    Of an observation with many columns, the means and the mean squares are projected.
+    """
     chosen, budget = [], MAX_SUMMARIES
     for group in groups:
         fitting = [s for s in group if 0 < len(s.labels) <= budget]
+        moment = group[0] if group and group[0].labels[:1] in _FIRST_MOMENTS else None
+        if not fitting and moment is not None and budget >= PROJECTIONS:
+            fitting = [_projected(moment)]
         chosen += fitting[:1]
         budget -= len(fitting[0].labels) if fitting else 0
     return chosen
+
+
+def _projected(statistic: Statistic) -> Statistic:
+    """Project the summaries of many columns onto fixed random directions."""
+    columns = len(statistic.labels)
+    name = statistic.labels[0].removesuffix("[0]")
+    rng = np.random.default_rng(columns)
+    directions = rng.normal(size=(columns, PROJECTIONS)) / math.sqrt(columns)
+
+    def compute(x: Array, mask: Array | None) -> Array:
+        values = statistic.compute(x, mask).reshape(x.shape[0], columns)
+        return values @ jnp.asarray(directions, x.dtype)
+
+    return Statistic(tuple(f"{name}, projection {i}" for i in range(PROJECTIONS)), compute)
 
 
 def _named(name: str, columns: int) -> tuple[str, ...]:
@@ -225,14 +251,14 @@ def _difference(order: int, columns: int) -> Statistic:
 def _spectrum(shape: tuple[int, ...]) -> Statistic:
     """Logarithm of the power in bins of the frequency; missing entries count as the mean."""
     columns, grid = shape[-1], shape[:-1]
-    bins = frequency_bins(grid, min(_BINS[len(grid)], MAX_SUMMARIES // (2 * columns)))
+    edges = bin_edges(grid, min(_BINS[len(grid)], MAX_SUMMARIES // (2 * columns)))
 
     def compute(x: Array, mask: Array | None) -> Array:
         present = jnp.ones((1,) * x.ndim, x.dtype) if mask is None else mask.astype(x.dtype)
         fraction = jnp.mean(present, axis=_grid(x))
-        return log_power(_deviations(x, mask), bins, fraction)
+        return log_power(_deviations(x, mask), edges, fraction)
 
-    names = [_named(f"spectrum {i}", columns) for i in range(bins.shape[-1])]
+    names = [_named(f"spectrum {i}", columns) for i in range(len(edges))]
     return Statistic(tuple(name for each in names for name in each), compute)
 
 
