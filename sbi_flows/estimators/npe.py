@@ -36,6 +36,7 @@ from sbi_flows.estimators.rows import (
     checked_simulations,
     prepare,
     rows_in_memory,
+    screened_entries,
     standard_coordinates,
     stream_of,
     with_emulated,
@@ -43,7 +44,6 @@ from sbi_flows.estimators.rows import (
 from sbi_flows.estimators.stacking import StackHistory
 from sbi_flows.networks.embeddings import EmbeddingSettings
 from sbi_flows.observations.missing import MissingPattern
-from sbi_flows.observations.screening import dependent_features
 from sbi_flows.observations.standardise import (
     HIDDEN,
     NEVER,
@@ -280,7 +280,7 @@ class NPE:
             codes = np.where(self.missing.can_hide(observation), HIDDEN, NEVER).astype(np.uint8)
             codes = jnp.maximum(standardiser.can_miss, codes)
             standardiser = standardiser._replace(can_miss=codes)
-        screened = self._screened(data)
+        screened = screened_entries(data, self.screening)
         blueprint = self._blueprint(observation, screened, standardiser)
         stream = None
         if sample is not None:
@@ -308,19 +308,6 @@ class NPE:
             return None
         self.embedding.check(observation)
         return self.embedding.shared(observation)
-
-    def _screened(self, data: TrainingData) -> tuple[int, ...] | None:
-        """Return the indices of the entries that the screening selects; None means all entries."""
-        if self.screening is None:
-            return None
-        places = np.flatnonzero(dependent_features(data.y, data.features, self.screening))
-        if not len(places):
-            warn_user(
-                f"no entry of the observation passes screening={self.screening}; all are kept",
-                SbiFlowsWarning,
-            )
-            return None
-        return tuple(places.tolist())
 
     def _blueprint(
         self, observation: Obs, screened: tuple[int, ...] | None, standardiser: Standardiser
@@ -395,6 +382,7 @@ class NPE:
 
     def _checked(self, simulations: Simulations) -> Simulations:
         """Return the simulations relative to the prior; raise ValueError if they are unsuitable."""
+        require_object("simulations", simulations, Simulations, "sf.Simulations")
         checked = checked_simulations(self.prior, simulations)
         for name in ("emulator", "screening"):
             if checked.missing and getattr(self, name) is not None:

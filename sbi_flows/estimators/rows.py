@@ -1,7 +1,8 @@
 """Conversion of simulations to training rows: standard coordinates and features.
 
 Public names: `contains`, `standard_coordinates`, `prepare`, `with_emulated`, `rows_in_memory`,
-`stream_of`, `summarised`, `checked_simulations`, `Problem`.
+`stream_of`, `summarised`, `checked_simulations`,
+`screened_entries`, `Problem`.
 
 Each function is compiled as one program. Without this, a new process would compile about thirty
 programs, one for each operation.
@@ -19,13 +20,15 @@ import numpy as np
 from jax import Array
 
 from sbi_flows.core.compilation import compiled_per_size, drop_old_programs
-from sbi_flows.core.errors import SimulationFailed
+from sbi_flows.core.errors import SbiFlowsWarning, SimulationFailed
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key, Obs
+from sbi_flows.core.warn import warn_user
 from sbi_flows.densities.conditional import Blueprint, Weights
 from sbi_flows.densities.embedded import spaces_of, training_inputs
 from sbi_flows.estimators.emulator import Emulated
 from sbi_flows.observations.origin import fit_origin
+from sbi_flows.observations.screening import dependent_features
 from sbi_flows.observations.standardise import SharedAxes, Standardiser, fit_standardiser
 from sbi_flows.observations.typicality import fit_typicality
 from sbi_flows.posteriors.direct import Posterior
@@ -180,8 +183,6 @@ def checked_simulations(prior: Prior, simulations: Simulations) -> Simulations:
         ValueError: theta has the wrong shape or lies outside the prior's support.
         SimulationFailed: Fewer than 10 rows are valid.
     """
-    if not isinstance(simulations, Simulations):
-        raise ValueError(f"simulations: expected sf.Simulations, got {type(simulations).__name__}")
     # before the first program of this size is compiled
     drop_old_programs((len(simulations), simulations.num_valid))
     simulations = simulations.relative_to(prior)
@@ -199,6 +200,19 @@ def checked_simulations(prior: Prior, simulations: Simulations) -> Simulations:
             f"{simulations.num_valid} of {len(simulations)}"
         )
     return simulations
+
+
+def screened_entries(data: TrainingData, level: float | None) -> tuple[int, ...] | None:
+    """Return the indices of the entries that the screening selects; None means all entries."""
+    if level is None:
+        return None
+    places = np.flatnonzero(dependent_features(data.y, data.features, level))
+    if not len(places):
+        warn_user(
+            f"no entry of the observation passes screening={level}; all are kept", SbiFlowsWarning
+        )
+        return None
+    return tuple(places.tolist())
 
 
 class Problem(NamedTuple):

@@ -15,6 +15,7 @@ from sbi_flows.densities.conditional import Blueprint, Weights, initial_weights
 from sbi_flows.densities.sizes import Sizes
 from sbi_flows.posteriors import mixtures
 from sbi_flows.training import TrainingData, members
+from sbi_flows.training.data import Rows
 from sbi_flows.training.group import Plan, Source
 from tests.cases import PRIORS
 
@@ -46,7 +47,7 @@ def epoch(density, **settings):
     prepare = partial(members.prepare, blueprint(density), setting, source)
     shapes = jax.eval_shape(prepare, keys, rows[:, 30:], rows[:, :30], jnp.ones(1))
     plan = Plan(blueprint(density), setting, None)
-    return products(members.epoch.trace(plan, *shapes, zeros, keys, True).jaxpr.jaxpr)
+    return products(members.epoch.trace(plan, *shapes, Rows(zeros, zeros), keys, True).jaxpr.jaxpr)
 
 
 def posterior(density):

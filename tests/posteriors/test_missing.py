@@ -7,6 +7,7 @@ import numpyro.distributions as dist
 import pytest
 
 import sbi_flows as sf
+from tests import cases
 
 SENSORS, NOISE = 6, 0.6
 DESIGN = np.array([[1, 0], [1, 0], [0, 1], [0, 1], [1, 1], [1, -1]], np.float32)
@@ -178,6 +179,11 @@ def test_settings_that_need_complete_observations_are_refused(settings):
     sims = sf.Simulations(np.zeros((50, 2)), np.ones((50, 3)), missing=True)
     with pytest.raises(ValueError, match="expected none with missing entries"):
         sf.NPE(PRIOR, **settings).fit(jax.random.key(0), sims)
+
+
+def test_patterns_of_the_wrong_kind_are_refused():
+    with pytest.raises(ValueError, match="missing: expected one such as"):
+        cases.unchecked(sf.NPE, PRIOR, missing=0.2)
 
 
 def test_patterns_that_do_not_suit_the_observation_are_refused():

@@ -7,6 +7,7 @@ import numpyro.distributions as dist
 import pytest
 
 import sbi_flows as sf
+from tests import cases
 
 PRIOR = {"a": dist.Normal(0.0, 1.0)}
 
@@ -74,3 +75,9 @@ def test_stores_know_missing_entries(tmp_path):
         store.extend(sf.Simulations(np.zeros((2, 1)), np.ones((2, 3))))
     more = sf.Simulations(np.ones((2, 1)), np.full((2, 3), [1.0, np.nan, 2.0]), missing=True)
     assert store.extend(more).num_valid == len(sims) + 2
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_the_flag_is_true_or_false(value):
+    with pytest.raises(ValueError, match="missing: expected True or False"):
+        cases.unchecked(sf.Simulations, np.zeros((2, 1)), np.ones((2, 1)), missing=value)

@@ -313,6 +313,6 @@ def test_what_simulate_returns_is_not_checked_again(monkeypatch):
     def checked(*_):
         raise AssertionError("checked again")
 
-    for name in ("as_parameters", "_require_rows", "as_tree"):
+    for name in ("as_parameters", "require_rows", "as_tree"):
         monkeypatch.setattr(f"sbi_flows.simulations.simulations.{name}", checked)
     assert sf.simulate(KEY, PRIOR, noisy, 20).num_valid == 20
