@@ -36,14 +36,25 @@ def encode(typicality: Typicality | None, tensors: Tensors) -> int:
     return len(typicality.spaces)
 
 
-def names(spaces: int) -> set[str]:
-    """Return the names of the tensors of a gate with `spaces` spaces."""
+def names(spaces: int, has_missing: bool) -> set[str]:
+    """Return the names of the tensors of a gate.
+
+    Args:
+        spaces: Number of spaces of the gate.
+        has_missing: Whether entries of an observation can be missing.
+    """
     parts = [f"{i}.{part}" for i in range(spaces) for part in (*Moments._fields, "rows")]
-    return {f"{_PREFIX}/{name}" for name in (*parts, *["reference"] * (spaces > 0))}
+    return {f"{_PREFIX}/{name}" for name in (*parts, *_rows(spaces, has_missing))}
+
+
+def _rows(spaces: int, has_missing: bool) -> list[str]:
+    """Return the names of the arrays with one entry for each reference row."""
+    return ["reference", *["present"] * has_missing] if spaces else []
 
 
 def decode(
     spaces: int,
+    has_missing: bool,
     widths: Sequence[int],
     table: Mapping[str, Entry],
     read: Callable[[str], np.ndarray],
@@ -52,6 +63,7 @@ def decode(
 
     Args:
         spaces: Number of spaces of the gate, or 0 for no gate.
+        has_missing: Whether entries of an observation can be missing.
         widths: Dimension of each space: number of features, and length of the embedding's output.
         table: Table of the tensors in the file, including the tensors of the gate.
         read: Function that maps the name of a tensor to its array.
@@ -63,14 +75,18 @@ def decode(
         return None
     if spaces != len(widths):
         raise ArtefactError(f"{_PREFIX}: expected {len(widths)} spaces, got {spaces}")
-    _require("reference", np.float64, (None, 2 + 2 * spaces), table)
+    references, _ = _require("reference", np.float64, (None, 2 + 2 * spaces), table)
+    if has_missing:
+        _require("present", np.float64, (references,), table)
     for i, width in enumerate(widths):
         (count,) = _require(f"{i}.variances", np.float64, (None,), table)
         _require(f"{i}.center", np.float64, (width,), table)
         _require(f"{i}.scale", np.float64, (width,), table)
         _require(f"{i}.directions", np.float64, (count - 1, width), table)
         _require(f"{i}.rows", np.float32, (None, width), table)
-    arrays = {name.removeprefix(f"{_PREFIX}/"): read(name) for name in sorted(names(spaces))}
+    arrays = {
+        name.removeprefix(f"{_PREFIX}/"): read(name) for name in sorted(names(spaces, has_missing))
+    }
     for name, array in arrays.items():
         if not np.all(np.isfinite(array)):
             raise ArtefactError(f"{_PREFIX}/{name}: expected finite numbers, got others")

@@ -1,6 +1,7 @@
 """Spaces in which observations are compared with simulations, and model inputs of many rows.
 
-Public names: `spaces_of`, `space_widths`, `space_labels`, `inputs_of_rows`, `training_inputs`.
+Public names: `spaces_of`, `space_widths`, `space_labels`, `present_fraction`, `inputs_of_rows`,
+`training_inputs`.
 """
 
 from __future__ import annotations
@@ -79,6 +80,13 @@ def _spaces(blueprint: Blueprint, weights: Weights, features: Array) -> tuple[Ar
     if sizes.summaries:
         return sizes.summaries_of(inputs), context[:, : -sizes.summaries]
     return features[:, : _width(blueprint, features.shape[1])], context
+
+
+def present_fraction(blueprint: Blueprint, features: Any) -> np.ndarray | None:
+    """Return the fraction of entries that each observation has, shape (B,); None without a mask."""
+    if not blueprint.sizes.has_mask:
+        return None
+    return np.asarray(features[:, blueprint.sizes.entry_count :], float).mean(axis=1)
 
 
 def training_inputs(blueprint: Blueprint, features: Array) -> Array:

@@ -25,7 +25,7 @@ from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.core.warn import warn_user
 from sbi_flows.densities.conditional import Blueprint, Weights
-from sbi_flows.densities.embedded import spaces_of, training_inputs
+from sbi_flows.densities.embedded import present_fraction, spaces_of, training_inputs
 from sbi_flows.estimators.emulator import Emulated
 from sbi_flows.observations.origin import fit_origin
 from sbi_flows.observations.screening import dependent_features
@@ -172,7 +172,8 @@ def summarised(key: Key, posterior: Posterior, features: Array) -> Posterior:
     blueprint, weights = posterior.blueprints[0], posterior.weights[0]
     spaces = partial(spaces_of, blueprint, weights)
     standardiser = None if blueprint.sizes.summaries else posterior.standardiser
-    typicality = fit_typicality(key, spaces, standardiser, features)
+    present = present_fraction(blueprint, features)
+    typicality = fit_typicality(key, spaces, standardiser, features, present)
     return dataclasses.replace(posterior, typicality=typicality)
 
 

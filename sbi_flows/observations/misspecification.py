@@ -199,14 +199,17 @@ def test_one(
     )
 
 
-def test_many(typicality: Typicality, values: Sequence[np.ndarray]) -> Anomalies:
+def test_many(
+    typicality: Typicality, values: Sequence[np.ndarray], present: np.ndarray | None = None
+) -> Anomalies:
     """Test each observation of a batch.
 
     Args:
         typicality: Distribution of the training simulations.
         values: Features (B, C) and, if there is an embedding, the embedding's output (B, F).
+        present: Fraction of entries that each observation has, shape (B,), or None.
     """
-    result = typicality.test(values)
+    result = typicality.test(values, present)
     return Anomalies(p_value=result.p_value, score=result.score, tests=result.tests)
 
 

@@ -34,6 +34,9 @@ MAX_REFERENCE_ROWS, MAX_RANK_ROWS, MAX_MOMENT_ROWS = 2_000, 2_000, 4_000
 MAX_PART_ENTRIES = 2**20
 """Maximum number of entries (rows times features) in each part; a few rows are always allowed."""
 
+NEIGHBOURS = 400
+"""Number of reference rows with which an observation is compared if entries can be missing."""
+
 MAX_LOADED_ENTRIES = 2**26
 """Maximum number of entries of features in all parts; a thousand rows are always allowed."""
 
@@ -74,23 +77,46 @@ class Typicality:
         spaces: The feature space and, if there is an embedding, the space of the embedding's
             output. If there are several embeddings, the one of the first member is used.
         reference: The S statistics of each of the R reference rows, shape (R, S).
+        present: Fraction of entries that each reference row has, shape (R,); None if observations
+            must be complete. An observation is compared with the reference rows whose fractions
+            are nearest to its own, because the statistics depend on how much is missing.
     """
 
     spaces: tuple[Space, ...]
     reference: np.ndarray
+    present: np.ndarray | None = None
 
     @property
     def least_p(self) -> float:
-        """Smallest possible p-value, 1 / (R + 1)."""
-        return 1.0 / (1 + len(self.reference))
+        """Smallest possible p-value, 1 / (R + 1) for R rows that observations are compared with."""
+        count = len(self.reference)
+        return 1.0 / (1 + (count if self.present is None else min(count, NEIGHBOURS)))
 
-    def test(self, values: Sequence[Any]) -> TypicalityTest:
+    def given(self, present: float) -> Typicality:
+        """Return the distribution for observations that have this fraction of their entries."""
+        if self.present is None:
+            return self
+        nearest = np.argsort(np.abs(self.present - present), kind="stable")[:NEIGHBOURS]
+        return Typicality(self.spaces, self.reference[nearest])
+
+    def test(self, values: Sequence[Any], present: np.ndarray | None = None) -> TypicalityTest:
         """Test a batch of observations.
 
         Args:
             values: Features (B, C) and, if there is an embedding, the embedding's output (B, F).
+            present: Fraction of entries that each observation has, shape (B,); None if observations
+                must be complete.
         """
-        return self._compare(statistics(self.spaces, values))
+        found = statistics(self.spaces, values)
+        if present is None or self.present is None:
+            return self._compare(found)
+        fractions, group = np.unique(present, return_inverse=True)
+        order = [np.flatnonzero(group == i) for i in range(len(fractions))]
+        parts = [
+            self.given(f)._compare(found[rows]) for f, rows in zip(fractions, order, strict=True)
+        ]
+        back = np.argsort(np.concatenate(order))
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays)[back], *parts)
 
     def unusual(self, features: Any, level: float = 0.05) -> np.ndarray:
         """Return whether each feature is unusual, bool of shape (B, C).
@@ -120,6 +146,8 @@ class Typicality:
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return all attributes as named arrays."""
         arrays = {"reference": self.reference}
+        if self.present is not None:
+            arrays["present"] = self.present
         for i, space in enumerate(self.spaces):
             parts = {**space.moments._asdict(), "rows": space.rows}
             arrays |= {f"{i}.{name}": part for name, part in parts.items()}
@@ -133,7 +161,7 @@ class Typicality:
             Space(Moments(*(arrays[f"{i}.{m}"] for m in Moments._fields)), arrays[f"{i}.rows"])
             for i in range(count)
         ]
-        return cls(tuple(spaces), arrays["reference"])
+        return cls(tuple(spaces), arrays["reference"], arrays.get("present"))
 
 
 NAMES = (
@@ -176,6 +204,7 @@ def fit_typicality(
     summarise: Summarise,
     standardiser: Standardiser | None,
     features: Array | np.ndarray,
+    present: np.ndarray | None = None,
 ) -> Typicality:
     """Fit the distribution of the training simulations.
 
@@ -185,6 +214,8 @@ def fit_typicality(
         standardiser: Standardiser from which the features were computed; None if the first space
             has summaries in place of features.
         features: Features of all training rows, shape (N, C); N must be at least 4.
+        present: Fraction of entries that each training row has, shape (N,); None if observations
+            must be complete.
     """
     rng = np.random.default_rng([*np.asarray(jax.random.key_data(key)).ravel(), 8])
     width = summarise(np.asarray(features[:1]))[0].shape[1]
@@ -201,7 +232,8 @@ def fit_typicality(
         least = MIN_RELATIVE_SCALE * size
         spaces.append(fit_space(part[references + ranks :], part[references:][:ranks], least))
     reference = statistics(spaces, [part[:references] for part in values])
-    return Typicality(tuple(spaces), reference)
+    known = None if present is None else np.asarray(present, np.float64)[rows[:references]]
+    return Typicality(tuple(spaces), reference, known)
 
 
 def _part_sizes(n: int, width: int) -> tuple[int, int, int]:

@@ -101,6 +101,10 @@ class ExternalPosterior(AbstractPosterior):
         """An empty tuple, because features are not known."""
         return ()
 
+    def present_fraction(self, x: Obs) -> None:
+        """Return None, because features are not known."""
+        del x
+
     @property
     def missing(self) -> Missing:
         """No entry may be missing, because the training simulations are not known."""

@@ -125,6 +125,13 @@ class AbstractPosterior(Bindable):
     def space_labels(self) -> tuple[str, ...]:
         """Names of the columns of the first array of `spaces`."""
 
+    @abc.abstractmethod
+    def present_fraction(self, x: Obs) -> np.ndarray | None:
+        """Return the fraction of entries that each observation has, shape (B,).
+
+        The result is None if observations must be complete.
+        """
+
     @property
     @abc.abstractmethod
     def missing(self) -> Missing:
@@ -160,7 +167,8 @@ class AbstractPosterior(Bindable):
         bound, single = self._bind(x)
         if single:
             names = partial(getattr, self, "space_labels")
-            gate(self.typicality, self._features_of(bound), names, partial(self.spaces, x))
+            values = partial(self._compared, x)
+            gate(self.typicality, self._features_of(bound), names, values)
         return AtObservation(self, bound, single)
 
     def sample(self, key: Key, x: Obs, n: int) -> Array | np.ndarray:
@@ -318,10 +326,15 @@ class AbstractPosterior(Bindable):
         require_level(level)
         if self.typicality is None:
             raise ValueError("posterior: expected one that knows its simulations, got none")
-        values = self.spaces(x)
+        values, present = self._compared(x)
         if self.is_single(x) and len(values[0]) == 1:
-            return test_one(self.typicality, values, self.space_labels, level)
-        return test_many(self.typicality, values)
+            typicality = self.typicality if present is None else self.typicality.given(present[0])
+            return test_one(typicality, values, self.space_labels, level)
+        return test_many(self.typicality, values, present)
+
+    def _compared(self, x: Obs) -> tuple[tuple[np.ndarray, ...], np.ndarray | None]:
+        """Return what observations are compared by: their spaces, and how much they have."""
+        return self.spaces(x), self.present_fraction(x)
 
     def save(self, path: str | os.PathLike[str], *, report: Any = None) -> None:
         """Write the posterior to one file, which `sf.load` reads. The file contains no code.

@@ -212,7 +212,7 @@ def require_tensors(header: DirectHeader, table: Mapping[str, Entry]) -> set[str
         *origin,
         *masks,
         *priors.tensor_names(header.prior),
-        *gates.names(header.spaces),
+        *gates.names(header.spaces, header.has_missing),
         *require_rows(ROWS, table),
     }
     x64 = header.precision == "float64"
@@ -260,7 +260,7 @@ def decode(header: DirectHeader, file: ArtefactFile, user_prior: Prior | None) -
         standardiser=Standardiser(center, scale, floor, header.linear, origin, can_miss),
         observation=header.observation,
         record=ReadOnlyDict(header.record),
-        typicality=gates.decode(header.spaces, sizes, file.table, file.tensor),
+        typicality=gates.decode(header.spaces, header.has_missing, sizes, file.table, file.tensor),
         used_rows=require_hashes(ROWS, file.tensor(ROWS)) if ROWS in file.table else None,
     )
 

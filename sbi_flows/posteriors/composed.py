@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
-import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,16 +35,16 @@ from sbi_flows.core.precision import full_precision
 from sbi_flows.core.pytrees import register_pytree
 from sbi_flows.core.record import ReadOnlyDict
 from sbi_flows.core.typing import Key, Obs
-from sbi_flows.densities.conditional import Blueprint, Conditional, Weights, graph_of
-from sbi_flows.densities.matching import Diffusion, FlowMatching, Matching
+from sbi_flows.densities.conditional import Blueprint, Weights, graph_of
+from sbi_flows.densities.matching import Diffusion, FlowMatching
 from sbi_flows.densities.paths import Path
-from sbi_flows.densities.samplers import VelocityFunction, score
 from sbi_flows.posteriors import mixtures
 from sbi_flows.posteriors.base import AbstractPosterior
 from sbi_flows.posteriors.bound import MAX_CALL_ENTRIES
 from sbi_flows.posteriors.codec_composed import COMPOSED
 from sbi_flows.posteriors.derived import Derived
 from sbi_flows.posteriors.direct import Posterior
+from sbi_flows.posteriors.product import Product
 from sbi_flows.posteriors.writing import content_of
 from sbi_flows.prior.constrained import require_no_condition
 from sbi_flows.prior.prior import Prior
@@ -112,8 +111,11 @@ class ComposedPosterior(Derived):
 
     def spaces(self, x: Obs) -> tuple[np.ndarray, ...]:
         """Return features (n, C) of the n observations in x and, if any, the embedding's output."""
-        sets, _ = self._sets(x)
-        return self.posterior.spaces(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sets))
+        return self.posterior.spaces(_flat(self._sets(x)[0]))
+
+    def present_fraction(self, x: Obs) -> np.ndarray | None:
+        """Return the fraction of entries that each observation has; None if none may be missing."""
+        return self.posterior.present_fraction(_flat(self._sets(x)[0]))
 
     def to_saved(self) -> SavedPosterior:
         """Return the data that `save` writes to the file.
@@ -156,8 +158,7 @@ class ComposedPosterior(Derived):
         """Return features (B, N, C), and whether x was a single set."""
         sets, single = self._sets(x)
         shape = jnp.shape(jax.tree.leaves(sets)[0])[:2]
-        flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sets)
-        features = self.posterior.features(flat)
+        features = self.posterior.features(_flat(sets))
         return features.reshape(*shape, -1), single
 
     def _features_of(self, bound: Array) -> Array:
@@ -275,6 +276,11 @@ def sample_composed(
     return composed(posterior, levels=levels, steps=steps).sample(key, x, n)
 
 
+def _flat(sets: Obs) -> Obs:
+    """Join the observations of all sets (B, N, *event) into one batch (B * N, *event)."""
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sets)
+
+
 class _Plan(NamedTuple):
     """Static settings for sampling one ensemble.
 
@@ -304,7 +310,7 @@ def _ensemble(plan: _Plan, prior: Prior, weights: Weights, features: Array, key:
     def draw(inputs: tuple[Weights, Key]) -> Array:
         member, keys = inputs
         model = nnx.merge(graph_of(plan.blueprint), *member)
-        product = _Product.of(prior, model, features)
+        product = Product.of(prior, model, features)
         walk = partial(_langevin, product, plan, model.density.path, chunk)
         y = jax.lax.map(walk, keys).reshape(pieces * chunk, -1)
         return prior.unchecked_from_standard(y)[: plan.each]
@@ -314,69 +320,7 @@ def _ensemble(plan: _Plan, prior: Prior, weights: Weights, features: Array, key:
     return theta.reshape(members * plan.each, -1)
 
 
-class _Product(NamedTuple):
-    """Product of the posteriors at N observations, divided by the prior to the power N - 1.
-
-    Attributes:
-        prior: The prior.
-        velocity: Velocity as a function of points (n, N, d) and an angle (the position on the path
-            from noise to data).
-        each: Map from noise coordinates to standard coordinates, one for each observation: batch
-            shape (N,).
-        middle: Map from noise coordinates to standard coordinates for the mean observation.
-            Langevin dynamics runs in the noise coordinates of `middle`, where the product is close
-            to a Gaussian and the bounds of the prior are far away.
-        count: Number of observations N.
-    """
-
-    prior: Prior
-    velocity: VelocityFunction
-    each: distrax.Bijector
-    middle: distrax.Bijector
-    count: int
-
-    @classmethod
-    def of(cls, prior: Prior, model: Conditional, features: Array) -> _Product:
-        """Build the product for observations with features (N, C)."""
-        density = model.density
-        assert isinstance(density, Matching)
-        velocity = density.velocity(model.context(features), None)
-        each, middle = model.start_bijector(features), model.start_bijector(features, at_mean=True)
-        function = partial(velocity, arrays=velocity.arrays)
-        return cls(prior, function, each, middle, len(features))
-
-    def score(self, w: Array, angle: Array) -> Array:
-        """Compute the score (n, d) of the product at points w (n, d).
-
-        Points and score are in the noise coordinates of `middle`; `angle` gives the noise level.
-        """
-        y = self.middle.forward(w)
-
-        def parts(y: Array) -> tuple[Array, Array]:
-            points = jnp.broadcast_to(y[:, None], (len(y), self.count, y.shape[1]))
-            z, log_det = self.each.inverse_and_log_det(points)
-            theta = self.prior.unchecked_from_standard(y)
-            prior = self.prior.unchecked_log_prob(theta) + self.prior.unchecked_log_det(y, theta)
-            return z, jnp.sum(log_det, axis=1) + (1 - self.count) * prior
-
-        (z, log_density), pull = jax.vjp(parts, y)
-        scores = score(z, self.velocity(z, angle), angle)
-        return self._moved(y, pull((scores, jnp.ones_like(log_density)))[0])
-
-    def _moved(self, y: Array, score: Array) -> Array:
-        """Transform a score (n, d) from standard coordinates to noise coordinates of `middle`."""
-        (w, log_det), pull = jax.vjp(self.middle.inverse_and_log_det, y)
-        # change of variables: the density of w has the inverse determinant
-        score = score - pull((jnp.zeros_like(w), jnp.ones_like(log_det)))[0]
-        rows = jnp.eye(w.shape[1], dtype=w.dtype)
-        none = jnp.zeros_like(log_det)
-        jacobian = jax.vmap(lambda row: pull((jnp.broadcast_to(row, w.shape), none))[0])(rows)
-        # entry j of w depends on the entries of y up to j: dw_j / dy_i at (n, i, j)
-        upper = jnp.moveaxis(jacobian, 0, -1)
-        return jax.scipy.linalg.solve_triangular(upper, score[..., None])[..., 0]
-
-
-def _langevin(product: _Product, plan: _Plan, path: Path, n: int, key: Key) -> Array:
+def _langevin(product: Product, plan: _Plan, path: Path, n: int, key: Key) -> Array:
     """Draw (n, d) in standard coordinates by Langevin dynamics with decreasing noise."""
     first, last = path.ends
     ratios = np.geomspace(FIRST_RATIO, LAST_RATIO, plan.levels)

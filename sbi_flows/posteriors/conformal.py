@@ -102,6 +102,10 @@ class ConformalPosterior(Derived):
         """Return features (B, C) and, if there is an embedding, its output (B, F)."""
         return self.posterior.spaces(x)
 
+    def present_fraction(self, x: Obs) -> np.ndarray | None:
+        """Return the fraction of entries that each observation has; None if none may be missing."""
+        return self.posterior.present_fraction(x)
+
     def to_saved(self) -> SavedPosterior:
         """Return the data that `save` writes to the file.
 

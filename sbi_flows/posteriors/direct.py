@@ -22,7 +22,7 @@ from sbi_flows.core.pytrees import is_traced, register_pytree
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.core.warn import warn_user
 from sbi_flows.densities.conditional import Blueprint, Weights, needs_ode
-from sbi_flows.densities.embedded import space_labels, spaces_of
+from sbi_flows.densities.embedded import present_fraction, space_labels, spaces_of
 from sbi_flows.networks.embeddings import EmbeddingSettings
 from sbi_flows.observations.batches import COMPLETE, Missing, as_batch
 from sbi_flows.observations.standardise import (
@@ -149,6 +149,13 @@ class Posterior(AbstractPosterior):
     def space_labels(self) -> tuple[str, ...]:
         """Names of the columns of the first array of `spaces`."""
         return space_labels(self.blueprints[0], self.observation)
+
+    def present_fraction(self, x: Obs) -> np.ndarray | None:
+        """Return the fraction of entries that each observation has, shape (B,).
+
+        The result is None if observations must be complete.
+        """
+        return present_fraction(self.blueprints[0], self.features(x))
 
     def features(self, x: Obs) -> Array:
         """Compute the standardised features (B, C) of observations; B = 1 for a single one.

@@ -32,7 +32,7 @@ def gate(
     typicality: Typicality | None,
     features: Array,
     labels: Callable[[], Sequence[str]],
-    values: Callable[[], Sequence[np.ndarray]],
+    values: Callable[[], tuple[Sequence[np.ndarray], np.ndarray | None]],
 ) -> None:
     """Warn once if at least one of N observations is not typical at `LEVEL`.
 
@@ -44,8 +44,9 @@ def gate(
         typicality: Distribution of the training simulations; if None, nothing is tested.
         features: Features of the observations, shape (N, C).
         labels: Function that returns the names of the C features.
-        values: Function that returns the argument of `Typicality.test`: features and, if there is
-            an embedding, the embedding's output.
+        values: Function that returns the arguments of `Typicality.test`: features and, if there is
+            an embedding, the embedding's output; and the fraction of entries that each observation
+            has, or None.
     """
     if typicality is None or is_traced(features):
         return
@@ -56,11 +57,12 @@ def gate(
     if len(tested) >= MAX_REMEMBERED:
         tested.clear()
     tested.add(name)
-    spaces = values()
-    p_values = typicality.test(spaces).p_value
+    spaces, present = values()
+    p_values = typicality.test(spaces, present).p_value
     worst = int(np.argmin(p_values))
     if _is_atypical(p_values):
-        unusual = np.flatnonzero(typicality.unusual(spaces[0])[worst])
+        compared = typicality if present is None else typicality.given(present[worst])
+        unusual = np.flatnonzero(compared.unusual(spaces[0])[worst])
         names = labels()
         where = first_names([names[int(i)] for i in unusual])
         which = "" if len(features) == 1 else f"[{worst}]"

@@ -23,7 +23,7 @@ def known():
 
 def ask(known, rows):
     features = jnp.asarray(rows, jnp.float32)
-    gate(known, features, lambda: ("a", "b"), lambda: (np.asarray(features),))
+    gate(known, features, lambda: ("a", "b"), lambda: ((np.asarray(features),), None))
 
 
 @pytest.mark.parametrize("count", [1, 2, 50])

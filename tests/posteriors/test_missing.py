@@ -127,6 +127,15 @@ def test_the_gate_knows_masks(posterior):
     assert found.flagged and "x[1]" in found.off
 
 
+def test_the_gate_keeps_its_level_whatever_is_missing(posterior):
+    sims = sf.simulate(jax.random.key(12), PRIOR, sensors, 400, progress=False)
+    for hidden in ((), (0,), (1, 2, 4)):
+        x = np.array(sims.x)
+        x[:, hidden] = np.nan
+        flagged = posterior.misspecification(x).flagged(0.05)
+        assert 0.01 < np.mean(flagged) < 0.12
+
+
 def test_predictive_check_compares_present_entries(posterior):
     x = lacking("a third missing")
     result = sf.predictive_check(jax.random.key(8), posterior, x, sensors, progress=False)
