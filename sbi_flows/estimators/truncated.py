@@ -159,7 +159,7 @@ def truncated_rounds(
     # raises ValueError for a prior that cannot be truncated
     BoxPrior(prior, np.full(prior.standard_dim, -1.0), np.full(prior.standard_dim, 1.0))
     outputs = row_outputs(simulator, prior)
-    if any(np.isnan(np.asarray(leaf, float)).any() for leaf in jax.tree.leaves(x)):
+    if any(map(_has_nan, jax.tree.leaves(x))):
         raise ValueError(
             "x: expected a complete observation, as rounds know no missing entries, got NaN; fit "
             "one posterior to simulations from the prior, sf.NPE(prior, missing=...)"
@@ -192,6 +192,11 @@ def truncated_rounds(
         saved.save(r, box)
         current = box
     raise AssertionError("the last round returns")
+
+
+def _has_nan(leaf: Any) -> bool:
+    array = np.asarray(leaf)
+    return array.dtype.kind == "f" and bool(np.isnan(array).any())
 
 
 def _options(shrink_below: float, options: RoundOptions) -> tuple[float, dict[str, Any]]:

@@ -229,7 +229,9 @@ def test_an_observation_that_is_none_is_refused_before_any_simulation(tmp_path):
         wrong(np.zeros((3, 2)))
     with pytest.raises(ValueError, match=r"x: expected shape \(2,\)"):
         wrong(np.zeros(3))
-    with pytest.raises(ValueError, match="x: expected finite values"):
+    with pytest.raises(ValueError, match="x: expected finite values, got infinity"):
+        wrong(np.array([0.0, np.inf]))
+    with pytest.raises(ValueError, match="rounds know no missing entries"):
         wrong(np.array([0.0, np.nan]))
 
 
