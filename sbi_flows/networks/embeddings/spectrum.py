@@ -64,7 +64,8 @@ def log_power(x: Array, edges: np.ndarray, fraction: Array) -> Array:
     """
     grid = x.shape[1:-1]
     modes = jnp.fft.rfftn(x, axes=tuple(range(1, x.ndim - 1)))
-    power = (modes.real**2 + modes.imag**2).reshape(x.shape[0], -1, x.shape[-1])
+    power = modes.real**2 + modes.imag**2
+    power = power.reshape(x.shape[0], math.prod(modes.shape[1:-1]), x.shape[-1])
     index = _bins_of_modes(grid, edges)
     sums = jax.ops.segment_sum(jnp.moveaxis(power, 1, 0), jnp.asarray(index), len(edges) + 1)
     counts = np.bincount(index, minlength=len(edges) + 1) * math.prod(grid)
