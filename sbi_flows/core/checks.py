@@ -301,6 +301,13 @@ def require_fraction(**settings: Any) -> None:
             raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}")
 
 
+def require_heads(width: int, heads: int) -> None:
+    """Raise ValueError unless both are positive and the number of heads divides the width."""
+    require_count(1, width=width, heads=heads)
+    if width % heads:
+        raise ValueError(f"heads: expected a divisor of width={width}, got {heads}")
+
+
 def require_flag(**settings: Any) -> None:
     """Raise ValueError unless all settings are True or False."""
     for name, value in settings.items():

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sbi_flows.core.checks import require_count
+from sbi_flows.core.checks import require_count, require_heads
 from sbi_flows.core.typing import Key
 from sbi_flows.networks.mlp import dropout, split_key
 from sbi_flows.networks.shapes import align
@@ -68,13 +68,12 @@ class Tokens(TimeContextSettings):
     def __post_init__(self) -> None:
         """Raise ValueError if a setting is invalid."""
         super().__post_init__()
-        require_count(1, heads=self.heads, size=self.size)
+        require_heads(self.width, self.heads)
+        require_count(1, size=self.size)
         for name in ("kinds", "mask"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, tuple):
                 raise ValueError(f"{name}: expected None or a tuple, got {type(value).__name__}")
-        if self.width % self.heads:
-            raise ValueError(f"heads: expected a divisor of width={self.width}, got {self.heads}")
         if self.mask is not None and {len(row) for row in self.mask} != {len(self.mask)}:
             raise ValueError("mask: expected as many columns as rows")
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sbi_flows.networks.embeddings.base import event_of
+from sbi_flows.simulations.simulations import observation_shape
 from tests.embedding_cases import (
     BATCH,
     CASES,
@@ -24,7 +24,7 @@ from tests.embedding_cases import (
 def named(settings, x, mask=None):
     """Return summaries by name, without the final arcsinh."""
     values = np.sinh(np.asarray(jax.jit(settings.summarise)(x, mask)))
-    return dict(zip(settings.summary_labels(event_of(x)), values.T, strict=True))
+    return dict(zip(settings.summary_labels(observation_shape(x)), values.T, strict=True))
 
 
 def test_summaries_of_a_set_are_moments_and_quantiles_of_present_entries():
@@ -108,14 +108,14 @@ def test_summaries_of_an_image():
 
 def test_the_summaries_of_a_fusion_are_those_of_its_parts():
     x = observations(CASES["fusion"][1])
-    labels = FUSION.summary_labels(event_of(x))
+    labels = FUSION.summary_labels(observation_shape(x))
     values = np.asarray(summaries("fusion")(x, None))
     np.testing.assert_allclose(
         values[:, labels.index("redshift")], np.arcsinh(x["redshift"]), atol=1e-6
     )
     image = jax.jit(CONV.summarise)(x["image"], None)
     index = labels.index("image: mean")
-    first = CONV.summary_labels(event_of(x["image"])).index("mean")
+    first = CONV.summary_labels(observation_shape(x["image"])).index("mean")
     np.testing.assert_allclose(values[:, index], image[:, first], atol=1e-6)
 
 

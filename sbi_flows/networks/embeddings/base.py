@@ -4,8 +4,8 @@ Missing entries of an observation are zero. The mask, a boolean array of the sam
 where an entry is present. The mask None means that all entries are present; it gives the same
 result as a mask of True, at a lower cost.
 
-Public names: `EmbeddingSettings`, `event_of`, `leaf_shape`, `as_channels`, `fill`, `any_present`,
-`masked_mean`, `log_count`, `soft_clip`.
+Public names: `EmbeddingSettings`, `leaf_shape`, `as_channels`, `fill`, `any_present`,
+`masked_mean`, `log_count`, `project`, `soft_clip`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import abc
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
+
+from sbi_flows.observations.shared import SharedAxes
 
 MAX_SUMMARIES = 64
 """Maximum number of fixed summaries of one array."""
@@ -40,7 +42,7 @@ class EmbeddingSettings(abc.ABC):
         """Raise ValueError if one observation does not suit this embedding."""
 
     @abc.abstractmethod
-    def shared(self, like: Any) -> tuple[tuple[int, ...], ...]:
+    def shared(self, like: Any) -> SharedAxes:
         """Return the axes of each array along which all entries share one standardisation.
 
         There is one tuple of axes for each array, in the order of `jax.tree.leaves(like)`. Axes
@@ -48,7 +50,7 @@ class EmbeddingSettings(abc.ABC):
         """
 
     @abc.abstractmethod
-    def growing(self, like: Any) -> tuple[tuple[int, ...], ...]:
+    def growing(self, like: Any) -> SharedAxes:
         """Return the axes of each array along which an observation may be shorter than `like`.
 
         A shorter observation is padded with missing entries. The order is that of `shared`.
@@ -65,11 +67,6 @@ class EmbeddingSettings(abc.ABC):
     @abc.abstractmethod
     def build(self, rngs: nnx.Rngs, like: Any) -> nnx.Module:
         """Create the network `module(x, mask, *, key=None)` with output (B, features)."""
-
-
-def event_of(x: Any) -> Any:
-    """Return the shape and dtype of one observation in a batch (B, *event)."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), x)
 
 
 def leaf_shape(kind: str, expected: str, like: Any, ranks: tuple[int, ...]) -> tuple[int, ...]:
@@ -150,6 +147,13 @@ def log_count(x: Array, present: Array | None) -> Array:
         axes = tuple(range(1, present.ndim))
         count = jnp.sum(present, axis=axes).astype(x.dtype)[:, None]
     return (jnp.log1p(count) - 4.0) / 2.0
+
+
+def project(rows: Array, count: int) -> Array:
+    """Project rows (B, C) onto fixed random directions; return shape (B, count)."""
+    size = rows.shape[1]
+    directions = np.random.default_rng(size).normal(size=(size, count)) / math.sqrt(size)
+    return rows @ jnp.asarray(directions, rows.dtype)
 
 
 def soft_clip(x: Array, scale: float = 1.0) -> Array:

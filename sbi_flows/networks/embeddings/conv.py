@@ -16,15 +16,15 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from sbi_flows.core.checks import require_count, require_fraction
+from sbi_flows.core.checks import require_count, require_fraction, require_heads
 from sbi_flows.core.typing import Key
 from sbi_flows.networks.embeddings.base import (
-    EmbeddingSettings,
     any_present,
     as_channels,
     leaf_shape,
     masked_mean,
 )
+from sbi_flows.networks.embeddings.grids import GridSettings
 from sbi_flows.networks.embeddings.layers import (
     AttentionPool,
     ConvBlock,
@@ -33,8 +33,9 @@ from sbi_flows.networks.embeddings.layers import (
     keep,
     space_to_depth,
 )
-from sbi_flows.networks.embeddings.summaries import evaluate, grid_statistics, labels_of
+from sbi_flows.networks.embeddings.summaries import Statistic, grid_statistics
 from sbi_flows.networks.mlp import ResidualMLP, split_key
+from sbi_flows.observations.shared import SharedAxes
 
 FINAL_SIZE = 8
 """Number of grid points along each axis after the last stage, at most."""
@@ -54,7 +55,7 @@ _COSINES = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ConvNet(EmbeddingSettings):
+class ConvNet(GridSettings):
     """Embedding of an array on a grid by residual convolutions; any size of the grid is allowed.
 
     An observation has the shape of the grid, or of the grid and a last axis of channels. The first
@@ -97,39 +98,23 @@ class ConvNet(EmbeddingSettings):
 
     def __post_init__(self) -> None:
         """Raise ValueError if a setting is invalid."""
-        require_count(1, axes=self.axes, width=self.width, blocks=self.blocks)
-        require_count(1, heads=self.heads, features=self.features)
+        require_heads(self.width, self.heads)
+        require_count(1, axes=self.axes, blocks=self.blocks, features=self.features)
         require_fraction(dropout=self.dropout)
         if self.axes > 3:
             raise ValueError(f"axes: expected 1, 2 or 3, got {self.axes}")
-        if self.width % self.heads:
-            raise ValueError(f"heads: expected a divisor of width={self.width}, got {self.heads}")
 
-    def check(self, like: Any) -> None:
-        """Raise ValueError unless the observation is an array on a grid of `axes` axes."""
-        self._shape(like)
-
-    def shared(self, like: Any) -> tuple[tuple[int, ...], ...]:
-        """Return the axes of the grid, whose entries share one standardisation."""
-        return (tuple(range(self.axes)),)
-
-    def growing(self, like: Any) -> tuple[tuple[int, ...], ...]:
+    def growing(self, like: Any) -> SharedAxes:
         """Return no axes: an image must have the size of the simulated images."""
         return ((),)
-
-    def summary_labels(self, like: Any) -> tuple[str, ...]:
-        """Return the names of the fixed summaries."""
-        return labels_of(grid_statistics(self._shape(like)))
-
-    def summarise(self, x: Any, mask: Any) -> Array:
-        """Compute fixed summaries (B, K)."""
-        x, mask = as_channels(x, mask, self.axes)
-        return evaluate(grid_statistics(x.shape[1:]), x, mask)
 
     def build(self, rngs: nnx.Rngs, like: Any) -> nnx.Module:
         """Create the network."""
         *grid, channels = self._shape(like)
         return _ConvNet(self, rngs, channels, _stages(tuple(grid), _MAX_HALVINGS[self.axes]))
+
+    def _statistics(self, shape: tuple[int, ...]) -> list[Statistic]:
+        return grid_statistics(shape)
 
     def _shape(self, like: Any) -> tuple[int, ...]:
         """Return the shape with a channel axis."""

@@ -1,7 +1,6 @@
-"""Elements of sets: shapes, first layer and fixed summaries, shared by all embeddings of sets.
+"""Elements of sets: settings, first layer and fixed summaries, shared by all embeddings of sets.
 
-Public names: `Elements`, `require_each`, `check_set`, `element_of`, `set_shared`, `set_growing`,
-`set_labels`, `set_summaries`.
+Public names: `SetSettings`, `Elements`, `require_each`, `element_of`.
 """
 
 from __future__ import annotations
@@ -27,6 +26,64 @@ from sbi_flows.networks.embeddings.base import (
 )
 from sbi_flows.networks.embeddings.layers import Entry
 from sbi_flows.networks.embeddings.summaries import evaluate, labels_of, set_statistics
+from sbi_flows.observations.shared import SharedAxes
+
+
+class SetSettings(EmbeddingSettings):
+    """Settings of an embedding of sets: axis 0 of an observation is the set.
+
+    Attributes:
+        each: Embedding of one element; None if an element is a number or a vector.
+    """
+
+    each: EmbeddingSettings | None
+
+    def check(self, like: Any) -> None:
+        """Raise ValueError unless the observation is a set whose elements suit their embedding."""
+        name = type(self).__name__
+        if self.each is None:
+            leaf_shape(name, "a set (n,) or (n, C)", like, (1, 2))
+            return
+        expected = f"a set (n, *element) of elements for {type(self.each).__name__}"
+        leaf_shape(name, expected, like, ())
+        self.each.check(element_of(like))
+
+    def shared(self, like: Any) -> SharedAxes:
+        """Return the axis of the set and the axes that elements share, for one standardisation."""
+        inner = () if self.each is None else self.each.shared(element_of(like))[0]
+        return ((0, *(axis + 1 for axis in inner)),)
+
+    def growing(self, like: Any) -> SharedAxes:
+        """Return the axis of the set, and the axes along which an element may be shorter."""
+        inner = () if self.each is None else self.each.growing(element_of(like))[0]
+        return ((0, *(axis + 1 for axis in inner)),)
+
+    def summary_labels(self, like: Any) -> tuple[str, ...]:
+        """Return the names of the fixed summaries.
+
+        If elements have an embedding, its summaries are computed for each element. The summaries of
+        the set are their means over the elements and, if there are at most 31 of them, their
+        variances.
+        """
+        if self.each is None:
+            return labels_of(set_statistics(_with_column(like.shape)))
+        inner = self.each.summary_labels(element_of(like))
+        spread = [f"variance of {label}" for label in inner] if _has_variances(len(inner)) else []
+        return ("n", *(f"mean of {label}" for label in inner), *spread)
+
+    def summarise(self, x: Any, mask: Any) -> Array:
+        """Compute fixed summaries (B, K) that do not depend on the order of the elements."""
+        if self.each is None:
+            x, mask = as_channels(x, mask, 1)
+            return evaluate(set_statistics(x.shape[1:]), x, mask)
+        present = any_present(mask, 2)
+        values = _split(self.each.summarise(*_joined(x, mask)), x)
+        listed = None if present is None else present[..., None]
+        parts = [log_count(values, present), masked_mean(values, listed, 1)]
+        if _has_variances(values.shape[-1]):
+            deviations = values - parts[1][:, None, :]
+            parts.append(masked_mean(deviations**2, listed, 1))
+        return jnp.concatenate(parts, axis=1)
 
 
 def require_each(each: Any) -> None:
@@ -35,63 +92,9 @@ def require_each(each: Any) -> None:
         require_object("each", each, EmbeddingSettings, "an embedding, such as SeriesNet()")
 
 
-def check_set(kind: str, each: EmbeddingSettings | None, like: Any) -> None:
-    """Raise ValueError unless an observation is a set whose elements suit their embedding."""
-    if each is None:
-        leaf_shape(kind, "a set (n,) or (n, C)", like, (1, 2))
-        return
-    expected = f"a set (n, *element) of elements for {type(each).__name__}"
-    leaf_shape(kind, expected, like, ())
-    each.check(element_of(like))
-
-
 def element_of(like: Any) -> jax.ShapeDtypeStruct:
     """Return the shape and dtype of one element."""
     return jax.ShapeDtypeStruct(like.shape[1:], like.dtype)
-
-
-def set_shared(each: EmbeddingSettings | None, like: Any) -> tuple[tuple[int, ...], ...]:
-    """Return the axes along which all entries share one standardisation; axis 0 is the set."""
-    if each is None:
-        return ((0,),)
-    (inner,) = each.shared(element_of(like))
-    return ((0, *(axis + 1 for axis in inner)),)
-
-
-def set_growing(each: EmbeddingSettings | None, like: Any) -> tuple[tuple[int, ...], ...]:
-    """Return the axis of the set, and the axes along which an element may be shorter."""
-    if each is None:
-        return ((0,),)
-    (inner,) = each.growing(element_of(like))
-    return ((0, *(axis + 1 for axis in inner)),)
-
-
-def set_labels(each: EmbeddingSettings | None, like: Any) -> tuple[str, ...]:
-    """Return the names of the fixed summaries of a set.
-
-    If elements have an embedding, its summaries are computed for each element. The summaries of the
-    set are their means over the elements and, if there are at most 31 of them, their variances.
-    """
-    if each is None:
-        return labels_of(set_statistics(_with_column(like.shape)))
-    inner = each.summary_labels(element_of(like))
-    variances = [f"variance of {label}" for label in inner] if _has_variances(len(inner)) else []
-    return ("n", *(f"mean of {label}" for label in inner), *variances)
-
-
-def set_summaries(each: EmbeddingSettings | None, x: Array, mask: Array | None) -> Array:
-    """Compute the fixed summaries (B, K) of sets (B, n, *element)."""
-    if each is None:
-        x, mask = as_channels(x, mask, 1)
-        return evaluate(set_statistics(x.shape[1:]), x, mask)
-    present = any_present(mask, 2)
-    values = _split(each.summarise(*_joined(x, mask)), x)
-    listed = None if present is None else present[..., None]
-    parts = [log_count(values, present), masked_mean(values, listed, 1)]
-    if _has_variances(values.shape[-1]):
-        deviations = values - parts[1][:, None, :]
-        parts.append(masked_mean(deviations**2, listed, 1))
-    return jnp.concatenate(parts, axis=1)
 
 
 def _has_variances(count: int) -> bool:

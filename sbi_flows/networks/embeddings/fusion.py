@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -23,10 +22,12 @@ from sbi_flows.networks.embeddings.base import (
     EmbeddingSettings,
     fill,
     leaf_shape,
+    project,
     soft_clip,
 )
 from sbi_flows.networks.embeddings.layers import Entry
 from sbi_flows.networks.mlp import ResidualMLP, split_key
+from sbi_flows.observations.shared import SharedAxes
 
 MAX_FLAT = 512
 """Number of entries of a part None up to which they are summaries as they are."""
@@ -106,12 +107,12 @@ class Fusion(EmbeddingSettings):
             except ValueError as error:
                 raise ValueError(f"{error} (part {name!r})") from None
 
-    def shared(self, like: Any) -> tuple[tuple[int, ...], ...]:
+    def shared(self, like: Any) -> SharedAxes:
         """Return the axes of each array along which all entries share one standardisation."""
         axes = [((),) if part is None else part.shared(like[name]) for name, part in self.parts]
         return tuple(leaf for part in axes for leaf in part)
 
-    def growing(self, like: Any) -> tuple[tuple[int, ...], ...]:
+    def growing(self, like: Any) -> SharedAxes:
         """Return the axes of each array along which an observation may be shorter."""
         axes = [((),) if part is None else part.growing(like[name]) for name, part in self.parts]
         return tuple(leaf for part in axes for leaf in part)
@@ -175,10 +176,8 @@ def _flat_labels(name: str, size: int) -> list[str]:
 
 def _flat_summaries(rows: Array) -> Array:
     """Return the entries of rows (B, C), or fixed random projections of many entries."""
-    size = rows.shape[1]
-    if size > MAX_FLAT:
-        directions = np.random.default_rng(size).normal(size=(size, MAX_SUMMARIES))
-        rows = rows @ jnp.asarray(directions / math.sqrt(size), rows.dtype)
+    if rows.shape[1] > MAX_FLAT:
+        rows = project(rows, MAX_SUMMARIES)
     return soft_clip(rows)
 
 

@@ -157,9 +157,9 @@ def attend(query: Array, keys: Array, values: Array, mask: Array | None, heads: 
         Weighted means of the values, shape (B, Q, W).
     """
     q, k, v = (a.reshape(*a.shape[:2], heads, a.shape[2] // heads) for a in (query, keys, values))
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
-    weights = masked_softmax(scores, None if mask is None else mask[:, None, None, :])
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(query.shape)
+    full = None if mask is None else mask[:, None, None, :]
+    mixed = nnx.dot_product_attention(q, k, v, mask=full).reshape(query.shape)
+    return mixed if mask is None else fill(mixed, jnp.any(mask, axis=1)[:, None, None])
 
 
 def masked_softmax(scores: Array, mask: Array | None) -> Array:

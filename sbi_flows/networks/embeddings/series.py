@@ -18,16 +18,16 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from sbi_flows.core.checks import require_count, require_fraction
+from sbi_flows.core.checks import require_count, require_fraction, require_heads
 from sbi_flows.core.typing import Key
 from sbi_flows.networks.embeddings.base import (
-    EmbeddingSettings,
     any_present,
     as_channels,
     leaf_shape,
     log_count,
     masked_mean,
 )
+from sbi_flows.networks.embeddings.grids import GridSettings
 from sbi_flows.networks.embeddings.layers import (
     AttentionBlock,
     AttentionPool,
@@ -37,8 +37,9 @@ from sbi_flows.networks.embeddings.layers import (
     keep,
     space_to_depth,
 )
-from sbi_flows.networks.embeddings.summaries import evaluate, labels_of, series_statistics
+from sbi_flows.networks.embeddings.summaries import Statistic, series_statistics
 from sbi_flows.networks.mlp import ResidualMLP, split_key
+from sbi_flows.observations.shared import SharedAxes
 
 MAX_TOKENS = 128
 """Maximum number of tokens in the attention layers, if the stride is chosen automatically."""
@@ -50,7 +51,7 @@ _OCTAVES = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SeriesNet(EmbeddingSettings):
+class SeriesNet(GridSettings):
     """Embedding of a regularly sampled time series, for up to 100,000 points.
 
     An observation has shape (T,) or (T, C). Strided convolutions reduce the series to tokens of
@@ -58,7 +59,8 @@ class SeriesNet(EmbeddingSettings):
     Attention layers combine the tokens. A learned weighted mean and a plain mean of the tokens
     enter the output network, with the number of points. Missing points are allowed anywhere.
     Additional missing points at the end do not change the output of the network, so series of
-    different lengths can be padded to one length.
+    different lengths can be padded to one length. Coarse means and the spectrum, two kinds of fixed
+    summaries, depend on the padded length.
 
     Attributes:
         width: Width of the first convolutions. If `stride` exceeds 32, all layers after them have
@@ -91,42 +93,27 @@ class SeriesNet(EmbeddingSettings):
 
     def __post_init__(self) -> None:
         """Raise ValueError if a setting is invalid."""
-        require_count(1, width=self.width, heads=self.heads, features=self.features)
+        require_heads(self.width, self.heads)
+        require_count(1, features=self.features)
         require_count(0, blocks=self.blocks)
         require_fraction(dropout=self.dropout)
         if self.stride is not None:
             require_count(1, stride=self.stride)
             if self.stride & (self.stride - 1):
                 raise ValueError(f"stride: expected a power of two, got {self.stride}")
-        if self.width % self.heads:
-            raise ValueError(f"heads: expected a divisor of width={self.width}, got {self.heads}")
 
-    def check(self, like: Any) -> None:
-        """Raise ValueError unless the observation is a series."""
-        self._shape(like)
-
-    def shared(self, like: Any) -> tuple[tuple[int, ...], ...]:
-        """Return the time axis, whose entries share one standardisation."""
-        return ((0,),)
-
-    def growing(self, like: Any) -> tuple[tuple[int, ...], ...]:
+    def growing(self, like: Any) -> SharedAxes:
         """Return the time axis: a series may end early."""
         return ((0,),)
-
-    def summary_labels(self, like: Any) -> tuple[str, ...]:
-        """Return the names of the fixed summaries."""
-        return labels_of(series_statistics(self._shape(like)))
-
-    def summarise(self, x: Any, mask: Any) -> Array:
-        """Compute fixed summaries (B, K); coarse means and spectrum depend on the padded length."""
-        x, mask = as_channels(x, mask, 1)
-        return evaluate(series_statistics(x.shape[1:]), x, mask)
 
     def build(self, rngs: nnx.Rngs, like: Any) -> nnx.Module:
         """Create the network; it can also be applied to series of another length."""
         length, channels = self._shape(like)
         stride = self.stride or _automatic_stride(length)
         return _SeriesNet(self, rngs, channels, _factors(stride))
+
+    def _statistics(self, shape: tuple[int, ...]) -> list[Statistic]:
+        return series_statistics(shape)
 
     def _shape(self, like: Any) -> tuple[int, int]:
         """Return the length and the number of channels."""

@@ -17,24 +17,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sbi_flows.core.checks import require_count, require_fraction
+from sbi_flows.core.checks import require_count, require_fraction, require_heads
 from sbi_flows.core.typing import Key
 from sbi_flows.networks.embeddings.base import EmbeddingSettings, log_count
-from sbi_flows.networks.embeddings.elements import (
-    Elements,
-    check_set,
-    require_each,
-    set_growing,
-    set_labels,
-    set_shared,
-    set_summaries,
-)
+from sbi_flows.networks.embeddings.elements import Elements, SetSettings, require_each
 from sbi_flows.networks.embeddings.layers import AttentionBlock
 from sbi_flows.networks.mlp import ResidualMLP, split_key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SetTransformer(EmbeddingSettings):
+class SetTransformer(SetSettings):
     """Embedding of a set in which elements interact; it does not depend on their order.
 
     Axis 0 of an observation is the set: (n,), (n, C), or (n, *element) with `each`. In each block,
@@ -77,32 +69,11 @@ class SetTransformer(EmbeddingSettings):
     def __post_init__(self) -> None:
         """Raise ValueError if a setting is invalid."""
         require_each(self.each)
-        require_count(1, width=self.width, heads=self.heads, features=self.features)
+        require_heads(self.width, self.heads)
+        require_count(1, features=self.features)
         require_count(1, inducing=self.inducing, seeds=self.seeds)
         require_count(0, blocks=self.blocks)
         require_fraction(dropout=self.dropout)
-        if self.width % self.heads:
-            raise ValueError(f"heads: expected a divisor of width={self.width}, got {self.heads}")
-
-    def check(self, like: Any) -> None:
-        """Raise ValueError unless the observation is a set."""
-        check_set("SetTransformer", self.each, like)
-
-    def shared(self, like: Any) -> tuple[tuple[int, ...], ...]:
-        """Return the axes along which all entries share one standardisation."""
-        return set_shared(self.each, like)
-
-    def growing(self, like: Any) -> tuple[tuple[int, ...], ...]:
-        """Return the axis of the set, and the axes along which an element may be shorter."""
-        return set_growing(self.each, like)
-
-    def summary_labels(self, like: Any) -> tuple[str, ...]:
-        """Return the names of the fixed summaries."""
-        return set_labels(self.each, like)
-
-    def summarise(self, x: Any, mask: Any) -> Array:
-        """Compute fixed summaries (B, K) that do not depend on the order of the elements."""
-        return set_summaries(self.each, x, mask)
 
     def build(self, rngs: nnx.Rngs, like: Any) -> nnx.Module:
         """Create the network."""

@@ -12,11 +12,9 @@ Public names: `Statistic`, `set_statistics`, `series_statistics`, `grid_statisti
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from sbi_flows.networks.embeddings.base import (
@@ -25,6 +23,7 @@ from sbi_flows.networks.embeddings.base import (
     fill,
     log_count,
     masked_mean,
+    project,
     soft_clip,
 )
 from sbi_flows.networks.embeddings.spectrum import bin_edges, coarse_means, log_power
@@ -32,7 +31,6 @@ from sbi_flows.networks.embeddings.spectrum import bin_edges, coarse_means, log_
 _LAGS = (1, 2, 3, 5, 8, 13, 21, 34)
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _MOMENTS = ("mean", "mean square", "mean cube")
-_FIRST_MOMENTS = (("mean[0]",), ("mean square[0]",))
 PROJECTIONS = 24
 """Number of directions onto which the moments of many columns are projected."""
 
@@ -85,7 +83,7 @@ def evaluate(statistics: Sequence[Statistic], x: Array, mask: Array | None) -> A
 def set_statistics(shape: tuple[int, ...]) -> list[Statistic]:
     """Return the summaries of a set (n, C); they do not depend on the order of its elements."""
     columns = shape[-1]
-    moments = [[_moment(power, columns)] for power in (1, 2, 3)]
+    moments = [_moments(power, columns) for power in (1, 2, 3)]
     groups = [[_count()], *moments[:2], [_products(columns)], [_quantiles(columns)], moments[2]]
     return _choose(groups)
 
@@ -98,11 +96,11 @@ def series_statistics(shape: tuple[int, ...]) -> list[Statistic]:
     differences = [[_difference(order, columns)] for order in (1, 2) if order < length]
     groups = [
         [_count()],
-        *([_moment(power, columns)] for power in (1, 2)),
+        *(_moments(power, columns) for power in (1, 2)),
         *differences,
         *lags[:3],
         [_spectrum(shape)],
-        [_moment(3, columns)],
+        _moments(3, columns),
         _coarse(shape),
         [_products(columns)],
         *lags[3:],
@@ -118,36 +116,34 @@ def grid_statistics(shape: tuple[int, ...]) -> list[Statistic]:
         for axis, n in enumerate(grid)
         if n > 1
     ]
-    moments = [[_moment(power, columns)] for power in (1, 2, 3)]
+    moments = [_moments(power, columns) for power in (1, 2, 3)]
     return _choose([[_count()], *moments, *neighbours, [_spectrum(shape)], _coarse(shape)])
 
 
 def _choose(groups: Sequence[Sequence[Statistic]]) -> list[Statistic]:
-    """Take from each group the first alternative that fits into the rest of the budget.
-
-    Of an observation with many columns, the means and the mean squares are projected.
-    """
+    """Take from each group the first alternative that fits into the rest of the budget."""
     chosen, budget = [], MAX_SUMMARIES
     for group in groups:
         fitting = [s for s in group if 0 < len(s.labels) <= budget]
-        moment = group[0] if group and group[0].labels[:1] in _FIRST_MOMENTS else None
-        if not fitting and moment is not None and budget >= PROJECTIONS:
-            fitting = [_projected(moment)]
         chosen += fitting[:1]
         budget -= len(fitting[0].labels) if fitting else 0
     return chosen
+
+
+def _moments(power: int, columns: int) -> list[Statistic]:
+    """Moments of the columns or, for many columns, projections of the moments."""
+    moment = _moment(power, columns)
+    return [moment, _projected(moment)] if power < 3 else [moment]
 
 
 def _projected(statistic: Statistic) -> Statistic:
     """Project the summaries of many columns onto fixed random directions."""
     columns = len(statistic.labels)
     name = statistic.labels[0].removesuffix("[0]")
-    rng = np.random.default_rng(columns)
-    directions = rng.normal(size=(columns, PROJECTIONS)) / math.sqrt(columns)
 
     def compute(x: Array, mask: Array | None) -> Array:
         values = statistic.compute(x, mask).reshape(x.shape[0], columns)
-        return values @ jnp.asarray(directions, x.dtype)
+        return project(values, PROJECTIONS)
 
     return Statistic(tuple(f"{name}, projection {i}" for i in range(PROJECTIONS)), compute)
 
