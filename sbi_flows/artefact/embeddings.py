@@ -21,7 +21,6 @@ import numpy as np
 from flax import nnx
 
 from sbi_flows.artefact import settings
-from sbi_flows.artefact.settings import MAX_INTEGER, MAX_LAYERS
 from sbi_flows.artefact.strict import expect_fields, expect_integer, expect_type
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.core.precision import full_precision
@@ -117,7 +116,12 @@ def decode(value: Any, user_embedding: Embedding | None) -> Embedding | None:
         if name == "dropout" and isinstance(argument, float | int) and 0.0 <= argument < 1.0:
             continue
         layers = name in ("blocks", "rounds")
-        expect_integer(f"embedding.{name}", argument, 0, MAX_LAYERS if layers else MAX_INTEGER)
+        expect_integer(
+            f"embedding.{name}",
+            argument,
+            0,
+            settings.MAX_LAYERS if layers else settings.MAX_INTEGER,
+        )
     return LibraryEmbedding(kind, tuple(sorted(arguments.items())))
 
 

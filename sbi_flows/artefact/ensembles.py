@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ from sbi_flows.densities.conditional import Blueprint, Weights, initial_weights
 from sbi_flows.densities.embedding import Embedding, summary_count
 from sbi_flows.densities.sizes import Sizes
 from sbi_flows.networks.embeddings import EmbeddingSettings
+from sbi_flows.observations.standardise import entry_count
 
 MAX_ENSEMBLES = 64
 MAX_MEMBERS = 2**12
@@ -156,7 +156,7 @@ def decode(
     )
     density = settings.decode("density", density, *settings.DENSITIES)
     if kept is not None:
-        size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(observation))
+        size = entry_count(observation)
         places = expect_list(f"{name}.kept", kept, size)
         kept = tuple(expect_integer(f"{name}.kept", place, 0, size - 1) for place in places)
         if not kept or any(a >= b for a, b in itertools.pairwise(kept)):
@@ -304,7 +304,7 @@ def decode_observation(value: Any, *, keep_doubles: bool = False) -> Obs:
     expect_integer(
         "observation: number of arrays", len(jax.tree.leaves(observation)), 1, MAX_LEAVES
     )
-    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(observation))
+    size = entry_count(observation)
     expect_integer("observation: number of entries", size, 1, settings.MAX_INTEGER)
     return observation
 

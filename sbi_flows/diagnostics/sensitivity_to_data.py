@@ -24,6 +24,7 @@ from sbi_flows.diagnostics.predictive import MIN_DRAWS, simulate_at_draws
 from sbi_flows.observations.batches import COMPLETE, Missing, as_batch
 from sbi_flows.observations.standardise import (
     Standardiser,
+    entry_count,
     entry_labels,
     fit_standardiser,
     rows_on_host,
@@ -271,7 +272,7 @@ def _unit_of_entries(unit: Obs, shapes: Obs) -> np.ndarray:
     Raises:
         ValueError: The units have another shape than an observation, or are not positive.
     """
-    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    size = entry_count(shapes)
     if np.ndim(unit) == 0 and not isinstance(unit, dict):
         scales = np.full(size, float(unit))
     else:

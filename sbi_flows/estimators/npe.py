@@ -44,10 +44,10 @@ from sbi_flows.estimators.rows import (
 from sbi_flows.estimators.stacking import StackHistory
 from sbi_flows.networks.embeddings import EmbeddingSettings
 from sbi_flows.observations.missing import MissingPattern
+from sbi_flows.observations.shared import SharedAxes
 from sbi_flows.observations.standardise import (
     HIDDEN,
     NEVER,
-    SharedAxes,
     Standardiser,
     flatten_rows,
 )
@@ -372,7 +372,6 @@ class NPE:
             embedding=self.embedding,
             screening=self.screening,
             linear_start=self.linear_start,
-            missing=self.missing,
         )
         is_default = self.training.without_checkpoint == training
         training = self.training

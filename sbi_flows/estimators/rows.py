@@ -29,7 +29,8 @@ from sbi_flows.densities.embedded import present_fraction, spaces_of, training_i
 from sbi_flows.estimators.emulator import Emulated
 from sbi_flows.observations.origin import fit_origin
 from sbi_flows.observations.screening import dependent_features
-from sbi_flows.observations.standardise import SharedAxes, Standardiser, fit_standardiser
+from sbi_flows.observations.shared import SharedAxes
+from sbi_flows.observations.standardise import Standardiser, fit_standardiser
 from sbi_flows.observations.typicality import fit_typicality
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.prior import Prior

@@ -19,7 +19,8 @@ from sbi_flows.core.labels import first_names
 from sbi_flows.core.pytrees import is_traced
 from sbi_flows.core.typing import Obs
 from sbi_flows.observations.missing import MissingPattern
-from sbi_flows.observations.standardise import SharedAxes, entry_labels
+from sbi_flows.observations.shared import SharedAxes
+from sbi_flows.observations.standardise import entry_labels
 
 
 class Missing(NamedTuple):

@@ -17,9 +17,10 @@ from jax import Array
 
 from sbi_flows.core.checks import as_random_key, require_count, require_fraction
 from sbi_flows.core.typing import Key, Obs
+from sbi_flows.observations.standardise import entry_count, unflatten_rows
 
 COMPLETE_SHARE, EMPTY_SHARE = 0.1, 0.05
-"""Fraction of the rows of `RandomEntries` in which no entry, and every entry, is missing."""
+"""Fraction of rows in which no entry (`RandomEntries`), and in which every entry is missing."""
 
 
 class MissingPattern(abc.ABC):
@@ -67,14 +68,8 @@ class MissingPattern(abc.ABC):
         self.check(like)
         leaves, tree = jax.tree.flatten(x)
         keep = self.keep(as_random_key("key", key), like, len(leaves[0]))
-        parts, start = [], 0
-        for leaf in leaves:
-            size = math.prod(np.shape(leaf)[1:])
-            own = keep[:, start : start + size].reshape(np.shape(leaf))
-            array = np if isinstance(leaf, np.ndarray) else jnp
-            parts.append(array.where(array.asarray(own), leaf, array.nan))
-            start += size
-        return jax.tree.unflatten(tree, parts)
+        shapes = tuple(np.shape(leaf)[1:] for leaf in leaves)
+        return jax.tree.map(_keep, x, unflatten_rows(keep, tree, shapes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +103,7 @@ class RandomEntries(MissingPattern):
 
     def can_hide(self, like: Obs) -> np.ndarray:
         """Return True for each entry; see `MissingPattern.can_hide`."""
-        return np.ones(_entries(like), bool)
+        return np.ones(entry_count(like), bool)
 
     def keep(self, key: Key, like: Obs, n: int) -> Array:
         """Draw which entries are kept; see `MissingPattern.keep`."""
@@ -117,7 +112,7 @@ class RandomEntries(MissingPattern):
         kind = jax.random.uniform(kind_key, (n, 1))
         rate = jnp.where(kind < COMPLETE_SHARE, 0.0, rate)
         rate = jnp.where(kind > 1.0 - EMPTY_SHARE, 1.0, rate)
-        return jax.random.uniform(entry_key, (n, _entries(like))) >= rate
+        return jax.random.uniform(entry_key, (n, entry_count(like))) >= rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,13 +191,13 @@ class RandomSubset(MissingPattern):
 
     def _elements(self, key: Key, n: int, length: int) -> Array:
         """Draw which elements are kept, bool of shape (n, length)."""
-        count_key, place_key = jax.random.split(key)
-        low = math.log(max(self.smallest, 1))
-        share = jax.random.uniform(count_key, (n, 1))
-        is_empty = share < (EMPTY_SHARE if self.smallest == 0 else 0.0)
-        logarithm = share * (math.log(self.largest + 1) - low) + low
-        count = jnp.clip(jnp.floor(jnp.exp(logarithm)), max(self.smallest, 1), self.largest)
-        count = jnp.where(is_empty, 0, count)
+        count_key, place_key, empty_key = jax.random.split(key, 3)
+        least = max(self.smallest, 1)
+        ends = math.log(least), math.log(self.largest + 1)
+        logarithm = jax.random.uniform(count_key, (n, 1), minval=ends[0], maxval=ends[1])
+        count = jnp.clip(jnp.floor(jnp.exp(logarithm)), least, self.largest)
+        if self.smallest == 0:
+            count = jnp.where(jax.random.bernoulli(empty_key, EMPTY_SHARE, (n, 1)), 0, count)
         number = jnp.arange(length)[None]
         if self.order == "random":
             number = (number + jax.random.randint(place_key, (n, 1), 0, length)) % length
@@ -252,7 +247,7 @@ class RandomParts(MissingPattern):
 
     def can_hide(self, like: Obs) -> np.ndarray:
         """Return True for each entry; see `MissingPattern.can_hide`."""
-        return np.ones(_entries(like), bool)
+        return np.ones(entry_count(like), bool)
 
     def keep(self, key: Key, like: Obs, n: int) -> Array:
         """Draw which entries are kept; see `MissingPattern.keep`."""
@@ -261,9 +256,11 @@ class RandomParts(MissingPattern):
         return jnp.repeat(keep, np.asarray(sizes), axis=1, total_repeat_length=sum(sizes))
 
 
-def _entries(like: Obs) -> int:
-    """Number C of entries of a flattened observation."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(like))
+def _keep(leaf: Any, keep: Array) -> Any:
+    """Replace entries of one array that are not kept by NaN; a NumPy array stays one."""
+    if isinstance(leaf, np.ndarray):
+        return np.where(np.asarray(keep), leaf, np.nan)
+    return jnp.where(keep, leaf, jnp.nan)
 
 
 def _name(path: Any) -> str:

@@ -21,6 +21,7 @@ from jax import Array
 from sbi_flows.core.doubles import HALF_ULP, MAX_ROUNDING, is_double, is_single_precision
 from sbi_flows.core.pytrees import is_traced
 from sbi_flows.core.typing import Obs
+from sbi_flows.observations.shared import SharedAxes, pool, unpool
 
 _MAX_EXPONENT = 40
 """Maximum absolute exponent without a change of scale: from 2^-40 to 2^40, the exponent is 0."""
@@ -78,7 +79,7 @@ class Origin(NamedTuple):
         return jax.tree.unflatten(tree, parts)
 
 
-def fit_origin(x: Obs, shared: tuple[tuple[int, ...], ...] | None = None) -> Origin | None:
+def fit_origin(x: Obs, shared: SharedAxes | None = None) -> Origin | None:
     """Compute offset and exponent of each entry of a batch of observations (N, *event).
 
     Args:
@@ -117,10 +118,7 @@ def _offset_and_exponent(leaf: Any, shared: tuple[int, ...]) -> tuple[np.ndarray
     width = math.prod(leaf.shape[1:])
     if not is_double(leaf):
         return np.zeros(width), np.zeros(width, np.int32)
-    event = leaf.shape[1:]
-    like = [1 if axis in shared else n for axis, n in enumerate(event)]
-    rows = np.moveaxis(leaf, [1 + axis for axis in shared], range(1, 1 + len(shared)))
-    rows = rows.reshape(-1, math.prod(like))
+    rows = pool(leaf, shared)
     missing = np.isnan(rows)
     rows = np.where(missing.all(axis=0)[None], 0.0, rows)  # a column without any value
     has_missing = bool(missing.any())
@@ -137,6 +135,5 @@ def _offset_and_exponent(leaf: Any, shared: tuple[int, ...]) -> tuple[np.ndarray
     exponent = np.frexp(np.where(size > 0, size, 1.0))[1]
     exponent = np.where(np.abs(exponent) > _MAX_EXPONENT, exponent, 0)
     offset = np.where(is_far, np.ldexp(middle, -exponent), 0.0)
-    pair = (offset, exponent.astype(np.int32))
-    spread_out = [np.broadcast_to(a.reshape(like), event).reshape(-1) for a in pair]
-    return spread_out[0], spread_out[1]
+    event = leaf.shape[1:]
+    return unpool(offset, event, shared), unpool(exponent.astype(np.int32), event, shared)

@@ -5,7 +5,7 @@ follows the features. Entries along a shared axis (pixels, time steps, trials) h
 one scale.
 
 Public names: `Standardiser`, `fit_standardiser`, `features_of`, `flatten_rows`, `rows_on_host`,
-`unflatten_rows`, `entry_labels`, `SharedAxes`, `NEVER`, `HIDDEN`, `LACKING`.
+`unflatten_rows`, `entry_labels`, `entry_count`, `NEVER`, `HIDDEN`, `LACKING`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,9 @@ from sbi_flows.core.precision import full_precision
 from sbi_flows.core.pytrees import is_traced
 from sbi_flows.core.typing import Obs
 from sbi_flows.observations.origin import Origin, fit_origin
+from sbi_flows.observations.shared import SharedAxes, pool, unpool
 
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
-
-SharedAxes: TypeAlias = tuple[tuple[int, ...], ...]
-"""For each array of an observation, the axes whose entries have one location and one scale."""
 
 MAX_SHARED_ENTRIES = 2**23
 """Number of entries of an array with shared axes from which location and scale are computed."""
@@ -171,6 +169,11 @@ def unflatten_rows(rows: Array, tree: Any, shapes: Shapes) -> Obs:
     return jax.tree.unflatten(tree, parts)
 
 
+def entry_count(like: Obs) -> int:
+    """Return the number C of entries of a flattened observation, given its shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(like))
+
+
 def entry_labels(like: Obs) -> tuple[str, ...]:
     """Return a name for each entry of a flattened observation.
 
@@ -264,22 +267,14 @@ def _fitted_leaf(
     leaf: Array, shared: tuple[int, ...], has_missing: bool
 ) -> tuple[Array, Array, Array, Array]:
     """Fit one array (N, *event); return center, scale, floor and `can_miss`, flattened to (C,)."""
-    event = leaf.shape[1:]
-    like = [1 if axis in shared else n for axis, n in enumerate(event)]
-    rows = jnp.moveaxis(leaf, [1 + a for a in shared], range(1, 1 + len(shared)))
-    rows = rows.reshape(-1, math.prod(like))
-    if len(rows) > max(MAX_SHARED_ENTRIES // rows.shape[1], len(leaf)):
-        rows = rows[: max(MAX_SHARED_ENTRIES // rows.shape[1], len(leaf))]
-    rows = rows.astype(jnp.result_type(float))
-    missing = jnp.any(jnp.isnan(leaf), axis=(0, *(1 + a for a in shared)), keepdims=True)
-    fitted = _location_and_scale(rows, has_missing)
-    codes = jnp.where(missing, LACKING, NEVER).astype(jnp.uint8)
-    parts = (*fitted, codes.reshape(-1)) if has_missing else (*fitted, fitted[0])
-
-    def spread(array: Array) -> Array:
-        return jnp.broadcast_to(array.reshape(like), event).reshape(-1)
-
-    return tuple(map(spread, parts))  # type: ignore[return-value]  # four arrays
+    pooled = pool(leaf, shared)
+    rows = pooled[: max(MAX_SHARED_ENTRIES // pooled.shape[1], len(leaf))]
+    fitted = _location_and_scale(rows.astype(jnp.result_type(float)), has_missing)
+    codes = jnp.where(jnp.any(jnp.isnan(pooled), axis=0), LACKING, NEVER).astype(jnp.uint8)
+    center, scale, floor, can_miss = (
+        unpool(columns, leaf.shape[1:], shared) for columns in (*fitted, codes)
+    )
+    return center, scale, floor, can_miss
 
 
 def _location_and_scale(rows: Array, has_missing: bool) -> tuple[Array, Array, Array]:

@@ -9,11 +9,9 @@ Public names: `Contents`, `encode`, `DirectHeader`, `require_header`, `require_t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -36,7 +34,7 @@ from sbi_flows.densities.conditional import Blueprint, Weights
 from sbi_flows.densities.embedded import space_widths
 from sbi_flows.densities.embedding import Embedding
 from sbi_flows.observations.origin import Origin
-from sbi_flows.observations.standardise import Standardiser
+from sbi_flows.observations.standardise import Standardiser, entry_count
 from sbi_flows.observations.typicality import Typicality
 from sbi_flows.posteriors.codec_rows import ROWS, require_hashes, require_rows
 from sbi_flows.prior.checks import MAX_ENTRIES
@@ -198,7 +196,7 @@ def require_tensors(header: DirectHeader, table: Mapping[str, Entry]) -> set[str
     Raises:
         ArtefactError: A tensor is missing, or has a wrong shape or dtype.
     """
-    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(header.observation))
+    size = entry_count(header.observation)
     for name in _STANDARDISER:
         ensembles.require_entry(name, Entry(np.dtype(header.precision), (size,), 0), table)
     origin = {f"standardiser/{n}": np.dtype(d) for n, d in _ORIGIN.items() if header.has_origin}

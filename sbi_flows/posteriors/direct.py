@@ -25,10 +25,10 @@ from sbi_flows.densities.conditional import Blueprint, Weights, needs_ode
 from sbi_flows.densities.embedded import present_fraction, space_labels, spaces_of
 from sbi_flows.networks.embeddings import EmbeddingSettings
 from sbi_flows.observations.batches import COMPLETE, Missing, as_batch
+from sbi_flows.observations.shared import SharedAxes
 from sbi_flows.observations.standardise import (
     LACKING,
     NEVER,
-    SharedAxes,
     Standardiser,
     features_of,
 )
@@ -103,7 +103,7 @@ class Posterior(AbstractPosterior):
 
     @property
     def needs_ode(self) -> bool:
-        """Whether a density is computed by solving an ODE, which evaluates a network many times."""
+        """Return True if a density needs an ODE solve, which evaluates a network many times."""
         return any(map(needs_ode, self.blueprints))
 
     @property
