@@ -171,6 +171,7 @@ def run(folder: Path, names: list[str] | None = None) -> dict[str, Any]:
         raise BadInput(f"--cases: expected names out of {', '.join(CASES)}; got {unknown[0]}")
     path = writable_folder(folder, "--results") / "observations.json"
     results = _earlier(path)
+    record: dict[str, Any] = {"kind": "observations", "cases": results}
     for i, (name, case) in enumerate(CASES.items()):
         if names and name not in names:
             continue
@@ -178,7 +179,7 @@ def run(folder: Path, names: list[str] | None = None) -> dict[str, Any]:
         print(f"{name}: {results[name]}", flush=True)
         record = {**provenance(), "kind": "observations", "cases": results}
         write_json(path, record)
-    return {**provenance(), "kind": "observations", "cases": results}
+    return record
 
 
 def _earlier(path: Path) -> dict[str, Any]:

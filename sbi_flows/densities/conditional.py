@@ -188,14 +188,13 @@ class Blueprint:
         assert isinstance(self.embedding, EmbeddingSettings)
         return self.embedding
 
-    def hide(self, key: Key, inputs: Array) -> Array:
-        """Hide entries of inputs (B, I) by the pattern `missing`, and recompute the summaries."""
+    def hide(self, key: Key, features: Array) -> Array:
+        """Hide entries of features (B, 2 C) by the pattern `missing`; return the inputs (B, I)."""
         assert self.missing is not None and self.sizes.has_mask
-        c = self.sizes.entry_count
-        keep = self.missing.keep(key, self.sizes.like, len(inputs))
-        mask = jnp.where(keep, inputs[:, c : 2 * c], 0.0)
-        values = jnp.where(mask > 0.5, inputs[:, :c], 0.0)
-        return self.inputs(jnp.concatenate([values, mask], axis=-1))
+        values, mask = jnp.split(features, 2, axis=-1)
+        keep = self.missing.keep(key, self.sizes.like, len(features)) & (mask > 0.5)
+        values = jnp.where(keep, values, 0.0)
+        return self.inputs(jnp.concatenate([values, keep.astype(mask.dtype)], axis=-1))
 
     def build(self, key: Key) -> Conditional:
         """Build the model with its initial weights; its start ignores the observation.

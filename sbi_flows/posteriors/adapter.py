@@ -122,7 +122,7 @@ class ExternalPosterior(AbstractPosterior):
 
     @property
     def needs_ode(self) -> bool:
-        """Whether a density is computed by solving an ODE, which evaluates a network many times."""
+        """Return True if a density needs an ODE solve, which evaluates a network many times."""
         return self._optional("needs_ode", "solved") or False
 
     @property

@@ -166,9 +166,9 @@ class AbstractPosterior(Bindable):
         """
         bound, single = self._bind(x)
         if single:
-            names = partial(getattr, self, "space_labels")
             values = partial(self._compared, x)
-            gate(self.typicality, self._features_of(bound), names, values)
+            features = self._features_of(bound)
+            gate(self.typicality, features, lambda: self.space_labels, values)
         return AtObservation(self, bound, single)
 
     def sample(self, key: Key, x: Obs, n: int) -> Array | np.ndarray:

@@ -47,7 +47,7 @@ class Bindable(abc.ABC):
     @property
     @abc.abstractmethod
     def needs_ode(self) -> bool:
-        """Whether a density is computed by solving an ODE, which evaluates a network many times."""
+        """Return True if a density needs an ODE solve, which evaluates a network many times."""
 
     @abc.abstractmethod
     def _sample(self, key: Key, bound: Any, n: int, with_log_prob: bool) -> tuple[Array, Array]:

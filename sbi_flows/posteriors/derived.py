@@ -56,7 +56,7 @@ class Derived(AbstractPosterior):
 
     @property
     def needs_ode(self) -> bool:
-        """Whether a density is computed by solving an ODE, which evaluates a network many times."""
+        """Return True if a density needs an ODE solve, which evaluates a network many times."""
         return self.posterior.needs_ode
 
     @property

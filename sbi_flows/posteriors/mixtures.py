@@ -44,9 +44,9 @@ def count(weights: Weights) -> int:
     return len(jax.tree.leaves(weights)[0])
 
 
-def _member(blueprint: Blueprint, weights: Weights, features: Array) -> distrax.Distribution:
-    """Return one member's distribution of standard coordinates given features (B, C)."""
-    return nnx.merge(graph_of(blueprint), *weights)(blueprint.inputs(features))
+def _member(blueprint: Blueprint, weights: Weights, inputs: Array) -> distrax.Distribution:
+    """Return one member's distribution of standard coordinates given inputs (B, I)."""
+    return nnx.merge(graph_of(blueprint), *weights)(inputs)
 
 
 def standard_log_prob(
@@ -69,8 +69,10 @@ def standard_log_prob(
     """
 
     def ensemble(blueprint: Blueprint, stacked: Weights) -> Array:
+        inputs = blueprint.inputs(features)
+
         def member(weights: Weights) -> Array:
-            return _member(blueprint, weights, features).log_prob(y)
+            return _member(blueprint, weights, inputs).log_prob(y)
 
         return jax.vmap(member)(stacked) if side_by_side else jax.lax.map(member, stacked)
 
@@ -190,10 +192,11 @@ def _ensemble_draws(
     members = count(weights)
     share = math.ceil(n / members)
     split = jax.vmap(lambda key: jax.random.split(key, 1 + members))(keys)
+    inputs = blueprint.inputs(features)
 
-    def draw(inputs: tuple[Weights, Key]) -> Array:
-        member, member_keys = inputs
-        return sample_per_context(partial(_member, blueprint, member), features, member_keys, share)
+    def draw(member_and_keys: tuple[Weights, Key]) -> Array:
+        member, member_keys = member_and_keys
+        return sample_per_context(partial(_member, blueprint, member), inputs, member_keys, share)
 
     y = jax.lax.map(draw, (weights, jnp.swapaxes(split[:, 1:], 0, 1)))
 

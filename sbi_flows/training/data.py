@@ -22,7 +22,7 @@ class Rows(NamedTuple):
     """Inputs of the model for all rows.
 
     Attributes:
-        training: Inputs from which a training step takes its batch, shape (N, I).
+        training: Rows from which a training step takes its batch; see `TrainingData.features`.
         validation: Inputs for linear starts and validation, shape (N, I). The same array, unless
             the model hides entries at random.
     """
@@ -42,8 +42,9 @@ class TrainingData:
 
     Attributes:
         y: Parameters in standard coordinates, shape (N, d).
-        features: Inputs of the model: standardised observations, perhaps with a mask and summaries,
-            shape (N, I).
+        features: Inputs of the model, shape (N, I): standardised observations, perhaps with a mask
+            and summaries. Without the summaries if the model hides entries at random: a training
+            step computes them after it has hidden entries.
         log_det: Log absolute determinant of the Jacobian of the map from y to theta at each row,
             shape (N,). It is only used to convert the reported losses to the units of theta.
         member_rows: Number of additional training rows for each of the M members, which no other
@@ -52,8 +53,9 @@ class TrainingData:
         stream: Training rows on disk, or None. With a stream, `y`, `features` and `log_det` are a
             sample of the rows on disk. The linear starts are fitted to this sample. The
             validation rows are chosen from it, the same for all members.
-        hidden: `features` with entries hidden by the random pattern of the model, shape (N, I), for
-            linear starts and validation; a training step hides other entries. None without one.
+        hidden: Inputs with entries hidden by the random pattern of the model, shape (N, I), for
+            linear starts and validation. A training step hides other entries. None without a
+            pattern.
     """
 
     y: Array

@@ -81,7 +81,7 @@ def test_batches_jit_grad_and_vmap(posterior):
 
 
 def test_the_value_of_a_missing_entry_does_not_exist(posterior):
-    """Masked arrays and NaN mean the same; a zero is a measurement."""
+    """A zero is a measurement, and NaN is none."""
     x, zero = lacking("one missing"), lacking("one missing")
     zero[4] = 0.0
     theta = np.array([0.5, -0.5], np.float32)

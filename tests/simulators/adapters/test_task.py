@@ -42,7 +42,7 @@ TRACED = sorted(SHAPES.keys() - {"influenza"})
 
 
 def are_equal(a, b):
-    """Whether two observations, arrays or dicts of them, are equal; NaN equals NaN."""
+    """Return True if two observations are equal; NaN equals NaN."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return all(np.array_equal(left, right, equal_nan=True) for left, right in pairs)
 
