@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sbi_flows.networks.embeddings import DeepSet, Fusion
 from sbi_flows.simulations.simulations import observation_shape
 from tests.embedding_cases import (
     BATCH,
@@ -125,3 +126,27 @@ def test_there_are_at_most_64_summaries_of_an_array(columns):
         labels = settings.summary_labels(like_of((*shape, columns)))
         assert 1 <= len(labels) <= 64
         assert len(labels) > columns or columns > 63
+
+
+def test_summaries_of_many_columns_are_projections_that_read_them_all():
+    x = observations((5, 100))
+    settings = DeepSet(width=8, layers=0, features=2)
+    labels = settings.summary_labels(observation_shape(x))
+    assert "mean, projection 0" in labels and "mean square, projection 23" in labels
+    values = settings.summarise(x, None)
+    assert values.shape == (len(x), len(labels)) and np.all(np.isfinite(values))
+    np.testing.assert_allclose(settings.summarise(x[:, ::-1], None), values, atol=1e-5)
+    changed = settings.summarise(x.at[..., 99].add(3.0), None)
+    assert np.all(np.abs(np.asarray(changed - values)).max(axis=1) > 0.1)
+
+
+def test_long_parts_without_an_embedding_are_projected():
+    x = {"spectrum": observations((600,)), "redshift": observations(())}
+    settings = Fusion({"spectrum": None, "redshift": None})
+    labels = settings.summary_labels(observation_shape(x))
+    assert labels[0] == "redshift" and labels[1:] == tuple(
+        f"spectrum, projection {i}" for i in range(64)
+    )
+    values = np.asarray(settings.summarise(x, None))
+    assert values.shape == (BATCH, 65)
+    assert 0.5 < values[:, 1:].std() < 1.5
