@@ -133,7 +133,8 @@ def open_chunks(path: str, chunks: list[SealedChunk]) -> list[OpenChunk]:
     for chunk in chunks:
         name = f"rows/{chunk.start:012d}"
         with spoilt_on_error(path, name):
-            arrays = dict(chunk.group.arrays())
+            # by name: the order of a folder's files differs between file systems
+            arrays = dict(sorted(chunk.group.arrays()))
             layout = _layout(chunk.count, arrays)
         first_layout = layout if first_layout is None else first_layout
         if layout != first_layout:
