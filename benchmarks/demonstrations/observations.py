@@ -77,6 +77,7 @@ CASES: dict[str, Case] = {
         "normal_set",
         20_000,
         {
+            "density": sf.MAF(),
             "embedding": sf.DeepSet(),
             "missing": sf.RandomSubset(5, 100),
             "members": 2,
@@ -87,12 +88,13 @@ CASES: dict[str, Case] = {
     ),
     "drift_diffusion": Case(
         "drift_diffusion",
-        20_000,
+        50_000,
         {
+            "density": sf.MAF(),
             "embedding": sf.DeepSet(),
             "missing": sf.RandomSubset(20, 300),
-            "members": 2,
-            "training": BRIEF,
+            "members": 1,
+            "training": sf.Training(max_epochs=18, learning_rate=6e-3),
         },
         _sizes(drift_diffusion.observation, 20, 100, 300),
         _exactly(20, 50, 100, 300),
@@ -111,7 +113,7 @@ CASES: dict[str, Case] = {
     ),
     "two_instruments": Case(
         "two_instruments",
-        20_000,
+        50_000,
         {
             "density": sf.MAF(),
             "embedding": sf.Fusion({"spectrum": None, "redshift": None}),
@@ -129,7 +131,12 @@ CASES: dict[str, Case] = {
     "random_field": Case(
         "random_field",
         20_000,
-        {"embedding": sf.ConvNet(), "members": 1, "training": BRIEF},
+        {
+            "density": sf.MAF(),
+            "embedding": sf.ConvNet(),
+            "members": 1,
+            "training": sf.Training(max_epochs=10),
+        },
         _plain("random_field"),
         {"all": None},
     ),

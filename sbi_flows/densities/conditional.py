@@ -25,6 +25,7 @@ from sbi_flows.densities.ode import OdeFlow, SolverStats
 from sbi_flows.densities.sizes import Sizes
 from sbi_flows.densities.start import LinearStart, standard_truncation
 from sbi_flows.networks.embeddings import EmbeddingSettings
+from sbi_flows.networks.embeddings.base import start_at_zero
 from sbi_flows.networks.mlp import fast_key, split_key
 from sbi_flows.observations.missing import MissingPattern
 
@@ -221,7 +222,8 @@ class Blueprint:
         if self.embedding is None:
             return None
         if isinstance(self.embedding, EmbeddingSettings):
-            return as_trainable(self.embedding.build(nnx.Rngs(key), self.sizes.like))
+            network = self.embedding.build(nnx.Rngs(key), self.sizes.like)
+            return as_trainable(start_at_zero(network))
         if isinstance(self.embedding, nnx.Module):
             return nnx.clone(self.embedding)
         return as_trainable(self.embedding(nnx.Rngs(key)))

@@ -21,6 +21,7 @@ from sbi_flows.core.warn import warn_user
 from sbi_flows.densities.embedded import BATCH_ROWS, spaces_of
 from sbi_flows.estimators.base import FitHistory
 from sbi_flows.estimators.stacking import StackHistory
+from sbi_flows.networks.embeddings import EmbeddingSettings
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.constants import warn_constant
@@ -193,11 +194,15 @@ def is_constant_output(outputs: np.ndarray) -> bool:
 
 
 def _constant_embeddings(simulations: Simulations, posterior: Posterior) -> str | None:
-    """Return the warning about embeddings that do not depend on x; None if there are none."""
+    """Return the warning about embeddings that do not depend on x; None if there are none.
+
+    It concerns modules of the user only. The embeddings of this library start at zero, and stay
+    there if the linear start from their fixed summaries is best.
+    """
     parts = [
         (blueprint, weights)
         for blueprint, weights in zip(posterior.blueprints, posterior.weights, strict=True)
-        if blueprint.embedding is not None
+        if not isinstance(blueprint.embedding, EmbeddingSettings | None)
     ]
     if not parts:
         return None

@@ -212,7 +212,7 @@ def test_an_observation_of_another_shape_is_refused(settings, shape, message):
     [
         (DeepSet, {"width": 0}, "width: expected a whole number"),
         (DeepSet, {"each": SeriesNet}, "each: expected an embedding"),
-        (DeepSet, {"heads": 3}, "heads: expected a divisor of width=64, got 3"),
+        (DeepSet, {"heads": 3}, "heads: expected a divisor of width=32, got 3"),
         (SetTransformer, {"inducing": 0}, "inducing: expected"),
         (SetTransformer, {"dropout": 1.0}, "dropout: expected"),
         (SeriesNet, {"stride": 3}, "stride: expected a power of two, got 3"),

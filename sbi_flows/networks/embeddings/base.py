@@ -5,7 +5,7 @@ where an entry is present. The mask None means that all entries are present; it 
 result as a mask of True, at a lower cost.
 
 Public names: `EmbeddingSettings`, `leaf_shape`, `as_channels`, `fill`, `any_present`,
-`masked_mean`, `log_count`, `project`, `soft_clip`.
+`masked_mean`, `log_count`, `project`, `soft_clip`, `start_at_zero`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from sbi_flows.networks.mlp import ResidualMLP
 from sbi_flows.observations.shared import SharedAxes
 
 MAX_SUMMARIES = 64
@@ -159,3 +160,15 @@ def project(rows: Array, count: int) -> Array:
 def soft_clip(x: Array, scale: float = 1.0) -> Array:
     """Compute scale * arcsinh(x / scale): linear for small numbers, logarithmic for large ones."""
     return scale * jnp.arcsinh(x / scale)
+
+
+def start_at_zero(network: nnx.Module) -> nnx.Module:
+    """Set the output layer of an embedding of this library to zero.
+
+    A fit then starts from the fixed summaries alone. Otherwise the density must first learn to
+    ignore the random output of an untrained network.
+    """
+    last = getattr(network, "leave", None)
+    if isinstance(last, ResidualMLP):
+        last.leave.kernel[...] = jnp.zeros_like(last.leave.kernel[...])
+    return network

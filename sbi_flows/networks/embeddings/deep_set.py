@@ -19,7 +19,7 @@ from sbi_flows.core.typing import Key
 from sbi_flows.networks.embeddings.base import EmbeddingSettings, fill, log_count, masked_mean
 from sbi_flows.networks.embeddings.elements import Elements, SetSettings, require_each
 from sbi_flows.networks.embeddings.layers import AttentionPool
-from sbi_flows.networks.mlp import ResidualMLP, split_key
+from sbi_flows.networks.mlp import ResidualBlock, ResidualMLP, split_key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,8 @@ class DeepSet(SetSettings):
     Attributes:
         each: Embedding of one element, for example `SeriesNet()`; None if an element is a number
             or a vector.
-        width: Width of the hidden layers.
+        width: Width of the network that maps each element. The network after the sum is four times
+            as wide: it runs once for each set.
         layers: Number of residual blocks of the network that maps each element.
         heads: Number of learned weighted means, a divisor of `width`.
         features: Length of the embedding.
@@ -53,8 +54,8 @@ class DeepSet(SetSettings):
     """
 
     each: EmbeddingSettings | None = None
-    width: int = 64
-    layers: int = 2
+    width: int = 32
+    layers: int = 1
     heads: int = 4
     features: int = 32
     dropout: float = 0.0
@@ -77,19 +78,21 @@ class _DeepSet(nnx.Module):
     def __init__(self, settings: DeepSet, rngs: nnx.Rngs, like: Any) -> None:
         width, rate = settings.width, settings.dropout
         self.elements = Elements(settings.each, width, rngs=rngs, like=like)
-        self.inner = ResidualMLP(
-            width, width, width=width, blocks=settings.layers, dropout=rate, rngs=rngs
+        self.blocks = nnx.List(
+            [ResidualBlock(width, rate, rngs=rngs) for _ in range(settings.layers)]
         )
         self.pool = AttentionPool(width, settings.heads, rngs=rngs)
-        self.outer = ResidualMLP(
-            3 * width + 1, settings.features, width=width, blocks=1, dropout=rate, rngs=rngs
+        self.leave = ResidualMLP(
+            3 * width + 1, settings.features, width=4 * width, blocks=2, dropout=rate, rngs=rngs
         )
 
     def __call__(self, x: Array, mask: Array | None, *, key: Key | None = None) -> Array:
         """Map sets (B, n, *element) to embeddings (B, features)."""
-        keys = split_key(key, 3)
+        keys = split_key(key, len(self.blocks) + 2)
         h, present = self.elements(x, mask, key=keys[0])
-        h = self.inner(h, key=keys[1])
+        for block, k in zip(self.blocks, keys[2:], strict=True):
+            h = block(h, key=k)
+        h = nnx.silu(h)
         listed = None if present is None else present[..., None]
         pooled = [
             masked_mean(h, listed, 1),
@@ -97,7 +100,7 @@ class _DeepSet(nnx.Module):
             self.pool(h, present),
             log_count(h, present),
         ]
-        return self.outer(jnp.concatenate(pooled, axis=-1), key=keys[2])
+        return self.leave(jnp.concatenate(pooled, axis=-1), key=keys[1])
 
 
 def _masked_max(h: Array, present: Array | None) -> Array:

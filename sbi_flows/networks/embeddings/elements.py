@@ -23,9 +23,15 @@ from sbi_flows.networks.embeddings.base import (
     leaf_shape,
     log_count,
     masked_mean,
+    soft_clip,
 )
 from sbi_flows.networks.embeddings.layers import Entry
-from sbi_flows.networks.embeddings.summaries import evaluate, labels_of, set_statistics
+from sbi_flows.networks.embeddings.summaries import (
+    LOGARITHMIC,
+    evaluate,
+    labels_of,
+    set_statistics,
+)
 from sbi_flows.observations.shared import SharedAxes
 
 
@@ -82,7 +88,7 @@ class SetSettings(EmbeddingSettings):
         parts = [log_count(values, present), masked_mean(values, listed, 1)]
         if _has_variances(values.shape[-1]):
             deviations = values - parts[1][:, None, :]
-            parts.append(masked_mean(deviations**2, listed, 1))
+            parts.append(soft_clip(masked_mean(deviations**2, listed, 1), LOGARITHMIC))
         return jnp.concatenate(parts, axis=1)
 
 

@@ -26,6 +26,7 @@ from sbi_flows.networks.embeddings.base import (
     soft_clip,
 )
 from sbi_flows.networks.embeddings.layers import Entry
+from sbi_flows.networks.embeddings.summaries import LINEAR
 from sbi_flows.networks.mlp import ResidualMLP, split_key
 from sbi_flows.observations.shared import SharedAxes
 
@@ -178,7 +179,7 @@ def _flat_summaries(rows: Array) -> Array:
     """Return the entries of rows (B, C), or fixed random projections of many entries."""
     if rows.shape[1] > MAX_FLAT:
         rows = project(rows, MAX_SUMMARIES)
-    return soft_clip(rows)
+    return soft_clip(rows, LINEAR)
 
 
 class _Fusion(nnx.Module):

@@ -1,9 +1,9 @@
 """Fixed summaries of sets, series and images with missing entries.
 
-Summaries are not learned. Each is passed through arcsinh, which is linear for small numbers and
-logarithmic for large ones. All are finite, also if no entry is present. Groups of summaries are
-taken in the order of their importance. A group that would exceed `MAX_SUMMARIES` in total is
-replaced by a smaller one or by projections, if there are any, or left out.
+Summaries are not learned. Each is passed through scale * arcsinh(x / scale), which is linear for
+small numbers and logarithmic for large ones. All are finite, also if no entry is present. Groups of
+summaries are taken in the order of their importance. A group that would exceed `MAX_SUMMARIES` in
+total is replaced by a smaller one or by projections, if there are any, or left out.
 
 Public names: `Statistic`, `set_statistics`, `series_statistics`, `grid_statistics`, `labels_of`,
 `evaluate`.
@@ -26,7 +26,13 @@ from sbi_flows.networks.embeddings.base import (
     project,
     soft_clip,
 )
-from sbi_flows.networks.embeddings.spectrum import bin_edges, coarse_means, log_power
+from sbi_flows.networks.embeddings.spectrum import (
+    LOG_FLOOR,
+    LOG_SCALE,
+    bin_edges,
+    coarse_means,
+    log_power,
+)
 
 _LAGS = (1, 2, 3, 5, 8, 13, 21, 34)
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -39,6 +45,9 @@ _COARSE = {1: (8, 4, 2), 2: (4, 2), 3: (2,)}
 
 _BINS = {1: 8, 2: 10, 3: 8}
 _MAX_COLUMNS_OF_PRODUCTS = 8
+LINEAR, LOGARITHMIC = 5.0, 1.0
+"""Scales of locations, on which a parameter may depend linearly, and of powers."""
+
 _MAX_VALUE = 1e4
 """Magnitude at which standardised values are clipped, so that their cubes do not overflow."""
 
@@ -53,10 +62,12 @@ class Statistic:
         labels: Name of each summary.
         compute: Function that maps arrays (B, *grid, C), with zeros at missing entries, and their
             mask to (B, len(labels)).
+        scale: Magnitude beyond which values enter logarithmically.
     """
 
     labels: tuple[str, ...]
     compute: Compute
+    scale: float = LINEAR
 
 
 def labels_of(statistics: Sequence[Statistic]) -> tuple[str, ...]:
@@ -76,15 +87,25 @@ def evaluate(statistics: Sequence[Statistic], x: Array, mask: Array | None) -> A
         Summaries (B, K).
     """
     x = fill(jnp.clip(x, -_MAX_VALUE, _MAX_VALUE), mask)
-    values = [s.compute(x, mask).reshape(x.shape[0], len(s.labels)) for s in statistics]
-    return soft_clip(jnp.concatenate(values, axis=1))
+    values = [
+        soft_clip(s.compute(x, mask).reshape(x.shape[0], len(s.labels)), s.scale)
+        for s in statistics
+    ]
+    return jnp.concatenate(values, axis=1)
 
 
 def set_statistics(shape: tuple[int, ...]) -> list[Statistic]:
     """Return the summaries of a set (n, C); they do not depend on the order of its elements."""
     columns = shape[-1]
     moments = [_moments(power, columns) for power in (1, 2, 3)]
-    groups = [[_count()], *moments[:2], [_products(columns)], [_quantiles(columns)], moments[2]]
+    groups = [
+        [_count()],
+        *moments[:2],
+        [_log_variance(columns)],
+        [_products(columns)],
+        [_quantiles(columns)],
+        moments[2],
+    ]
     return _choose(groups)
 
 
@@ -145,7 +166,8 @@ def _projected(statistic: Statistic) -> Statistic:
         values = statistic.compute(x, mask).reshape(x.shape[0], columns)
         return project(values, PROJECTIONS)
 
-    return Statistic(tuple(f"{name}, projection {i}" for i in range(PROJECTIONS)), compute)
+    labels = tuple(f"{name}, projection {i}" for i in range(PROJECTIONS))
+    return Statistic(labels, compute, statistic.scale)
 
 
 def _named(name: str, columns: int) -> tuple[str, ...]:
@@ -168,7 +190,18 @@ def _moment(power: int, columns: int) -> Statistic:
     def compute(x: Array, mask: Array | None) -> Array:
         return masked_mean(x**power, mask, _grid(x))
 
-    return Statistic(_named(_MOMENTS[power - 1], columns), compute)
+    scale = LINEAR if power == 1 else LOGARITHMIC
+    return Statistic(_named(_MOMENTS[power - 1], columns), compute, scale)
+
+
+def _log_variance(columns: int) -> Statistic:
+    """Variance of each column, on a logarithmic scale."""
+
+    def compute(x: Array, mask: Array | None) -> Array:
+        deviations = _deviations(x, mask)
+        return jnp.log(masked_mean(deviations**2, mask, _grid(x)) + LOG_FLOOR) / LOG_SCALE
+
+    return Statistic(_named("log variance", columns), compute)
 
 
 def _products(columns: int) -> Statistic:
@@ -181,7 +214,7 @@ def _products(columns: int) -> Statistic:
         both = None if mask is None else mask[..., first] & mask[..., second]
         return masked_mean(x[..., first] * x[..., second], both, _grid(x))
 
-    return Statistic(tuple(f"mean product[{j}, {i}]" for i, j in pairs), compute)
+    return Statistic(tuple(f"mean product[{j}, {i}]" for i, j in pairs), compute, LOGARITHMIC)
 
 
 def _quantiles(columns: int) -> Statistic:
@@ -239,7 +272,7 @@ def _difference(order: int, columns: int) -> Statistic:
             x = _shifted(x, 0, 1, 1) - _shifted(x, 0, 0, 1)
             if mask is not None:
                 mask = _shifted(mask, 0, 1, 1) & _shifted(mask, 0, 0, 1)
-        return jnp.log(masked_mean(x**2, mask, 1) + 1e-6) / 4.0
+        return jnp.log(masked_mean(x**2, mask, 1) + LOG_FLOOR) / LOG_SCALE
 
     return Statistic(_named(f"log mean square difference {order}", columns), compute)
 
