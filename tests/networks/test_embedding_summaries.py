@@ -22,12 +22,13 @@ from tests.embedding_cases import (
     summaries,
 )
 
+POWERS = ("mean square", "mean cube", "mean product", "autocovariance", "neighbour product")
+
 
 def named(settings, x, mask=None):
     """Return summaries by name, without the final arcsinh."""
     labels = settings.summary_labels(observation_shape(x))
-    is_power = [label.startswith(("mean square", "mean cube", "mean product")) for label in labels]
-    scale = np.where(is_power, LOGARITHMIC, LINEAR)
+    scale = np.where([label.startswith(POWERS) for label in labels], LOGARITHMIC, LINEAR)
     values = scale * np.sinh(np.asarray(jax.jit(settings.summarise)(x, mask)) / scale)
     return dict(zip(labels, values.T, strict=True))
 

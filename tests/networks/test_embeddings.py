@@ -18,6 +18,7 @@ from sbi_flows.networks.embeddings import (
     SeriesNet,
     SetTransformer,
 )
+from sbi_flows.networks.embeddings.base import start_at_zero
 from sbi_flows.networks.embeddings.layers import _neighbours, _shifts, space_to_depth
 from tests.cases import perturbed, unchecked
 from tests.embedding_cases import (
@@ -379,3 +380,12 @@ def test_a_long_series_has_at_most_128_tokens(length):
     module = nnx.merge(graph, state)
     tokens = -(-length // int(np.prod(module.factors)))
     assert tokens <= 128 and (tokens > 60 or length == 1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_fit_starts_from_an_output_of_zero(name):
+    settings, shapes = CASES[name]
+    x = observations(shapes)
+    built = settings.build(nnx.Rngs(0), like_of(shapes))
+    assert np.any(np.asarray(built(x, None)) != 0.0)
+    np.testing.assert_array_equal(start_at_zero(built)(x, None), np.zeros((BATCH, FEATURES)))

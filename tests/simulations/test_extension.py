@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import numpyro.distributions as dist
 import pytest
+import zarr
 
 import sbi_flows as sf
 
@@ -55,6 +56,16 @@ def test_rows_are_added_and_the_store_goes_on_from_there(tmp_path):
     grown = store.simulate(jax.random.key(0), PRIOR, noisy, 60, progress=False)
     whole = store_of(tmp_path / "whole", 60).simulations()
     require_rows(grown, before, added, other.simulations(), whole[51:])
+
+
+def test_arrays_are_read_in_the_order_of_their_names(tmp_path, monkeypatch):
+    """A file system lists the arrays of a chunk in any order."""
+    store, read = store_of(tmp_path / "s"), zarr.Group.arrays
+    for step in (1, -1):
+        with monkeypatch.context() as patch:
+            patch.setattr(zarr.Group, "arrays", lambda self, s=step: sorted(read(self))[::s])
+            assert list(store.simulations().x) == ["curve", "size"]
+            store.verify()
 
 
 class Killed(Exception):

@@ -34,8 +34,8 @@ class DeepSet(SetSettings):
     Attributes:
         each: Embedding of one element, for example `SeriesNet()`; None if an element is a number
             or a vector.
-        width: Width of the network that maps each element. The network after the sum is four times
-            as wide: it runs once for each set.
+        width: Width of the network that maps each element. The second network has four times this
+            width; it is evaluated once for each set.
         layers: Number of residual blocks of the network that maps each element.
         heads: Number of learned weighted means, a divisor of `width`.
         features: Length of the embedding.

@@ -43,15 +43,10 @@ class Entry(nnx.Module):
 
     def __call__(self, x: Array, mask: Array | None) -> Array:
         """Map (*, channels) to (*, width)."""
-        x = soft_clip(fill(x, mask), _INPUT_SCALE)
+        h = self.value(soft_clip(fill(x, mask), _INPUT_SCALE))
         if mask is None or self.missing is None:
-            return self.value(x)
-        # one product is faster than two
-        absent = jnp.broadcast_to(~mask, x.shape).astype(x.dtype)
-        kernel = jnp.concatenate([self.value.kernel[...], self.missing.kernel[...]])
-        h = jnp.concatenate([x, absent], axis=-1) @ kernel
-        bias = self.value.bias
-        return h if bias is None else h + bias[...].reshape((1,) * (h.ndim - 1) + (-1,))
+            return h
+        return h + self.missing((~mask).astype(x.dtype))
 
 
 def space_to_depth(

@@ -1,6 +1,6 @@
 """Power spectra and coarse versions of arrays on a regular grid.
 
-Public names: `LOG_FLOOR`, `LOG_SCALE`, `bin_edges`, `log_power`, `coarse_means`.
+Public names: `log_scaled`, `bin_edges`, `log_power`, `coarse_means`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-LOG_FLOOR, LOG_SCALE = 1e-6, 4.0
-"""Logarithms of a power p enter as log(p + `LOG_FLOOR`) / `LOG_SCALE`, which is of order one."""
+_LOG_FLOOR = 1e-6
+_LOG_SCALE = 4.0
+
+
+def log_scaled(power: Array) -> Array:
+    """Compute log(power + 1e-6) / 4: finite, and of order one for standardised observations."""
+    return jnp.log(power + _LOG_FLOOR) / _LOG_SCALE
 
 
 def bin_edges(grid: tuple[int, ...], bins: int) -> np.ndarray:
@@ -71,7 +76,7 @@ def log_power(x: Array, edges: np.ndarray, fraction: Array) -> Array:
     counts = np.bincount(index, minlength=len(edges) + 1) * math.prod(grid)
     means = jnp.moveaxis(sums[:-1], 0, 1) / jnp.asarray(counts[None, :-1, None], x.dtype)
     count = jnp.maximum(fraction, 0.1 / math.prod(grid))[:, None, :]
-    return jnp.log(means / count + LOG_FLOOR) / LOG_SCALE
+    return log_scaled(means / count)
 
 
 def coarse_means(x: Array, mask: Array | None, counts: tuple[int, ...]) -> Array:

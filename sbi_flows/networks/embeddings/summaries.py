@@ -5,8 +5,8 @@ small numbers and logarithmic for large ones. All are finite, also if no entry i
 summaries are taken in the order of their importance. A group that would exceed `MAX_SUMMARIES` in
 total is replaced by a smaller one or by projections, if there are any, or left out.
 
-Public names: `Statistic`, `set_statistics`, `series_statistics`, `grid_statistics`, `labels_of`,
-`evaluate`.
+Public names: `LINEAR`, `LOGARITHMIC`, `Statistic`, `set_statistics`, `series_statistics`,
+`grid_statistics`, `labels_of`, `evaluate`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from sbi_flows.networks.embeddings.base import (
     soft_clip,
 )
 from sbi_flows.networks.embeddings.spectrum import (
-    LOG_FLOOR,
-    LOG_SCALE,
     bin_edges,
     coarse_means,
     log_power,
+    log_scaled,
 )
 
 _LAGS = (1, 2, 3, 5, 8, 13, 21, 34)
@@ -45,8 +44,9 @@ _COARSE = {1: (8, 4, 2), 2: (4, 2), 3: (2,)}
 
 _BINS = {1: 8, 2: 10, 3: 8}
 _MAX_COLUMNS_OF_PRODUCTS = 8
+
 LINEAR, LOGARITHMIC = 5.0, 1.0
-"""Scales of locations, on which a parameter may depend linearly, and of powers."""
+"""Scales of `Statistic`: for locations and logarithms, and for powers and products."""
 
 _MAX_VALUE = 1e4
 """Magnitude at which standardised values are clipped, so that their cubes do not overflow."""
@@ -199,7 +199,7 @@ def _log_variance(columns: int) -> Statistic:
 
     def compute(x: Array, mask: Array | None) -> Array:
         deviations = _deviations(x, mask)
-        return jnp.log(masked_mean(deviations**2, mask, _grid(x)) + LOG_FLOOR) / LOG_SCALE
+        return log_scaled(masked_mean(deviations**2, mask, _grid(x)))
 
     return Statistic(_named("log variance", columns), compute)
 
@@ -249,7 +249,7 @@ def _lagged(axis: int, lag: int, name: str, columns: int) -> Statistic:
             both = _shifted(mask, axis, 0, lag) & _shifted(mask, axis, lag, lag)
         return masked_mean(pair[0] * pair[1], both, _grid(x))
 
-    return Statistic(_named(name, columns), compute)
+    return Statistic(_named(name, columns), compute, LOGARITHMIC)
 
 
 def _shifted(x: Array, axis: int, start: int, lag: int) -> Array:
@@ -272,7 +272,7 @@ def _difference(order: int, columns: int) -> Statistic:
             x = _shifted(x, 0, 1, 1) - _shifted(x, 0, 0, 1)
             if mask is not None:
                 mask = _shifted(mask, 0, 1, 1) & _shifted(mask, 0, 0, 1)
-        return jnp.log(masked_mean(x**2, mask, 1) + LOG_FLOOR) / LOG_SCALE
+        return log_scaled(masked_mean(x**2, mask, 1))
 
     return Statistic(_named(f"log mean square difference {order}", columns), compute)
 
