@@ -25,6 +25,7 @@ from .diagnostics import sbc as sbc
 from .diagnostics import tarp as tarp
 from .estimators.distillation import distil as distil
 from .estimators.emulator import Emulator as Emulator
+from .estimators.encoded import Encoded as Encoded
 from .estimators.npe import NPE as NPE
 from .estimators.stack import Stack as Stack
 from .estimators.truncated import truncated_rounds as truncated_rounds

@@ -20,6 +20,7 @@ import numpy as np
 
 import sbi_flows as sf
 import simulators
+from benchmarks.suite.embedded import embedded
 from benchmarks.suite.records import BadInput, provenance, writable_folder, write_json
 from sbi_flows.core.typing import Key, Obs
 from simulators.tasks import drift_diffusion, normal_set, sensors, two_instruments
@@ -37,29 +38,19 @@ DATASETS, CHECK_DRAWS = 500, 300
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A task, the settings of its fit, and the kinds of observations that are scored.
+    """Simulations of a task, and the kinds of observations that are scored.
 
     Attributes:
-        task: Name of the task.
         simulations: Number of simulations.
-        settings: Arguments of `sf.NPE`.
         kinds: For each kind of observation, a function from the number i = 1, 2, ... to
             observation i.
         groups: For each group of data sets that is checked, the pattern that hides entries; None
             hides nothing.
-        own_gaps: Whether the simulator itself returns NaN for missing entries.
     """
 
-    task: str
     simulations: int
-    settings: dict[str, Any]
     kinds: dict[str, Callable[[int], Obs]]
     groups: dict[str, Any]
-    own_gaps: bool = False
-
-
-def _plain(name: str) -> dict[str, Callable[[int], Obs]]:
-    return {"all": simulators.get(name).observation}
 
 
 def _sizes(observation: Callable[..., Obs], *sizes: int) -> dict[str, Callable[[int], Obs]]:
@@ -70,57 +61,20 @@ def _exactly(*sizes: int) -> dict[str, Any]:
     return {f"{n} trials": sf.RandomSubset(n, n) for n in sizes}
 
 
-BRIEF = sf.Training(max_epochs=30, patience=6)
-
 CASES: dict[str, Case] = {
     "normal_set": Case(
-        "normal_set",
-        20_000,
-        {
-            "density": sf.MAF(),
-            "embedding": sf.DeepSet(),
-            "missing": sf.RandomSubset(5, 100),
-            "members": 2,
-            "training": BRIEF,
-        },
-        _sizes(normal_set.observation, 5, 20, 100),
-        _exactly(5, 10, 20, 50, 100),
+        20_000, _sizes(normal_set.observation, 5, 20, 100), _exactly(5, 10, 20, 50, 100)
     ),
     "drift_diffusion": Case(
-        "drift_diffusion",
-        50_000,
-        {
-            "density": sf.MAF(),
-            "embedding": sf.DeepSet(),
-            "missing": sf.RandomSubset(20, 300),
-            "members": 1,
-            "training": sf.Training(max_epochs=18, learning_rate=6e-3),
-        },
-        _sizes(drift_diffusion.observation, 20, 100, 300),
-        _exactly(20, 50, 100, 300),
+        50_000, _sizes(drift_diffusion.observation, 20, 100, 300), _exactly(20, 50, 100, 300)
     ),
     "sensors": Case(
-        "sensors",
         50_000,
-        {
-            "density": sf.MAF(),
-            "missing": sf.RandomEntries(0.2),
-            "members": 2,
-            "training": dataclasses.replace(BRIEF, max_epochs=60),
-        },
         {f"{30 - n} of 30 missing": partial(sensors.observation, present=n) for n in (30, 24, 0)},
         {f"rate {rate:g}": sf.RandomEntries(rate) for rate in (0.1, 0.2, 0.4, 0.6)},
     ),
     "two_instruments": Case(
-        "two_instruments",
         50_000,
-        {
-            "density": sf.MAF(),
-            "embedding": sf.Fusion({"spectrum": None, "redshift": None}),
-            "missing": sf.RandomParts(0.3),
-            "members": 2,
-            "training": BRIEF,
-        },
         {
             "both": two_instruments.observation,
             "no redshift": partial(two_instruments.observation, instruments=("spectrum",)),
@@ -128,35 +82,12 @@ CASES: dict[str, Case] = {
         },
         {"both": None, "each absent in turn": sf.RandomParts(0.5)},
     ),
-    "random_field": Case(
-        "random_field",
-        20_000,
-        {
-            "density": sf.MAF(),
-            "embedding": sf.ConvNet(),
-            "members": 1,
-            "training": sf.Training(max_epochs=10),
-        },
-        _plain("random_field"),
-        {"all": None},
-    ),
-    "lens": Case(
-        "lens",
-        20_000,
-        {"embedding": sf.ConvNet(), "members": 1, "training": BRIEF},
-        _plain("lens"),
-        {"all": None},
-    ),
-    "ornstein_uhlenbeck": Case(
-        "ornstein_uhlenbeck",
-        20_000,
-        {"embedding": sf.SeriesNet(), "members": 1, "training": BRIEF},
-        _plain("ornstein_uhlenbeck"),
-        {"all": None},
-        own_gaps=True,
-    ),
+    **{
+        name: Case(20_000, {"all": simulators.get(name).observation}, {"all": None})
+        for name in ("random_field", "lens", "ornstein_uhlenbeck", "g_and_k")
+    },
 }
-"""Cases by name. The settings were chosen on simulations with different random keys."""
+"""Cases by the name of their task."""
 
 
 def run(folder: Path, names: list[str] | None = None) -> dict[str, Any]:
@@ -182,7 +113,7 @@ def run(folder: Path, names: list[str] | None = None) -> dict[str, Any]:
     for i, (name, case) in enumerate(CASES.items()):
         if names and name not in names:
             continue
-        results[name] = _score(jax.random.fold_in(jax.random.key(SEED), i), case)
+        results[name] = _score(jax.random.fold_in(jax.random.key(SEED), i), name, case)
         print(f"{name}: {results[name]}", flush=True)
         record = {**provenance(), "kind": "observations", "cases": results}
         write_json(path, record)
@@ -194,14 +125,14 @@ def _earlier(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())["cases"] if path.exists() else {}
 
 
-def _score(key: Key, case: Case) -> dict[str, Any]:
+def _score(key: Key, name: str, case: Case) -> dict[str, Any]:
     """Fit, draw, compare and check one case."""
-    task = simulators.get(case.task)
+    task = simulators.get(name)
     keys = jax.random.split(key, 5)
-    simulate = partial(sf.simulate, missing=case.own_gaps, progress=False)
+    simulate = partial(sf.simulate, missing=task.missing, progress=False)
     sims = simulate(keys[0], task.prior, task.simulator, case.simulations)
     began = time.perf_counter()
-    posterior, history = sf.NPE(task.prior, **case.settings).fit(keys[1], sims)
+    posterior, history = embedded(task).fit(keys[1], sims)
     seconds = time.perf_counter() - began
     scores = {
         kind: _c2st(jax.random.fold_in(keys[2], j), task, posterior, observe)

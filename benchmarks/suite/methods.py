@@ -12,6 +12,7 @@ from typing import TypeAlias
 import jax
 
 import sbi_flows as sf
+from benchmarks.suite.embedded import embedded
 from benchmarks.suite.records import BadInput
 from sbi_flows.core.typing import Key
 from simulators import Task
@@ -88,6 +89,7 @@ METHODS: dict[str, Method] = {
     "npe-diffusion": lambda task: sf.NPE(task.prior, sf.Diffusion()),
     "npe-diffusion-distilled": lambda task: Distilling(sf.NPE(task.prior, sf.Diffusion()), 2),
     "npe-cnf": lambda task: sf.NPE(task.prior, sf.CNF()),
+    "embedded": embedded,
 }
 
 

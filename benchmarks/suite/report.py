@@ -20,6 +20,7 @@ import numpy as np
 from benchmarks.suite.published import best_amortised, published
 from benchmarks.suite.published import figure as published_figure
 from benchmarks.suite.records import SCHEMA, BadInput, writable_folder
+from benchmarks.suite.report_observations import observations_table
 from benchmarks.suite.report_page import Table, markdown, page
 from benchmarks.suite.scaling import PowerLaw, power_law
 
@@ -109,7 +110,7 @@ def run(results: Path, out: Path | None = None) -> Path:
     if not cells:
         raise BadInput(f"--results: no finished run in {results}")
     folder = writable_folder(results if out is None else out, "--out")
-    tables = _tables(cells)
+    tables = {**_tables(cells), **observations_table(results)}
     notes = _notes(cells)
     (folder / "report.md").write_text(markdown(tables, notes))
     path = folder / "report.html"

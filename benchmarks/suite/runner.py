@@ -174,7 +174,9 @@ def run_one(
     keys: dict[str, Key] = dict(zip(_PHASES, jax.random.split(root, len(_PHASES)), strict=True))
     with clock("simulate"):
         with _as_bad_input(task):
-            sims = sf.simulate(keys["simulate"], estimator.prior, task.simulator, budget)
+            sims = sf.simulate(
+                keys["simulate"], estimator.prior, task.simulator, budget, missing=task.missing
+            )
             jax.block_until_ready(sims)
     with clock("reference"):
         own = settings.observations_from is None

@@ -97,5 +97,7 @@ def normalisation(posterior: sf.Posterior, x: Obs, draws: Any) -> float | None:
 
 def held_out_loss(key: Key, posterior: sf.Posterior, task: Task, n: int) -> float:
     """Compute the mean negative log density of theta given x over n new simulations, in nats."""
-    sims = sf.simulate(key, posterior.prior, task.simulator, n, progress=False).only_valid()
+    sims = sf.simulate(
+        key, posterior.prior, task.simulator, n, missing=task.missing, progress=False
+    ).only_valid()
     return -float(jnp.mean(posterior.log_prob(sims.theta, sims.x)))

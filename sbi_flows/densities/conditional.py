@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import distrax
 import jax
@@ -27,7 +28,8 @@ from sbi_flows.densities.start import LinearStart, standard_truncation
 from sbi_flows.networks.embeddings import EmbeddingSettings
 from sbi_flows.networks.embeddings.base import start_at_zero
 from sbi_flows.networks.mlp import fast_key, split_key
-from sbi_flows.observations.missing import MissingPattern
+from sbi_flows.observations.missing import MissingPattern, RandomSubset
+from sbi_flows.observations.size_groups import shorten, size_groups
 
 
 class Conditional(nnx.Module):
@@ -84,6 +86,26 @@ class Conditional(nnx.Module):
         embedding_key, density_key = split_key(key, 2)
         return self.density.loss(density_key, noise, self.context(inputs, embedding_key))
 
+    def loss_of_parts(
+        self, key: Key | None, y: Array, inputs: Sequence[Array], parts: Sequence[Conditional]
+    ) -> Array:
+        """Compute the training loss (B,) of a batch whose parts have observations of other lengths.
+
+        Args:
+            key: Random key, which turns dropout on; None turns it off.
+            y: Standard coordinates of all rows (B, d).
+            inputs: Inputs of each part, (b, I); the parts follow each other in the batch.
+            parts: For each part, this model with the sizes of the part.
+        """
+        embedding_key, density_key = split_key(key, 2)
+        keys = [embedding_key] if len(parts) == 1 else split_key(embedding_key, len(parts))
+        triples = list(zip(parts, inputs, keys, strict=True))
+        contexts = [part.context(given, k) for part, given, k in triples]
+        regressors = [part.sizes.regressors(given) for part, given, _ in triples]
+        start = self._start_bijector(jnp.concatenate(regressors))
+        noise = jax.lax.stop_gradient(start.inverse(y))
+        return self.density.loss(density_key, noise, jnp.concatenate(contexts))
+
     def negative_log_prob(self, noise: Array, inputs: Array) -> tuple[Array, SolverStats]:
         """Compute the negative log density of an ODE density, and the solver statistics.
 
@@ -113,11 +135,15 @@ class Conditional(nnx.Module):
             inputs: Shape (B, I).
             at_mean: Condition on the mean of the inputs, so that the bijector has no batch shape.
         """
+        return self._start_bijector(self.sizes.regressors(inputs), at_mean=at_mean)
+
+    def _start_bijector(self, regressors: Array, *, at_mean: bool = False) -> distrax.Bijector:
+        """Return the bijector of `start_bijector` for regressors (B, R)."""
         bounded = self.sizes.bounded
         if self.start is None:
-            batch_shape = () if at_mean else inputs.shape[:-1]
-            return standard_truncation(batch_shape, bounded, inputs.dtype)
-        start, regressors = self.start.get_value(), self.sizes.regressors(inputs)
+            batch_shape = () if at_mean else regressors.shape[:-1]
+            return standard_truncation(batch_shape, bounded, regressors.dtype)
+        start = self.start.get_value()
         predictor = regressors @ start.weight
         predictor = jnp.mean(predictor, axis=0) if at_mean else predictor
         bijector = start.from_predictor(predictor, bounded)
@@ -196,6 +222,38 @@ class Blueprint:
         keep = self.missing.keep(key, self.sizes.like, len(features)) & (mask > 0.5)
         values = jnp.where(keep, values, 0.0)
         return self.inputs(jnp.concatenate([values, keep.astype(mask.dtype)], axis=-1))
+
+    def hide_by_groups(self, key: Key, features: Array) -> list[tuple[Blueprint, Array]]:
+        """Hide entries of features (B, 2 C); small sets get shorter arrays where that is possible.
+
+        Returns:
+            Parts of the batch, which follow each other: the blueprint for the length of the part,
+            and its inputs (b, I).
+        """
+        groups = self._size_groups(len(features))
+        if not groups:
+            return [(self, self.hide(key, features))]
+        (shape,), rows = self.sizes.shapes, len(features) // len(groups)
+        pair = features.reshape(len(groups), rows, 2, *shape)
+        parts = []
+        for i, group in enumerate(groups):
+            cut_key, hide_key = jax.random.split(jax.random.fold_in(key, i))
+            elements = jnp.moveaxis(pair[i], 1, 2)  # (rows, n, 2, ...)
+            at_random = cast(RandomSubset, self.missing).order == "random"
+            elements = shorten(cut_key, elements, group.largest, at_random=at_random)
+            flat = jnp.moveaxis(elements, 2, 1).reshape(rows, -1)
+            sizes = dataclasses.replace(self.sizes, shapes=((group.largest, *shape[1:]),))
+            shorter = dataclasses.replace(self, sizes=sizes, missing=group)
+            parts.append((shorter, shorter.hide(hide_key, flat)))
+        return parts
+
+    def _size_groups(self, rows: int) -> tuple[RandomSubset, ...]:
+        """Return the groups of sets of similar size in a batch; none if all rows are one part."""
+        pattern, embedding = self.missing, self.embedding
+        reads_any = isinstance(embedding, EmbeddingSettings) and embedding.reads_any_length
+        if not reads_any or not isinstance(pattern, RandomSubset) or pattern.axis != 0:
+            return ()
+        return size_groups(pattern, rows) if len(self.sizes.shapes) == 1 else ()
 
     def build(self, key: Key) -> Conditional:
         """Build the model with its initial weights; its start ignores the observation.

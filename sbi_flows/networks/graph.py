@@ -8,6 +8,7 @@ Source: Satorras, Hoogeboom & Welling 2021, "E(n) Equivariant Graph Neural Netwo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from flax import nnx
 from jax import Array
 
 from sbi_flows.core.checks import require_count
+from sbi_flows.networks.embeddings.base import fill, masked_mean
 from sbi_flows.networks.mlp import ResidualMLP
 
 _MAX_PAIRS = 2**20
@@ -31,6 +33,7 @@ class PointCloud(nnx.Module):
     coordinates of `vectors` points. They are equivariant: they rotate and move with the cloud.
     Observations are standardised entry by entry before they are embedded. The symmetry of a
     posterior is therefore exact only if all entries have the same mean and standard deviation.
+    A point with a missing entry is left out, so the number of points may differ between clouds.
 
     Args:
         space: Dimension n of the space.
@@ -77,12 +80,13 @@ class PointCloud(nnx.Module):
         self.leave = ResidualMLP(width, features, width=width, blocks=1, rngs=rngs)
         self.weigh = nnx.Linear(width, max(vectors, 1), rngs=rngs)
 
-    def __call__(self, x: Any) -> Array:
+    def __call__(self, x: Any, mask: Any = None) -> Array:
         """Embed point clouds.
 
         Args:
             x: Points, shape (B, P, n). With marks, a dict of "points" (B, P, n) and "marks"
-                (B, P, marks).
+                (B, P, marks). Missing entries are zero.
+            mask: For each array, True where an entry is present; None if all are present.
 
         Returns:
             Embeddings, shape (B, features + vectors * n).
@@ -91,12 +95,21 @@ class PointCloud(nnx.Module):
             ValueError: The arrays do not have these shapes.
         """
         points, marks = self._parts(x)
+        present = None
+        if mask is not None:
+            leaves = [jnp.all(leaf, axis=-1) for leaf in jax.tree.leaves(mask)]
+            present = functools.reduce(jnp.logical_and, leaves)
+        parts = points, marks, present
         batch_size = max(1, _MAX_PAIRS // points.shape[-2] ** 2)
         if points.ndim != 3 or len(points) <= batch_size:
-            return self._embed(points, marks)
-        return jax.lax.map(lambda row: self._embed(*row), (points, marks), batch_size=batch_size)
+            return self._embed(*parts)
+        return jax.lax.map(lambda row: self._embed(*row), parts, batch_size=batch_size)
 
-    def _embed(self, points: Array, marks: Array) -> Array:
+    def _embed(self, points: Array, marks: Array, present: Array | None) -> Array:
+        """Embed clouds (*, P, n); `present` (*, P) says which points are not missing."""
+        listed = None if present is None else present[..., :, None]
+        neighbours = None if present is None else present[..., None, :, None]
+        points = fill(points, listed)
         h, places = self.enter(marks), points
         for message, pull, update in zip(self.messages, self.pulls, self.updates, strict=True):
             differences = places[..., :, None, :] - places[..., None, :, :]
@@ -107,16 +120,16 @@ class PointCloud(nnx.Module):
             )
             # the logarithm gives messages a similar magnitude in wide and in narrow clouds
             messages = message(jnp.concatenate([*ends, jnp.log1p(squared)], axis=-1))
-            places = places + jnp.mean(
-                differences / jnp.sqrt(squared + 1.0) * pull(messages), axis=-2
-            )
-            h = h + update(jnp.concatenate([h, jnp.mean(messages, axis=-2)], axis=-1))
-        invariant = self.leave(jnp.mean(h, axis=-2))
+            pulled = differences / jnp.sqrt(squared + 1.0) * pull(messages)
+            places = places + masked_mean(pulled, neighbours, -2)
+            received = masked_mean(messages, neighbours, -2)
+            h = h + update(jnp.concatenate([h, received], axis=-1))
+        invariant = self.leave(masked_mean(h, listed, -2))
         if not self.vectors:
             return invariant
-        centre = jnp.mean(points, axis=-2, keepdims=True)
-        weights = self.weigh(h)
-        offsets = jnp.einsum("...pk,...pn->...kn", weights, places - centre) / places.shape[-2]
+        centre = masked_mean(points, listed, -2, keepdims=True)
+        weights, arms = self.weigh(h)[..., None], (places - centre)[..., None, :]
+        offsets = masked_mean(weights * arms, None if listed is None else listed[..., None], -3)
         vectors = (centre + offsets).reshape(*invariant.shape[:-1], -1)
         return jnp.concatenate([invariant, vectors], axis=-1)
 

@@ -44,9 +44,10 @@ class Standardiser(NamedTuple):
     """Map from observations to standardised features, with robust location and scale.
 
     If an array (a leaf of an observation) is positive in all simulations, it is replaced by its
-    logarithm when this makes it clearly less skewed. Heavy tails are compressed: the map is linear
-    within `linear` scales of the median and logarithmic beyond. It is monotone and loses no
-    information.
+    logarithm when this makes it clearly less skewed. In an array with shared axes, such as the axis
+    of the trials, each of the other columns is tested on its own. Heavy tails are compressed: the
+    map is linear within `linear` scales of the median and logarithmic beyond. It is monotone and
+    loses no information.
 
     Attributes:
         center: Medians, shape (C,).
@@ -212,6 +213,8 @@ def _floors(
     is_empty: Array,
     minimum: Callable[..., Array],
     quantile: Callable[..., Array],
+    *,
+    per_column: bool,
 ) -> Array:
     """Choose whether to take logarithms of one array, given as rows (N, C).
 
@@ -220,6 +223,8 @@ def _floors(
         is_empty: Whether a column has no present entry; it does not influence the choice.
         minimum: Function such as `jnp.min`, which may ignore missing entries.
         quantile: Function such as `jnp.quantile`, which may ignore missing entries.
+        per_column: Whether to choose for each column, rather than once for all columns, which keeps
+            them comparable.
 
     Returns:
         Floor of each column, shape (C,): half the minimum of the column if logarithms are to be
@@ -228,10 +233,11 @@ def _floors(
     least = minimum(rows, axis=0)
     tails = quantile(rows, jnp.asarray([0.01, 0.5, 0.99]), axis=0)
     logarithms = jnp.log(jnp.maximum(tails, jnp.finfo(rows.dtype).tiny))
-    # one decision for all columns keeps the entries of a series or an image comparable
     before, after = (jnp.where(is_empty, 0.0, _skewness(t)) for t in (tails, logarithms))
-    better = jnp.mean(after) < _LESS_SKEW * jnp.mean(before)
-    is_positive = jnp.all((least > 0) | is_empty)
+    is_positive = (least > 0) | is_empty
+    if not per_column:
+        before, after, is_positive = jnp.mean(before), jnp.mean(after), jnp.all(is_positive)
+    better = after < _LESS_SKEW * before
     return jnp.where(is_positive & better & ~is_empty, 0.5 * least, 0.0)
 
 
@@ -269,7 +275,8 @@ def _fitted_leaf(
     """Fit one array (N, *event); return center, scale, floor and `can_miss`, flattened to (C,)."""
     pooled = pool(leaf, shared)
     rows = pooled[: max(MAX_SHARED_ENTRIES // pooled.shape[1], len(leaf))]
-    fitted = _location_and_scale(rows.astype(jnp.result_type(float)), has_missing)
+    rows = rows.astype(jnp.result_type(float))
+    fitted = _location_and_scale(rows, has_missing, per_column=bool(shared))
     codes = jnp.where(jnp.any(jnp.isnan(pooled), axis=0), LACKING, NEVER).astype(jnp.uint8)
     center, scale, floor, can_miss = (
         unpool(columns, leaf.shape[1:], shared) for columns in (*fitted, codes)
@@ -277,15 +284,20 @@ def _fitted_leaf(
     return center, scale, floor, can_miss
 
 
-def _location_and_scale(rows: Array, has_missing: bool) -> tuple[Array, Array, Array]:
-    """Return center, scale and floor (C,) of rows (N, C); NaN is missing if `has_missing`."""
+def _location_and_scale(
+    rows: Array, has_missing: bool, *, per_column: bool
+) -> tuple[Array, Array, Array]:
+    """Return center, scale and floor (C,) of rows (N, C); NaN is missing if `has_missing`.
+
+    For `per_column`, see `_floors`.
+    """
     quantile, mean = (jnp.nanquantile, jnp.nanmean) if has_missing else (jnp.quantile, jnp.mean)
     least, most = (jnp.nanmin, jnp.nanmax) if has_missing else (jnp.min, jnp.max)
     is_empty = jnp.zeros(rows.shape[1], bool)
     if has_missing:  # an entry that is never present gets location 0 and scale 1
         is_empty = jnp.all(jnp.isnan(rows), axis=0)
         rows = jnp.where(is_empty[None], 0.0, rows)
-    floor = _floors(rows, is_empty, least, quantile)
+    floor = _floors(rows, is_empty, least, quantile, per_column=per_column)
     rows = _logarithms(rows, floor)
     low, center, high = quantile(rows, jnp.asarray([0.25, 0.5, 0.75]), axis=0)
     # root mean square deviation from the median, scaled so that it cannot overflow

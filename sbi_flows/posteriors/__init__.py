@@ -1,4 +1,4 @@
-"""The posteriors package: direct, composed, recalibrated and conformal posteriors.
+"""The posteriors package: direct, composed, encoded, recalibrated and conformal posteriors.
 
 Other packages of the library import from the modules of this package. Users write
 `sf.posteriors.X` for a public name X of a module.
@@ -15,6 +15,7 @@ from sbi_flows.posteriors.conformal import ConformalPosterior as ConformalPoster
 from sbi_flows.posteriors.conformal import conformal as conformal
 from sbi_flows.posteriors.derived import Derived as Derived
 from sbi_flows.posteriors.direct import Posterior as Posterior
+from sbi_flows.posteriors.encoded import EncodedPosterior as EncodedPosterior
 from sbi_flows.posteriors.numpyro import PosteriorDistribution as PosteriorDistribution
 from sbi_flows.posteriors.reading import load as load
 from sbi_flows.posteriors.recalibrated import RecalibratedPosterior as RecalibratedPosterior

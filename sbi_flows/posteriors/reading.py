@@ -18,15 +18,17 @@ from sbi_flows.artefact.layers import Header, read_layer, require_layers
 from sbi_flows.artefact.strict import expect_integer
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.densities.embedding import Embedding, check_embedding
+from sbi_flows.densities.encoder import Network, check_network
 from sbi_flows.posteriors import codec_direct
 from sbi_flows.posteriors.composed import ComposedPosterior
 from sbi_flows.posteriors.conformal import ConformalPosterior
 from sbi_flows.posteriors.direct import Posterior
+from sbi_flows.posteriors.encoded import EncodedPosterior
 from sbi_flows.posteriors.recalibrated import RecalibratedPosterior
 from sbi_flows.posteriors.writing import DIRECT_FORMAT
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
 
-DERIVED = (ComposedPosterior, ConformalPosterior, RecalibratedPosterior)
+DERIVED = (ComposedPosterior, ConformalPosterior, EncodedPosterior, RecalibratedPosterior)
 """Classes of derived posteriors that can be loaded; each has `codec` and `from_layer`."""
 
 _KINDS = {kind.codec.kind: kind for kind in DERIVED}
@@ -41,6 +43,7 @@ def load(
     *,
     prior: PriorLike | None = None,
     embedding: Embedding | Sequence[Embedding] | None = None,
+    network: Network | None = None,
 ) -> Any:
     """Load a posterior that `Posterior.save` wrote; safe for files from unknown sources.
 
@@ -59,14 +62,17 @@ def load(
         embedding: The embedding. It is needed only if its class is not part of this library. It
             must agree with the saved embedding. For a stack with several such embeddings, pass a
             list in the stack's order.
+        network: The trained network of an `sf.Encoded` estimator, which the file does not contain.
+            It must agree with the network of the fit.
 
     Returns:
         The posterior, of the class that was saved. Its attribute `record` describes the fit.
 
     Raises:
-        ArtefactError: The file is not a saved posterior or was changed; or a prior or embedding is
-            needed that was not supplied or that differs from the saved one.
-        ValueError: `prior` is not a prior, or `embedding` is not an embedding.
+        ArtefactError: The file is not a saved posterior or was changed; or a prior, embedding or
+            network is needed that was not supplied or that differs from the saved one.
+        ValueError: `prior` is not a prior, `embedding` is not an embedding, or `network` is not a
+            network.
         OSError: The file cannot be read.
 
     Example:
@@ -90,9 +96,11 @@ def load(
     for each in user_embeddings:
         if each is not None:
             check_embedding(each)
+    if network is not None:
+        check_network(network)
     with open(path, "rb") as file:
         try:
-            return _read(ArtefactFile(file), user_prior, user_embeddings)
+            return _read(ArtefactFile(file), user_prior, user_embeddings, network)
         except ArtefactError as error:
             raise ArtefactError(f"{os.fspath(path)}: {error}") from None
         # other libraries may raise any error for arguments that passed our checks
@@ -103,7 +111,12 @@ def load(
             ) from error
 
 
-def _read(file: ArtefactFile, user_prior: Prior | None, user_embeddings: list[Any]) -> Any:
+def _read(
+    file: ArtefactFile,
+    user_prior: Prior | None,
+    user_embeddings: list[Any],
+    network: Network | None,
+) -> Any:
     """Check the document and the table of tensors, then read the arrays and build the posterior."""
     document = dict(file.document)
     version = _require_version(document)
@@ -121,8 +134,10 @@ def _read(file: ArtefactFile, user_prior: Prior | None, user_embeddings: list[An
     posterior: Any = Posterior(**contents._asdict())
     for header in headers:
         layer = read_layer(header, file.tensor)
+        kind = _KINDS[header.codec.kind]
+        given = {"network": network} if kind is EncodedPosterior else {}
         try:
-            posterior = _KINDS[header.codec.kind].from_layer(posterior, layer)
+            posterior = kind.from_layer(posterior, layer, **given)
         # this class of posterior cannot be derived from the base posterior
         except ValueError as error:
             raise ArtefactError(f"{header.name}: {error}") from None

@@ -298,12 +298,8 @@ class _Loop(NamedTuple):
         hides = self.plan.blueprint.missing is not None
 
         def loss(params: Array, key: Key, whitened: Array, features: Array) -> Array:
-            if hides:
-                key, mask_key = split_keys(key, 2)
-                features = self.plan.blueprint.hide(mask_key, features)
-                model = _model(self.plan.blueprint, params, group.rest)
-                whitened = jax.lax.stop_gradient(model.whiten(whitened, features)[0])
-            return jnp.mean(_losses(self.plan, params, group.rest)(key, whitened, features))
+            losses = _hidden_losses if hides else _losses
+            return jnp.mean(losses(self.plan, params, group.rest)(key, whitened, features))
 
         def step(i: Array, carry: tuple[State, Array]) -> tuple[State, Array]:
             state, total = carry
@@ -357,6 +353,22 @@ def _losses(plan: Plan, params: Array, rest: Any) -> Any:
     def losses(key: Key | None, whitened: Array, features: Array) -> Array:
         with precision_context(plan.training.matmul_precision):
             return _model(plan.blueprint, params, rest).loss(key, whitened, features)
+
+    return losses
+
+
+def _hidden_losses(plan: Plan, params: Array, rest: Any) -> Any:
+    """Return a function like that of `_losses`, which first hides entries at random.
+
+    It maps a random key, standard coordinates (B, d) and features (B, 2 C) to losses (B,).
+    """
+
+    def losses(key: Key, y: Array, features: Array) -> Array:
+        key, mask_key = split_keys(key, 2)
+        blueprints, inputs = zip(*plan.blueprint.hide_by_groups(mask_key, features), strict=True)
+        parts = [_model(blueprint, params, rest) for blueprint in blueprints]
+        with precision_context(plan.training.matmul_precision):
+            return parts[0].loss_of_parts(key, y, inputs, parts)
 
     return losses
 

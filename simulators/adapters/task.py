@@ -52,6 +52,7 @@ class Task:
         observed: Real observations, shape (num_observations, *event), or a tuple of dicts of
             arrays. None if the observations are simulated.
         stored_as: Name of the files with reference draws; None if draws are not stored.
+        missing: Whether NaN in a simulation marks a missing entry, not a failed simulation.
 
     Example:
         >>> from simulators import two_moons
@@ -70,6 +71,7 @@ class Task:
     num_observations: int = 10
     observed: np.ndarray | tuple[Obs, ...] | None = None
     stored_as: str | None = None
+    missing: bool = False
 
     def __post_init__(self) -> None:
         if self.num_observations < 1:

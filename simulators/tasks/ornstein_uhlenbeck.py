@@ -51,6 +51,7 @@ def ornstein_uhlenbeck() -> Task:
         simulator=_simulator,
         citation=CITATION,
         sample_reference=ImportanceReference(_model, tuple(_prior())),
+        missing=True,
     )
 
 

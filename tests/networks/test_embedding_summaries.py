@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sbi_flows.networks.embeddings import DeepSet, Fusion
+from sbi_flows.networks.embeddings.base import own_scale
 from sbi_flows.networks.embeddings.summaries import LINEAR, LOGARITHMIC
 from sbi_flows.simulations.simulations import observation_shape
 from tests.embedding_cases import (
@@ -48,6 +49,8 @@ def test_summaries_of_a_set_are_moments_and_quantiles_of_present_entries():
                 f"log variance[{column}]": np.log(np.var(entries) + 1e-6) / 4.0,
                 f"quantile 0.25[{column}]": np.quantile(entries, 0.25),
                 f"quantile 0.95[{column}]": np.quantile(entries, 0.95),
+                f"quantile 0[{column}]": entries.min(),
+                f"quantile 1[{column}]": entries.max(),
             }
             for name, value in wanted.items():
                 np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
@@ -156,3 +159,14 @@ def test_long_parts_without_an_embedding_are_projected():
     values = np.asarray(settings.summarise(x, None))
     assert values.shape == (BATCH, 65)
     assert 0.5 < values[:, 1:].std() < 1.5
+
+
+def test_own_scale_shows_the_shape_of_narrow_observations():
+    x, constant = observations((9, 2)), jnp.full((BATCH, 9, 1), 0.3)
+    mask = masks(x)
+    narrow = 2.0 + 0.02 * x
+    wanted = np.ma.masked_array(x, ~np.asarray(mask))
+    wanted = (wanted - wanted.mean(axis=1, keepdims=True)) / wanted.std(axis=1, keepdims=True)
+    got = own_scale(filled(narrow, mask), mask, (1,))
+    np.testing.assert_allclose(got, wanted.filled(0.0), atol=0.02)
+    assert np.max(np.abs(own_scale(constant, None, (1,)))) < 1e-3

@@ -187,6 +187,19 @@ def test_the_embedding_of_a_cloud_does_not_depend_on_the_order_of_its_points(clo
     np.testing.assert_allclose(cloud(shuffled), cloud(x), atol=1e-5)
 
 
+def test_missing_points_of_a_cloud_are_left_out(cloud):
+    x = clouds()
+    padded = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 2), (0, 0)), constant_values=7.0), x)
+    mask = jax.tree.map(lambda a: jnp.broadcast_to(jnp.arange(8)[:, None] < 6, a.shape), padded)
+    np.testing.assert_allclose(cloud(padded, mask), cloud(x), atol=1e-5)
+    # one missing coordinate leaves out the whole point
+    mask = {**mask, "points": mask["points"].at[:, 5, 1].set(False)}
+    fewer = jax.tree.map(lambda a: a[:, :5], x)
+    np.testing.assert_allclose(cloud(padded, mask), cloud(fewer), atol=1e-5)
+    none = jax.tree.map(jnp.zeros_like, mask)
+    assert np.all(np.isfinite(cloud(padded, none)))
+
+
 def test_clouds_embedded_in_small_batches_give_the_same(cloud, monkeypatch):
     x, whole = clouds(), cloud(clouds())
     points = x["points"].shape[1]

@@ -89,6 +89,15 @@ def test_logarithms_are_taken_of_what_is_positive_and_less_skew_so():
     assert np.all(np.diff(beyond[:, 0]) < 0)
 
 
+def test_columns_of_a_set_take_logarithms_each_on_its_own():
+    times, choices = np.exp(RNG.normal(size=(300, 20))), RNG.integers(0, 2, size=(300, 20))
+    x = jnp.asarray(np.stack([times, choices], axis=-1), jnp.float32)
+    floor = np.asarray(fit_standardiser(x, ((0,),)).floor).reshape(20, 2)
+    assert np.all(floor[:, 0] == 0.5 * x[..., 0].min()) and np.all(floor[:, 1] == 0.0)
+    # without shared axes, no entry of the array takes them
+    assert np.all(np.asarray(fit_standardiser(x).floor) == 0.0)
+
+
 @pytest.mark.parametrize("name", FEATURES)
 def test_the_inverse_gives_the_observations_back(name):
     x = jnp.asarray(FEATURES[name], jnp.float32)

@@ -5,14 +5,14 @@ where an entry is present. The mask None means that all entries are present; it 
 result as a mask of True, at a lower cost.
 
 Public names: `EmbeddingSettings`, `leaf_shape`, `as_channels`, `fill`, `any_present`,
-`masked_mean`, `log_count`, `project`, `soft_clip`, `start_at_zero`.
+`masked_mean`, `log_count`, `own_scale`, `project`, `soft_clip`, `start_at_zero`.
 """
 
 from __future__ import annotations
 
 import abc
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +26,10 @@ MAX_SUMMARIES = 64
 """Maximum number of fixed summaries of one array."""
 
 
+_SMALLEST_SCALE = 1e-3
+"""Standard deviation, in standardised units, below which `own_scale` no longer enlarges."""
+
+
 class EmbeddingSettings(abc.ABC):
     """Settings of an embedding; a fit builds the network from the shape of the observations.
 
@@ -34,9 +38,12 @@ class EmbeddingSettings(abc.ABC):
 
     Attributes:
         features: Length of the embedding.
+        reads_any_length: Whether the same weights read observations that are shorter along axis 0,
+            with the same result as for missing entries at the end.
     """
 
     features: int
+    reads_any_length: ClassVar[bool] = False
 
     @abc.abstractmethod
     def check(self, like: Any) -> None:
@@ -148,6 +155,17 @@ def log_count(x: Array, present: Array | None) -> Array:
         axes = tuple(range(1, present.ndim))
         count = jnp.sum(present, axis=axes).astype(x.dtype)[:, None]
     return (jnp.log1p(count) - 4.0) / 2.0
+
+
+def own_scale(x: Array, mask: Array | None, axes: tuple[int, ...]) -> Array:
+    """Subtract the mean over some axes, and divide by the standard deviation.
+
+    The result shows the shape of narrow observations, whose entries hardly differ after the
+    standardisation by all simulations. Missing entries are zero, and so are constant observations.
+    """
+    deviations = fill(x - masked_mean(x, mask, axes, keepdims=True), mask)
+    variance = masked_mean(deviations**2, mask, axes, keepdims=True)
+    return deviations / jnp.sqrt(variance + _SMALLEST_SCALE**2)
 
 
 def project(rows: Array, count: int) -> Array:

@@ -5,7 +5,7 @@ Public names: `SetSettings`, `Elements`, `require_each`, `element_of`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,10 @@ from sbi_flows.networks.embeddings.base import (
     leaf_shape,
     log_count,
     masked_mean,
+    own_scale,
     soft_clip,
 )
-from sbi_flows.networks.embeddings.layers import Entry
+from sbi_flows.networks.embeddings.layers import INPUT_SCALE, Entry
 from sbi_flows.networks.embeddings.summaries import (
     LOGARITHMIC,
     evaluate,
@@ -43,6 +44,7 @@ class SetSettings(EmbeddingSettings):
     """
 
     each: EmbeddingSettings | None
+    reads_any_length: ClassVar[bool] = True
 
     def check(self, like: Any) -> None:
         """Raise ValueError unless the observation is a set whose elements suit their embedding."""
@@ -124,14 +126,20 @@ def _split(values: Array, x: Array) -> Array:
 
 
 class Elements(nnx.Module):
-    """First layer of the embedding of a set: a vector for each element."""
+    """First layer of the embedding of a set: a vector for each element.
+
+    An element enters twice: standardised by all simulations, and by the mean and the standard
+    deviation of its own set.
+    """
 
     def __init__(
         self, each: EmbeddingSettings | None, width: int, *, rngs: nnx.Rngs, like: Any
     ) -> None:
         """Create the layers."""
         if each is None:
-            self.enter = Entry(_with_column(like.shape)[-1], width, rngs=rngs)
+            columns = _with_column(like.shape)[-1]
+            self.enter = Entry(columns, width, rngs=rngs)
+            self.enter_own = nnx.Linear(columns, width, use_bias=False, rngs=rngs)
         else:
             self.each = each.build(rngs, element_of(like))
             self.enter = nnx.Linear(each.features, width, rngs=rngs)
@@ -142,6 +150,8 @@ class Elements(nnx.Module):
         """Map sets (B, n, *element) to vectors (B, n, width) and a mask of the elements (B, n)."""
         present = any_present(mask, 2)
         if isinstance(self.enter, Entry):
-            return self.enter(*as_channels(x, mask, 1)), present
+            x, mask = as_channels(x, mask, 1)
+            own = soft_clip(own_scale(x, mask, (1,)), INPUT_SCALE)
+            return self.enter(x, mask) + self.enter_own(own), present
         elements, entries = _joined(x, mask)
         return self.enter(_split(self.each(elements, entries, key=key), x)), present

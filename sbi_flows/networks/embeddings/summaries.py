@@ -34,7 +34,8 @@ from sbi_flows.networks.embeddings.spectrum import (
 )
 
 _LAGS = (1, 2, 3, 5, 8, 13, 21, 34)
-_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+"""Levels of quantiles; the extremes locate the ends of a support, such as a shortest time."""
 _MOMENTS = ("mean", "mean square", "mean cube")
 PROJECTIONS = 24
 """Number of directions onto which the moments of many columns are projected."""
@@ -218,7 +219,7 @@ def _products(columns: int) -> Statistic:
 
 
 def _quantiles(columns: int) -> Statistic:
-    names = [_named(f"quantile {q}", columns) for q in _QUANTILES]
+    names = [_named(f"quantile {q:g}", columns) for q in _QUANTILES]
     return Statistic(tuple(name for each in names for name in each), _masked_quantiles)
 
 

@@ -1,6 +1,5 @@
 """`python -m benchmarks observations` on a small case."""
 
-import dataclasses
 import json
 
 import pytest
@@ -8,17 +7,18 @@ import pytest
 import sbi_flows as sf
 from benchmarks.__main__ import main
 from benchmarks.demonstrations import observations
-from simulators.tasks import normal_set
+from benchmarks.suite.embedded import SETTINGS
+from benchmarks.suite.report_observations import observations_table
+from simulators.tasks import normal_set, sensors
 
+QUICK = {
+    "embedding": sf.DeepSet(width=8, layers=0, features=2),
+    "missing": sf.RandomSubset(5, 100),
+    "members": 1,
+    "training": sf.Training(max_epochs=1),
+}
 SMALL = observations.Case(
-    "normal_set",
     300,
-    {
-        "embedding": sf.DeepSet(width=8, layers=0, features=2),
-        "missing": sf.RandomSubset(5, 100),
-        "members": 1,
-        "training": sf.Training(max_epochs=1),
-    },
     {"5 trials": lambda i: normal_set.observation(i, trials=5)},
     {"5 trials": sf.RandomSubset(5, 5)},
 )
@@ -29,17 +29,24 @@ SMALL = observations.Case(
 def test_cases_are_fitted_compared_and_checked(monkeypatch, tmp_path, capsys):
     for name, value in {"OBSERVATIONS": 1, "DRAWS": 60, "DATASETS": 60, "CHECK_DRAWS": 30}.items():
         monkeypatch.setattr(observations, name, value)
-    other = dataclasses.replace(SMALL, simulations=310)
-    monkeypatch.setattr(observations, "CASES", {"one": SMALL, "two": other})
+    monkeypatch.setitem(SETTINGS, "normal_set", QUICK)
+    monkeypatch.setitem(SETTINGS, "sensors", {**QUICK, "embedding": None, "missing": None})
+    other = observations.Case(310, {"all": sensors.observation}, {"all": None})
+    monkeypatch.setattr(observations, "CASES", {"normal_set": SMALL, "sensors": other})
     folder = ["--results", str(tmp_path)]
-    assert main(["observations", "--cases", "one", *folder]) == 0
+    assert main(["observations", "--cases", "normal_set", *folder]) == 0
     first = json.loads((tmp_path / "observations.json").read_text())["cases"]
-    assert main(["observations", "--cases", "two", *folder]) == 0
+    assert main(["observations", "--cases", "sensors", *folder]) == 0
     both = json.loads((tmp_path / "observations.json").read_text())["cases"]
-    assert both["one"] == first["one"] and both["two"]["simulations"] == 310
-    assert 0.0 <= both["one"]["c2st"]["5 trials"]["mean"] <= 1.0
-    assert len(both["one"]["checks"]["5 trials"]) == 2
-    assert both["one"]["fit_seconds"] > 0.0
+    assert both["normal_set"] == first["normal_set"] and both["sensors"]["simulations"] == 310
+    assert 0.0 <= both["normal_set"]["c2st"]["5 trials"]["mean"] <= 1.0
+    assert len(both["normal_set"]["checks"]["5 trials"]) == 2
+    assert both["normal_set"]["fit_seconds"] > 0.0
+    ((_, rows),) = observations_table(tmp_path).values()
+    assert [row[:3] for row in rows] == [
+        ["normal_set", "5 trials", "300"],
+        ["sensors", "all", "310"],
+    ]
     capsys.readouterr()
     assert main(["observations", "--cases", "three", *folder]) == 2
-    assert "expected names out of one, two; got three" in capsys.readouterr().err
+    assert "expected names out of normal_set, sensors; got three" in capsys.readouterr().err

@@ -1,0 +1,71 @@
+"""Groups of sets of similar size, so that a training step computes less for small sets.
+
+A fit that hides a random number of trials would compute hidden trials as well. Instead, each batch
+is divided into groups of equal numbers of rows; the arrays of a group are only as long as its
+largest set. The distribution of sizes stays the same, apart from rounding: the groups have equal
+ranges of the logarithm of the size.
+
+Public names: `MAX_GROUPS`, `size_groups`, `shorten`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sbi_flows.core.typing import Key
+from sbi_flows.observations.missing import RandomSubset
+
+MAX_GROUPS = 4
+
+_SMALLEST_RATIO = 1.5
+"""Smallest ratio of the largest sizes of two groups; closer groups would save little."""
+
+
+def size_groups(pattern: RandomSubset, rows: int) -> tuple[RandomSubset, ...]:
+    """Divide the sizes of a pattern into groups; the result is empty if groups save nothing.
+
+    Args:
+        pattern: Pattern of which each group covers a part.
+        rows: Number of rows in a batch, a multiple of the number of groups.
+
+    Returns:
+        Pattern of each group, from small to large sets. They hide the last elements, because
+        `shorten` has already chosen the elements at random.
+    """
+    if pattern.smallest == 0:  # empty sets would be too rare
+        return ()
+    ratio = (pattern.largest + 1) / pattern.smallest
+    count = min(MAX_GROUPS, int(math.log(ratio) / math.log(_SMALLEST_RATIO)))
+    while count > 1 and rows % count:
+        count -= 1
+    if count < 2:
+        return ()
+    edges = [round(pattern.smallest * ratio ** (i / count)) for i in range(count + 1)]
+    return tuple(
+        dataclasses.replace(pattern, smallest=low, largest=high - 1, order="first")
+        for low, high in itertools.pairwise(edges)
+    )
+
+
+def shorten(key: Key, x: Array, length: int, *, at_random: bool) -> Array:
+    """Keep `length` consecutive elements along axis 1.
+
+    Args:
+        key: Random key.
+        x: Array (B, n, ...).
+        length: Number of elements, at most n.
+        at_random: Whether the first element is random, with the first following after the last one;
+            otherwise it is the first element of x.
+    """
+    if not at_random:
+        return x[:, :length]
+    n = x.shape[1]
+    start = jax.random.randint(key, (len(x), 1), 0, n)
+    index = (start + jnp.arange(length)[None]) % n
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)

@@ -1,0 +1,199 @@
+"""Encoded posterior: conditioned on the codes that a frozen network computes from observations.
+
+Public names: `EncodedPosterior`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from jax import Array
+
+from sbi_flows.artefact.ensembles import decode_observation, encode_observation
+from sbi_flows.artefact.layers import Layer, LayerCodec, SavedPosterior
+from sbi_flows.core.errors import ArtefactError
+from sbi_flows.core.frames import reorder_columns
+from sbi_flows.core.pytrees import register_pytree
+from sbi_flows.core.record import ReadOnlyDict
+from sbi_flows.core.typing import Key, Obs
+from sbi_flows.densities.encoder import Encoder, Network, encode
+from sbi_flows.observations.batches import COMPLETE, Missing, as_batch
+from sbi_flows.observations.typicality import Typicality
+from sbi_flows.posteriors.base import AbstractPosterior
+from sbi_flows.posteriors.codec_encoded import CAN_MISS, ENCODED, PROBE, probe, require_same_codes
+from sbi_flows.posteriors.codec_rows import ROWS
+from sbi_flows.posteriors.writing import content_of
+from sbi_flows.prior.prior import Prior
+from sbi_flows.simulations.fingerprints import UsedRows
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class EncodedPosterior(AbstractPosterior):
+    """Posterior given observations that a frozen network encodes; made by `Encoded.fit`.
+
+    The base posterior is conditioned on codes (F,). Here x is an observation (*event) in the user's
+    units, or a batch (B, *event), from which the network computes the codes.
+
+    `save` writes neither the code nor the weights of the network. Pass the same network to
+    `sf.load(path, network=...)`.
+
+    Attributes:
+        posterior: The base posterior, given codes.
+        encoder: The frozen network.
+        observation: Shape and dtype of one observation (`jax.ShapeDtypeStruct` leaves).
+        can_miss: Whether each entry of a flattened observation can be missing (NaN), shape (C,);
+            None if observations must be complete.
+        own_rows: Fingerprints of the training simulations; None if they are not known.
+        record: Facts in addition to the base posterior's record.
+    """
+
+    posterior: AbstractPosterior
+    encoder: Encoder
+    observation: Obs
+    can_miss: Any = None
+    own_rows: UsedRows | None = None
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    codec: ClassVar[LayerCodec] = ENCODED
+
+    def __repr__(self) -> str:
+        """Show the base posterior."""
+        return f"EncodedPosterior({self.posterior})"
+
+    @property
+    def prior(self) -> Prior:
+        """Prior of the parameters; it defines their names."""
+        return self.posterior.prior
+
+    @property
+    def typicality(self) -> Typicality | None:
+        """Distribution of the codes of the training simulations; None if it is not known."""
+        return self.posterior.typicality
+
+    @property
+    def needs_ode(self) -> bool:
+        """Return True if a density needs an ODE solve, which evaluates a network many times."""
+        return self.posterior.needs_ode
+
+    @property
+    def origin(self) -> AbstractPosterior:
+        """This posterior itself, because its observations differ from those of its base."""
+        return self
+
+    @property
+    def used_rows(self) -> UsedRows | None:
+        """Fingerprints of the training simulations, with observations before the encoding."""
+        return self.own_rows
+
+    @property
+    def has_own_regions(self) -> bool:
+        """Whether the base posterior has credible regions of its own."""
+        return self.posterior.has_own_regions
+
+    @property
+    def space_labels(self) -> tuple[str, ...]:
+        """Names of the entries of a code: code[0], code[1], ..."""
+        return tuple(f"code{label.removeprefix('x')}" for label in self.posterior.space_labels)
+
+    @property
+    def missing(self) -> Missing:
+        """Entries that an observation may lack."""
+        if self.can_miss is None:
+            return COMPLETE
+        return Missing(self.can_miss, simulates_gaps=True)
+
+    def credible_levels(self, key: Key, theta: Any, x: Obs) -> np.ndarray:
+        """Return the level of the smallest credible region that contains each true theta.
+
+        See `AbstractPosterior.credible_levels`.
+        """
+        return self.posterior.credible_levels(key, theta, self._codes(x)[0])
+
+    def is_single(self, x: Obs) -> bool:
+        """Return whether x is one observation, not a batch; raise ValueError if it is neither."""
+        return self._batch(x)[1]
+
+    def spaces(self, x: Obs) -> tuple[np.ndarray, ...]:
+        """Return the standardised codes (B, F)."""
+        return self.posterior.spaces(self._codes(x)[0])
+
+    def present_fraction(self, x: Obs) -> None:
+        """Return None, because codes have no missing entries."""
+        return
+
+    def to_saved(self) -> SavedPosterior:
+        """Return the data that `save` writes to the file.
+
+        Raises:
+            ValueError: A part of the posterior cannot be saved.
+        """
+        has_mask = self.can_miss is not None
+        fields = {"observation": encode_observation(self.observation), "has_missing": has_mask}
+        tensors = {PROBE: probe(self.encoder, self.observation, has_mask=has_mask)}
+        if has_mask:
+            tensors[CAN_MISS] = np.asarray(self.can_miss, np.uint8)
+        if self.own_rows is not None:
+            tensors[ROWS] = self.own_rows.hashes
+        return content_of(self.posterior).derive(Layer(ENCODED, fields, tensors, self.record))
+
+    @classmethod
+    def from_layer(
+        cls, posterior: AbstractPosterior, layer: Layer, network: Network | None = None
+    ) -> EncodedPosterior:
+        """Rebuild an encoded posterior from its layer in a file.
+
+        Args:
+            posterior: The base posterior.
+            layer: The layer.
+            network: The network, which the file does not contain.
+
+        Raises:
+            ArtefactError: The network is missing, or differs from the one that was used.
+        """
+        if network is None:
+            raise ArtefactError(
+                "its observations are encoded by a network: load(path, network=...) takes it"
+            )
+        observation = decode_observation(layer.fields["observation"], keep_doubles=True)
+        encoder, has_mask = Encoder.of(network), bool(layer.fields["has_missing"])
+        require_same_codes(encoder, observation, layer.tensors[PROBE], has_mask=has_mask)
+        can_miss = layer.tensors[CAN_MISS] > 0 if has_mask else None
+        rows = UsedRows(layer.tensors[ROWS]) if ROWS in layer.tensors else None
+        record = ReadOnlyDict(layer.record)
+        return cls(posterior, encoder, observation, can_miss, rows, record)
+
+    def _batch(self, x: Obs) -> tuple[Obs, bool]:
+        """Return checked observations (B, *event), and whether x was a single observation."""
+        return as_batch(reorder_columns("x", x, self.columns), self.observation, self.missing)
+
+    def _codes(self, x: Obs) -> tuple[Array, bool]:
+        """Return codes (B, F), and whether x was a single observation."""
+        batch, single = self._batch(x)
+        return encode(self.encoder, batch, has_mask=self.can_miss is not None), single
+
+    def _bind(self, x: Obs) -> tuple[Any, bool]:
+        codes, single = self._codes(x)
+        return self.posterior._bind(codes)[0], single
+
+    def _features_of(self, bound: Any) -> Array:
+        return self.posterior._features_of(bound)
+
+    def _sample(self, key: Key, bound: Any, n: int, with_log_prob: bool) -> tuple[Array, Array]:
+        return self.posterior._sample(key, bound, n, with_log_prob)
+
+    def _log_prob(self, theta: Array, bound: Any) -> Array:
+        return self.posterior._log_prob(theta, bound)
+
+    def _standard_log_prob(self, y: Array, bound: Any) -> Array:
+        return self.posterior._standard_log_prob(y, bound)
+
+
+register_pytree(
+    EncodedPosterior,
+    leaves=("posterior", "encoder", "can_miss"),
+    static=("observation",),
+    facts={"own_rows": None, "record": {}},
+)
