@@ -155,6 +155,20 @@ CASES: dict[str, Case] = {
         {"all": None},
         own_gaps=True,
     ),
+    "stochastic_volatility": Case(
+        "stochastic_volatility",
+        20_000,
+        {"embedding": sf.SeriesNet(), "members": 1, "training": BRIEF},
+        _plain("stochastic_volatility"),
+        {"all": None},
+    ),
+    "hodgkin_huxley": Case(
+        "hodgkin_huxley",
+        20_000,
+        {"embedding": sf.SeriesNet(), "members": 1, "training": BRIEF},
+        _plain("hodgkin_huxley"),
+        {"all": None},
+    ),
 }
 """Cases by name. The settings were chosen on simulations with different random keys."""
 
