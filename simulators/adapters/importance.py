@@ -39,22 +39,6 @@ REFINEMENTS = 2
 """Number of times that draws of the proposal are resampled to make the next proposal."""
 START_SIZE = 1024
 """Number of draws in each round of population Monte Carlo."""
-CURVED_COMPONENTS = 256
-"""Number of narrow components of the proposal for a curved posterior."""
-CURVED_SHARE = 0.2
-"""Share of the broad component in the proposal for a curved posterior."""
-CURVED_INFLATION = 2.0
-"""Ratio of a component's squared scale to the covariance of its neighbours."""
-WIDE_EVERY = 3
-"""One component in three is wider for a curved posterior."""
-WIDENING = 3.0
-"""Ratio of the scale of a wider component to the scale of the others."""
-CURVED_REFINEMENTS = 4
-CURVED_START_SIZE = 2048
-CURVED_CANDIDATES = 16384
-"""Number of draws of the proposal of which some are resampled to make the next proposal."""
-NEIGHBOURS = 100
-"""Number of nearest draws that determine a component for a curved posterior."""
 START_ROUNDS = 24
 
 
@@ -67,14 +51,9 @@ class ImportanceReference:
     needs no gradients, is faster than NUTS, and works under `jit` and `vmap`. The posterior should
     have about ten parameters at most, and one mode.
 
-    For a curved posterior, such as a thin curved ridge, the place and the scale of each component
-    are the mean and the covariance of draws next to each other. This takes about twice as many
-    evaluations of the density.
-
     Attributes:
         model: Numpyro model, a function of the observation, as for `mcmc.nuts`.
         sites: Names of the latent sites, in the order of the parameters.
-        is_curved: Whether the posterior is curved.
 
     References:
         Cappe et al. 2004, Population Monte Carlo, J. Comput. Graph. Stat. 13; Douc and Cappe 2005,
@@ -94,7 +73,6 @@ class ImportanceReference:
 
     model: Callable[[Any], None]
     sites: tuple[str, ...]
-    is_curved: bool = False
 
     def __call__(self, key: Key, x: Any, n: int) -> Array:
         """Draw from the posterior given x, shape (n, D).
@@ -106,24 +84,16 @@ class ImportanceReference:
     def diagnosed(self, key: Key, x: Any, n: int) -> tuple[Array, Array]:
         """Draw as `__call__` does, and return the ratio of effective sample size to proposals."""
         with jax.numpy_rank_promotion("allow"):  # numpyro promotes ranks
-            return _resample(key, self.model, self.sites, x, n, self.is_curved)
+            return _resample(key, self.model, self.sites, x, n)
 
 
-@partial(jax.jit, static_argnames=("model", "sites", "n", "is_curved"))
+@partial(jax.jit, static_argnames=("model", "sites", "n"))
 @full_precision
 def _resample(
-    key: Key,
-    model: Callable[[Any], None],
-    sites: tuple[str, ...],
-    x: Any,
-    n: int,
-    is_curved: bool,
+    key: Key, model: Callable[[Any], None], sites: tuple[str, ...], x: Any, n: int
 ) -> tuple[Array, Array]:
     start_key, draw_key, choice_key, order_key = jax.random.split(key, 4)
-    size = CURVED_START_SIZE if is_curved else START_SIZE
-    refinements = CURVED_REFINEMENTS if is_curved else REFINEMENTS
-    candidates = CURVED_CANDIDATES if is_curved else MIN_PROPOSALS
-    first, covariance = mcmc.starts(start_key, model, x, n=size, rounds=START_ROUNDS)
+    first, covariance = mcmc.starts(start_key, model, x, n=START_SIZE, rounds=START_ROUNDS)
     unravel = ravel_pytree({m: v[0] for m, v in first.items()})[1]
     rows = jax.vmap(lambda u: ravel_pytree(u)[0])(first)
 
@@ -131,23 +101,20 @@ def _resample(
         return -potential_energy(model, (x,), {}, unravel(u))
 
     def propose(key: Key, rows: Array, covariance: Array, count: int) -> tuple[Array, Array]:
-        u, log_proposal = _propose(key, rows, covariance, count, is_curved)
+        u, log_proposal = _propose(key, rows, covariance, count)
         log_weight = lax.map(log_joint, u, batch_size=BATCH_SIZE) - log_proposal
-        return u, jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight)
+        return u, jax.nn.softmax(jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight))
 
     def refine(state: tuple[Array, Array], key: Key) -> tuple[tuple[Array, Array], None]:
         propose_key, choice_key = jax.random.split(key)
-        u, log_weight = propose(propose_key, *state, candidates)
-        weight = mcmc.tempered(log_weight)  # one draw of large weight must not replace all others
+        u, weight = propose(propose_key, *state, MIN_PROPOSALS)
         rows = u[jax.random.choice(choice_key, len(u), (len(state[0]),), p=weight)]
         return (rows, jnp.atleast_2d(jnp.cov(rows.T)) + 1e-6 * jnp.eye(rows.shape[1])), None
 
     refine_key, draw_key = jax.random.split(draw_key)
-    keys = jax.random.split(refine_key, refinements)
+    keys = jax.random.split(refine_key, REFINEMENTS)
     (rows, covariance), _ = lax.scan(refine, (rows, covariance), keys)
-    num_proposals = max(MIN_PROPOSALS, PROPOSALS_PER_DRAW * n)
-    u, log_weight = propose(draw_key, rows, covariance, num_proposals)
-    weight = jax.nn.softmax(log_weight)
+    u, weight = propose(draw_key, rows, covariance, max(MIN_PROPOSALS, PROPOSALS_PER_DRAW * n))
     efficiency = 1.0 / jnp.sum(weight**2) / len(u)
     # systematic resampling: one uniform number in each of n intervals of equal probability
     level = (jnp.arange(n) + jax.random.uniform(choice_key, (n,))) / n
@@ -163,20 +130,17 @@ def _resample(
     return jnp.where(efficiency >= MIN_EFFICIENCY, draws, jnp.nan), efficiency
 
 
-def _propose(
-    key: Key, rows: Array, covariance: Array, count: int, is_curved: bool
-) -> tuple[Array, Array]:
+def _propose(key: Key, rows: Array, covariance: Array, count: int) -> tuple[Array, Array]:
     """Draw from the proposal and return its log density at the draws, up to a constant.
 
-    The proposal is a mixture of t distributions: a broad one at the mean of the rows, and narrow
-    ones, which follow a skewed or curved posterior.
+    The proposal is a mixture of t distributions in equal parts: a broad one at the mean of the
+    rows, and narrow ones at the first rows, which follow a skewed or curved posterior.
 
     Args:
         key: Random key.
         rows: Approximate draws of the posterior, in random order, shape (rows, D).
         covariance: Covariance of the posterior, shape (D, D).
         count: Number of proposals.
-        is_curved: Whether the narrow components follow nearby rows.
 
     Returns:
         Proposals, shape (count, D), and log densities, shape (count,).
@@ -184,44 +148,18 @@ def _propose(
     part_key, noise_key, radius_key = jax.random.split(key, 3)
     dim, mean = rows.shape[1], jnp.mean(rows, axis=0)
     factor = jnp.linalg.cholesky(covariance)
-    white_rows = solve_triangular(factor, (rows - mean[None]).T, lower=True).T
-    centres, factors = _nearby(white_rows) if is_curved else _equal(white_rows)
-    centres = jnp.concatenate([jnp.zeros((1, dim)), centres])
-    broad = jnp.sqrt(INFLATION) * jnp.eye(dim)
-    factors = jnp.concatenate([broad[None], factors])
-    share = CURVED_SHARE if is_curved else 0.5
-    log_part = jnp.log(jnp.full(len(centres), (1 - share) / (len(centres) - 1)).at[0].set(share))
+    narrow = solve_triangular(factor, (rows[:COMPONENTS] - mean[None]).T, lower=True).T
+    centres = jnp.concatenate([jnp.zeros((1, dim)), narrow])
+    squared_scale = jnp.full(COMPONENTS + 1, NARROWING).at[0].set(INFLATION)
+    log_part = jnp.full(COMPONENTS + 1, -jnp.log(2.0 * COMPONENTS)).at[0].set(-jnp.log(2.0))
     part = jax.random.categorical(part_key, log_part, shape=(count,))
     radius = jnp.sqrt(DEGREES / jax.random.chisquare(radius_key, DEGREES, (count,)))
     noise = radius[:, None] * jax.random.normal(noise_key, (count, dim))
-    white = centres[part] + jnp.einsum("nij,nj->ni", factors[part], noise)
-    inverse = jnp.linalg.inv(factors)
-    log_peak = log_part - jnp.sum(jnp.log(jnp.diagonal(factors, axis1=1, axis2=2)), axis=-1)
+    white = centres[part] + jnp.sqrt(squared_scale[part])[:, None] * noise
 
     def log_density(row: Array) -> Array:
-        standard = jnp.einsum("kij,kj->ki", inverse, row[None] - centres)
-        squares = jnp.sum(standard**2, axis=-1)
-        return logsumexp(log_peak - 0.5 * (DEGREES + dim) * jnp.log1p(squares / DEGREES))
+        squares = jnp.sum((row[None] - centres) ** 2, axis=-1) / squared_scale
+        log_t = -0.5 * (DEGREES + dim) * jnp.log1p(squares / DEGREES)
+        return logsumexp(log_part + log_t - 0.5 * dim * jnp.log(squared_scale))
 
     return mean[None] + white @ factor.T, lax.map(log_density, white, batch_size=BATCH_SIZE)
-
-
-def _equal(rows: Array) -> tuple[Array, Array]:
-    """Return the places (K, D) and Cholesky factors (K, D, D) of components of equal scale."""
-    factor = jnp.sqrt(NARROWING) * jnp.eye(rows.shape[1])
-    return rows[:COMPONENTS], jnp.tile(factor[None], (COMPONENTS, 1, 1))
-
-
-def _nearby(rows: Array) -> tuple[Array, Array]:
-    """Return the places (K, D) and Cholesky factors (K, D, D) of components at nearby rows."""
-    centres = rows[:CURVED_COMPONENTS]
-    distance = jnp.sum((centres[:, None] - rows[None]) ** 2, axis=-1)
-    neighbours = rows[lax.top_k(-distance, NEIGHBOURS)[1]]
-    places = jnp.mean(neighbours, axis=1)
-    centred = neighbours - places[:, None]
-    covariance = jnp.einsum("kni,knj->kij", centred, centred) / NEIGHBOURS
-    jitter = 1e-6 * jnp.eye(rows.shape[1])
-    factors = jnp.linalg.cholesky(CURVED_INFLATION * covariance + jitter[None])
-    # some components are wide, so that no draw far out along a ridge gets a large weight
-    widths = jnp.where(jnp.arange(CURVED_COMPONENTS) % WIDE_EVERY == 0, WIDENING, 1.0)
-    return places, widths[:, None, None] * factors

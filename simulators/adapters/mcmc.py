@@ -1,6 +1,6 @@
 """NUTS for reference posteriors, with chains that start near the posterior.
 
-Public names: `nuts`, `latent_nuts`, `NutsReference`, `starts`, `tempered`.
+Public names: `nuts`, `latent_nuts`, `NutsReference`, `starts`, `latent_sites`.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ def starts(
         Cappe et al. 2004, Population Monte Carlo, J. Comput. Graph. Stat. 13.
     """
     trace_key, prior_key, key = jax.random.split(key, 3)
-    sites = _latent_sites(trace_key, model, x)
+    sites = latent_sites(trace_key, model, x)
     keys = jax.random.split(prior_key, len(sites))
     prior_draws = {
         m: dist.biject_to(d.support)._inverse(d.sample(k, (n,)))
@@ -283,7 +283,7 @@ def starts(
         proposal = dist.MultivariateNormal(moments[0], 1.5 * moments[1])
         u = proposal.sample(draw_key, (n,))
         log_weight = jax.vmap(log_joint)(u) - proposal.log_prob(u)
-        weight = tempered(jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight))
+        weight = _tempered(jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight))
         mean = weight @ u
         centred = u - mean[None]
         covariance = (weight[:, None] * centred).T @ centred + 1e-6 * jnp.eye(len(mean))
@@ -295,7 +295,7 @@ def starts(
     return jax.vmap(unravel)(draws[-1]), covariance
 
 
-def _latent_sites(
+def latent_sites(
     key: Key, model: Callable[[Array], None], x: Array
 ) -> dict[str, dist.Distribution]:
     """Return the distributions of the latent sites, which must be independent of each other."""
@@ -307,7 +307,7 @@ def _latent_sites(
     }
 
 
-def tempered(log_weight: Array) -> Array:
+def _tempered(log_weight: Array) -> Array:
     """Temper weights: raise them to the largest possible power <= 1, and normalise them.
 
     The power is limited so that the effective sample size is at least a tenth of the number of

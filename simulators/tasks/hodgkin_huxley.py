@@ -12,8 +12,8 @@ import numpyro.distributions as dist
 from jax import Array, lax
 
 from sbi_flows.core.typing import Key
-from simulators.adapters.importance import ImportanceReference
 from simulators.adapters.task import Task
+from simulators.adapters.tempering import TemperedReference
 
 POINTS = 600
 """Number of recorded voltages."""
@@ -66,7 +66,7 @@ def hodgkin_huxley() -> Task:
 
     Returns:
         The task: theta named `g_sodium`, `g_potassium`, `g_leak`, `threshold`; x of shape (600,) in
-        mV. The reference is importance resampling with the exact likelihood.
+        mV. The reference is sequential Monte Carlo with the exact likelihood.
 
     References:
         Hodgkin and Huxley 1952, J. Physiol. 117:500; Pospischil et al. 2008, Biol. Cybern. 99:427;
@@ -81,7 +81,7 @@ def hodgkin_huxley() -> Task:
         prior=_prior(),
         simulator=_simulator,
         citation=CITATION,
-        sample_reference=ImportanceReference(_model, tuple(BOUNDS), is_curved=True),
+        sample_reference=TemperedReference(_model, tuple(BOUNDS)),
     )
 
 
