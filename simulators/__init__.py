@@ -30,6 +30,7 @@ from simulators.tasks.gaussian_linear_uniform import (
     gaussian_linear_uniform as gaussian_linear_uniform,
 )
 from simulators.tasks.gaussian_mixture import gaussian_mixture as gaussian_mixture
+from simulators.tasks.hodgkin_huxley import hodgkin_huxley as hodgkin_huxley
 from simulators.tasks.lens import lens as lens
 from simulators.tasks.lotka_volterra import lotka_volterra as lotka_volterra
 from simulators.tasks.normal_set import normal_set as normal_set
@@ -39,5 +40,6 @@ from simulators.tasks.sensors import sensors as sensors
 from simulators.tasks.sir import sir as sir
 from simulators.tasks.slcp import slcp as slcp
 from simulators.tasks.slcp_distractors import slcp_distractors as slcp_distractors
+from simulators.tasks.stochastic_volatility import stochastic_volatility as stochastic_volatility
 from simulators.tasks.two_instruments import two_instruments as two_instruments
 from simulators.tasks.two_moons import two_moons as two_moons

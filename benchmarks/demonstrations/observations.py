@@ -84,7 +84,10 @@ CASES: dict[str, Case] = {
     ),
     **{
         name: Case(20_000, {"all": simulators.get(name).observation}, {"all": None})
-        for name in ("random_field", "lens", "ornstein_uhlenbeck", "g_and_k")
+        for name in (
+            *("random_field", "lens", "ornstein_uhlenbeck"),
+            *("g_and_k", "stochastic_volatility", "hodgkin_huxley"),
+        )
     },
 }
 """Cases by the name of their task."""

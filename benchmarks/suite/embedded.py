@@ -55,6 +55,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "members": 1,
         "training": _BRIEF,
     },
+    "stochastic_volatility": {"embedding": sf.SeriesNet(), "members": 1, "training": _BRIEF},
+    "hodgkin_huxley": {"embedding": sf.SeriesNet(), "members": 1, "training": _BRIEF},
 }
 """Arguments of `sf.NPE` by the name of the task.
 

@@ -1,6 +1,6 @@
 """NUTS for reference posteriors, with chains that start near the posterior.
 
-Public names: `nuts`, `NutsReference`, `starts`.
+Public names: `nuts`, `latent_nuts`, `NutsReference`, `starts`, `latent_sites`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpyro.distributions as dist
 from jax import Array
 from jax.flatten_util import ravel_pytree
 from numpyro import handlers
-from numpyro.infer import MCMC, NUTS
+from numpyro.infer import MCMC, NUTS, init_to_median
 from numpyro.infer.util import potential_energy
 
 from sbi_flows.core.precision import full_precision
@@ -28,6 +28,7 @@ CHAINS = 4
 MAX_RHAT = 1.02
 MAX_DIVERGED = 0.01
 """Maximum fraction of divergent NUTS steps in a reference run."""
+EXTRA_FIELDS = ("diverging", "num_steps")
 
 
 def nuts(
@@ -87,7 +88,83 @@ def _nuts(
         forward_mode_differentiation=True,
         max_tree_depth=(6, 10),
     )
-    run = MCMC(
+    init = {name: value[:chains] for name, value in first.items()}
+    run = _vectorised(kernel, chains, warmup, draws)
+    run.run(run_key, x, init_params=init, extra_fields=EXTRA_FIELDS)
+    return run
+
+
+def latent_nuts(
+    key: Key,
+    model: Callable[[Array], None],
+    x: Array,
+    *,
+    dense: tuple[str, ...],
+    chains: int = CHAINS,
+    warmup: int = 600,
+    draws: int = 1000,
+) -> MCMC:
+    """Run NUTS on a numpyro model with hundreds of latent variables.
+
+    Each chain starts at the medians of the priors. The warm-up adapts the mass matrix, which is
+    dense for the sites named and diagonal for all others. The latent variables should be nearly
+    independent and of unit scale in the prior (a non-centred model).
+
+    Args:
+        key: Random key.
+        model: Numpyro model, a function of the observation x, differentiable in reverse mode.
+        x: The observation.
+        dense: Names of the sites with a dense mass matrix: the parameters.
+        chains: Number of chains.
+        warmup: Number of warm-up steps of each chain.
+        draws: Number of draws of each chain.
+
+    Returns:
+        The finished run, as of `nuts`.
+
+    References:
+        Papaspiliopoulos, Roberts and Skold 2007, A general framework for the parametrization of
+        hierarchical models, Stat. Sci. 22 (non-centred models).
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> def model(x):
+        ...     mean = numpyro.sample("mean", dist.Normal(0.0, 1.0))
+        ...     noise = numpyro.sample("noise", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        ...     numpyro.sample("x", dist.Normal(mean + noise, 1.0).to_event(1), obs=x)
+        >>> run = latent_nuts(
+        ...     jax.random.key(0), model, jnp.ones(3), dense=("mean",), warmup=50, draws=100
+        ... )
+        >>> run.get_samples()["noise"].shape
+        (400, 3)
+    """
+    with jax.numpy_rank_promotion("allow"):  # numpyro promotes ranks
+        return _latent_nuts(key, model, x, dense, chains, warmup, draws)
+
+
+@full_precision
+def _latent_nuts(
+    key: Key,
+    model: Callable[[Array], None],
+    x: Array,
+    dense: tuple[str, ...],
+    chains: int,
+    warmup: int,
+    draws: int,
+) -> MCMC:
+    kernel = NUTS(
+        model,
+        dense_mass=[dense],
+        target_accept_prob=0.9,
+        init_strategy=init_to_median(num_samples=15),
+    )
+    run = _vectorised(kernel, chains, warmup, draws)
+    run.run(key, x, extra_fields=EXTRA_FIELDS)
+    return run
+
+
+def _vectorised(kernel: NUTS, chains: int, warmup: int, draws: int) -> MCMC:
+    return MCMC(
         kernel,
         num_warmup=warmup,
         num_samples=draws,
@@ -95,13 +172,6 @@ def _nuts(
         chain_method="vectorized",
         progress_bar=False,
     )
-    run.run(
-        run_key,
-        x,
-        init_params={name: value[:chains] for name, value in first.items()},
-        extra_fields=("diverging", "num_steps"),
-    )
-    return run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +182,14 @@ class NutsReference:
         model: Numpyro model, as for `nuts`.
         sites: Names of the latent sites, in the order of the parameters.
         prepare: Function that converts a task's observation to the model's argument.
+        sampler: Function `(key, model, x, draws=...)` that runs NUTS: `nuts`, or `latent_nuts` with
+            its argument `dense`.
     """
 
     model: Callable[[Array], None]
     sites: tuple[str, ...]
     prepare: Callable[[Array], Array] = jnp.asarray
+    sampler: Callable[..., MCMC] = nuts
 
     def __call__(self, key: Key, x: Array, n: int) -> Array:
         """Draw from the posterior given x, evenly from all chains, shape (n, D).
@@ -136,7 +209,7 @@ class NutsReference:
         Raises:
             ReferenceFailed: As for `__call__`.
         """
-        run = nuts(key, self.model, self.prepare(x), draws=max(1000, -(-n // CHAINS)))
+        run = self.sampler(key, self.model, self.prepare(x), draws=max(1000, -(-n // CHAINS)))
         diagnostics = _diagnostics(run)
         _require_converged(diagnostics)
         chains = run.get_samples(group_by_chain=True)
@@ -193,7 +266,7 @@ def starts(
         Cappe et al. 2004, Population Monte Carlo, J. Comput. Graph. Stat. 13.
     """
     trace_key, prior_key, key = jax.random.split(key, 3)
-    sites = _latent_sites(trace_key, model, x)
+    sites = latent_sites(trace_key, model, x)
     keys = jax.random.split(prior_key, len(sites))
     prior_draws = {
         m: dist.biject_to(d.support)._inverse(d.sample(k, (n,)))
@@ -222,7 +295,7 @@ def starts(
     return jax.vmap(unravel)(draws[-1]), covariance
 
 
-def _latent_sites(
+def latent_sites(
     key: Key, model: Callable[[Array], None], x: Array
 ) -> dict[str, dist.Distribution]:
     """Return the distributions of the latent sites, which must be independent of each other."""

@@ -20,6 +20,7 @@ from simulators.tasks.g_and_k import g_and_k
 from simulators.tasks.gaussian_linear import gaussian_linear
 from simulators.tasks.gaussian_linear_uniform import gaussian_linear_uniform
 from simulators.tasks.gaussian_mixture import gaussian_mixture
+from simulators.tasks.hodgkin_huxley import hodgkin_huxley
 from simulators.tasks.lens import lens
 from simulators.tasks.lotka_volterra import lotka_volterra
 from simulators.tasks.normal_set import normal_set
@@ -29,6 +30,7 @@ from simulators.tasks.sensors import sensors
 from simulators.tasks.sir import sir
 from simulators.tasks.slcp import slcp
 from simulators.tasks.slcp_distractors import slcp_distractors
+from simulators.tasks.stochastic_volatility import stochastic_volatility
 from simulators.tasks.two_instruments import two_instruments
 from simulators.tasks.two_moons import two_moons
 
@@ -43,6 +45,7 @@ _CONSTRUCTORS: dict[str, Callable[[], Task]] = {
         gaussian_linear,
         gaussian_linear_uniform,
         gaussian_mixture,
+        hodgkin_huxley,
         influenza,
         influenza_ode,
         lens,
@@ -55,6 +58,7 @@ _CONSTRUCTORS: dict[str, Callable[[], Task]] = {
         sir,
         slcp,
         slcp_distractors,
+        stochastic_volatility,
         two_instruments,
         two_moons,
     )

@@ -43,7 +43,7 @@ PROJECTIONS = 24
 _COARSE = {1: (8, 4, 2), 2: (4, 2), 3: (2,)}
 """Numbers of cells along each axis of the coarse version of a grid, by the number of axes."""
 
-_BINS = {1: 8, 2: 10, 3: 8}
+_BINS = {1: 16, 2: 20, 3: 12}
 _MAX_COLUMNS_OF_PRODUCTS = 8
 
 LINEAR, LOGARITHMIC = 5.0, 1.0

@@ -20,6 +20,7 @@ SHAPES = {  # flat theta and x
     "gaussian_linear": ((10,), (10,)),
     "gaussian_linear_uniform": ((10,), (10,)),
     "gaussian_mixture": ((2,), (2,)),
+    "hodgkin_huxley": ((4,), (600,)),
     "influenza": ((4,), (14,)),
     "influenza_ode": ((5,), (14,)),
     "lens": ((5,), (32, 32)),
@@ -32,6 +33,7 @@ SHAPES = {  # flat theta and x
     "sir": ((2,), (10,)),
     "slcp": ((5,), (8,)),
     "slcp_distractors": ((5,), (100,)),
+    "stochastic_volatility": ((3,), (500,)),
     "two_instruments": ((3,), {"spectrum": (100,), "redshift": ()}),
     "two_moons": ((2,), (2,)),
 }

@@ -86,6 +86,7 @@ def drop_trials(key, x):
 
 MASKED_SLOWLY = [
     (simulators.drift_diffusion(), drop_trials),
+    (simulators.hodgkin_huxley(), nothing),
     (simulators.lens(), nothing),
     (simulators.ornstein_uhlenbeck(), nothing),
 ]
