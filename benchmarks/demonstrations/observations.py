@@ -1,6 +1,6 @@
 """`python -m benchmarks observations`: posteriors given sets, series, images, or missing entries.
 
-Fits of the library are compared with exact or importance-sampled reference posteriors.
+Fits of the library are compared with the reference posterior of each task.
 
 Public names: `run`, `CASES`, `Case`.
 """
@@ -80,7 +80,7 @@ CASES: dict[str, Case] = {
             "no redshift": partial(two_instruments.observation, instruments=("spectrum",)),
             "no spectrum": partial(two_instruments.observation, instruments=("redshift",)),
         },
-        {"both": None, "each absent in turn": sf.RandomParts(0.5)},
+        {"both": None, "each absent with probability 0.5": sf.RandomParts(0.5)},
     ),
     **{
         name: Case(20_000, {"all": simulators.get(name).observation}, {"all": None})

@@ -12,6 +12,7 @@ from benchmarks.suite.records import BadInput
 from simulators import Task
 
 _BRIEF = sf.Training(max_epochs=30, patience=6)
+"""Training that ends soon."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "normal_set": {
@@ -72,6 +73,6 @@ def embedded(task: Task) -> sf.NPE:
     """
     if task.name not in SETTINGS:
         raise BadInput(
-            f"--methods: embedded has settings for {', '.join(SETTINGS)} only, got {task.name}"
+            f"--methods: npe-embedding expects a task out of {', '.join(SETTINGS)}; got {task.name}"
         )
     return sf.NPE(task.prior, **SETTINGS[task.name])

@@ -89,7 +89,7 @@ METHODS: dict[str, Method] = {
     "npe-diffusion": lambda task: sf.NPE(task.prior, sf.Diffusion()),
     "npe-diffusion-distilled": lambda task: Distilling(sf.NPE(task.prior, sf.Diffusion()), 2),
     "npe-cnf": lambda task: sf.NPE(task.prior, sf.CNF()),
-    "embedded": embedded,
+    "npe-embedding": embedded,
 }
 
 

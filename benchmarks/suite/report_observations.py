@@ -24,8 +24,9 @@ def observations_table(folder: Path) -> dict[str, Table]:
         return {}
     rows = []
     for name, case in json.loads(path.read_text())["cases"].items():
-        lines = {line for group in case["checks"].values() for line in group}
-        verdicts = "; ".join(sorted(lines))
+        verdicts = "; ".join(
+            f"{group}: {lines[0].split(':')[0]}" for group, lines in case["checks"].items()
+        )
         for kind, score in case["c2st"].items():
             shown = [f"{score['mean']:.3f}", f"{max(score['values']):.3f}"]
             seconds = f"{case['fit_seconds']:.0f}"
@@ -36,8 +37,8 @@ def observations_table(folder: Path) -> dict[str, Table]:
                     f"{case['simulations']:,}",
                     seconds,
                     *shown,
-                    "; ".join(sorted(verdicts)),
+                    verdicts,
                 ]
             )
     columns = ["task", "observation", "simulations", "fit (s)", "C2ST", "worst C2ST"]
-    return {"Sets, series, images, missing entries": ([*columns, "verdicts"], rows)}
+    return {"Sets, series, images, missing entries": ([*columns, "verdict of sf.check"], rows)}

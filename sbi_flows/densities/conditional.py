@@ -89,13 +89,15 @@ class Conditional(nnx.Module):
     def loss_of_parts(
         self, key: Key | None, y: Array, inputs: Sequence[Array], parts: Sequence[Conditional]
     ) -> Array:
-        """Compute the training loss (B,) of a batch whose parts have observations of other lengths.
+        """Compute the training loss (B,) of parts with observations of different lengths.
+
+        In contrast to `loss`, this method maps y to noise by the linear start, without gradients.
 
         Args:
             key: Random key, which turns dropout on; None turns it off.
             y: Standard coordinates of all rows (B, d).
             inputs: Inputs of each part, (b, I); the parts follow each other in the batch.
-            parts: For each part, this model with the sizes of the part.
+            parts: For each part, this model with the `sizes` of the part; all share the weights.
         """
         embedding_key, density_key = split_key(key, 2)
         keys = [embedding_key] if len(parts) == 1 else split_key(embedding_key, len(parts))
@@ -224,11 +226,11 @@ class Blueprint:
         return self.inputs(jnp.concatenate([values, keep.astype(mask.dtype)], axis=-1))
 
     def hide_by_groups(self, key: Key, features: Array) -> list[tuple[Blueprint, Array]]:
-        """Hide entries of features (B, 2 C); small sets get shorter arrays where that is possible.
+        """Hide entries of features (B, 2 C), and cut the arrays of small sets to a smaller length.
 
         Returns:
-            Parts of the batch, which follow each other: the blueprint for the length of the part,
-            and its inputs (b, I).
+            For each part of the batch, in the order of the rows: the blueprint for its length, and
+            its inputs (b, I). It is one part if sets cannot be grouped by size.
         """
         groups = self._size_groups(len(features))
         if not groups:

@@ -22,7 +22,7 @@ from sbi_flows.core.precision import full_precision
 from sbi_flows.core.pytrees import register_pytree
 from sbi_flows.core.typing import Obs
 
-ROWS = 256
+BATCH_ROWS = 256
 """Number of rows that are encoded in one compiled call."""
 
 TOLERANCE = 1e-3
@@ -75,7 +75,7 @@ register_pytree(Encoder, leaves=("weights",), static=("graph",))
 
 
 def check_network(network: Any) -> None:
-    """Raise ValueError if a value cannot be a frozen network."""
+    """Raise ValueError unless a value is a flax module or a function of one argument."""
     if isinstance(network, type) or not callable(network):
         raise ValueError(
             "network: expected a trained flax nnx.Module, or a JAX function of observations "
@@ -134,10 +134,11 @@ def encoded_rows(encoder: Encoder, x: Obs, *, has_mask: bool, progress: bool) ->
         progress: Show a progress bar.
 
     Raises:
-        ValueError: The code of an observation depends on the other observations in its batch.
+        ValueError: The codes of the first two observations change if these are encoded without the
+            other observations of their batch.
     """
     count = len(jax.tree.leaves(x)[0])
-    size, parts = min(ROWS, count), []
+    size, parts = min(BATCH_ROWS, count), []
     starts = range(0, count, size)
     for start in tqdm(starts, desc="encode", disable=not progress or len(starts) < 2):
         # the last batch reaches back, so that all batches have one compiled shape
@@ -154,7 +155,7 @@ def _require_rows_alone(encoder: Encoder, batch: Obs, codes: np.ndarray, has_mas
     """Raise ValueError if the codes of the first rows depend on the other rows of the batch."""
     few = jax.tree.map(lambda a: a[:2], batch)
     alone = np.asarray(encode(encoder, few, has_mask=has_mask))
-    # codes that are not finite are reported with their number, after all rows are encoded
+    # NaN is ignored here; `Encoded.fit` counts rows with codes that are not finite
     difference = np.nanmax(np.abs(alone - codes[:2]), initial=0.0)
     if difference > TOLERANCE * np.nanmax(np.abs(codes[:2]), initial=1e-30):
         raise ValueError(

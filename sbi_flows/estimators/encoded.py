@@ -31,16 +31,18 @@ _BLOCK_ROWS = 4096
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoded:
-    """Estimator with a frozen network: it encodes each observation once, before the fit.
+    """Estimator that uses a network that is already trained as a fixed summary statistic.
 
-    Use it for a network that was trained elsewhere, for example on many images or on a regression.
-    The fit then sees codes in place of observations, and costs as little as a fit to F summary
-    statistics. An `embedding` of `NPE`, in contrast, is trained together with the density.
+    The network's output for one observation, a vector of F numbers, is called its code. All codes
+    are computed once, before the fit, which then costs no more than a fit to F numbers. An
+    `embedding` of `NPE`, in contrast, is trained together with the density.
 
     Attributes:
-        estimator: `NPE` or `Stack`, for observations (F,).
+        estimator: `NPE` or `Stack` for codes (F,), without an embedding of its own, and without
+            `missing`: hide entries of the simulations before the fit, by `Simulations.hide`.
         network: Trained flax module, or JAX function, from observations (B, *event) in the user's
-            units to codes (B, F). Modules with BatchNorm or Dropout must be set to evaluation by
+            units to codes (B, F). Numbers are in JAX's precision: subtract large offsets, as of
+            Julian dates, before. Modules with BatchNorm or Dropout must be set to evaluation by
             `network.eval()`. If observations lack entries, it must have an argument `mask`: for
             each array, True where an entry is present. Missing entries of x are then zero.
 
@@ -63,6 +65,12 @@ class Encoded:
         """Raise ValueError if the estimator or the network is unsuitable."""
         require_object("estimator", self.estimator, Estimator, "an estimator, such as sf.NPE")
         check_network(self.network)
+        parts = getattr(self.estimator, "estimators", (self.estimator,))
+        if any(getattr(part, "missing", None) is not None for part in parts):
+            raise ValueError(
+                "missing: expected none, as codes have no missing entries; hide entries of the "
+                "simulations before the fit: simulations.hide(key, pattern)"
+            )
 
     def fit(
         self, key: Key, simulations: Simulations, *, progress: bool = True
@@ -87,23 +95,22 @@ class Encoded:
         if has_mask and not takes_mask(self.network):
             raise ValueError(
                 "network: expected an argument `mask`, True where an entry is present, because "
-                "entries are missing"
+                "entries are missing; write def network(x, mask=None)"
             )
         encoder = Encoder.of(self.network)
-        valid = np.flatnonzero(simulations.valid)
-        used = simulations[valid] if len(valid) < len(simulations) else simulations
-        codes = encoded_rows(encoder, used.x, has_mask=has_mask, progress=progress)
-        if not np.all(np.isfinite(codes)):
-            count = int(np.sum(~np.isfinite(codes).all(axis=1)))
-            raise ValueError(f"network: expected finite codes, got {count} rows with others")
-        theta = used.aligned(self.estimator.prior).theta
-        coded = Simulations(theta, codes, round=used.round)
+        codes = encoded_rows(encoder, simulations.x, has_mask=has_mask, progress=progress)
+        valid = np.asarray(simulations.valid)
+        count = int(np.sum(~np.isfinite(codes[valid]).all(axis=1)))
+        if count:
+            raise ValueError(f"network: expected finite codes, got NaN or infinity in {count} rows")
+        theta = simulations.aligned(self.estimator.prior).theta
+        coded = Simulations(theta, codes, valid=valid, round=simulations.round)
         posterior, history = self.estimator.fit(key, coded, progress=progress)
         own = EncodedPosterior(
             posterior,
             encoder,
             observation_shape(simulations.x),
-            _can_miss(used) if has_mask else None,
+            _can_miss(simulations) if has_mask else None,
             UsedRows.of(simulations, posterior.prior),
             posterior.record,
         )
@@ -111,10 +118,10 @@ class Encoded:
 
 
 def _can_miss(simulations: Simulations) -> np.ndarray:
-    """Return whether each entry of a flattened observation is missing in any row, shape (C,)."""
-    found = []
+    """Return whether each entry of a flattened observation is missing in any valid row, (C,)."""
+    found, valid = [], np.asarray(simulations.valid)
     for start in range(0, len(simulations), _BLOCK_ROWS):
         rows = slice(start, start + _BLOCK_ROWS)
         block = jax.tree.map(lambda a, rows=rows: a[rows], simulations.x)
-        found.append(np.isnan(rows_on_host(block)).any(axis=0))
+        found.append(np.isnan(rows_on_host(block)[valid[rows]]).any(axis=0))
     return np.any(np.stack(found), axis=0)

@@ -32,7 +32,7 @@ class PointCloud(nnx.Module):
     rotating, reflecting or translating the points does not change them. The other numbers are the
     coordinates of `vectors` points. They are equivariant: they rotate and move with the cloud.
     Observations are standardised entry by entry before they are embedded. The symmetry of a
-    posterior is therefore exact only if all entries have the same mean and standard deviation.
+    posterior is therefore exact only if all entries have the same median and scale.
     A point with a missing entry is left out, so the number of points may differ between clouds.
 
     Args:

@@ -22,23 +22,25 @@ from sbi_flows.core.typing import Key
 from sbi_flows.observations.missing import RandomSubset
 
 MAX_GROUPS = 4
+"""Maximum number of groups; each one adds a copy of the embedding to the compiled program."""
 
 _SMALLEST_RATIO = 1.5
 """Smallest ratio of the largest sizes of two groups; closer groups would save little."""
 
 
 def size_groups(pattern: RandomSubset, rows: int) -> tuple[RandomSubset, ...]:
-    """Divide the sizes of a pattern into groups; the result is empty if groups save nothing.
+    """Divide the sizes of a pattern into groups; the result is empty if there are fewer than two.
 
     Args:
         pattern: Pattern of which each group covers a part.
-        rows: Number of rows in a batch, a multiple of the number of groups.
+        rows: Number of rows in a batch; the number of groups is a divisor of it.
 
     Returns:
-        Pattern of each group, from small to large sets. They hide the last elements, because
-        `shorten` has already chosen the elements at random.
+        Pattern of each group, from small to large sets, all of order "first". For a pattern of
+        order "random", `shorten` starts at a random element, so the first elements are a random
+        choice.
     """
-    if pattern.smallest == 0:  # empty sets would be too rare
+    if pattern.smallest == 0:  # sets would be empty in 5% of the first group only, not of all rows
         return ()
     ratio = (pattern.largest + 1) / pattern.smallest
     count = min(MAX_GROUPS, int(math.log(ratio) / math.log(_SMALLEST_RATIO)))

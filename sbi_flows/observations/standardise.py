@@ -44,10 +44,10 @@ class Standardiser(NamedTuple):
     """Map from observations to standardised features, with robust location and scale.
 
     If an array (a leaf of an observation) is positive in all simulations, it is replaced by its
-    logarithm when this makes it clearly less skewed. In an array with shared axes, such as the axis
-    of the trials, each of the other columns is tested on its own. Heavy tails are compressed: the
-    map is linear within `linear` scales of the median and logarithmic beyond. It is monotone and
-    loses no information.
+    logarithm when this makes it clearly less skewed. This is decided once for the whole array; for
+    an array with shared axes (trials, points, pixels), it is decided for each channel. Heavy tails
+    are compressed: the map is linear within `linear` scales of the median and logarithmic beyond.
+    It is monotone and loses no information.
 
     Attributes:
         center: Medians, shape (C,).

@@ -1,7 +1,7 @@
 """Codec of encoded posteriors: saves the shape of the observations and a test of the encoder.
 
-The file contains neither the code nor the weights of the encoder. It contains the codes of two
-fixed observations, with which the encoder that the user supplies is compared.
+The file does not contain the encoder, neither its program nor its weights. It contains the codes of
+two fixed observations, with which the encoder that the user supplies is compared.
 
 Public names: `ENCODED`, `probe`, `require_same_codes`.
 """

@@ -37,7 +37,7 @@ class EncodedPosterior(AbstractPosterior):
     The base posterior is conditioned on codes (F,). Here x is an observation (*event) in the user's
     units, or a batch (B, *event), from which the network computes the codes.
 
-    `save` writes neither the code nor the weights of the network. Pass the same network to
+    A saved file does not contain the network, neither its program nor its weights: pass it again to
     `sf.load(path, network=...)`.
 
     Attributes:
@@ -47,7 +47,7 @@ class EncodedPosterior(AbstractPosterior):
         can_miss: Whether each entry of a flattened observation can be missing (NaN), shape (C,);
             None if observations must be complete.
         own_rows: Fingerprints of the training simulations; None if they are not known.
-        record: Facts in addition to the base posterior's record.
+        record: Facts about the fit, as for `Posterior`.
     """
 
     posterior: AbstractPosterior
@@ -155,7 +155,8 @@ class EncodedPosterior(AbstractPosterior):
         """
         if network is None:
             raise ArtefactError(
-                "its observations are encoded by a network: load(path, network=...) takes it"
+                "expected the network of the fit, which the file does not contain; pass it: "
+                "load(path, network=...)"
             )
         observation = decode_observation(layer.fields["observation"], keep_doubles=True)
         encoder, has_mask = Encoder.of(network), bool(layer.fields["has_missing"])

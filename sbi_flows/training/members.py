@@ -358,7 +358,7 @@ def _losses(plan: Plan, params: Array, rest: Any) -> Any:
 
 
 def _hidden_losses(plan: Plan, params: Array, rest: Any) -> Any:
-    """Return a function like that of `_losses`, which first hides entries at random.
+    """Return a function that hides entries at random and then computes losses as `_losses` does.
 
     It maps a random key, standard coordinates (B, d) and features (B, 2 C) to losses (B,).
     """

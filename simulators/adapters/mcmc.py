@@ -106,9 +106,9 @@ def latent_nuts(
 ) -> MCMC:
     """Run NUTS on a numpyro model with hundreds of latent variables.
 
-    Each chain starts at the medians of the priors. The warm-up adapts the mass matrix, which is
-    dense for the sites named and diagonal for all others. The latent variables should be nearly
-    independent and of unit scale in the prior (a non-centred model).
+    Each chain starts at the median, site by site, of 15 draws from the prior. The warm-up adapts
+    the mass matrix, which is dense for the sites in `dense` and diagonal for all others. The latent
+    variables should be nearly independent and of unit scale in the prior (a non-centred model).
 
     Args:
         key: Random key.
@@ -182,8 +182,8 @@ class NutsReference:
         model: Numpyro model, as for `nuts`.
         sites: Names of the latent sites, in the order of the parameters.
         prepare: Function that converts a task's observation to the model's argument.
-        sampler: Function `(key, model, x, draws=...)` that runs NUTS: `nuts`, or `latent_nuts` with
-            its argument `dense`.
+        sampler: Function `(key, model, x, draws=...)` that runs NUTS: `nuts`, or
+            `functools.partial(latent_nuts, dense=...)`.
     """
 
     model: Callable[[Array], None]

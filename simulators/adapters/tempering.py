@@ -29,22 +29,24 @@ POPULATIONS, SIZE = 4, 1024
 MOVES, LAST_MOVES = 8, 120
 """Number of Metropolis steps at each temperature, and at the end."""
 MIN_EFFECTIVE = 0.5
-"""Effective sample size after a change of the temperature, as a fraction of the population."""
-STEPS = (1.0, 0.5, 0.1)
+"""Minimum effective sample size after a change of the power, as a fraction of the population."""
+PROPOSAL_SCALES = (1.0, 0.5, 0.1)
 """Lengths of the differences between two draws in a proposal, relative to 2.38 / sqrt(2 D)."""
 JITTER = 1e-3
 """Standard deviation of the noise of a proposal, in unconstrained coordinates."""
 BATCH_SIZE = 256
+"""Number of draws whose densities are evaluated at once."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TemperedReference:
-    """Reference sampler: draws of the prior that move to the posterior in steps of the temperature.
+    """Reference sampler: sequential Monte Carlo from the prior to the posterior.
 
     The likelihood is raised to a power that grows from 0 to 1. After each step the draws are
-    resampled, and moved by Metropolis steps along differences between other draws, which follow
-    curved ridges. Several independent populations show whether the result can be trusted. It needs
-    about a million evaluations of the density, and no gradients.
+    resampled, and moved by Metropolis steps. A proposal adds the difference of two other draws
+    (differential evolution), so that its length and direction suit the posterior. Several
+    independent populations show whether the result can be trusted. The sampler needs about a
+    million evaluations of the density, and no gradients.
 
     Attributes:
         model: Numpyro model, a function of the observation, as for `mcmc.nuts`.
@@ -72,7 +74,7 @@ class TemperedReference:
         rhat = float(np.max(split_gelman_rubin(np.asarray(populations, float))))
         if not rhat <= MAX_RHAT:
             raise ReferenceFailed(
-                f"populations: expected R-hat <= {MAX_RHAT}, got {rhat:.3f}: they differ"
+                f"expected R-hat <= {MAX_RHAT} between populations, got {rhat:.3f}"
             )
         rows = jnp.swapaxes(populations, 0, 1).reshape(-1, populations.shape[-1])
         return rows[jnp.linspace(0, len(rows) - 1, n).astype(int)]
@@ -159,7 +161,7 @@ def _next_power(log_likelihood: Array, power: Array) -> tuple[Array, Array]:
         return jnp.where(is_enough, middle, low), jnp.where(is_enough, high, middle)
 
     low, high = lax.fori_loop(0, 30, halve, (power, jnp.ones_like(power)))
-    # the last step may be larger: nothing below 1 was too far
+    # if no power tried was too large, go to the end; if all were, take the smallest step
     end = jnp.where((high == 1.0) | (low <= power), high, low)
     return end, weights(end)
 
@@ -178,7 +180,7 @@ def _moved(
             moving = jax.tree.map(lambda a, p=part: a[p * half : (p + 1) * half], state)
             others = state.u[(1 - part) * half : (2 - part) * half]
             pair = jax.random.randint(pair_key, (2, half), 0, half)
-            length = jax.random.choice(length_key, jnp.asarray(STEPS), (half, 1))
+            length = jax.random.choice(length_key, jnp.asarray(PROPOSAL_SCALES), (half, 1))
             difference = others[pair[0]] - others[pair[1]]
             noise = JITTER * jax.random.normal(noise_key, (half, dim))
             proposed = evaluate(moving.u + length * 2.38 / (2 * dim) ** 0.5 * difference + noise)

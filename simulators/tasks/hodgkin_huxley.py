@@ -20,7 +20,7 @@ POINTS = 600
 INTERVAL = 0.1
 """Interval between two recorded voltages, in ms."""
 STEPS = 4
-"""Number of time steps in an interval."""
+"""Number of integration steps in an interval."""
 PULSE = (5.0, 10.0)
 """Start and end of the current pulse, in ms."""
 CURRENT = 8.5
@@ -55,11 +55,11 @@ def hodgkin_huxley() -> Task:
         C dv/dt = g_sodium m^3 h (53 - v) + g_potassium n^4 (-107 - v) + g_leak (-70 - v) + I(t)
 
     with C = 1 uF/cm^2. The current I is 8.5 uA/cm^2 for 5 < t < 10 ms, and zero otherwise. Each
-    gate m, h, n follows dm/dt = a(v) (1 - m) - b(v) m; see `rates`. At t = 0 the voltage is -70 mV
-    and the gates are in equilibrium. The voltage is recorded at t = 0.1, 0.2, ..., 60 ms, with
-    independent normal noise of standard deviation 10 mV, which is typical of optical recordings
-    rather than of electrodes. At most draws of the prior the neuron fires once; at about 1 in 20 it
-    stays silent.
+    gate m, h, n follows an equation like dm/dt = a(v) (1 - m) - b(v) m; see `rates`. At t = 0 the
+    voltage is -70 mV and the gates are in equilibrium. The voltage is recorded at t = 0.1, 0.2,
+    ..., 60 ms, with independent normal noise of standard deviation 10 mV, which is typical of
+    optical recordings rather than of electrodes. For most draws from the prior the neuron fires
+    once; for about 1 in 20 it does not fire.
 
     The priors are uniform: g_sodium in (10, 100), g_potassium in (3, 12), g_leak in (0.05, 0.3),
     all in mS/cm^2, and threshold in (-65, -55) mV. The reference leaves out voltages that are NaN.

@@ -159,6 +159,10 @@ def test_what_is_refused(sims, fitted):
         sf.Encoded(BRIEF, lambda x: jnp.log(x[:, 0])).fit(jax.random.key(1), sims, progress=False)
     with pytest.raises(ValueError, match="expected a trained flax"):
         unchecked(sf.Encoded, BRIEF, Trained)
+    pattern = dataclasses.replace(BRIEF, missing=sf.RandomEntries(0.2))
+    for estimator in (pattern, sf.Stack((pattern, pattern))):
+        with pytest.raises(ValueError, match="hide entries of the simulations before"):
+            sf.Encoded(estimator, trained())
     with pytest.raises(ValueError, match="expected an estimator"):
         unchecked(sf.Encoded, THETA, trained())
     with pytest.raises(ValueError, match="expected shape"):

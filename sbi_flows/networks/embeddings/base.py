@@ -27,7 +27,7 @@ MAX_SUMMARIES = 64
 
 
 _SMALLEST_SCALE = 1e-3
-"""Standard deviation, in standardised units, below which `own_scale` no longer enlarges."""
+"""Added to the standard deviation of an observation, so that rounding errors stay small."""
 
 
 class EmbeddingSettings(abc.ABC):
@@ -37,9 +37,9 @@ class EmbeddingSettings(abc.ABC):
     `jax.ShapeDtypeStruct` without a batch axis, or a dict of them for `Fusion`.
 
     Attributes:
-        features: Length of the embedding.
-        reads_any_length: Whether the same weights read observations that are shorter along axis 0,
-            with the same result as for missing entries at the end.
+        features: Number F of outputs of the network.
+        reads_any_length: Whether the network accepts observations that are shorter along axis 0,
+            and returns what it returns for the full length with the last elements missing.
     """
 
     features: int
@@ -158,10 +158,18 @@ def log_count(x: Array, present: Array | None) -> Array:
 
 
 def own_scale(x: Array, mask: Array | None, axes: tuple[int, ...]) -> Array:
-    """Subtract the mean over some axes, and divide by the standard deviation.
+    """Standardise each observation by its own mean and standard deviation over some axes.
 
-    The result shows the shape of narrow observations, whose entries hardly differ after the
-    standardisation by all simulations. Missing entries are zero, and so are constant observations.
+    After standardisation over all simulations, the elements of a narrow observation are almost
+    equal; here their differences become visible.
+
+    Args:
+        x: Observations (B, *grid, C).
+        mask: Mask of the same shape, or None.
+        axes: Axes of the grid.
+
+    Returns:
+        Array of the shape of x; zero at missing entries and for constant observations.
     """
     deviations = fill(x - masked_mean(x, mask, axes, keepdims=True), mask)
     variance = masked_mean(deviations**2, mask, axes, keepdims=True)

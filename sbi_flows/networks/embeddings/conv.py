@@ -23,6 +23,7 @@ from sbi_flows.networks.embeddings.base import (
     as_channels,
     leaf_shape,
     masked_mean,
+    own_scale,
 )
 from sbi_flows.networks.embeddings.grids import GridSettings
 from sbi_flows.networks.embeddings.layers import (
@@ -146,7 +147,7 @@ class _ConvNet(nnx.Module):
         last = settings.width * _GROWTH[axes]
         widths = [max(settings.width, last >> i) for i in reversed(range(len(stages)))]
         self.axes, self.stem = axes, stages[0]
-        self.enter = Entry(channels * math.prod(self.stem), widths[0], rngs=rngs)
+        self.enter = Entry(channels * math.prod(self.stem), widths[0], has_own=True, rngs=rngs)
         self.blocks = nnx.List(
             [
                 nnx.List([ConvBlock(w, axes, rate, rngs=rngs) for _ in range(settings.blocks)])
@@ -173,9 +174,11 @@ class _ConvNet(nnx.Module):
         x, mask = as_channels(x, mask, self.axes)
         keys = iter(split_key(key, sum(map(len, self.blocks)) + 1))
         patches, marks = space_to_depth(x, mask, self.stem, mark_padding=True)
+        own = own_scale(x, mask, tuple(range(1, self.axes + 1)))
+        own, _ = space_to_depth(own, None, self.stem)
         # padding is thinner than a patch, so without a mask no patch is missing
         present = None if mask is None else any_present(marks, self.axes + 1)
-        h = keep(self.enter(patches, marks), present)
+        h = keep(self.enter(patches, marks, own), present)
         for stage, blocks in enumerate(self.blocks):
             if stage > 0:
                 h, present = self.down[stage - 1](h, present)

@@ -26,7 +26,7 @@ from sbi_flows.networks.embeddings.base import (
     own_scale,
     soft_clip,
 )
-from sbi_flows.networks.embeddings.layers import INPUT_SCALE, Entry
+from sbi_flows.networks.embeddings.layers import Entry
 from sbi_flows.networks.embeddings.summaries import (
     LOGARITHMIC,
     evaluate,
@@ -128,8 +128,8 @@ def _split(values: Array, x: Array) -> Array:
 class Elements(nnx.Module):
     """First layer of the embedding of a set: a vector for each element.
 
-    An element enters twice: standardised by all simulations, and by the mean and the standard
-    deviation of its own set.
+    An element that is a number or a vector enters twice: standardised over all simulations, and
+    standardised within its own set. Otherwise its embedding enters.
     """
 
     def __init__(
@@ -137,9 +137,7 @@ class Elements(nnx.Module):
     ) -> None:
         """Create the layers."""
         if each is None:
-            columns = _with_column(like.shape)[-1]
-            self.enter = Entry(columns, width, rngs=rngs)
-            self.enter_own = nnx.Linear(columns, width, use_bias=False, rngs=rngs)
+            self.enter = Entry(_with_column(like.shape)[-1], width, has_own=True, rngs=rngs)
         else:
             self.each = each.build(rngs, element_of(like))
             self.enter = nnx.Linear(each.features, width, rngs=rngs)
@@ -151,7 +149,6 @@ class Elements(nnx.Module):
         present = any_present(mask, 2)
         if isinstance(self.enter, Entry):
             x, mask = as_channels(x, mask, 1)
-            own = soft_clip(own_scale(x, mask, (1,)), INPUT_SCALE)
-            return self.enter(x, mask) + self.enter_own(own), present
+            return self.enter(x, mask, own_scale(x, mask, (1,))), present
         elements, entries = _joined(x, mask)
         return self.enter(_split(self.each(elements, entries, key=key), x)), present

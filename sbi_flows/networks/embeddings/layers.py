@@ -31,19 +31,29 @@ class Entry(nnx.Module):
 
     It adds a learned vector for each missing channel. Without missing entries it is a linear layer.
     With one channel there is no such vector: callers ignore points that are entirely missing.
+
+    Args:
+        channels: Number of channels.
+        width: Length of the output.
+        has_own: Whether there is a second input of the same shape: see `base.own_scale`.
+        rngs: Keys for the initial weights.
     """
 
-    def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs) -> None:
-        """Create the weights of values and of missing entries."""
-        self.value = nnx.Linear(channels, width, rngs=rngs)
-        if channels > 1:
-            self.missing = nnx.Linear(channels, width, use_bias=False, rngs=rngs)
-        else:
-            self.missing = None
+    def __init__(self, channels: int, width: int, *, has_own: bool = False, rngs: nnx.Rngs) -> None:
+        """Create the weights of values, of the second input and of missing entries."""
 
-    def __call__(self, x: Array, mask: Array | None) -> Array:
+        def linear() -> nnx.Linear:
+            return nnx.Linear(channels, width, use_bias=False, rngs=rngs)
+
+        self.value = nnx.Linear(channels, width, rngs=rngs)
+        self.missing = linear() if channels > 1 else None
+        self.own = linear() if has_own else None
+
+    def __call__(self, x: Array, mask: Array | None, own: Array | None = None) -> Array:
         """Map (*, channels) to (*, width)."""
         h = self.value(soft_clip(fill(x, mask), INPUT_SCALE))
+        if self.own is not None and own is not None:
+            h += self.own(soft_clip(own, INPUT_SCALE))
         if mask is None or self.missing is None:
             return h
         return h + self.missing((~mask).astype(x.dtype))

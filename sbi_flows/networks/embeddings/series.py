@@ -26,6 +26,7 @@ from sbi_flows.networks.embeddings.base import (
     leaf_shape,
     log_count,
     masked_mean,
+    own_scale,
 )
 from sbi_flows.networks.embeddings.grids import GridSettings
 from sbi_flows.networks.embeddings.layers import (
@@ -144,7 +145,7 @@ class _SeriesNet(nnx.Module):
         widths = [settings.width * min(2, stage + 1) for stage in range(len(factors))]
         width = widths[-1]
         self.factors = factors
-        self.enter = Entry(channels * factors[0], widths[0], rngs=rngs)
+        self.enter = Entry(channels * factors[0], widths[0], has_own=True, rngs=rngs)
         self.blocks = nnx.List([ConvBlock(w, 1, rate, rngs=rngs) for w in widths])
         self.down = nnx.List(
             [
@@ -167,9 +168,11 @@ class _SeriesNet(nnx.Module):
         count = log_count(x, any_present(mask, 2))
         keys = iter(split_key(key, len(self.blocks) + len(self.attention) + 1))
         patches, marks = space_to_depth(x, mask, self.factors[:1], mark_padding=True)
+        own, _ = space_to_depth(own_scale(x, mask, (1,)), None, self.factors[:1])
         # padding is shorter than a patch, so without a mask no token is missing
         present = None if mask is None else any_present(marks, 2)
-        h = self.blocks[0](keep(self.enter(patches, marks), present), present, key=next(keys))
+        h = keep(self.enter(patches, marks, own), present)
+        h = self.blocks[0](h, present, key=next(keys))
         for down, block in zip(self.down, list(self.blocks)[1:], strict=True):
             h, present = down(h, present)
             h = block(h, present, key=next(keys))

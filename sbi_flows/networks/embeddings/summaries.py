@@ -23,6 +23,7 @@ from sbi_flows.networks.embeddings.base import (
     fill,
     log_count,
     masked_mean,
+    own_scale,
     project,
     soft_clip,
 )
@@ -44,6 +45,7 @@ _COARSE = {1: (8, 4, 2), 2: (4, 2), 3: (2,)}
 """Numbers of cells along each axis of the coarse version of a grid, by the number of axes."""
 
 _BINS = {1: 16, 2: 20, 3: 12}
+"""Maximum number of bins of the power spectrum, by the number of axes."""
 _MAX_COLUMNS_OF_PRODUCTS = 8
 
 LINEAR, LOGARITHMIC = 5.0, 1.0
@@ -113,12 +115,13 @@ def set_statistics(shape: tuple[int, ...]) -> list[Statistic]:
 def series_statistics(shape: tuple[int, ...]) -> list[Statistic]:
     """Return the summaries of a series (T, C)."""
     length, columns = shape
-    names = {lag: f"autocovariance lag {lag}" for lag in _LAGS if lag < length}
+    names = {lag: f"autocorrelation lag {lag}" for lag in _LAGS if lag < length}
     lags = [[_lagged(0, lag, name, columns)] for lag, name in names.items()]
     differences = [[_difference(order, columns)] for order in (1, 2) if order < length]
     groups = [
         [_count()],
         *(_moments(power, columns) for power in (1, 2)),
+        [_log_variance(columns)],
         *differences,
         *lags[:3],
         [_spectrum(shape)],
@@ -134,12 +137,14 @@ def grid_statistics(shape: tuple[int, ...]) -> list[Statistic]:
     """Return the summaries of an array on a grid, (*grid, C)."""
     columns, grid = shape[-1], shape[:-1]
     neighbours = [
-        [_lagged(axis, 1, f"neighbour product axis {axis}", columns)]
+        [_lagged(axis, 1, f"neighbour correlation axis {axis}", columns)]
         for axis, n in enumerate(grid)
         if n > 1
     ]
     moments = [_moments(power, columns) for power in (1, 2, 3)]
-    return _choose([[_count()], *moments, *neighbours, [_spectrum(shape)], _coarse(shape)])
+    variance = [_log_variance(columns)]
+    spectrum = [_spectrum(shape)]
+    return _choose([[_count()], *moments, variance, *neighbours, spectrum, _coarse(shape)])
 
 
 def _choose(groups: Sequence[Sequence[Statistic]]) -> list[Statistic]:
@@ -219,7 +224,8 @@ def _products(columns: int) -> Statistic:
 
 
 def _quantiles(columns: int) -> Statistic:
-    names = [_named(f"quantile {q:g}", columns) for q in _QUANTILES]
+    extremes = {0.0: "minimum", 1.0: "maximum"}
+    names = [_named(extremes.get(q, f"quantile {q}"), columns) for q in _QUANTILES]
     return Statistic(tuple(name for each in names for name in each), _masked_quantiles)
 
 
@@ -240,17 +246,17 @@ def _masked_quantiles(x: Array, mask: Array | None) -> Array:
 
 
 def _lagged(axis: int, lag: int, name: str, columns: int) -> Statistic:
-    """Mean product of deviations from the mean at points that are `lag` apart along an axis."""
+    """Correlation of points that are `lag` apart along an axis."""
 
     def compute(x: Array, mask: Array | None) -> Array:
-        deviations = _deviations(x, mask)
-        pair = [_shifted(deviations, axis, start, lag) for start in (0, lag)]
+        standard = own_scale(x, mask, _grid(x))
+        pair = [_shifted(standard, axis, start, lag) for start in (0, lag)]
         both = None
         if mask is not None:
             both = _shifted(mask, axis, 0, lag) & _shifted(mask, axis, lag, lag)
         return masked_mean(pair[0] * pair[1], both, _grid(x))
 
-    return Statistic(_named(name, columns), compute, LOGARITHMIC)
+    return Statistic(_named(name, columns), compute)
 
 
 def _shifted(x: Array, axis: int, start: int, lag: int) -> Array:
