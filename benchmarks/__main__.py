@@ -61,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_folder(observations, "--results", "results")
     observations.add_argument("--cases", nargs="+", help="names of the cases (all)")
+    large = _command(commands, "large", _large, "memory of fits to long observations on disk")
+    _add_folder(large, "--results", "results")
     verdict = _command(commands, "verdict", _verdict, "how often a check finds what it should")
     _add_folder(verdict, "--results", "results")
     verdict.add_argument("--repeats", type=int, default=40, help="checks of each posterior (40)")
@@ -313,6 +315,12 @@ def _observations(arguments: argparse.Namespace) -> None:
     from benchmarks.demonstrations import observations
 
     observations.run(arguments.results, arguments.cases)
+
+
+def _large(arguments: argparse.Namespace) -> None:
+    from benchmarks.demonstrations import large
+
+    large.run(arguments.results)
 
 
 def _verdict(arguments: argparse.Namespace) -> None:

@@ -83,11 +83,15 @@ CASES: dict[str, Case] = {
         {"both": None, "each absent with probability 0.5": sf.RandomParts(0.5)},
     ),
     **{
-        name: Case(20_000, {"all": simulators.get(name).observation}, {"all": None})
-        for name in (
-            *("random_field", "lens", "ornstein_uhlenbeck"),
-            *("g_and_k", "stochastic_volatility", "hodgkin_huxley"),
-        )
+        name: Case(simulations, {"all": simulators.get(name).observation}, {"all": None})
+        for name, simulations in {
+            "random_field": 20_000,
+            "lens": 50_000,
+            "ornstein_uhlenbeck": 50_000,
+            "g_and_k": 20_000,
+            "stochastic_volatility": 50_000,
+            "hodgkin_huxley": 50_000,
+        }.items()
     },
 }
 """Cases by the name of their task."""

@@ -5,6 +5,7 @@ Public names: `SETTINGS`, `embedded`.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import sbi_flows as sf
@@ -13,6 +14,9 @@ from simulators import Task
 
 _BRIEF = sf.Training(max_epochs=30, patience=6)
 """Training that ends soon."""
+
+_FAST = sf.Training(max_epochs=16, patience=6, learning_rate=4e-3)
+"""Training with a few large steps."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "normal_set": {
@@ -44,20 +48,40 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "random_field": {
         "density": sf.MAF(),
-        "embedding": sf.ConvNet(),
+        "embedding": sf.ConvNet(width=8),
         "members": 1,
-        "training": sf.Training(max_epochs=10),
+        "training": dataclasses.replace(_FAST, max_epochs=20),
     },
-    "lens": {"embedding": sf.ConvNet(), "members": 1, "training": _BRIEF},
-    "ornstein_uhlenbeck": {"embedding": sf.SeriesNet(), "members": 1, "training": _BRIEF},
+    "lens": {
+        "density": sf.MAF(),
+        "embedding": sf.ConvNet(width=8),
+        "members": 1,
+        "training": _FAST,
+    },
+    "ornstein_uhlenbeck": {
+        "density": sf.MAF(),
+        "embedding": sf.SeriesNet(width=16, blocks=0, heads=2),
+        "members": 1,
+        "training": _FAST,
+    },
     "g_and_k": {
         "density": sf.MAF(),
         "embedding": sf.DeepSet(),
         "members": 1,
-        "training": _BRIEF,
+        "training": dataclasses.replace(_FAST, max_epochs=8),
     },
-    "stochastic_volatility": {"embedding": sf.SeriesNet(), "members": 1, "training": _BRIEF},
-    "hodgkin_huxley": {"embedding": sf.SeriesNet(), "members": 1, "training": _BRIEF},
+    "stochastic_volatility": {
+        "density": sf.MAF(),
+        "embedding": sf.SeriesNet(width=16),
+        "members": 1,
+        "training": _FAST,
+    },
+    "hodgkin_huxley": {
+        "density": sf.MAF(),
+        "embedding": sf.SeriesNet(width=16),
+        "members": 1,
+        "training": _FAST,
+    },
 }
 """Arguments of `sf.NPE` by the name of the task.
 

@@ -30,16 +30,23 @@ from sbi_flows.estimators.emulator import Emulated
 from sbi_flows.observations.origin import fit_origin
 from sbi_flows.observations.screening import dependent_features
 from sbi_flows.observations.shared import SharedAxes
-from sbi_flows.observations.standardise import Standardiser, fit_standardiser
+from sbi_flows.observations.standardise import Standardiser, entry_count, fit_standardiser
 from sbi_flows.observations.typicality import fit_typicality
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.fingerprints import UsedRows
-from sbi_flows.simulations.simulations import Simulations
+from sbi_flows.simulations.simulations import Simulations, observation_shape
 from sbi_flows.training import Stream, TrainingData
 
-SAMPLE_ROWS = 2**16
-"""Number of rows that are loaded into memory if the simulations are on disk."""
+SAMPLE_ROWS, MIN_SAMPLE_ROWS = 2**16, 2**10
+"""Maximum and minimum number of rows that are in memory if the simulations are on disk."""
+
+SAMPLE_ENTRIES, CHUNK_ENTRIES = 2**27, 2**25
+"""Number of entries, above the minimum number of rows, of the rows in memory and of the rows that
+are read at once. They limit the memory for long rows, such as images."""
+
+MIN_CHUNK_ROWS = 2**8
+"""Minimum number of rows that are read at once."""
 
 
 @compiled_per_size
@@ -122,7 +129,9 @@ def rows_in_memory(key: Key, simulations: Simulations) -> tuple[Simulations, np.
     if not simulations.on_disk:
         return simulations.only_valid(), None
     count = simulations.num_valid
-    places = jax.random.choice(key, count, (min(SAMPLE_ROWS, count),), replace=False)
+    entries = entry_count(observation_shape(simulations.x))
+    size = min(SAMPLE_ROWS, max(MIN_SAMPLE_ROWS, SAMPLE_ENTRIES // entries), count)
+    places = jax.random.choice(key, count, (size,), replace=False)
     sample = np.sort(np.asarray(places))
     return simulations[np.flatnonzero(simulations.valid)[sample]], sample
 
@@ -150,7 +159,9 @@ def stream_of(
         relative = standardiser.subtract_origin(chunk.x)
         return _read(prior, blueprint, standardiser._replace(origin=None), chunk.theta, relative)
 
-    return Stream(np.arange(len(numbers)), sample, read)
+    entries = entry_count(observation_shape(simulations.x))
+    max_rows = max(MIN_CHUNK_ROWS, CHUNK_ENTRIES // entries)
+    return Stream(np.arange(len(numbers)), sample, read, max_rows)
 
 
 @compiled_per_size

@@ -19,7 +19,10 @@ BLOCK_ROWS = 1024
 """Number of neighbouring rows in a block. A block is read at once, because this is fast."""
 
 CHUNK_ROWS = 64 * BLOCK_ROWS
-"""Number of rows in a chunk. A chunk combines many blocks from random positions in the file."""
+"""Maximum number of rows in a chunk, which combines blocks from random positions in the file."""
+
+CHUNK_BLOCKS = 16
+"""Minimum number of blocks in a chunk."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +34,18 @@ class Stream:
         sample: Numbers of the rows that are also in memory.
         read: Function that maps row numbers (n,) to standard coordinates (n, d) and features
             (n, C).
+        max_rows: Maximum number of rows in a chunk; it limits the memory if rows are long.
     """
 
     rows: np.ndarray
     sample: np.ndarray
     read: Callable[[np.ndarray], tuple[Array, Array]]
+    max_rows: int = CHUNK_ROWS
 
     @property
     def chunk_size(self) -> int:
         """Number of rows in each chunk."""
-        return min(CHUNK_ROWS, len(self.rows))
+        return min(CHUNK_ROWS, self.max_rows, len(self.rows))
 
     @property
     def num_chunks(self) -> int:
@@ -68,8 +73,9 @@ class Stream:
 
     def _order(self, key: Key) -> list[np.ndarray]:
         """Distribute blocks over chunks at random; return the sorted row numbers of each chunk."""
-        num_blocks = -(-len(self.rows) // BLOCK_ROWS)
+        size = min(BLOCK_ROWS, max(1, self.chunk_size // CHUNK_BLOCKS))
+        num_blocks = -(-len(self.rows) // size)
         order = np.asarray(jax.random.permutation(key, num_blocks))
-        blocks = [self.rows[b * BLOCK_ROWS : (b + 1) * BLOCK_ROWS] for b in order]
+        blocks = [self.rows[b * size : (b + 1) * size] for b in order]
         rows = np.concatenate(blocks)[: self.num_chunks * self.chunk_size]
         return [np.sort(part) for part in np.split(rows, self.num_chunks)]

@@ -50,7 +50,7 @@ def test_summaries_of_a_set_are_moments_and_quantiles_of_present_entries():
                 f"mean[{column}]": entries.mean(),
                 f"mean square[{column}]": np.mean(entries**2),
                 f"mean cube[{column}]": np.mean(entries**3),
-                f"log variance[{column}]": np.log(np.var(entries) + 1e-6) / 4.0,
+                f"log variance[{column}]": np.log(np.var(entries) + 1e-6) / 2.0,
                 f"quantile 0.25[{column}]": np.quantile(entries, 0.25),
                 f"quantile 0.95[{column}]": np.quantile(entries, 0.95),
                 f"minimum[{column}]": entries.min(),
@@ -87,10 +87,10 @@ def test_summaries_of_a_series():
     standard = (row - row[present].mean()) / row[present].std()
     for lag in (1, 5, 34):
         both = present[lag:] & present[:-lag]
-        wanted = np.mean((standard[lag:] * standard[:-lag])[both])
-        np.testing.assert_allclose(values[f"autocorrelation lag {lag}"][0], wanted, atol=1e-4)
+        wanted = np.log(np.mean((standard[lag:] - standard[:-lag])[both] ** 2) + 1e-6) / 2
+        np.testing.assert_allclose(values[f"log variogram lag {lag}"][0], wanted, atol=1e-4)
     both = present[1:] & present[:-1]
-    wanted = np.log(np.mean(np.diff(row)[both] ** 2) + 1e-6) / 4
+    wanted = np.log(np.mean(np.diff(row)[both] ** 2) + 1e-6) / 2
     np.testing.assert_allclose(values["log mean square difference 1"][0], wanted, atol=1e-4)
     wanted = row[5:10][present[5:10]].mean()
     np.testing.assert_allclose(values["cell 1"][0], wanted, atol=1e-4)
@@ -116,8 +116,8 @@ def test_summaries_of_an_image():
     image = np.asarray(x[1], float)
     np.testing.assert_allclose(values["cell 0 1"][1], image[:2, 3:5].mean(), atol=1e-4)
     standard = (image - image.mean()) / image.std()
-    wanted = np.mean(standard[:, 1:] * standard[:, :-1])
-    np.testing.assert_allclose(values["neighbour correlation axis 1"][1], wanted, atol=1e-4)
+    wanted = np.log(np.mean((standard[:, 1:] - standard[:, :-1]) ** 2) + 1e-6) / 2
+    np.testing.assert_allclose(values["log variogram axis 1"][1], wanted, atol=1e-4)
 
 
 def test_the_summaries_of_a_fusion_are_those_of_its_parts():

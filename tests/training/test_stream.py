@@ -99,6 +99,14 @@ def test_an_emulator_of_observations_on_disk_is_refused(stored):
         fit(stored, emulator=sf.Emulator())
 
 
+def test_few_long_rows_are_in_memory(stored, monkeypatch):
+    monkeypatch.setattr(estimator_rows, "SAMPLE_ENTRIES", 700 * DIM)
+    monkeypatch.setattr(estimator_rows, "MIN_SAMPLE_ROWS", 10)
+    rows, sample = estimator_rows.rows_in_memory(jax.random.key(0), stored)
+    assert len(rows) == len(sample) == 700
+    np.testing.assert_array_equal(rows.x, np.asarray(stored.x)[sample])
+
+
 class TestStream:
     def stream(self, rows=100):
         def read(places):
@@ -122,6 +130,13 @@ class TestStream:
     def test_fewer_rows_than_a_chunk_are_one(self):
         ((y, _),) = self.stream(50).chunks(jax.random.key(0))
         assert sorted(np.ravel(y)) == list(range(50))
+
+    def test_chunks_of_long_rows_are_small_and_mix_the_file(self):
+        rows = dataclasses.replace(self.stream(2_000), max_rows=64)
+        chunks = [np.ravel(y) for y, _ in rows.chunks(jax.random.key(0))]
+        assert {len(c) for c in chunks} == {64} and len(chunks) == 31
+        assert len(set(np.concatenate(chunks))) == 31 * 64
+        assert min(np.ptp(c) for c in chunks) > 500
 
     def test_held_out_rows_are_never_read(self):
         rows = self.stream().without(np.array([0, 9]))

@@ -13,11 +13,11 @@ import numpy as np
 from jax import Array
 
 _LOG_FLOOR = 1e-6
-_LOG_SCALE = 4.0
+_LOG_SCALE = 2.0
 
 
 def log_scaled(power: Array) -> Array:
-    """Compute log(power + 1e-6) / 4: finite, and of order one for standardised observations."""
+    """Compute log(power + 1e-6) / 2: finite, and of order one for standardised observations."""
     return jnp.log(power + _LOG_FLOOR) / _LOG_SCALE
 
 
@@ -65,7 +65,7 @@ def log_power(x: Array, edges: np.ndarray, fraction: Array) -> Array:
         fraction: Fraction of entries that are present, shape (1 or B, 1 or C).
 
     Returns:
-        Array (B, K, C), divided by 4 so that it is of order one.
+        Array (B, K, C), divided by 2 so that it is of order one.
     """
     grid = x.shape[1:-1]
     modes = jnp.fft.rfftn(x, axes=tuple(range(1, x.ndim - 1)))

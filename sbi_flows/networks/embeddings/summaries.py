@@ -115,7 +115,7 @@ def set_statistics(shape: tuple[int, ...]) -> list[Statistic]:
 def series_statistics(shape: tuple[int, ...]) -> list[Statistic]:
     """Return the summaries of a series (T, C)."""
     length, columns = shape
-    names = {lag: f"autocorrelation lag {lag}" for lag in _LAGS if lag < length}
+    names = {lag: f"log variogram lag {lag}" for lag in _LAGS if lag < length}
     lags = [[_lagged(0, lag, name, columns)] for lag, name in names.items()]
     differences = [[_difference(order, columns)] for order in (1, 2) if order < length]
     groups = [
@@ -137,7 +137,7 @@ def grid_statistics(shape: tuple[int, ...]) -> list[Statistic]:
     """Return the summaries of an array on a grid, (*grid, C)."""
     columns, grid = shape[-1], shape[:-1]
     neighbours = [
-        [_lagged(axis, 1, f"neighbour correlation axis {axis}", columns)]
+        [_lagged(axis, 1, f"log variogram axis {axis}", columns)]
         for axis, n in enumerate(grid)
         if n > 1
     ]
@@ -246,15 +246,18 @@ def _masked_quantiles(x: Array, mask: Array | None) -> Array:
 
 
 def _lagged(axis: int, lag: int, name: str, columns: int) -> Statistic:
-    """Correlation of points that are `lag` apart along an axis."""
+    """Mean square difference of points that are `lag` apart, relative to the variance, as a log.
+
+    It resolves correlations near 1, and uses all pairs in which both points are present.
+    """
 
     def compute(x: Array, mask: Array | None) -> Array:
         standard = own_scale(x, mask, _grid(x))
-        pair = [_shifted(standard, axis, start, lag) for start in (0, lag)]
+        difference = _shifted(standard, axis, lag, lag) - _shifted(standard, axis, 0, lag)
         both = None
         if mask is not None:
             both = _shifted(mask, axis, 0, lag) & _shifted(mask, axis, lag, lag)
-        return masked_mean(pair[0] * pair[1], both, _grid(x))
+        return log_scaled(masked_mean(difference**2, both, _grid(x)))
 
     return Statistic(_named(name, columns), compute)
 
