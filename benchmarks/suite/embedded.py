@@ -66,9 +66,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "g_and_k": {
         "density": sf.MAF(),
-        "embedding": sf.DeepSet(),
+        "embedding": sf.DeepSet(width=8, layers=0, heads=2),
         "members": 1,
-        "training": dataclasses.replace(_FAST, max_epochs=8),
+        "training": dataclasses.replace(_FAST, max_epochs=40),
     },
     "stochastic_volatility": {
         "density": sf.MAF(),

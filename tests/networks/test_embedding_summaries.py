@@ -38,6 +38,11 @@ def named(settings, x, mask=None):
     return dict(zip(labels, values.T, strict=True))
 
 
+def relative_quantile(entries, level):
+    low, centre, high, q = np.quantile(entries, [0.25, 0.5, 0.75, level])
+    return np.arcsinh((q - centre) / (high - low + 1e-3))
+
+
 def test_summaries_of_a_set_are_moments_and_quantiles_of_present_entries():
     x = observations((11, 2))
     mask = masks(x)
@@ -55,6 +60,7 @@ def test_summaries_of_a_set_are_moments_and_quantiles_of_present_entries():
                 f"quantile 0.95[{column}]": np.quantile(entries, 0.95),
                 f"minimum[{column}]": entries.min(),
                 f"maximum[{column}]": entries.max(),
+                f"relative quantile 0.975[{column}]": relative_quantile(entries, 0.975),
             }
             for name, value in wanted.items():
                 np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-5, err_msg=name)

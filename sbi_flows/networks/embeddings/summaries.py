@@ -37,6 +37,10 @@ from sbi_flows.networks.embeddings.spectrum import (
 _LAGS = (1, 2, 3, 5, 8, 13, 21, 34)
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 """Levels of quantiles; the extremes locate the ends of a support, such as a shortest time."""
+_SHAPE_QUANTILES = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975, 0.99)
+"""Levels of quantiles that show the shape of a distribution."""
+_SMALLEST_WIDTH = 1e-3
+"""Added to the interquartile range, so that relative quantiles are finite."""
 _MOMENTS = ("mean", "mean square", "mean cube")
 PROJECTIONS = 24
 """Number of directions onto which the moments of many columns are projected."""
@@ -108,6 +112,7 @@ def set_statistics(shape: tuple[int, ...]) -> list[Statistic]:
         [_products(columns)],
         [_quantiles(columns)],
         moments[2],
+        [_shape(columns)],
     ]
     return _choose(groups)
 
@@ -229,15 +234,29 @@ def _quantiles(columns: int) -> Statistic:
     return Statistic(tuple(name for each in names for name in each), _masked_quantiles)
 
 
-def _masked_quantiles(x: Array, mask: Array | None) -> Array:
+def _shape(columns: int) -> Statistic:
+    """Interquartile range as a logarithm, and quantiles relative to it and to the median."""
+    levels = (0.25, 0.5, 0.75, *_SHAPE_QUANTILES)
+
+    def compute(x: Array, mask: Array | None) -> Array:
+        low, centre, high, *others = jnp.moveaxis(_masked_quantiles(x, mask, levels), 1, 0)
+        width = high - low
+        relative = [(q - centre) / (width + _SMALLEST_WIDTH) for q in others]
+        # tails enter logarithmically
+        return jnp.stack([log_scaled(width**2), *(soft_clip(r) for r in relative)], axis=1)
+
+    names = ["log interquartile range", *(f"relative quantile {q}" for q in _SHAPE_QUANTILES)]
+    return Statistic(tuple(label for name in names for label in _named(name, columns)), compute)
+
+
+def _masked_quantiles(x: Array, mask: Array | None, levels: Sequence[float] = _QUANTILES) -> Array:
     """Compute quantiles (B, Q, C) over axis 1 of the present entries; zeros if there are none."""
     if mask is None:
         mask = jnp.ones((1, *x.shape[1:]), bool)
     ordered = jnp.sort(jnp.where(mask, x, jnp.full_like(x, _MAX_VALUE)), axis=1)
     count = jnp.sum(mask, axis=1, keepdims=True)
     last = jnp.maximum(count - 1, 0)
-    levels = jnp.asarray(_QUANTILES, x.dtype)[None, :, None]
-    position = levels * last.astype(x.dtype)
+    position = jnp.asarray(levels, x.dtype)[None, :, None] * last.astype(x.dtype)
     position = jnp.broadcast_to(position, (x.shape[0], *position.shape[1:]))
     lower = jnp.floor(position).astype(last.dtype)
     upper = jnp.minimum(lower + 1, last)
