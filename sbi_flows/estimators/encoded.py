@@ -49,7 +49,7 @@ class Encoded:
     Example:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist, sbi_flows as sf
         >>> prior = dist.Normal(0.0, 1.0).expand([1])
-        >>> image = lambda key, theta: theta + jax.random.normal(key, (4, 4))
+        >>> image = lambda key, theta: theta[0] + jax.random.normal(key, (4, 4))
         >>> sims = sf.simulate(jax.random.key(0), prior, image, 200, progress=False)
         >>> npe = sf.NPE(prior, sf.MAF(), training=sf.Training(max_epochs=1), members=1)
         >>> encoded = sf.Encoded(npe, lambda x: x.mean(axis=(1, 2))[:, None])

@@ -72,6 +72,7 @@ def measured(request) -> Measured:
     return Measured(request.param, *outputs)
 
 
+@pytest.mark.slow
 def test_the_inverse_undoes_the_forward_map(measured):
     np.testing.assert_allclose(measured.back, measured.x, atol=1e-7)
     np.testing.assert_allclose(measured.back_log_det, -measured.log_det, atol=1e-7)
@@ -89,6 +90,7 @@ def test_the_points_are_moved(measured):
     assert moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases.BIJECTORS)
 def test_single_precision_is_close_to_double(name):
     """The tests of the priors check the maps to supports."""
@@ -108,6 +110,7 @@ def test_single_precision_is_close_to_double(name):
 EXTREMES = ((1e6, -1e6, 1e6), (-1e6, 1e6, -1e6), (1e6, 0.3, -1e6), (0.1, -1e6, 0.2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "direction"),
     # the inverse is the one that training differentiates
@@ -134,6 +137,7 @@ def test_extreme_inputs_give_finite_values_and_gradients(name, dtype, direction)
             assert np.all(np.isfinite(leaf))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases.BIJECTORS)
 @hypothesis.settings(max_examples=3)
 @hypothesis.given(data=strategies.data())

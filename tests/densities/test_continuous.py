@@ -95,6 +95,7 @@ def test_levels_of_noise_are_those_of_the_papers():
     assert math.sin(sf.VP().ends[0]) ** 2 == pytest.approx(left, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATHS)
 def test_a_solve_carries_noise_to_the_distribution_and_knows_its_density(name):
     flow = exact_flow(PATHS[name])
@@ -367,6 +368,7 @@ def test_exchanged_parameters_have_exchanged_velocities(tokens):
     assert np.max(np.abs(velocity(z[:, :, other]) - velocity(z)[:, :, other])) > 1e-2
 
 
+@pytest.mark.slow
 def test_a_mask_keeps_tokens_apart():
     chain = ((True, False, False), (True, True, False), (False, True, True))
     settings = sf.Tokens(width=8, heads=2, blocks=1, mask=chain)

@@ -65,6 +65,7 @@ def plane(request):
     return Program(request.param, 2)
 
 
+@pytest.mark.slow
 def test_the_start_is_standard_normal(plane):
     z = jax.random.normal(jax.random.key(3), (500, 2))
     exact = jnp.sum(norm.logpdf(z), axis=-1)
@@ -75,6 +76,7 @@ def test_the_start_is_standard_normal(plane):
         np.testing.assert_allclose(started, exact, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_integrates_to_one_and_draws_fall_where_the_density_is(plane):
     """Compare the masses of 16 cells from the density on a grid with those from draws."""
     log_prob = plane.log_prob(plane.perturbed, GRID, CONTEXT)
@@ -102,6 +104,7 @@ def test_the_perturbed_density_depends_on_the_context(plane):
     assert abs(first - second) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [1, 5])
 @pytest.mark.parametrize("name", cases.DENSITIES)
 def test_any_dimension_and_batches_of_contexts(name, dim):

@@ -89,6 +89,7 @@ def test_the_gradient_is_that_of_central_differences(traced):
         np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_batch_is_its_rows_by_vmap_and_by_scan(traced):
     weights, y, features = traced.rows()
 
@@ -110,6 +111,7 @@ def test_a_batch_is_its_rows_by_vmap_and_by_scan(traced):
     assert float(total) == pytest.approx(float(np.sum(batch)))
 
 
+@pytest.mark.slow
 def test_draws_follow_keys_by_vmap_and_by_scan(traced):
     weights, _, features = traced.rows()
     keys = jax.random.split(jax.random.key(4), ROWS)
@@ -127,6 +129,7 @@ def test_draws_follow_keys_by_vmap_and_by_scan(traced):
     np.testing.assert_allclose(single, mapped[0], rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_no_program_calls_back_to_the_host(traced):
     weights, y, features = traced.rows()
     programs = (

@@ -115,6 +115,7 @@ def model(request):
 FEATURES = jnp.array([[0.4, -1.0, 0.2]])
 
 
+@pytest.mark.slow
 def test_a_model_of_an_angle_integrates_to_one_and_draws_as_its_density(model):
     log_prob, draw = model
     y, scores = draw(FEATURES)

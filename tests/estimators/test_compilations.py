@@ -45,6 +45,7 @@ PRIORS: dict[str, tuple[Callable[[], sf.Prior], Callable[[], sf.Prior]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRIORS)
 def test_a_second_fit_compiles_nothing(name):
     first, second = PRIORS[name]

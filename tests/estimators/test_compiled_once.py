@@ -61,6 +61,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_second_fit_with_a_prior_made_anew_compiles_nothing(kind):
     """An equal prior, and one with other parameters."""
@@ -113,6 +114,7 @@ class FirstRows:
         return dataclasses.replace(self, inner=self.inner.with_checkpoint_folder(name))
 
 
+@pytest.mark.slow
 def test_further_rounds_of_the_same_sizes_compile_nothing():
     """The fit of each round; the first one has another kind of prior, which is not cut."""
     estimator = FirstRows(npe(training={"learning_rate": 1e-2}), 190, [])

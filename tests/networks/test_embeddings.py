@@ -42,6 +42,7 @@ from tests.embedding_cases import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_mask_of_true_gives_the_same_as_no_mask(name):
     apply, state = network(name)
@@ -90,6 +91,7 @@ def test_an_observation_without_entries_has_a_constant_embedding(name):
     np.testing.assert_array_equal(values[1], values[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_every_weight_has_a_finite_gradient(name):
     apply, state = network(name)
@@ -147,6 +149,7 @@ def test_the_number_of_elements_matters():
         assert np.max(np.abs(twice - apply(state, x, None))) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "shape"),
     [
@@ -264,6 +267,7 @@ def test_the_state_consists_of_float32_weights(name):
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(module))} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vectors", "transformer", "cube", "fusion"])
 def test_precision_follows_the_observation(name):
     apply, state = network(name)

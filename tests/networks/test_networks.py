@@ -45,6 +45,7 @@ def test_a_new_conditioner_gives_zeros(masked):
 
 
 # hidden widths at and off a multiple of the number of entries
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [(16, 16), (4,), (7, 5, 7)])
 @pytest.mark.parametrize("dim", [1, 4])
 def test_masked_parameters_depend_on_inputs_up_to_their_own(dim, hidden):
@@ -94,6 +95,7 @@ def test_one_context_serves_many_draws():
 
 
 # widths at and off a multiple of the number of entries, and fewer units than these
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [(16, 16), (7, 5, 7), (10, 10, 10), (3,)])
 def test_advancing_input_by_input_gives_the_parameters_of_one_pass(hidden):
     module = conditioner(4, 4, masked=True, hidden=hidden)
@@ -181,12 +183,14 @@ def clouds():
     }
 
 
+@pytest.mark.slow
 def test_the_embedding_of_a_cloud_does_not_depend_on_the_order_of_its_points(cloud):
     x, order = clouds(), np.array([3, 1, 5, 0, 2, 4])
     shuffled = jax.tree.map(lambda a: a[:, order], x)
     np.testing.assert_allclose(cloud(shuffled), cloud(x), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_missing_points_of_a_cloud_are_left_out(cloud):
     x = clouds()
     padded = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 2), (0, 0)), constant_values=7.0), x)

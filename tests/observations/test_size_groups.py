@@ -98,6 +98,7 @@ def test_series_that_end_early_keep_their_first_points():
     np.testing.assert_array_equal(np.where(mask[..., 1], numbers, 0), expected)
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_padded_sets():
     plan, rows = blueprint(), 8
     params, rest = initial_weights(plan, jax.random.key(3), None)

@@ -73,6 +73,7 @@ def fitted(simulate, n=3000, rng=None):
     return known, rows, judge
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("simulate", CASES)
 def test_level_and_power(simulate):
     """At .05 at most 7% of well-specified ones are flagged, and at least 95 of 100 others."""
@@ -201,6 +202,7 @@ GOOD = {"series": jnp.array([0.3, 0.1, 0.2]), "count": jnp.array(3)}
 ODD = {"series": jnp.array([0.3, 0.1, -2.2]), "count": jnp.array(3)}
 
 
+@pytest.mark.slow
 def test_the_report_names_what_is_off(posterior):
     found = posterior.misspecification(ODD)
     assert found.flagged and found.off[0] == "series[2]"
@@ -282,6 +284,7 @@ def test_what_is_remembered_is_bounded(posterior, monkeypatch):
     assert len(gate._tested[posterior.typicality]) <= 2
 
 
+@pytest.mark.slow
 def test_an_embedding_is_looked_at_as_well(embedded):
     """The embedding's own space keeps the level, though the embedding was trained on its rows."""
     fresh = sf.simulate(jax.random.key(7), PRIOR, simulator, 1000, progress=False)

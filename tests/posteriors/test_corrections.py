@@ -46,6 +46,7 @@ def returned(made, tmp_path):
     return again
 
 
+@pytest.mark.slow
 def test_corrected_posteriors_come_back_bit_for_bit(corrected, tmp_path):
     for made in (corrected, corrected.posterior):
         assert said(returned(made, tmp_path)) == said(made)
@@ -85,6 +86,7 @@ def test_the_check_of_a_corrected_posterior_is_its_own(corrected, tmp_path, monk
     assert corrected.record == {"check": {"p": 0.5}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["rbg", "raw"])
 def test_keys_of_every_kind_come_back(corrected, tmp_path, implementation):
     """Those of another generator, and those of JAX before keys had types."""
@@ -96,6 +98,7 @@ def test_keys_of_every_kind_come_back(corrected, tmp_path, implementation):
     np.testing.assert_array_equal(again.score(draws, X), made.score(draws, X))
 
 
+@pytest.mark.slow
 def test_a_file_of_double_precision_loads_in_single(tmp_path):
     with jax.enable_x64(True):
         prior = sf.as_prior({"a": dist.Normal(0.0, 2.0), "b": dist.Uniform(0.0, 1.0)})

@@ -105,6 +105,7 @@ def first(sims):
 THETA = np.array([[0.2, -0.3], [-1.0, 0.5]], np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_fit_starts_at_a_linear_start_that_beats_the_prior(fits, name):
     _, history, _ = fits(name)
@@ -123,6 +124,7 @@ def test_saved_and_loaded(fits, name, tmp_path):
     assert loaded.misspecification(x).p_value == posterior.misspecification(x).p_value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_bound_posteriors_work_inside_jax(fits, name):
     posterior, _, sims = fits(name)
@@ -211,6 +213,7 @@ class Masked(sf.ResidualMLP):
         return super().__call__(jnp.concatenate([x, mask], axis=-1), key=key)
 
 
+@pytest.mark.slow
 def test_modules_of_the_user_read_masks_or_are_refused():
     sims = sf.simulate(jax.random.key(0), PRIOR, trials, 100, progress=False)
     settings = {"missing": sf.RandomEntries(0.3), "training": sf.Training(max_epochs=1)}
@@ -231,6 +234,7 @@ def test_modules_of_the_user_read_masks_or_are_refused():
         plain.fit(jax.random.key(1), sims, progress=False)
 
 
+@pytest.mark.slow
 def test_stacks_mix_embeddings_of_one_kind():
     sims = sf.simulate(jax.random.key(0), PRIOR, trials, 100, progress=False)
     settings = {"members": 1, "training": sf.Training(max_epochs=1)}
@@ -249,6 +253,7 @@ def test_stacks_mix_embeddings_of_one_kind():
             sf.Stack([pair[0], other]).fit(jax.random.key(1), sims, progress=False)
 
 
+@pytest.mark.slow
 def test_an_emulator_adds_rows_with_their_summaries():
     sims = sf.simulate(jax.random.key(0), PRIOR, trials, 150, progress=False)
     quick = sf.Training(max_epochs=1)
@@ -266,6 +271,7 @@ def test_an_emulator_adds_rows_with_their_summaries():
     assert np.all(np.isfinite(posterior.sample(jax.random.key(2), first(sims), 10)))
 
 
+@pytest.mark.slow
 def test_shorter_observations_need_a_fit_that_knows_them():
     sims = sf.simulate(jax.random.key(0), PRIOR, trials, 100, progress=False)
     small = sf.DeepSet(width=8, layers=0, features=2)
@@ -275,6 +281,7 @@ def test_shorter_observations_need_a_fit_that_knows_them():
         posterior.sample(jax.random.key(2), first(sims)[:4], 10)
 
 
+@pytest.mark.slow
 def test_checks_of_patterns_accept_every_size(fits):
     posterior, _, _ = fits("set")
     report = sf.check(jax.random.key(1), posterior, trials, datasets=60, draws=20, progress=False)

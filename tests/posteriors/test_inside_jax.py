@@ -102,6 +102,7 @@ def everything(made, x, theta, key):
     }
 
 
+@pytest.mark.slow
 def test_everything_works_under_a_trace_and_gives_what_calls_give(case):
     made, x, theta, key = case
     traced = everything(made, x, theta, key)

@@ -52,6 +52,7 @@ def test_unconstrained_coordinates_lead_to_the_support_and_back(name):
         np.testing.assert_allclose(log_det, expected, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_its_value_has_the_parameters_shape():
     for name, shape in {"normal": (), "uniform": (2,), "dict": (7,)}.items():
         made = at(PRIORS[name]()).to_numpyro()

@@ -61,6 +61,7 @@ def small(prior: Any, **settings: Any) -> sf.NPE:
     return sf.NPE(prior, density, training=training, members=1, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRIORS)
 def test_copies_of_a_prior_give_the_same_draws_and_densities(name):
     prior = sf.as_prior(PRIORS[name]())
@@ -79,6 +80,7 @@ def test_an_integer_parameter_and_one_from_a_jitted_function_are_kept():
     assert COPIES["pickle"](prior).distributions["theta"].scale == 3.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
 )
@@ -107,6 +109,7 @@ def fitted() -> tuple[sf.NPE, sf.Simulations, sf.Posterior, sf.History]:
     return estimator, simulations, *estimator.fit(KEY, simulations, progress=False)
 
 
+@pytest.mark.slow
 def test_copies_of_a_fit_and_of_all_that_it_needs_are_the_same(fitted):
     estimator, simulations, posterior, history = fitted
     require_equal_copies(simulations, lambda s: (s.theta, s.x, s.valid, s.round))

@@ -64,6 +64,7 @@ CALLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_each_check_and_correction_warns_once_of_training_rows_and_never_of_others(name):
     (message,) = said(lambda: CALLS[name](FITTED, joined(50)))
@@ -97,6 +98,7 @@ def test_equal_keys_of_a_simulation_and_of_a_fit_give_the_same_first_rows():
     assert "1,000 of 1,000" in said(lambda: warn_of_reuse(FITTED, simulated(0), "key"))[0]
 
 
+@pytest.mark.slow
 def test_the_simulations_of_a_local_check_differ_from_those_of_its_split_key():
     for key in jax.random.split(KEY, 3):
         trained = sf.simulate(jax.random.split(key, 4)[0], PRIOR, noisy, 1000, progress=False)
@@ -133,6 +135,7 @@ def test_counts_that_are_equal_by_chance_do_not_warn():
     assert said(lambda: warn_of_reuse(made, mixed, "simulations")) == []
 
 
+@pytest.mark.slow
 def test_corrections_add_the_rows_that_they_used_and_a_composition_keeps_them():
     half, other = FRESH[:300], FRESH[300:]
     right = sf.recalibrate(KEY, FITTED, half, draws=20)

@@ -25,6 +25,7 @@ PRIORS = {
 ENDS = {"angle": (-np.pi, np.pi), "hour": (0.0, 24.0), "vector": (0.0, 24.0), "beta": (0.0, 1.0)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRIORS)
 @pytest.mark.parametrize("x64", [False, True])
 def test_standard_coordinates_are_linear_in_the_value(name, x64):

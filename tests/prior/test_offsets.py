@@ -74,6 +74,7 @@ def fitted():
 X = np.array([T + 0.03, 0.5])
 
 
+@pytest.mark.slow
 @pytest.mark.promotes
 def test_a_posterior_of_an_arrival_time(fitted, tmp_path):
     posterior, sims = fitted

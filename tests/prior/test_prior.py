@@ -41,6 +41,7 @@ def case(request):
     return name, prior, prior.sample(jax.random.key(0), 300)
 
 
+@pytest.mark.slow
 @pytest.mark.newest
 def test_draws_are_inside_the_support(case):
     _, prior, theta = case
@@ -101,6 +102,7 @@ def test_the_prior_is_standard_in_standard_coordinates(case):
         assert np.all(np.isfinite(pushed))
 
 
+@pytest.mark.slow
 def test_no_standard_coordinates_lead_outside(case):
     """Extreme coordinates of both signs map to the outermost number inside the support."""
     name, prior, _ = case
@@ -126,6 +128,7 @@ TAILS = {  # a prior, and places where 1 - cdf has no digits left in single prec
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TAILS)
 def test_both_tails_keep_their_digits(name):
     given, places = TAILS[name]
@@ -177,6 +180,7 @@ ROUNDED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROUNDED)
 def test_draws_that_round_to_a_bound_stay_inside(name):
     prior = sf.as_prior(ROUNDED[name]())
@@ -199,6 +203,7 @@ OUTSIDE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_outside_the_support_the_density_is_zero(name):
     prior = cases.prior(name)

@@ -67,6 +67,7 @@ METHODS: dict[str, Callable] = {
 }
 
 
+@pytest.mark.slow
 def test_every_method_works_under_jit_with_the_prior_closed_over_or_as_an_argument(case):
     _, prior, theta = case
 
@@ -82,6 +83,7 @@ def test_every_method_works_under_jit_with_the_prior_closed_over_or_as_an_argume
         )
 
 
+@pytest.mark.slow
 def test_draws_under_jit_and_vmap_over_keys(case):
     _, prior, theta = case
     drawn = jax.jit(lambda prior, key: prior.sample(key, 6))(prior, KEY)
@@ -91,6 +93,7 @@ def test_draws_under_jit_and_vmap_over_keys(case):
     assert np.all(prior.contains(several))
 
 
+@pytest.mark.slow
 def test_the_density_under_vmap_and_grad(case):
     _, prior, theta = case
     expected = prior.log_prob(theta)
@@ -233,6 +236,7 @@ SAME: dict[str, tuple[Callable[[], sf.Prior], Callable[[], sf.Prior]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAME)
 def test_a_prior_of_the_same_structure_compiles_nothing(name):
     first, second = SAME[name]

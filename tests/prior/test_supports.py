@@ -27,6 +27,7 @@ OWN = {  # supports with a map of our own, and the length of its argument
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OWN)
 def test_own_maps_are_those_of_numpyro(name):
     support, size = OWN[name]
@@ -76,6 +77,7 @@ EDGES = {  # a distribution, and values on the closed edge of its support
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EDGES)
 def test_coordinates_are_finite_on_a_closed_edge(name):
     make, values = EDGES[name]
@@ -112,6 +114,7 @@ def test_covariances_of_any_scale_are_inside():
     assert np.all(in_support(constraints.positive_definite, value))
 
 
+@pytest.mark.slow
 def test_all_draws_of_a_rough_correlation_matrix_are_inside():
     prior = sf.as_prior(dist.LKJ(3, 0.5))
     theta = prior.sample(jax.random.key(1), 20_000)
@@ -146,6 +149,7 @@ def test_ordered_draws_are_set_apart_by_rounding_only():
     np.testing.assert_array_equal(kept[1], theta[1])
 
 
+@pytest.mark.slow
 def test_a_fit_takes_simulations_on_the_edge():
     prior = dist.Beta(0.2, 0.2).expand([1])
     theta = np.random.default_rng(0).beta(0.2, 0.2, (300, 1)).astype(np.float32)

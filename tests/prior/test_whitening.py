@@ -44,6 +44,7 @@ PRIORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRIORS)
 def test_draws_are_standard(name):
     prior = sf.as_prior(PRIORS[name]())

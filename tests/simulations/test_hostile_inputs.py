@@ -34,6 +34,7 @@ def simulations(field, value):
     return unchecked(sf.Simulations, fields.pop("theta"), fields.pop("x"), **fields)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(field=st.sampled_from(["theta", "x", "valid", "round"]), seed=SEEDS)
 def test_simulations_of_anything(field, seed):
@@ -66,6 +67,7 @@ def posteriors():
     return gated(), posterior(PRIOR, ensemble(mixture, PRIOR.bounded, like), like=like)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(seed=SEEDS)
 def test_observations_of_anything(posteriors, seed):

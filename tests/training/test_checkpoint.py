@@ -107,6 +107,7 @@ def test_a_fit_that_ended_is_not_trained_again(tmp_path, whole):
         assert_same(fit(tmp_path), whole)
 
 
+@pytest.mark.slow
 def test_a_fit_that_ended_is_read_without_compiling_anything(tmp_path, whole):
     """As in a new process, where no program is compiled yet."""
     assert_same(fit(tmp_path), whole)
@@ -332,6 +333,7 @@ def check_kill(path, long, chance):
     assert_same(fit(path, max_epochs=LONG, patience=LONG), long)
 
 
+@pytest.mark.slow
 def test_a_process_that_was_killed(tmp_path, long):
     check_kill(tmp_path, long, random.Random(0))
 

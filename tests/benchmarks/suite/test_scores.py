@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.suite import scores
 from sbi_flows.prior import as_prior
+from simulators import Task
 
 
 def test_mmd_is_unbiased_and_sees_a_shift_in_any_units():
@@ -61,6 +62,6 @@ def test_more_than_two_dimensions_are_not_integrated():
 
 def test_the_held_out_loss_is_that_of_the_density():
     prior = as_prior(dist.Normal(0.0, 1.0))
-    task = dataclasses.make_dataclass("Toy", ["simulator"])(lambda key, theta: theta)
+    task = Task(name="toy", prior=prior, simulator=lambda key, theta: theta, citation="none")
     loss = scores.held_out_loss(jax.random.key(0), Known(prior, dist.Normal(0.0, 1.0)), task, 4000)
     assert loss == pytest.approx(0.5 * np.log(2 * np.pi * np.e), abs=0.05)

@@ -72,6 +72,7 @@ def test_unknown_name():
         simulators.get("three_moons")
 
 
+@pytest.mark.slow
 @pytest.mark.promotes
 @pytest.mark.parametrize("name", TRACED)
 def test_shapes_under_jit_and_vmap(name):
@@ -92,6 +93,7 @@ def test_shapes_under_jit_and_vmap(name):
         assert len({values.tobytes() for values in np.asarray(rows)}) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIMULATED)
 def test_observations_are_fixed_and_differ(name):
     task = simulators.get(name)
@@ -213,6 +215,7 @@ def test_shipped_references_match_the_observations_and_have_converged(name):
         assert np.max(np.abs(z)) < 4.5
 
 
+@pytest.mark.slow
 def test_both_spike_trains_share_their_references():
     raw, summed = simulators.bernoulli_glm_raw(), simulators.bernoulli_glm()
     np.testing.assert_allclose(raw.stored_observation(3), summed.stored_observation(3), atol=1e-5)

@@ -83,6 +83,7 @@ def test_decisions_that_are_missing_or_impossible():
     assert all(jnp.all(jnp.isfinite(slope)) for slope in slopes.values())
 
 
+@pytest.mark.slow
 @pytest.mark.promotes
 def test_missing_decisions_do_not_matter():
     x = drift_diffusion.observation(1, trials=20)
