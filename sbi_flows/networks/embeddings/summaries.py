@@ -39,6 +39,8 @@ _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 """Levels of quantiles; the extremes locate the ends of a support, such as a shortest time."""
 _SHAPE_QUANTILES = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975, 0.99)
 """Levels of quantiles that show the shape of a distribution."""
+_MANY = 500
+"""Number of elements from which the shape of a distribution is well known."""
 _SMALLEST_WIDTH = 1e-3
 """Added to the interquartile range, so that relative quantiles are finite."""
 _MOMENTS = ("mean", "mean square", "mean cube")
@@ -112,7 +114,7 @@ def set_statistics(shape: tuple[int, ...]) -> list[Statistic]:
         [_products(columns)],
         [_quantiles(columns)],
         moments[2],
-        [_shape(columns)],
+        [_shape(columns)] if shape[0] >= _MANY else [],
     ]
     return _choose(groups)
 
