@@ -29,7 +29,7 @@ from sbi_flows.networks.embeddings import EmbeddingSettings
 from sbi_flows.networks.embeddings.base import start_at_zero
 from sbi_flows.networks.mlp import fast_key, split_key
 from sbi_flows.observations.missing import MissingPattern, RandomSubset
-from sbi_flows.observations.size_groups import shorten, size_groups
+from sbi_flows.observations.size_groups import shorten, size_groups, weights_of
 
 
 class Conditional(nnx.Module):
@@ -86,26 +86,29 @@ class Conditional(nnx.Module):
         embedding_key, density_key = split_key(key, 2)
         return self.density.loss(density_key, noise, self.context(inputs, embedding_key))
 
+    def whiten_parts(
+        self, y: Array, inputs: Sequence[Array], parts: Sequence[Conditional]
+    ) -> Array:
+        """Map standard coordinates (B, d) to noise, without gradients; see `loss_of_parts`."""
+        pairs = zip(parts, inputs, strict=True)
+        regressors = jnp.concatenate([part.sizes.regressors(given) for part, given in pairs])
+        return jax.lax.stop_gradient(self._start_bijector(regressors).inverse(y))
+
     def loss_of_parts(
-        self, key: Key | None, y: Array, inputs: Sequence[Array], parts: Sequence[Conditional]
+        self, key: Key | None, noise: Array, inputs: Sequence[Array], parts: Sequence[Conditional]
     ) -> Array:
         """Compute the training loss (B,) of parts with observations of different lengths.
 
-        In contrast to `loss`, this method maps y to noise by the linear start, without gradients.
-
         Args:
             key: Random key, which turns dropout on; None turns it off.
-            y: Standard coordinates of all rows (B, d).
+            noise: Noise of all rows (B, d).
             inputs: Inputs of each part, (b, I); the parts follow each other in the batch.
             parts: For each part, this model with the `sizes` of the part; all share the weights.
         """
         embedding_key, density_key = split_key(key, 2)
         keys = [embedding_key] if len(parts) == 1 else split_key(embedding_key, len(parts))
-        triples = list(zip(parts, inputs, keys, strict=True))
+        triples = zip(parts, inputs, keys, strict=True)
         contexts = [part.context(given, k) for part, given, k in triples]
-        regressors = [part.sizes.regressors(given) for part, given, _ in triples]
-        start = self._start_bijector(jnp.concatenate(regressors))
-        noise = jax.lax.stop_gradient(start.inverse(y))
         return self.density.loss(density_key, noise, jnp.concatenate(contexts))
 
     def negative_log_prob(self, noise: Array, inputs: Array) -> tuple[Array, SolverStats]:
@@ -225,20 +228,21 @@ class Blueprint:
         values = jnp.where(keep, values, 0.0)
         return self.inputs(jnp.concatenate([values, keep.astype(mask.dtype)], axis=-1))
 
-    def hide_by_groups(self, key: Key, features: Array) -> list[tuple[Blueprint, Array]]:
+    def hide_by_groups(self, key: Key, features: Array) -> list[tuple[Blueprint, Array, float]]:
         """Hide entries of features (B, 2 C), and cut the arrays of small sets to a smaller length.
 
         Returns:
-            For each part of the batch, in the order of the rows: the blueprint for its length, and
-            its inputs (b, I). It is one part if sets cannot be grouped by size.
+            For each part of the batch, in the order of the rows: the blueprint for its length,
+            its inputs (b, I), and the weight of its rows in the mean loss. It is one part if sets
+            cannot be grouped by size.
         """
         groups = self._size_groups(len(features))
         if not groups:
-            return [(self, self.hide(key, features))]
+            return [(self, self.hide(key, features), 1.0)]
         (shape,), rows = self.sizes.shapes, len(features) // len(groups)
         pair = features.reshape(len(groups), rows, 2, *shape)
         parts = []
-        for i, group in enumerate(groups):
+        for i, (group, weight) in enumerate(zip(groups, weights_of(groups), strict=True)):
             cut_key, hide_key = jax.random.split(jax.random.fold_in(key, i))
             elements = jnp.moveaxis(pair[i], 1, 2)  # (rows, n, 2, ...)
             at_random = cast(RandomSubset, self.missing).order == "random"
@@ -246,7 +250,7 @@ class Blueprint:
             flat = jnp.moveaxis(elements, 2, 1).reshape(rows, -1)
             sizes = dataclasses.replace(self.sizes, shapes=((group.largest, *shape[1:]),))
             shorter = dataclasses.replace(self, sizes=sizes, missing=group)
-            parts.append((shorter, shorter.hide(hide_key, flat)))
+            parts.append((shorter, shorter.hide(hide_key, flat), weight))
         return parts
 
     def _size_groups(self, rows: int) -> tuple[RandomSubset, ...]:

@@ -117,11 +117,20 @@ def encode(encoder: Encoder, x: Obs, *, has_mask: bool) -> Array:
 @partial(jax.jit, static_argnums=2)
 @full_precision
 def _encoded(encoder: Encoder, x: Obs, has_mask: bool) -> Array:
-    mask = None
-    if has_mask:
-        mask = jax.tree.map(lambda a: ~jnp.isnan(a), x)
-        x = jax.tree.map(lambda a, m: jnp.where(m, a, jnp.zeros_like(a)), x, mask)
-    return encoder(x, mask)
+    def one(x: Obs) -> Array:
+        mask = None
+        if has_mask:
+            mask = jax.tree.map(lambda a: ~jnp.isnan(a), x)
+            x = jax.tree.map(lambda a, m: jnp.where(m, a, jnp.zeros_like(a)), x, mask)
+        return encoder(x, mask)
+
+    count = len(jax.tree.leaves(x)[0])
+    if count <= BATCH_ROWS:
+        return one(x)
+    # blocks limit the memory; the last one repeats rows
+    places = jnp.resize(jnp.arange(count), (-(-count // BATCH_ROWS), BATCH_ROWS))
+    codes = jax.lax.map(lambda at: one(jax.tree.map(lambda a: a[at], x)), places)
+    return codes.reshape(-1, *codes.shape[2:])[:count]
 
 
 def encoded_rows(encoder: Encoder, x: Obs, *, has_mask: bool, progress: bool) -> np.ndarray:
@@ -156,10 +165,11 @@ def _require_rows_alone(encoder: Encoder, batch: Obs, codes: np.ndarray, has_mas
     few = jax.tree.map(lambda a: a[:2], batch)
     alone = np.asarray(encode(encoder, few, has_mask=has_mask))
     # NaN is ignored here; `Encoded.fit` counts rows with codes that are not finite
-    difference = np.nanmax(np.abs(alone - codes[:2]), initial=0.0)
-    if difference > TOLERANCE * np.nanmax(np.abs(codes[:2]), initial=1e-30):
+    difference = np.abs(alone - codes[:2])
+    scale = np.nanmax(np.abs(codes), axis=0, initial=1e-30)
+    if np.any(difference > TOLERANCE * scale[None]):
         raise ValueError(
             "network: expected the same code for an observation in every batch, got codes that "
-            f"differ by {difference:.2g}; set BatchNorm and Dropout to evaluation with "
+            f"differ by {np.nanmax(difference):.2g}; set BatchNorm and Dropout to evaluation with "
             "network.eval()"
         )

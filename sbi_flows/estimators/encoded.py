@@ -20,13 +20,13 @@ from sbi_flows.densities.encoder import (
     takes_mask,
 )
 from sbi_flows.estimators.base import Estimator, FitHistory
-from sbi_flows.observations.standardise import rows_on_host
+from sbi_flows.observations.standardise import entry_count, rows_on_host
 from sbi_flows.posteriors.encoded import EncodedPosterior
 from sbi_flows.simulations.fingerprints import UsedRows
 from sbi_flows.simulations.simulations import Simulations, observation_shape
 
-_BLOCK_ROWS = 4096
-"""Number of rows in which missing entries are looked for at once."""
+_BLOCK_ENTRIES = 2**22
+"""Number of entries in which missing ones are looked for at once."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,11 +106,13 @@ class Encoded:
         theta = simulations.aligned(self.estimator.prior).theta
         coded = Simulations(theta, codes, valid=valid, round=simulations.round)
         posterior, history = self.estimator.fit(key, coded, progress=progress)
+        first = np.flatnonzero(valid)[:2]
         own = EncodedPosterior(
             posterior,
             encoder,
             observation_shape(simulations.x),
             _can_miss(simulations) if has_mask else None,
+            jax.tree.map(lambda a: np.asarray(a[first]), simulations.x),
             UsedRows.of(simulations, posterior.prior),
             posterior.record,
         )
@@ -120,8 +122,9 @@ class Encoded:
 def _can_miss(simulations: Simulations) -> np.ndarray:
     """Return whether each entry of a flattened observation is missing in any valid row, (C,)."""
     found, valid = [], np.asarray(simulations.valid)
-    for start in range(0, len(simulations), _BLOCK_ROWS):
-        rows = slice(start, start + _BLOCK_ROWS)
+    size = max(1, _BLOCK_ENTRIES // entry_count(observation_shape(simulations.x)))
+    for start in range(0, len(simulations), size):
+        rows = slice(start, start + size)
         block = jax.tree.map(lambda a, rows=rows: a[rows], simulations.x)
         found.append(np.isnan(rows_on_host(block)[valid[rows]]).any(axis=0))
     return np.any(np.stack(found), axis=0)

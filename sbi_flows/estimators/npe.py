@@ -284,7 +284,9 @@ class NPE:
         blueprint = self._blueprint(observation, screened, standardiser)
         stream = None
         if sample is not None:
-            stream = stream_of(self.prior, blueprint, standardiser, simulations, sample)
+            stream = stream_of(
+                self.prior, blueprint, standardiser, simulations, sample, self.training
+            )
         selected = dataclasses.replace(
             data, features=training_inputs(blueprint, data.features), stream=stream
         )

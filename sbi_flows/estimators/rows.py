@@ -36,7 +36,7 @@ from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.fingerprints import UsedRows
 from sbi_flows.simulations.simulations import Simulations, observation_shape
-from sbi_flows.training import Stream, TrainingData
+from sbi_flows.training import Stream, Training, TrainingData
 
 SAMPLE_ROWS, MIN_SAMPLE_ROWS = 2**16, 2**10
 """Maximum and minimum number of rows that are in memory if the simulations are on disk."""
@@ -142,6 +142,7 @@ def stream_of(
     standardiser: Standardiser,
     simulations: Simulations,
     sample: np.ndarray,
+    training: Training,
 ) -> Stream:
     """Return a stream that reads valid rows of simulations on disk during training.
 
@@ -151,6 +152,7 @@ def stream_of(
         standardiser: Standardiser that maps observations to features.
         simulations: Simulations on disk.
         sample: Indices, among the valid rows, of the rows that are in memory.
+        training: Settings of the fit.
     """
     numbers = np.flatnonzero(simulations.valid)
 
@@ -161,7 +163,8 @@ def stream_of(
 
     entries = entry_count(observation_shape(simulations.x))
     max_rows = max(MIN_CHUNK_ROWS, CHUNK_ENTRIES // entries)
-    return Stream(np.arange(len(numbers)), sample, read, max_rows)
+    batch = training.batch(len(numbers))
+    return Stream(np.arange(len(numbers)), sample, read, max_rows, batch)
 
 
 @compiled_per_size

@@ -8,7 +8,6 @@ Source: Satorras, Hoogeboom & Welling 2021, "E(n) Equivariant Graph Neural Netwo
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -97,8 +96,9 @@ class PointCloud(nnx.Module):
         points, marks = self._parts(x)
         present = None
         if mask is not None:
-            leaves = [jnp.all(leaf, axis=-1) for leaf in jax.tree.leaves(mask)]
-            present = functools.reduce(jnp.logical_and, leaves)
+            present = jnp.all(mask["points"] if isinstance(mask, Mapping) else mask, axis=-1)
+            if self.marks:
+                present &= jnp.all(mask["marks"], axis=-1)
         parts = points, marks, present
         batch_size = max(1, _MAX_PAIRS // points.shape[-2] ** 2)
         if points.ndim != 3 or len(points) <= batch_size:

@@ -2,10 +2,10 @@
 
 A fit that hides a random number of trials would compute hidden trials as well. Instead, each batch
 is divided into groups of equal numbers of rows; the arrays of a group are only as long as its
-largest set. The distribution of sizes stays the same, apart from rounding: the groups have equal
-ranges of the logarithm of the size.
+largest set. The groups have about equal ranges of the logarithm of the size. Weights of the rows
+make up for the rounding, so that the distribution of sizes stays the same.
 
-Public names: `MAX_GROUPS`, `size_groups`, `shorten`.
+Public names: `MAX_GROUPS`, `size_groups`, `weights_of`, `shorten`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -44,15 +45,30 @@ def size_groups(pattern: RandomSubset, rows: int) -> tuple[RandomSubset, ...]:
         return ()
     ratio = (pattern.largest + 1) / pattern.smallest
     count = min(MAX_GROUPS, int(math.log(ratio) / math.log(_SMALLEST_RATIO)))
-    while count > 1 and rows % count:
+    edges = _edges(pattern.smallest, ratio, count)
+    while count > 1 and (rows % count or len(set(edges)) <= count):
         count -= 1
+        edges = _edges(pattern.smallest, ratio, count)
     if count < 2:
         return ()
-    edges = [round(pattern.smallest * ratio ** (i / count)) for i in range(count + 1)]
     return tuple(
         dataclasses.replace(pattern, smallest=low, largest=high - 1, order="first")
         for low, high in itertools.pairwise(edges)
     )
+
+
+def _edges(smallest: int, ratio: float, count: int) -> list[int]:
+    return [round(smallest * ratio ** (i / count)) for i in range(count + 1)] if count else []
+
+
+def weights_of(groups: Sequence[RandomSubset]) -> list[float]:
+    """Return the probability of each group, times the number of groups.
+
+    The rows of a group are weighted by this number, because the rounded ranges of sizes do not have
+    exactly equal probabilities.
+    """
+    logs = [math.log((group.largest + 1) / group.smallest) for group in groups]
+    return [len(groups) * each / sum(logs) for each in logs]
 
 
 def shorten(key: Key, x: Array, length: int, *, at_random: bool) -> Array:

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 from jax import Array
 
@@ -23,7 +24,15 @@ from sbi_flows.densities.encoder import Encoder, Network, encode
 from sbi_flows.observations.batches import COMPLETE, Missing, as_batch
 from sbi_flows.observations.typicality import Typicality
 from sbi_flows.posteriors.base import AbstractPosterior
-from sbi_flows.posteriors.codec_encoded import CAN_MISS, ENCODED, PROBE, probe, require_same_codes
+from sbi_flows.posteriors.codec_encoded import (
+    CAN_MISS,
+    CODES,
+    ENCODED,
+    codes_of,
+    example_arrays,
+    examples_of,
+    require_same_codes,
+)
 from sbi_flows.posteriors.codec_rows import ROWS
 from sbi_flows.posteriors.writing import content_of
 from sbi_flows.prior.prior import Prior
@@ -46,6 +55,7 @@ class EncodedPosterior(AbstractPosterior):
         observation: Shape and dtype of one observation (`jax.ShapeDtypeStruct` leaves).
         can_miss: Whether each entry of a flattened observation can be missing (NaN), shape (C,);
             None if observations must be complete.
+        examples: Two training observations (2, *event); a file holds them to recognise the network.
         own_rows: Fingerprints of the training simulations; None if they are not known.
         record: Facts about the fit, as for `Posterior`.
     """
@@ -54,6 +64,7 @@ class EncodedPosterior(AbstractPosterior):
     encoder: Encoder
     observation: Obs
     can_miss: Any = None
+    examples: Obs | None = None
     own_rows: UsedRows | None = None
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -132,7 +143,10 @@ class EncodedPosterior(AbstractPosterior):
         """
         has_mask = self.can_miss is not None
         fields = {"observation": encode_observation(self.observation), "has_missing": has_mask}
-        tensors = {PROBE: probe(self.encoder, self.observation, has_mask=has_mask)}
+        if self.examples is None:
+            raise ValueError("posterior: expected one as `Encoded.fit` returns it, with examples")
+        codes = codes_of(self.encoder, self.examples, has_mask=has_mask)
+        tensors = {CODES: codes, **example_arrays(self.examples)}
         if has_mask:
             tensors[CAN_MISS] = np.asarray(self.can_miss, np.uint8)
         if self.own_rows is not None:
@@ -160,11 +174,15 @@ class EncodedPosterior(AbstractPosterior):
             )
         observation = decode_observation(layer.fields["observation"], keep_doubles=True)
         encoder, has_mask = Encoder.of(network), bool(layer.fields["has_missing"])
-        require_same_codes(encoder, observation, layer.tensors[PROBE], has_mask=has_mask)
+        examples, codes = examples_of(layer.tensors, observation), layer.tensors[CODES]
+        require_same_codes(encoder, examples, codes, has_mask=has_mask)
+        given = [leaf.shape for leaf in jax.tree.leaves(posterior.observation)]
+        if given != [codes.shape[1:]]:
+            raise ArtefactError(f"codes: expected those of a posterior given {given}, got others")
         can_miss = layer.tensors[CAN_MISS] > 0 if has_mask else None
         rows = UsedRows(layer.tensors[ROWS]) if ROWS in layer.tensors else None
         record = ReadOnlyDict(layer.record)
-        return cls(posterior, encoder, observation, can_miss, rows, record)
+        return cls(posterior, encoder, observation, can_miss, examples, rows, record)
 
     def _batch(self, x: Obs) -> tuple[Obs, bool]:
         """Return checked observations (B, *event), and whether x was a single observation."""
@@ -196,5 +214,5 @@ register_pytree(
     EncodedPosterior,
     leaves=("posterior", "encoder", "can_miss"),
     static=("observation",),
-    facts={"own_rows": None, "record": {}},
+    facts={"examples": None, "own_rows": None, "record": {}},
 )

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array
@@ -365,10 +366,14 @@ def _hidden_losses(plan: Plan, params: Array, rest: Any) -> Any:
 
     def losses(key: Key, y: Array, features: Array) -> Array:
         key, mask_key = split_keys(key, 2)
-        blueprints, inputs = zip(*plan.blueprint.hide_by_groups(mask_key, features), strict=True)
+        hidden = plan.blueprint.hide_by_groups(mask_key, features)
+        blueprints, inputs, weights = zip(*hidden, strict=True)
         parts = [_model(blueprint, params, rest) for blueprint in blueprints]
+        noise = parts[0].whiten_parts(y, inputs, parts)
         with precision_context(plan.training.matmul_precision):
-            return parts[0].loss_of_parts(key, y, inputs, parts)
+            losses = parts[0].loss_of_parts(key, noise, inputs, parts)
+        repeats = [len(given) for given in inputs]
+        return losses * np.repeat(np.asarray(weights, losses.dtype), repeats)
 
     return losses
 

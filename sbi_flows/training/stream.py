@@ -35,17 +35,20 @@ class Stream:
         read: Function that maps row numbers (n,) to standard coordinates (n, d) and features
             (n, C).
         max_rows: Maximum number of rows in a chunk; it limits the memory if rows are long.
+        batch: Number of rows of which a chunk is a multiple, and has at least one.
     """
 
     rows: np.ndarray
     sample: np.ndarray
     read: Callable[[np.ndarray], tuple[Array, Array]]
     max_rows: int = CHUNK_ROWS
+    batch: int = 1
 
     @property
     def chunk_size(self) -> int:
         """Number of rows in each chunk."""
-        return min(CHUNK_ROWS, self.max_rows, len(self.rows))
+        size = min(CHUNK_ROWS, self.max_rows)
+        return min(max(self.batch, size - size % self.batch), len(self.rows))
 
     @property
     def num_chunks(self) -> int:

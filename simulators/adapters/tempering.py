@@ -76,8 +76,9 @@ class TemperedReference:
             raise ReferenceFailed(
                 f"expected R-hat <= {MAX_RHAT} between populations, got {rhat:.3f}"
             )
-        rows = jnp.swapaxes(populations, 0, 1).reshape(-1, populations.shape[-1])
-        return rows[jnp.linspace(0, len(rows) - 1, n).astype(int)]
+        each = -(-n // POPULATIONS)
+        chosen = populations[:, jnp.linspace(0, populations.shape[1] - 1, each).astype(int)]
+        return jnp.swapaxes(chosen, 0, 1).reshape(-1, populations.shape[-1])[:n]
 
 
 class _State(NamedTuple):

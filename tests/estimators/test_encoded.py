@@ -124,6 +124,29 @@ def test_file(sims, network, fitted, tmp_path):
         sf.coverage(jax.random.key(4), again, simulations=sims, draws=20, progress=False)
 
 
+def test_files_of_networks_for_positive_or_whole_numbers(tmp_path):
+    prior = {"rate": dist.Gamma(5.0, 1.0)}
+    npe = dataclasses.replace(BRIEF, prior=sf.as_prior(prior))
+
+    def counts(key, theta):
+        return jax.random.poisson(key, theta["rate"], (SIDE,)) + 1
+
+    def network(x):
+        return jnp.log(x.astype(float)).mean(axis=1, keepdims=True) * jnp.array([[1.0, 1e6]])
+
+    def other(x):
+        return network(x) * jnp.array([[1.5, 1.0]])
+
+    sims = sf.simulate(jax.random.key(0), prior, counts, 100, progress=False)
+    posterior, _ = sf.Encoded(npe, network).fit(jax.random.key(1), sims, progress=False)
+    posterior.save(tmp_path / "counts.sbif")
+    again = sf.load(tmp_path / "counts.sbif", network=network)
+    key, x = jax.random.key(2), sims.x[0]
+    np.testing.assert_array_equal(again.sample(key, x, 5), posterior.sample(key, x, 5))
+    with pytest.raises(ArtefactError, match="codes differ by"):
+        sf.load(tmp_path / "counts.sbif", network=other)
+
+
 def test_is_checked_and_corrected_with_observations_before_the_encoding(fitted, network, tmp_path):
     posterior = fitted[0]
     fresh = sf.simulate(jax.random.key(7), PRIOR, image, 200, progress=False)

@@ -9,7 +9,7 @@ from flax import nnx
 import sbi_flows as sf
 from sbi_flows.densities.conditional import Blueprint, graph_of, initial_weights
 from sbi_flows.densities.sizes import Sizes
-from sbi_flows.observations.size_groups import MAX_GROUPS, size_groups
+from sbi_flows.observations.size_groups import MAX_GROUPS, size_groups, weights_of
 
 PATTERN = sf.RandomSubset(3, 40)
 TREE = jax.tree.structure(0)
@@ -35,7 +35,7 @@ def features(rows):
 def joined(plan, rows=ROWS):
     """Values and masks (rows, 50, 2) of all parts, padded to full length."""
     padded = []
-    for part, inputs in plan.hide_by_groups(jax.random.key(0), features(rows)):
+    for part, inputs, _ in plan.hide_by_groups(jax.random.key(0), features(rows)):
         x, mask = part.sizes.observations(inputs)
         pad = ((0, 0), (0, 50 - x.shape[1]), (0, 0))
         padded.append((jnp.pad(x, pad), jnp.pad(mask, pad)))
@@ -49,20 +49,31 @@ def test_groups_cover_all_sizes_once():
     assert sizes == list(range(3, 41))
 
 
+def test_every_range_of_sizes_is_covered_with_its_probability():
+    for smallest in range(1, 8):
+        for largest in range(smallest, 60):
+            groups = size_groups(sf.RandomSubset(smallest, largest), 64)
+            sizes = [n for g in groups for n in range(g.smallest, g.largest + 1)]
+            assert sizes == (list(range(smallest, largest + 1)) if groups else [])
+            weights = np.asarray(weights_of(groups)) / max(len(groups), 1)
+            logs = [np.log((g.largest + 1) / g.smallest) for g in groups]
+            np.testing.assert_allclose(weights * sum(logs), logs)
+
+
 @pytest.mark.parametrize(
     "pattern", [sf.RandomSubset(0, 40), sf.RandomSubset(30, 40)], ids=["empty sets", "alike"]
 )
 def test_no_groups_where_they_would_be_wrong_or_useless(pattern):
     assert size_groups(pattern, ROWS) == ()
     plan = blueprint(pattern=pattern)
-    assert [part for part, _ in plan.hide_by_groups(jax.random.key(0), features(8))] == [plan]
+    assert [part for part, _, _ in plan.hide_by_groups(jax.random.key(0), features(8))] == [plan]
 
 
 def test_one_part_unless_the_embedding_reads_any_length():
     key = jax.random.key(0)
     for embedding in (None, sf.SeriesNet(width=4, heads=2)):
         plan = blueprint(embedding)
-        ((part, inputs),) = plan.hide_by_groups(key, features(8))
+        ((part, inputs, _),) = plan.hide_by_groups(key, features(8))
         assert part == plan
         np.testing.assert_array_equal(inputs, plan.hide(key, features(8)))
 
@@ -104,12 +115,15 @@ def test_the_loss_is_that_of_padded_sets():
     params, rest = initial_weights(plan, jax.random.key(3), None)
     params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(4), a.shape), params)
     hidden = plan.hide_by_groups(jax.random.key(0), features(rows))
-    parts = [nnx.merge(graph_of(part), params, rest) for part, _ in hidden]
+    parts = [nnx.merge(graph_of(part), params, rest) for part, _, _ in hidden]
     y = jax.random.normal(jax.random.key(5), (rows, 2))
-    got = parts[0].loss_of_parts(None, y, [inputs for _, inputs in hidden], parts)
+    inputs = [given for _, given, _ in hidden]
+    noise = parts[0].whiten_parts(y, inputs, parts)
+    got = parts[0].loss_of_parts(None, noise, inputs, parts)
     x, mask = joined(plan, rows)
     flat = jnp.concatenate([x.reshape(rows, -1), mask.reshape(rows, -1).astype(x.dtype)], axis=1)
-    model, inputs = nnx.merge(graph_of(plan), params, rest), plan.inputs(flat)
-    noise, _ = model.whiten(y, inputs)
-    np.testing.assert_allclose(got, model.loss(None, noise, inputs), atol=1e-4)
+    model = nnx.merge(graph_of(plan), params, rest)
+    wanted, _ = model.whiten(y, plan.inputs(flat))
+    np.testing.assert_allclose(noise, wanted, atol=1e-4)
+    np.testing.assert_allclose(got, model.loss(None, wanted, plan.inputs(flat)), atol=1e-4)
     assert len(parts) == MAX_GROUPS
