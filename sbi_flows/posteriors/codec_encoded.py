@@ -102,7 +102,7 @@ def require_same_codes(
     if codes.shape != saved.shape:
         raise ArtefactError(f"network: expected codes (B, {saved.shape[1]}), got {codes.shape[1]}")
     size = np.max(np.abs(saved), axis=0)
-    scale = np.maximum(size, TOLERANCE * np.max(size, initial=1e-30))
+    scale = np.maximum(size, TOLERANCE**2 * np.max(size, initial=1e-30))
     difference = np.abs(codes - saved)
     if not np.all(difference <= TOLERANCE * scale[None]):
         raise ArtefactError(
