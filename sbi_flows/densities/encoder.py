@@ -26,7 +26,8 @@ BATCH_ROWS = 256
 """Number of rows that are encoded in one compiled call."""
 
 TOLERANCE = 1e-3
-"""Maximum difference between the codes of one row in two batches, relative to the largest code."""
+"""Maximum difference between the codes of one row in two batches, relative to the largest code of
+the same column."""
 
 Network = nnx.Module | Callable[..., Array]
 """A flax module, or a pure JAX function, that maps observations (B, *event) to codes (B, F)."""

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from sbi_flows.core.checks import require_object
+from sbi_flows.core.doubles import is_double
 from sbi_flows.core.typing import Key
 from sbi_flows.densities.encoder import (
     Encoder,
@@ -24,6 +25,7 @@ from sbi_flows.observations.standardise import entry_count, rows_on_host
 from sbi_flows.posteriors.encoded import EncodedPosterior
 from sbi_flows.simulations.fingerprints import UsedRows
 from sbi_flows.simulations.simulations import Simulations, observation_shape
+from sbi_flows.training.record import of_fit
 
 _BLOCK_ENTRIES = 2**22
 """Number of entries in which missing ones are looked for at once."""
@@ -38,11 +40,10 @@ class Encoded:
     `embedding` of `NPE`, in contrast, is trained together with the density.
 
     Attributes:
-        estimator: `NPE` or `Stack` for codes (F,), without an embedding of its own, and without
-            `missing`: hide entries of the simulations before the fit, by `Simulations.hide`.
+        estimator: `NPE` or `Stack` for codes (F,), without `missing`: hide entries of the
+            simulations before the fit, by `Simulations.hide`.
         network: Trained flax module, or JAX function, from observations (B, *event) in the user's
-            units to codes (B, F). Numbers are in JAX's precision: subtract large offsets, as of
-            Julian dates, before. Modules with BatchNorm or Dropout must be set to evaluation by
+            units to codes (B, F). Modules with BatchNorm or Dropout must be set to evaluation by
             `network.eval()`. If observations lack entries, it must have an argument `mask`: for
             each array, True where an entry is present. Missing entries of x are then zero.
 
@@ -86,9 +87,10 @@ class Encoded:
             The posterior given observations before the encoding, and the history of the fit.
 
         Raises:
-            ValueError: The network has no argument `mask` although entries are missing; it returns
-                no array (B, F), or codes that are not finite; or the code of an observation depends
-                on the other observations of a batch. See also `NPE.fit`.
+            ValueError: Single precision cannot hold the observations, and JAX is not in double
+                precision; the network has no argument `mask` although entries are missing; it
+                returns no array (B, F), or codes that are not finite; or the code of an observation
+                depends on the other observations of a batch. See also `NPE.fit`.
         """
         require_object("simulations", simulations, Simulations, "sf.Simulations")
         has_mask = simulations.missing
@@ -96,6 +98,11 @@ class Encoded:
             raise ValueError(
                 "network: expected an argument `mask`, True where an entry is present, because "
                 "entries are missing; write def network(x, mask=None)"
+            )
+        if any(map(is_double, jax.tree.leaves(simulations.x))):
+            raise ValueError(
+                "x: expected numbers that single precision holds, because the network computes in "
+                "it; subtract large offsets first, or set jax_enable_x64"
             )
         encoder = Encoder.of(self.network)
         codes = encoded_rows(encoder, simulations.x, has_mask=has_mask, progress=progress)
@@ -114,7 +121,7 @@ class Encoded:
             _can_miss(simulations) if has_mask else None,
             jax.tree.map(lambda a: np.asarray(a[first]), simulations.x),
             UsedRows.of(simulations, posterior.prior),
-            posterior.record,
+            of_fit(self.estimator, simulations, history),
         )
         return own, history
 

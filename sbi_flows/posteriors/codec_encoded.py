@@ -41,7 +41,7 @@ class EncodedCodec(LayerCodec):
 
     def require(self, header: Header, dim: int, table: Mapping[str, Entry]) -> tuple[str, ...]:
         """Check the fields and the tensors; see `LayerCodec.require`."""
-        observation = decode_observation(header.fields["observation"], keep_doubles=True)
+        observation = decode_observation(header.fields["observation"])
         flag = header.fields["has_missing"]
         has_missing = expect_type(f"{header.name}.has_missing", flag, bool, "a truth value")
         name, float64 = f"{header.prefix}/{CODES}", np.dtype(np.float64)

@@ -101,13 +101,14 @@ class EncodedPosterior(AbstractPosterior):
 
     @property
     def has_own_regions(self) -> bool:
-        """Whether the base posterior has credible regions of its own."""
+        """Return True if the base posterior has credible regions of its own."""
         return self.posterior.has_own_regions
 
     @property
     def space_labels(self) -> tuple[str, ...]:
         """Names of the entries of a code: code[0], code[1], ..."""
-        return tuple(f"code{label.removeprefix('x')}" for label in self.posterior.space_labels)
+        labels = self.posterior.space_labels
+        return tuple(f"code{name[1:]}" if name.startswith("x[") else name for name in labels)
 
     @property
     def missing(self) -> Missing:
@@ -172,7 +173,7 @@ class EncodedPosterior(AbstractPosterior):
                 "expected the network of the fit, which the file does not contain; pass it: "
                 "load(path, network=...)"
             )
-        observation = decode_observation(layer.fields["observation"], keep_doubles=True)
+        observation = decode_observation(layer.fields["observation"])
         encoder, has_mask = Encoder.of(network), bool(layer.fields["has_missing"])
         examples, codes = examples_of(layer.tensors, observation), layer.tensors[CODES]
         require_same_codes(encoder, examples, codes, has_mask=has_mask)

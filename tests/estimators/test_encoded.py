@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+import pandas as pd
 import pytest
 from flax import nnx
 
@@ -204,6 +205,25 @@ def test_failed_rows_and_rows_on_disk(sims, network, tmp_path):
         fits.append(sf.Encoded(BRIEF, network).fit(jax.random.key(1), given, progress=False))
     losses = [history.validation_loss for _, history in fits]
     np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_columns_of_tables_are_matched_by_name():
+    prior = {"mean": dist.Normal(0.0, 1.0)}
+    npe = dataclasses.replace(BRIEF, prior=sf.as_prior(prior))
+    theta = np.asarray(jax.random.normal(jax.random.key(0), (100, 1)))
+    x = pd.DataFrame({"near": theta[:, 0] + 0.1, "far": 100.0 + theta[:, 0] ** 2})
+    given = sf.Simulations(theta, x)
+    posterior, _ = sf.Encoded(npe, lambda x: x).fit(jax.random.key(1), given, progress=False)
+    key, row = jax.random.key(2), x.iloc[:1]
+    expected = posterior.sample(key, row, 5)
+    np.testing.assert_array_equal(posterior.sample(key, row[["far", "near"]], 5), expected)
+
+
+def test_numbers_that_the_network_would_round_are_refused():
+    dates = 2459000.5 + np.linspace(0.0, 0.1, 300 * SIDE).reshape(300, SIDE)
+    given = sf.Simulations(np.zeros((300, 2)), dates)
+    with pytest.raises(ValueError, match="single precision holds"):
+        sf.Encoded(BRIEF, lambda x: x).fit(jax.random.key(1), given)
 
 
 def test_a_stack_can_be_encoded(sims, network):
