@@ -5,18 +5,22 @@ Public names: `SETTINGS`, `embedded`.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import sbi_flows as sf
 from benchmarks.suite.records import BadInput
+from sbi_flows.networks.embeddings import EmbeddingSettings
 from simulators import Task
 
 _BRIEF = sf.Training(max_epochs=30, patience=6)
 """Training that ends soon."""
 
-_FAST = sf.Training(max_epochs=16, patience=6, learning_rate=4e-3)
-"""Training with a few large steps."""
+
+def _fast(embedding: EmbeddingSettings, epochs: int = 16) -> dict[str, Any]:
+    """Return settings of one member that trains with large steps."""
+    training = sf.Training(max_epochs=epochs, patience=6, learning_rate=4e-3)
+    return {"density": sf.MAF(), "embedding": embedding, "members": 1, "training": training}
+
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "normal_set": {
@@ -46,42 +50,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "members": 2,
         "training": _BRIEF,
     },
-    "random_field": {
-        "density": sf.MAF(),
-        "embedding": sf.ConvNet(width=8),
-        "members": 1,
-        "training": dataclasses.replace(_FAST, max_epochs=20),
-    },
-    "lens": {
-        "density": sf.MAF(),
-        "embedding": sf.ConvNet(width=8),
-        "members": 1,
-        "training": _FAST,
-    },
-    "ornstein_uhlenbeck": {
-        "density": sf.MAF(),
-        "embedding": sf.SeriesNet(width=16, blocks=0, heads=2),
-        "members": 1,
-        "training": _FAST,
-    },
-    "g_and_k": {
-        "density": sf.MAF(),
-        "embedding": sf.DeepSet(width=8, layers=0, heads=2),
-        "members": 1,
-        "training": dataclasses.replace(_FAST, max_epochs=40),
-    },
-    "stochastic_volatility": {
-        "density": sf.MAF(),
-        "embedding": sf.SeriesNet(width=16),
-        "members": 1,
-        "training": _FAST,
-    },
-    "hodgkin_huxley": {
-        "density": sf.MAF(),
-        "embedding": sf.SeriesNet(width=16),
-        "members": 1,
-        "training": _FAST,
-    },
+    "random_field": _fast(sf.ConvNet(width=8), 20),
+    "lens": _fast(sf.ConvNet(width=8)),
+    "ornstein_uhlenbeck": _fast(sf.SeriesNet(width=16, blocks=0, heads=2)),
+    "g_and_k": _fast(sf.DeepSet(width=8, layers=0, heads=2), 40),
+    "stochastic_volatility": _fast(sf.SeriesNet(width=16)),
+    "hodgkin_huxley": _fast(sf.SeriesNet(width=16)),
 }
 """Arguments of `sf.NPE` by the name of the task.
 

@@ -83,8 +83,7 @@ class Conditional(nnx.Module):
 
         A key turns dropout on; see `Density.loss`.
         """
-        embedding_key, density_key = split_key(key, 2)
-        return self.density.loss(density_key, noise, self.context(inputs, embedding_key))
+        return self.loss_of_parts(key, noise, [inputs], [self])
 
     def whiten_parts(
         self, y: Array, inputs: Sequence[Array], parts: Sequence[Conditional]

@@ -132,18 +132,6 @@ class ConformalPosterior(Derived):
     def _bind(self, x: Obs) -> tuple[Any, bool]:
         return self.posterior._bind(x)
 
-    def _features_of(self, bound: Any) -> Array:
-        return self.posterior._features_of(bound)
-
-    def _sample(self, key: Key, bound: Any, n: int, with_log_prob: bool) -> tuple[Array, Array]:
-        return self.posterior._sample(key, bound, n, with_log_prob)
-
-    def _log_prob(self, theta: Array, bound: Any) -> Array:
-        return self.posterior._log_prob(theta, bound)
-
-    def _standard_log_prob(self, y: Array, bound: Any) -> Array:
-        return self.posterior._standard_log_prob(y, bound)
-
     def level(self, level: float) -> float:
         """Return the level of the base posterior's region of highest density with coverage `level`.
 

@@ -5,7 +5,11 @@ Public names: `Derived`.
 
 from __future__ import annotations
 
-from sbi_flows.core.typing import Obs
+from typing import Any
+
+from jax import Array
+
+from sbi_flows.core.typing import Key, Obs
 from sbi_flows.observations.batches import Missing
 from sbi_flows.observations.typicality import Typicality
 from sbi_flows.posteriors.base import AbstractPosterior
@@ -15,6 +19,8 @@ from sbi_flows.simulations.fingerprints import UsedRows
 
 class Derived(AbstractPosterior):
     """Abstract posterior that is derived from another posterior, called its base posterior.
+
+    Draws and densities are those of the base posterior, unless a class overrides them.
 
     Attributes:
         posterior: The base posterior.
@@ -63,3 +69,15 @@ class Derived(AbstractPosterior):
     def origin(self) -> AbstractPosterior:
         """The posterior from which this one was derived, in one or more steps."""
         return self.posterior.origin
+
+    def _features_of(self, bound: Any) -> Array:
+        return self.posterior._features_of(bound)
+
+    def _sample(self, key: Key, bound: Any, n: int, with_log_prob: bool) -> tuple[Array, Array]:
+        return self.posterior._sample(key, bound, n, with_log_prob)
+
+    def _log_prob(self, theta: Array, bound: Any) -> Array:
+        return self.posterior._log_prob(theta, bound)
+
+    def _standard_log_prob(self, y: Array, bound: Any) -> Array:
+        return self.posterior._standard_log_prob(y, bound)

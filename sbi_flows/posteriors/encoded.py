@@ -22,7 +22,6 @@ from sbi_flows.core.record import ReadOnlyDict
 from sbi_flows.core.typing import Key, Obs
 from sbi_flows.densities.encoder import Encoder, Network, encode
 from sbi_flows.observations.batches import COMPLETE, Missing, as_batch
-from sbi_flows.observations.typicality import Typicality
 from sbi_flows.posteriors.base import AbstractPosterior
 from sbi_flows.posteriors.codec_encoded import (
     CAN_MISS,
@@ -34,13 +33,13 @@ from sbi_flows.posteriors.codec_encoded import (
     require_same_codes,
 )
 from sbi_flows.posteriors.codec_rows import ROWS
+from sbi_flows.posteriors.derived import Derived
 from sbi_flows.posteriors.writing import content_of
-from sbi_flows.prior.prior import Prior
 from sbi_flows.simulations.fingerprints import UsedRows
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class EncodedPosterior(AbstractPosterior):
+class EncodedPosterior(Derived):
     """Posterior given observations that a frozen network encodes; made by `Encoded.fit`.
 
     The base posterior is conditioned on codes (F,). Here x is an observation (*event) in the user's
@@ -52,7 +51,7 @@ class EncodedPosterior(AbstractPosterior):
     Attributes:
         posterior: The base posterior, given codes.
         encoder: The frozen network.
-        observation: Shape and dtype of one observation (`jax.ShapeDtypeStruct` leaves).
+        like: Shape and dtype of one observation (`jax.ShapeDtypeStruct` leaves).
         can_miss: Whether each entry of a flattened observation can be missing (NaN), shape (C,);
             None if observations must be complete.
         examples: Two training observations (2, *event); a file holds them to recognise the network.
@@ -62,7 +61,7 @@ class EncodedPosterior(AbstractPosterior):
 
     posterior: AbstractPosterior
     encoder: Encoder
-    observation: Obs
+    like: Obs
     can_miss: Any = None
     examples: Obs | None = None
     own_rows: UsedRows | None = None
@@ -75,19 +74,9 @@ class EncodedPosterior(AbstractPosterior):
         return f"EncodedPosterior({self.posterior})"
 
     @property
-    def prior(self) -> Prior:
-        """Prior of the parameters; it defines their names."""
-        return self.posterior.prior
-
-    @property
-    def typicality(self) -> Typicality | None:
-        """Distribution of the codes of the training simulations; None if it is not known."""
-        return self.posterior.typicality
-
-    @property
-    def needs_ode(self) -> bool:
-        """Return True if a density needs an ODE solve, which evaluates a network many times."""
-        return self.posterior.needs_ode
+    def observation(self) -> Obs:
+        """Shape and dtype of one observation before the encoding."""
+        return self.like
 
     @property
     def origin(self) -> AbstractPosterior:
@@ -198,22 +187,10 @@ class EncodedPosterior(AbstractPosterior):
         codes, single = self._codes(x)
         return self.posterior._bind(codes)[0], single
 
-    def _features_of(self, bound: Any) -> Array:
-        return self.posterior._features_of(bound)
-
-    def _sample(self, key: Key, bound: Any, n: int, with_log_prob: bool) -> tuple[Array, Array]:
-        return self.posterior._sample(key, bound, n, with_log_prob)
-
-    def _log_prob(self, theta: Array, bound: Any) -> Array:
-        return self.posterior._log_prob(theta, bound)
-
-    def _standard_log_prob(self, y: Array, bound: Any) -> Array:
-        return self.posterior._standard_log_prob(y, bound)
-
 
 register_pytree(
     EncodedPosterior,
     leaves=("posterior", "encoder", "can_miss"),
-    static=("observation",),
+    static=("like",),
     facts={"examples": None, "own_rows": None, "record": {}},
 )

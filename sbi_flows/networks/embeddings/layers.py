@@ -4,7 +4,7 @@ Convolutions are shifted copies of the input, concatenated on the channels, and 
 An ensemble evaluates its members by `vmap`; a `vmap` of XLA's convolution over kernels becomes a
 grouped convolution, which is slow on a CPU.
 
-Public names: `INPUT_SCALE`, `Entry`, `ConvBlock`, `Downsample`, `AttentionBlock`, `AttentionPool`,
+Public names: `Entry`, `ConvBlock`, `Downsample`, `AttentionBlock`, `AttentionPool`,
 `space_to_depth`, `attend`.
 """
 
@@ -22,7 +22,7 @@ from sbi_flows.core.typing import Key
 from sbi_flows.networks.embeddings.base import fill, soft_clip
 from sbi_flows.networks.mlp import dropout
 
-INPUT_SCALE = 5.0
+_INPUT_SCALE = 5.0
 """Magnitude of standardised inputs beyond which they enter logarithmically."""
 
 
@@ -51,9 +51,10 @@ class Entry(nnx.Module):
 
     def __call__(self, x: Array, mask: Array | None, own: Array | None = None) -> Array:
         """Map (*, channels) to (*, width)."""
-        h = self.value(soft_clip(fill(x, mask), INPUT_SCALE))
-        if self.own is not None and own is not None:
-            h += self.own(soft_clip(own, INPUT_SCALE))
+        h = self.value(soft_clip(fill(x, mask), _INPUT_SCALE))
+        if self.own is not None:
+            assert own is not None
+            h += self.own(soft_clip(own, _INPUT_SCALE))
         if mask is None or self.missing is None:
             return h
         return h + self.missing((~mask).astype(x.dtype))
