@@ -1,6 +1,7 @@
 """NUTS for reference posteriors, with chains that start near the posterior.
 
-Public names: `nuts`, `latent_nuts`, `NutsReference`, `starts`, `latent_sites`.
+Public names: `nuts`, `latent_nuts`, `NutsReference`, `starts`, `latent_sites`,
+`tempered_power`, `powered_weights`.
 """
 
 from __future__ import annotations
@@ -308,20 +309,33 @@ def latent_sites(
 
 
 def _tempered(log_weight: Array) -> Array:
-    """Temper weights: raise them to the largest possible power <= 1, and normalise them.
+    """Temper weights by `tempered_power` with an effective size of a tenth, and normalise them."""
+    return powered_weights(log_weight, tempered_power(log_weight, 0.1))
 
-    The power is limited so that the effective sample size is at least a tenth of the number of
-    weights.
+
+def tempered_power(log_weight: Array, min_effective: float, halvings: int = 20) -> Array:
+    """Find the largest power <= 1 of weights at which their effective sample size is large enough.
+
+    Args:
+        log_weight: Log weights, shape (N,).
+        min_effective: Minimum effective sample size, as a fraction of N.
+        halvings: Number of bisections; the power is exact to 2^-halvings.
+
+    Returns:
+        The power; zero if all powers tried are too large.
     """
-
-    def weights(power: Array) -> Array:
-        return jax.nn.softmax(jnp.where(jnp.isfinite(log_weight), power * log_weight, -jnp.inf))
 
     def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = 0.5 * (low + high)
-        is_enough = 1.0 / jnp.sum(weights(middle) ** 2) >= 0.1 * len(log_weight)
+        size = 1.0 / jnp.sum(powered_weights(log_weight, middle) ** 2)
+        is_enough = size >= min_effective * len(log_weight)
         return jnp.where(is_enough, middle, low), jnp.where(is_enough, high, middle)
 
-    low, high = jax.lax.fori_loop(0, 20, halve, (jnp.zeros(()), jnp.ones(())))
-    return weights(jnp.where(high == 1.0, 1.0, low))
+    low, high = jax.lax.fori_loop(0, halvings, halve, (jnp.zeros(()), jnp.ones(())))
+    return jnp.where(high == 1.0, 1.0, low)
+
+
+def powered_weights(log_weight: Array, power: Array) -> Array:
+    """Raise weights to a power and normalise them, shape (N,)."""
+    return jax.nn.softmax(jnp.where(jnp.isfinite(log_weight), power * log_weight, -jnp.inf))

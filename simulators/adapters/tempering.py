@@ -21,7 +21,7 @@ from numpyro.infer.util import potential_energy
 
 from sbi_flows.core.precision import full_precision
 from sbi_flows.core.typing import Key
-from simulators.adapters.mcmc import MAX_RHAT, latent_sites
+from simulators.adapters.mcmc import MAX_RHAT, latent_sites, powered_weights, tempered_power
 from simulators.adapters.task import ReferenceFailed
 
 POPULATIONS, SIZE = 4, 1024
@@ -30,6 +30,8 @@ MOVES, LAST_MOVES = 8, 120
 """Number of Metropolis steps at each temperature, and at the end."""
 MIN_EFFECTIVE = 0.5
 """Minimum effective sample size after a change of the power, as a fraction of the population."""
+HALVINGS = 30
+"""Number of bisections that find the next power."""
 PROPOSAL_SCALES = (1.0, 0.5, 0.1)
 """Lengths of the differences between two draws in a proposal, relative to 2.38 / sqrt(2 D)."""
 JITTER = 1e-3
@@ -137,7 +139,10 @@ def _anneal(key: Key, evaluate: Callable[[Array], _State], state: _State) -> _St
     def one_temperature(carry: tuple[Key, Array, _State]) -> tuple[Key, Array, _State]:
         key, power, state = carry
         key, choice_key, move_key = jax.random.split(key, 3)
-        power, weight = _next_power(state.log_likelihood, power)
+        rest = (1.0 - power) * state.log_likelihood
+        # the smallest step is positive, so that the loop ends
+        step = jnp.maximum(tempered_power(rest, MIN_EFFECTIVE, HALVINGS), 0.5**HALVINGS)
+        power, weight = power + step * (1.0 - power), powered_weights(rest, step)
         level = (jnp.arange(SIZE) + jax.random.uniform(choice_key)) / SIZE
         index = jnp.minimum(jnp.searchsorted(jnp.cumsum(weight), level), SIZE - 1)
         state = jax.tree.map(lambda a: a[index], state)
@@ -146,25 +151,6 @@ def _anneal(key: Key, evaluate: Callable[[Array], _State], state: _State) -> _St
     start = (key, jnp.zeros((), state.u.dtype), state)
     key, power, state = lax.while_loop(lambda carry: carry[1] < 1.0, one_temperature, start)
     return _moved(key, evaluate, state, power, LAST_MOVES)
-
-
-def _next_power(log_likelihood: Array, power: Array) -> tuple[Array, Array]:
-    """Return the next power of the likelihood, and the weights (N,) for it."""
-
-    def weights(end: Array) -> Array:
-        scaled = jnp.where(jnp.isfinite(log_likelihood), (end - power) * log_likelihood, -jnp.inf)
-        return jax.nn.softmax(scaled)
-
-    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = 0.5 * (low + high)
-        is_enough = 1.0 / jnp.sum(weights(middle) ** 2) >= MIN_EFFECTIVE * len(log_likelihood)
-        return jnp.where(is_enough, middle, low), jnp.where(is_enough, high, middle)
-
-    low, high = lax.fori_loop(0, 30, halve, (power, jnp.ones_like(power)))
-    # if no power tried was too large, go to the end; if all were, take the smallest step
-    end = jnp.where((high == 1.0) | (low <= power), high, low)
-    return end, weights(end)
 
 
 def _moved(
