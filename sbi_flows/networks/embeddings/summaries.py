@@ -124,12 +124,12 @@ def series_statistics(shape: tuple[int, ...]) -> list[Statistic]:
     length, columns = shape
     names = {lag: f"log variogram lag {lag}" for lag in _LAGS if lag < length}
     lags = [[_lagged(0, lag, name, columns)] for lag, name in names.items()]
-    differences = [[_difference(order, columns)] for order in (1, 2) if order < length]
+    curvature = [[_second_difference(columns)]] if length > 2 else []
     groups = [
         [_count()],
         *(_moments(power, columns) for power in (1, 2)),
         [_log_variance(columns)],
-        *differences,
+        *curvature,
         *lags[:3],
         [_spectrum(shape)],
         _moments(3, columns),
@@ -295,17 +295,17 @@ def _deviations(x: Array, mask: Array | None) -> Array:
     return fill(x - masked_mean(x, mask, _grid(x), keepdims=True), mask)
 
 
-def _difference(order: int, columns: int) -> Statistic:
-    """Mean square of the first or second differences of a series, on a logarithmic scale."""
+def _second_difference(columns: int) -> Statistic:
+    """Mean square of the second differences of a series, on a logarithmic scale."""
 
     def compute(x: Array, mask: Array | None) -> Array:
-        for _ in range(order):
+        for _ in range(2):
             x = _shifted(x, 0, 1, 1) - _shifted(x, 0, 0, 1)
             if mask is not None:
                 mask = _shifted(mask, 0, 1, 1) & _shifted(mask, 0, 0, 1)
         return log_scaled(masked_mean(x**2, mask, 1))
 
-    return Statistic(_named(f"log mean square difference {order}", columns), compute)
+    return Statistic(_named("log mean square second difference", columns), compute)
 
 
 def _spectrum(shape: tuple[int, ...]) -> Statistic:
