@@ -25,6 +25,9 @@ from sbi_flows.core.typing import Obs
 BATCH_ROWS = 256
 """Number of rows that are encoded in one compiled call."""
 
+TEST_ROWS = 16
+"""Number of rows that are encoded a second time, in another batch."""
+
 TOLERANCE = 1e-3
 """Maximum difference between the codes of one row in two batches, relative to the largest code of
 the same column."""
@@ -144,8 +147,9 @@ def encoded_rows(encoder: Encoder, x: Obs, *, has_mask: bool, progress: bool) ->
         progress: Show a progress bar.
 
     Raises:
-        ValueError: The codes of the first two observations change if these are encoded without the
-            other observations of their batch.
+        ValueError: The codes of the first observations change if these are encoded in reverse
+        order,
+            without the other observations of their batch.
     """
     count = len(jax.tree.leaves(x)[0])
     size, parts = min(BATCH_ROWS, count), []
@@ -157,16 +161,16 @@ def encoded_rows(encoder: Encoder, x: Obs, *, has_mask: bool, progress: bool) ->
         codes = np.asarray(encode(encoder, batch, has_mask=has_mask))
         parts.append(codes[start - rows.start :])
         if not start:
-            _require_rows_alone(encoder, batch, codes, has_mask)
+            _require_same_again(encoder, batch, codes, has_mask)
     return np.concatenate(parts)
 
 
-def _require_rows_alone(encoder: Encoder, batch: Obs, codes: np.ndarray, has_mask: bool) -> None:
-    """Raise ValueError if the codes of the first rows depend on the other rows of the batch."""
-    few = jax.tree.map(lambda a: a[:2], batch)
-    alone = np.asarray(encode(encoder, few, has_mask=has_mask))
+def _require_same_again(encoder: Encoder, batch: Obs, codes: np.ndarray, has_mask: bool) -> None:
+    """Raise ValueError if codes depend on the other rows of a batch, or on the place in it."""
+    few = jax.tree.map(lambda a: a[:TEST_ROWS][::-1], batch)
+    again = np.asarray(encode(encoder, few, has_mask=has_mask))[::-1]
     # NaN is ignored here; `Encoded.fit` counts rows with codes that are not finite
-    difference = np.abs(alone - codes[:2])
+    difference = np.abs(again - codes[:TEST_ROWS])
     scale = np.nanmax(np.abs(codes), axis=0, initial=1e-30)
     if np.any(difference > TOLERANCE * scale[None]):
         raise ValueError(

@@ -207,6 +207,22 @@ def test_failed_rows_and_rows_on_disk(sims, network, tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+def test_dropout_in_training_is_found(sims):
+    class Dropping(nnx.Module):
+        def __init__(self, rngs):
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dropout(x[:, 0])
+
+    network = Dropping(nnx.Rngs(0))
+    with pytest.raises(ValueError, match="set BatchNorm and Dropout to evaluation"):
+        sf.Encoded(BRIEF, network).fit(jax.random.key(1), sims, progress=False)
+    network.eval()
+    posterior, _ = sf.Encoded(BRIEF, network).fit(jax.random.key(1), sims, progress=False)
+    assert posterior.sample(jax.random.key(2), sims.x[0], 3).shape == (3, 2)
+
+
 def test_columns_of_tables_are_matched_by_name():
     prior = {"mean": dist.Normal(0.0, 1.0)}
     npe = dataclasses.replace(BRIEF, prior=sf.as_prior(prior))
