@@ -34,6 +34,7 @@ from .networks.embeddings import DeepSet as DeepSet
 from .networks.embeddings import Fusion as Fusion
 from .networks.embeddings import SeriesNet as SeriesNet
 from .networks.embeddings import SetTransformer as SetTransformer
+from .networks.embeddings import Summaries as Summaries
 from .networks.graph import PointCloud as PointCloud
 from .networks.mlp import ResidualMLP as ResidualMLP
 from .networks.tokens import Tokens as Tokens

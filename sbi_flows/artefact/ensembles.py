@@ -26,7 +26,7 @@ from sbi_flows.artefact.strict import expect_fields, expect_integer, expect_list
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.core.typing import Obs
 from sbi_flows.densities.conditional import Blueprint, Weights, initial_weights
-from sbi_flows.densities.embedding import Embedding, summary_count
+from sbi_flows.densities.embedding import Embedding, is_fixed, summary_count
 from sbi_flows.densities.sizes import Sizes
 from sbi_flows.networks.embeddings import EmbeddingSettings
 from sbi_flows.observations.standardise import entry_count
@@ -270,7 +270,8 @@ def _sizes(
         return Sizes(bounded, jax.tree.structure(0), ((len(kept),),), circular)
     shapes = tuple(tuple(leaf.shape) for leaf in jax.tree.leaves(observation))
     summaries = summary_count(embedding, observation)
-    return Sizes(bounded, jax.tree.structure(observation), shapes, circular, has_mask, summaries)
+    tree, is_only = jax.tree.structure(observation), is_fixed(embedding)
+    return Sizes(bounded, tree, shapes, circular, has_mask, summaries, is_only)
 
 
 def encode_observation(like: Obs) -> Any:

@@ -43,13 +43,14 @@ from sbi_flows.networks.embeddings import (
     Fusion,
     SeriesNet,
     SetTransformer,
+    Summaries,
 )
 from sbi_flows.networks.tokens import Tokens
 from sbi_flows.networks.velocity import Film, VelocitySettings
 from sbi_flows.observations.missing import RandomEntries, RandomParts, RandomSubset
 
 DENSITIES = (NSF, MAF, GaussianMixture, CNF, FlowMatching, Diffusion, Distilled)
-EMBEDDINGS = (DeepSet, SetTransformer, SeriesNet, ConvNet, Fusion)
+EMBEDDINGS = (DeepSet, SetTransformer, SeriesNet, ConvNet, Fusion, Summaries)
 PATTERNS = (RandomEntries, RandomSubset, RandomParts)
 
 _KINDS: dict[Any, tuple[type, ...]] = {

@@ -21,7 +21,7 @@ from jax import Array
 
 from sbi_flows.core.typing import Key
 from sbi_flows.densities.base import Density, DensitySettings, TransformedDistribution
-from sbi_flows.densities.embedding import Embedding, as_trainable, embed
+from sbi_flows.densities.embedding import Embedding, as_trainable, embed, is_fixed
 from sbi_flows.densities.ode import OdeFlow, SolverStats
 from sbi_flows.densities.sizes import Sizes
 from sbi_flows.densities.start import LinearStart, standard_truncation
@@ -37,7 +37,8 @@ class Conditional(nnx.Module):
 
     A row of the inputs consists of up to three parts: the standardised observation, flattened to C
     entries; if entries can be missing, a mask of C zeros and ones; and the K fixed summaries of an
-    embedding. `Blueprint.inputs` computes the inputs from features.
+    embedding. If the embedding is `Summaries`, the inputs are its K summaries only.
+    `Blueprint.inputs` computes the inputs from features.
 
     Args:
         start: Linear start, which training does not change; None for a model without one.
@@ -198,14 +199,24 @@ class Blueprint:
     def inputs(self, features: Array) -> Array:
         """Return the inputs (*, I) of the model for features (*, C), or (*, 2 C) with a mask.
 
-        They are the selected features, or all features and the fixed summaries of an embedding.
+        They are the selected features, or all features and the fixed summaries of an embedding, or
+        the fixed summaries only.
         """
         features = self.select(features)
         if not self.sizes.summaries:
             return features
         flat = features.reshape(-1, features.shape[-1])
         summaries = self.settings.summarise(*self.sizes.observations(flat))
-        return jnp.concatenate([features, summaries.reshape(*features.shape[:-1], -1)], axis=-1)
+        summaries = summaries.reshape(*features.shape[:-1], -1)
+        if self.sizes.summaries_only:
+            return summaries
+        return jnp.concatenate([features, summaries], axis=-1)
+
+    @property
+    def without_embedding(self) -> Blueprint:
+        """The same model, conditioned on the features."""
+        sizes = dataclasses.replace(self.sizes, summaries=0, summaries_only=False)
+        return dataclasses.replace(self, embedding=None, sizes=sizes)
 
     def select(self, features: Array) -> Array:
         """Select the features (*, C) that the model uses."""
@@ -282,7 +293,7 @@ class Blueprint:
         return Conditional(start, density, embedding, sizes)
 
     def _build_embedding(self, key: Key) -> nnx.Module | None:
-        if self.embedding is None:
+        if self.embedding is None or is_fixed(self.embedding):
             return None
         if isinstance(self.embedding, EmbeddingSettings):
             network = self.embedding.build(nnx.Rngs(key), self.sizes.like)

@@ -35,8 +35,8 @@ def spaces_of(blueprint: Blueprint, weights: Weights, features: Any) -> tuple[np
 
     Returns:
         The first array contains the features without the mask, shape (B, C), or the fixed summaries
-        of an embedding, shape (B, K). With an embedding, a second array contains the output of the
-        first member's embedding, shape (B, F).
+        of an embedding, shape (B, K). If the embedding has a network, a second array contains its
+        output for the first member, shape (B, F).
     """
     rows = np.asarray(features)
     if blueprint.embedding is None:
@@ -72,10 +72,12 @@ def _width(blueprint: Blueprint, features: int) -> int:
 
 @partial(jax.jit, static_argnums=0)
 @full_precision
-def _spaces(blueprint: Blueprint, weights: Weights, features: Array) -> tuple[Array, Array]:
-    """Return the first space, and the output (B, F) of the first member's embedding."""
-    first = jax.tree.map(lambda leaf: leaf[0], weights)
+def _spaces(blueprint: Blueprint, weights: Weights, features: Array) -> tuple[Array, ...]:
+    """Return the first space, and the output (B, F) of the first member's network if it has one."""
     inputs, sizes = blueprint.inputs(features), blueprint.sizes
+    if sizes.summaries_only:
+        return (inputs,)
+    first = jax.tree.map(lambda leaf: leaf[0], weights)
     context = nnx.merge(graph_of(blueprint), *first).context(inputs)
     if sizes.summaries:
         return sizes.summaries_of(inputs), context[:, : -sizes.summaries]

@@ -1,6 +1,6 @@
 """Embeddings of a model: settings of this library, or flax modules of the user.
 
-Public names: `Embedding`, `summary_count`, `check_embedding`, `as_trainable`, `embed`.
+Public names: `Embedding`, `summary_count`, `is_fixed`, `check_embedding`, `as_trainable`, `embed`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ def summary_count(embedding: Embedding | None, like: Obs) -> int:
     if not isinstance(embedding, EmbeddingSettings):
         return 0
     return len(embedding.summary_labels(like))
+
+
+def is_fixed(embedding: Embedding | None) -> bool:
+    """Return whether an embedding has fixed summaries only, and no network."""
+    return isinstance(embedding, EmbeddingSettings) and embedding.summaries_only
 
 
 def check_embedding(embedding: Any) -> None:

@@ -28,6 +28,7 @@ class Sizes:
         circular: Which of the d standard coordinates are circular; empty if none is.
         has_mask: Whether entries can be missing, so that a mask follows the observation.
         summaries: Number K of fixed summaries of an embedding.
+        summaries_only: Whether the inputs of the model are the summaries only.
     """
 
     bounded: tuple[bool, ...]
@@ -36,6 +37,7 @@ class Sizes:
     circular: tuple[bool, ...] = ()
     has_mask: bool = False
     summaries: int = 0
+    summaries_only: bool = False
 
     @property
     def dim(self) -> int:
@@ -54,8 +56,8 @@ class Sizes:
 
     @property
     def input_count(self) -> int:
-        """Number I of inputs: features and summaries."""
-        return self.feature_count + self.summaries
+        """Number I of inputs: features and summaries, or summaries only."""
+        return self.summaries + (0 if self.summaries_only else self.feature_count)
 
     @property
     def regressor_count(self) -> int:
@@ -63,7 +65,10 @@ class Sizes:
         return self.summaries or self.feature_count
 
     def observations(self, inputs: Array) -> tuple[Obs, Obs | None]:
-        """Return the observations (B, *event) in inputs (B, I), and their masks or None."""
+        """Return the observations (B, *event) in features or inputs (B, I), and masks or None.
+
+        The inputs must not be summaries only.
+        """
         c = self.entry_count
         x = unflatten_rows(inputs[:, :c], self.tree, self.shapes)
         if not self.has_mask:
@@ -72,7 +77,7 @@ class Sizes:
 
     def summaries_of(self, inputs: Array) -> Array:
         """Return the summaries (B, K) among inputs (B, I)."""
-        return inputs[..., self.feature_count :]
+        return inputs[..., self.input_count - self.summaries :]
 
     def regressors(self, inputs: Array) -> Array:
         """Return the inputs that the linear start reads."""

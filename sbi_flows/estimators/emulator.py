@@ -36,7 +36,7 @@ from sbi_flows.densities.flow import MAF, NSF
 from sbi_flows.densities.sizes import Sizes
 from sbi_flows.estimators.stacking import StackHistory, fit_each
 from sbi_flows.observations.quantised import Grid, dequantised, find_grid, quantised
-from sbi_flows.observations.standardise import Standardiser
+from sbi_flows.observations.standardise import Standardiser, fit_standardiser
 from sbi_flows.prior.prior import Prior
 from sbi_flows.training import FitKeys, History, Training, TrainingData, fit
 
@@ -70,7 +70,8 @@ class Emulator:
         simulations: Number of emulated simulations for each member, with parameters from the prior.
         max_features: Maximum length of an observation. For longer observations, the estimator is
             fitted without an emulator, because learning the noise of hundreds of numbers takes
-            more simulations than learning the posterior.
+            more simulations than learning the posterior. The summaries of `sf.Summaries` are
+            emulated in any case.
 
     Example:
         >>> import jax, numpyro.distributions as dist, sbi_flows as sf
@@ -144,7 +145,7 @@ def emulate(
     emulator: Emulator,
     prior: Prior,
     seen: Seen,
-    standardiser: Standardiser,
+    standardiser: Standardiser | None,
     *,
     members: int,
     training: Training,
@@ -158,7 +159,7 @@ def emulate(
         emulator: Settings of the emulator.
         prior: The prior.
         seen: Simulations to which the emulator is fitted.
-        standardiser: Standardiser of the observation.
+        standardiser: Standardiser of the observation; None if the posterior reads it as it is.
         members: Number of members M of the posterior fit.
         training: Settings of the posterior fit; only the validation fraction and the checkpoint
             are used.
@@ -173,7 +174,7 @@ def emulate(
             member has no finite draw.
         KeyboardInterrupt: A fit of the emulator was interrupted.
     """
-    if seen.x.shape[1] > emulator.max_features:
+    if standardiser is not None and seen.x.shape[1] > emulator.max_features:
         raise EmulatorFailed(
             f"observations of {seen.x.shape[1]} numbers are longer than its "
             f"max_features={emulator.max_features}"
@@ -182,9 +183,8 @@ def emulate(
     training = emulator.training.with_checkpoint_of(training)
     training = dataclasses.replace(training, validation_fraction=fraction)
     noise_key, theta_key, draw_key = jax.random.split(keys.emulator, 3)
-    space = _Space(
-        find_grid(np.asarray(seen.x)), standardiser._replace(linear=LINEAR_RANGE), standardiser
-    )
+    own = fit_standardiser(seen.x) if standardiser is None else standardiser
+    space = _Space(find_grid(np.asarray(seen.x)), own._replace(linear=LINEAR_RANGE), standardiser)
     features = _smooth(space.grid, space.emulated, noise_key, seen.x)
     rows = TrainingData.of_rows(features, seen.y)
     settings = {"members": members, "progress": progress}
@@ -209,12 +209,12 @@ class _Space(NamedTuple):
     Attributes:
         grid: Grid on which each entry of the observation lies.
         emulated: Standardiser of the observations for the emulator.
-        standardiser: Standardiser of the observations for the posterior estimator.
+        standardiser: Standardiser of the observations for the posterior estimator, or None.
     """
 
     grid: Grid
     emulated: Standardiser
-    standardiser: Standardiser
+    standardiser: Standardiser | None
 
 
 class _Part(NamedTuple):
@@ -272,11 +272,12 @@ def _smooth(grid: Grid, emulated: Standardiser, key: Key, x: Array) -> Array:
 @compiled_per_size
 @jax.jit
 def _standard(
-    grid: Grid, emulated: Standardiser, standardiser: Standardiser, features: Array
+    grid: Grid, emulated: Standardiser, standardiser: Standardiser | None, features: Array
 ) -> Array:
     """Convert emulated features to features of the estimator; NaN where a value overflows."""
     x = quantised(grid, jnp.asarray(emulated.inverse(features)))
-    return standardiser(jnp.where(jnp.isfinite(x), x, jnp.nan))
+    x = jnp.where(jnp.isfinite(x), x, jnp.nan)
+    return x if standardiser is None else standardiser(x)
 
 
 @compiled_per_size

@@ -26,7 +26,7 @@ from sbi_flows.core.warn import warn_user
 from sbi_flows.densities.base import DensitySettings, check_density
 from sbi_flows.densities.conditional import Blueprint
 from sbi_flows.densities.embedded import inputs_of_rows, training_inputs
-from sbi_flows.densities.embedding import Embedding, check_embedding, summary_count
+from sbi_flows.densities.embedding import Embedding, check_embedding, is_fixed, summary_count
 from sbi_flows.densities.flow import NSF
 from sbi_flows.densities.sizes import Sizes
 from sbi_flows.estimators.emulator import Emulator, EmulatorFailed, Seen, emulate
@@ -49,7 +49,6 @@ from sbi_flows.observations.standardise import (
     HIDDEN,
     NEVER,
     Standardiser,
-    flatten_rows,
 )
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.prior import Prior, PriorLike, as_prior
@@ -292,9 +291,9 @@ class NPE:
         )
         features = data.features
         if self.missing is not None:
-            hidden = inputs_of_rows(blueprint, selected.features, keys.masks)
+            features = inputs_of_rows(blueprint.without_embedding, selected.features, keys.masks)
+            hidden = inputs_of_rows(blueprint, features)
             selected = dataclasses.replace(selected, hidden=hidden)
-            features = hidden[:, : blueprint.sizes.feature_count]
         return Problem(blueprint, standardiser, observation, selected, relative, features, screened)
 
     def shared_axes(self, observation: Obs) -> SharedAxes | None:
@@ -324,6 +323,7 @@ class NPE:
             circular,
             has_mask=standardiser.can_miss is not None,
             summaries=summary_count(self.embedding, observation),
+            summaries_only=is_fixed(self.embedding),
         )
         if screened is None or len(screened) == sizes.entry_count:
             start = self.linear_start
@@ -346,17 +346,18 @@ class NPE:
         failed = data.y[:0]
         if len(failures):
             failed = standard_coordinates(self.prior, simulations.theta)[failures]
+        x, standardiser = problem.emulated
         draws, history = emulate(
             keys,
             emulator,
             self.prior,
-            Seen(data.y, blueprint.select(flatten_rows(problem.x)), failed),
-            problem.standardiser.of(blueprint.feature_indices)._replace(origin=None),
+            Seen(data.y, x, failed),
+            standardiser,
             members=self.members,
             training=self.training,
             progress=progress,
         )
-        if blueprint.sizes.summaries:
+        if blueprint.sizes.summaries and not blueprint.sizes.summaries_only:
             draws = draws._replace(features=inputs_of_rows(blueprint, draws.features))
         return with_emulated(self.prior, data, draws, emulator.simulations), history
 
@@ -386,7 +387,8 @@ class NPE:
         require_object("simulations", simulations, Simulations, "sf.Simulations")
         checked = checked_simulations(self.prior, simulations)
         for name in ("emulator", "screening"):
-            if checked.missing and getattr(self, name) is not None:
+            is_allowed = name == "emulator" and is_fixed(self.embedding)
+            if checked.missing and getattr(self, name) is not None and not is_allowed:
                 raise ValueError(f"{name}: expected none with missing entries, got one")
         if checked.on_disk and self.emulator is not None:
             raise ValueError("emulator: expected none with observations on disk, got one")

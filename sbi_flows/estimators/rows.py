@@ -30,7 +30,12 @@ from sbi_flows.estimators.emulator import Emulated
 from sbi_flows.observations.origin import fit_origin
 from sbi_flows.observations.screening import dependent_features
 from sbi_flows.observations.shared import SharedAxes
-from sbi_flows.observations.standardise import Standardiser, entry_count, fit_standardiser
+from sbi_flows.observations.standardise import (
+    Standardiser,
+    entry_count,
+    fit_standardiser,
+    flatten_rows,
+)
 from sbi_flows.observations.typicality import fit_typicality
 from sbi_flows.posteriors.direct import Posterior
 from sbi_flows.prior.prior import Prior
@@ -251,6 +256,19 @@ class Problem(NamedTuple):
     x: Obs
     features: Array
     screened: tuple[int, ...] | None
+
+    @property
+    def emulated(self) -> tuple[Array, Standardiser | None]:
+        """What an emulator learns, shape (N, C), and its standardiser.
+
+        They are the entries that the model uses; or the fixed summaries, which the model uses as
+        they are, and None.
+        """
+        if self.blueprint.sizes.summaries_only:
+            return self.data.features, None
+        places = self.blueprint.feature_indices
+        standardiser = self.standardiser.of(places)._replace(origin=None)
+        return self.blueprint.select(flatten_rows(self.x)), standardiser
 
     def posterior(
         self, prior: Prior, key: Key | None, rows: UsedRows, weights: Weights

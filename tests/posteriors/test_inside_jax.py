@@ -55,9 +55,10 @@ CASES = {name: lambda d=d: direct(d) for name, d in {**DENSITIES, **ODE_DENSITIE
     "conformal": conformal,
     "composed": lambda: sf.composed(direct(DIFFUSION), levels=3, steps=2),
 }
-# the others take longer to compile; tests/densities/test_tracing.py has all densities one by one
-QUICK = {"mixture", "flow matching"}
-PARAMS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+# compiling all takes minutes; tests/densities/test_tracing.py has all densities one by one
+QUICK = ("mixture", "flow matching")
+SLOW = ("coupling MAF", "distilled", "stack", "recalibrated", "conformal", "composed")
+PARAMS = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
 @pytest.fixture(scope="module", params=PARAMS)

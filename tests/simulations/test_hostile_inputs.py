@@ -309,11 +309,11 @@ def test_a_store_of_the_second_format_of_zarr_runs_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_seven_thousand_inputs():
+def test_two_thousand_inputs():
     """In a process of its own, without the type checks of the tests."""
-    command = [sys.executable, "-m", "tests.hostile_inputs", "1000"]
+    command = [sys.executable, "-m", "tests.hostile_inputs", "300"]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr[-2000:]
     seen = json.loads(done.stdout.splitlines()[-1])
-    assert sum(seen.values()) == 7_000 and seen["refused"] > 3_000 and seen["accepted"] > 300
+    assert sum(seen.values()) == 2_100 and seen["refused"] > 900 and seen["accepted"] > 90

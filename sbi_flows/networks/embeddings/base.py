@@ -40,10 +40,12 @@ class EmbeddingSettings(abc.ABC):
         features: Number F of outputs of the network.
         reads_any_length: Whether the network accepts observations that are shorter along axis 0,
             and returns what it returns for the full length with the last elements missing.
+        summaries_only: Whether there is no network, so that a model reads the fixed summaries only.
     """
 
     features: int
     reads_any_length: ClassVar[bool] = False
+    summaries_only: ClassVar[bool] = False
 
     @abc.abstractmethod
     def check(self, like: Any) -> None:

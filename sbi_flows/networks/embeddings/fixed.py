@@ -1,0 +1,82 @@
+"""Fixed summaries of observations, without a network.
+
+Public names: `Summaries`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from flax import nnx
+from jax import Array
+
+from sbi_flows.core.checks import require_object
+from sbi_flows.networks.embeddings.base import EmbeddingSettings
+from sbi_flows.observations.shared import SharedAxes
+
+
+@dataclasses.dataclass(frozen=True)
+class Summaries(EmbeddingSettings):
+    """The fixed summaries of an embedding, such as moments, quantiles and spectra.
+
+    The posterior is conditioned on these summaries alone; there is no network to train. A fit is
+    fast, and needs few simulations. It ignores what the summaries do not contain, such as the shape
+    of an object in an image; `sf.check` tests this. An emulator (`sf.NPE(..., emulator=...)`)
+    emulates the summaries. This is often more accurate than a network, because the noise of means
+    over many points is simple.
+
+    Attributes:
+        embedding: The embedding whose summaries are used, such as `ConvNet()`.
+
+    Raises:
+        ValueError: `embedding` is not one of the settings of this library.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from sbi_flows.networks.embeddings import ConvNet
+        >>> settings = Summaries(ConvNet())
+        >>> like = jax.ShapeDtypeStruct((16, 16), jnp.float32)
+        >>> settings.summary_labels(like)[:3]
+        ('n', 'mean', 'mean square')
+        >>> settings.summarise(jnp.ones((5, 16, 16)), None).shape
+        (5, 30)
+    """
+
+    summaries_only: ClassVar[bool] = True
+    embedding: EmbeddingSettings
+
+    def __post_init__(self) -> None:
+        """Check the embedding."""
+        require_object("embedding", self.embedding, EmbeddingSettings, "one such as sf.ConvNet()")
+        if self.embedding.summaries_only:
+            raise ValueError("embedding: expected one with a network, got Summaries")
+
+    @property
+    def features(self) -> int:  # type: ignore[override]  # there is no network
+        """Number of outputs of a network: 0."""
+        return 0
+
+    def check(self, like: Any) -> None:
+        """Raise ValueError if one observation does not suit the embedding."""
+        self.embedding.check(like)
+
+    def shared(self, like: Any) -> SharedAxes:
+        """Return the axes of each array along which all entries share one standardisation."""
+        return self.embedding.shared(like)
+
+    def growing(self, like: Any) -> SharedAxes:
+        """Return the axes of each array along which an observation may be shorter."""
+        return self.embedding.growing(like)
+
+    def summary_labels(self, like: Any) -> tuple[str, ...]:
+        """Return the names of the fixed summaries."""
+        return self.embedding.summary_labels(like)
+
+    def summarise(self, x: Any, mask: Any) -> Array:
+        """Compute the fixed summaries (B, K)."""
+        return self.embedding.summarise(x, mask)
+
+    def build(self, rngs: nnx.Rngs, like: Any) -> nnx.Module:
+        """Raise TypeError: there is no network."""
+        raise TypeError("expected an embedding with a network, got Summaries")

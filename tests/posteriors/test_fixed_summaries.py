@@ -1,0 +1,147 @@
+"""Posteriors given the fixed summaries of an embedding, with and without an emulator."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+from scipy import stats
+
+import sbi_flows as sf
+from tests.cases import unchecked
+
+TRIALS = 30
+PRIOR = {"mu": dist.Normal(0.0, 1.0)}
+SETTINGS = {
+    "density": sf.MAF(transforms=1, hidden=(32,), context_width=32, context_blocks=1),
+    "members": 2,
+    "training": sf.Training(max_epochs=15),
+    "embedding": sf.Summaries(sf.DeepSet()),
+}
+EMULATOR = sf.Emulator(
+    densities=(SETTINGS["density"],), training=sf.Training(max_epochs=6), simulations=4_000
+)
+
+
+def trials(key, theta):
+    """Trials with a standard deviation of 1, of which a random number is missing at the end."""
+    noise_key, count_key = jax.random.split(key)
+    x = theta["mu"] + jax.random.normal(noise_key, (TRIALS,))
+    return jnp.where(jnp.arange(TRIALS) < jax.random.randint(count_key, (), 5, 31), x, jnp.nan)
+
+
+def complete(key, theta):
+    return theta["mu"] + jax.random.normal(key, (TRIALS,))
+
+
+@pytest.fixture(scope="module")
+def simulations():
+    return sf.simulate(jax.random.key(0), PRIOR, trials, 3_000, missing=True, progress=False)
+
+
+@pytest.fixture(scope="module", params=["rows", "emulator"])
+def fit(request, simulations):
+    emulator = EMULATOR if request.param == "emulator" else None
+    npe = sf.NPE(PRIOR, **SETTINGS, emulator=emulator)
+    return npe.fit(jax.random.key(1), simulations, progress=False)
+
+
+def observed(count, mean=0.8):
+    x = mean + np.random.default_rng(2).normal(size=count)
+    return np.concatenate([x, np.full(TRIALS - count, np.nan)]).astype(np.float32)
+
+
+@pytest.mark.parametrize("count", [12, 30])
+def test_the_conjugate_posterior_is_recovered(fit, count):
+    posterior, history = fit
+    x = observed(count)
+    exact = stats.norm(np.nansum(x) / (count + 1), (count + 1) ** -0.5)
+    draws = np.asarray(posterior.sample(jax.random.key(3), x, 4_000))[:, 0]
+    assert abs(draws.mean() - exact.mean()) < 0.25 * exact.std()
+    assert draws.std() == pytest.approx(exact.std(), rel=0.2)
+    assert np.all(np.isfinite(history.start_loss))
+
+
+def test_only_the_summaries_matter_and_only_they_are_inputs(fit):
+    posterior, _ = fit
+    (blueprint,) = posterior.blueprints
+    labels = SETTINGS["embedding"].summary_labels(jax.ShapeDtypeStruct((TRIALS,), jnp.float32))
+    assert posterior.space_labels == labels and blueprint.sizes.input_count == len(labels)
+    x = observed(20)
+    moved = np.concatenate([x[19::-1], x[20:]])
+    (space,) = posterior.spaces(np.stack([x, moved]))
+    assert space.shape == (2, len(labels))
+    theta = np.array([0.7], np.float32)
+    expected = posterior.log_prob(theta, x)
+    assert posterior.log_prob(theta, moved) == pytest.approx(float(expected), abs=1e-5)
+    other = np.where(np.isnan(x), np.nan, x + 0.3)
+    assert abs(float(posterior.log_prob(theta, other) - expected)) > 0.1
+
+
+def test_inside_jax_in_batches_and_on_disk(fit, tmp_path):
+    posterior, _ = fit
+    xs, theta = np.stack([observed(8), observed(30)]), np.array([0.7], np.float32)
+    slope = jax.jit(jax.grad(lambda x: posterior.at(x).log_prob(theta)))(jnp.asarray(xs[1]))
+    shift = np.full(TRIALS, 1e-2, np.float32)
+    ends = [float(posterior.log_prob(theta, xs[1] + s * shift)) for s in (1, -1)]
+    assert float(slope.sum()) == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=0.05, abs=0.02)
+    thetas = np.stack([theta, theta + 0.1])
+    batch = posterior.log_prob(thetas, xs)
+    single = jnp.stack([posterior.log_prob(t, x) for t, x in zip(thetas, xs, strict=True)])
+    np.testing.assert_allclose(batch, single, rtol=1e-5)
+    posterior.save(tmp_path / "p.sbif")
+    loaded = sf.load(tmp_path / "p.sbif")
+    np.testing.assert_array_equal(loaded.log_prob(thetas, xs), batch)
+    assert loaded.blueprints == posterior.blueprints
+
+
+def test_the_verdict_and_the_gate(fit, simulations):
+    posterior, _ = fit
+    fresh = sf.simulate(jax.random.key(4), PRIOR, trials, 300, missing=True, progress=False)
+    report = sf.check(jax.random.key(5), posterior, simulations=fresh, draws=100, progress=False)
+    assert "uses the data" in report.verdict
+    assert posterior.misspecification(observed(20)).p_value > 0.05
+    assert posterior.misspecification(observed(20) + 9).p_value < 0.05
+
+
+@pytest.mark.slow
+def test_entries_that_are_hidden_at_random(simulations):
+    full = sf.simulate(jax.random.key(6), PRIOR, complete, 1_500, progress=False)
+    npe = sf.NPE(PRIOR, **SETTINGS, missing=sf.RandomSubset(5, TRIALS))
+    posterior, _ = npe.fit(jax.random.key(7), full, progress=False)
+    test_the_conjugate_posterior_is_recovered((posterior, _), 8)
+
+
+def test_the_emulator_takes_any_number_of_summaries(simulations):
+    emulator = dataclasses.replace(EMULATOR, max_features=1, simulations=100)
+    quick = {**SETTINGS, "training": sf.Training(max_epochs=1), "members": 1}
+    npe = sf.NPE(PRIOR, **quick, emulator=emulator)
+    _, history = npe.fit(jax.random.key(1), simulations, progress=False)
+    assert history.emulator is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "embedding: expected one such as sf.ConvNet.., got NoneType"),
+        (sf.ConvNet, "embedding: expected one such as sf.ConvNet.., got the class ConvNet"),
+        (sf.Summaries(sf.ConvNet()), "embedding: expected one with a network, got Summaries"),
+    ],
+)
+def test_settings_that_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        unchecked(sf.Summaries, given)
+
+
+def test_observations_that_do_not_suit_are_refused(simulations):
+    npe = sf.NPE(PRIOR, embedding=sf.Summaries(sf.ConvNet()))
+    with pytest.raises(ValueError, match="ConvNet expects an image"):
+        npe.fit(jax.random.key(0), simulations, progress=False)
+
+
+def test_gaps_and_an_emulator_need_fixed_summaries(simulations):
+    npe = sf.NPE(PRIOR, embedding=sf.DeepSet(), emulator=EMULATOR)
+    with pytest.raises(ValueError, match="emulator: expected none with missing entries, got one"):
+        npe.fit(jax.random.key(0), simulations, progress=False)
