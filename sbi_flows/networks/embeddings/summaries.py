@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -131,6 +132,7 @@ def series_statistics(shape: tuple[int, ...]) -> list[Statistic]:
         [_log_variance(columns)],
         *curvature,
         *lags[:3],
+        [_successive(columns)] if lags else [],
         [_spectrum(shape)],
         _moments(3, columns),
         _coarse(shape),
@@ -281,6 +283,29 @@ def _lagged(axis: int, lag: int, name: str, columns: int) -> Statistic:
         return log_scaled(masked_mean(difference**2, both, _grid(x)))
 
     return Statistic(_named(name, columns), compute)
+
+
+def _successive(columns: int) -> Statistic:
+    """Mean square difference of successive present points, divided by their distance.
+
+    It is the logarithm of the ratio to the variogram at lag 1, and zero for a series without gaps.
+    With gaps it uses more pairs of points.
+    """
+    neighbours = _lagged(0, 1, "", columns)
+
+    def compute(x: Array, mask: Array | None) -> Array:
+        if mask is None:
+            return jnp.zeros((x.shape[0], columns), x.dtype)
+        standard, place = own_scale(x, mask, (1,)), jnp.arange(x.shape[1])[None, :, None]
+        last = jax.lax.cummax(jnp.where(mask, place, -1), axis=1)
+        previous = jnp.pad(last[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=-1)
+        both = mask & (previous >= 0)
+        before = jnp.take_along_axis(standard, jnp.maximum(previous, 0), axis=1)
+        distance = jnp.where(both, place - previous, 1).astype(x.dtype)
+        mean = masked_mean((standard - before) ** 2 / distance, both, 1)
+        return log_scaled(mean) - neighbours.compute(x, mask)
+
+    return Statistic(_named("log variogram of successive points", columns), compute)
 
 
 def _shifted(x: Array, axis: int, start: int, lag: int) -> Array:
