@@ -247,6 +247,9 @@ def _add_peers(commands: Any) -> None:
         },
     )
     _add_folder(peers, "--results", "results")
+    help_text = "sbi and BayesFlow with their embeddings, on sets and images"
+    embeddings = _command(commands, "peer-embeddings", _peer_embeddings, help_text)
+    _add_folder(embeddings, "--results", "results")
 
 
 def _settings(kind: Callable[..., T], arguments: argparse.Namespace, **more: Any) -> T:
@@ -367,6 +370,12 @@ def _peers(arguments: argparse.Namespace) -> None:
 
     coupling = arguments.flow == "coupling"
     compare.run(_settings(compare.Settings, arguments, coupling=coupling))
+
+
+def _peer_embeddings(arguments: argparse.Namespace) -> None:
+    from benchmarks.peers import embeddings
+
+    embeddings.run(arguments.results)
 
 
 if __name__ == "__main__":

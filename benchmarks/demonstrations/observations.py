@@ -2,7 +2,7 @@
 
 Fits of the library are compared with the reference posterior of each task.
 
-Public names: `run`, `CASES`, `Case`.
+Public names: `run`, `scored`, `draws_of`, `CASES`, `Case`.
 """
 
 from __future__ import annotations
@@ -141,8 +141,9 @@ def _score(key: Key, name: str, case: Case) -> dict[str, Any]:
     began = time.perf_counter()
     posterior, history = embedded(task).fit(keys[1], sims)
     seconds = time.perf_counter() - began
+    draw = partial(draws_of, posterior)
     scores = {
-        kind: _c2st(jax.random.fold_in(keys[2], j), task, posterior, observe)
+        kind: scored(jax.random.fold_in(keys[2], j), task, draw, observe)
         for j, (kind, observe) in enumerate(case.kinds.items())
     }
     fresh = simulate(keys[3], task.prior, task.simulator, DATASETS)
@@ -165,16 +166,30 @@ def _score(key: Key, name: str, case: Case) -> dict[str, Any]:
     }
 
 
-def _c2st(
-    key: Key, task: simulators.Task, posterior: sf.Posterior, observe: Callable[[int], Obs]
+def draws_of(posterior: sf.Posterior, key: Key, x: Obs, n: int) -> np.ndarray:
+    """Draw from a posterior; return a NumPy array (n, D)."""
+    return np.asarray(posterior.sample(key, x, n))
+
+
+def scored(
+    key: Key,
+    task: simulators.Task,
+    draw: Callable[[Key, Obs, int], np.ndarray],
+    observe: Callable[[int], Obs],
 ) -> dict[str, Any]:
-    """Return the C2ST at each observation of a kind, and their mean."""
+    """Return the C2ST at each observation of a kind, and their mean.
+
+    Args:
+        key: Random key.
+        task: The task, which must have a reference posterior.
+        draw: Function of a random key, an observation and the number n of draws; it returns (n, D).
+        observe: Function from the number i = 1, 2, ... to observation i.
+    """
     assert task.sample_reference is not None
     values = []
     for i in range(1, OBSERVATIONS + 1):
         draw_key, reference_key = jax.random.split(jax.random.fold_in(key, i))
         x = observe(i)
         reference = np.asarray(task.sample_reference(reference_key, x, DRAWS))
-        draws = np.asarray(posterior.sample(draw_key, x, DRAWS))
-        values.append(sf.c2st(reference, draws))
+        values.append(sf.c2st(reference, draw(draw_key, x, DRAWS)))
     return {"mean": float(np.mean(values)), "values": values}

@@ -1,6 +1,6 @@
 """The library sbi as a contestant, and draws from its flow-matching estimator.
 
-Public names: `SbiNPE`, `fmpe_sampler`.
+Public names: `SbiNPE`, `fmpe_sampler`, `torch_prior`, `tensor`, `silent`, `NoTracker`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class SbiNPE:
 
     def __init__(self, prior: sf.Prior, recipe: Recipe) -> None:
         """Store the settings."""
-        self._recipe, self._prior = recipe, _torch_prior(prior)
+        self._recipe, self._prior = recipe, torch_prior(prior)
         self._net: Any = None
         self._threads: int | None = None
 
@@ -75,7 +75,7 @@ class SbiNPE:
         After the last epoch, sbi restores the best weights. The last call of `watch` uses these
         weights. The first fit also chooses the number of threads, which takes extra time.
         """
-        rows, recipe = (_tensor(theta), _tensor(flatten_rows(x))), self._recipe
+        rows, recipe = (tensor(theta), tensor(flatten_rows(x))), self._recipe
         if self._threads is None:
             self._threads = self._fastest_number_of_threads(rows)
         num_epochs = self._train(rows, seed, epochs, patience, watch)
@@ -93,11 +93,11 @@ class SbiNPE:
 
         torch.manual_seed(seed)
         inference = NPE(
-            density_estimator=self._build, tracker=_NoTracker(), show_progress_bars=False
+            density_estimator=self._build, tracker=NoTracker(), show_progress_bars=False
         )
         inference.append_simulations(*rows)
         recipe = self._recipe
-        with _silent():
+        with silent():
             inference.train(
                 training_batch_size=recipe.batch,
                 learning_rate=recipe.learning_rate,
@@ -136,7 +136,7 @@ class SbiNPE:
         import torch  # pyright: ignore[reportMissingImports]
 
         torch.manual_seed(seed)
-        rows, posterior = _tensor(flatten_rows(x)), self._posterior()
+        rows, posterior = tensor(flatten_rows(x)), self._posterior()
         if len(rows) == 1:
             draws = posterior.sample((n,), x=rows, show_progress_bars=False)[:, None]
         else:
@@ -157,7 +157,7 @@ class SbiNPE:
         """
         import torch  # pyright: ignore[reportMissingImports]
 
-        rows, values = _tensor(flatten_rows(x)), _tensor(theta)
+        rows, values = tensor(flatten_rows(x)), tensor(theta)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             posterior = self._posterior()  # draws from the prior
@@ -239,20 +239,20 @@ def fmpe_sampler(
     from sbi.inference import FMPE  # pyright: ignore[reportMissingImports]
 
     torch.manual_seed(seed)
-    inference = FMPE(_torch_prior(prior), tracker=_NoTracker(), show_progress_bars=False)
-    inference.append_simulations(_tensor(theta), _tensor(flatten_rows(x)))
-    with _silent():
+    inference = FMPE(torch_prior(prior), tracker=NoTracker(), show_progress_bars=False)
+    inference.append_simulations(tensor(theta), tensor(flatten_rows(x)))
+    with silent():
         inference.train(max_num_epochs=epochs)
     posterior = inference.build_posterior()
 
     def draw(observed: Obs, n: int) -> np.ndarray:
-        row = _tensor(flatten_rows(jax.tree.map(lambda leaf: leaf[None], observed)))
+        row = tensor(flatten_rows(jax.tree.map(lambda leaf: leaf[None], observed)))
         return posterior.sample((n,), x=row, show_progress_bars=False).numpy()
 
     return draw
 
 
-class _NoTracker:
+class NoTracker:
     """Tracker that ignores all metrics, so that sbi writes no files."""
 
     log_dir = None
@@ -273,14 +273,14 @@ class _NoTracker:
         """Do nothing."""
 
 
-def _torch_prior(prior: sf.Prior) -> Any:
+def torch_prior(prior: sf.Prior) -> Any:
     """Convert the prior to torch. The posteriors of sbi use only its support."""
     import torch  # pyright: ignore[reportMissingImports]
     from sbi.utils import BoxUniform  # pyright: ignore[reportMissingImports]
 
     if all(prior.bounded):
         corner = jnp.full(prior.standard_dim, HALF_WIDTH)
-        return BoxUniform(*(_tensor(prior.from_standard(sign * corner)) for sign in (-1.0, 1.0)))
+        return BoxUniform(*(tensor(prior.from_standard(sign * corner)) for sign in (-1.0, 1.0)))
 
     class TorchPrior(torch.distributions.Distribution):
         """Distribution without `support`. For sbi, the support is where log_prob is finite."""
@@ -293,22 +293,23 @@ def _torch_prior(prior: sf.Prior) -> Any:
         def sample(self, sample_shape: Any = ()) -> Any:
             shape = tuple(sample_shape)
             draws = prior.sample(jax.random.key(0), int(np.prod(shape)))
-            return _tensor(draws).reshape(*shape, prior.dim)
+            return tensor(draws).reshape(*shape, prior.dim)
 
         def log_prob(self, value: Any) -> Any:
-            return _tensor(prior.log_prob(value.detach().numpy()))
+            return tensor(prior.log_prob(value.detach().numpy()))
 
     return TorchPrior()
 
 
-def _tensor(values: Any) -> Any:
+def tensor(values: Any) -> Any:
+    """Convert an array to a torch tensor of float32."""
     import torch  # pyright: ignore[reportMissingImports]
 
     return torch.from_numpy(np.array(values, np.float32))
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Suppress the output of sbi, and its warning that the maximum number of epochs is reached."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.filterwarnings("ignore", "Maximum number of epochs")

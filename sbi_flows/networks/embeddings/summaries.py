@@ -44,6 +44,8 @@ _MANY = 500
 """Number of elements from which the shape of a distribution is well known."""
 _SMALLEST_WIDTH = 1e-3
 """Added to the interquartile range, so that relative quantiles are finite."""
+_SMALLEST_SQUARE = 1e-2
+"""Added to squared deviations before the logarithm, so that values near the mean count little."""
 _MOMENTS = ("mean", "mean square", "mean cube")
 PROJECTIONS = 24
 """Number of directions onto which the moments of many columns are projected."""
@@ -125,6 +127,10 @@ def series_statistics(shape: tuple[int, ...]) -> list[Statistic]:
     length, columns = shape
     names = {lag: f"log variogram lag {lag}" for lag in _LAGS if lag < length}
     lags = [[_lagged(0, lag, name, columns)] for lag, name in names.items()]
+    of_magnitudes = [
+        [_lagged(0, lag, f"{name} of magnitudes", columns, _log_magnitude)]
+        for lag, name in names.items()
+    ]
     curvature = [[_second_difference(columns)]] if length > 2 else []
     groups = [
         [_count()],
@@ -138,6 +144,8 @@ def series_statistics(shape: tuple[int, ...]) -> list[Statistic]:
         _coarse(shape),
         [_products(columns)],
         *lags[3:],
+        [_magnitudes(columns)],
+        *of_magnitudes,
     ]
     return _choose(groups)
 
@@ -268,14 +276,17 @@ def _masked_quantiles(x: Array, mask: Array | None, levels: Sequence[float] = _Q
     return fill(below + (position - lower.astype(x.dtype)) * (above - below), count > 0)
 
 
-def _lagged(axis: int, lag: int, name: str, columns: int) -> Statistic:
+def _lagged(
+    axis: int, lag: int, name: str, columns: int, transform: Compute = lambda x, mask: x
+) -> Statistic:
     """Mean square difference of points that are `lag` apart, relative to the variance, as a log.
 
-    It resolves correlations near 1, and uses all pairs in which both points are present.
+    It resolves correlations near 1, and uses all pairs in which both points are present. The points
+    are transformed first.
     """
 
     def compute(x: Array, mask: Array | None) -> Array:
-        standard = own_scale(x, mask, _grid(x))
+        standard = own_scale(transform(x, mask), mask, _grid(x))
         difference = _shifted(standard, axis, lag, lag) - _shifted(standard, axis, 0, lag)
         both = None
         if mask is not None:
@@ -283,6 +294,24 @@ def _lagged(axis: int, lag: int, name: str, columns: int) -> Statistic:
         return log_scaled(masked_mean(difference**2, both, _grid(x)))
 
     return Statistic(_named(name, columns), compute)
+
+
+def _log_magnitude(x: Array, mask: Array | None) -> Array:
+    """Logarithm of the squared deviation from the mean, relative to the variance."""
+    return jnp.log(own_scale(x, mask, _grid(x)) ** 2 + _SMALLEST_SQUARE)
+
+
+def _magnitudes(columns: int) -> Statistic:
+    """Mean and log variance of the logarithmic magnitudes, which show changes of the variance."""
+
+    def compute(x: Array, mask: Array | None) -> Array:
+        magnitude = _log_magnitude(x, mask)
+        mean = masked_mean(magnitude, mask, _grid(x), keepdims=True)
+        variance = masked_mean((magnitude - mean) ** 2, mask, _grid(x))
+        return jnp.stack([mean.reshape(variance.shape), log_scaled(variance)], axis=1)
+
+    names = _named("mean log magnitude", columns) + _named("log variance of magnitudes", columns)
+    return Statistic(names, compute)
 
 
 def _successive(columns: int) -> Statistic:

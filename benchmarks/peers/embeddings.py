@@ -1,0 +1,214 @@
+"""`python -m benchmarks peer-embeddings`: sbi and BayesFlow with their embeddings, in one process.
+
+All libraries get the same simulations of a set and of an image. The peers train as long as this
+library did, or until they stop early.
+
+Public names: `run`, `PEERS`, `TASKS`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sbi_flows as sf
+import simulators
+from benchmarks.demonstrations.observations import CASES, draws_of, scored
+from benchmarks.peers.sbi_npe import NoTracker, silent, tensor, torch_prior
+from benchmarks.suite.embedded import SETTINGS, embedded
+from benchmarks.suite.records import provenance, writable_folder, write_json
+from sbi_flows.core.typing import Key, Obs
+
+TASKS = ("drift_diffusion", "random_field")
+SEED = 25
+HELD_OUT = 0.1
+"""Fraction of the simulations that each library uses for validation."""
+
+Draw: TypeAlias = Callable[[Key, Obs, int], np.ndarray]
+"""Function of a random key, an observation, and the number n of draws; it returns (n, D)."""
+
+
+def run(folder: Path) -> dict[str, Any]:
+    """Fit each library to each task, and write `peer-embeddings.json`.
+
+    Args:
+        folder: Folder of the record.
+
+    Returns:
+        The record. A library that is not installed has no entry.
+
+    Raises:
+        BadInput: The folder is not writable.
+    """
+    path = writable_folder(folder, "--results") / "peer-embeddings.json"
+    record = {**provenance(), "kind": "peer-embeddings", "tasks": {}}
+    for i, name in enumerate(TASKS):
+        record["tasks"][name] = _compare(jax.random.fold_in(jax.random.key(SEED), i), name)
+        write_json(path, record)
+    return record
+
+
+def _compare(key: Key, name: str) -> dict[str, Any]:
+    """Fit all libraries to one task."""
+    case, task = CASES[name], simulators.get(name)
+    keys = jax.random.split(key, 4)
+    sims = sf.simulate(keys[0], task.prior, task.simulator, case.simulations, progress=False)
+    pattern = SETTINGS[name].get("missing")
+    # the peers do not hide trials themselves
+    shown = sims if pattern is None else sims.hide(keys[1], pattern)
+    began = time.perf_counter()
+    posterior, history = embedded(task).fit(keys[2], sims)
+    limit = time.perf_counter() - began
+    ours = partial(draws_of, posterior)
+    results = {"ours": _result(keys[3], name, ours, limit, {"epochs": history.epochs})}
+    prior, theta = posterior.prior, np.asarray(shown.theta)
+    for library, fit in PEERS.items():
+        if importlib.util.find_spec(library) is None:
+            print(f"{library}: not installed, skipped", file=sys.stderr)
+            continue
+        began = time.perf_counter()
+        draw, described = fit(prior, theta, np.asarray(shown.x), limit)
+        seconds = time.perf_counter() - began
+        described["version"] = importlib.metadata.version(library)
+        results[library] = _result(keys[3], name, draw, seconds, described)
+    return {"simulations": case.simulations, "libraries": results}
+
+
+def _result(
+    key: Key, name: str, draw: Draw, seconds: float, described: dict[str, Any]
+) -> dict[str, Any]:
+    case, task = CASES[name], simulators.get(name)
+    scores = {
+        kind: scored(jax.random.fold_in(key, j), task, draw, observe)
+        for j, (kind, observe) in enumerate(case.kinds.items())
+    }
+    result = {"fit_seconds": seconds, **described, "c2st": scores}
+    print(f"{name}: {result}", flush=True)
+    return result
+
+
+def _fit_sbi(prior: sf.Prior, theta: np.ndarray, x: np.ndarray, limit: float) -> tuple[Draw, dict]:
+    """Fit `sbi.inference.NPE` with its default flow and its embedding for sets or images."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from sbi.inference import NPE  # pyright: ignore[reportMissingImports]
+    from sbi.inference.posteriors import (  # pyright: ignore[reportMissingImports]
+        DirectPosterior,
+    )
+    from sbi.neural_nets import posterior_nn  # pyright: ignore[reportMissingImports]
+    from sbi.neural_nets.embedding_nets import (  # pyright: ignore[reportMissingImports]
+        CNNEmbedding,
+        FCEmbedding,
+        PermutationInvariantEmbedding,
+    )
+
+    torch.manual_seed(SEED)
+    center, scale = _location_and_scale(x)
+    if x.ndim == 3 and x.shape[-1] < 5:  # trials
+        trial = FCEmbedding(x.shape[-1], output_dim=20)
+        embedding = PermutationInvariantEmbedding(trial, 20, aggregation_fn="mean")
+    else:
+        embedding = CNNEmbedding(x.shape[1:])
+    build = posterior_nn("maf", z_score_x="none", embedding_net=embedding)
+    support, net = torch_prior(prior), None
+
+    def train(epochs: int) -> int:
+        nonlocal net
+        inference = NPE(density_estimator=build, tracker=NoTracker(), show_progress_bars=False)
+        rows = tensor(theta), tensor((x - center) / scale)
+        inference.append_simulations(*rows, exclude_invalid_x=False)
+        with silent():
+            # sbi counts from zero, and includes the last epoch
+            net = inference.train(max_num_epochs=max(1, epochs - 1))
+        return inference.summary["epochs_trained"][-1]
+
+    epochs = _epochs_within(limit, lambda: train(2), 2)
+    trained = train(epochs)
+    posterior = DirectPosterior(net, support)
+
+    def draw(key: Key, x: Obs, n: int) -> np.ndarray:
+        torch.manual_seed(int(jax.random.randint(key, (), 0, 2**31 - 1)))
+        row = tensor((np.asarray(x)[None] - center) / scale)
+        return posterior.sample((n,), x=row, show_progress_bars=False).numpy()
+
+    return draw, {"epochs": trained, "embedding": type(embedding).__name__}
+
+
+def _fit_bayesflow(
+    prior: sf.Prior, theta: np.ndarray, x: np.ndarray, limit: float
+) -> tuple[Draw, dict]:
+    """Fit `bayesflow.BasicWorkflow` with its coupling flow and its network for sets or images.
+
+    The flow gets the prior's unbounded coordinates. A further column marks the trials that are
+    present.
+    """
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    import bayesflow  # pyright: ignore[reportMissingImports]
+    import keras  # pyright: ignore[reportMissingImports]
+
+    center, scale = _location_and_scale(x)
+    is_set = x.ndim == 3 and x.shape[-1] < 5
+
+    def inputs(rows: np.ndarray) -> np.ndarray:
+        rows = np.asarray((rows - center) / scale, np.float32)
+        if not is_set:
+            return rows[..., None]
+        present = ~np.isnan(rows[..., :1])
+        return np.concatenate([np.nan_to_num(rows), present], axis=-1).astype(np.float32)
+
+    networks = bayesflow.networks
+    y, values = np.asarray(prior.to_standard(jnp.asarray(theta))), inputs(x)
+    cut = int(len(y) * (1 - HELD_OUT))
+    rows = {"theta": y[:cut], "x": values[:cut]}, {"theta": y[cut:], "x": values[cut:]}
+    flow = None
+
+    def train(epochs: int) -> None:
+        nonlocal flow
+        keras.utils.set_random_seed(SEED)
+        network = networks.DeepSet() if is_set else networks.ConvolutionalNetwork()
+        flow = bayesflow.BasicWorkflow(
+            inference_network=networks.CouplingFlow(),
+            summary_network=network,
+            inference_variables=["theta"],
+            summary_variables=["x"],
+        )
+        flow.fit_offline(rows[0], epochs=epochs, batch_size=200, validation_data=rows[1], verbose=0)
+
+    epochs = min(100, _epochs_within(limit, lambda: train(2), 2))
+    train(epochs)
+
+    def draw(key: Key, x: Obs, n: int) -> np.ndarray:
+        keras.utils.set_random_seed(int(jax.random.randint(key, (), 0, 2**31 - 1)))
+        assert flow is not None
+        drawn = flow.sample(conditions={"x": inputs(np.asarray(x)[None])}, num_samples=n)
+        return np.asarray(prior.from_standard(jnp.asarray(drawn["theta"][0])))
+
+    network = "DeepSet" if is_set else "ConvolutionalNetwork"
+    return draw, {"epochs": epochs, "embedding": network}
+
+
+def _location_and_scale(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation: of each column of trials, or of all pixels."""
+    axes = (0, 1) if x.ndim == 3 and x.shape[-1] < 5 else None
+    return np.nanmean(x, axis=axes), np.nanstd(x, axis=axes)
+
+
+def _epochs_within(limit: float, train: Callable[[], Any], epochs: int) -> int:
+    """Return the number of epochs that fit into the limit in seconds, from the time of a few."""
+    train()  # compiles
+    began = time.perf_counter()
+    train()
+    return max(2, round(limit * epochs / (time.perf_counter() - began)))
+
+
+PEERS: dict[str, Callable[..., tuple[Draw, dict]]] = {"sbi": _fit_sbi, "bayesflow": _fit_bayesflow}
