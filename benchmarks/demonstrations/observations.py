@@ -88,7 +88,7 @@ CASES: dict[str, Case] = {
             "random_field": 20_000,
             "lens": 50_000,
             "ornstein_uhlenbeck": 50_000,
-            "g_and_k": 20_000,
+            "g_and_k": 50_000,
             "stochastic_volatility": 50_000,
             "hodgkin_huxley": 50_000,
         }.items()

@@ -22,6 +22,16 @@ def _fast(embedding: EmbeddingSettings, epochs: int = 16) -> dict[str, Any]:
     return {"density": sf.MAF(), "embedding": embedding, "members": 1, "training": training}
 
 
+def _fixed(embedding: EmbeddingSettings, draws: int | None = None) -> dict[str, Any]:
+    """Return settings of two members given fixed summaries; `draws` of them are emulated, or none.
+
+    An emulator uses the default training, which is short.
+    """
+    emulator = None if draws is None else sf.Emulator(simulations=draws)
+    settings = {"density": sf.MAF(), "embedding": sf.Summaries(embedding), "members": 2}
+    return {**settings, "emulator": emulator}
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "normal_set": {
         "density": sf.MAF(),
@@ -35,7 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "embedding": sf.DeepSet(),
         "missing": sf.RandomSubset(20, 300),
         "members": 1,
-        "training": sf.Training(max_epochs=18, learning_rate=6e-3),
+        "training": sf.Training(max_epochs=32, learning_rate=6e-3),
     },
     "sensors": {
         "density": sf.MAF(),
@@ -50,11 +60,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "members": 2,
         "training": _BRIEF,
     },
-    "random_field": _fast(sf.ConvNet(width=8), 20),
+    "random_field": _fixed(sf.ConvNet(), 100_000),
     "lens": _fast(sf.ConvNet(width=8)),
-    "ornstein_uhlenbeck": _fast(sf.SeriesNet(width=16, blocks=0, heads=2)),
-    "g_and_k": _fast(sf.DeepSet(width=8, layers=0, heads=2), 40),
-    "stochastic_volatility": _fast(sf.SeriesNet(width=16)),
+    "ornstein_uhlenbeck": _fixed(sf.SeriesNet()),
+    "g_and_k": _fixed(sf.DeepSet(), 200_000),
+    "stochastic_volatility": _fixed(sf.SeriesNet()),
     "hodgkin_huxley": _fast(sf.SeriesNet(width=16)),
 }
 """Arguments of `sf.NPE` by the name of the task.
