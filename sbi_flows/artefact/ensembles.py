@@ -10,6 +10,7 @@ Public names: `Coordinates`, `Ensemble`, `encode`, `decode`, `require`, `require
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -104,6 +105,8 @@ def encode(
     }
     if not blueprint.linear_start:  # written only if it differs from the default
         data["linear_start"] = False
+    if isinstance(blueprint.embedding, EmbeddingSettings):
+        data["summaries"] = _hash_of_summaries(blueprint.embedding, observation)
     if blueprint.missing is not None:
         data["missing"] = settings.encode("missing", blueprint.missing)
     leaves = _leaves_by_path(weights)
@@ -145,6 +148,7 @@ def decode(
     linear_start = expect_type(
         f"{name}.linear_start", value.pop("linear_start", True), bool, "a flag"
     )
+    summaries = value.pop("summaries", None)
     missing = value.pop("missing", None)
     if missing is not None:
         missing = settings.decode(f"{name}.missing", missing, *settings.PATTERNS)
@@ -166,6 +170,11 @@ def decode(
     embedding = embeddings.decode(embedding, user_embedding)
     if isinstance(embedding, EmbeddingSettings):
         _fitting(embedding.check, observation)
+        if summaries != _hash_of_summaries(embedding, observation):
+            raise ArtefactError(
+                f"{name}: expected the fixed summaries of this version of the library, got "
+                "others; fit again"
+            )
     sizes = _sizes(coordinates, observation, kept, embedding, has_mask)
     blueprint = Blueprint(density, embedding, sizes, kept, linear_start, missing)
     members = expect_integer(f"{name}.members", members, 1, MAX_MEMBERS)
@@ -247,6 +256,11 @@ def _leaves_by_path(tree: Any) -> dict[str, Any]:
 
 def _step(key: Any) -> str:
     return str(next(getattr(key, n) for n in ("key", "name", "idx") if hasattr(key, n)))
+
+
+def _hash_of_summaries(embedding: EmbeddingSettings, observation: Obs) -> str:
+    """Return a hash of the names of the fixed summaries, which may differ between versions."""
+    return hashlib.sha256("\n".join(embedding.summary_labels(observation)).encode()).hexdigest()
 
 
 def _fitting(check: Callable[[Obs], None], observation: Obs) -> None:

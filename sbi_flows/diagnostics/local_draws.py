@@ -168,8 +168,8 @@ def _to_standard(prior: Prior, theta: Array | np.ndarray) -> Array:
 def _features(posterior: AbstractPosterior, x: Obs, observed: Obs) -> np.ndarray:
     """Return C features of N data sets and, in the last row, of the observation, (N + 1, C).
 
-    Features are the output of the posterior's embedding. Without an embedding, they are the
-    standardised entries of the data.
+    Features are the output of the embedding's network; without a network, the fixed summaries of
+    the embedding; without an embedding, the standardised entries of the data.
     """
     joined = jax.tree.map(lambda a, b: np.concatenate([a, np.asarray(b, a.dtype)]), x, observed)
     spaces = posterior.spaces(joined)

@@ -43,6 +43,9 @@ from sbi_flows.training import FitKeys, History, Training, TrainingData, fit
 CHUNK_DRAWS = 2_500
 """Number of draws in one compiled call."""
 
+MAX_FIXED_SUMMARIES = 128
+"""Maximum number of fixed summaries that are emulated."""
+
 LINEAR_RANGE = 25.0
 """Number of scales within which standardisation for the emulator is linear. Compressing the tails
 would turn noise of constant size into noise that is harder to learn; only very heavy tails need
@@ -71,7 +74,7 @@ class Emulator:
         max_features: Maximum length of an observation. For longer observations, the estimator is
             fitted without an emulator, because learning the noise of hundreds of numbers takes
             more simulations than learning the posterior. The summaries of `sf.Summaries` are
-            emulated in any case.
+            emulated up to a number of 128.
 
     Example:
         >>> import jax, numpyro.distributions as dist, sbi_flows as sf
@@ -174,10 +177,11 @@ def emulate(
             member has no finite draw.
         KeyboardInterrupt: A fit of the emulator was interrupted.
     """
-    if standardiser is not None and seen.x.shape[1] > emulator.max_features:
+    most = emulator.max_features if standardiser is not None else MAX_FIXED_SUMMARIES
+    if seen.x.shape[1] > most:
+        kind = "max_features" if standardiser is not None else "limit on fixed summaries"
         raise EmulatorFailed(
-            f"observations of {seen.x.shape[1]} numbers are longer than its "
-            f"max_features={emulator.max_features}"
+            f"observations of {seen.x.shape[1]} numbers are longer than its {kind}={most}"
         )
     fraction = training.validation_fraction
     training = emulator.training.with_checkpoint_of(training)

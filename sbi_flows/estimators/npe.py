@@ -199,10 +199,10 @@ class NPE:
 
         Raises:
             ValueError: theta has the wrong shape or lies outside the prior's support; an emulator
-                is combined with observations on disk; an emulator or screening is combined with
-                simulations that have missing entries; the embedding or `missing` does not suit the
-                observations; or the checkpoint folder holds a fit with other simulations, keys or
-                settings.
+                is combined with observations on disk; an emulator without `Summaries`, or
+                screening, is combined with simulations that have missing entries; the embedding or
+                `missing` does not suit the observations; or the checkpoint folder holds a fit with
+                other simulations, keys or settings.
             SimulationFailed: Fewer than 10 rows are valid.
             TrainingDiverged: A loss was not finite. The attribute `state` of the exception holds
                 the last finite posterior.

@@ -49,8 +49,8 @@ BATCH_ROWS = 256
 Summarise = Callable[[np.ndarray], tuple[np.ndarray, ...]]
 """Function that takes features (B, C) and returns the values in each space.
 
-The values are the features, or the fixed summaries of an embedding, and, if there is an embedding,
-the embedding's output (B, F).
+The values are the features, or the fixed summaries of an embedding, and, if the embedding has a
+network, its output (B, F).
 """
 
 

@@ -111,7 +111,7 @@ class AbstractPosterior(Bindable):
 
     @abc.abstractmethod
     def spaces(self, x: Obs) -> tuple[np.ndarray, ...]:
-        """Return features (B, C) and, if there is an embedding, its output (B, F).
+        """Return features (B, C) and, if an embedding has a network, its output (B, F).
 
         Missing entries are zero. For an embedding with fixed summaries, the summaries (B, K) take
         the place of the features.

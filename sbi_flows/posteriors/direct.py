@@ -165,7 +165,7 @@ class Posterior(AbstractPosterior):
         return self._standardised(x)[0]
 
     def spaces(self, x: Obs) -> tuple[np.ndarray, ...]:
-        """Return features (B, C) and, if there is an embedding, its output (B, F).
+        """Return features (B, C) and, if an embedding has a network, its output (B, F).
 
         Missing entries are zero. For an embedding with fixed summaries, the summaries (B, K) take
         the place of the features.
@@ -253,7 +253,8 @@ class Posterior(AbstractPosterior):
 
         Long observations count as well, because a network that reads them needs memory.
         """
-        long = max(self.blueprints[0].sizes.input_count - MAX_SHORT_INPUTS, 0)
+        most = max(b.sizes.feature_count + b.sizes.summaries for b in self.blueprints)
+        long = max(most - MAX_SHORT_INPUTS, 0)
         return n * self.prior.dim + long
 
     @property

@@ -4,8 +4,8 @@ Missing entries of an observation are zero. The mask, a boolean array of the sam
 where an entry is present. The mask None means that all entries are present; it gives the same
 result as a mask of True, at a lower cost.
 
-Public names: `EmbeddingSettings`, `leaf_shape`, `as_channels`, `fill`, `any_present`,
-`masked_mean`, `log_count`, `own_scale`, `project`, `soft_clip`, `start_at_zero`.
+Public names: `EmbeddingSettings`, `require_network`, `leaf_shape`, `as_channels`, `fill`,
+`any_present`, `masked_mean`, `log_count`, `own_scale`, `project`, `soft_clip`, `start_at_zero`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from sbi_flows.core.checks import require_object
 from sbi_flows.networks.mlp import ResidualMLP
 from sbi_flows.observations.shared import SharedAxes
 
@@ -77,6 +78,19 @@ class EmbeddingSettings(abc.ABC):
     @abc.abstractmethod
     def build(self, rngs: nnx.Rngs, like: Any) -> nnx.Module:
         """Create the network `module(x, mask, *, key=None)` with output (B, features)."""
+
+
+def require_network(name: str, embedding: Any, wanted: str) -> None:
+    """Raise ValueError unless a value is the settings of an embedding that has a network.
+
+    Args:
+        name: Name of the argument.
+        embedding: The value.
+        wanted: Description of the expected value, for the error message.
+    """
+    require_object(name, embedding, EmbeddingSettings, wanted)
+    if embedding.summaries_only:
+        raise ValueError(f"{name}: expected one with a network, got {type(embedding).__name__}")
 
 
 def leaf_shape(kind: str, expected: str, like: Any, ranks: tuple[int, ...]) -> tuple[int, ...]:

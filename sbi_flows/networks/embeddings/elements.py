@@ -12,10 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sbi_flows.core.checks import require_object
 from sbi_flows.core.typing import Key
 from sbi_flows.networks.embeddings.base import (
-    MAX_SUMMARIES,
     EmbeddingSettings,
     any_present,
     as_channels,
@@ -24,6 +22,7 @@ from sbi_flows.networks.embeddings.base import (
     log_count,
     masked_mean,
     own_scale,
+    require_network,
     soft_clip,
 )
 from sbi_flows.networks.embeddings.layers import Entry
@@ -34,6 +33,9 @@ from sbi_flows.networks.embeddings.summaries import (
     set_statistics,
 )
 from sbi_flows.observations.shared import SharedAxes
+
+MAX_VARIANCES = 31
+"""Maximum number of summaries of elements whose variances over the elements are summaries."""
 
 
 class SetSettings(EmbeddingSettings):
@@ -70,13 +72,12 @@ class SetSettings(EmbeddingSettings):
         """Return the names of the fixed summaries.
 
         If elements have an embedding, its summaries are computed for each element. The summaries of
-        the set are their means over the elements and, if there are at most 31 of them, their
-        variances.
+        the set are their means over the elements, and the variances of the first 31 of them.
         """
         if self.each is None:
             return labels_of(set_statistics(_with_column(like.shape)))
         inner = self.each.summary_labels(element_of(like))
-        spread = [f"variance of {label}" for label in inner] if _has_variances(len(inner)) else []
+        spread = [f"variance of {label}" for label in inner[:MAX_VARIANCES]]
         return ("n", *(f"mean of {label}" for label in inner), *spread)
 
     def summarise(self, x: Any, mask: Any) -> Array:
@@ -88,25 +89,20 @@ class SetSettings(EmbeddingSettings):
         values = _split(self.each.summarise(*_joined(x, mask)), x)
         listed = None if present is None else present[..., None]
         parts = [log_count(values, present), masked_mean(values, listed, 1)]
-        if _has_variances(values.shape[-1]):
-            deviations = values - parts[1][:, None, :]
-            parts.append(soft_clip(masked_mean(deviations**2, listed, 1), LOGARITHMIC))
+        deviations = (values - parts[1][:, None, :])[..., :MAX_VARIANCES]
+        parts.append(soft_clip(masked_mean(deviations**2, listed, 1), LOGARITHMIC))
         return jnp.concatenate(parts, axis=1)
 
 
 def require_each(each: Any) -> None:
     """Raise ValueError unless the embedding of the elements is None or settings."""
     if each is not None:
-        require_object("each", each, EmbeddingSettings, "an embedding, such as SeriesNet()")
+        require_network("each", each, "an embedding, such as SeriesNet()")
 
 
 def element_of(like: Any) -> jax.ShapeDtypeStruct:
     """Return the shape and dtype of one element."""
     return jax.ShapeDtypeStruct(like.shape[1:], like.dtype)
-
-
-def _has_variances(count: int) -> bool:
-    return 2 * count < MAX_SUMMARIES
 
 
 def _with_column(shape: tuple[int, ...]) -> tuple[int, ...]:

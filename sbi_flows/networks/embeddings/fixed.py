@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 from flax import nnx
 from jax import Array
 
-from sbi_flows.core.checks import require_object
-from sbi_flows.networks.embeddings.base import EmbeddingSettings
+from sbi_flows.networks.embeddings.base import EmbeddingSettings, require_network
 from sbi_flows.observations.shared import SharedAxes
 
 
@@ -48,9 +47,7 @@ class Summaries(EmbeddingSettings):
 
     def __post_init__(self) -> None:
         """Check the embedding."""
-        require_object("embedding", self.embedding, EmbeddingSettings, "one such as sf.ConvNet()")
-        if self.embedding.summaries_only:
-            raise ValueError("embedding: expected one with a network, got Summaries")
+        require_network("embedding", self.embedding, "one such as sf.ConvNet()")
 
     @property
     def features(self) -> int:  # type: ignore[override]  # there is no network

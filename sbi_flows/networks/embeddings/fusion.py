@@ -23,6 +23,7 @@ from sbi_flows.networks.embeddings.base import (
     fill,
     leaf_shape,
     project,
+    require_network,
     soft_clip,
 )
 from sbi_flows.networks.embeddings.layers import Entry
@@ -123,7 +124,7 @@ class Fusion(EmbeddingSettings):
         labels: list[str] = []
         for name, part in self.parts:
             if part is None:
-                labels += _flat_labels(name, _flat_size(like[name]))
+                labels += [*_flat_labels(name, _flat_size(like[name])), f"{name} is present"]
             else:
                 labels += [f"{name}: {label}" for label in part.summary_labels(like[name])]
         return tuple(labels)
@@ -131,7 +132,8 @@ class Fusion(EmbeddingSettings):
     def summarise(self, x: Any, mask: Any) -> Array:
         """Compute the fixed summaries (B, K) of all parts.
 
-        Those of a part None are its entries; of more than 512 entries, 64 fixed projections.
+        Those of a part None are its entries, or 64 fixed projections of more than 512 entries; and
+        the fraction of entries that are present.
         """
         values = []
         for name, part in self.parts:
@@ -139,7 +141,8 @@ class Fusion(EmbeddingSettings):
             if part is not None:
                 values.append(part.summarise(x[name], present))
             else:
-                values.append(_flat_summaries(_flatten(fill(x[name], present))))
+                rows = _flatten(fill(x[name], present))
+                values += [_flat_summaries(rows), _present_fraction(rows, present)]
         batch = jax.tree.leaves(x)[0]
         return jnp.concatenate([jnp.zeros((batch.shape[0], 0), batch.dtype), *values], axis=1)
 
@@ -159,7 +162,7 @@ def _sorted_parts(parts: Any) -> tuple[tuple[str, EmbeddingSettings | None], ...
         if not isinstance(name, str):
             raise ValueError(f"parts: expected names as keys, got {name!r}")
         if part is not None:
-            require_object(f"parts[{name!r}]", part, EmbeddingSettings, "an embedding or None")
+            require_network(f"parts[{name!r}]", part, "an embedding or None")
     return tuple((name, pairs[name]) for name in sorted(pairs))
 
 
@@ -180,6 +183,13 @@ def _flat_summaries(rows: Array) -> Array:
     if rows.shape[1] > MAX_FLAT:
         rows = project(rows, MAX_SUMMARIES)
     return soft_clip(rows, LINEAR)
+
+
+def _present_fraction(rows: Array, mask: Array | None) -> Array:
+    """Return the fraction of entries that are present, shape (B, 1)."""
+    if mask is None:
+        return jnp.ones((rows.shape[0], 1), rows.dtype)
+    return jnp.mean(_flatten(mask), axis=1, keepdims=True, dtype=rows.dtype)
 
 
 class _Fusion(nnx.Module):

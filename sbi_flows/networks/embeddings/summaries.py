@@ -127,6 +127,7 @@ def series_statistics(shape: tuple[int, ...]) -> list[Statistic]:
     length, columns = shape
     names = {lag: f"log variogram lag {lag}" for lag in _LAGS if lag < length}
     lags = [[_lagged(0, lag, name, columns)] for lag, name in names.items()]
+    lags[:1] = [[_successive(columns)]] if lags else []
     of_magnitudes = [
         [_lagged(0, lag, f"{name} of magnitudes", columns, _log_magnitude)]
         for lag, name in names.items()
@@ -138,8 +139,7 @@ def series_statistics(shape: tuple[int, ...]) -> list[Statistic]:
         [_log_variance(columns)],
         *curvature,
         *lags[:3],
-        [_successive(columns)] if lags else [],
-        [_spectrum(shape)],
+        _spectra(shape),
         _moments(3, columns),
         _coarse(shape),
         [_products(columns)],
@@ -160,8 +160,8 @@ def grid_statistics(shape: tuple[int, ...]) -> list[Statistic]:
     ]
     moments = [_moments(power, columns) for power in (1, 2, 3)]
     variance = [_log_variance(columns)]
-    spectrum = [_spectrum(shape)]
-    return _choose([[_count()], *moments, variance, *neighbours, spectrum, _coarse(shape)])
+    groups = [[_count()], *moments, variance, *neighbours, _spectra(shape), _coarse(shape)]
+    return _choose(groups)
 
 
 def _choose(groups: Sequence[Sequence[Statistic]]) -> list[Statistic]:
@@ -315,26 +315,24 @@ def _magnitudes(columns: int) -> Statistic:
 
 
 def _successive(columns: int) -> Statistic:
-    """Mean square difference of successive present points, divided by their distance.
+    """Variogram of successive present points: square differences, divided by the distances.
 
-    It is the logarithm of the ratio to the variogram at lag 1, and zero for a series without gaps.
-    With gaps it uses more pairs of points.
+    Without gaps it is the variogram at lag 1. With gaps it uses more pairs of points than that.
     """
-    neighbours = _lagged(0, 1, "", columns)
+    neighbours = _lagged(0, 1, "log variogram of successive points", columns)
 
     def compute(x: Array, mask: Array | None) -> Array:
         if mask is None:
-            return jnp.zeros((x.shape[0], columns), x.dtype)
+            return neighbours.compute(x, mask)
         standard, place = own_scale(x, mask, (1,)), jnp.arange(x.shape[1])[None, :, None]
         last = jax.lax.cummax(jnp.where(mask, place, -1), axis=1)
         previous = jnp.pad(last[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=-1)
         both = mask & (previous >= 0)
         before = jnp.take_along_axis(standard, jnp.maximum(previous, 0), axis=1)
         distance = jnp.where(both, place - previous, 1).astype(x.dtype)
-        mean = masked_mean((standard - before) ** 2 / distance, both, 1)
-        return log_scaled(mean) - neighbours.compute(x, mask)
+        return log_scaled(masked_mean((standard - before) ** 2 / distance, both, 1))
 
-    return Statistic(_named("log variogram of successive points", columns), compute)
+    return dataclasses.replace(neighbours, compute=compute)
 
 
 def _shifted(x: Array, axis: int, start: int, lag: int) -> Array:
@@ -362,10 +360,16 @@ def _second_difference(columns: int) -> Statistic:
     return Statistic(_named("log mean square second difference", columns), compute)
 
 
-def _spectrum(shape: tuple[int, ...]) -> Statistic:
+def _spectra(shape: tuple[int, ...]) -> list[Statistic]:
+    """Power spectra, from many bins to few."""
+    most = min(_BINS[len(shape) - 1], MAX_SUMMARIES // (2 * shape[-1]))
+    return [_spectrum(shape, bins) for bins in (most, most // 2, most // 4)]
+
+
+def _spectrum(shape: tuple[int, ...], bins: int) -> Statistic:
     """Logarithm of the power in bins of the frequency; missing entries count as the mean."""
     columns, grid = shape[-1], shape[:-1]
-    edges = bin_edges(grid, min(_BINS[len(grid)], MAX_SUMMARIES // (2 * columns)))
+    edges = bin_edges(grid, bins)
 
     def compute(x: Array, mask: Array | None) -> Array:
         present = jnp.ones((1,) * x.ndim, x.dtype) if mask is None else mask.astype(x.dtype)
