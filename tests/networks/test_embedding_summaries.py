@@ -98,16 +98,51 @@ def test_summaries_of_a_series():
     values = named(SERIES, filled(x, mask), mask)
     row, present = np.asarray(x[0], float), np.asarray(mask[0])
     standard = (row - row[present].mean()) / row[present].std()
-    for lag in (1, 5, 34):
+    for lag in (2, 5, 34):
         both = present[lag:] & present[:-lag]
         wanted = np.log(np.mean((standard[lag:] - standard[:-lag])[both] ** 2) + 1e-6) / 2
         np.testing.assert_allclose(values[f"log variogram lag {lag}"][0], wanted, atol=1e-4)
+    places = np.flatnonzero(present)
+    assert np.max(np.diff(places)) > 1  # there are gaps
+    steps = np.diff(standard[places]) ** 2 / np.diff(places)
+    wanted = np.log(np.mean(steps) + 1e-6) / 2
+    np.testing.assert_allclose(values["log variogram of successive points"][0], wanted, atol=1e-4)
+    magnitude = np.log(standard**2 + 1e-2)
+    got = values["mean log magnitude"][0]
+    np.testing.assert_allclose(got, magnitude[present].mean(), atol=1e-4)
+    wanted = np.log(magnitude[present].var() + 1e-6) / 2
+    np.testing.assert_allclose(values["log variance of magnitudes"][0], wanted, atol=1e-4)
+    both = present[5:] & present[:-5]
+    scaled = (magnitude - magnitude[present].mean()) / magnitude[present].std()
+    wanted = np.log(np.mean((scaled[5:] - scaled[:-5])[both] ** 2) + 1e-6) / 2
+    np.testing.assert_allclose(values["log variogram lag 5 of magnitudes"][0], wanted, atol=1e-4)
     all_three = present[2:] & present[1:-1] & present[:-2]
     wanted = np.log(np.mean(np.diff(row, 2)[all_three] ** 2) + 1e-6) / 2
     name = "log mean square second difference"
     np.testing.assert_allclose(values[name][0], wanted, atol=1e-4)
     wanted = row[5:10][present[5:10]].mean()
     np.testing.assert_allclose(values["cell 1"][0], wanted, atol=1e-4)
+
+
+def test_successive_points_of_two_channels_with_different_gaps():
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 30, 2)), jnp.float32)
+    mask = jnp.stack([jnp.arange(30) % 3 != 1, jnp.arange(30) > 4], axis=-1)[None]
+    values = named(SERIES, filled(x, mask), mask)
+    for channel in range(2):
+        row, places = np.asarray(x[0, :, channel]), np.flatnonzero(mask[0, :, channel])
+        steps = np.diff(row[places]) ** 2 / np.diff(places) / np.var(row[places])
+        got = values[f"log variogram of successive points[{channel}]"][0]
+        assert got == pytest.approx(np.log(np.mean(steps) + 1e-6) / 2, abs=1e-4)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("length", [30, 1000])
+def test_the_main_summaries_of_a_series_fit_for_a_few_channels(channels, length):
+    labels = SERIES.summary_labels(like_of((length, channels)))
+    for name in ("mean square", "log variance", "log variogram of successive points", "spectrum 0"):
+        found = [label for label in labels if label.startswith(name)]
+        assert len(found) >= channels, name
+    assert len(labels) <= 64
 
 
 def test_a_spectrum_shows_the_frequency_and_white_noise_is_flat():
@@ -171,12 +206,12 @@ def test_long_parts_without_an_embedding_are_projected():
     x = {"spectrum": observations((600,)), "redshift": observations(())}
     settings = Fusion({"spectrum": None, "redshift": None})
     labels = settings.summary_labels(observation_shape(x))
-    assert labels[0] == "redshift" and labels[1:] == tuple(
-        f"spectrum, projection {i}" for i in range(64)
-    )
+    assert labels[:2] == ("redshift", "redshift is present")
+    assert labels[2:-1] == tuple(f"spectrum, projection {i}" for i in range(64))
     values = np.asarray(settings.summarise(x, None))
-    assert values.shape == (BATCH, 65)
-    assert 0.5 < values[:, 1:].std() < 1.5
+    assert values.shape == (BATCH, 67)
+    assert 0.5 < values[:, 2:-1].std() < 1.5
+    np.testing.assert_array_equal(values[:, [1, 66]], 1.0)
 
 
 def test_own_scale_shows_the_shape_of_narrow_observations():

@@ -99,7 +99,7 @@ def test_inside_jax_in_batches_and_on_disk(fit, tmp_path):
 
 def test_the_verdict_and_the_gate(fit, simulations):
     posterior, _ = fit
-    fresh = sf.simulate(jax.random.key(4), PRIOR, trials, 300, missing=True, progress=False)
+    fresh = sf.simulate(jax.random.key(4), PRIOR, trials, 1_000, missing=True, progress=False)
     report = sf.check(jax.random.key(5), posterior, simulations=fresh, draws=100, progress=False)
     assert report.uses_data is True
     assert posterior.misspecification(observed(20)).p_value > 0.05
@@ -120,6 +120,83 @@ def test_the_emulator_takes_any_number_of_summaries(simulations):
     npe = sf.NPE(PRIOR, **quick, emulator=emulator)
     _, history = npe.fit(jax.random.key(1), simulations, progress=False)
     assert history.emulator is not None
+
+
+def image(key, theta):
+    return theta["mu"] + jax.random.normal(key, (8, 8))
+
+
+def several(key, theta):
+    keys = jax.random.split(key, 3)
+    gap = jax.random.bernoulli(keys[2], 0.5)
+    series = complete(keys[0], theta)
+    number = theta["mu"] + 0.1 * jax.random.normal(keys[1])
+    return {"series": series, "number": jnp.where(gap, jnp.nan, number)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("embedding", "simulator"),
+    [
+        (sf.ConvNet(), image),
+        (sf.SeriesNet(), complete),
+        (sf.Fusion({"series": sf.SeriesNet(), "number": None}), several),
+    ],
+    ids=["image", "series", "several"],
+)
+def test_other_embeddings_and_rows_on_disk(embedding, simulator, tmp_path):
+    has_gaps = simulator is several
+    store = sf.SimulationStore(tmp_path / "s", missing=has_gaps)
+    given = (jax.random.key(8), PRIOR, simulator, 1_500)
+    stored = store.simulate(*given, progress=False)
+    long = {"density": sf.MAF(), "training": sf.Training(max_epochs=40, patience=40)}
+    npe = sf.NPE(PRIOR, **{**SETTINGS, **long, "embedding": sf.Summaries(embedding)})
+    posterior, history = npe.fit(jax.random.key(9), stored, progress=False)
+    assert np.all(np.min(history.validation_loss, axis=0) < 0.6)  # 1.4 nats without data
+    if has_gaps:  # a number that is missing makes the posterior wider
+        x = jax.tree.map(lambda a: np.asarray(a), several(jax.random.key(3), {"mu": 0.4}))
+        spread = {
+            v: float(jnp.std(posterior.sample(jax.random.key(10), {**x, "number": v}, 2_000)))
+            for v in (np.float32(0.4), np.float32(np.nan))
+        }
+        seen, unseen = spread.values()
+        assert seen < 0.8 * unseen
+
+
+@pytest.mark.slow
+def test_a_stack_with_a_network(simulations):
+    quick = {**SETTINGS, "members": 1, "training": sf.Training(max_epochs=3)}
+    network = sf.NPE(PRIOR, **{**quick, "embedding": sf.DeepSet(width=8, layers=1, features=4)})
+    fixed = sf.NPE(PRIOR, **quick)
+    x = observed(20)
+    for estimators in ([network, fixed], [fixed, network]):
+        posterior, history = sf.Stack(estimators).fit(
+            jax.random.key(1), simulations, progress=False
+        )
+        assert history.shares.sum() == pytest.approx(1.0)
+        assert posterior.sample(jax.random.key(2), x, 10).shape == (10, 1)
+        assert posterior.misspecification(x).p_value > 0.01
+
+
+def test_a_file_with_other_summaries_is_refused(fit, tmp_path, monkeypatch):
+    posterior, _ = fit
+    posterior.save(tmp_path / "p.sbif")
+    monkeypatch.setattr(sf.Summaries, "summary_labels", lambda self, like: ("mean", "n"))
+    with pytest.raises(sf.errors.ArtefactError, match="fixed summaries of this version"):
+        sf.load(tmp_path / "p.sbif")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: sf.DeepSet(each=sf.Summaries(sf.SeriesNet())),
+        lambda: sf.Fusion({"a": sf.Summaries(sf.SeriesNet())}),
+    ],
+    ids=["set", "fusion"],
+)
+def test_inside_another_embedding_it_is_refused(make):
+    with pytest.raises(ValueError, match="expected one with a network, got Summaries"):
+        make()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every kind of posterior, and every density, inside jit, grad, vmap and scan."""
+"""Every kind of posterior inside jit, grad, vmap and scan."""
 
 import dataclasses
 
