@@ -2,7 +2,7 @@
 
 Fits of the library are compared with the reference posterior of each task.
 
-Public names: `run`, `scored`, `draws_of`, `CASES`, `Case`.
+Public names: `run`, `c2st_scores`, `draws_of`, `CASES`, `Case`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DATASETS, CHECK_DRAWS = 500, 300
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Simulations of a task, and the kinds of observations that are scored.
+    """Simulations of a task, and the kinds of observations that are c2st_scores.
 
     Attributes:
         simulations: Number of simulations.
@@ -143,7 +143,7 @@ def _score(key: Key, name: str, case: Case) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     draw = partial(draws_of, posterior)
     scores = {
-        kind: scored(jax.random.fold_in(keys[2], j), task, draw, observe)
+        kind: c2st_scores(jax.random.fold_in(keys[2], j), task, draw, observe)
         for j, (kind, observe) in enumerate(case.kinds.items())
     }
     fresh = simulate(keys[3], task.prior, task.simulator, DATASETS)
@@ -171,7 +171,7 @@ def draws_of(posterior: sf.Posterior, key: Key, x: Obs, n: int) -> np.ndarray:
     return np.asarray(posterior.sample(key, x, n))
 
 
-def scored(
+def c2st_scores(
     key: Key,
     task: simulators.Task,
     draw: Callable[[Key, Obs, int], np.ndarray],

@@ -1,9 +1,11 @@
 """`python -m benchmarks peer-embeddings`: sbi and BayesFlow with their embeddings, in one process.
 
-All libraries get the same simulations of a set and of an image. The peers have their default
-settings, and train as long as this library did, or until they stop early. The settings of this
-library are those of `benchmarks/suite/embedded.py`, chosen on other observations: new trials are
-hidden in every batch, and the image enters by its fixed summaries. The peers hide trials once.
+All libraries get the same simulations of a set and of an image, and each peer trains about as long
+as this library did; sbi may stop early, and BayesFlow trains for at most 100 epochs. The peers have
+their default networks. The set embedding of sbi is corrected, and averages over trials; x is
+standardised before the fit; BayesFlow gets the prior's standard coordinates, and a batch size of
+200. Trials are hidden once for the peers, and anew in every batch for this library, whose settings
+(`benchmarks/suite/embedded.py`) were chosen on other observations.
 
 Public names: `run`, `PEERS`, `TASKS`.
 """
@@ -26,7 +28,7 @@ import numpy as np
 
 import sbi_flows as sf
 import simulators
-from benchmarks.demonstrations.observations import CASES, draws_of, scored
+from benchmarks.demonstrations.observations import CASES, c2st_scores, draws_of
 from benchmarks.peers.sbi_npe import NoTracker, silent, tensor, torch_prior
 from benchmarks.suite.embedded import SETTINGS, embedded
 from benchmarks.suite.records import provenance, writable_folder, write_json
@@ -93,7 +95,7 @@ def _result(key: Key, name: str, draw: Draw, described: dict[str, Any]) -> dict[
     """Return the description of a fit, with its C2ST at the observations of the task."""
     case, task = CASES[name], simulators.get(name)
     scores = {
-        kind: scored(jax.random.fold_in(key, j), task, draw, observe)
+        kind: c2st_scores(jax.random.fold_in(key, j), task, draw, observe)
         for j, (kind, observe) in enumerate(case.kinds.items())
     }
     result = {**described, "c2st": scores}
@@ -230,7 +232,8 @@ def _is_set(shape: tuple[int, ...]) -> bool:
 def _epochs_within(limit: float, train: Callable[[int], Any]) -> int:
     """Return the number of epochs that fit into the limit in seconds.
 
-    The time of an epoch is the difference of two short fits, because each of them compiles.
+    The time of an epoch is half the difference of the times of fits of 4 and of 2 epochs, which
+    does not contain the time of compilation.
     """
     seconds = []
     for epochs in (2, 4):

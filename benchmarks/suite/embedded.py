@@ -23,9 +23,11 @@ def _fast(embedding: EmbeddingSettings, epochs: int = 16) -> dict[str, Any]:
 
 
 def _fixed(embedding: EmbeddingSettings, draws: int | None = None) -> dict[str, Any]:
-    """Return settings of two members given fixed summaries; `draws` of them are emulated, or none.
+    """Return settings of two members conditioned on fixed summaries.
 
-    An emulator uses the default training, which is short.
+    Args:
+        embedding: The embedding whose summaries are used.
+        draws: Number of emulated simulations for each member; None for no emulator.
     """
     emulator = None if draws is None else sf.Emulator(simulations=draws)
     settings = {"density": sf.MAF(), "embedding": sf.Summaries(embedding), "members": 2}

@@ -27,7 +27,7 @@ from sbi_flows.artefact.strict import expect_fields, expect_integer, expect_list
 from sbi_flows.core.errors import ArtefactError
 from sbi_flows.core.typing import Obs
 from sbi_flows.densities.conditional import Blueprint, Weights, initial_weights
-from sbi_flows.densities.embedding import Embedding, is_fixed, summary_count
+from sbi_flows.densities.embedding import Embedding, has_summaries_only, summary_count
 from sbi_flows.densities.sizes import Sizes
 from sbi_flows.networks.embeddings import EmbeddingSettings
 from sbi_flows.observations.standardise import entry_count
@@ -172,8 +172,8 @@ def decode(
         _fitting(embedding.check, observation)
         if summaries != _hash_of_summaries(embedding, observation):
             raise ArtefactError(
-                f"{name}: expected the fixed summaries of this version of the library, got "
-                "others; fit again"
+                f"{name}: expected the fixed summaries of this version of sbi_flows, got other "
+                "fixed summaries; load the file with the version that wrote it, or fit again"
             )
     sizes = _sizes(coordinates, observation, kept, embedding, has_mask)
     blueprint = Blueprint(density, embedding, sizes, kept, linear_start, missing)
@@ -284,8 +284,8 @@ def _sizes(
         return Sizes(bounded, jax.tree.structure(0), ((len(kept),),), circular)
     shapes = tuple(tuple(leaf.shape) for leaf in jax.tree.leaves(observation))
     summaries = summary_count(embedding, observation)
-    tree, is_only = jax.tree.structure(observation), is_fixed(embedding)
-    return Sizes(bounded, tree, shapes, circular, has_mask, summaries, is_only)
+    tree, only = jax.tree.structure(observation), has_summaries_only(embedding)
+    return Sizes(bounded, tree, shapes, circular, has_mask, summaries, only)
 
 
 def encode_observation(like: Obs) -> Any:

@@ -21,7 +21,7 @@ from jax import Array
 
 from sbi_flows.core.typing import Key
 from sbi_flows.densities.base import Density, DensitySettings, TransformedDistribution
-from sbi_flows.densities.embedding import Embedding, as_trainable, embed, is_fixed
+from sbi_flows.densities.embedding import Embedding, as_trainable, embed, has_summaries_only
 from sbi_flows.densities.ode import OdeFlow, SolverStats
 from sbi_flows.densities.sizes import Sizes
 from sbi_flows.densities.start import LinearStart, standard_truncation
@@ -293,7 +293,7 @@ class Blueprint:
         return Conditional(start, density, embedding, sizes)
 
     def _build_embedding(self, key: Key) -> nnx.Module | None:
-        if self.embedding is None or is_fixed(self.embedding):
+        if self.embedding is None or has_summaries_only(self.embedding):
             return None
         if isinstance(self.embedding, EmbeddingSettings):
             network = self.embedding.build(nnx.Rngs(key), self.sizes.like)

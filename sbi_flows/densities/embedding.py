@@ -1,6 +1,7 @@
 """Embeddings of a model: settings of this library, or flax modules of the user.
 
-Public names: `Embedding`, `summary_count`, `is_fixed`, `check_embedding`, `as_trainable`, `embed`.
+Public names: `Embedding`, `summary_count`, `has_summaries_only`, `check_embedding`,
+`as_trainable`, `embed`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def summary_count(embedding: Embedding | None, like: Obs) -> int:
     return len(embedding.summary_labels(like))
 
 
-def is_fixed(embedding: Embedding | None) -> bool:
+def has_summaries_only(embedding: Embedding | None) -> bool:
     """Return whether an embedding has fixed summaries only, and no network."""
     return isinstance(embedding, EmbeddingSettings) and embedding.summaries_only
 

@@ -65,9 +65,9 @@ class Sizes:
         return self.summaries or self.feature_count
 
     def observations(self, inputs: Array) -> tuple[Obs, Obs | None]:
-        """Return the observations (B, *event) in features or inputs (B, I), and masks or None.
+        """Unflatten features or inputs (B, I) to observations (B, *event) and masks, or None.
 
-        The inputs must not be summaries only.
+        Inputs that are summaries only contain no observations, and must not be passed.
         """
         c = self.entry_count
         x = unflatten_rows(inputs[:, :c], self.tree, self.shapes)

@@ -73,8 +73,8 @@ class Emulator:
         simulations: Number of emulated simulations for each member, with parameters from the prior.
         max_features: Maximum length of an observation. For longer observations, the estimator is
             fitted without an emulator, because learning the noise of hundreds of numbers takes
-            more simulations than learning the posterior. The summaries of `sf.Summaries` are
-            emulated up to a number of 128.
+            more simulations than learning the posterior. This limit does not apply to
+            `sf.Summaries`, of which at most 128 are emulated.
 
     Example:
         >>> import jax, numpyro.distributions as dist, sbi_flows as sf
@@ -134,7 +134,7 @@ class Seen(NamedTuple):
 
     Attributes:
         y: Standard coordinates of the valid simulations, shape (N, d).
-        x: Flattened observations of the valid simulations, shape (N, C).
+        x: Flattened observations, or fixed summaries, of the valid simulations, shape (N, C).
         failed: Standard coordinates of the failed simulations, shape (F, d).
     """
 
@@ -162,7 +162,8 @@ def emulate(
         emulator: Settings of the emulator.
         prior: The prior.
         seen: Simulations to which the emulator is fitted.
-        standardiser: Standardiser of the observation; None if the posterior reads it as it is.
+        standardiser: Standardiser of the observation; None for fixed summaries, which the
+            posterior does not standardise.
         members: Number of members M of the posterior fit.
         training: Settings of the posterior fit; only the validation fraction and the checkpoint
             are used.
@@ -179,9 +180,10 @@ def emulate(
     """
     most = emulator.max_features if standardiser is not None else MAX_FIXED_SUMMARIES
     if seen.x.shape[1] > most:
-        kind = "max_features" if standardiser is not None else "limit on fixed summaries"
+        kind = "numbers" if standardiser is not None else "fixed summaries"
         raise EmulatorFailed(
-            f"observations of {seen.x.shape[1]} numbers are longer than its {kind}={most}"
+            f"an observation has {seen.x.shape[1]} {kind}; an emulator accepts at most {most}"
+            f"{' (max_features)' if standardiser is not None else ''}"
         )
     fraction = training.validation_fraction
     training = emulator.training.with_checkpoint_of(training)

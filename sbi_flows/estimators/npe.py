@@ -26,7 +26,12 @@ from sbi_flows.core.warn import warn_user
 from sbi_flows.densities.base import DensitySettings, check_density
 from sbi_flows.densities.conditional import Blueprint
 from sbi_flows.densities.embedded import inputs_of_rows, training_inputs
-from sbi_flows.densities.embedding import Embedding, check_embedding, is_fixed, summary_count
+from sbi_flows.densities.embedding import (
+    Embedding,
+    check_embedding,
+    has_summaries_only,
+    summary_count,
+)
 from sbi_flows.densities.flow import NSF
 from sbi_flows.densities.sizes import Sizes
 from sbi_flows.estimators.emulator import Emulator, EmulatorFailed, Seen, emulate
@@ -79,8 +84,9 @@ class NPE:
             a shorter fit for every density.
         members: Number of models in the ensemble. They are trained together, and the posterior is
             their mixture.
-        embedding: Network that reads the observation: settings such as `ConvNet()`, `SeriesNet()`
-            or `DeepSet()`, see docs/observations.md; or your own flax module, which maps
+        embedding: What reads the observation: settings such as `ConvNet()`, `SeriesNet()` or
+            `DeepSet()`, see docs/observations.md; `Summaries(...)`, for fixed summaries without a
+            network; or your own flax module, which maps
             standardised observations (B, *event) to (B, F); or a function `rngs -> module`. With
             settings or a function, the members have different initial weights.
         emulator: Settings of an emulator. It learns the density of the observation first, and the
@@ -92,7 +98,7 @@ class NPE:
             together with others. To check this, use a `Stack` with an estimator that uses all
             entries. None, the default, selects all entries.
         linear_start: Whether training starts from a linear-Gaussian posterior, which is fitted in
-            closed form; otherwise it starts from the prior. If `embedding` is one of the settings,
+            closed form; otherwise it starts from the prior. If `embedding` is one of this library,
             the linear-Gaussian posterior is conditioned on the fixed summaries of the embedding,
             such as moments.
         missing: Random pattern of missing entries, for example `RandomEntries(0.2)`. The fit hides
@@ -154,7 +160,7 @@ class NPE:
             require_object("missing", missing, MissingPattern, "one such as sf.RandomEntries(0.2)")
             for name, other in {"screening": screening, "emulator": emulator}.items():
                 if other is not None:
-                    raise ValueError(f"{name}: expected none with missing entries, got one")
+                    raise ValueError(f"{name}: expected none together with missing=, got one")
         if emulator is not None and not isinstance(emulator, Emulator):
             raise ValueError(f"emulator: expected sf.Emulator, got {type(emulator).__name__}")
         if density is not None:
@@ -163,9 +169,8 @@ class NPE:
             check_embedding(embedding)
         if training is not None and not isinstance(training, Training):
             raise ValueError(f"training: expected sf.Training, got {type(training).__name__}")
-        default = (NSF(), Training(**getattr(density, "fit_defaults", {})))
-        if emulator is not None:
-            default = _EMULATED
+        plain = NSF(), Training(**getattr(density, "fit_defaults", {}))
+        default = plain if emulator is None else _EMULATED
         fields = {
             "prior": as_prior(prior),
             "density": default[0] if density is None else density,
@@ -199,10 +204,10 @@ class NPE:
 
         Raises:
             ValueError: theta has the wrong shape or lies outside the prior's support; an emulator
-                is combined with observations on disk; an emulator without `Summaries`, or
-                screening, is combined with simulations that have missing entries; the embedding or
-                `missing` does not suit the observations; or the checkpoint folder holds a fit with
-                other simulations, keys or settings.
+                is combined with observations on disk; the simulations have missing entries, and
+                there is screening, or an emulator without `Summaries`; the embedding or `missing`
+                does not suit the observations; or the checkpoint folder holds a fit with other
+                simulations, keys or settings.
             SimulationFailed: Fewer than 10 rows are valid.
             TrainingDiverged: A loss was not finite. The attribute `state` of the exception holds
                 the last finite posterior.
@@ -323,7 +328,7 @@ class NPE:
             circular,
             has_mask=standardiser.can_miss is not None,
             summaries=summary_count(self.embedding, observation),
-            summaries_only=is_fixed(self.embedding),
+            summaries_only=has_summaries_only(self.embedding),
         )
         if screened is None or len(screened) == sizes.entry_count:
             start = self.linear_start
@@ -346,7 +351,7 @@ class NPE:
         failed = data.y[:0]
         if len(failures):
             failed = standard_coordinates(self.prior, simulations.theta)[failures]
-        x, standardiser = problem.emulated
+        x, standardiser = problem.emulator_data
         draws, history = emulate(
             keys,
             emulator,
@@ -386,10 +391,10 @@ class NPE:
         """Return the simulations relative to the prior; raise ValueError if they are unsuitable."""
         require_object("simulations", simulations, Simulations, "sf.Simulations")
         checked = checked_simulations(self.prior, simulations)
-        for name in ("emulator", "screening"):
-            is_allowed = name == "emulator" and is_fixed(self.embedding)
-            if checked.missing and getattr(self, name) is not None and not is_allowed:
-                raise ValueError(f"{name}: expected none with missing entries, got one")
+        if checked.missing and self.screening is not None:
+            raise ValueError("screening: expected none with missing entries, got one")
+        if checked.missing and self.emulator is not None and not has_summaries_only(self.embedding):
+            raise ValueError("emulator: with missing entries, expected embedding=sf.Summaries(...)")
         if checked.on_disk and self.emulator is not None:
             raise ValueError("emulator: expected none with observations on disk, got one")
         return checked

@@ -258,11 +258,11 @@ class Problem(NamedTuple):
     screened: tuple[int, ...] | None
 
     @property
-    def emulated(self) -> tuple[Array, Standardiser | None]:
-        """What an emulator learns, shape (N, C), and its standardiser.
+    def emulator_data(self) -> tuple[Array, Standardiser | None]:
+        """Data (N, C) for an emulator, and their standardiser.
 
-        They are the entries that the model uses; or the fixed summaries, which the model uses as
-        they are, and None.
+        With `Summaries`, they are the fixed summaries, and None, because the model does not
+        standardise them. Otherwise they are the selected entries of the observation.
         """
         if self.blueprint.sizes.summaries_only:
             return self.data.features, None

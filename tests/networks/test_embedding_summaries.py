@@ -108,14 +108,18 @@ def test_summaries_of_a_series():
     wanted = np.log(np.mean(steps) + 1e-6) / 2
     np.testing.assert_allclose(values["log variogram of successive points"][0], wanted, atol=1e-4)
     magnitude = np.log(standard**2 + 1e-2)
-    got = values["mean log magnitude"][0]
+    got = values["mean log squared deviation"][0]
     np.testing.assert_allclose(got, magnitude[present].mean(), atol=1e-4)
     wanted = np.log(magnitude[present].var() + 1e-6) / 2
-    np.testing.assert_allclose(values["log variance of magnitudes"][0], wanted, atol=1e-4)
+    np.testing.assert_allclose(
+        values["log variance of log squared deviation"][0], wanted, atol=1e-4
+    )
     both = present[5:] & present[:-5]
     scaled = (magnitude - magnitude[present].mean()) / magnitude[present].std()
     wanted = np.log(np.mean((scaled[5:] - scaled[:-5])[both] ** 2) + 1e-6) / 2
-    np.testing.assert_allclose(values["log variogram lag 5 of magnitudes"][0], wanted, atol=1e-4)
+    np.testing.assert_allclose(
+        values["log variogram of log squared deviation, lag 5"][0], wanted, atol=1e-4
+    )
     all_three = present[2:] & present[1:-1] & present[:-2]
     wanted = np.log(np.mean(np.diff(row, 2)[all_three] ** 2) + 1e-6) / 2
     name = "log mean square second difference"
@@ -206,7 +210,7 @@ def test_long_parts_without_an_embedding_are_projected():
     x = {"spectrum": observations((600,)), "redshift": observations(())}
     settings = Fusion({"spectrum": None, "redshift": None})
     labels = settings.summary_labels(observation_shape(x))
-    assert labels[:2] == ("redshift", "redshift is present")
+    assert labels[:2] == ("redshift", "fraction of redshift present")
     assert labels[2:-1] == tuple(f"spectrum, projection {i}" for i in range(64))
     values = np.asarray(settings.summarise(x, None))
     assert values.shape == (BATCH, 67)

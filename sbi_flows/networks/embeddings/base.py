@@ -24,7 +24,7 @@ from sbi_flows.networks.mlp import ResidualMLP
 from sbi_flows.observations.shared import SharedAxes
 
 MAX_SUMMARIES = 64
-"""Maximum number of fixed summaries of one array."""
+"""Maximum number of fixed summaries of a set, a series or an image."""
 
 
 _SMALLEST_SCALE = 1e-3
@@ -90,7 +90,10 @@ def require_network(name: str, embedding: Any, wanted: str) -> None:
     """
     require_object(name, embedding, EmbeddingSettings, wanted)
     if embedding.summaries_only:
-        raise ValueError(f"{name}: expected one with a network, got {type(embedding).__name__}")
+        raise ValueError(
+            f"{name}: expected an embedding with a network, got Summaries; use it outside: "
+            "sf.Summaries(embedding)"
+        )
 
 
 def leaf_shape(kind: str, expected: str, like: Any, ranks: tuple[int, ...]) -> tuple[int, ...]:

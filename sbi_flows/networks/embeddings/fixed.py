@@ -20,16 +20,21 @@ class Summaries(EmbeddingSettings):
     """The fixed summaries of an embedding, such as moments, quantiles and spectra.
 
     The posterior is conditioned on these summaries alone; there is no network to train. A fit is
-    fast, and needs few simulations. It ignores what the summaries do not contain, such as the shape
-    of an object in an image; `sf.check` tests this. An emulator (`sf.NPE(..., emulator=...)`)
-    emulates the summaries. This is often more accurate than a network, because the noise of means
-    over many points is simple.
+    fast, and needs few simulations. The posterior ignores what the summaries do not contain, such
+    as the shape of an object in an image; `sf.check` can show that information is lost, but cannot
+    prove that none is. An emulator (`sf.NPE(..., emulator=...)`) learns the density of the
+    summaries given the parameters (a synthetic likelihood). Averages over many points are nearly
+    Gaussian, so this density is easy to learn.
 
     Attributes:
         embedding: The embedding whose summaries are used, such as `ConvNet()`.
 
     Raises:
-        ValueError: `embedding` is not one of the settings of this library.
+        ValueError: `embedding` is not an embedding of this library, or is itself `Summaries`.
+
+    References:
+        Wood 2010, Statistical inference for noisy nonlinear ecological dynamic systems, Nature
+        466:1102, for synthetic likelihoods.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -44,8 +44,9 @@ class Fusion(EmbeddingSettings):
 
     Args:
         parts: Dict from the names of the arrays to their embeddings, or pairs (name, embedding).
-            None suits an array of a few numbers: a residual network reads its entries. The entries
-            are also the fixed summaries of the part, if there are at most 64.
+            None suits an array of a few numbers: a residual network reads its entries. Its fixed
+            summaries are its entries, or 64 fixed random projections of more than 512 entries, and
+            the fraction of entries that are present.
         width: Width of the hidden layers.
         blocks: Number of residual blocks of the network that combines the parts.
         features: Length of the embedding.
@@ -124,7 +125,10 @@ class Fusion(EmbeddingSettings):
         labels: list[str] = []
         for name, part in self.parts:
             if part is None:
-                labels += [*_flat_labels(name, _flat_size(like[name])), f"{name} is present"]
+                labels += [
+                    *_flat_labels(name, _flat_size(like[name])),
+                    f"fraction of {name} present",
+                ]
             else:
                 labels += [f"{name}: {label}" for label in part.summary_labels(like[name])]
         return tuple(labels)
@@ -132,8 +136,7 @@ class Fusion(EmbeddingSettings):
     def summarise(self, x: Any, mask: Any) -> Array:
         """Compute the fixed summaries (B, K) of all parts.
 
-        Those of a part None are its entries, or 64 fixed projections of more than 512 entries; and
-        the fraction of entries that are present.
+        For a part None, see the class.
         """
         values = []
         for name, part in self.parts:

@@ -44,6 +44,7 @@ _MANY = 500
 """Number of elements from which the shape of a distribution is well known."""
 _SMALLEST_WIDTH = 1e-3
 """Added to the interquartile range, so that relative quantiles are finite."""
+_LOG_SQUARE = "log squared deviation"
 _SMALLEST_SQUARE = 1e-2
 """Added to squared deviations before the logarithm, so that values near the mean count little."""
 _MOMENTS = ("mean", "mean square", "mean cube")
@@ -128,9 +129,9 @@ def series_statistics(shape: tuple[int, ...]) -> list[Statistic]:
     names = {lag: f"log variogram lag {lag}" for lag in _LAGS if lag < length}
     lags = [[_lagged(0, lag, name, columns)] for lag, name in names.items()]
     lags[:1] = [[_successive(columns)]] if lags else []
-    of_magnitudes = [
-        [_lagged(0, lag, f"{name} of magnitudes", columns, _log_magnitude)]
-        for lag, name in names.items()
+    of_squares = [
+        [_lagged(0, lag, f"log variogram of {_LOG_SQUARE}, lag {lag}", columns, _log_square)]
+        for lag in names
     ]
     curvature = [[_second_difference(columns)]] if length > 2 else []
     groups = [
@@ -144,8 +145,8 @@ def series_statistics(shape: tuple[int, ...]) -> list[Statistic]:
         _coarse(shape),
         [_products(columns)],
         *lags[3:],
-        [_magnitudes(columns)],
-        *of_magnitudes,
+        [_log_squares(columns)],
+        *of_squares,
     ]
     return _choose(groups)
 
@@ -281,8 +282,8 @@ def _lagged(
 ) -> Statistic:
     """Mean square difference of points that are `lag` apart, relative to the variance, as a log.
 
-    It resolves correlations near 1, and uses all pairs in which both points are present. The points
-    are transformed first.
+    It resolves correlations near 1, and uses all pairs in which both points are present.
+    `transform` is applied to the points first.
     """
 
     def compute(x: Array, mask: Array | None) -> Array:
@@ -296,28 +297,30 @@ def _lagged(
     return Statistic(_named(name, columns), compute)
 
 
-def _log_magnitude(x: Array, mask: Array | None) -> Array:
+def _log_square(x: Array, mask: Array | None) -> Array:
     """Logarithm of the squared deviation from the mean, relative to the variance."""
     return jnp.log(own_scale(x, mask, _grid(x)) ** 2 + _SMALLEST_SQUARE)
 
 
-def _magnitudes(columns: int) -> Statistic:
-    """Mean and log variance of the logarithmic magnitudes, which show changes of the variance."""
+def _log_squares(columns: int) -> Statistic:
+    """Mean and log variance of log squared deviations, which show changes of the variance."""
 
     def compute(x: Array, mask: Array | None) -> Array:
-        magnitude = _log_magnitude(x, mask)
-        mean = masked_mean(magnitude, mask, _grid(x), keepdims=True)
-        variance = masked_mean((magnitude - mean) ** 2, mask, _grid(x))
+        values = _log_square(x, mask)
+        mean = masked_mean(values, mask, _grid(x), keepdims=True)
+        variance = masked_mean((values - mean) ** 2, mask, _grid(x))
         return jnp.stack([mean.reshape(variance.shape), log_scaled(variance)], axis=1)
 
-    names = _named("mean log magnitude", columns) + _named("log variance of magnitudes", columns)
+    names = _named(f"mean {_LOG_SQUARE}", columns) + _named(
+        f"log variance of {_LOG_SQUARE}", columns
+    )
     return Statistic(names, compute)
 
 
 def _successive(columns: int) -> Statistic:
-    """Variogram of successive present points: square differences, divided by the distances.
+    """Mean squared difference of successive present points, divided by their distance, as a log.
 
-    Without gaps it is the variogram at lag 1. With gaps it uses more pairs of points than that.
+    Without gaps it is the variogram at lag 1. With gaps it also uses pairs across gaps.
     """
     neighbours = _lagged(0, 1, "log variogram of successive points", columns)
 
