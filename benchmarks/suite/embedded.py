@@ -47,7 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "embedding": sf.DeepSet(),
         "missing": sf.RandomSubset(20, 300),
         "members": 1,
-        "training": sf.Training(max_epochs=32, learning_rate=6e-3),
+        "training": sf.Training(max_epochs=44, learning_rate=6e-3),
     },
     "sensors": {
         "density": sf.MAF(),
