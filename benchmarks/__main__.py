@@ -250,6 +250,13 @@ def _add_peers(commands: Any) -> None:
     help_text = "sbi and BayesFlow with their embeddings, on sets and images"
     embeddings = _command(commands, "peer-embeddings", _peer_embeddings, help_text)
     _add_folder(embeddings, "--results", "results")
+    embeddings.add_argument(
+        "--tasks",
+        nargs="+",
+        default=["drift_diffusion", "random_field"],
+        metavar="TASK",
+        help="tasks (drift_diffusion random_field)",
+    )
 
 
 def _settings(kind: Callable[..., T], arguments: argparse.Namespace, **more: Any) -> T:
@@ -375,7 +382,7 @@ def _peers(arguments: argparse.Namespace) -> None:
 def _peer_embeddings(arguments: argparse.Namespace) -> None:
     from benchmarks.peers import embeddings
 
-    embeddings.run(arguments.results)
+    embeddings.run(arguments.results, arguments.tasks)
 
 
 if __name__ == "__main__":

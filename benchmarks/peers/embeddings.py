@@ -17,7 +17,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -31,7 +31,7 @@ import simulators
 from benchmarks.demonstrations.observations import CASES, c2st_scores, draws_of
 from benchmarks.peers.sbi_npe import NoTracker, silent, tensor, torch_prior
 from benchmarks.suite.embedded import SETTINGS, embedded
-from benchmarks.suite.records import provenance, writable_folder, write_json
+from benchmarks.suite.records import BadInput, provenance, writable_folder, write_json
 from sbi_flows.core.typing import Key, Obs
 
 TASKS = ("drift_diffusion", "random_field")
@@ -46,21 +46,27 @@ Draw: TypeAlias = Callable[[Key, Obs, int], np.ndarray]
 """Function of a random key, an observation, and the number n of draws; it returns (n, D)."""
 
 
-def run(folder: Path) -> dict[str, Any]:
+def run(folder: Path, names: Sequence[str] = TASKS) -> dict[str, Any]:
     """Fit each library to each task, and write `peer-embeddings.json`.
 
     Args:
         folder: Folder of the record.
+        names: Names of the tasks.
 
     Returns:
         The record. A library that is not installed has no entry.
 
     Raises:
-        BadInput: The folder is not writable.
+        BadInput: A task is not one of `TASKS`, or the folder is not writable.
     """
+    unknown = sorted(set(names) - set(TASKS))
+    if unknown:
+        raise BadInput(f"--tasks: expected names out of {', '.join(TASKS)}; got {unknown[0]}")
     path = writable_folder(folder, "--results") / "peer-embeddings.json"
     record = {**provenance(), "kind": "peer-embeddings", "tasks": {}}
     for i, name in enumerate(TASKS):
+        if name not in names:
+            continue
         record["tasks"][name] = _compare(jax.random.fold_in(jax.random.key(SEED), i), name)
         write_json(path, record)
     return record

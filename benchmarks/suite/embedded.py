@@ -62,7 +62,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "members": 2,
         "training": _BRIEF,
     },
-    "random_field": _fixed(sf.ConvNet(), 100_000),
+    "random_field": _fixed(sf.ConvNet(), 150_000),
     "lens": _fast(sf.ConvNet(width=8)),
     "ornstein_uhlenbeck": _fixed(sf.SeriesNet()),
     "g_and_k": _fixed(sf.DeepSet(), 100_000),

@@ -189,8 +189,7 @@ def emulate(
     training = emulator.training.with_checkpoint_of(training)
     training = dataclasses.replace(training, validation_fraction=fraction)
     noise_key, theta_key, draw_key = jax.random.split(keys.emulator, 3)
-    own = fit_standardiser(seen.x) if standardiser is None else standardiser
-    space = _Space(find_grid(np.asarray(seen.x)), own._replace(linear=LINEAR_RANGE), standardiser)
+    space = _space(seen.x, standardiser)
     features = _smooth(space.grid, space.emulated, noise_key, seen.x)
     rows = TrainingData.of_rows(features, seen.y)
     settings = {"members": members, "progress": progress}
@@ -203,7 +202,7 @@ def emulate(
         n = emulator.simulations
         y = _parameters(member_theta_key, prior, seen, -(-n // CHUNK_DRAWS) * CHUNK_DRAWS)
         drawn = _draw(member_draw_key, [part.of_member(m) for part in parts], y, n)
-        emulated = _standard(space.grid, space.emulated, space.standardiser, drawn)
+        emulated = _standard(space, drawn)
         draws.append(_finite(y, emulated, n))
     ys, xs = zip(*draws, strict=True)
     return Emulated(jnp.concatenate(ys), jnp.concatenate(xs)), history
@@ -216,11 +215,27 @@ class _Space(NamedTuple):
         grid: Grid on which each entry of the observation lies.
         emulated: Standardiser of the observations for the emulator.
         standardiser: Standardiser of the observations for the posterior estimator, or None.
+        bounds: Smallest and largest allowed value of each entry, shape (2, C); None for no bounds.
     """
 
     grid: Grid
     emulated: Standardiser
     standardiser: Standardiser | None
+    bounds: Array | None
+
+
+def _space(x: Array, standardiser: Standardiser | None) -> _Space:
+    """Return the maps for observations x (N, C).
+
+    Without a standardiser, which would compress them, extreme draws are clipped at a distance from
+    the simulations that equals their range.
+    """
+    grid = find_grid(np.asarray(x))
+    if standardiser is not None:
+        return _Space(grid, standardiser._replace(linear=LINEAR_RANGE), standardiser, None)
+    low, high = jnp.min(x, axis=0), jnp.max(x, axis=0)
+    bounds = jnp.stack([low - (high - low), high + (high - low)])
+    return _Space(grid, fit_standardiser(x)._replace(linear=LINEAR_RANGE), None, bounds)
 
 
 class _Part(NamedTuple):
@@ -277,13 +292,12 @@ def _smooth(grid: Grid, emulated: Standardiser, key: Key, x: Array) -> Array:
 
 @compiled_per_size
 @jax.jit
-def _standard(
-    grid: Grid, emulated: Standardiser, standardiser: Standardiser | None, features: Array
-) -> Array:
+def _standard(space: _Space, features: Array) -> Array:
     """Convert emulated features to features of the estimator; NaN where a value overflows."""
-    x = quantised(grid, jnp.asarray(emulated.inverse(features)))
+    x = quantised(space.grid, jnp.asarray(space.emulated.inverse(features)))
     x = jnp.where(jnp.isfinite(x), x, jnp.nan)
-    return x if standardiser is None else standardiser(x)
+    x = x if space.bounds is None else jnp.clip(x, *space.bounds[:, None])
+    return x if space.standardiser is None else space.standardiser(x)
 
 
 @compiled_per_size
