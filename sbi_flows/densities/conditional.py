@@ -23,6 +23,7 @@ from sbi_flows.core.typing import Key
 from sbi_flows.densities.base import Density, DensitySettings, TransformedDistribution
 from sbi_flows.densities.embedding import Embedding, as_trainable, embed, has_summaries_only
 from sbi_flows.densities.ode import OdeFlow, SolverStats
+from sbi_flows.densities.scaling import Scaling
 from sbi_flows.densities.sizes import Sizes
 from sbi_flows.densities.start import LinearStart, standard_truncation
 from sbi_flows.networks.embeddings import EmbeddingSettings
@@ -30,6 +31,7 @@ from sbi_flows.networks.embeddings.base import start_at_zero
 from sbi_flows.networks.mlp import fast_key, split_key
 from sbi_flows.observations.missing import MissingPattern, RandomSubset
 from sbi_flows.observations.size_groups import shorten, size_groups, weights_of
+from sbi_flows.observations.standardise import uncompressed
 
 
 class Conditional(nnx.Module):
@@ -56,6 +58,9 @@ class Conditional(nnx.Module):
     ) -> None:
         """Store the parts."""
         self.start = nnx.data(None if start is None else nnx.Variable(start))
+        is_scaled = sizes.summaries_only
+        scaling = nnx.Variable(Scaling.standard(sizes.summaries)) if is_scaled else None
+        self.scaling = nnx.data(scaling)
         self.density = density
         self.embedding = nnx.data(embedding)
         self.sizes = sizes
@@ -165,9 +170,11 @@ class Conditional(nnx.Module):
             key: Random key of the embedding's dropout; None turns dropout off.
 
         Returns:
-            Contexts (B, F + K) of an embedding with F outputs and K fixed summaries; or inputs
-            (B, I) without an embedding.
+            Contexts (B, F + K) of an embedding with F outputs and K fixed summaries; K scaled
+            summaries, if there is no network; or inputs (B, I) without an embedding.
         """
+        if self.scaling is not None:
+            return self.scaling.get_value()(inputs)
         if self.embedding is None:
             return inputs
         x, mask = self.sizes.observations(inputs)
@@ -206,7 +213,9 @@ class Blueprint:
         if not self.sizes.summaries:
             return features
         flat = features.reshape(-1, features.shape[-1])
-        summaries = self.settings.summarise(*self.sizes.observations(flat))
+        x, mask = self.sizes.observations(flat)
+        # heavy tails that are compressed would change spectra and moments
+        summaries = self.settings.summarise(jax.tree.map(uncompressed, x), mask)
         summaries = summaries.reshape(*features.shape[:-1], -1)
         if self.sizes.summaries_only:
             return summaries
@@ -314,7 +323,7 @@ class Weights(NamedTuple):
 
     Attributes:
         params: Trainable weights.
-        rest: Other arrays: the linear start.
+        rest: Other arrays: the linear start, and the scaling of fixed summaries.
     """
 
     params: Any

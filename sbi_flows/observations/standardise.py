@@ -4,8 +4,8 @@ Missing entries are NaN in an observation. Their features are zero, and a mask o
 follows the features. Entries along a shared axis (pixels, time steps, trials) have one location and
 one scale.
 
-Public names: `Standardiser`, `fit_standardiser`, `features_of`, `flatten_rows`, `rows_on_host`,
-`unflatten_rows`, `entry_labels`, `entry_count`, `NEVER`, `HIDDEN`, `LACKING`.
+Public names: `Standardiser`, `fit_standardiser`, `uncompressed`, `features_of`, `flatten_rows`,
+`rows_on_host`, `unflatten_rows`, `entry_labels`, `entry_count`, `NEVER`, `HIDDEN`, `LACKING`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 
 MAX_SHARED_ENTRIES = 2**23
 """Number of entries of an array with shared axes from which location and scale are computed."""
+
+LINEAR_RANGE = 3.0
+"""Number of scales from the median beyond which features are logarithmic."""
 
 NEVER, HIDDEN, LACKING = 0, 1, 2
 """Codes that say whether and why an entry can be missing."""
@@ -69,7 +72,7 @@ class Standardiser(NamedTuple):
     center: Array
     scale: Array
     floor: Array
-    linear: float = 3.0
+    linear: float = LINEAR_RANGE
     origin: Origin | None = None
     can_miss: Array | None = None
 
@@ -112,8 +115,7 @@ class Standardiser(NamedTuple):
         With an origin, the result is a NumPy array of float64, unless the features are traced.
         """
         features, mask = jnp.split(features, [len(self.center)], axis=-1)
-        beyond = jnp.maximum(jnp.abs(features) - self.linear, 0.0)
-        s = jnp.clip(features, -self.linear, self.linear) + jnp.sign(features) * jnp.expm1(beyond)
+        s = uncompressed(features, self.linear)
         rows = s * self.scale[None] + self.center[None]
         rows = _exponentials(rows, self.floor)
         rows = rows if self.can_miss is None else jnp.where(mask > 0.5, rows, jnp.nan)
@@ -135,6 +137,15 @@ def fit_standardiser(
     relative = x if origin is None else origin.subtract(x)
     *arrays, can_miss = _fitted(relative, shared, has_missing)
     return Standardiser(*arrays, origin=origin, can_miss=can_miss)
+
+
+def uncompressed(features: Array, linear: float = LINEAR_RANGE) -> Array:
+    """Undo the compression of heavy tails; `linear` is that of the standardiser.
+
+    The result is an affine function of the observation, or of its logarithm.
+    """
+    beyond = jnp.maximum(jnp.abs(features) - linear, 0.0)
+    return jnp.clip(features, -linear, linear) + jnp.sign(features) * jnp.expm1(beyond)
 
 
 def features_of(standardiser: Standardiser, x: Obs) -> Array:

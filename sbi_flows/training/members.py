@@ -33,6 +33,7 @@ from sbi_flows.densities.conditional import (
     unravel_weights,
 )
 from sbi_flows.densities.ode import SolverStats
+from sbi_flows.densities.scaling import Scaling
 from sbi_flows.densities.start import fit_linear_start
 from sbi_flows.networks.mlp import hashed_words, split_keys
 from sbi_flows.training.data import Rows, TrainingData
@@ -132,6 +133,8 @@ def _start_of_member(
     if blueprint.linear_start:
         regressors, flags = sizes.regressors(features), (sizes.bounded, sizes.circular)
         rest["start"] = fit_linear_start(y, regressors, train_rows, validation_rows, *flags)
+    if sizes.summaries_only:
+        rest["scaling"] = Scaling.fitted(features[train_rows])
     rows = jnp.concatenate([train_rows, validation_rows])
     model = nnx.merge(graph_of(blueprint), params, rest)
     whitened, log_det = _by_rows(

@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 import sbi_flows as sf
+from sbi_flows.estimators.emulator import _space, _standard
 from tests.cases import unchecked
 
 TRIALS = 30
@@ -225,3 +226,16 @@ def test_gaps_and_an_emulator_need_fixed_summaries(simulations):
     npe = sf.NPE(PRIOR, embedding=sf.DeepSet(), emulator=EMULATOR)
     with pytest.raises(ValueError, match=r"emulator: .* expected embedding=sf.Summaries"):
         npe.fit(jax.random.key(0), simulations, progress=False)
+
+
+def test_extreme_draws_of_summaries_are_clipped():
+    """Otherwise one draw makes the regression of the linear start infinite."""
+    x = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
+    space = _space(jnp.asarray(x), None)
+    drawn = jnp.array([[0.0, 80.0, -80.0], [0.5, 0.5, jnp.nan]], jnp.float32)
+    got = np.asarray(_standard(space, drawn))
+    width = x.max(axis=0) - x.min(axis=0)
+    assert got[0, 1] == pytest.approx(x[:, 1].max() + width[1], rel=1e-5)
+    assert got[0, 2] == pytest.approx(x[:, 2].min() - width[2], rel=1e-5)
+    assert np.isnan(got[1, 2])
+    np.testing.assert_allclose(got[:, 0], space.emulated.inverse(drawn)[:, 0], rtol=1e-5)

@@ -93,7 +93,7 @@ def evaluate(statistics: Sequence[Statistic], x: Array, mask: Array | None) -> A
 
     Args:
         statistics: Groups of summaries.
-        x: Standardised observations (B, *grid, C).
+        x: Standardised observations (B, *grid, C), without compression of heavy tails.
         mask: Mask of the same shape, or None.
 
     Returns:
