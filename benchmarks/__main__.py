@@ -380,9 +380,9 @@ def _peers(arguments: argparse.Namespace) -> None:
 
 
 def _peer_embeddings(arguments: argparse.Namespace) -> None:
-    from benchmarks.peers import embeddings
+    from benchmarks.demonstrations import peer_embeddings
 
-    embeddings.run(arguments.results, arguments.tasks)
+    peer_embeddings.run(arguments.results, arguments.tasks)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def fit_standardiser(
     return Standardiser(*arrays, origin=origin, can_miss=can_miss)
 
 
-def uncompressed(features: Array, linear: float = LINEAR_RANGE) -> Array:
+def uncompressed(features: Array, linear: Array | float = LINEAR_RANGE) -> Array:
     """Undo the compression of heavy tails; `linear` is that of the standardiser.
 
     The result is an affine function of the observation, or of its logarithm.

@@ -183,10 +183,10 @@ def test_complete_fits_refuse_nan_and_say_what_to_do():
     "settings", [{"screening": 0.1}, {"emulator": sf.Emulator()}], ids=lambda s: next(iter(s))
 )
 def test_settings_that_need_complete_observations_are_refused(settings):
-    with pytest.raises(ValueError, match="expected none with missing entries"):
+    with pytest.raises(ValueError, match="expected none together with missing="):
         sf.NPE(PRIOR, missing=sf.RandomEntries(0.2), **settings)
     sims = sf.Simulations(np.zeros((50, 2)), np.ones((50, 3)), missing=True)
-    with pytest.raises(ValueError, match="expected none with missing entries"):
+    with pytest.raises(ValueError, match="with missing entries"):
         sf.NPE(PRIOR, **settings).fit(jax.random.key(0), sims)
 
 

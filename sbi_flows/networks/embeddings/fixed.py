@@ -44,7 +44,7 @@ class Summaries(EmbeddingSettings):
         >>> settings.summary_labels(like)[:3]
         ('n', 'mean', 'mean square')
         >>> settings.summarise(jnp.ones((5, 16, 16)), None).shape
-        (5, 30)
+        (5, 31)
     """
 
     summaries_only: ClassVar[bool] = True
