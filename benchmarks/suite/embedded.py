@@ -65,7 +65,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "random_field": _fixed(sf.ConvNet(), 150_000),
     "lens": _fast(sf.ConvNet(width=8)),
     "ornstein_uhlenbeck": _fixed(sf.SeriesNet()),
-    "g_and_k": _fixed(sf.DeepSet(), 100_000),
+    "g_and_k": _fixed(sf.DeepSet()),
     "stochastic_volatility": _fixed(sf.SeriesNet()),
     "hodgkin_huxley": _fast(sf.SeriesNet(width=16)),
 }

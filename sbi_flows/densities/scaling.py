@@ -1,6 +1,6 @@
 """Location and scale of fixed summaries, which are fitted before training.
 
-Public names: `Scaling`.
+Public names: `Scaling`, `ROWS_PER_SUMMARY`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from sbi_flows.networks.embeddings.base import soft_clip
+
+ROWS_PER_SUMMARY = 100
+"""Minimum number of training rows for each summary; with fewer, summaries keep their own scales.
+
+Scaled summaries are learned more accurately from many rows. From few rows, scaling amplifies those
+that say little, and the fit follows their noise.
+"""
 
 _NORMAL_IQR = 1.349
 _LINEAR = 3.0

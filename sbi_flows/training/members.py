@@ -33,7 +33,7 @@ from sbi_flows.densities.conditional import (
     unravel_weights,
 )
 from sbi_flows.densities.ode import SolverStats
-from sbi_flows.densities.scaling import Scaling
+from sbi_flows.densities.scaling import ROWS_PER_SUMMARY, Scaling
 from sbi_flows.densities.start import fit_linear_start
 from sbi_flows.networks.mlp import hashed_words, split_keys
 from sbi_flows.training.data import Rows, TrainingData
@@ -133,7 +133,7 @@ def _start_of_member(
     if blueprint.linear_start:
         regressors, flags = sizes.regressors(features), (sizes.bounded, sizes.circular)
         rest["start"] = fit_linear_start(y, regressors, train_rows, validation_rows, *flags)
-    if sizes.summaries_only:
+    if sizes.summaries_only and len(train_rows) >= ROWS_PER_SUMMARY * sizes.summaries:
         rest["scaling"] = Scaling.fitted(features[train_rows])
     rows = jnp.concatenate([train_rows, validation_rows])
     model = nnx.merge(graph_of(blueprint), params, rest)
