@@ -38,7 +38,7 @@ DATASETS, CHECK_DRAWS = 500, 300
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Simulations of a task, and the kinds of observations that are c2st_scores.
+    """Simulations of a task, and the kinds of observations that are scored.
 
     Attributes:
         simulations: Number of simulations.

@@ -58,9 +58,8 @@ class Conditional(nnx.Module):
     ) -> None:
         """Store the parts."""
         self.start = nnx.data(None if start is None else nnx.Variable(start))
-        is_scaled = sizes.summaries_only
-        scaling = nnx.Variable(Scaling.standard(sizes.summaries)) if is_scaled else None
-        self.scaling = nnx.data(scaling)
+        scaling = Scaling.standard(sizes.summaries) if sizes.summaries_only else None
+        self.scaling = nnx.data(None if scaling is None else nnx.Variable(scaling))
         self.density = density
         self.embedding = nnx.data(embedding)
         self.sizes = sizes
@@ -214,8 +213,10 @@ class Blueprint:
             return features
         flat = features.reshape(-1, features.shape[-1])
         x, mask = self.sizes.observations(flat)
-        # heavy tails that are compressed would change spectra and moments
-        summaries = self.settings.summarise(jax.tree.map(uncompressed, x), mask)
+        # compressed tails would change spectra and moments; the clip, at 1e16 scales from the
+        # median, prevents an overflow
+        x = jax.tree.map(lambda v: uncompressed(jnp.clip(v, -40.0, 40.0)), x)
+        summaries = self.settings.summarise(x, mask)
         summaries = summaries.reshape(*features.shape[:-1], -1)
         if self.sizes.summaries_only:
             return summaries

@@ -98,7 +98,7 @@ def test_inside_jax_in_batches_and_on_disk(fit, tmp_path):
     assert loaded.blueprints == posterior.blueprints
 
 
-def test_check_and_misspecification(fit, simulations):
+def test_check_and_misspecification(fit):
     posterior, _ = fit
     fresh = sf.simulate(jax.random.key(4), PRIOR, trials, 1_000, missing=True, progress=False)
     report = sf.check(jax.random.key(5), posterior, simulations=fresh, draws=100, progress=False)
@@ -108,7 +108,7 @@ def test_check_and_misspecification(fit, simulations):
 
 
 @pytest.mark.slow
-def test_entries_that_are_hidden_at_random(simulations):
+def test_entries_that_are_hidden_at_random():
     full = sf.simulate(jax.random.key(6), PRIOR, complete, 1_500, progress=False)
     npe = sf.NPE(PRIOR, **SETTINGS, missing=sf.RandomSubset(5, TRIALS))
     posterior, _ = npe.fit(jax.random.key(7), full, progress=False)

@@ -126,12 +126,12 @@ def set_statistics(shape: tuple[int, ...]) -> list[Statistic]:
 def series_statistics(shape: tuple[int, ...]) -> list[Statistic]:
     """Return the summaries of a series (T, C)."""
     length, columns = shape
-    names = {lag: f"log variogram lag {lag}" for lag in _LAGS if lag < length}
-    lags = [[_lagged(0, lag, name, columns)] for lag, name in names.items()]
-    lags[:1] = [[_successive(columns)]] if lags else []
+    shorter = [lag for lag in _LAGS if lag < length]
+    later = [[_lagged(0, lag, f"log variogram lag {lag}", columns)] for lag in shorter[1:]]
+    lags = [[_successive(columns)], *later] if shorter else []
     of_squares = [
         [_lagged(0, lag, f"log variogram of {_LOG_SQUARE}, lag {lag}", columns, _log_square)]
-        for lag in names
+        for lag in shorter
     ]
     curvature = [[_second_difference(columns)]] if length > 2 else []
     groups = [
@@ -307,9 +307,8 @@ def _log_squares(columns: int) -> Statistic:
 
     def compute(x: Array, mask: Array | None) -> Array:
         values = _log_square(x, mask)
-        mean = masked_mean(values, mask, _grid(x), keepdims=True)
-        variance = masked_mean((values - mean) ** 2, mask, _grid(x))
-        return jnp.stack([mean.reshape(variance.shape), log_scaled(variance)], axis=1)
+        variance = masked_mean(_deviations(values, mask) ** 2, mask, _grid(x))
+        return jnp.stack([masked_mean(values, mask, _grid(x)), log_scaled(variance)], axis=1)
 
     names = _named(f"mean {_LOG_SQUARE}", columns) + _named(
         f"log variance of {_LOG_SQUARE}", columns
