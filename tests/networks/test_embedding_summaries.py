@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sbi_flows.densities import MAF
+from sbi_flows.densities.conditional import Blueprint
+from sbi_flows.densities.sizes import Sizes
 from sbi_flows.networks.embeddings import DeepSet, Fusion
 from sbi_flows.networks.embeddings.base import own_scale
 from sbi_flows.networks.embeddings.summaries import LINEAR, LOGARITHMIC
@@ -227,3 +230,14 @@ def test_own_scale_shows_the_shape_of_narrow_observations():
     got = own_scale(filled(narrow, mask), mask, (1,))
     np.testing.assert_allclose(got, wanted.filled(0.0), atol=0.02)
     assert np.max(np.abs(own_scale(constant, None, (1,)))) < 1e-3
+
+
+def test_summaries_of_extreme_observations_are_finite():
+    """Features of 91.72 are those of the largest numbers, whose tails are uncompressed."""
+    settings, like = Fusion({"a": None}), {"a": like_of((600,))}
+    count = len(settings.summary_labels(like))
+    sizes = Sizes((False,), jax.tree.structure(like), ((600,),), summaries=count)
+    blueprint = Blueprint(MAF(), settings, sizes)
+    signs = jnp.where(jnp.arange(600) % 3 == 0, -1.0, 1.0)
+    inputs = blueprint.inputs(91.72 * jnp.stack([signs, jnp.ones(600)]))
+    assert jnp.all(jnp.isfinite(inputs))
