@@ -216,7 +216,7 @@ def test_parameters_are_rare_where_simulations_failed():
             {"training": sf.Training(max_epochs=1, optimizer=optax.scale(jnp.nan))},
             "the loss was not finite",
         ),
-        ({"max_features": 2}, "observations of 3 numbers are longer than its max_features=2"),
+        ({"max_features": 2}, r"an observation has 3 numbers; .* at most 2 \(max_features\)"),
     ],
 )
 def test_without_an_emulator_the_estimator_is_the_plain_one(simulations, settings, why):
