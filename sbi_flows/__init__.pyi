@@ -19,6 +19,7 @@ from .diagnostics import check as check
 from .diagnostics import check_at as check_at
 from .diagnostics import coverage as coverage
 from .diagnostics import data_sensitivity as data_sensitivity
+from .diagnostics import learning_curve as learning_curve
 from .diagnostics import predictive_check as predictive_check
 from .diagnostics import prior_sensitivity as prior_sensitivity
 from .diagnostics import sbc as sbc

@@ -23,11 +23,20 @@ from benchmarks.suite.records import BadInput, provenance, writable_folder, writ
 from sbi_flows.core.typing import Key
 
 SEED = 20
+PARTS = ("exact", "unused", "few", "held_out", "learning")
+"""Parts of the record."""
+
 FEW = (50, 100, 200)
 """Small numbers of data sets."""
 
 HELD_OUT_ROWS = 1_000
 """Number of simulations of the fits whose held-out rows are checked."""
+
+CURVES = ("two_moons", "slcp", "gaussian_linear")
+"""Tasks whose learning curves are compared with fits to more simulations."""
+
+CURVE_ROWS, FRESH_ROWS = 2_500, 4_000
+"""Number of simulations of a learning curve, and of fresh ones that measure the gain of a fit."""
 
 DATASETS, DRAWS = 1_000, 300
 """Number of data sets of a check, and of draws for each."""
@@ -61,6 +70,8 @@ def run(folder: Path, repeats: int = 40, fits: int = 4) -> dict[str, Any]:
         parts.append(("few", str(n), partial(_few, jax.random.fold_in(key, 20 + n), n, repeats)))
     optimism = partial(_optimism, jax.random.fold_in(key, 30), fits)
     parts.append(("held_out", "two_moons", optimism))
+    for i, name in enumerate(CURVES, start=40):
+        parts.append(("learning", name, partial(_learning, jax.random.fold_in(key, i), name)))
     settings = {"repeats": repeats, "fits": fits}
     results = _earlier(path, settings)
     for part, name, measure in parts:
@@ -79,7 +90,7 @@ def _earlier(path: Path, settings: dict[str, int]) -> dict[str, Any]:
     record = json.loads(path.read_text())
     if any(record.get(name) != value for name, value in settings.items()):
         raise BadInput(f"--results: {path} was made with other settings; remove it first")
-    return {name: record[name] for name in ("exact", "unused", "few", "held_out") if name in record}
+    return {name: record[name] for name in PARTS if name in record}
 
 
 def _exact(key: Key, name: str, count: int) -> dict[str, Any]:
@@ -152,6 +163,29 @@ def _member_gain(key: Key, posterior: sf.Posterior, member: int, task: Any) -> t
     alone = dataclasses.replace(posterior, weights=weights)
     report = sf.check(key, alone, task.simulator, progress=False)
     return report.information.gain, float(np.mean(report.sbc.width))
+
+
+def _learning(key: Key, name: str) -> dict[str, Any]:
+    """Compare predicted gains of more simulations with gains of fits to so many."""
+    task, keys = simulators.get(name), jax.random.split(key, 3)
+    estimator, simulate = sf.NPE(task.prior), partial(sf.simulate, progress=False)
+    sims = simulate(keys[0], task.prior, task.simulator, CURVE_ROWS)
+    curve = sf.learning_curve(keys[1], estimator, sims, progress=False)
+    fresh = simulate(keys[2], task.prior, task.simulator, FRESH_ROWS)
+    sizes = [int(curve.rows[-1]) * k for k in (1, 2, 4)]
+    gains = []
+    for i, size in enumerate(sizes):
+        more_key, fit_key = jax.random.split(jax.random.fold_in(keys[2], 1 + i))
+        more = simulate(more_key, task.prior, task.simulator, size)
+        posterior, _ = estimator.fit(fit_key, more, progress=False)
+        log_prob = np.asarray(posterior.log_prob(fresh.theta, fresh.x))
+        gains.append(float(np.mean(log_prob - posterior.prior.log_prob(fresh.theta))))
+    return {
+        "rows": sizes,
+        "predicted": curve.rise[:2].tolist(),
+        "measured": [gain - gains[0] for gain in gains[1:]],
+        "verdict": curve.verdict,
+    }
 
 
 def _checks(key: Key, cases: list[Case], repeats: int, name: str) -> list[sf.Report]:

@@ -22,6 +22,7 @@ from benchmarks.suite.published import figure as published_figure
 from benchmarks.suite.records import SCHEMA, BadInput, writable_folder
 from benchmarks.suite.report_observations import observations_table
 from benchmarks.suite.report_page import Table, markdown, page
+from benchmarks.suite.report_verdict import verdict_tables
 from benchmarks.suite.scaling import PowerLaw, power_law
 
 
@@ -110,7 +111,7 @@ def run(results: Path, out: Path | None = None) -> Path:
     if not cells:
         raise BadInput(f"--results: no finished run in {results}")
     folder = writable_folder(results if out is None else out, "--out")
-    tables = {**_tables(cells), **observations_table(results)}
+    tables = {**_tables(cells), **observations_table(results), **verdict_tables(results)}
     notes = _notes(cells)
     (folder / "report.md").write_text(markdown(tables, notes))
     path = folder / "report.html"

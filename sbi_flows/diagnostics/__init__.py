@@ -13,6 +13,8 @@ from sbi_flows.diagnostics.check import check as check
 from sbi_flows.diagnostics.coverage import Coverage as Coverage
 from sbi_flows.diagnostics.coverage import coverage as coverage
 from sbi_flows.diagnostics.discrepancies import Discrepancies as Discrepancies
+from sbi_flows.diagnostics.learning_curve import LearningCurve as LearningCurve
+from sbi_flows.diagnostics.learning_curve import learning_curve as learning_curve
 from sbi_flows.diagnostics.local import check_at as check_at
 from sbi_flows.diagnostics.local_report import LocalCheck as LocalCheck
 from sbi_flows.diagnostics.predictive import Predictive as Predictive

@@ -134,7 +134,8 @@ class Information:
         if self.kind == "unused information":
             return (
                 "give the estimator an embedding for this kind of data or summaries of x, a larger "
-                "network or more simulations; see docs/trust.md"
+                "network or more simulations (sf.learning_curve predicts their effect); see "
+                "docs/trust.md"
             )
         if self.kind == "cannot tell":
             return f"check with more data sets: {self._rows_needed} or more"
