@@ -95,6 +95,23 @@ class Standardiser(NamedTuple):
         beyond = jnp.maximum(jnp.abs(s) - self.linear, 0.0)
         return jnp.clip(s, -self.linear, self.linear) + jnp.sign(s) * jnp.log1p(beyond)
 
+    def log_det(self, x: Obs) -> Array:
+        """Compute the log density of x minus that of its features, in nats, shape (B,).
+
+        It is the log absolute determinant of the Jacobian of the map from the present entries of
+        x (B, *event) to their features; missing entries do not count.
+        """
+        rows = flatten_rows(self.subtract_origin(x))
+        present = jnp.ones(rows.shape, bool) if self.can_miss is None else ~jnp.isnan(rows)
+        rows = jnp.where(present, rows, 1.0)
+        safe = jnp.where(self.floor > 0, self.floor, 1.0)[None]
+        slope = jnp.where(self.floor[None] > 0, -jnp.log(jnp.maximum(rows, safe)), 0.0)
+        s = (_logarithms(rows, self.floor) - self.center[None]) / self.scale[None]
+        slope -= jnp.log(self.scale)[None] + jnp.log1p(jnp.maximum(jnp.abs(s) - self.linear, 0.0))
+        if self.origin is not None:
+            slope -= (math.log(2.0) * self.origin.exponent)[None]
+        return jnp.sum(jnp.where(present, slope, 0.0), axis=-1)
+
     def of(self, places: tuple[int, ...] | None) -> Standardiser:
         """Return the standardiser of the entries with indices `places`; None means all entries."""
         if places is None:

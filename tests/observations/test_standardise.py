@@ -160,3 +160,35 @@ def test_leaves_are_joined_and_split_again():
     for name, leaf in x.items():
         assert back[name].shape == leaf.shape
         np.testing.assert_array_equal(back[name], leaf)
+
+
+def test_the_log_determinant_is_that_of_the_jacobian():
+    names = ("normal", "Cauchy", "log-normal", "constant")
+    x = tuple(jnp.asarray(FEATURES[name], float) for name in names)
+    standardise = fit_standardiser(x)
+    assert standardise.floor[2] > 0  # a logarithm is taken
+    # ordinary rows, tails, and a value below the floor of the logarithm
+    last = (5.0, 1e4, 0.5 * float(standardise.floor[2]), 3.0)
+    rows = tuple(jnp.append(a[:20], v)[:, None] for a, v in zip(x, last, strict=True))
+
+    def features(row):
+        return standardise(tuple(row.reshape(4, 1, 1)))[0]
+
+    jacobians = jax.vmap(jax.jacobian(features))(flatten_rows(rows))
+    np.testing.assert_allclose(
+        standardise.log_det(rows), jnp.linalg.slogdet(jacobians)[1], rtol=1e-4, atol=1e-3
+    )
+
+
+def test_the_log_determinant_leaves_missing_entries_out_and_counts_the_origin():
+    x = 2.45e6 + RNG.normal(0.0, 1e-3, (400, 2))  # single precision cannot represent these
+    standardise = fit_standardiser(x)
+    assert standardise.origin is not None
+    spread = float(np.mean(np.log(np.subtract(*np.quantile(x, [0.75, 0.25], axis=0)) / 1.349)))
+    near = np.median(x, axis=0)[None]
+    np.testing.assert_allclose(standardise.log_det(near), -2 * spread, rtol=1e-3)
+    gaps = jnp.asarray(FEATURES["normal"] * np.ones(2)).at[0].set(jnp.asarray([1.0, jnp.nan]))
+    standardise = fit_standardiser(gaps, has_missing=True)
+    one, two = standardise.log_det(jnp.asarray([[5.0, jnp.nan], [5.0, 5.0]]))
+    np.testing.assert_allclose(one, -jnp.log(standardise.scale[0]), rtol=1e-5)
+    np.testing.assert_allclose(two, -jnp.sum(jnp.log(standardise.scale)), rtol=1e-5)
