@@ -23,7 +23,7 @@ bench-quick: $(STAMP)  ## repeat one run of benchmarks/results (three minutes), 
 	$(BIN)/python -m benchmarks report --results results/quick
 
 test: $(STAMP)  ## tests and doctests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m '$(MARK)'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m '$(MARK)' --durations=40 --durations-min=5
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .

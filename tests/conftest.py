@@ -52,7 +52,12 @@ SLOW_EXAMPLES = (
     "sbi_flows.estimators.truncated.",
     "sbi_flows.posteriors.recalibrated.",
     "sbi_flows.simulations.validity.",
+    "sbi_flows.diagnostics.anomalies.",
+    "sbi_flows.networks.embeddings.fusion.",
+    "sbi_flows.networks.embeddings.set_transformer.",
+    "simulators.gallery.influenza.",
     "simulators.gallery.lynx_hare_fit.",
+    "simulators.adapters.mcmc.",
     "simulators.adapters.numpyro_model.",
 )
 """Modules whose examples fit or compile for long."""

@@ -140,6 +140,7 @@ def test_no_program_calls_back_to_the_host(traced):
         assert "callback" not in str(program)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [sf.FlowMatching, *(pytest.param(k, marks=pytest.mark.slow) for k in (sf.CNF, sf.Diffusion))],

@@ -29,6 +29,7 @@ def test_units_do_not_matter(draws):
     assert moved == pytest.approx(c2st(reference, samples, folds=2), abs=0.01)
 
 
+@pytest.mark.slow
 def test_the_default_backend_takes_many_pairs_too(draws):
     sets = draws[:, :120].reshape(2, 2, 60, 2)
     expected = [c2st(a, b, folds=2) for a, b in zip(*sets, strict=True)]

@@ -35,6 +35,7 @@ def test_the_first_epochs_are_those_of_scikit_learn():
         np.testing.assert_allclose(bias, b, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_accuracies_are_those_of_scikit_learn():
     """Rounding errors grow over hundreds of training steps, hence the tolerance."""
     reference, samples = pairs(3, 1501, 1)

@@ -46,6 +46,7 @@ def test_exact_posterior_is_calibrated(exact_report):
     assert gain == pytest.approx(np.log(5), abs=4 * exact_report.information.gain_error)
 
 
+@pytest.mark.slow
 def test_exact_posterior_passes_18_of_20(gaussian, simulator):
     keys = jax.random.split(jax.random.key(7), 20)
     assert sum(check(k, gaussian(), simulator, **SIZES).calibrated for k in keys) >= 18
@@ -190,7 +191,7 @@ def test_report_draws_its_three_panels(exact_report):
     plt.close(figure)
 
 
-@pytest.mark.parametrize("datasets", [50, 100, 200])
+@pytest.mark.parametrize("datasets", [50, pytest.param(200, marks=pytest.mark.slow)])
 def test_few_data_sets_cannot_tell(gaussian, simulator, datasets):
     """A posterior that is 1.3 times too narrow is found, or the verdict says that it may be."""
     posterior = gaussian(scale=1 / 1.3)

@@ -47,6 +47,7 @@ def test_the_members_of_a_linear_gaussian_fit_are_right(fitted):
     assert "simulations=simulations, history=history" in report.command
 
 
+@pytest.mark.slow
 def test_observations_in_a_dict(fitted):
     npe, sims, _, _ = fitted
     named = sf.Simulations(sims.theta, {"a": sims.x[:, 0], "b": sims.x[:, 1]})

@@ -250,7 +250,7 @@ def test_constants_of_any_size_have_features_with_a_density(value):
     assert abs(np.std(features) - np.sqrt(1 / 12)) < 0.02
 
 
-@pytest.mark.parametrize("last", [1, 2])
+@pytest.mark.parametrize("last", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_interrupted_emulator_ends_the_fit(simulations, monkeypatch, last):
     """Also where a density was fitted before."""
     calls = []

@@ -125,6 +125,7 @@ def test_file(sims, network, fitted, tmp_path):
         sf.coverage(jax.random.key(4), again, simulations=sims, draws=20, progress=False)
 
 
+@pytest.mark.slow
 def test_files_of_networks_for_positive_or_whole_numbers(tmp_path):
     prior = {"rate": dist.Gamma(5.0, 1.0)}
     npe = dataclasses.replace(BRIEF, prior=sf.as_prior(prior))
@@ -207,6 +208,7 @@ def test_failed_rows_and_rows_on_disk(sims, network, tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_in_training_is_found(sims):
     class Dropping(nnx.Module):
         def __init__(self, rngs):

@@ -19,7 +19,7 @@ def test_every_recorded_case_is_compared():
     assert {name for name, _ in cases()} == RECORD.keys()
 
 
-QUICK = {"density NSF", "density coupling NSF"}
+QUICK = {"density NSF"}
 
 
 def _case(name, compute):

@@ -145,6 +145,7 @@ def test_a_single_row_is_kept_exactly():
     assert isinstance(sf.Simulations(np.zeros((1, 1)), [[0.1]]).x, jax.Array)
 
 
+@pytest.mark.slow
 @pytest.mark.promotes
 def test_the_emulator_falls_back_with_the_users_simulations():
     prior = sf.as_prior({"t": dist.Uniform(2459000.0, 2459001.0)})

@@ -116,6 +116,7 @@ def test_a_stack_of_a_screened_estimator_and_one_that_is_not(noisy, monkeypatch)
     np.testing.assert_allclose(log_prob, posterior.log_prob(draws, sims.x[0]), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_nothing_is_left_out_where_nothing_tells(noisy):
     prior, sims = noisy
     shuffled = sf.Simulations(sims.theta, sims.x[::-1])

@@ -78,6 +78,7 @@ def test_one_part_unless_the_embedding_reads_any_length():
         np.testing.assert_array_equal(inputs, plan.hide(key, features(8)))
 
 
+@pytest.mark.slow
 def test_sizes_and_places_have_the_same_distribution_as_without_groups():
     plan = blueprint()
     assert len(plan.hide_by_groups(jax.random.key(0), features(ROWS))) == MAX_GROUPS

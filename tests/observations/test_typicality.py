@@ -298,6 +298,7 @@ def test_an_embedding_is_looked_at_as_well(embedded):
     assert len(again.spaces) == 2
 
 
+@pytest.mark.slow
 def test_a_stack_keeps_the_gate(simulations):
     quick = {"training": sf.Training(max_epochs=1), "members": 1}
     kinds = [sf.MAF(transforms=1, hidden=(8,)), sf.GaussianMixture(components=2, width=8)]

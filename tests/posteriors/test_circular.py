@@ -81,6 +81,7 @@ def test_jit_grad_and_vmap_of_a_bound_posterior(posterior):
     assert np.all(np.isfinite(of_x)) and np.max(np.abs(of_x)) > 0.1
 
 
+@pytest.mark.slow
 def test_the_mode_is_found_at_the_seam(posterior):
     mode = posterior.map(X)
     assert np.pi - abs(float(mode[0])) < 0.15

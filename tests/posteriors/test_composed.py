@@ -150,6 +150,7 @@ def test_its_density_is_the_product_over_the_prior():
     assert np.isneginf(together[1])
 
 
+@pytest.mark.slow
 def test_it_is_saved_and_loaded(tmp_path):
     made, key = unfitted(), jax.random.key(0)
     made.save(tmp_path / "sets.sbif")

@@ -76,6 +76,14 @@ CASES = {
 }
 
 
+QUICK = {"set", "image", "two instruments"}
+"""Cases whose tests are not slow."""
+
+
+def cases(*names):
+    return [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in names]
+
+
 @pytest.fixture(scope="module")
 def fits():
     made = {}
@@ -114,7 +122,7 @@ def test_the_fit_starts_at_a_linear_start_that_beats_the_prior(fits, name):
     assert np.all(history.validation_loss[-1] < history.start_loss + 0.1)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases(*CASES))
 def test_saved_and_loaded(fits, name, tmp_path):
     posterior, _, sims = fits(name)
     posterior.save(tmp_path / "p.sbif")
@@ -137,7 +145,7 @@ def test_bound_posteriors_work_inside_jax(fits, name):
     np.testing.assert_allclose(posterior.log_prob(THETA, batch), rows, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["set", "attention", "trials that are series"])
+@pytest.mark.parametrize("name", cases("set", "attention", "trials that are series"))
 def test_the_order_of_a_set_does_not_matter(fits, name):
     posterior, _, sims = fits(name)
     x = first(sims)
@@ -147,6 +155,7 @@ def test_the_order_of_a_set_does_not_matter(fits, name):
     )
 
 
+@pytest.mark.slow
 def test_the_order_of_a_series_matters(fits):
     posterior, _, sims = fits("series")
     x = first(sims)
@@ -154,7 +163,7 @@ def test_the_order_of_a_series_matters(fits):
     assert np.max(np.abs(difference)) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["set", "attention", "series", "trials that are series"])
+@pytest.mark.parametrize("name", cases("set", "attention", "series", "trials that are series"))
 def test_shorter_observations_equal_padded_ones(fits, name):
     posterior, _, sims = fits(name)
     x = first(sims)

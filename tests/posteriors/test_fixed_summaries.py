@@ -42,7 +42,7 @@ def simulations():
     return sf.simulate(jax.random.key(0), PRIOR, trials, 3_000, missing=True, progress=False)
 
 
-@pytest.fixture(scope="module", params=["rows", "emulator"])
+@pytest.fixture(scope="module", params=["rows", pytest.param("emulator", marks=pytest.mark.slow)])
 def fit(request, simulations):
     emulator = EMULATOR if request.param == "emulator" else None
     npe = sf.NPE(PRIOR, **SETTINGS, emulator=emulator)
@@ -81,6 +81,7 @@ def test_only_the_summaries_matter_and_only_they_are_inputs(fit):
     assert abs(float(posterior.log_prob(theta, other) - expected)) > 0.1
 
 
+@pytest.mark.slow
 def test_inside_jax_in_batches_and_on_disk(fit, tmp_path):
     posterior, _ = fit
     xs, theta = np.stack([observed(8), observed(30)]), np.array([0.7], np.float32)
@@ -115,6 +116,7 @@ def test_entries_that_are_hidden_at_random():
     test_the_conjugate_posterior_is_recovered((posterior, _), 8)
 
 
+@pytest.mark.slow
 def test_max_features_does_not_limit_summaries(simulations):
     emulator = dataclasses.replace(EMULATOR, max_features=1, simulations=100)
     quick = {**SETTINGS, "training": sf.Training(max_epochs=1), "members": 1}

@@ -130,6 +130,7 @@ def test_everything_works_under_a_trace_and_gives_what_calls_give(case):
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["mixture", *(pytest.param(n, marks=pytest.mark.slow) for n in ("conformal", *ODE_DENSITIES))],
@@ -165,6 +166,7 @@ def test_an_equal_posterior_made_anew_compiles_nothing():
     assert (first, len(calls)) == (second, 1)
 
 
+@pytest.mark.slow
 def test_a_failed_solve_is_nan_inside_a_trace_and_an_error_outside():
     made = direct(sf.CNF(network=FILM, solver=sf.Solver(rtol=1e-6, atol=1e-6, max_steps=1)))
     theta, x = jnp.array([0.6, 1.1]), jnp.array([0.3, 1.2, -0.7])
@@ -211,6 +213,7 @@ def test_a_batch_of_bound_posteriors_is_refused_by_name():
         many.sample(jax.random.key(0), 3)
 
 
+@pytest.mark.slow
 def test_an_object_of_another_library_has_modes():
     inner = direct(DENSITIES["mixture"])
 

@@ -109,6 +109,7 @@ def test_the_check_hides_entries_as_the_fit_did(posterior):
     assert given.information.gain < report.information.gain - 0.1
 
 
+@pytest.mark.slow
 def test_the_history_is_checked_with_hidden_entries(fit):
     posterior, history = fit
     sims = sf.simulate(jax.random.split(jax.random.key(0), 2)[0], PRIOR, sensors, 6000)
@@ -159,6 +160,7 @@ def test_arviz_holds_the_observation_with_its_gaps(posterior):
     np.testing.assert_array_equal(np.asarray(data["observed_data"]["x"]), x)
 
 
+@pytest.mark.slow
 def test_local_check_with_missing_entries(posterior):
     report = sf.check_at(
         jax.random.key(11),

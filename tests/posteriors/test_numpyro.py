@@ -74,6 +74,7 @@ def test_it_is_a_pytree_with_the_density_of_the_posterior():
     assert np.isneginf(inside[1])
 
 
+@pytest.mark.slow
 def test_nuts_on_it_alone_gives_the_posterior():
     """Its density and its transform together: a chain without data draws the posterior."""
     prior = dist.Uniform(0.0, 1.0).expand([2])

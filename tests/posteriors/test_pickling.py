@@ -69,6 +69,7 @@ def test_copies_of_a_prior_give_the_same_draws_and_densities(name):
     assert all(copied(prior).matches(prior) for copied in COPIES.values())
 
 
+@pytest.mark.slow
 def test_copies_of_a_prior_cut_to_a_box_are_the_same():
     prior = sf.as_prior({"a": dist.HalfNormal(2.0), "b": dist.TruncatedNormal(0.1, 1.0, low=0.0)})
     require_equal_copies(BoxPrior(prior, [-1.0, 0.0], [0.5, 2.0]), of_prior)

@@ -110,6 +110,7 @@ def _check_at(key, made):
     return sf.check_at(key, made, jnp.zeros(3), noisy, simulations=400, permutations=19)
 
 
+@pytest.mark.slow
 def test_a_local_check_warns_if_the_fit_used_its_own_simulations():
     from sbi_flows.diagnostics.local import SIMULATE_TAG
 
@@ -154,6 +155,7 @@ def test_corrections_add_the_rows_that_they_used_and_a_composition_keeps_them():
     assert sf.composed(matched).used_rows is FITTED.used_rows
 
 
+@pytest.mark.slow
 def test_rows_are_kept_by_copies_jax_and_files(tmp_path):
     sets = sf.conformal(KEY, sf.recalibrate(KEY, FITTED, FRESH[:300], draws=20), FRESH[300:])
     for made in (FITTED, sets):

@@ -196,6 +196,7 @@ class Mine(dist.Normal):
     """A distribution of a user's own class."""
 
 
+@pytest.mark.slow
 def test_a_prior_that_cannot_be_written_is_given_and_compared(tmp_path):
     model = sf.as_prior(hierarchy)
     posterior(model, ensemble(SMALL, model.bounded)).save(tmp_path / "a.sbif")
@@ -236,6 +237,7 @@ def own(width, sign=1.0):
     return lambda rngs: Own(width, sign=sign, rngs=rngs)
 
 
+@pytest.mark.slow
 def test_an_embedding_of_the_user_is_given_and_compared(tmp_path):
     path = tmp_path / "a.sbif"
     saved = posterior(FLAT, ensemble(SMALL, FLAT.bounded, embedding=own(4)))

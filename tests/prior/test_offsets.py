@@ -28,7 +28,12 @@ FAR = {
 }
 
 
-@pytest.mark.parametrize("name", FAR)
+SLOW_FAR = {"student", "truncated", "half"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW_FAR)) for n in FAR]
+)
 def test_draws_and_densities_are_those_in_double_precision(name):
     distribution, expected = FAR[name]
     prior = sf.as_prior(distribution)

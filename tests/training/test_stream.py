@@ -85,6 +85,7 @@ def test_the_same_key_gives_the_same_fit(small, stored):
     np.testing.assert_array_equal(first.train_loss, second.train_loss)
 
 
+@pytest.mark.slow
 def test_failed_rows_are_left_out(small, tmp_path, data):
     x = data[1].copy()
     x[::3] = np.nan

@@ -116,6 +116,7 @@ def test_images_of_a_point_on_the_axis_of_the_lens():
     np.testing.assert_allclose(lens.image(numbers(turned)), clean.T, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_noise_of_an_image_and_missing_pixels():
     noise = simulated("lens", ARCS, 20) - np.asarray(lens.image(numbers(ARCS)))
     assert stats.kstest(noise.ravel(), "norm").pvalue > 1e-3
@@ -179,6 +180,7 @@ def test_the_density_and_the_draws_of_g_and_k(theta):
     assert stats.kstest(levels, "uniform").pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_density_of_g_and_k_and_missing_draws():
     """NUTS needs the gradient through the numerical inversion."""
     theta, x = numbers(QUANTILES[0]), jnp.array([2.0, jnp.nan, 3.5, 9.0])

@@ -73,6 +73,7 @@ MASKED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.promotes
 @pytest.mark.parametrize(("task", "mask"), MASKED, ids=[task.name for task, _ in MASKED])
 def test_ranks_of_true_parameters_are_uniform(task, mask):
