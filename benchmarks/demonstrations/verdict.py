@@ -29,8 +29,11 @@ PARTS = ("exact", "unused", "few", "held_out", "learning")
 FEW = (50, 100, 200)
 """Small numbers of data sets."""
 
-HELD_OUT_ROWS = 1_000
-"""Number of simulations of the fits whose held-out rows are checked."""
+HELD_OUT_FITS, HELD_OUT_ROWS = 8, 1_000
+"""Number of fits whose held-out rows are checked, and of simulations of each."""
+
+HELD_OUT = ("two_moons", "gaussian_linear")
+"""Tasks of these fits."""
 
 CURVES = ("two_moons", "slcp", "gaussian_linear")
 """Tasks whose learning curves are compared with fits to more simulations."""
@@ -68,8 +71,8 @@ def run(folder: Path, repeats: int = 40, fits: int = 4) -> dict[str, Any]:
         parts.append(("unused", name, case))
     for n in FEW:
         parts.append(("few", str(n), partial(_few, jax.random.fold_in(key, 20 + n), n, repeats)))
-    optimism = partial(_optimism, jax.random.fold_in(key, 30), fits)
-    parts.append(("held_out", "two_moons", optimism))
+    for i, name in enumerate(HELD_OUT, start=30):
+        parts.append(("held_out", name, partial(_optimism, jax.random.fold_in(key, i), name)))
     for i, name in enumerate(CURVES, start=40):
         parts.append(("learning", name, partial(_learning, jax.random.fold_in(key, i), name)))
     settings = {"repeats": repeats, "fits": fits}
@@ -133,11 +136,11 @@ def _few(key: Key, datasets: int, repeats: int) -> dict[str, Any]:
     return {"checks": repeats, "verdicts": words, "least_width": least}
 
 
-def _optimism(key: Key, fits: int) -> list[dict[str, float]]:
+def _optimism(key: Key, name: str) -> list[dict[str, float]]:
     """Compare checks of members on rows that they held out with checks on fresh rows."""
-    task = simulators.two_moons()
+    task = simulators.get(name)
     rows = []
-    for fit in range(fits):
+    for fit in range(HELD_OUT_FITS):
         keys = jax.random.split(jax.random.fold_in(key, fit), 4)
         sims = sf.simulate(keys[0], task.prior, task.simulator, HELD_OUT_ROWS, progress=False)
         posterior, history = sf.NPE(task.prior).fit(keys[1], sims, progress=False)

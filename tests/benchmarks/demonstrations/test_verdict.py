@@ -31,6 +31,7 @@ def test_the_record_is_resumed_and_shown(monkeypatch, tmp_path, capsys):
     name = "ignores one entry of ten"
     monkeypatch.setattr(verdict, "CASES", {name: verdict_cases.CASES[name]})
     monkeypatch.setattr(verdict, "CURVES", ("two_moons",))
+    monkeypatch.setattr(verdict, "HELD_OUT", ("two_moons",))
     monkeypatch.setattr(verdict, "_optimism", lambda *_: OPTIMISM)
     monkeypatch.setattr(verdict, "_learning", lambda *_: CURVE)
     command = ["verdict", "--repeats", "2", "--fits", "2", "--results", str(tmp_path)]
