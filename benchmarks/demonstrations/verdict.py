@@ -169,13 +169,13 @@ def _member_gain(key: Key, posterior: sf.Posterior, member: int, task: Any) -> t
 
 
 def _learning(key: Key, name: str) -> dict[str, Any]:
-    """Compare predicted gains of more simulations with gains of fits to so many."""
+    """Compare predicted with measured gains of fits to more simulations."""
     task, keys = simulators.get(name), jax.random.split(key, 3)
     estimator, simulate = sf.NPE(task.prior), partial(sf.simulate, progress=False)
     sims = simulate(keys[0], task.prior, task.simulator, CURVE_ROWS)
     curve = sf.learning_curve(keys[1], estimator, sims, progress=False)
     fresh = simulate(keys[2], task.prior, task.simulator, FRESH_ROWS)
-    sizes = [int(curve.rows[-1]) * k for k in (1, 2, 4)]
+    sizes = [int(curve.rows[-1]), *curve.more[1:3].tolist()]
     gains = []
     for i, size in enumerate(sizes):
         more_key, fit_key = jax.random.split(jax.random.fold_in(keys[2], 1 + i))
@@ -185,7 +185,7 @@ def _learning(key: Key, name: str) -> dict[str, Any]:
         gains.append(float(np.mean(log_prob - posterior.prior.log_prob(fresh.theta))))
     return {
         "rows": sizes,
-        "predicted": curve.rise[:2].tolist(),
+        "predicted": (curve.predicted[1:3] - curve.gain[-1]).tolist(),
         "measured": [gain - gains[0] for gain in gains[1:]],
         "verdict": curve.verdict,
     }

@@ -134,7 +134,7 @@ class Information:
         if self.kind == "unused information":
             return (
                 "give the estimator an embedding for this kind of data or summaries of x, a larger "
-                "network or more simulations (sf.learning_curve predicts their effect); see "
+                "network or more simulations (sf.learning_curve predicts what these bring); see "
                 "docs/trust.md"
             )
         if self.kind == "cannot tell":
