@@ -149,7 +149,9 @@ def check(
     )
     sizes = f"datasets={datasets}, draws={draws}, level={float(level)!r}"
     command = _command(key, f"{_source_code(simulations, history)}, {sizes}")
-    return _report(ranks, information, level, _subject_text(sims, history), command)
+    lacks = posterior.missing.can_miss is not None
+    subject = _subject_text(sims, history) + "; on average over missing entries" * lacks
+    return _report(ranks, information, level, subject, command)
 
 
 def _ranks(

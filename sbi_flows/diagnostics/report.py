@@ -100,6 +100,8 @@ class Report:
         if self.information.kind == "unused information":
             # a better posterior comes first: other errors may then disappear
             return self.information.advice
+        if len(kinds) > 1:
+            kinds -= {UNDER}  # a posterior with other errors is not usable
         lines = [ADVICE[kind] for kind in ADVICE if kind in kinds]
         if not self.findings and not self.calibrated and self.uses_data is not None:
             lines.append("check with more data sets")

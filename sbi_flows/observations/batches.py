@@ -73,20 +73,23 @@ def as_batch(x: Obs, like: Obs, missing: Missing = COMPLETE) -> tuple[Obs, bool]
         x = jax.tree.map(np.asarray, x)
         _require_finite(x, allows_nan=missing.can_miss is not None)
     leaves = jax.tree.leaves(x)
+    given = [leaf.shape for leaf in leaves]
     if missing.growing:
+        for leaf, shape, axes in zip(leaves, expected, missing.growing, strict=True):
+            _require_no_column(leaf, shape, axes)
         leaves = list(map(_padded, leaves, expected, missing.growing))
     shapes = [leaf.shape for leaf in leaves]
     single = shapes == expected
     lengths = {s[:1] for s in shapes}
     if not single and ([s[1:] for s in shapes] != expected or len(lengths) != 1):
-        wanted = expected[0] if len(expected) == 1 else expected
-        got = shapes[0] if len(shapes) == 1 else shapes
-        raise ValueError(f"x: expected shape {wanted}, or a batch of it, got {got}")
+        wanted, got = _shapes_text(like, expected), _shapes_text(like, given)
+        shorter = " (or shorter)" * any(missing.growing)
+        raise ValueError(f"x: expected shape {wanted}{shorter}, or a batch of it, got {got}")
     if not single and () not in lengths and lengths == {(0,)}:
         raise ValueError("x: expected at least one observation, got an empty batch")
     batch = [leaf[None] if single else leaf for leaf in leaves]
     if missing.can_miss is not None and not is_traced((batch, missing.can_miss)):
-        _require_present(batch, like, np.asarray(missing.can_miss))
+        _require_present(batch, like, missing)
     tree = jax.tree.unflatten(jax.tree.structure(like), batch)
     return jax.tree.map(lambda a, b: a if _stays_on_host(b) else jnp.asarray(a), tree, like), single
 
@@ -104,17 +107,42 @@ def _require_finite(x: Obs, *, allows_nan: bool) -> None:
         )
 
 
-def _require_present(batch: list[Any], like: Obs, can_miss: np.ndarray) -> None:
-    """Raise ValueError if an entry is missing that is present in all training simulations."""
+def _require_present(batch: list[Any], like: Obs, missing: Missing) -> None:
+    """Raise ValueError if the missing entries differ from those of all training simulations."""
     rows = [np.asarray(leaf, float).reshape(len(leaf), -1) for leaf in batch]
-    lacks = np.isnan(np.concatenate(rows, axis=1)).any(axis=0) & ~can_miss
-    if lacks.any():
+    lacks = np.isnan(np.concatenate(rows, axis=1))
+    strange = lacks.any(axis=0) & ~np.asarray(missing.can_miss)
+    if strange.any():
         names = entry_labels(like)
-        lacking = [names[int(i)] for i in np.flatnonzero(lacks)]
+        lacking = [names[int(i)] for i in np.flatnonzero(strange)]
         raise ValueError(
             f"x: expected entries that are missing in some training simulations, got NaN in "
             f"{first_names(lacking)}, never missing there; fit with missing=sf.RandomEntries(...)"
         )
+    if missing.simulates_gaps:
+        # a simulation without any entry is a failed one
+        if missing.pattern is None and lacks.all(axis=1).any():
+            raise ValueError("x: expected at least one entry that is not missing, got NaN alone")
+    elif missing.pattern is not None:
+        sentence = missing.pattern.unseen(~lacks, like)
+        if sentence:
+            raise ValueError(f"x: {sentence}; the fit has not seen such observations")
+
+
+def _require_no_column(leaf: Any, shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
+    """Raise ValueError if an array may be one observation, or a batch of shorter ones.
+
+    Raises:
+        ValueError: The array is a column (n, 1), and observations are vectors of any length.
+    """
+    if axes and len(shape) == 1 and shape != (1,) and leaf.ndim == 2:
+        n, width = leaf.shape
+        if width == 1 and n > 1:
+            raise ValueError(
+                f"x: expected shape {shape} (or shorter), or a batch of it, got a column "
+                f"{leaf.shape}; for one observation of {n} elements, give x[:, 0]; for {n} "
+                f"observations of one element, pad each with NaN, to shape {(n, *shape)}"
+            )
 
 
 def _padded(leaf: Any, shape: tuple[int, ...], axes: tuple[int, ...]) -> Any:
@@ -175,6 +203,15 @@ def _as_dtype_of(value: Any, like: Any) -> Any:
             )
         return np.asarray(value, np.float64)
     return as_real_array("x", value)
+
+
+def _shapes_text(like: Obs, shapes: list[tuple[int, ...]]) -> str:
+    """Return the shape of an array, or the names and shapes of several arrays."""
+    if len(shapes) == 1:
+        return str(shapes[0])
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(like)]
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
+    return ", ".join(f"{name} {shape}" for name, shape in zip(names, shapes, strict=True))
 
 
 def _described(x: Obs) -> str:

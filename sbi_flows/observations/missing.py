@@ -51,6 +51,18 @@ class MissingPattern(abc.ABC):
     def can_hide(self, like: Obs) -> np.ndarray:
         """Return whether each entry of one observation can be hidden, bool of shape (C,)."""
 
+    @abc.abstractmethod
+    def unseen(self, present: np.ndarray, like: Obs) -> str:
+        """Describe observations that the pattern never produces; return "" if there are none.
+
+        Args:
+            present: Whether each entry of B flattened observations is present, shape (B, C).
+            like: Shape and dtype of one observation (`jax.ShapeDtypeStruct` leaves).
+
+        Returns:
+            What was expected and what came, such as "5 to 100 elements along axis 0, got 2".
+        """
+
     def __call__(self, key: Key, x: Obs) -> Obs:
         """Replace entries of observations (N, *event) by NaN.
 
@@ -104,6 +116,10 @@ class RandomEntries(MissingPattern):
     def can_hide(self, like: Obs) -> np.ndarray:
         """Return True for each entry; see `MissingPattern.can_hide`."""
         return np.ones(entry_count(like), bool)
+
+    def unseen(self, present: np.ndarray, like: Obs) -> str:
+        """Accept any observation."""
+        return ""
 
     def keep(self, key: Key, like: Obs, n: int) -> Array:
         """Draw which entries are kept; see `MissingPattern.keep`."""
@@ -189,6 +205,30 @@ class RandomSubset(MissingPattern):
             parts.append(keep)
         return jnp.concatenate(parts, axis=1)
 
+    def unseen(self, present: np.ndarray, like: Obs) -> str:
+        """Describe observations with other numbers of elements; see `MissingPattern.unseen`."""
+        parts = _parts(present, like)
+        name, part = next((n, p) for n, p in parts if self.part is None or self.part == n)
+        part = np.moveaxis(part, 1 + self.axis, 1).reshape(
+            *part.shape[:1], part.shape[1 + self.axis], -1
+        )
+        whole, some = part.all(axis=2), part.any(axis=2)
+        where = f"{name}: " * bool(name)
+        if np.any(whole != some):
+            return (
+                f"{where}expected elements along axis {self.axis} without missing entries, got NaN"
+            )
+        counts = whole.sum(axis=1)
+        strange = (counts < self.smallest) | (counts > self.largest)
+        if np.any(strange):
+            return (
+                f"{where}expected {self.smallest} to {self.largest} elements along axis "
+                f"{self.axis}, got {counts[strange][0]}"
+            )
+        if self.order == "first" and np.any(np.diff(whole.astype(int), axis=1) > 0):
+            return f"{where}expected elements without a gap before the last one, got NaN before it"
+        return ""
+
     def _elements(self, key: Key, n: int, length: int) -> Array:
         """Draw which elements are kept, bool of shape (n, length)."""
         count_key, place_key, empty_key = jax.random.split(key, 3)
@@ -249,6 +289,14 @@ class RandomParts(MissingPattern):
         """Return True for each entry; see `MissingPattern.can_hide`."""
         return np.ones(entry_count(like), bool)
 
+    def unseen(self, present: np.ndarray, like: Obs) -> str:
+        """Describe arrays that are present in part; see `MissingPattern.unseen`."""
+        for name, part in _parts(present, like):
+            flat = part.reshape(len(part), -1)
+            if np.any(flat.all(axis=1) != flat.any(axis=1)):
+                return f"{name}: expected all entries or none, got NaN in some"
+        return ""
+
     def keep(self, key: Key, like: Obs, n: int) -> Array:
         """Draw which entries are kept; see `MissingPattern.keep`."""
         sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(like)]
@@ -261,6 +309,16 @@ def _keep(leaf: Any, keep: Array) -> Any:
     if isinstance(leaf, np.ndarray):
         return np.where(np.asarray(keep), leaf, np.nan)
     return jnp.where(keep, leaf, jnp.nan)
+
+
+def _parts(flat: np.ndarray, like: Obs) -> list[tuple[str, np.ndarray]]:
+    """Split flattened observations (B, C) into named arrays (B, *shape)."""
+    parts, start = [], 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(like):
+        size = math.prod(leaf.shape)
+        parts.append((_name(path), flat[:, start : start + size].reshape(-1, *leaf.shape)))
+        start += size
+    return parts
 
 
 def _name(path: Any) -> str:

@@ -130,7 +130,9 @@ def report_failures(simulations: Simulations, reasons: Iterable[str], stacklevel
     common = [f"{n} {reason}" for reason, n in counts.most_common() if n]
     summary = "; ".join(common[:_MAX_REASONS]) + ("; ..." if len(common) > _MAX_REASONS else "")
     if failed == len(simulations):
-        raise SimulationFailed(f"all {failed} simulations failed: {summary}")
+        is_nan = counts.keys() == {"gave NaN or infinity"} and not simulations.missing
+        advice = ". If NaN marks a missing entry, give missing=True" if is_nan else ""
+        raise SimulationFailed(f"all {failed} simulations failed: {summary}{advice}")
     warnings.warn(
         f"{failed} of {len(simulations)} simulations failed: {summary}; they are kept, marked "
         "invalid, and left out of training",

@@ -172,3 +172,70 @@ def test_double_precision_keeps_the_symmetry_of_a_shared_axis():
     assert standardiser.origin is not None
     np.testing.assert_array_equal(standardiser(x[:, ::-1]), np.asarray(standardiser(x))[:, ::-1])
     np.testing.assert_allclose(np.asarray(standardiser(x)).std(), 1.0, rtol=0.1)
+
+
+PARTS = {"spectrum": like(4), "redshift": like()}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shape", "x", "message"),
+    [
+        (sf.RandomSubset(3, 6), (8,), [1.0] * 2, "expected 3 to 6 elements along axis 0, got 2"),
+        (sf.RandomSubset(3, 6), (8,), [1.0] * 7, "expected 3 to 6 elements along axis 0, got 7"),
+        (sf.RandomSubset(3, 6), (8,), [], "expected 3 to 6 elements along axis 0, got 0"),
+        (sf.RandomSubset(1, 8), (8, 2), [[1.0, np.nan], [1.0, 1.0]], "without missing entries"),
+        (
+            sf.RandomSubset(1, 8, order="first"),
+            (8,),
+            [1.0, np.nan, 1.0, 1.0],
+            "without a gap before the last one",
+        ),
+    ],
+)
+def test_numbers_of_elements_that_the_fit_has_not_seen_are_refused(pattern, shape, x, message):
+    missing = Missing(np.ones(np.prod(shape), bool), ((0,),), pattern)
+    with pytest.raises(ValueError, match=f"x: .*{message}.* has not seen such"):
+        as_batch(np.reshape(np.asarray(x), (-1, *shape[1:])), like(*shape), missing)
+    complete = np.ones((pattern.largest, *shape[1:]))
+    assert as_batch(complete, like(*shape), missing)[1]
+    # the number that is wrong is found in a batch as well
+    batch = np.full((2, *shape), np.nan)
+    batch[0, : pattern.largest] = 1.0
+    with pytest.raises(ValueError, match="got 0"):
+        as_batch(batch, like(*shape), missing)
+
+
+def test_arrays_that_are_present_in_part_are_refused():
+    missing = Missing(np.ones(5, bool), (), sf.RandomParts(0.3))
+    x = {"spectrum": np.full(4, np.nan), "redshift": np.float32(1.0)}
+    assert as_batch(x, PARTS, missing)[1]
+    x["spectrum"][1] = 1.0
+    with pytest.raises(ValueError, match="x: spectrum: expected all entries or none, got NaN"):
+        as_batch(x, PARTS, missing)
+    # a simulator that makes gaps itself has shown them to the fit
+    assert as_batch(x, PARTS, missing._replace(simulates_gaps=True))[1]
+
+
+@pytest.mark.parametrize("pattern", [sf.RandomEntries(0.2), sf.RandomSubset(0, 8), None])
+def test_an_empty_observation_is_accepted_where_the_fit_has_seen_some(pattern):
+    missing = Missing(np.ones(8, bool), ((0,),), pattern, simulates_gaps=pattern is None)
+    nothing = np.full((2, 8), np.nan)
+    if pattern is None:  # a simulation without any entry is a failed one
+        with pytest.raises(ValueError, match="at least one entry that is not missing"):
+            as_batch(nothing, like(8), missing)
+    else:
+        assert as_batch(nothing, like(8), missing)[0].shape == (2, 8)
+
+
+def test_a_column_is_neither_one_observation_nor_a_batch():
+    missing = Missing(np.ones(8, bool), ((0,),), sf.RandomSubset(1, 8))
+    with pytest.raises(ValueError, match=r"a column \(5, 1\); for one observation .* x\[:, 0\]"):
+        as_batch(np.ones((5, 1)), like(8), missing)
+    assert as_batch(np.ones((1, 1)), like(8), missing) is not None
+    assert as_batch(np.ones((5, 2)), like(8), missing)[0].shape == (5, 8)
+
+
+def test_shapes_of_several_arrays_are_named():
+    x = {"spectrum": np.ones((4, 1)), "redshift": np.float32(1.0)}
+    with pytest.raises(ValueError, match=r"redshift \(\), spectrum \(4,\), or a batch of it, got"):
+        as_batch(x, PARTS)

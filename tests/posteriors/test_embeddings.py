@@ -177,15 +177,17 @@ def test_shorter_observations_equal_padded_ones(fits, name):
 
 
 @pytest.mark.parametrize("name", ["set", "two instruments"])
-def test_an_observation_without_any_entry_gives_about_the_prior(fits, name):
+def test_an_observation_without_any_entry_gives_about_the_prior_or_is_refused(fits, name):
     posterior, _, sims = fits(name)
     x = jax.tree.map(lambda a: np.full(a.shape, np.nan), first(sims))
-    if name == "set":  # a set of at least one trial was asked for, but none is accepted
-        x = x[:0]
+    if name == "set":  # the fit has seen sets of at least one trial
+        for empty in (x, x[:0]):
+            with pytest.raises(ValueError, match="1 to 12 elements along axis 0, got 0"):
+                posterior.sample(jax.random.key(1), empty, 500)
+        return
     draws = posterior.sample(jax.random.key(1), x, 500)
     assert np.all(np.isfinite(draws))
-    if name == "two instruments":  # one row in eleven has neither
-        assert 0.5 < np.std(draws[:, 0]) < 1.5
+    assert 0.5 < np.std(draws[:, 0]) < 1.5  # one row in eleven has neither
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,9 @@ def test_infinity_counts_as_failure_and_a_clean_run_is_silent():
 
 
 def test_no_valid_row_at_all_is_an_error():
-    with pytest.raises(SimulationFailed, match="all 20 simulations failed: 20 gave NaN") as error:
+    with pytest.raises(
+        SimulationFailed, match=r"all 20 simulations failed: 20 gave NaN.* give missing=True"
+    ) as error:
         sf.simulate(jax.random.key(0), PRIOR, lambda key, theta: theta * jnp.nan, 20)
     assert isinstance(error.value, SbiFlowsError)
 
