@@ -75,7 +75,7 @@ GLOSSARY: dict[str, str] = {
     "90% interval": "Fraction of truths inside the central 90% interval; correct is 0.9.",
     "contraction": (
         "1 - posterior variance / prior variance at a typical data set. 0: nothing is learned; 1: "
-        "the parameter is known exactly."
+        "the parameter is known exactly; negative: wider than the prior."
     ),
     "not learned from the data": (
         "The posterior of the parameter is about as wide as the prior and does not move with x: "

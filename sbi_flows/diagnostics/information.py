@@ -116,7 +116,8 @@ class Information:
             )
         nothing = f"; nothing learned about {', '.join(self.unlearned)}" * bool(self.unlearned)
         found = f"{gain}{', ' * bool(gain)}no unused information found ({limit})"
-        return f"uses the data: {found}{nothing}"
+        linear = "; training did not improve on the linear start" * self.only_linear
+        return f"uses the data: {found}{nothing}{linear}"
 
     @property
     def advice(self) -> tuple[str, ...]:

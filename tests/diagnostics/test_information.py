@@ -1,5 +1,7 @@
 """Unused information is found, measured and named; an exact posterior passes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,6 +173,10 @@ def test_few_draws_of_an_exact_posterior_pass():
     )
     found = information_of(jax.random.key(1), ranks, x, np.zeros(n), record={}, level=0.05)
     assert found.kind == "uses the data" and found.p_value.min() > 0.05
+    # the network may still be no better than its start
+    start = "training did not improve on the linear start"
+    for gain, is_said in ((None, False), (0.3, False), (0.0, True)):
+        assert (start in dataclasses.replace(found, start_gain=gain).verdict) == is_said
 
 
 class _Fixed:
