@@ -52,7 +52,8 @@ def as_batch(x: Obs, like: Obs, missing: Missing = COMPLETE) -> tuple[Obs, bool]
 
     Args:
         x: One observation (*event), a batch (B, *event), or a tree of such arrays. An array that is
-            shorter along an axis of `missing.growing` is padded with NaN at the end of the axis.
+            shorter along an axis of `missing.growing` is padded with NaN at the end of the axis. In
+            one observation of several arrays, a single NaN stands for an array that is missing.
         like: Shape and dtype of one observation (`jax.ShapeDtypeStruct` leaves).
         missing: Entries that may be missing.
 
@@ -74,6 +75,8 @@ def as_batch(x: Obs, like: Obs, missing: Missing = COMPLETE) -> tuple[Obs, bool]
         _require_finite(x, allows_nan=missing.can_miss is not None)
     leaves = jax.tree.leaves(x)
     given = [leaf.shape for leaf in leaves]
+    if missing.can_miss is not None and len(leaves) > 1:
+        leaves = list(map(_absent, leaves, expected))
     if missing.growing:
         for leaf, shape, axes in zip(leaves, expected, missing.growing, strict=True):
             _require_no_column(leaf, shape, axes)
@@ -143,6 +146,12 @@ def _require_no_column(leaf: Any, shape: tuple[int, ...], axes: tuple[int, ...])
                 f"{leaf.shape}; for one observation of {n} elements, give x[:, 0]; for {n} "
                 f"observations of one element, pad each with NaN, to shape {(n, *shape)}"
             )
+
+
+def _absent(leaf: Any, shape: tuple[int, ...]) -> Any:
+    """Return an array of NaN in place of a single NaN; any other array is returned unchanged."""
+    is_nan = np.ndim(leaf) == 0 and shape and not is_traced(leaf) and np.isnan(leaf)
+    return np.full(shape, np.nan, leaf.dtype) if is_nan else leaf
 
 
 def _padded(leaf: Any, shape: tuple[int, ...], axes: tuple[int, ...]) -> Any:

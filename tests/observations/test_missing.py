@@ -209,6 +209,8 @@ def test_arrays_that_are_present_in_part_are_refused():
     missing = Missing(np.ones(5, bool), (), sf.RandomParts(0.3))
     x = {"spectrum": np.full(4, np.nan), "redshift": np.float32(1.0)}
     assert as_batch(x, PARTS, missing)[1]
+    short = as_batch({**x, "spectrum": np.nan}, PARTS, missing)
+    assert short[1] and np.isnan(short[0]["spectrum"]).all()
     x["spectrum"][1] = 1.0
     with pytest.raises(ValueError, match="x: spectrum: expected all entries or none, got NaN"):
         as_batch(x, PARTS, missing)
