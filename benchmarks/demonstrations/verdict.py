@@ -185,6 +185,7 @@ def _learning(key: Key, name: str) -> dict[str, Any]:
         gains.append(float(np.mean(log_prob - posterior.prior.log_prob(fresh.theta))))
     return {
         "rows": sizes,
+        "gain": curve.gain.tolist(),
         "predicted": (curve.predicted[1:3] - curve.gain[-1]).tolist(),
         "measured": [gain - gains[0] for gain in gains[1:]],
         "verdict": curve.verdict,

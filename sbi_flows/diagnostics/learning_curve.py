@@ -98,6 +98,15 @@ class LearningCurve:
         return ""
 
     @property
+    def is_steepening(self) -> bool:
+        """Whether the last doubling of the simulations raised the gain as much as the one before.
+
+        The prediction is then too low.
+        """
+        rises = np.diff(self.gain[-3:])
+        return bool(rises[1] >= rises[0])
+
+    @property
     def verdict(self) -> str:
         """One sentence: would twice as many simulations make the posterior better?"""
         if self.doubt:
@@ -108,6 +117,12 @@ class LearningCurve:
             least = f"{MIN_UNUSED:.2g} nats"
             return f"enough simulations: with {double} the gain would rise by less than {least}"
         size = f"about {middle:.2g} nats ({low:.2g} to {high:.2g})"
+        if low >= MIN_UNUSED and self.is_steepening:
+            # a power law of negative exponent flattens, so that it predicts too little
+            return (
+                f"more simulations help: with {double} the gain would rise by {low:.2g} nats or "
+                "more; the curve does not flatten yet"
+            )
         if low >= MIN_UNUSED:
             return f"more simulations help: with {double} the gain would rise by {size}"
         return f"cannot tell whether more simulations help: {double} would add {size}"

@@ -140,6 +140,14 @@ def test_the_verdict_says_whether_more_simulations_help(deficit, error, start):
     assert (curve.rise[0] >= MIN_UNUSED) == start.startswith("more")
 
 
+def test_a_curve_that_does_not_flatten_has_a_lower_limit():
+    curve = made(0.3, 0.005)
+    assert not curve.is_steepening
+    steep = dataclasses.replace(curve, gain=np.array([1.0, 1.1, 1.3, 1.6]))
+    low = f"by {curve.rise[0]:.2g} nats or more; the curve does not flatten yet"
+    assert steep.is_steepening and steep.verdict.endswith(low)
+
+
 def test_a_curve_that_cannot_be_trusted_is_not():
     curve = made(0.0, 0.005)
     broken = np.array([1.0, 1.2, 1.3, 0.9])  # the last fit failed
