@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -50,7 +51,7 @@ def run(folder: Path, names: Sequence[str] = TASKS) -> dict[str, Any]:
     """Fit each library to each task, and write `peer-embeddings.json`.
 
     Args:
-        folder: Folder of the record.
+        folder: Folder of the record. Tasks of an earlier record that are not run again are kept.
         names: Names of the tasks.
 
     Returns:
@@ -63,17 +64,19 @@ def run(folder: Path, names: Sequence[str] = TASKS) -> dict[str, Any]:
     if unknown:
         raise BadInput(f"--tasks: expected names out of {', '.join(TASKS)}; got {unknown[0]}")
     path = writable_folder(folder, "--results") / "peer-embeddings.json"
-    record = {**provenance(), "kind": "peer-embeddings", "tasks": {}}
+    earlier = json.loads(path.read_text())["tasks"] if path.exists() else {}
+    record = {**provenance(), "kind": "peer-embeddings", "tasks": earlier}
     for i, name in enumerate(TASKS):
         if name not in names:
             continue
-        record["tasks"][name] = _compare(jax.random.fold_in(jax.random.key(SEED), i), name)
-        write_json(path, record)
+        for results in _compare(jax.random.fold_in(jax.random.key(SEED), i), name):
+            record["tasks"][name] = results
+            write_json(path, record)  # after each library
     return record
 
 
-def _compare(key: Key, name: str) -> dict[str, Any]:
-    """Fit all libraries to one task."""
+def _compare(key: Key, name: str) -> Iterator[dict[str, Any]]:
+    """Fit one library after the other to a task; yield the results so far after each."""
     case, task = CASES[name], simulators.get(name)
     keys = jax.random.split(key, 4)
     sims = sf.simulate(keys[0], task.prior, task.simulator, case.simulations, progress=False)
@@ -86,6 +89,8 @@ def _compare(key: Key, name: str) -> dict[str, Any]:
     ours = partial(draws_of, posterior)
     described = {"fit_seconds": limit, "epochs": history.epochs}
     results = {"ours": _result(keys[3], name, ours, described)}
+    made = {"simulations": case.simulations, "libraries": results}
+    yield made
     prior, theta = posterior.prior, np.asarray(shown.theta)
     for library, fit in PEERS.items():
         if importlib.util.find_spec(library) is None:
@@ -94,7 +99,7 @@ def _compare(key: Key, name: str) -> dict[str, Any]:
         draw, described = fit(prior, theta, np.asarray(shown.x), limit)
         described["version"] = importlib.metadata.version(library)
         results[library] = _result(keys[3], name, draw, described)
-    return {"simulations": case.simulations, "libraries": results}
+        yield made
 
 
 def _result(key: Key, name: str, draw: Draw, described: dict[str, Any]) -> dict[str, Any]:
@@ -113,10 +118,11 @@ def _fit_sbi(prior: sf.Prior, theta: np.ndarray, x: np.ndarray, limit: float) ->
     """Fit `sbi.inference.NPE` with its default flow and its embedding for sets or images."""
     import torch  # pyright: ignore[reportMissingImports]
     from sbi.inference import NPE  # pyright: ignore[reportMissingImports]
-    from sbi.inference.posteriors import (  # pyright: ignore[reportMissingImports]
-        DirectPosterior,
-    )
     from sbi.neural_nets import posterior_nn  # pyright: ignore[reportMissingImports]
+    from sbi.samplers.rejection.rejection import (  # pyright: ignore[reportMissingImports]
+        accept_reject_sample,
+    )
+    from sbi.utils import within_support  # pyright: ignore[reportMissingImports]
 
     center, scale = _location_and_scale(x)
     support, net = torch_prior(prior), None
@@ -138,12 +144,20 @@ def _fit_sbi(prior: sf.Prior, theta: np.ndarray, x: np.ndarray, limit: float) ->
     began = time.perf_counter()
     trained = train(epochs)
     seconds = time.perf_counter() - began
-    posterior = DirectPosterior(net, support)
 
     def draw(key: Key, x: Obs, n: int) -> np.ndarray:
         torch.manual_seed(int(jax.random.randint(key, (), 0, 2**31 - 1)))
         row = tensor((np.asarray(x)[None] - center) / scale)
-        return posterior.sample((n,), x=row, show_progress_bars=False).numpy()
+        assert net is not None
+        # as `DirectPosterior` of sbi 0.27 does, which refuses NaN that its embedding accepts
+        drawn = accept_reject_sample(
+            proposal=net.sample,
+            accept_reject_fn=partial(within_support, support),
+            num_samples=n,
+            show_progress_bars=False,
+            proposal_sampling_kwargs={"condition": row},
+        )[0]
+        return drawn.reshape(n, -1).detach().numpy()
 
     return draw, {"fit_seconds": seconds, "epochs": trained}
 
