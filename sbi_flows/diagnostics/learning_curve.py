@@ -99,9 +99,9 @@ class LearningCurve:
 
     @property
     def is_steepening(self) -> bool:
-        """Whether the last doubling of the simulations raised the gain as much as the one before.
+        """Return True if the last doubling of the simulations raised the gain most.
 
-        The prediction is then too low.
+        A power law then predicts too little, because it flattens.
         """
         rises = np.diff(self.gain[-3:])
         return bool(rises[1] >= rises[0])
@@ -118,7 +118,6 @@ class LearningCurve:
             return f"enough simulations: with {double} the gain would rise by less than {least}"
         size = f"about {middle:.2g} nats ({low:.2g} to {high:.2g})"
         if low >= MIN_UNUSED and self.is_steepening:
-            # a power law of negative exponent flattens, so that it predicts too little
             return (
                 f"more simulations help: with {double} the gain would rise by {low:.2g} nats or "
                 "more; the curve does not flatten yet"

@@ -18,7 +18,7 @@ from sbi_flows.core.doubles import is_single_precision
 from sbi_flows.core.labels import first_names
 from sbi_flows.core.pytrees import is_traced
 from sbi_flows.core.typing import Obs
-from sbi_flows.observations.missing import MissingPattern
+from sbi_flows.observations.missing import MissingPattern, leaf_name
 from sbi_flows.observations.shared import SharedAxes
 from sbi_flows.observations.standardise import entry_labels
 
@@ -219,8 +219,8 @@ def _shapes_text(like: Obs, shapes: list[tuple[int, ...]]) -> str:
     if len(shapes) == 1:
         return str(shapes[0])
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(like)]
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
-    return ", ".join(f"{name} {shape}" for name, shape in zip(names, shapes, strict=True))
+    pairs = zip(map(leaf_name, paths), shapes, strict=True)
+    return ", ".join(f"{name} {shape}" for name, shape in pairs)
 
 
 def _described(x: Obs) -> str:

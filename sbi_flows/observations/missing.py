@@ -1,6 +1,7 @@
 """Random patterns of missing entries, which a fit applies to its training simulations.
 
-Public names: `MissingPattern`, `RandomEntries`, `RandomSubset`, `RandomParts`.
+Public names: `MissingPattern`, `RandomEntries`, `RandomSubset`, `RandomParts`. Internal name:
+`leaf_name`.
 """
 
 from __future__ import annotations
@@ -245,12 +246,12 @@ class RandomSubset(MissingPattern):
 
     def _is_chosen(self, path: Any) -> bool:
         """Return whether the pattern is about the array with this path."""
-        return self.part is None or self.part == _name(path)
+        return self.part is None or self.part == leaf_name(path)
 
     def _shape(self, like: Obs) -> tuple[int, ...]:
         """Return the shape of the array; raise ValueError if there is no such array."""
         leaves = jax.tree_util.tree_leaves_with_path(like)
-        names = [_name(path) for path, _ in leaves]
+        names = [leaf_name(path) for path, _ in leaves]
         if self.part is None and len(leaves) > 1:
             raise ValueError(f"missing: expected part=, one of {names}, got None")
         if self.part is not None and self.part not in names:
@@ -316,11 +317,11 @@ def _parts(flat: np.ndarray, like: Obs) -> list[tuple[str, np.ndarray]]:
     parts, start = [], 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(like):
         size = math.prod(leaf.shape)
-        parts.append((_name(path), flat[:, start : start + size].reshape(-1, *leaf.shape)))
+        parts.append((leaf_name(path), flat[:, start : start + size].reshape(-1, *leaf.shape)))
         start += size
     return parts
 
 
-def _name(path: Any) -> str:
+def leaf_name(path: Any) -> str:
     """Name of an array of an observation, such as "image"."""
     return jax.tree_util.keystr(path, simple=True, separator=".")

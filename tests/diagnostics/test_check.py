@@ -191,7 +191,9 @@ def test_report_draws_its_three_panels(exact_report):
     plt.close(figure)
 
 
-@pytest.mark.parametrize("datasets", [50, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "datasets", [50, *(pytest.param(n, marks=pytest.mark.slow) for n in (100, 200))]
+)
 def test_few_data_sets_cannot_tell(gaussian, simulator, datasets):
     """A posterior that is 1.3 times too narrow is found, or the verdict says that it may be."""
     posterior = gaussian(scale=1 / 1.3)
