@@ -169,7 +169,7 @@ def learning_curve(
 
     A fifth of the simulations (at most 2,000) is held out. The fits are to an eighth, a quarter, a
     half and all of the others. The gain is the mean log density of the truth, posterior minus
-    prior, on held-out rows. The fits take two to four times as long as the last one alone.
+    prior, on held-out rows. Every fit compiles programs for its own number of rows.
 
     A power law, gain(n) = limit - c n^-b, is fitted to the gains. The exponent b is uniform
     beforehand on .3 to 1.5. The limit is that of the estimator: another network, an embedding or
