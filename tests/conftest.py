@@ -53,6 +53,7 @@ SLOW_EXAMPLES = (
     "sbi_flows.posteriors.recalibrated.",
     "sbi_flows.simulations.validity.",
     "sbi_flows.diagnostics.anomalies.",
+    "sbi_flows.diagnostics.learning_curve.",
     "sbi_flows.networks.embeddings.fusion.",
     "sbi_flows.networks.embeddings.set_transformer.",
     "simulators.gallery.influenza.",
