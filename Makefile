@@ -1,7 +1,8 @@
 # Every target creates .venv if it does not exist. PYTHON=python3.12 chooses the interpreter; a
 # .venv of another Python version is then replaced.
 PYTHON ?= $(or $(wildcard .venv/bin/python),python3)
-# pytest's -m expression; `make test MARK=` runs the slow tests too
+# pytest's -m expression; `make test MARK=` runs all tests, MARK=release
+# those that run before a release only
 MARK ?= not slow
 WORKERS ?= 2
 

@@ -1,9 +1,11 @@
 """Settings of every test session: strict JAX, few threads, a compilation cache, no display."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from tests.compiler import quicker_to_compile
 
@@ -65,10 +67,31 @@ SLOW_EXAMPLES = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark slow examples, which cannot do so themselves."""
+    """Mark slow examples, which cannot do so themselves, and tests that run before a release.
+
+    Of a slow test with three or more cases, one case in three runs at every change, the same case
+    in all tests of a file, which may share a fixture; the others run before a release.
+    """
     for item in items:
         if isinstance(item, pytest.DoctestItem) and item.name.startswith(SLOW_EXAMPLES):
             item.add_marker(pytest.mark.slow)
+        elif item.get_closest_marker("release"):
+            item.add_marker(pytest.mark.slow)
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    cases = Counter(_test(item) for item in slow)
+    for item in slow:
+        if cases[_test(item)] >= 3 and not _runs_at_every_change(item):
+            item.add_marker(pytest.mark.release)
+
+
+def _test(item: pytest.Item) -> str:
+    """Name a test without its case."""
+    return item.nodeid.partition("[")[0]
+
+
+def _runs_at_every_change(item: pytest.Item) -> bool:
+    places = item.callspec.indices.values() if isinstance(item, pytest.Function) else ()
+    return (sum(places) + crc32(item.path.name.encode())) % 3 == 0
 
 
 @pytest.hookimpl(wrapper=True)

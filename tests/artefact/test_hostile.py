@@ -253,7 +253,7 @@ def test_what_is_no_file_on_a_disk_is_refused(tmp_path):
         sf.load(tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_three_thousand_spoilt_files():
     command = [sys.executable, "-m", "tests.hostile", "3000"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3000)

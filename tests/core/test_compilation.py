@@ -97,7 +97,7 @@ for i in range(9):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc of Linux")
 def test_fits_of_many_sizes_hold_the_memory_maps_of_a_few():
     """A program holds memory maps, of which Linux allows 65,530: each fit took about 700."""

@@ -66,7 +66,7 @@ def test_a_second_call_of_the_same_shapes_compiles_nothing():
     assert c2st_compiled._epoch._cache_size() == programs
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_twenty_pairs_agree():
     for dim in (1, 2):
         reference, samples = pairs(10, 4000, dim)

@@ -46,7 +46,7 @@ def test_exact_posterior_is_calibrated(exact_report):
     assert gain == pytest.approx(np.log(5), abs=4 * exact_report.information.gain_error)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_exact_posterior_passes_18_of_20(gaussian, simulator):
     keys = jax.random.split(jax.random.key(7), 20)
     assert sum(check(k, gaussian(), simulator, **SIZES).calibrated for k in keys) >= 18

@@ -95,7 +95,7 @@ def test_the_same_key_gives_the_same_result(gaussian, simulator, narrow):
     np.testing.assert_array_equal(again.probability, narrow.probability)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_p_values_of_the_exact_posterior_are_uniform(gaussian, simulator):
     posterior, options = gaussian(), {"permutations": 19}
     sims = sf.simulate(jax.random.key(1), posterior.prior, simulator, 16_000, progress=False)
@@ -178,7 +178,7 @@ def test_the_verdict_is_local(gaussian, simulator):
     assert not right.consistent and "over-confident" in right.verdict
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_level_power_and_locality_with_the_default_size(gaussian, simulator):
     def rejected(posterior, x=X_O, times=10):
         keys = jax.random.split(jax.random.key(2), times)

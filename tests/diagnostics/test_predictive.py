@@ -40,7 +40,7 @@ def test_data_of_the_model_pass(gaussian, simulator):
     assert found.labels == ("x[0]", "x[1]")
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_levels_are_kept(gaussian):
     """P-values of data that the posterior has not used are uniform."""
     posterior = First(gaussian())

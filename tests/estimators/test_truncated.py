@@ -135,7 +135,7 @@ def test_a_posterior_that_presses_against_its_box_is_warned_of(monkeypatch):
     assert rounds[1].near_edges[0].startswith("place[0] low")
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_rounds_close_in_on_the_posterior_and_do_not_bias_it():
     posterior, rounds = rounds_of()
     masses = [r.mass for r in rounds]

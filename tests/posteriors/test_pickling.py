@@ -188,7 +188,7 @@ with open(sys.argv[2], "wb") as file:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_another_process_gives_the_same_draws(tmp_path):
     """Numpyro orders the parameters of a distribution by hashes, which differ there."""
     priors = [

@@ -308,7 +308,7 @@ def test_a_store_of_the_second_format_of_zarr_runs_nothing(tmp_path):
     assert store._root.metadata.zarr_format == 3 and len(store) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_two_thousand_inputs():
     """In a process of its own, without the type checks of the tests."""
     command = [sys.executable, "-m", "tests.hostile_inputs", "300"]

@@ -109,7 +109,7 @@ def test_eight_devices_give_the_losses_of_one(tmp_path, alone):
     _same(found["results"], alone)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_fit_on_some_of_the_devices(tmp_path, alone):
     _same(_finished(_start(tmp_path, 8, most=2))["results"], alone)
 
@@ -131,7 +131,7 @@ def test_a_killed_fit_goes_on_with_eight_devices(tmp_path, most):
     assert found == {"devices": 8, "kept": ["fit.safetensors"]}
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_killed_fit_goes_on_with_two_processes(tmp_path):
     """Whose folders are not the same: the first one keeps the state of both."""
     address = f"127.0.0.1:{20_000 + (os.getpid() + 1) % 20_000}"

@@ -54,7 +54,7 @@ def test_unknown_names_are_refused():
         Settings(densities=("Flow",))
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_command_writes_a_record(tmp_path, monkeypatch):
     import sbi_flows as sf
 

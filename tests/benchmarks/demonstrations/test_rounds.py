@@ -28,7 +28,7 @@ def test_a_row_of_the_table_has_the_largest_difference():
     assert markdown({"sir": [row]})[2] == expected
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_rounds_are_compared_with_the_exact_posterior():
     task = get("gaussian_linear")
     found = rounds_at(

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.demonstrations import uses
 
-pytestmark = [pytest.mark.slow, pytest.mark.promotes]
+pytestmark = [pytest.mark.release, pytest.mark.promotes]
 
 
 def test_both_uses_write_their_figures_and_one_record(tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ def fakes(monkeypatch):
     monkeypatch.setitem(PEERS, "flowjax", Peer("a_package_that_nobody_has", Fake))
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.promotes
 def test_a_record_and_a_table(fakes, tmp_path, capsys):
     arguments = ["--peer", "flowjax", "sbi", "--tasks", "gaussian_linear_uniform"]
@@ -87,7 +87,7 @@ def test_a_record_and_a_table(fakes, tmp_path, capsys):
     assert "ours / sbi" in printed.out and f"written: {file}" in printed.out
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.promotes
 def test_all_contestants_get_the_same_data(tmp_path):
     fakes = []
@@ -181,7 +181,9 @@ MAKERS = [
     pytest.param(FlowjaxFlow, id="flowjax"),
     pytest.param(SbiNPE, id="sbi"),
 ]
-DEFAULTS = pytest.param(partial(Ours, defaults=True), id="ours, defaults", marks=pytest.mark.slow)
+DEFAULTS = pytest.param(
+    partial(Ours, defaults=True), id="ours, defaults", marks=pytest.mark.release
+)
 
 
 def data_of(prior):
@@ -195,12 +197,12 @@ def require(make):
         pytest.importorskip(package)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.promotes
 @pytest.mark.parametrize(
     "distribution",
     [
-        pytest.param(BOX, marks=pytest.mark.slow, id="box"),
+        pytest.param(BOX, marks=pytest.mark.release, id="box"),
         pytest.param(HALF_LINES, id="half-lines"),
     ],
 )
@@ -231,7 +233,7 @@ def test_a_contestant_draws_inside_and_integrates_to_one(make, distribution):
     assert described["parameters"] > 100 and json.dumps(described)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.promotes
 @pytest.mark.parametrize("make", MAKERS)
 def test_a_contestant_is_watched_after_each_epoch(make):

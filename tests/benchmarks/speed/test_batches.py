@@ -5,7 +5,7 @@ import pytest
 from benchmarks.speed.batches import markdown, time_to_loss
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_each_batch_size_has_a_time_or_did_not_reach_the_target():
     result = time_to_loss("gaussian_linear", (16, 450), budget=500, repeats=1)
     assert result["default"] == 16

@@ -12,7 +12,7 @@ from benchmarks.peers.contestant import Recipe
 from benchmarks.speed import accelerator, growth, profile, speed
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.promotes
 def test_training_speed_without_the_peer(monkeypatch):
     monkeypatch.setattr(flowjax_flow.importlib.util, "find_spec", lambda name: None)
@@ -60,7 +60,7 @@ def test_the_peer_fits():
     assert fit() > 0
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_growth_has_times_and_an_exponent(monkeypatch):
     monkeypatch.setattr(growth, "BASE", growth.BASE | {"dim": 2, "features": 2, "batch": 32})
     grown = growth.growth("rows", (64, 4_096), repeats=2)
@@ -70,7 +70,7 @@ def test_growth_has_times_and_an_exponent(monkeypatch):
     assert grown["exponent"] == pytest.approx(expected)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_parts_of_the_accelerator_record(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(accelerator, "BATCHES", (64, 128, 256))
     monkeypatch.setattr(accelerator, "MEMBERS", (1, 2))
@@ -129,7 +129,7 @@ def test_kernels_are_recognised_by_their_names(name, kind):
     assert profile._kind(name) == kind
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_step_is_profiled():
     sizes = growth.BASE | {"rows": 1_000, "dim": 2, "features": 2, "batch": 32}
     found = profile.step_profile(sizes=sizes, repeats=1)

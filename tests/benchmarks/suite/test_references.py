@@ -40,7 +40,7 @@ def toy(monkeypatch):
     monkeypatch.setattr(references, "DRAWS", 400)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_only_missing_references_are_drawn(toy, tmp_path, capsys):
     assert references.run(tmp_path, ("sir",)) == 2
     assert re.search(r"sir 2: rhat [01]\.?\d*, ess", capsys.readouterr().err)
@@ -63,7 +63,7 @@ def test_tasks_without_a_file_of_their_own_are_refused(tmp_path, capsys, name):
     assert error.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_samplers_are_compared_with_given_draws(tmp_path, capsys):
     rng = np.random.default_rng(0)
     x = np.full(10, 0.2)

@@ -164,7 +164,7 @@ def test_a_run_writes_one_line_a_seed_and_prints_a_table(few, tmp_path, capsys):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.promotes
 def test_two_jobs_write_the_records_of_one(tmp_path):
     options = [*QUICK, "--seeds", "2"]
@@ -229,7 +229,7 @@ def task():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.promotes
 def test_a_user_task_is_scored_without_a_reference(few, tmp_path, monkeypatch, capsys):
     (tmp_path / "own_model.py").write_text(

@@ -128,7 +128,7 @@ def assert_published(draws, *, mean_within: float, sd_factor: float) -> None:
 
 
 @pytest.mark.promotes
-@pytest.mark.slow
+@pytest.mark.release
 def test_chains_start_near_the_posterior():
     x = lynx_hare().observation(1)
     starts, covariance = mcmc.starts(jax.random.key(0), model.numpyro_model, x)
@@ -137,14 +137,14 @@ def test_chains_start_near_the_posterior():
     assert covariance.shape == (8, 8)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.promotes
 def test_nuts_finds_the_published_posterior():
     run = model.nuts(jax.random.key(0), lynx_hare().observation(1), warmup=80, draws=80)
     assert_published(run.get_samples(), mean_within=0.4, sd_factor=1.35)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.promotes
 def test_reference():
     prior, rows = as_prior(lynx_hare().prior), lynx_hare().reference(1, n=3000)

@@ -100,7 +100,7 @@ def test_most_neurons_of_the_prior_fire():
     assert 0.9 < fires(theta).mean() < 0.99
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.promotes
 def test_the_reference_agrees_with_weighted_draws_of_the_prior():
     """Importance sampling from the prior needs neither a proposal nor a path of temperatures."""

@@ -83,7 +83,7 @@ def test_decisions_that_are_missing_or_impossible():
     assert all(jnp.all(jnp.isfinite(slope)) for slope in slopes.values())
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.promotes
 def test_missing_decisions_do_not_matter():
     x = drift_diffusion.observation(1, trials=20)
@@ -116,7 +116,7 @@ def test_images_of_a_point_on_the_axis_of_the_lens():
     np.testing.assert_allclose(lens.image(numbers(turned)), clean.T, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_noise_of_an_image_and_missing_pixels():
     noise = simulated("lens", ARCS, 20) - np.asarray(lens.image(numbers(ARCS)))
     assert stats.kstest(noise.ravel(), "norm").pvalue > 1e-3
@@ -180,7 +180,7 @@ def test_the_density_and_the_draws_of_g_and_k(theta):
     assert stats.kstest(levels, "uniform").pvalue > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_gradient_of_the_density_of_g_and_k_and_missing_draws():
     """NUTS needs the gradient through the numerical inversion."""
     theta, x = numbers(QUANTILES[0]), jnp.array([2.0, jnp.nan, 3.5, 9.0])
@@ -201,7 +201,7 @@ MODELS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.promotes
 @pytest.mark.parametrize("name", MODELS)
 def test_importance_resampling_agrees_with_nuts(name):

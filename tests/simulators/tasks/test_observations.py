@@ -73,7 +73,7 @@ MASKED = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.promotes
 @pytest.mark.parametrize(("task", "mask"), MASKED, ids=[task.name for task, _ in MASKED])
 def test_ranks_of_true_parameters_are_uniform(task, mask):
@@ -92,7 +92,7 @@ MASKED_SLOWLY = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.promotes
 @pytest.mark.parametrize(("task", "mask"), MASKED_SLOWLY, ids=[t.name for t, _ in MASKED_SLOWLY])
 def test_ranks_of_true_parameters_are_uniform_with_many_parameters(task, mask):

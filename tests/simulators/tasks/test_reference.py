@@ -93,7 +93,10 @@ def test_two_dimensional_posterior_on_a_grid(name, density, bound, x):
 
 @pytest.mark.parametrize(
     ("theta3", "theta4"),
-    [(0.3, 0.5), *(pytest.param(*p, marks=pytest.mark.slow) for p in [(0.02, 0.4), (0.03, -0.04)])],
+    [
+        (0.3, 0.5),
+        *(pytest.param(*p, marks=pytest.mark.release) for p in [(0.02, 0.4), (0.03, -0.04)]),
+    ],
 )
 def test_slcp_covariance_on_a_grid(theta3, theta4):
     """Compare with a grid, where the box does not truncate the mean, for small and large jitter."""
@@ -128,7 +131,7 @@ def test_published_reference_c2st(name):
     assert c2st(posterior, draws(name, x, len(posterior))) <= 0.53
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("name", ["gaussian_linear", "gaussian_linear_uniform", "slcp"])
 def test_published_reference_c2st_of_more_dimensions(name):
     x, posterior = published(name, "x_1"), published(name, "posterior_1")

@@ -94,7 +94,7 @@ def test_the_filter_against_quadrature_over_two_log_variances():
     np.testing.assert_allclose(got, [expected], atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.promotes
 def test_the_reference_agrees_with_importance_sampling_by_the_filter():
     """The weights are those of the exact marginal likelihood, which has no latent variables."""

@@ -107,7 +107,7 @@ def test_the_published_design():
     np.testing.assert_array_equal(design_matrix(), published("bernoulli_glm", "design_matrix"))
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.promotes
 @pytest.mark.parametrize("i", [1, 2])
 @pytest.mark.parametrize("name", ["sir", "lotka_volterra", "bernoulli_glm", "bernoulli_glm_raw"])
